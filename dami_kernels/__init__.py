@@ -1,0 +1,6 @@
+"""Operators that interpolate two weights by a coefficient λ per row, in one pass and without a merged copy."""
+
+from dami_kernels.ops import lerp_embedding, lerp_layer_norm, lerp_linear, lerp_rms_norm
+from dami_kernels.weight import LerpWeight
+
+__all__ = ["LerpWeight", "lerp_embedding", "lerp_layer_norm", "lerp_linear", "lerp_rms_norm"]

@@ -1,0 +1,89 @@
+"""`lerp_embedding`: y_i = W(λ_i)[id_i]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dami_kernels import formats
+from dami_kernels.ops import library
+from dami_kernels.rows import lam_map, lam_per_row, sum_per_lam
+from dami_kernels.weight import LerpWeight
+
+
+def lerp_embedding(
+    ids: Tensor,
+    weight: LerpWeight,
+    lam: Tensor,
+    *,
+    rows_per_lam: int | None = None,
+    row_to_lam: Tensor | None = None,
+) -> Tensor:
+    """`F.embedding` with each looked-up row interpolated at its own λ.
+
+    Args:
+        ids: [...] int64 or int32, in [0, V). Every id is a row.
+        weight: [V, D].
+        lam, rows_per_lam, row_to_lam: as in `lerp_linear`.
+
+    Returns:
+        [..., D] of the weight's dtype. Gradients flow to lam.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+        IndexError: an id is out of range (on the CPU; on a GPU it is undefined, as in torch).
+    """
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"ids must be an int64 or int32 Tensor, got {got}")
+    library.check_weight("weight", weight, dim=2)
+    if weight.device != ids.device:
+        raise ValueError(f"weight must be on {ids.device} as the input is, got {weight.device}")
+    lam, rows_per_lam = lam_map(lam, ids.numel(), rows_per_lam, row_to_lam, ids.device)
+    y = torch.ops.dami.lerp_embedding(
+        ids.reshape(-1), list(weight.tensors), lam, row_to_lam, rows_per_lam, weight.format
+    )
+    return y.reshape(*ids.shape, weight.shape[1])
+
+
+def _fake(ids: Tensor, weight: list[Tensor], *_: Any) -> Tensor:
+    return weight[0].new_empty(ids.shape[0], weight[0].shape[1])
+
+
+def _looked_up(ids: Tensor, weight: list[Tensor], format: str) -> tuple[Tensor, Tensor]:
+    """The rows of both ends, in float32."""
+    base, target = formats.get(format).unpack(*weight)
+    return base[ids].float(), target[ids].float()
+
+
+def _plain(
+    ids: Tensor, weight: list[Tensor], lam: Tensor, row_to_lam: Tensor | None, rows_per_lam: int, format: str
+) -> Tensor:
+    per_row = lam_per_row(lam, rows_per_lam, row_to_lam).unsqueeze(1)
+    return torch.lerp(*_looked_up(ids, weight, format), per_row).to(weight[0].dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ids, weight, lam, row_to_lam, rows_per_lam, format = inputs
+    ctx.save_for_backward(ids, lam, row_to_lam, *weight)
+    ctx.rows_per_lam, ctx.format = rows_per_lam, format
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    ids, lam, row_to_lam, *weight = ctx.saved_tensors
+    base, target = _looked_up(ids, weight, ctx.format)
+    dlam = (dy.float() * (target - base)).sum(1)
+    dlam = sum_per_lam(dlam, lam, ctx.rows_per_lam, row_to_lam)
+    return None, [None] * len(weight), dlam, None, None, None
+
+
+library.define(
+    "lerp_embedding(Tensor ids, Tensor[] weight, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, str format) "
+    "-> Tensor",
+    fake=_fake,
+    plain=_plain,
+    setup_context=_setup_context,
+    backward=_backward,
+)

@@ -1,0 +1,107 @@
+"""What the operator files share: registration in the `dami` namespace, and the checks on their arguments."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dami_kernels import native
+from dami_kernels.weight import LerpWeight
+
+LIBRARY = torch.library.Library("dami", "DEF")
+
+
+def define(
+    schema: str,
+    *,
+    fake: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> None:
+    """Registers the operator of a schema with everything torch wants to know about it.
+
+    Its kernels are found by its name: `native.NAME` runs on the CPU and `triton.NAME` on a GPU, with the schema's
+    arguments. `plain` stands in, with one warning, where they are missing.
+
+    Args:
+        schema: its torch schema.
+        fake: computes the output's shape and dtype only, for torch.compile.
+        plain: the same in plain torch, for any device.
+        setup_context, backward: as in `torch.library.register_autograd`.
+    """
+    name = schema.split("(")[0]
+
+    def on_cpu(*args: Any) -> Tensor:
+        if native.WHY_NOT is None:
+            return getattr(native, name)(*args)
+        return slowly(native.WHY_NOT, *args)
+
+    def on_gpu(*args: Any) -> Tensor:
+        if _has_triton():
+            return getattr(importlib.import_module("dami_kernels.triton"), name)(*args)
+        return slowly("Triton is missing: pip install triton", *args)
+
+    def elsewhere(*args: Any) -> Tensor:
+        return slowly(f"there is no kernel for {args[0].device.type}", *args)
+
+    def slowly(why: str, *args: Any) -> Tensor:
+        _warn_once(f"dami::{name} runs as plain torch, many times slower: {why}")
+        return plain(*args)
+
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    LIBRARY.impl(name, on_cpu, "CPU")
+    LIBRARY.impl(name, on_gpu, "CUDA")
+    LIBRARY.impl(name, elsewhere, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dami::{name}", fake, lib=LIBRARY)
+    torch.library.register_autograd(f"dami::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(f"dami: {message}", UserWarning, stacklevel=4)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def check_weight(name: str, weight: LerpWeight, x: Tensor | None = None, dim: int | None = None) -> None:
+    """Checks one operand: a frozen LerpWeight of `dim` dimensions, on x's device and of its dtype if there is an x."""
+    if not isinstance(weight, LerpWeight):
+        raise TypeError(f"{name} must be a LerpWeight, got {type(weight).__name__}")
+    if dim is not None and len(weight.shape) != dim:
+        raise ValueError(f"{name} must have {dim} dimensions, got shape {list(weight.shape)}")
+    if x is not None and weight.device != x.device:
+        raise ValueError(f"{name} must be on {x.device} as the input is, got {weight.device}")
+    if x is not None and weight.dtype != x.dtype:
+        raise TypeError(f"{name} must have the input's dtype {x.dtype}, got {weight.dtype}")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in weight.tensors):
+        raise ValueError(f"{name} requires grad, but the ends are frozen: call requires_grad_(False) on them")
+
+
+def check_size(name: str, weight: LerpWeight, size: int, of: str) -> None:
+    """Checks that the last dimension of `weight` is `size`, the size of `of`."""
+    if weight.shape[-1] != size:
+        raise ValueError(f"{name} must have a last dimension of {size}, {of}, got shape {list(weight.shape)}")
+
+
+def check_norm(x: Tensor, operands: dict[str, LerpWeight]) -> int:
+    """Checks a norm's input and its operands, by name, and returns the number of rows."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
+    if x.dim() < 1:
+        raise ValueError("x must have at least one dimension, got shape []")
+    for name, operand in operands.items():
+        check_weight(name, operand, x, dim=1)
+        check_size(name, operand, x.shape[-1], "x's size")
+        if operand.format != "pair":
+            raise ValueError(f"{name} must have format 'pair', got {operand.format!r}")
+    return x.shape[:-1].numel()

@@ -1,0 +1,95 @@
+"""`lerp_rms_norm`: y_i = x_i / rms(x_i) · (offset + w(λ_i))."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dami_kernels.ops import library
+from dami_kernels.rows import lam_map, lam_per_row, sum_per_lam
+from dami_kernels.weight import LerpWeight
+
+
+def lerp_rms_norm(
+    x: Tensor,
+    weight: LerpWeight,
+    lam: Tensor,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
+    rows_per_lam: int | None = None,
+    row_to_lam: Tensor | None = None,
+) -> Tensor:
+    """RMS normalisation with the weight of each row interpolated at the row's own λ.
+
+    y_i = x_i / sqrt(mean(x_i²) + eps) · (offset + w_b + λ_i (w_t − w_b)), in float32, rounded once.
+
+    Args:
+        x: [..., D] float32, bfloat16 or float16. Its leading dimensions are the rows.
+        weight: [D], format "pair", of x's dtype and device.
+        lam, rows_per_lam, row_to_lam: as in `lerp_linear`.
+        eps: added to the mean square.
+        offset: 1.0 for norms that store weight − 1, as Gemma's do.
+
+    Returns:
+        Shape and dtype of x. Gradients flow to x and lam.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+    """
+    rows = library.check_norm(x, {"weight": weight})
+    lam, rows_per_lam = lam_map(lam, rows, rows_per_lam, row_to_lam, x.device)
+    y = torch.ops.dami.lerp_rms_norm(
+        x.reshape(rows, x.shape[-1]), list(weight.tensors), lam, row_to_lam, rows_per_lam, eps, offset
+    )
+    return y.reshape(x.shape)
+
+
+def _fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _plain(
+    x: Tensor,
+    weight: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    eps: float,
+    offset: float,
+) -> Tensor:
+    base, target = (end.float() for end in weight)
+    per_row = lam_per_row(lam, rows_per_lam, row_to_lam).unsqueeze(1)
+    scale = torch.rsqrt(x.float().square().mean(1, keepdim=True) + eps)
+    return (x.float() * scale * (offset + torch.lerp(base, target, per_row))).to(x.dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, lam, row_to_lam, rows_per_lam, eps, offset = inputs
+    ctx.save_for_backward(x, lam, row_to_lam, *weight)
+    ctx.rows_per_lam, ctx.eps, ctx.offset = rows_per_lam, eps, offset
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    """With n = x·s, s = 1/rms(x) and g = dy·w(λ): dx = s (g − n mean(g n)), dλ = Σ dy n Δw."""
+    x, lam, row_to_lam, *weight = ctx.saved_tensors
+    base, target = (end.float() for end in weight)
+    per_row = lam_per_row(lam, ctx.rows_per_lam, row_to_lam).unsqueeze(1)
+    scale = torch.rsqrt(x.float().square().mean(1, keepdim=True) + ctx.eps)
+    normed = x.float() * scale
+    g = dy.float() * (ctx.offset + torch.lerp(base, target, per_row))
+    dx = (scale * (g - normed * (g * normed).mean(1, keepdim=True))).to(x.dtype)
+    dlam = (dy.float() * normed * (target - base)).sum(1)
+    return dx, [None, None], sum_per_lam(dlam, lam, ctx.rows_per_lam, row_to_lam), None, None, None, None
+
+
+library.define(
+    "lerp_rms_norm(Tensor x, Tensor[] weight, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, float eps, "
+    "float offset) -> Tensor",
+    fake=_fake,
+    plain=_plain,
+    setup_context=_setup_context,
+    backward=_backward,
+)

@@ -1,0 +1,69 @@
+"""Which λ a row takes: the three ways to give it, checked and brought to one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def lam_map(
+    lam: Tensor, rows: int, rows_per_lam: int | None, row_to_lam: Tensor | None, device: torch.device
+) -> tuple[Tensor, int]:
+    """Checks λ against the rows and returns it as the operators take it: `(lam [L], rows_per_lam)`.
+
+    Row r takes `lam[row_to_lam[r]]` if a map is given, else `lam[r // rows_per_lam]`.
+
+    Args:
+        lam: float32, [] for all rows, [rows] for one each, [L] with one of the next two.
+        rows: number of rows of the input, all its leading dimensions together.
+        rows_per_lam: rows of each λ, for a padded batch; L · rows_per_lam must equal `rows`.
+        row_to_lam: int32 [rows], indices into `lam`, for a ragged batch.
+        device: where `lam` and `row_to_lam` must be.
+    """
+    if not isinstance(lam, Tensor):
+        raise TypeError(f"lam must be a float32 Tensor, got {type(lam).__name__}")
+    if lam.dtype != torch.float32:
+        raise TypeError(f"lam must have dtype torch.float32, got {lam.dtype}")
+    if lam.device != device:
+        raise ValueError(f"lam must be on {device} as the input is, got {lam.device}")
+    if lam.dim() > 1:
+        raise ValueError(f"lam must have shape [] or [L], got {list(lam.shape)}")
+    if rows_per_lam is not None and row_to_lam is not None:
+        raise ValueError("rows_per_lam and row_to_lam exclude each other, got both")
+    if lam.dim() == 0:
+        if rows_per_lam is not None or row_to_lam is not None:
+            raise ValueError("lam must have shape [L] when rows_per_lam or row_to_lam is given, got []")
+        return lam.reshape(1), rows
+    if row_to_lam is not None:
+        if not isinstance(row_to_lam, Tensor) or row_to_lam.dtype != torch.int32:
+            got = row_to_lam.dtype if isinstance(row_to_lam, Tensor) else type(row_to_lam).__name__
+            raise TypeError(f"row_to_lam must be an int32 Tensor, got {got}")
+        if row_to_lam.device != device:
+            raise ValueError(f"row_to_lam must be on {device} as the input is, got {row_to_lam.device}")
+        if row_to_lam.dim() != 1 or row_to_lam.shape[0] != rows:
+            raise ValueError(f"row_to_lam must have shape [{rows}], one index per row, got {list(row_to_lam.shape)}")
+        return lam.contiguous(), 1
+    if rows_per_lam is None:
+        if lam.shape[0] != rows:
+            raise ValueError(
+                f"lam must have shape [] or [{rows}], one λ per row, got {list(lam.shape)}; "
+                "for one λ per sequence pass rows_per_lam or row_to_lam"
+            )
+        return lam.contiguous(), 1
+    if rows_per_lam < 1 or lam.shape[0] * rows_per_lam != rows:
+        raise ValueError(f"len(lam) * rows_per_lam must equal the {rows} rows, got {lam.shape[0]} * {rows_per_lam}")
+    return lam.contiguous(), rows_per_lam
+
+
+def lam_per_row(lam: Tensor, rows_per_lam: int, row_to_lam: Tensor | None) -> Tensor:
+    """λ of every row, [rows], from what `lam_map` returned."""
+    if row_to_lam is not None:
+        return lam[row_to_lam]
+    return lam.unsqueeze(1).expand(lam.shape[0], rows_per_lam).reshape(-1)
+
+
+def sum_per_lam(per_row: Tensor, lam: Tensor, rows_per_lam: int, row_to_lam: Tensor | None) -> Tensor:
+    """Adjoint of `lam_per_row`: sums `per_row` [rows] over the rows of each λ, → [L]."""
+    if row_to_lam is not None:
+        return torch.zeros_like(lam).index_add(0, row_to_lam, per_row)
+    return per_row.reshape(lam.shape[0], rows_per_lam).sum(1)
