@@ -58,7 +58,7 @@ def lam_map(
 def lam_per_row(lam: Tensor, rows_per_lam: int, row_to_lam: Tensor | None) -> Tensor:
     """λ of every row, [rows], from what `lam_map` returned."""
     if row_to_lam is not None:
-        return lam[row_to_lam]
+        return lam.index_select(0, row_to_lam)
     return lam.unsqueeze(1).expand(lam.shape[0], rows_per_lam).reshape(-1)
 
 

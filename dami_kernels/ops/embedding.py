@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dami_kernels import formats
@@ -55,7 +56,7 @@ def _fake(ids: Tensor, weight: list[Tensor], *_: Any) -> Tensor:
 def _looked_up(ids: Tensor, weight: list[Tensor], format: str) -> tuple[Tensor, Tensor]:
     """The rows of both ends, in float32."""
     base, target = formats.get(format).unpack(*weight)
-    return base[ids].float(), target[ids].float()
+    return F.embedding(ids, base).float(), F.embedding(ids, target).float()
 
 
 def _plain(

@@ -1,0 +1,92 @@
+"""Every error message of the operators: it names the argument, what came and what was wanted."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from dami_kernels import LerpWeight, lerp_embedding, lerp_layer_norm, lerp_linear, lerp_rms_norm
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", grad: bool = False) -> LerpWeight:
+    end = torch.zeros(shape, dtype=dtype, device=device, requires_grad=grad)
+    return LerpWeight.pack(end, end)
+
+
+X, W, V, LAM = torch.zeros(2, 3, 8), zeros(4, 8), zeros(8), torch.tensor(0.5)
+IDS = torch.zeros(2, 3, dtype=torch.int64)
+LONG = torch.zeros(6, dtype=torch.int64)
+
+LINEAR: list[tuple[dict[str, Any], type, str]] = [
+    ({"x": [1.0]}, TypeError, "x must be a Tensor, got list"),
+    ({"x": torch.zeros(2, 7)}, ValueError, "x must have a last dimension of 8, weight's K, got shape [2, 7]"),
+    ({"x": torch.tensor(1.0)}, ValueError, "x must have a last dimension of 8, weight's K, got shape []"),
+    ({"weight": X}, TypeError, "weight must be a LerpWeight, got Tensor"),
+    ({"weight": zeros(8)}, ValueError, "weight must have 2 dimensions, got shape [8]"),
+    ({"weight": zeros(4, 8, dtype=torch.float16)}, TypeError, "input's dtype torch.float32, got torch.float16"),
+    ({"weight": zeros(4, 8, device="meta")}, ValueError, "weight must be on cpu as the input is, got meta"),
+    ({"weight": zeros(4, 8, grad=True)}, ValueError, "weight requires grad, but the ends are frozen"),
+    ({"bias": torch.zeros(4)}, TypeError, "bias must be a LerpWeight, got Tensor"),
+    ({"bias": zeros(8)}, ValueError, "bias must have a last dimension of 4, weight's N, got shape [8]"),
+    ({"bias": LerpWeight(zeros(4).tensors, "int4")}, ValueError, "bias must have format 'pair', got 'int4'"),
+    ({"lam": 0.5}, TypeError, "lam must be a float32 Tensor, got float"),
+    ({"lam": LAM.double()}, TypeError, "lam must have dtype torch.float32, got torch.float64"),
+    ({"lam": LAM.to("meta")}, ValueError, "lam must be on cpu as the input is, got meta"),
+    ({"lam": torch.zeros(2, 3)}, ValueError, "lam must have shape [] or [L], got [2, 3]"),
+    ({"lam": torch.zeros(2)}, ValueError, "lam must have shape [] or [6], one λ per row, got [2]"),
+    ({"rows_per_lam": 3}, ValueError, "lam must have shape [L] when rows_per_lam or row_to_lam is given, got []"),
+    ({"lam": torch.zeros(2), "rows_per_lam": 2}, ValueError, "must equal the 6 rows, got 2 * 2"),
+    ({"lam": torch.zeros(2), "rows_per_lam": 3, "row_to_lam": LONG.int()}, ValueError, "exclude each other"),
+    ({"lam": torch.zeros(2), "row_to_lam": [0]}, TypeError, "row_to_lam must be an int32 Tensor, got list"),
+    ({"lam": torch.zeros(2), "row_to_lam": LONG}, TypeError, "row_to_lam must be an int32 Tensor, got torch.int64"),
+    ({"lam": torch.zeros(2), "row_to_lam": LONG.int().to("meta")}, ValueError, "row_to_lam must be on cpu"),
+    ({"lam": torch.zeros(2), "row_to_lam": LONG.int()[:5]}, ValueError, "row_to_lam must have shape [6]"),
+]
+NORM: list[tuple[dict[str, Any], type, str]] = [
+    ({"x": 1.0}, TypeError, "x must be a Tensor, got float"),
+    ({"x": torch.tensor(1.0)}, ValueError, "x must have at least one dimension, got shape []"),
+    ({"weight": zeros(4)}, ValueError, "weight must have a last dimension of 8, x's size, got shape [4]"),
+    ({"weight": zeros(4, 8)}, ValueError, "weight must have 1 dimensions, got shape [4, 8]"),
+    ({"weight": LerpWeight(V.tensors, "int4")}, ValueError, "weight must have format 'pair', got 'int4'"),
+]
+EMBEDDING: list[tuple[dict[str, Any], type, str]] = [
+    ({"ids": [1]}, TypeError, "ids must be an int64 or int32 Tensor, got list"),
+    ({"ids": X}, TypeError, "ids must be an int64 or int32 Tensor, got torch.float32"),
+    ({"weight": V}, ValueError, "weight must have 2 dimensions, got shape [8]"),
+    ({"weight": zeros(4, 8, device="meta")}, ValueError, "weight must be on cpu as the input is, got meta"),
+    ({"ids": IDS + 4}, IndexError, "out of range"),
+    ({"ids": IDS - 1}, IndexError, "out of range"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "kind", "message"), LINEAR)
+def test_linear(wrong: dict[str, Any], kind: type, message: str) -> None:
+    with pytest.raises(kind, match=re.escape(message)):
+        lerp_linear(**{"x": X, "weight": W, "lam": LAM, **wrong})
+
+
+@pytest.mark.parametrize(("wrong", "kind", "message"), NORM)
+@pytest.mark.parametrize("norm", [lerp_rms_norm, lerp_layer_norm])
+def test_norms(norm: Any, wrong: dict[str, Any], kind: type, message: str) -> None:
+    with pytest.raises(kind, match=re.escape(message)):
+        norm(**{"x": X, "weight": V, "lam": LAM, **wrong})
+
+
+def test_layer_norm_bias() -> None:
+    with pytest.raises(ValueError, match="bias must have a last dimension of 8"):
+        lerp_layer_norm(X, V, LAM, zeros(4))
+
+
+@pytest.mark.parametrize(("wrong", "kind", "message"), EMBEDDING)
+def test_embedding(wrong: dict[str, Any], kind: type, message: str) -> None:
+    with pytest.raises(kind, match=re.escape(message)):
+        lerp_embedding(**{"ids": IDS, "weight": W, "lam": LAM, **wrong})
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_row_to_lam_out_of_range(index: int) -> None:
+    with pytest.raises(IndexError, match="out of range"):
+        lerp_linear(X, W, torch.zeros(2), row_to_lam=torch.full((6,), index, dtype=torch.int32))
