@@ -67,6 +67,11 @@ class LerpWeight:
         """Bytes of all stored tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    @property
+    def bytes_per_weight(self) -> float:
+        """Bytes stored for each weight of one end: 4.0 for a bfloat16 `pair`."""
+        return self.nbytes / max(self.shape.numel(), 1)
+
     def unpack(self) -> tuple[Tensor, Tensor]:
         """Base and target, in the storage dtype."""
         return formats.get(self.format).unpack(*self.tensors)

@@ -37,4 +37,4 @@ def get(name: str) -> Format:
     """The format called `name`; ValueError if there is none."""
     if name not in names():
         raise ValueError(f"format must be one of {names()}, got {name!r}")
-    return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]
+    return importlib.import_module(f"{__name__}.{name}")

@@ -16,6 +16,7 @@ def test_pair_shares_memory_with_what_it_was_packed_from() -> None:
     assert [tensor.data_ptr() for tensor in weight.tensors] == [base.data_ptr(), target.data_ptr()]
     assert (weight.shape, weight.dtype, weight.device) == (base.shape, base.dtype, base.device)
     assert weight.nbytes == base.nbytes + target.nbytes
+    assert weight.bytes_per_weight == 8.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
