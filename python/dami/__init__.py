@@ -1,0 +1,41 @@
+"""Two checkpoints of one architecture, one batch, and a reasoning intensity per query.
+
+model, tokenizer = dami.load_pair("…-Instruct", "…-Thinking")
+model.generate(**batch, intensity=[0.0, 0.3, 1.0])
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dami.checkpoints import example_pair, load_pair
+    from dami.dial import intensity
+    from dami.patching import describe, patch_model, unpatch_model
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "describe": "patching",
+    "example_pair": "checkpoints",
+    "intensity": "dial",
+    "load_pair": "checkpoints",
+    "patch_model": "patching",
+    "unpatch_model": "patching",
+}
+
+__all__ = ["describe", "example_pair", "intensity", "load_pair", "patch_model", "unpatch_model"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name where it is first used: `import dami` alone stays instant."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'dami' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"dami.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

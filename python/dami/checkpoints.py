@@ -1,0 +1,230 @@
+"""Loading a pair of checkpoints: both are checked before any weight is read, the second is read tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from dami.patching import Header, config_mismatches, first_names, interpolate, patch_model, tensor_mismatches
+
+FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
+LEGACY_FILES = ["*.bin", "*.bin.index.json"]
+
+logger = logging.get_logger(__name__)
+
+
+def example_pair() -> tuple[Path, Path]:
+    """Directories of the pair that ships with dami: its instruct end and its thinking end."""
+    pair = Path(__file__).parent / "data" / "pair"
+    return pair / "instruct", pair / "thinking"
+
+
+def load_pair(
+    instruct: str | Path,
+    thinking: str | Path,
+    format: str = "pair",
+    *,
+    device_map: Any = None,
+    dtype: torch.dtype | str = "auto",
+    chat_template: Literal["instruct", "thinking"] = "instruct",
+    **options: Any,
+) -> tuple[Any, Any]:
+    """Loads two checkpoints of one architecture as one patched model, with the instruct end's tokenizer.
+
+    The instruct end is loaded as usual; the thinking end is read tensor by tensor, each going straight to the device
+    and dtype of its base, so that no third copy exists at any time. Everything that does not match is reported at once,
+    from the configs, the tokenizers and the headers of the weight files, before any weight is read.
+
+    Args:
+        instruct: directory, GGUF file or hub name of the λ=0 end.
+        thinking: likewise of the λ=1 end.
+        format: how embeddings and linear weights are stored, a name of `dami_kernels.formats.names()`.
+        device_map: as in transformers' `from_pretrained`. The CPU if None.
+        dtype: as there; "auto" is the dtype of the checkpoints, which then must agree.
+        chat_template: the end whose chat template the tokenizer gets.
+        options: any other arguments of `from_pretrained`, such as `attn_implementation`.
+
+    Returns:
+        (model, tokenizer): the model as `dami.patch_model` returns it, in evaluation mode.
+
+    Raises:
+        ValueError: the ends do not match, a shard is missing, a file is corrupt, or a tensor that differs cannot be
+            interpolated; the message names them all.
+        OSError: there is no such directory, file or hub name.
+    """
+    if chat_template not in ("instruct", "thinking"):
+        raise ValueError(f"chat_template must be 'instruct' or 'thinking', got {chat_template!r}")
+    ends = (Checkpoint.find(instruct), Checkpoint.find(thinking))
+    configs = [end.config() for end in ends]
+    tokenizers = [end.tokenizer() for end in ends]
+    skeleton = _skeleton(configs[0])
+    headers = [end.headers() for end in ends]
+    names = [_model_names(skeleton, header) for header in headers]
+    ignored = re.compile("|".join(skeleton._keys_to_ignore_on_load_unexpected or ["(?!)"]))
+
+    mismatches = config_mismatches(*configs) + vocabulary_mismatches(*tokenizers)
+    if headers[0] and headers[1]:
+        known = [
+            {name.get(key, key): value for key, value in header.items() if key in name or not ignored.search(key)}
+            for name, header in zip(names, headers, strict=True)
+        ]
+        mismatches += tensor_mismatches(*known, dtypes=dtype == "auto")
+    if mismatches:
+        raise ValueError("\n  ".join([f"{instruct} and {thinking} do not match:", *mismatches]))
+
+    model = ends[0].model(device_map=device_map, dtype=dtype, **options)
+    if headers[1] and set(names[1].values()) == set(first_names(skeleton).values()):
+        interpolate(model, ends[1].tensors(names[1]), format)
+    else:
+        logger.warning(f"{thinking} is not stored as the model is: loading it as a second model on the CPU first")
+        patch_model(model, ends[1].model(dtype=dtype if dtype != "auto" else model.dtype, **options), format)
+    tokenizer = tokenizers[0]
+    if chat_template == "thinking" and tokenizers[1] is not None:
+        tokenizer.chat_template = tokenizers[1].chat_template
+    return model, tokenizer
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk.
+
+    Attributes:
+        directory: where its files are.
+        gguf: name of its GGUF file, None for any other.
+    """
+
+    directory: Path
+    gguf: str | None = None
+
+    @classmethod
+    def find(cls, source: str | Path) -> Checkpoint:
+        """The checkpoint in a directory, a GGUF file or a hub repository, which is downloaded if need be."""
+        path = Path(source).expanduser()
+        if path.is_file() and path.suffix == ".gguf":
+            return cls(path.parent, path.name)
+        if path.is_dir():
+            return cls(path)
+        if path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1:
+            raise OSError(f"there is no checkpoint directory {source}")
+        directory = Path(snapshot_download(str(source), allow_patterns=FILES))
+        if not any(directory.glob("*.safetensors")):
+            directory = Path(snapshot_download(str(source), allow_patterns=LEGACY_FILES))
+        return cls(directory)
+
+    @property
+    def _where(self) -> dict[str, Any]:
+        return {"gguf_file": self.gguf} if self.gguf else {}
+
+    def config(self) -> PreTrainedConfig:
+        return AutoConfig.from_pretrained(self.directory, **self._where)
+
+    def tokenizer(self) -> Any:
+        """Its tokenizer, or None if it comes without one."""
+        if self.gguf is None and not any(self.directory.glob("*token*")):
+            return None
+        return AutoTokenizer.from_pretrained(self.directory, **self._where)
+
+    def model(self, **options: Any) -> PreTrainedModel:
+        """The checkpoint as transformers loads it; ValueError if that would leave a parameter at random."""
+        model, info = AutoModelForCausalLM.from_pretrained(
+            self.directory, output_loading_info=True, **self._where, **options
+        )
+        if info["missing_keys"]:
+            raise ValueError(
+                f"{self.directory} lacks {len(info['missing_keys'])} tensors: {sorted(info['missing_keys'])}"
+            )
+        return model.eval()
+
+    def files(self) -> dict[Path, list[str] | None]:
+        """Its safetensors files, each with the names its index promises, None where there is no index."""
+        index = self.directory / "model.safetensors.index.json"
+        if not index.exists():
+            single = self.directory / "model.safetensors"
+            return {single: None} if single.exists() and self.gguf is None else {}
+        files: dict[Path, list[str] | None] = {}
+        for name, file in json.loads(index.read_text())["weight_map"].items():
+            files.setdefault(self.directory / file, []).append(name)  # type: ignore[union-attr]
+        return files
+
+    def headers(self) -> dict[str, Header]:
+        """Shape and dtype of every stored tensor by name, from the files' headers only; {} if it is not in safetensors.
+
+        Raises:
+            ValueError: files are missing or corrupt, or lack what the index promises; all are named.
+        """
+        headers: dict[str, Header] = {}
+        faults = []
+        for file, promised in self.files().items():
+            if not file.exists():
+                faults.append(f"{file} is missing, the index names it")
+                continue
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                        part = tensors.get_slice(name)
+                        headers[name] = (list(part.get_shape()), DTYPES.get(part.get_dtype(), part.get_dtype()))
+                    absent = set(promised or ()) - set(tensors.keys())
+            except (SafetensorError, OSError) as error:
+                faults.append(f"{file} is corrupt: {error}")
+                continue
+            if absent:
+                faults.append(f"{file} lacks {sorted(absent)}, which the index promises")
+        if faults:
+            raise ValueError("\n  ".join([f"the checkpoint {self.directory} is damaged:", *faults]))
+        return headers
+
+    def tensors(self, names: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+        """The stored tensors on the CPU, one at a time, each under its name in the model."""
+        bar = logging.tqdm(total=len(names), desc=f"Reading {self.directory.name}")
+        for file in self.files():
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    if name in names:
+                        yield names[name], tensors.get_tensor(name).clone()  # not a view of the file, which may change
+                        bar.update()
+        bar.close()
+
+
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def vocabulary_mismatches(instruct: Any, thinking: Any) -> list[str]:
+    """One line if two tokenizers give tokens different ids; an end without a tokenizer matches any."""
+    if instruct is None or thinking is None:
+        return []
+    ends = [tokenizer.get_vocab() for tokenizer in (instruct, thinking)]
+    differ = sorted(token for token in ends[0].keys() | ends[1].keys() if ends[0].get(token) != ends[1].get(token))
+    if not differ:
+        return []
+    return [f"tokenizer: {len(differ)} tokens have another id or are in one vocabulary only, such as {differ[:5]}"]
+
+
+def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config without its weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _model_names(skeleton: PreTrainedModel, stored: Mapping[str, Header]) -> dict[str, str]:
+    """The model's name of each stored tensor that has one: with or without the prefix of the base model.
+
+    Of tied tensors one is enough, whichever is stored, and goes by the first's name.
+    """
+    names: dict[str, str] = {}
+    prefix = f"{skeleton.base_model_prefix}."
+    for name, first in first_names(skeleton).items():
+        for spelling in (name, name.removeprefix(prefix), prefix + name):
+            if spelling in stored and first not in names.values():
+                names[spelling] = first
+    return names

@@ -1,0 +1,150 @@
+"""`Dial`: the λ that a patched model's modules read, and the ways to turn it."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from dami.layers import LerpModule
+
+Intensity = float | Sequence[float] | Tensor
+
+GROUPS = ("attn", "embed", "head", "mlp", "norm", "other")
+
+
+@dataclass(eq=False)
+class Dial:
+    """Where modules read λ.
+
+    Modules share the object, so that turning it is one assignment; λ itself stays a tensor, so that a compiled graph
+    takes a new one without recompiling.
+
+    Attributes:
+        lam: float32, [] for every row, or [B], one per sequence.
+    """
+
+    lam: Tensor
+
+    @contextmanager
+    def turned(self, lam: Tensor) -> Iterator[None]:
+        """Reads `lam` for the time of a `with` block."""
+        before, self.lam = self.lam, lam
+        try:
+            yield
+        finally:
+            self.lam = before
+
+
+def as_lam(intensity: Any, device: torch.device, sequences: int | None = None) -> Tensor:
+    """The float32 tensor [] or [B] that a public `intensity` means.
+
+    Args:
+        intensity: a real number, a sequence of them, one per sequence, or a floating-point tensor [] or [B]. Gradients
+            flow through a tensor.
+        device: where the result is wanted.
+        sequences: B, if known.
+
+    Raises:
+        TypeError: not a number, or a tensor of another dtype.
+        ValueError: NaN or infinite, of more than one dimension, or of the wrong length.
+    """
+    wanted = "a real number, or one per sequence"
+    if isinstance(intensity, Tensor):
+        if not intensity.is_floating_point():
+            raise TypeError(f"intensity must be {wanted}, as a floating-point tensor, got {intensity.dtype}")
+        lam = intensity.to(device, torch.float32)
+    else:
+        numbers = [intensity] if isinstance(intensity, Real) else intensity
+        if isinstance(numbers, str) or not isinstance(numbers, Iterable):
+            raise TypeError(f"intensity must be {wanted}, got {type(intensity).__name__}")
+        numbers = list(numbers)
+        for number in numbers:
+            if not isinstance(number, Real) or isinstance(number, bool):
+                raise TypeError(f"intensity must be {wanted}, got {intensity!r}")
+        lam = torch.tensor([float(number) for number in numbers], dtype=torch.float32, device=device)
+        if isinstance(intensity, Real):
+            lam = lam[0]
+    if lam.dim() > 1 or lam.numel() == 0:
+        raise ValueError(f"intensity must be {wanted}, got shape {list(lam.shape)}")
+    if sequences is not None and lam.dim() == 1 and len(lam) != sequences:
+        raise ValueError(f"intensity must be {wanted}, got {len(lam)} for {sequences} sequences")
+    if not torch.compiler.is_compiling() and not bool(lam.isfinite().all()):
+        raise ValueError(f"intensity must be finite, got {intensity}")
+    return lam
+
+
+@contextmanager
+def intensity(
+    model: nn.Module,
+    intensity: Intensity,
+    layers: Iterable[int] | None = None,
+    modules: str | Iterable[str] | None = None,
+) -> Iterator[None]:
+    """Sets λ of a patched model, or of a part of it, for the time of a `with` block.
+
+    A part keeps its λ inside the block whatever `generate(intensity=…)` or an inner block for the whole model says;
+    of two blocks that name one module the inner one holds.
+
+    Args:
+        model: a patched model.
+        intensity: a finite real number, or one per sequence of the batches run inside the block. 0 is the instruct end,
+            1 the thinking end, and any other real number lies on the line through both.
+        layers: indices of the layers meant; all, and what lies outside the layers too, if None.
+        modules: what is meant in them: "attn", "mlp", "norm", "embed", "head", "other", or patterns of qualified module
+            names such as "*.q_proj"; one or several. All if None.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted. The model is left as it was.
+    """
+    patch = patch_of(model)
+    lam = as_lam(intensity, patch.dial.lam.device)
+    with ExitStack() as stack:
+        if layers is None and modules is None:
+            stack.enter_context(patch.dial.turned(lam))
+        else:
+            part = Dial(lam)
+            for module in _chosen(model, layers, modules):
+                stack.callback(setattr, module.lerp, "dial", module.lerp.dial)
+                module.lerp.dial = part
+        yield
+
+
+def _chosen(model: nn.Module, layers: Iterable[int] | None, modules: str | Iterable[str] | None) -> list[LerpModule]:
+    """The patched modules that `intensity`'s `layers` and `modules` name."""
+    from dami.layers import LerpModule
+
+    indices = None if layers is None else {int(layer) for layer in layers}
+    patterns = None if modules is None else {modules} if isinstance(modules, str) else set(modules)
+    patched = {name: module for name, module in model.named_modules() if isinstance(module, LerpModule)}
+
+    def within(name: str, module: LerpModule) -> bool:
+        return (indices is None or module.lerp.layer in indices) and (
+            patterns is None
+            or module.lerp.group in patterns
+            or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns - set(GROUPS))
+        )
+
+    chosen = [module for name, module in patched.items() if within(name, module)]
+    if not chosen:
+        raise ValueError(
+            f"layers={layers} and modules={modules!r} name no interpolated module; there are layers "
+            f"{sorted({m.lerp.layer for m in patched.values() if m.lerp.layer is not None})} "
+            f"and modules {sorted({m.lerp.group for m in patched.values()})}, or patterns such as '*.q_proj'"
+        )
+    return chosen
+
+
+def patch_of(model: nn.Module) -> Any:
+    """What `patch_model` keeps on a model; TypeError if it is not patched."""
+    patch = getattr(model, "dami_patch", None)
+    if patch is None:
+        raise TypeError(f"model must be patched by dami.patch_model or dami.load_pair, got {type(model).__name__}")
+    return patch

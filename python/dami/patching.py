@@ -1,0 +1,306 @@
+"""Patching: two models become one that answers every sequence at its own λ."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from dami.dial import Dial, patch_of
+from dami.layers import PARAMETERS, Lerp, LerpModule, kind_of, patched_class, reclass
+from dami.model import Patch, patched_model_class
+from dami_kernels import LerpWeight, formats
+
+Header = tuple[list[int], str]
+
+# what may differ between the ends without changing what a forward pass computes
+HARMLESS = re.compile(
+    r"_name_or_path|name_or_path|transformers_version|(torch_)?dtype|use_cache|return_dict|.*_token_id"
+    r"|.*_(dropout|pdrop)(_prob)?|dropout|initializer_range|max_position_embeddings|id2label|label2id|problem_type"
+    r"|task_specific_params|tokenizer_class|output_.*|chunk_size_feed_forward|finetuning_task|_attn_implementation"
+    r"|unsloth.*"
+)
+
+
+def patch_model(
+    instruct_model: PreTrainedModel, thinking_model: PreTrainedModel, format: str = "pair"
+) -> PreTrainedModel:
+    """Patches `instruct_model` in place so that each sequence of a batch runs at its own λ, and returns it.
+
+    Every parameter that differs between the two is interpolated, W(λ) = W_instruct + λ (W_thinking − W_instruct); what
+    is identical stays as it is and costs nothing. `format="pair"` shares memory with `thinking_model` where dtype and
+    device agree (not for GPT-2's Conv1D, whose weights are stored transposed). All parameters are frozen while patched.
+    λ is 0 until `intensity` says otherwise.
+
+    Args:
+        instruct_model: a causal language model, λ=0.
+        thinking_model: another of the same architecture, λ=1. It is left as it is, and may be deleted.
+        format: how embeddings and linear weights are stored, a name of `dami_kernels.formats.names()`.
+
+    Raises:
+        TypeError: an argument is not a transformers model, or `instruct_model` is patched already.
+        ValueError: the ends do not match, or a parameter that differs cannot be interpolated: all their names are
+            listed, and the model is left as it was.
+    """
+    for name, model in (("instruct_model", instruct_model), ("thinking_model", thinking_model)):
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(f"{name} must be a transformers model, got {type(model).__name__}")
+        if hasattr(model, "dami_patch"):
+            raise TypeError(f"{name} must not be patched already: call dami.unpatch_model first")
+    mismatches = config_mismatches(instruct_model.config, thinking_model.config)
+    mismatches += tensor_mismatches(headers_of(instruct_model), headers_of(thinking_model))
+    if not mismatches:
+        firsts, thinking = first_names(instruct_model), thinking_model.state_dict()
+        mismatches += [
+            f"{name}: tied to {first} in the instruct end only"
+            for name, first in firsts.items()
+            if name != first and not torch.equal(thinking[name], thinking[first])
+        ]
+    if mismatches:
+        raise ValueError("\n  ".join(["instruct_model and thinking_model do not match:", *mismatches]))
+    return interpolate(instruct_model, ((name, thinking[name]) for name in set(firsts.values())), format)
+
+
+def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Takes a patch off, in place, and returns the model: the very same modules and parameters as before it."""
+    patch: Patch = patch_of(model)
+    for module in model.modules():
+        if isinstance(module, LerpModule):
+            lerp = module.lerp
+            for name, format in lerp.formats.items():
+                for suffix in formats.get(format).TENSORS[1:]:
+                    delattr(module, name + suffix)
+                parameter = getattr(module, name)
+                parameter.data = parameter.data.contiguous()
+            del module.lerp
+            reclass(module, lerp.original)
+    for parameter in patch.trainable:
+        parameter.requires_grad_(True)
+    del model.dami_patch
+    reclass(model, patch.original)
+    return model
+
+
+def interpolate(model: PreTrainedModel, thinking: Iterable[tuple[str, Tensor]], format: str) -> PreTrainedModel:
+    """Patches `model` with the other end's tensors, one at a time; all checks of names and shapes are behind us.
+
+    Args:
+        model: the instruct end.
+        thinking: names and tensors of the thinking end. Those identical to the model's own are dropped at once.
+        format: as in `patch_model`.
+    """
+    formats.get(format)
+    state = model.state_dict(keep_vars=True)
+    offloaded = [name for name, base in state.items() if base.device.type == "meta"]
+    if offloaded:
+        raise ValueError(f"instruct_model must be on devices, not offloaded, got {len(offloaded)} tensors on meta")
+    kinds = {module: kind_of(module) for module in model.modules()}
+    covering: dict[int, type[LerpModule] | None] = {}  # None if any module that holds the parameter has no kind
+    for module, kind in kinds.items():
+        for name, parameter in module._parameters.items():
+            covers = kind is not None and name in PARAMETERS and covering.get(id(parameter), kind[0]) is not None
+            covering[id(parameter)] = kind[0] if kind is not None and covers else None
+    stored: dict[int, tuple[str, list[nn.Parameter]]] = {}  # by the id of the base: format, and what is put beside it
+    refused = []
+    for name, tensor in thinking:
+        base = state[name]
+        target = tensor.detach().to(base.device, base.dtype)
+        if torch.equal(base, target):
+            continue
+        covered = covering.get(id(base))
+        if covered is None:
+            refused.append(name)
+        else:
+            chosen = format if base.dim() > 1 else "pair"
+            weight = LerpWeight.pack(covered.layout(base.detach()), covered.layout(target), chosen)
+            stored[id(base)] = chosen, [nn.Parameter(tensor, requires_grad=False) for tensor in weight.tensors[1:]]
+    if refused:
+        raise ValueError(
+            "\n  ".join(["these tensors differ between the ends and cannot be interpolated:", *sorted(refused)])
+        )
+
+    dial = Dial(torch.zeros((), device=model.device))
+    model.dami_patch = Patch(dial, type(model), [p for p in model.parameters() if p.requires_grad])
+    reclass(model, patched_model_class(type(model)))
+    model.requires_grad_(False)
+    for name, module in list(model.named_modules()):
+        differing = {local: stored[id(base)] for local, base in module._parameters.items() if id(base) in stored}
+        kind = kinds.get(module)
+        if kind is not None and differing:
+            lerp = Lerp(dial, type(module), kind[1], *_place(model, name, module, kind[0]))
+            _patch_module(module, kind[0], lerp, differing)
+    return model
+
+
+def _patch_module(
+    module: nn.Module, kind: type[LerpModule], lerp: Lerp, stored: Mapping[str, tuple[str, list[nn.Parameter]]]
+) -> None:
+    """Changes a module's class and registers, beside each parameter that differs, what its format stores."""
+    module.lerp = lerp
+    reclass(module, patched_class(kind, lerp.original))
+    for name, (format, parameters) in stored.items():
+        lerp.formats[name] = format
+        base = module.get_parameter(name)
+        base.data = kind.layout(base.data)
+        for suffix, parameter in zip(formats.get(format).TENSORS[1:], parameters, strict=True):
+            module.register_parameter(name + suffix, parameter)
+
+
+def first_names(model: PreTrainedModel) -> dict[str, str]:
+    """The name of every tensor of a model, with the first name of the tensor it is tied to, or its own."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def _place(model: PreTrainedModel, name: str, module: nn.Module, kind: type[LerpModule]) -> tuple[int | None, str]:
+    """Index of a module's layer, None outside the layers, and its group, one of `dial.GROUPS`."""
+    number = re.search(r"\.(\d+)\.", name)
+    layer = int(number[1]) if number else None
+    if kind.kind in ("rms_norm", "layer_norm"):
+        return layer, "norm"
+    if kind.kind == "embedding":
+        return layer, "embed"
+    if module is model.get_output_embeddings():
+        return layer, "head"
+    if layer is None:
+        return layer, "other"
+    return layer, "attn" if re.search("att", name) else "mlp"
+
+
+def headers_of(model: PreTrainedModel) -> dict[str, Header]:
+    """Shape and dtype of every parameter and persistent buffer of a model, by name."""
+    return {name: (list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in model.state_dict().items()}
+
+
+def tensor_mismatches(instruct: Mapping[str, Header], thinking: Mapping[str, Header], dtypes: bool = True) -> list[str]:
+    """One line for each tensor that is in one end only or has another shape, or another dtype if `dtypes` count."""
+    lines = [f"{name}: in the instruct end only" for name in instruct if name not in thinking]
+    lines += [f"{name}: in the thinking end only" for name in thinking if name not in instruct]
+    for name, header in instruct.items():
+        (shape, dtype), (other_shape, other_dtype) = header, thinking.get(name, header)
+        if shape != other_shape or (dtypes and dtype != other_dtype):
+            lines.append(
+                f"{name}: {dtype} {shape} in the instruct end, {other_dtype} {other_shape} in the thinking end"
+            )
+    return sorted(lines)
+
+
+def config_mismatches(instruct: PreTrainedConfig, thinking: PreTrainedConfig) -> list[str]:
+    """One line for each setting that differs between two configs and changes what a forward pass computes."""
+    ends = [_flat(config.to_dict()) for config in (instruct, thinking)]
+    if instruct.model_type != thinking.model_type:  # nothing else compares
+        ends = [{"model_type": config.model_type} for config in (instruct, thinking)]
+    lines = []
+    for key in sorted(ends[0].keys() | ends[1].keys()):
+        values = [end.get(key) for end in ends]
+        unknown = key == "architectures" and None in values
+        if values[0] != values[1] and not unknown and not HARMLESS.fullmatch(key.rpartition(".")[2]):
+            lines.append(f"config.{key}: {values[0]!r} in the instruct end, {values[1]!r} in the thinking end")
+    return lines
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + str(key)] = value
+    return flat
+
+
+@dataclass(frozen=True)
+class ParameterRow:
+    """One parameter of a patched model.
+
+    Attributes:
+        name: its qualified name.
+        kind: of the module it belongs to: "linear", "conv1d", "embedding", "rms_norm", "layer_norm", or the class name
+            of a module that is not patched.
+        shape: of either end.
+        dtype: of the base end.
+        format: how its ends are stored, None where they are identical.
+        nbytes: bytes of all that is stored for it; 0 where it is tied.
+        tied_to: the name of the parameter it is tied to, None otherwise.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    format: str | None
+    nbytes: int
+    tied_to: str | None
+
+    @property
+    def interpolated(self) -> bool:
+        """Whether the ends differ."""
+        return self.format is not None
+
+
+@dataclass(frozen=True)
+class Description:
+    """Every parameter of a patched model, how it is stored and what it weighs; printable."""
+
+    rows: tuple[ParameterRow, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters of both ends, as stored."""
+        return sum(row.nbytes for row in self.rows)
+
+    def __str__(self) -> str:
+        cells = [("parameter", "kind", "shape", "dtype", "ends", "bytes")]
+        for row in self.rows:
+            ends = f"interpolated ({row.format})" if row.format else "identical"
+            nbytes = f"tied to {row.tied_to}" if row.tied_to else f"{row.nbytes:,}"
+            cells.append((row.name, row.kind, "×".join(map(str, row.shape)), row.dtype, ends, nbytes))
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+        ]
+        lines.insert(1, "  ".join("─" * width for width in widths))
+        interpolated = sum(row.interpolated for row in self.rows)
+        lines.append(f"{len(self.rows)} parameters, {interpolated} interpolated, {self.nbytes:,} bytes")
+        return "\n".join(lines)
+
+
+def describe(model: PreTrainedModel) -> Description:
+    """Every parameter of a patched model: its kind, its storage format, its bytes, and whether it is interpolated.
+
+    `print(describe(model))` shows a table; `.rows` holds the same as data.
+
+    Raises:
+        TypeError: the model is not patched.
+    """
+    patch_of(model)
+    rows: dict[int, ParameterRow] = {}
+    tied: list[ParameterRow] = []
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        lerp = module.lerp if isinstance(module, LerpModule) else None
+        added = {n + s for n, f in lerp.formats.items() for s in formats.get(f).TENSORS[1:]} if lerp else set()
+        for name, parameter in module._parameters.items():
+            if parameter is None or name in added:
+                continue
+            format = lerp.formats.get(name) if lerp else None
+            first = rows.get(id(parameter))
+            suffixes = formats.get(format).TENSORS if format else ("",)
+            row = ParameterRow(
+                name=f"{prefix}.{name}" if prefix else name,
+                kind=module.kind if isinstance(module, LerpModule) else type(module).__name__,
+                shape=tuple(parameter.shape),
+                dtype=str(parameter.dtype).removeprefix("torch."),
+                format=format,
+                nbytes=0 if first else sum(module.get_parameter(name + suffix).nbytes for suffix in suffixes),
+                tied_to=first.name if first else None,
+            )
+            if first:
+                tied.append(row)
+            else:
+                rows[id(parameter)] = row
+    return Description((*rows.values(), *tied))
