@@ -1,5 +1,163 @@
-"""Thin calls into the compiled CPU kernels (csrc/cpu)."""
+"""Thin calls into the compiled CPU kernels (csrc/cpu): the operators, with their torch schemas' arguments.
+
+Which instruction set they use is decided when this module is loaded: the best the CPU has, or the one that the
+environment variable DAMI_CPU_ISA names.
+"""
 
 from __future__ import annotations
 
-WHY_NOT: str | None = "the compiled part is missing: pip install dami-kernels, or pip install -e . in a checkout"
+import warnings
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from dami_kernels import formats
+
+try:
+    from dami_kernels import _C  # type: ignore[attr-defined]
+except ModuleNotFoundError:
+    WHY_NOT: str | None = (
+        "the compiled part is missing: install a C++ compiler, then pip install --no-cache-dir --force-reinstall "
+        "--no-deps dami-kernels, or pip install -e . in a checkout"
+    )
+else:
+    WHY_NOT = None
+    _TYPES = {torch.float32: _C.Type.f32, torch.bfloat16: _C.Type.bf16, torch.float16: _C.Type.f16}
+
+_NO_MATRIX = (0, 0)
+_NO_PAIR = (_NO_MATRIX, _NO_MATRIX)
+
+
+def lerp_linear(
+    x: Tensor,
+    weight: list[Tensor],
+    bias: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    format: str,
+) -> Tensor:
+    """y_i = x_i · W(λ_i)ᵀ + b(λ_i): x [rows, K], weight [N, K] as `format` stores it, bias [] or a pair of [N]."""
+    ends = _ends(weight, format)
+    x, bias_ends = _dense(x), _ends(bias)
+    y = x.new_empty(x.shape[0], ends[0].shape[0])
+    _C.linear(
+        _TYPES[x.dtype], _matrix(x), _pair(ends), _pair(bias_ends), y.data_ptr(), *y.shape, x.shape[1],
+        _lams(lam, row_to_lam, rows_per_lam), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def lerp_embedding(
+    ids: Tensor, weight: list[Tensor], lam: Tensor, row_to_lam: Tensor | None, rows_per_lam: int, format: str
+) -> Tensor:
+    """y_i = W(λ_i)[id_i]: ids [rows] int64 or int32, weight [V, D] as `format` stores it. IndexError for a bad id."""
+    ends = _ends(weight, format)
+    ids = ids.contiguous()
+    y = ends[0].new_empty(ids.shape[0], ends[0].shape[1])
+    _C.embedding(
+        _TYPES[y.dtype], ids.data_ptr(), ids.dtype == torch.int64, ids.shape[0], _pair(ends), *ends[0].shape,
+        y.data_ptr(), _lams(lam, row_to_lam, rows_per_lam), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def lerp_rms_norm(
+    x: Tensor,
+    weight: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    eps: float,
+    offset: float,
+) -> Tensor:
+    """y_i = x_i / sqrt(mean(x_i²) + eps) · (offset + w(λ_i)): x [rows, D], weight a pair of [D]."""
+    x, ends = _dense(x), _ends(weight)
+    y = torch.empty(x.shape, dtype=x.dtype)
+    _C.rms_norm(
+        _TYPES[x.dtype], _matrix(x), _pair(ends), y.data_ptr(), *x.shape, eps, offset,
+        _lams(lam, row_to_lam, rows_per_lam), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def lerp_layer_norm(
+    x: Tensor,
+    weight: list[Tensor],
+    bias: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    eps: float,
+) -> Tensor:
+    """y_i = (x_i − mean(x_i)) / std(x_i) · w(λ_i) + b(λ_i): x [rows, D], weight a pair of [D], bias [] or the same."""
+    x, ends, bias_ends = _dense(x), _ends(weight), _ends(bias)
+    y = torch.empty(x.shape, dtype=x.dtype)
+    _C.layer_norm(
+        _TYPES[x.dtype], _matrix(x), _pair(ends), _pair(bias_ends), y.data_ptr(), *x.shape, eps,
+        _lams(lam, row_to_lam, rows_per_lam), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return _C.isa()
+
+
+def supported_isas() -> list[str]:
+    """The instruction sets this machine has, best last."""
+    return _C.supported_isas()
+
+
+def use_isa(name: str) -> None:
+    """Changes the instruction set, for tests and measurements. ValueError if this machine lacks it."""
+    _C.use_isa(name)
+
+
+def peak_flops(dtype: torch.dtype) -> float:
+    """Operations a second when torch's threads do nothing but the multiply-adds of `lerp_linear` on `dtype`."""
+    return _C.peak_flops(_TYPES[dtype], torch.get_num_threads())
+
+
+def read_bandwidth(data: Tensor) -> float:
+    """Bytes a second at which torch's threads read `data`, which should be larger than the caches."""
+    return _C.read_bandwidth(data.data_ptr(), data.nbytes, torch.get_num_threads())
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor if its last dimension lies dense in memory, else a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _ends(stored: Sequence[Tensor], format: str = "pair") -> tuple[Tensor, ...]:
+    """Base and target, each dense along its last dimension; () where there is no weight."""
+    if not stored:
+        return ()
+    ends = formats.get(format).unpack(*stored)
+    if any(end.stride(-1) != 1 for end in ends):
+        _warn_of_copies()
+    return tuple(map(_dense, ends))
+
+
+def _matrix(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor.stride(0)
+
+
+def _pair(ends: tuple[Tensor, ...]) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (_matrix(ends[0]), _matrix(ends[1])) if ends else _NO_PAIR
+
+
+@cache
+def _warn_of_copies() -> None:
+    warnings.warn(
+        "dami: a weight is copied at every call, as its last dimension is not dense: pack contiguous() tensors",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def _lams(lam: Tensor, row_to_lam: Tensor | None, rows_per_lam: int) -> tuple[int, int, int, int]:
+    return lam.data_ptr(), lam.shape[0], 0 if row_to_lam is None else row_to_lam.data_ptr(), rows_per_lam

@@ -1,0 +1,6 @@
+#include "avx512.h"
+
+namespace dami {
+extern const Isa avx512;
+constexpr Isa avx512 = make_isa<Vec>("avx512", has_avx512, 8);
+}  // namespace dami
