@@ -79,7 +79,7 @@ def load_pair(
             {name.get(key, key): value for key, value in header.items() if key in name or not ignored.search(key)}
             for name, header in zip(names, headers, strict=True)
         ]
-        mismatches += tensor_mismatches(*known, dtypes=dtype == "auto")
+        mismatches += tensor_mismatches(known[0], known[1], dtypes=dtype == "auto")
     if mismatches:
         raise ValueError("\n  ".join([f"{instruct} and {thinking} do not match:", *mismatches]))
 
@@ -137,9 +137,10 @@ class Checkpoint:
 
     def model(self, **options: Any) -> PreTrainedModel:
         """The checkpoint as transformers loads it; ValueError if that would leave a parameter at random."""
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             self.directory, output_loading_info=True, **self._where, **options
         )
+        model, info = loaded
         if info["missing_keys"]:
             raise ValueError(
                 f"{self.directory} lacks {len(info['missing_keys'])} tensors: {sorted(info['missing_keys'])}"

@@ -12,14 +12,16 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dami.dial import Dial
-from dami_kernels import LerpWeight, formats, lerp_embedding, lerp_layer_norm, lerp_linear, lerp_rms_norm
+from dami_kernels import LerpWeight, lerp_embedding, lerp_layer_norm, lerp_linear, lerp_rms_norm
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(eq=False)
@@ -30,17 +32,17 @@ class Lerp:
         dial: where it reads λ.
         original: its class before.
         settings: keyword arguments of its operator, such as a norm's eps.
-        formats: storage format by the name of the parameter, for those that are interpolated.
         layer: index of its layer, None outside the layers.
         group: one of `dial.GROUPS`.
+        stored: format, and names of the parameters that hold it, of every parameter that is interpolated, by its name.
     """
 
     dial: Dial
     original: type[nn.Module]
-    settings: dict[str, float]
+    settings: dict[str, Any]
     layer: int | None
     group: str
-    formats: dict[str, str] = field(default_factory=dict)
+    stored: dict[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
 
 
 class LerpModule(nn.Module):
@@ -51,7 +53,7 @@ class LerpModule(nn.Module):
     lerp: Lerp
 
     @classmethod
-    def fit(cls, module: nn.Module) -> dict[str, float] | None:
+    def fit(cls, module: nn.Module) -> dict[str, Any] | None:
         """Settings of the operator that computes what `module` does, or None if this kind does not fit."""
         return {} if cls.original is not None and isinstance(module, cls.original) else None
 
@@ -60,18 +62,13 @@ class LerpModule(nn.Module):
         """`tensor` stored in the order the operator reads; same shape, same values."""
         return tensor
 
-    def ends(self, name: str) -> LerpWeight | None:
-        """Both ends of a parameter as the operators take them; None if the module has none of that name.
+    def ends(self, name: str) -> LerpWeight:
+        """Both ends of a parameter as the operators take them; one tensor stands for both where they are identical."""
+        format, names = self.lerp.stored.get(name, ("pair", (name, name)))
+        return LerpWeight(tuple(getattr(self, stored) for stored in names), format)
 
-        A parameter that is identical in both ends is stored once and stands for both.
-        """
-        base = getattr(self, name)
-        if base is None:
-            return None
-        if name not in self.lerp.formats:
-            return LerpWeight((base, base), "pair")
-        format = self.lerp.formats[name]
-        return LerpWeight(tuple(getattr(self, name + suffix) for suffix in formats.get(format).TENSORS), format)
+    def bias_ends(self) -> LerpWeight | None:
+        return None if self.bias is None else self.ends("bias")
 
     def rows(self, x: Tensor, features: int = 1) -> tuple[Tensor, dict[str, Any]]:
         """`x` with its rows in the order of the sequences, and the operator's arguments that give each row its λ.
@@ -106,7 +103,7 @@ class LerpLinear(LerpModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         x, rows = self.rows(input)
-        return lerp_linear(x, self.ends("weight"), bias=self.ends("bias"), **rows)
+        return lerp_linear(x, self.ends("weight"), bias=self.bias_ends(), **rows)
 
 
 class LerpConv1D(LerpModule, Conv1D):
@@ -122,15 +119,15 @@ class LerpConv1D(LerpModule, Conv1D):
     def layout(tensor: Tensor) -> Tensor:
         return tensor.t().contiguous().t() if tensor.dim() == 2 else tensor
 
-    def ends(self, name: str) -> LerpWeight | None:
+    def ends(self, name: str) -> LerpWeight:
         ends = super().ends(name)
-        if ends is None or len(ends.shape) == 1:
+        if name != "weight":
             return ends
         return LerpWeight(tuple(tensor.t() for tensor in ends.tensors), ends.format)
 
     def forward(self, x: Tensor) -> Tensor:
         x, rows = self.rows(x)
-        return lerp_linear(x, self.ends("weight"), bias=self.ends("bias"), **rows)
+        return lerp_linear(x, self.ends("weight"), bias=self.bias_ends(), **rows)
 
 
 class LerpEmbedding(LerpModule, nn.Embedding):
@@ -140,7 +137,7 @@ class LerpEmbedding(LerpModule, nn.Embedding):
     original = nn.Embedding
 
     @classmethod
-    def fit(cls, module: nn.Module) -> dict[str, float] | None:
+    def fit(cls, module: nn.Module) -> dict[str, Any] | None:
         return {} if isinstance(module, nn.Embedding) and module.max_norm is None else None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -155,13 +152,13 @@ class LerpLayerNorm(LerpModule, nn.LayerNorm):
     original = nn.LayerNorm
 
     @classmethod
-    def fit(cls, module: nn.Module) -> dict[str, float] | None:
+    def fit(cls, module: nn.Module) -> dict[str, Any] | None:
         fits = isinstance(module, nn.LayerNorm) and module.weight is not None and module.weight.dim() == 1
         return {"eps": module.eps} if fits else None
 
     def forward(self, input: Tensor) -> Tensor:
         x, rows = self.rows(input)
-        return lerp_layer_norm(x, self.ends("weight"), bias=self.ends("bias"), **self.lerp.settings, **rows)
+        return lerp_layer_norm(x, self.ends("weight"), bias=self.bias_ends(), **self.lerp.settings, **rows)
 
 
 class LerpRMSNorm(LerpModule):
@@ -170,7 +167,7 @@ class LerpRMSNorm(LerpModule):
     kind = "rms_norm"
 
     @classmethod
-    def fit(cls, module: nn.Module) -> dict[str, float] | None:
+    def fit(cls, module: nn.Module) -> dict[str, Any] | None:
         """Finds eps and offset by running the module on random input: many classes, one formula."""
         parameters = dict(module.named_parameters())
         weight = parameters.get("weight")
@@ -201,26 +198,26 @@ KINDS: tuple[type[LerpModule], ...] = (LerpLinear, LerpConv1D, LerpEmbedding, Le
 PARAMETERS = ("weight", "bias")
 
 
-def with_parameters(module: nn.Module, parameters: Mapping[str, Tensor | None]) -> nn.Module:
+def with_parameters(module: nn.Module, parameters: Mapping[str, Any]) -> nn.Module:
     """A shallow copy of a module that holds other parameters; the module itself is left alone."""
     probe = nn.Module.__new__(type(module))
     probe.__dict__ = copy.copy(module.__dict__)
-    probe._parameters = dict(parameters)  # type: ignore[assignment]
+    probe._parameters = dict(parameters)
     return probe
 
 
-def kind_of(module: nn.Module) -> tuple[type[LerpModule], dict[str, float]] | None:
+def kind_of(module: nn.Module) -> tuple[type[LerpModule], dict[str, Any]] | None:
     """The kind that computes what `module` does, with the operator's settings; None if there is none."""
     if not any(parameter is not None for parameter in module._parameters.values()):
         return None
     for kind in KINDS:
         settings = kind.fit(module)
-        if settings is not None and (kind.original in (None, type(module)) or _reaches(kind, module, settings)):
+        if settings is not None and (kind.original in (None, type(module)) or _reaches(kind, module)):
             return kind, settings
     return None
 
 
-def _reaches(kind: type[LerpModule], module: nn.Module, settings: dict[str, float]) -> bool:
+def _reaches(kind: type[LerpModule], module: nn.Module) -> bool:
     """Whether the forward of a subclass goes through its parent's, which is the one that a patch replaces."""
 
     class Reached(Exception):
@@ -256,12 +253,13 @@ def _kind_of(cls: type[LerpModule]) -> type[LerpModule]:
 
 
 def _rebuild(kind: type[LerpModule], original: type[nn.Module]) -> LerpModule:
-    cls = patched_class(kind, original)
+    cls = patched_class(kind, original)  # type: ignore[arg-type]  # mypy takes a class for its instance
     return cls.__new__(cls)
 
 
-def reclass(module: nn.Module, cls: type[nn.Module]) -> None:
+def reclass(module: nn.Module, cls: type[M]) -> M:
     """Changes a module's class in place, and what accelerate's hooks have kept of the old one."""
     module.__class__ = cls
     if "_old_forward" in module.__dict__:
         module._old_forward = cls.forward.__get__(module)
+    return cast(M, module)

@@ -32,6 +32,8 @@ class Patch:
 class LerpModel(nn.Module):
     """First parent of a patched model's class."""
 
+    dami_patch: Patch
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (self.dami_patch.original,), self.__dict__
 
@@ -89,5 +91,5 @@ def _with_intensity(function: Callable[..., Any], original: Callable[..., Any]) 
 
 
 def _rebuild(original: type[nn.Module]) -> nn.Module:
-    cls = patched_model_class(original)
+    cls = patched_model_class(original)  # type: ignore[arg-type]  # mypy takes a class for its instance
     return cls.__new__(cls)

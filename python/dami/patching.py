@@ -72,10 +72,10 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, LerpModule):
             lerp = module.lerp
-            for name, format in lerp.formats.items():
-                for suffix in formats.get(format).TENSORS[1:]:
-                    delattr(module, name + suffix)
-                parameter = getattr(module, name)
+            for _, stored in lerp.stored.values():
+                parameter = module.get_parameter(stored[0])
+                for added in stored[1:]:
+                    delattr(module, added)
                 parameter.data = parameter.data.contiguous()
             del module.lerp
             reclass(module, lerp.original)
@@ -125,8 +125,8 @@ def interpolate(model: PreTrainedModel, thinking: Iterable[tuple[str, Tensor]], 
         )
 
     dial = Dial(torch.zeros((), device=model.device))
-    model.dami_patch = Patch(dial, type(model), [p for p in model.parameters() if p.requires_grad])
-    reclass(model, patched_model_class(type(model)))
+    patch = Patch(dial, type(model), [p for p in model.parameters() if p.requires_grad])
+    reclass(model, patched_model_class(type(model))).dami_patch = patch  # type: ignore[arg-type]
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         differing = {local: stored[id(base)] for local, base in module._parameters.items() if id(base) in stored}
@@ -141,14 +141,14 @@ def _patch_module(
     module: nn.Module, kind: type[LerpModule], lerp: Lerp, stored: Mapping[str, tuple[str, list[nn.Parameter]]]
 ) -> None:
     """Changes a module's class and registers, beside each parameter that differs, what its format stores."""
-    module.lerp = lerp
-    reclass(module, patched_class(kind, lerp.original))
+    reclass(module, patched_class(kind, lerp.original)).lerp = lerp  # type: ignore[arg-type]
     for name, (format, parameters) in stored.items():
-        lerp.formats[name] = format
         base = module.get_parameter(name)
         base.data = kind.layout(base.data)
-        for suffix, parameter in zip(formats.get(format).TENSORS[1:], parameters, strict=True):
-            module.register_parameter(name + suffix, parameter)
+        names = tuple(name + suffix for suffix in formats.get(format).TENSORS)
+        for added, parameter in zip(names[1:], parameters, strict=True):
+            module.register_parameter(added, parameter)
+        lerp.stored[name] = format, names
 
 
 def first_names(model: PreTrainedModel) -> dict[str, str]:
@@ -283,20 +283,19 @@ def describe(model: PreTrainedModel) -> Description:
     tied: list[ParameterRow] = []
     for prefix, module in model.named_modules(remove_duplicate=False):
         lerp = module.lerp if isinstance(module, LerpModule) else None
-        added = {n + s for n, f in lerp.formats.items() for s in formats.get(f).TENSORS[1:]} if lerp else set()
+        added = {name for _, names in lerp.stored.values() for name in names[1:]} if lerp else set()
         for name, parameter in module._parameters.items():
             if parameter is None or name in added:
                 continue
-            format = lerp.formats.get(name) if lerp else None
+            format, names = (None, (name,)) if lerp is None else lerp.stored.get(name, (None, (name,)))
             first = rows.get(id(parameter))
-            suffixes = formats.get(format).TENSORS if format else ("",)
             row = ParameterRow(
                 name=f"{prefix}.{name}" if prefix else name,
                 kind=module.kind if isinstance(module, LerpModule) else type(module).__name__,
                 shape=tuple(parameter.shape),
                 dtype=str(parameter.dtype).removeprefix("torch."),
                 format=format,
-                nbytes=0 if first else sum(module.get_parameter(name + suffix).nbytes for suffix in suffixes),
+                nbytes=0 if first else sum(module.get_parameter(stored).nbytes for stored in names),
                 tied_to=first.name if first else None,
             )
             if first:
