@@ -1,0 +1,67 @@
+"""`lerp_embedding`: a tile of looked-up rows at a time."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dami_kernels.triton.device import BASE, TARGET, lerp, load_end, row_lam
+from dami_kernels.triton.host import on_device_of, strides_of
+from dami_kernels.tuning import row_config
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_lam"])
+def _lerp_embedding_kernel(
+    ids,
+    weight,
+    lam,
+    row_to_lam,
+    y,
+    M,
+    D,
+    rows_per_lam,
+    strides,
+    FORMAT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    valid = rows < M
+    inside = valid & (columns < D)
+    lams = row_lam(lam, row_to_lam, rows, valid, rows_per_lam)
+    found = tl.load(ids + rows, mask=valid, other=0)
+    # A row with λ = 0 or λ = 1 reads only the end that it needs.
+    base = load_end(weight, strides, BASE, found, columns, inside & (lams != 1.0), FORMAT)
+    target = load_end(weight, strides, TARGET, found, columns, inside & (lams != 0.0), FORMAT)
+    tl.store(y + rows.to(tl.int64) * D + columns, lerp(base, target, lams).to(y.dtype.element_ty), mask=inside)
+
+
+def lerp_embedding(
+    ids: Tensor, weight: list[Tensor], lam: Tensor, row_to_lam: Tensor | None, rows_per_lam: int, format: str
+) -> Tensor:
+    M, D = ids.shape[0], weight[0].shape[1]
+    y = weight[0].new_empty(M, D)
+    if y.numel() == 0:
+        return y
+    config = row_config(D)
+    with on_device_of(ids):
+        _lerp_embedding_kernel[triton.cdiv(M, config.block_m), triton.cdiv(D, config.block_d)](
+            ids.contiguous(),
+            tuple(weight),
+            lam,
+            row_to_lam,
+            y,
+            M,
+            D,
+            rows_per_lam,
+            strides_of(weight),
+            FORMAT=format,
+            BLOCK_M=config.block_m,
+            BLOCK_D=config.block_d,
+            num_warps=config.num_warps,
+        )
+    return y

@@ -1,0 +1,27 @@
+"""What the launching sides of the kernels share."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[None]:
+    """Makes x's GPU the current one, where Triton launches."""
+    return torch.cuda.device_of(x)
+
+
+def strides_of(weight: list[Tensor]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tensor.stride() for tensor in weight)
+
+
+def with_rows_in_one_piece(x: Tensor) -> Tensor:
+    """x [M, D] itself if each row lies in one piece, else a copy."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def vectors(ends: list[Tensor]) -> tuple[Tensor, ...] | None:
+    """The ends of a 1-d operand in one piece each, or None for an operand that is not there."""
+    return tuple(end.contiguous() for end in ends) if ends else None

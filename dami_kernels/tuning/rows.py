@@ -1,0 +1,21 @@
+"""How the operators that work row by row are cut into programs: the norms and the embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """Launch parameters: rows of a program, columns it handles at a time, and warps as in Triton."""
+
+    block_m: int
+    block_d: int
+    num_warps: int
+
+
+def row_config(D: int) -> RowConfig:
+    """Launch parameters for rows of D columns: at least 1024 numbers a program, about 16 a thread."""
+    block_d = min(1 << (D - 1).bit_length(), 4096)
+    block_m = max(1, 1024 // block_d)
+    return RowConfig(block_m, block_d, num_warps=block_m * block_d // 512)
