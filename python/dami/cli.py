@@ -1,0 +1,283 @@
+"""The command line, `dami`. Torch is imported where a command needs it, so that --help is instant."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from dami import __version__
+
+if TYPE_CHECKING:
+    from dami.chat import Prompt
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+ClickException: Any = typer.BadParameter.__mro__[2]  # typer brings its own click, or takes the installed one
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class OneLineErrors(typer.core.TyperGroup):
+    """Tells a mistake of the user in one line, and exits with 2."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        try:
+            code = super().main(*args, standalone_mode=False, **extra) or 0  # type: ignore[misc]
+        except ClickException as error:
+            code = fail(error.format_message()).exit_code
+        except typer.Abort:
+            code = 130
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Two checkpoints, one batch, a reasoning intensity λ per query: 0 is the instruct end, 1 the thinking end.",
+)
+
+
+def fail(message: object) -> typer.Exit:
+    """Tells what is wrong with the input; what comes back is to be raised."""
+    typer.echo(f"dami: error: {message}", err=True)
+    return typer.Exit(2)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Tells what dami and transformers say of bad input, without a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        raise fail(error) from error
+
+
+def finite(text: str) -> float:
+    """Reads a λ."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"λ must be a finite number such as 0.5, got {text!r}")
+    return value
+
+
+PairOption = Annotated[
+    tuple[str, str] | None,
+    typer.Option(
+        "--pair", metavar="INSTRUCT THINKING", help="Two directories or hub names. Default: the shipped pair."
+    ),
+]
+SeedOption = Annotated[int, typer.Option(help="Seed of the sampling.")]
+
+
+def load(pair: tuple[str, str] | None) -> tuple[Any, Any]:
+    """Loads a pair, onto the GPU if there is one; progress goes to stderr."""
+    with err.status("loading torch and transformers"):
+        import torch
+        from transformers.utils import logging
+
+        import dami
+        from dami.checkpoints import load_pair
+    if pair is None or not err.is_terminal:
+        logging.disable_progress_bar()
+    instruct, thinking = pair or dami.example_pair()
+    with user_errors():
+        return load_pair(instruct, thinking, device_map="cuda" if torch.cuda.is_available() else None)
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context, show_version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False
+) -> None:
+    if show_version:
+        typer.echo(f"dami {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", file_okay=False, help="Directory of the picture and the numbers.")
+    ] = Path("demo-output"),
+    pair: PairOption = None,
+    questions: Annotated[int, typer.Option(min=1, help="Questions of the sweep, each asked at 11 λ.")] = 120,
+    seed: SeedOption = 0,
+) -> None:
+    """See the idea work: a batch at three λ, the accuracy-tokens curve, and the price against merged copies."""
+    model, tokenizer = load(pair)
+    from dami.demo import run
+
+    with user_errors():
+        run(model, tokenizer, pair, output, questions, seed, out)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; or see --file; or on stdin.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", exists=True, dir_okay=False, readable=True, help="Prompts, one a line."),
+    ] = None,
+    intensity: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--intensity", "-l", parser=finite, metavar="λ", help="May be given several times. Default: 0, 0.5 and 1."
+        ),
+    ] = None,
+    pair: PairOption = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Show tokens as they come.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line for every answer.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Give prompts as they are, without the chat template.")] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens at most, thought included.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token instead of sampling.")] = False,
+    temperature: Annotated[float | None, typer.Option(help="Of the sampling.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Of the sampling.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Of the sampling.")] = None,
+    seed: SeedOption = 0,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Rows of a batch at most; a prompt takes one for each λ.")
+    ] = 64,
+) -> None:
+    """Answer prompts at several λ at once, side by side.
+
+    A line of a file or of stdin is a prompt; one that starts with { is a JSON object with "prompt" or "messages".
+    """
+    if stream and as_json:
+        raise fail("--stream and --json exclude each other")
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    options = {name: value for name, value in options.items() if value is not None}
+    sampling = options.keys() - {"max_new_tokens"}
+    if greedy and sampling:
+        raise fail(f"--greedy excludes --{', --'.join(sorted(sampling)).replace('_', '-')}")
+    if greedy or sampling:
+        options["do_sample"] = not greedy
+    asked = read_prompts(prompts or [], file)
+    lams = intensity or [0.0, 0.5, 1.0]
+    model, tokenizer = load(pair)
+
+    import torch
+
+    from dami import terminal
+    from dami.chat import ask
+
+    torch.manual_seed(seed)
+    if stream:
+        for prompt in asked:
+            with user_errors():
+                terminal.stream(model, tokenizer, prompt, lams, not raw, out, **options)
+        return
+    step = max(1, batch_size // len(lams))
+    for start in range(0, len(asked), step):
+        rows = [(prompt, lam) for prompt in asked[start : start + step] for lam in lams]
+        with user_errors(), err.status(f"{len(rows)} rows in one batch"):
+            answers = ask(
+                model, tokenizer, [prompt for prompt, _ in rows], [lam for _, lam in rows], not raw, **options
+            )
+        for place in range(0, len(answers), len(lams)):
+            if as_json:
+                for answer in answers[place : place + len(lams)]:
+                    typer.echo(json.dumps(asdict(answer), ensure_ascii=False))
+            else:
+                out.print(terminal.side_by_side(answers[place : place + len(lams)], out))
+
+
+def read_prompts(prompts: list[str], file: Path | None) -> list[Prompt]:
+    """Prompts from the command line, or else a file, or else stdin."""
+    if prompts and file:
+        raise fail("prompts come as arguments or with --file, got both")
+    if prompts:
+        return list(prompts)
+    if file:
+        source, text = str(file), file.read_text(encoding="utf-8")
+    elif not sys.stdin.isatty():
+        source, text = "stdin", sys.stdin.read()
+    else:
+        raise fail("no prompts: give them as arguments, with --file or on stdin")
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not lines:
+        raise fail(f"no prompts: {source} is empty")
+    return [read_prompt(line, f"{source}, line {number}") for number, line in lines]
+
+
+def read_prompt(line: str, place: str) -> Prompt:
+    """A line of text, or a JSON object's "prompt" (or "question") or "messages"."""
+    if not line.lstrip().startswith("{"):
+        return line
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise fail(f"{place} starts with {{ but is not JSON: {error}") from error
+    for key in ("prompt", "question", "messages"):
+        if key in record:
+            return record[key]
+    raise fail(f'{place} must have "prompt" or "messages", got {list(record)}')
+
+
+@app.command()
+def describe(
+    ends: Annotated[
+        list[str] | None, typer.Argument(metavar="[INSTRUCT THINKING]", help="Default: the shipped pair.")
+    ] = None,
+) -> None:
+    """Show every parameter of a pair: its kind, its format, its bytes; and the sum against merged copies."""
+    if ends and len(ends) != 2:
+        raise fail(f"a pair is two directories or hub names, got {len(ends)}")
+    model, _ = load((ends[0], ends[1]) if ends else None)
+    import dami
+    from dami.terminal import parameters
+
+    out.print(parameters(dami.describe(model), out))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(context: typer.Context) -> None:
+    """Time the operators against plain PyTorch; needs a checkout. Arguments go to benchmarks/linear.py."""
+    script = CHECKOUT / "benchmarks" / "linear.py"
+    if not script.exists():
+        raise fail("benchmarks are not part of the installed package: run `make bench` in a checkout of the repository")
+    raise typer.Exit(subprocess.call([sys.executable, str(script), *context.args], cwd=CHECKOUT))
+
+
+@app.command()
+def version() -> None:
+    """Show the versions and devices that a bug report needs."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from dami_kernels import native
+
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    lines = {
+        "dami": __version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "transformers": installed("transformers"),
+        "triton": installed("triton"),
+        "CPU kernels": native.WHY_NOT or "compiled",
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+    for name, value in lines.items():
+        typer.echo(f"{name:<13}{value}")

@@ -1,0 +1,119 @@
+"""The accuracy–tokens curve as a picture and in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from dami.demo import Point
+
+COLORS = ((59, 76, 192), (170, 130, 190), (180, 4, 38))  # λ = 0, 0.5, 1: cool to warm
+
+
+def color(intensity: float) -> tuple[int, int, int]:
+    """Colour of a λ, red, green and blue in 0..255; beyond [0, 1] that of the nearer end."""
+    place = min(max(intensity, 0.0), 1.0) * 2
+    low = min(int(place), 1)
+    red, green, blue = (round(a + (b - a) * (place - low)) for a, b in zip(COLORS[low], COLORS[low + 1], strict=True))
+    return red, green, blue
+
+
+def save_curve(points: Sequence[Point], path: Path, title: str) -> None:
+    """Draws accuracy against tokens, and accuracy of every level against λ, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    figure.suptitle(title)
+
+    first, last = points[0], points[-1]
+    left.plot(
+        [first.tokens, last.tokens], [100 * first.accuracy, 100 * last.accuracy], "--", color="0.6", lw=1,
+        label="each question to one end or the other, by lot",
+    )  # fmt: skip
+    left.plot([p.tokens for p in points], [100 * p.accuracy for p in points], color="0.35", lw=1.2, zorder=1)
+    for p in points:
+        rgb = tuple(channel / 255 for channel in color(p.intensity))
+        left.errorbar(
+            p.tokens,
+            100 * p.accuracy,
+            xerr=[[p.tokens - p.tokens_low], [p.tokens_high - p.tokens]],
+            yerr=[[100 * (p.accuracy - p.accuracy_low)], [100 * (p.accuracy_high - p.accuracy)]],
+            fmt="o", color=rgb, ms=6, elinewidth=1, alpha=0.9, zorder=2,
+        )  # fmt: skip
+        left.annotate(
+            f"λ={p.intensity:g}", (p.tokens, 100 * p.accuracy), xytext=(7, -12), textcoords="offset points", fontsize=8
+        )
+    left.set(xlabel="tokens per answer", ylabel="right answers, %", ylim=(0, 100))
+    left.set_xlim(left=0)
+    left.legend(loc="lower right", frameon=False, fontsize=8)
+
+    levels = list(first.accuracy_by_level)
+    for place, level in enumerate(levels):
+        shade = 0.8 - 0.8 * place / max(1, len(levels) - 1)
+        right.plot(
+            [p.intensity for p in points], [100 * p.accuracy_by_level[level] for p in points], "o-", ms=3.5, lw=1.4,
+            color=(shade, shade, shade), label=f"level {level}",
+        )  # fmt: skip
+    right.set(xlabel="intensity λ", ylabel="right answers, %", ylim=(0, 103))
+    right.legend(frameon=False, fontsize=8, title="difficulty", title_fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def draw_curve(points: Sequence[Point], width: int, height: int = 14) -> Text:
+    """Draws accuracy in percent (upwards) against mean tokens (to the right) in `width` columns of text.
+
+    A dot is a λ, the bar through it its 95 % interval, the fine line joins neighbours in λ.
+    """
+    left = 6
+    columns, rows = width - left - 1, height
+    # A little room on both sides for the labels; whole tens of percent at the ends.
+    x_low, x_high = 0.0, 1.08 * max(p.tokens for p in points)
+    y_low = 10 * (min(p.accuracy_low for p in points) * 10 // 1)
+    y_high = min(100.0, 10 * (max(p.accuracy_high for p in points) * 10 // 1 + 1))
+
+    def place(tokens: float, accuracy: float) -> tuple[int, int]:
+        x = (tokens - x_low) / (x_high - x_low) * (columns - 1)
+        y = (y_high - 100 * accuracy) / (y_high - y_low) * (rows - 1)
+        return round(x), round(min(max(y, 0), rows - 1))
+
+    grid: list[list[tuple[str, str]]] = [[(" ", "")] * columns for _ in range(rows)]
+    for a, b in pairwise(points):
+        for step in range(4 * columns):
+            t = step / (4 * columns)
+            x, y = place(a.tokens + t * (b.tokens - a.tokens), a.accuracy + t * (b.accuracy - a.accuracy))
+            grid[y][x] = ("·", "dim")
+    for p in points:
+        style = "rgb({},{},{})".format(*color(p.intensity))
+        x, top = place(p.tokens, p.accuracy_high)
+        for y in range(top, place(p.tokens, p.accuracy_low)[1] + 1):
+            grid[y][x] = ("│", style)
+    for p in points:
+        style = "rgb({},{},{}) bold".format(*color(p.intensity))
+        x, y = place(p.tokens, p.accuracy)
+        grid[y][x] = ("●", style)
+        label = f"{p.intensity:g}"
+        free = slice(x + 1, x + 1 + len(label))
+        if all(cell[0] in " ·" for cell in grid[y][free]) and free.stop <= columns:
+            grid[y][free] = [(letter, style) for letter in label]
+
+    text = Text(no_wrap=True)
+    for y, line in enumerate(grid):
+        percent = y_high - (y_high - y_low) * y / (rows - 1)
+        text.append(f"{percent:4.0f}% " if y in (0, rows // 2, rows - 1) else " " * left, "dim")
+        text.append("┤" if y in (0, rows // 2, rows - 1) else "│", "dim")
+        for letter, style in line:
+            text.append(letter, style)
+        text.append("\n")
+    text.append(" " * left + "└" + "─" * columns + "\n", "dim")
+    end = f"{x_high:.0f}"
+    text.append(" " * (left + 1) + "0" + "tokens per answer".center(columns - 1 - len(end)) + end, "dim")
+    return text

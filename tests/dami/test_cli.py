@@ -1,0 +1,202 @@
+"""The command line on the pair that ships: every command, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import dami
+import pytest
+from dami import cli
+from typer.testing import CliRunner, Result
+
+SHORT = ["--max-new-tokens", "6"]
+
+
+def run(*arguments: str, stdin: str = "") -> Result:
+    return CliRunner().invoke(cli.app, [*arguments], input=stdin, env={"COLUMNS": "100"})
+
+
+def records(result: Result) -> list[dict[str, object]]:
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_names_every_command(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 0
+    for command in ("demo", "generate", "describe", "bench", "version"):
+        assert f" {command} " in result.stdout
+
+
+def test_help_does_not_import_torch() -> None:
+    script = (
+        "import sys; from dami.cli import app; app(['--help'], standalone_mode=False); sys.exit('torch' in sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", script], env=environment, stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"dami {dami.__version__}\n"
+    result = run("version")
+    assert result.exit_code == 0
+    for name in ("dami", "python", "torch", "transformers", "triton", "CPU kernels", "GPU"):
+        assert any(line.startswith(name) for line in result.stdout.splitlines())
+
+
+def test_generate_shows_intensities_side_by_side() -> None:
+    result = run("generate", "What is 2 + 3?", "-l", "0", "-l", "0.25", *SHORT)
+    assert result.exit_code == 0, result.output
+    (line,) = [line for line in result.stdout.splitlines() if "λ=0 " in line]
+    assert "λ=0.25" in line
+    assert "What is 2 + 3?" in result.stdout
+    assert "\x1b" not in result.stdout
+
+
+def test_generate_answers_at_three_intensities_unless_told() -> None:
+    answers = records(run("generate", "What is 2 + 3?", "--json", *SHORT))
+    assert [answer["intensity"] for answer in answers] == [0.0, 0.5, 1.0]
+    assert list(answers[0]) == ["prompt", "intensity", "thought", "text", "tokens", "finished"]
+
+
+def test_generate_is_repeatable_and_heeds_its_seed() -> None:
+    prompts = ["What is 27 + 38 - 14 + 9?"] * 8
+    first, again, other = (run("generate", *prompts, "--json", "-l", "1", "--seed", seed) for seed in ("1", "1", "2"))
+    assert records(first) == records(again) != records(other)
+
+
+def test_generate_greedily_ignores_the_seed() -> None:
+    first, other = (
+        run("generate", "What is 2 + 3?", "--json", "--greedy", "--seed", seed, *SHORT) for seed in ("1", "2")
+    )
+    assert records(first) == records(other)
+
+
+def test_generate_reads_a_file_and_batches_do_not_change_greedy_answers(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    lines = ["What is 2 + 3?", "", '{"prompt": "gcd(12, 18)"}', '{"messages": [{"role": "user", "content": "1 + 1"}]}']
+    file.write_text("\n".join(lines))
+    options = ["--file", str(file), "--json", "--greedy", "-l", "0", "-l", "1", *SHORT]
+    together, apart = records(run("generate", *options)), records(run("generate", *options, "--batch-size", "1"))
+    assert together == apart
+    assert [answer["prompt"] for answer in together[::2]] == [
+        "What is 2 + 3?",
+        "gcd(12, 18)",
+        [{"role": "user", "content": "1 + 1"}],
+    ]
+
+
+def test_generate_reads_stdin() -> None:
+    answers = records(run("generate", "--json", "-l", "0", *SHORT, stdin="1 + 1\n2 + 2\n"))
+    assert [answer["prompt"] for answer in answers] == ["1 + 1", "2 + 2"]
+
+
+@pytest.mark.parametrize("intensities", [["-l", "1"], ["-l", "0", "-l", "1"]])
+def test_generate_streams_the_same_answer(intensities: list[str]) -> None:
+    options = ["What is 27 + 38?", "--greedy", *intensities, *SHORT]
+    told = records(run("generate", "--json", *options))[-1]
+    result = run("generate", "--stream", *options)
+    assert result.exit_code == 0, result.output
+    assert str(told["text"]) in result.stdout
+
+
+def test_generate_raw_skips_the_chat_template() -> None:
+    with_template, raw = (run("generate", "1 + 1 =", "--json", "--greedy", *SHORT, *flag) for flag in ([], ["--raw"]))
+    assert records(with_template) != records(raw)
+
+
+def test_describe_accounts_for_every_parameter() -> None:
+    result = run("describe")
+    assert result.exit_code == 0, result.output
+    model, _ = dami.load_pair(*dami.example_pair())
+    description = dami.describe(model)
+    assert f"{len(description.rows)} parameters" in result.stdout
+    for name in ("q_proj", "gate_proj", "input_layernorm", "embed_tokens", "lm_head"):
+        assert name in result.stdout
+    assert result.stdout == run("describe", *map(str, dami.example_pair())).stdout
+
+
+def test_demo_leaves_a_picture_and_numbers(tmp_path: Path) -> None:
+    result = run("demo", "--questions", "2", "--output", str(tmp_path / "new" / "directory"))
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "new" / "directory" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((tmp_path / "new" / "directory" / "demo.json").read_text())
+    assert [p["intensity"] for p in record["points"]] == [n / 10 for n in range(11)]
+    assert all(p["questions"] == 2 for p in record["points"])
+    assert len(record["shown"]) == 15
+    # One pair against eleven copies.
+    assert record["copies"]["weights"] / record["patched"]["weights"] == pytest.approx(5.5, rel=0.01)
+    assert len(record["copies"]["texts"]) == len(record["patched"]["texts"]) == 55
+
+
+def test_bench_runs_the_checkouts_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    script = tmp_path / "benchmarks" / "linear.py"
+    script.write_text("import pathlib, sys; pathlib.Path('ran').write_text(' '.join(sys.argv[1:])); sys.exit(3)")
+    monkeypatch.setattr(cli, "CHECKOUT", tmp_path)
+    assert run("bench", "--quick", "-n", "1").exit_code == 3
+    assert (tmp_path / "ran").read_text() == "--quick -n 1"
+
+
+def test_bench_outside_a_checkout_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cli, "CHECKOUT", tmp_path)
+    result = run("bench")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "make bench" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such-command"], "No such command"),
+        (["generate", "hi", "--no-such-option"], "No such option"),
+        (["generate", "hi", "-l", "abc"], "λ must be a finite number such as 0.5, got 'abc'"),
+        (["generate", "hi", "-l", "nan"], "λ must be a finite number such as 0.5, got 'nan'"),
+        (["generate", "hi", "-l", "inf"], "λ must be a finite number such as 0.5, got 'inf'"),
+        (["generate"], "no prompts: stdin is empty"),
+        (["generate", "--file", "no/such/file"], "no/such/file"),
+        (["generate", "hi", "--file", __file__], "prompts come as arguments or with --file, got both"),
+        (["generate", "hi", "--stream", "--json"], "--stream and --json exclude each other"),
+        (["generate", "hi", "--greedy", "--top-p", "0.5"], "--greedy excludes --top-p"),
+        (["generate", "hi", "--temperature", "-1"], "temperature"),
+        (["generate", "hi", "--top-p", "2"], "--top-p"),
+        (["generate", "hi", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["generate", "hi", "--pair", "./no/such", "./directory"], "no/such"),
+        (["generate", "hi", "--pair", "one"], "--pair"),
+        (["describe", "one"], "a pair is two directories or hub names, got 1"),
+        (["describe", "./no/such", "./directory"], "no/such"),
+        (["demo", "--output", __file__], "is a file"),
+        (["demo", "--questions", "0"], "--questions"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert result.stderr.startswith("dami: error: ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{1 + 1}", "stdin, line 2 starts with { but is not JSON"),
+        ('{"ask": "1 + 1"}', 'stdin, line 2 must have "prompt" or "messages", got [\'ask\']'),
+    ],
+)
+def test_a_bad_line_is_named(line: str, message: str) -> None:
+    result = run("generate", stdin=f"1 + 1\n{line}\n")
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_prompts_are_wanted_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
+    with pytest.raises(cli.typer.Exit):
+        cli.read_prompts([], None)

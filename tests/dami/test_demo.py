@@ -1,0 +1,219 @@
+"""The demo's pieces: choosing questions, judging, intervals, points, costs, plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from dami import demo, plots, terminal
+from dami.chat import Answer
+from dami.demo import Point, Question
+from rich.console import Console
+from torch import nn
+
+QUESTIONS = [
+    Question(task, level, f"{task} {level} {n}", str(n))
+    for task in ("gcd", "sum")
+    for level in (1, 2, 3)
+    for n in range(4)
+]
+
+
+def answer(intensity: float, text: str, tokens: int = 5, thought: str = "") -> Answer:
+    return Answer("?", intensity, thought, text, tokens, True)
+
+
+def point(intensity: float, accuracy: float, tokens: float) -> Point:
+    return Point(
+        intensity,
+        50,
+        accuracy,
+        accuracy - 0.1,
+        accuracy + 0.1,
+        tokens,
+        tokens - 4,
+        tokens + 4,
+        {1: accuracy, 2: accuracy / 2},
+    )
+
+
+CURVE = [point(0.0, 0.2, 10.0), point(0.5, 0.5, 40.0), point(1.0, 0.8, 90.0)]
+
+
+def test_rising_takes_one_question_of_each_level_and_tasks_by_turns() -> None:
+    chosen = demo.rising(QUESTIONS, seed=0)
+    assert [q.level for q in chosen] == [1, 2, 3]
+    assert chosen[0].task != chosen[1].task
+    assert chosen == demo.rising(QUESTIONS, seed=0)
+    assert chosen != demo.rising(QUESTIONS, seed=1)
+
+
+def test_spread_takes_alike_of_every_task_and_level() -> None:
+    chosen = demo.spread(QUESTIONS, 12)
+    assert [q.level for q in chosen] == sorted(q.level for q in chosen)
+    counts = [sum((q.task, q.level) == group for q in chosen) for group in {(q.task, q.level) for q in QUESTIONS}]
+    assert counts == [2] * 6
+    assert sorted(demo.spread(QUESTIONS, 10**6), key=str) == sorted(QUESTIONS, key=str)
+
+
+def test_the_shipped_questions_can_be_read_and_have_every_level_of_every_task() -> None:
+    questions = demo.read_questions(demo.example_pair()[0].parent / "questions.jsonl")
+    tasks, levels = {q.task for q in questions}, {q.level for q in questions}
+    assert {(q.task, q.level) for q in questions} == {(t, level) for t in tasks for level in levels}
+    assert len(tasks) >= 3
+    assert len(levels) == 5
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted", "right"),
+    [
+        ("73", "73", True),
+        ("The answer is 73.", "73", True),
+        ("it is **1,073** legs", "1073", True),
+        ("-73", "73", False),
+        ("-73", "-73", True),
+        ("73 or 74", "73", False),
+        ("730", "73", False),
+        ("", "73", False),
+        ("It was a Tuesday.", "Tuesday", True),
+        ("Monday", "Tuesday", False),
+    ],
+)
+def test_is_right_reads_the_last_number_or_word(said: str, wanted: str, right: bool) -> None:
+    assert demo.is_right(said, wanted) is right
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 10), (10, 10), (3, 10), (57, 120)])
+def test_wilson_solves_its_equation(right: int, count: int) -> None:
+    """The ends are the proportions π at which the observed one is just z standard deviations away."""
+    for end in demo.wilson(right, count):
+        assert 0 <= end <= 1
+        assert (right / count - end) ** 2 == pytest.approx(demo.Z95**2 * end * (1 - end) / count, abs=1e-12)
+
+
+def test_summarise_gives_a_point_per_intensity() -> None:
+    easy, hard = Question("sum", 1, "1+1", "2"), Question("sum", 2, "9+9", "18")
+    asked = [easy, easy, hard, hard]
+    answers = [answer(0.0, "2", 1), answer(1.0, "2", 30), answer(0.0, "17", 3), answer(1.0, "18", 50)]
+    instruct, thinking = demo.summarise(asked, answers)
+    assert (instruct.intensity, thinking.intensity) == (0.0, 1.0)
+    assert (instruct.accuracy, thinking.accuracy) == (0.5, 1.0)
+    assert instruct.accuracy_by_level == {1: 1.0, 2: 0.0}
+    assert (instruct.tokens, thinking.tokens) == (2.0, 40.0)
+    assert thinking.tokens_high - 40 == pytest.approx(40 - thinking.tokens_low)
+    # half-width z·s/√n, s = √((10² + 10²) / 1)
+    assert thinking.tokens_high - 40 == pytest.approx(demo.Z95 * 10)
+    assert instruct.accuracy_low < 0.5 < instruct.accuracy_high
+
+
+def test_sweep_keeps_all_intensities_of_a_question_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[list[tuple[str, float]]] = []
+
+    def ask(model: object, tokenizer: object, prompts: list[str], lams: list[float]) -> list[Answer]:
+        batches.append(list(zip(prompts, lams, strict=True)))
+        return [answer(lam, "") for lam in lams]
+
+    monkeypatch.setattr(demo, "ask", ask)
+    done: list[int] = []
+    asked, answers = demo.sweep(None, None, QUESTIONS[:5], (0.0, 0.5, 1.0), rows=7, on_batch=done.append)  # type: ignore[arg-type]
+    assert done == [6, 6, 3]
+    assert len(asked) == len(answers) == 15
+    for batch in batches:
+        assert all(batch.count((prompt, lam)) == 1 for prompt, _ in batch for lam in (0.0, 0.5, 1.0))
+
+
+def test_merged_copy_is_the_lerp_rounded_once_and_leaves_the_ends_alone() -> None:
+    ends = [nn.Linear(5, 3).bfloat16() for _ in range(2)]
+    before = [end.weight.clone() for end in ends]
+    merged = demo.merged_copy(*ends, 0.3)
+    exact = before[0].double() + 0.3 * (before[1].double() - before[0].double())
+    assert isinstance(merged, nn.Linear)
+    assert (merged.weight.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+    assert all(torch.equal(end.weight, weight) for end, weight in zip(ends, before, strict=True))
+
+
+def test_measured_sees_memory_that_was_held_and_given_back() -> None:
+    with demo.measured(torch.device("cpu")) as used:
+        torch.ones(32 * 2**20, dtype=torch.uint8)
+    assert used["seconds"] > 0
+    if used["peak"] is not None:  # a system that tells
+        assert 30 * 2**20 < used["peak"] < 60 * 2**20
+
+
+def test_verdict_names_both_sides_and_how_many_answers_agree() -> None:
+    patched = demo.Cost(7_000_000, 5_000_000, 2.0, 90, ["a", "b"])
+    copies = demo.Cost(38_500_000, None, 9.0, 90, ["a", "c"])
+    line = demo.verdict(patched, copies, 11).plain
+    for part in ("11 λ", "2.0 s", "7.0 MB", "5.0 MB", "9.0 s", "38.5 MB", "4.5×", "5.5", "1 of 2"):
+        assert part in line
+
+
+def test_the_picture_is_a_png_of_a_readable_size(tmp_path: Path) -> None:
+    plots.save_curve(CURVE, tmp_path / "curve.png", "title")
+    content = (tmp_path / "curve.png").read_bytes()
+    assert content.startswith(b"\x89PNG")
+    width, height = (int.from_bytes(content[place : place + 4], "big") for place in (16, 20))
+    assert width >= 1200
+    assert height >= 500
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_drawn_curve_fits_and_puts_points_where_they_belong(width: int) -> None:
+    lines = plots.draw_curve(CURVE, width).plain.split("\n")
+    assert max(map(len, lines)) <= width
+    dots = [(y, x) for y, line in enumerate(lines) for x, sign in enumerate(line) if sign == "●"]
+    assert len(dots) == 3
+    by_tokens = sorted(dots, key=lambda dot: dot[1])
+    assert [y for y, _ in by_tokens] == sorted((y for y, _ in dots), reverse=True)  # more tokens, higher up
+    for (y, x), p in zip(by_tokens, CURVE, strict=True):
+        assert lines[y][x + 1 :].startswith(f"{p.intensity:g}")
+
+
+def test_a_curve_of_one_value_can_be_drawn() -> None:
+    assert plots.draw_curve([point(0.0, 0.1, 3.0)], 80).plain.count("●") == 1
+
+
+def test_colors_run_from_cool_to_warm_and_stay_at_the_ends() -> None:
+    assert plots.color(0.0) == plots.color(-3.0) == plots.COLORS[0]
+    assert plots.color(0.5) == plots.COLORS[1]
+    assert plots.color(1.0) == plots.color(2.0) == plots.COLORS[2]
+
+
+def printed(renderable: object, width: int) -> str:
+    console = Console(width=width, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(renderable)
+    return console.export_text()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("count", [1, 3, 11])
+def test_answers_stand_side_by_side_at_any_width(width: int, count: int) -> None:
+    answers = [answer(k / 10, f"answer{k}", 100 + k, f"start{k} " + "and on " * 199 + f"end{k}") for k in range(count)]
+    text = printed(terminal.side_by_side(answers, Console(width=width), "title", [True] * count), width)
+    assert max(map(len, text.splitlines())) <= width
+    for k in range(count):
+        for part in (f"λ={k / 10:g}", f"{100 + k} tokens", f"start{k}", f"end{k}", f"answer{k}"):
+            assert part in text
+    assert text.count("✓") == count
+    assert "more lines" in text
+
+
+def test_a_thought_in_the_making_shows_its_end() -> None:
+    answers = [answer(0.5, "", 100, "start " + "and on " * 199 + "end")]
+    text = printed(terminal.side_by_side(answers, Console(width=80), tail=True), 80)
+    assert "start" not in text
+    assert "end" in text
+    assert "no answer" in text
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"), [(0, "0 B"), (999, "999 B"), (3_430_000, "3.4 MB"), (512_000_000, "512 MB"), (2e15, "2000 TB")]
+)
+def test_size(nbytes: float, text: str) -> None:
+    assert terminal.size(nbytes) == text
+
+
+@pytest.mark.parametrize(("numbers", "text"), [([0], "0"), ([0, 1, 2], "0-2"), ([0, 2, 3, 7], "0,2-3,7"), ([], "")])
+def test_runs(numbers: list[int], text: str) -> None:
+    assert terminal.runs(numbers) == text
