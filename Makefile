@@ -1,0 +1,56 @@
+# Everything below sets itself up in .venv: a machine needs python3 (3.10 to 3.13), make and a C++ compiler.
+# An installed torch is kept; else this one comes. Another build, for a CPU or for your CUDA, as pytorch.org names it:
+#     make demo TORCH="torch --index-url https://…"
+TORCH  ?= torch==2.13.0
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench gpu-test clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.package ## Set up, then see the idea work: two minutes
+	$(BIN)/dami demo $(ARGS)
+
+test: lint ## Check the style and run the tests; ARGS="-k linear" chooses, ARGS="-m slow" runs the long ones
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.test ## Check the style and the types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/.package ## Time the operators against plain PyTorch
+	$(BIN)/dami bench $(ARGS)
+
+gpu-test: $(VENV)/.test ## Run the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+clean: ## Remove what was built, but not .venv
+	rm -rf build dist *.egg-info dami_kernels/_C*.so $(VENV)/.package $(VENV)/.test
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-output
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+	    echo "Python 3.10 to 3.13 is needed, $(PYTHON) is: $$($(PYTHON) --version 2>&1). Name one: make PYTHON=python3.12 …"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+	    rm -rf $(VENV); echo "This Python cannot make virtual environments. On Debian or Ubuntu: apt install python3-venv"; exit 1; }
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install $(TORCH)
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.torch $(SOURCES)
+	$(PIP) install -q -e .
+	@touch $@
+
+# Torch for CUDA brings its own Triton; beside another torch the tests, which only compile with it, bring this one.
+$(VENV)/.test: $(VENV)/.torch $(SOURCES)
+	$(PIP) install -q -e '.[test]'
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -q 'triton==3.6.*'
+	@touch $(VENV)/.package $@
