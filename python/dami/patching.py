@@ -114,7 +114,8 @@ def interpolate(model: PreTrainedModel, thinking: Iterable[tuple[str, Tensor]], 
             continue
         covered = covering.get(id(base))
         if covered is None:
-            refused.append(name)
+            holder, _, local = name.rpartition(".")
+            refused.append(f"{holder or 'the model'} ({type(model.get_submodule(holder)).__name__}): {local}")
         else:
             chosen = format if base.dim() > 1 else "pair"
             weight = LerpWeight.pack(covered.layout(base.detach()), covered.layout(target), chosen)

@@ -1,0 +1,239 @@
+"""λ as a user gives it: to forward, to generate, to a part of the model for a while."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import dami
+import numpy as np
+import pytest
+import torch
+from dami.dial import as_lam
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from tests.dami.families import VOCABULARY, batch, pair, references
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return dami.patch_model(*pair("qwen3"))
+
+
+@pytest.mark.parametrize(
+    ("intensity", "lam"),
+    [
+        (0.25, torch.tensor(0.25)),
+        (1, torch.tensor(1.0)),
+        (np.float32(0.5), torch.tensor(0.5)),
+        ([0, 0.5, -1.5], torch.tensor([0.0, 0.5, -1.5])),
+        ((0.25,), torch.tensor([0.25])),
+        (np.array([0.0, 2.0]), torch.tensor([0.0, 2.0])),
+        (torch.tensor(0.5, dtype=torch.float64), torch.tensor(0.5)),
+        (torch.tensor([0.5, 1.0], dtype=torch.bfloat16), torch.tensor([0.5, 1.0])),
+    ],
+    ids=repr,
+)
+def test_intensity_is_a_number_or_one_per_sequence(intensity: Any, lam: torch.Tensor) -> None:
+    got = as_lam(intensity, CPU)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, lam)
+
+
+BAD = [
+    (float("nan"), ValueError, "intensity must be finite, got nan"),
+    ([0.0, 0.5, 1.0, float("inf")], ValueError, r"intensity must be finite, got \[0.0, 0.5, 1.0, inf\]"),
+    (torch.tensor(float("nan")), ValueError, "intensity must be finite"),
+    ([0.0, 1.0], ValueError, "intensity must be a real number, or one per sequence, got 2 for 4 sequences"),
+    ([], ValueError, r"intensity must be a real number, or one per sequence, got shape \[0\]"),
+    (torch.zeros(4, 1), ValueError, r"intensity must be a real number, or one per sequence, got shape \[4, 1\]"),
+    (torch.zeros(4, dtype=torch.long), TypeError, "as a floating-point tensor, got torch.int64"),
+    (torch.zeros(4, dtype=torch.complex64), TypeError, "as a floating-point tensor, got torch.complex64"),
+    ("0.5", TypeError, "intensity must be a real number, or one per sequence, got str"),
+    ([0.0, "1", 0.5, 1.0], TypeError, "intensity must be a real number, or one per sequence, got"),
+    (True, TypeError, "intensity must be a real number, or one per sequence, got True"),
+    (1j, TypeError, "intensity must be a real number, or one per sequence, got complex"),
+    (lambda step, sequence: 0.5, TypeError, "intensity must be a real number, or one per sequence, got function"),
+]
+
+
+@pytest.mark.parametrize(("intensity", "error", "message"), BAD, ids=[repr(case[0])[:40] for case in BAD])
+@torch.no_grad()
+def test_a_bad_intensity_is_refused_and_leaves_the_model_as_it_was(
+    model: PreTrainedModel, intensity: Any, error: type[Exception], message: str
+) -> None:
+    inputs = batch("left")
+    before = model(**inputs, intensity=0.3).logits
+    with dami.intensity(model, 0.3):
+        with pytest.raises(error, match=message):
+            model(**inputs, intensity=intensity)
+        with pytest.raises(error, match=message):
+            model.generate(**inputs, intensity=intensity, max_new_tokens=2)
+        if "for 4 sequences" not in message:
+            with pytest.raises(error, match=message), dami.intensity(model, intensity):
+                pass
+        assert torch.equal(model(**inputs).logits, before)
+
+
+@torch.no_grad()
+def test_intensity_is_zero_until_given_and_again_afterwards(model: PreTrainedModel) -> None:
+    inputs = batch("left")
+    plain = model(**inputs, intensity=0.0).logits
+    half = model(**inputs, intensity=0.5).logits
+    assert not torch.equal(plain, half)
+    assert torch.equal(model(**inputs).logits, plain)
+    with dami.intensity(model, 0.5):
+        assert torch.equal(model(**inputs).logits, half)
+        assert torch.equal(model(**inputs, intensity=0.0).logits, plain)
+        with dami.intensity(model, [0.0] * 4):
+            assert torch.equal(model(**inputs).logits, plain)
+        assert torch.equal(model(**inputs).logits, half)
+        with pytest.raises(KeyError, match="on the way"), dami.intensity(model, 0.9):
+            raise KeyError("on the way")
+        assert torch.equal(model(**inputs).logits, half)
+    assert torch.equal(model(**inputs).logits, plain)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "pattern"),
+    [
+        ({"layers": [1]}, r"layers\.1\."),
+        ({"layers": range(2)}, r"layers\."),
+        ({"modules": "attn"}, r"self_attn\.._proj"),
+        ({"modules": "mlp"}, r"mlp"),
+        ({"modules": ["norm"]}, r"norm"),
+        ({"modules": ["embed", "head"]}, r"embed_tokens|lm_head"),
+        ({"modules": "*.q_proj"}, r"q_proj"),
+        ({"layers": [0], "modules": ["mlp", "*.k_norm"]}, r"layers\.0\.(mlp|self_attn\.k_norm)"),
+    ],
+    ids=repr,
+)
+@torch.no_grad()
+def test_a_part_of_the_model_at_its_own_intensity(chosen: dict[str, Any], pattern: str) -> None:
+    """Against a plain model with those parameters of the thinking end, and all others of the instruct end."""
+    import re
+
+    instruct, thinking = pair("qwen3")
+    inputs = batch("left")
+    reference, _ = pair("qwen3")
+    other = dict(thinking.named_parameters())
+    for name, parameter in reference.named_parameters():
+        if re.search(pattern, name):
+            parameter.copy_(other[name])
+    if "embed" in str(chosen):  # tied, and both are named
+        reference.tie_weights()
+    model = dami.patch_model(instruct, thinking)
+    plain = model(**inputs).logits
+    with dami.intensity(model, [1.0] * 4, **chosen):
+        part = model(**inputs, intensity=0.0).logits
+    torch.testing.assert_close(part, reference(**inputs).logits)
+    assert not torch.allclose(part, plain)
+    assert torch.equal(model(**inputs).logits, plain)
+
+
+@torch.no_grad()
+def test_of_two_parts_the_inner_holds(model: PreTrainedModel) -> None:
+    inputs = batch("left")
+    with dami.intensity(model, 0.4, layers=[0]):
+        outer = model(**inputs).logits
+        with dami.intensity(model, 0.9, layers=[0, 1]):
+            inner = model(**inputs).logits
+        assert torch.equal(model(**inputs).logits, outer)
+    with dami.intensity(model, 0.9, layers=[0, 1]):
+        assert torch.equal(model(**inputs).logits, inner)
+
+
+def test_a_part_that_does_not_exist_is_refused(model: PreTrainedModel) -> None:
+    message = (
+        r"layers=\[7\] and modules='mlp' name no interpolated module; there are layers \[0, 1\] and modules \['attn'"
+    )
+    with pytest.raises(ValueError, match=message), dami.intensity(model, 0.5, layers=[7], modules="mlp"):
+        pass
+
+
+def test_only_a_patched_model_has_an_intensity() -> None:
+    plain, _ = pair("qwen3")
+    for use in (
+        lambda: dami.intensity(plain, 0.5).__enter__(),
+        lambda: dami.describe(plain),
+        lambda: dami.unpatch_model(plain),
+    ):
+        with pytest.raises(
+            TypeError, match=r"model must be patched by dami.patch_model or dami.load_pair, got Qwen3ForCausalLM"
+        ):
+            use()
+
+
+@torch.no_grad()
+def test_a_batch_that_is_no_multiple_of_the_intensities_is_refused(model: PreTrainedModel) -> None:
+    inputs = batch("left")
+    with dami.intensity(model, [0.0, 0.5, 1.0]):
+        with pytest.raises(ValueError, match="intensity must hold one number per sequence, got 3 for 4 sequences"):
+            model(**inputs)
+        with pytest.raises(ValueError, match=r"one number per sequence, got 3 for an input of shape \[4, 7\]"):
+            model.model(**inputs)
+
+
+@torch.no_grad()
+def test_embeddings_may_stand_for_ids(model: PreTrainedModel) -> None:
+    inputs = batch("left")
+    lam = [0.0, 0.3, 0.7, 1.0]
+    wanted = model(**inputs, intensity=lam).logits
+    tokens = model.generate(**inputs, intensity=lam, max_new_tokens=3, do_sample=False)[:, -3:]
+    with dami.intensity(model, lam):
+        embedded = {"inputs_embeds": model.get_input_embeddings()(inputs.pop("input_ids")), **inputs}
+    assert torch.equal(model(**embedded, intensity=lam).logits, wanted)
+    assert torch.equal(model.generate(**embedded, intensity=lam, max_new_tokens=3, do_sample=False), tokens)
+    with pytest.raises(ValueError, match="got 3 for 4 sequences"):
+        model.generate(**embedded, intensity=lam[:3], max_new_tokens=3)
+
+
+@torch.no_grad()
+def test_prompts_come_by_position_or_not_at_all(model: PreTrainedModel) -> None:
+    ids = torch.randint(3, VOCABULARY, (2, 5))
+    lam = [0.0, 1.0]
+    options = {"max_new_tokens": 4, "do_sample": False}
+    wanted = model.generate(input_ids=ids, intensity=lam, **options)
+    assert torch.equal(model.generate(ids, intensity=lam, **options), wanted)
+    assert torch.equal(model.generate(inputs=ids, intensity=lam, **options), wanted)
+    plain = references("qwen3", 1.0)[0]
+    assert torch.equal(model.generate(intensity=[1.0], **options), plain.generate(**options))
+    with pytest.raises(ValueError, match="got 2 for 1 sequences"):
+        model.generate(intensity=lam, **options)
+
+
+def test_a_streamer_gets_each_token(model: PreTrainedModel) -> None:
+    class Keep(BaseStreamer):
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.tokens += value.flatten().tolist()
+
+        def end(self) -> None:
+            pass
+
+    ids, streamer = torch.randint(3, VOCABULARY, (1, 5)), Keep()
+    tokens = model.generate(ids, intensity=0.37, max_new_tokens=6, do_sample=False, streamer=streamer)
+    assert streamer.tokens == tokens[0].tolist()
+    assert torch.equal(tokens, references("qwen3", 0.37)[0].generate(ids, max_new_tokens=6, do_sample=False))
+
+
+def test_transformers_reads_the_signatures_it_knows(model: PreTrainedModel) -> None:
+    for name in ("forward", "generate"):
+        patched = inspect.signature(getattr(model, name)).parameters
+        original = inspect.signature(getattr(model.dami_patch.original, name)).parameters
+        assert [key for key in patched if key != "intensity"] == [key for key in original if key != "self"]
+        assert patched["intensity"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert type(model).__name__ == "Qwen3ForCausalLM"
+    assert model.can_generate()
+
+
+def test_the_assistant_of_assisted_decoding_may_be_plain(model: PreTrainedModel) -> None:
+    ids = torch.randint(3, VOCABULARY, (1, 5))
+    assistant, _ = pair("qwen3")
+    tokens = model.generate(ids, intensity=0.37, max_new_tokens=6, do_sample=False, assistant_model=assistant)
+    assert torch.equal(tokens, references("qwen3", 0.37)[0].generate(ids, max_new_tokens=6, do_sample=False))

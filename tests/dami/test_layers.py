@@ -1,0 +1,231 @@
+"""What is patched, and what is refused: by module type, shape and what a module computes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import dami
+import pytest
+import torch
+from dami.layers import LerpRMSNorm, kind_of
+from torch import Tensor, nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
+from transformers.pytorch_utils import Conv1D
+
+from tests.dami.families import batch, merged, pair, references
+
+
+class Cosine(nn.Module):
+    """Divides by the norm, not by the root of the mean square."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(16))
+        self.eps = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.square().sum(-1, keepdim=True) + self.eps)
+
+
+class Gate(nn.Module):
+    """A vector of weights as a norm has, and another signature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return self.weight * x * gate
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("module", "eps", "offset"),
+    [
+        (LlamaRMSNorm(16, eps=1e-5), 1e-5, 0.0),
+        (Gemma3RMSNorm(16, eps=1e-6), 1e-6, 1.0),
+        (T5LayerNorm(16, eps=1e-3), 1e-3, 0.0),
+        (nn.RMSNorm(16, eps=1e-4), 1e-4, 0.0),
+        (nn.RMSNorm(16), torch.finfo(torch.float32).eps, 0.0),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+)
+def test_the_formula_of_a_norm_is_found_by_running_it(
+    module: nn.Module, eps: float, offset: float, dtype: torch.dtype
+) -> None:
+    assert kind_of(copy.deepcopy(module).to(dtype)) == (LerpRMSNorm, {"eps": eps, "offset": offset})
+
+
+class Scaled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class Rewritten(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.T.abs()
+
+
+def _overridden() -> nn.Module:
+    module = nn.Linear(16, 16)
+    module.forward = module.forward  # type: ignore[method-assign]
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "covered"),
+    [
+        (nn.Linear(16, 16), True),
+        (Scaled(16, 16), True),
+        (Rewritten(16, 16), False),
+        (_overridden(), False),
+        (Conv1D(16, 16), True),
+        (nn.Embedding(9, 16), True),
+        (nn.Embedding(9, 16, max_norm=1.0), False),
+        (nn.LayerNorm(16), True),
+        (nn.LayerNorm(16, bias=False), True),
+        (nn.LayerNorm((4, 4)), False),
+        (nn.BatchNorm1d(16), False),
+        (Cosine(), False),
+        (Gate(), False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+)
+def test_a_module_is_patched_only_if_a_kind_computes_what_it_does(module: nn.Module, covered: bool) -> None:
+    assert (kind_of(module) is not None) == covered
+
+
+def test_identical_parameters_stay_untouched_and_cost_nothing() -> None:
+    model, thinking = pair("llama")
+    with torch.no_grad():
+        thinking.model.layers[0].mlp.load_state_dict(model.model.layers[0].mlp.state_dict())
+        thinking.model.layers[1].self_attn.q_proj.weight.copy_(model.model.layers[1].self_attn.q_proj.weight)
+        thinking.model.layers[1].self_attn.k_proj.bias.copy_(model.model.layers[1].self_attn.k_proj.bias)
+    reference = merged(model, thinking, 0.37, torch.float32)
+    inputs = batch("left")
+    wanted = reference(**inputs).logits
+    dami.patch_model(model, thinking)
+    same = {row.name for row in dami.describe(model).rows if not row.interpolated}
+    assert same == {
+        *(f"model.layers.0.mlp.{name}_proj.{end}" for name in ("gate", "up", "down") for end in ("weight", "bias")),
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.layers.1.self_attn.k_proj.bias",
+    }
+    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+    rows = dami.describe(model).rows
+    assert all(row.nbytes == (2 if row.interpolated else 1) * 4 * torch.Size(row.shape).numel() for row in rows)
+    torch.testing.assert_close(model(**inputs, intensity=0.37).logits, wanted)
+
+
+def test_a_pair_of_one_model_is_that_model() -> None:
+    model, _ = pair("qwen3")
+    description = dami.describe(dami.patch_model(model, copy.deepcopy(model)))
+    assert not any(row.interpolated for row in description.rows)
+    assert type(model.model.norm).__name__ == "Qwen3RMSNorm"
+
+
+@torch.no_grad()
+def test_tied_parameters_stay_tied_at_both_ends() -> None:
+    model = dami.patch_model(*pair("gpt2"))
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.lm_head.weight_target is model.transformer.wte.weight_target
+
+
+@torch.no_grad()
+def test_conv1d_stores_no_further_copy() -> None:
+    model = dami.patch_model(*pair("gpt2"))
+    conv = model.transformer.h[0].mlp.c_fc
+    for end in (conv.weight, conv.weight_target):
+        assert end.shape == (conv.nx, conv.nf)
+        assert end.t().is_contiguous()
+    assert all(
+        tensor.data_ptr() in (conv.weight.data_ptr(), conv.weight_target.data_ptr())
+        for tensor in conv.ends("weight").tensors
+    )
+
+
+@torch.no_grad()
+def test_pair_shares_memory_with_the_thinking_model() -> None:
+    model, thinking = pair("llama")
+    dami.patch_model(model, thinking)
+    assert model.lm_head.weight_target.data_ptr() == thinking.lm_head.weight.data_ptr()
+    assert all(parameter.requires_grad for parameter in thinking.parameters())
+
+
+@torch.no_grad()
+def test_forward_hooks_go_on_working() -> None:
+    model, thinking = pair("qwen3")
+    seen: list[torch.Size] = []
+    model.model.layers[1].mlp.down_proj.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    dami.patch_model(model, thinking)
+    model(**batch("left"), intensity=[0.0, 0.3, 0.7, 1.0])
+    assert seen == [(4, 7, 24)]
+
+
+@torch.no_grad()
+def test_modules_under_accelerate_hooks_are_patched_and_restored() -> None:
+    from accelerate import dispatch_model
+
+    model, thinking = pair("gemma3")
+    dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    inputs = batch("left")
+    dami.patch_model(model, thinking)
+    for lam in (0.0, 1.0):
+        torch.testing.assert_close(model(**inputs, intensity=lam).logits, references("gemma3", lam)[0](**inputs).logits)
+    dami.unpatch_model(model)
+    torch.testing.assert_close(model(**inputs).logits, references("gemma3", 0.0)[0](**inputs).logits)
+
+
+@torch.no_grad()
+def test_a_patched_model_is_copied_and_pickled() -> None:
+    model = dami.patch_model(*pair("gemma3"))
+    inputs = batch("left")
+    wanted = model(**inputs, intensity=[0.0, 0.3, 0.7, 1.0]).logits
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.dami_patch.dial is not model.dami_patch.dial
+        assert twin.lm_head.lerp.dial is twin.dami_patch.dial
+        assert torch.equal(twin(**inputs, intensity=[0.0, 0.3, 0.7, 1.0]).logits, wanted)
+        dami.unpatch_model(twin)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_before_or_after_patching(dtype: torch.dtype) -> None:
+    inputs = batch("left")
+    before = dami.patch_model(*pair("qwen2", dtype))(**inputs, intensity=[0.0, 0.3, 0.7, 1.0]).logits
+    after = dami.patch_model(*pair("qwen2")).to(dtype)(**inputs, intensity=[0.0, 0.3, 0.7, 1.0]).logits
+    assert before.dtype == dtype
+    assert torch.equal(before, after)
+    full = dami.patch_model(*pair("qwen2"))(**inputs, intensity=[0.0, 0.3, 0.7, 1.0]).logits
+    plain = references("qwen2", 0.3)[0]
+    rounded = copy.deepcopy(plain).to(dtype)(**inputs).logits[1].float()
+    seen = inputs["attention_mask"][1].bool()
+    error, yardstick = ((logits - full[1])[seen].norm() for logits in (before[1].float(), rounded))
+    assert error < 2 * yardstick
+
+
+def test_gradients_reach_intensity_through_the_whole_model() -> None:
+    """Against autograd through plain models whose weights are merged by differentiable operations."""
+    instruct, thinking = pair("gpt2")
+    inputs = batch("left")
+    lam = torch.tensor([0.1, 0.4, 0.8, 1.0], requires_grad=True)
+
+    def loss(logits: Tensor) -> Tensor:
+        return (logits * torch.linspace(-1, 1, logits[0].numel()).view(logits[0].shape)).sum()
+
+    ends = [dict(end.named_parameters()) for end in (instruct, thinking)]
+    wanted = []
+    for row in range(4):
+        mine = lam[row].detach().requires_grad_()
+        weights = {name: torch.lerp(ends[0][name], ends[1][name], mine) for name in ends[0]}
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+        one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+        logits = torch.func.functional_call(instruct, weights, (), one).logits
+        wanted.append(torch.autograd.grad(loss(logits), mine)[0])
+    model = dami.patch_model(instruct, thinking)
+    loss(model(**inputs, intensity=lam).logits).backward()
+    torch.testing.assert_close(lam.grad, torch.stack(wanted), rtol=1e-3, atol=0)
+    assert all(parameter.grad is None for parameter in model.parameters())
