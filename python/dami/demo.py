@@ -257,8 +257,7 @@ def run(
         task = progress.add_task("answers", total=len(chosen) * len(SWEPT))
         rows, said = sweep(model, tokenizer, chosen, SWEPT, ROWS, lambda done: progress.advance(task, done))
     points = summarise(rows, said)
-    console.print(draw_curve(points, console.width))
-    console.print(point_table(points))
+    console.print(draw_curve(points, console.width), point_table(points), sep="\n\n")
     save_curve(points, output / "curve.png", f"{len(chosen)} held-out questions, 95 % intervals")
 
     console.rule("The price")
@@ -266,7 +265,9 @@ def run(
     patched = cost_of_patched(model, tokenizer, prompts, SWEPT)
     ends = [Checkpoint.find(end).model(dtype=model.dtype).to(model.device) for end in pair or example_pair()]
     copies = cost_of_copies([merged_copy(ends[0], ends[1], lam) for lam in SWEPT], tokenizer, prompts)
-    console.print(verdict(patched, copies, len(SWEPT)))
+    console.print(
+        price_table(patched, copies, len(SWEPT)), Text(verdict(patched, copies, len(SWEPT)), "bold"), sep="\n"
+    )
 
     record = {
         "versions": {"dami": __version__, "torch": torch.__version__},
@@ -301,17 +302,25 @@ def point_table(points: Sequence[Point]) -> Table:
     return table
 
 
-def verdict(patched: Cost, copies: Cost, count: int) -> Text:
-    """The line that compares one patched model with `count` merged copies."""
+def price_table(patched: Cost, copies: Cost, count: int) -> Table:
+    """What one patched model and `count` merged copies took for the same rows."""
+    rows = len(patched.texts)
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "time", "weights", "at work", "rows at once"):
+        table.add_column(name, justify="right" if name else "left", header_style="dim")
+    for name, cost, at_once in (
+        ("one patched model", patched, rows),
+        (f"{count} merged copies, one per λ", copies, rows // count),
+    ):
+        working = "unknown" if cost.peak is None else f"+ {size(cost.peak)}"
+        table.add_row(name, f"{cost.seconds:.1f} s", size(cost.weights), working, str(at_once))
+    return table
 
-    def told(cost: Cost) -> str:
-        working = "" if cost.peak is None else f" + {size(cost.peak)} at work"
-        return f"{cost.seconds:.1f} s, {size(cost.weights)} of weights{working}"
 
+def verdict(patched: Cost, copies: Cost, count: int) -> str:
+    """The line that proves the point."""
     same = sum(a == b for a, b in zip(patched.texts, copies.texts, strict=True))
-    return Text.assemble(
-        (f"{count} λ in one batch of one patched model: {told(patched)}", "bold"),
-        f"; one merged copy per λ: {told(copies)}. ",
-        f"{copies.seconds / patched.seconds:.1f}× the speed, 1/{copies.weights / patched.weights:.1f} of the weights, ",
-        f"{same} of {len(patched.texts)} answers the same (greedy).",
+    return (
+        f"{count} λ in one batch: {copies.seconds / patched.seconds:.1f}× the speed of {count} merged copies with "
+        f"{patched.weights / copies.weights:.0%} of their weights; {same} of {len(patched.texts)} greedy answers agree."
     )

@@ -44,10 +44,17 @@ def save_curve(points: Sequence[Point], path: Path, title: str) -> None:
             100 * p.accuracy,
             xerr=[[p.tokens - p.tokens_low], [p.tokens_high - p.tokens]],
             yerr=[[100 * (p.accuracy - p.accuracy_low)], [100 * (p.accuracy_high - p.accuracy)]],
-            fmt="o", color=rgb, ms=6, elinewidth=1, alpha=0.9, zorder=2,
+            fmt="none", ecolor=(*rgb, 0.45), elinewidth=1, zorder=2,
         )  # fmt: skip
+        left.plot(p.tokens, 100 * p.accuracy, "o", color=rgb, ms=6, zorder=3)
         left.annotate(
-            f"λ={p.intensity:g}", (p.tokens, 100 * p.accuracy), xytext=(7, -12), textcoords="offset points", fontsize=8
+            f"{'λ = ' if p is first else ''}{p.intensity:g}",
+            (p.tokens, 100 * p.accuracy),
+            xytext=(-5, 6),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color=rgb,
         )
     left.set(xlabel="tokens per answer", ylabel="right answers, %", ylim=(0, 100))
     left.set_xlim(left=0)
@@ -68,15 +75,15 @@ def save_curve(points: Sequence[Point], path: Path, title: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-def draw_curve(points: Sequence[Point], width: int, height: int = 14) -> Text:
+def draw_curve(points: Sequence[Point], width: int, height: int = 15) -> Text:
     """Draws accuracy in percent (upwards) against mean tokens (to the right) in `width` columns of text.
 
     A dot is a λ, the bar through it its 95 % interval, the fine line joins neighbours in λ.
     """
     left = 6
     columns, rows = width - left - 1, height
-    # A little room on both sides for the labels; whole tens of percent at the ends.
-    x_low, x_high = 0.0, 1.08 * max(p.tokens for p in points)
+    # Whole tens at the ends, and a little room on the right for the labels.
+    x_low, x_high = 0.0, 10 * (1.05 * max(p.tokens for p in points) // 10 + 1)
     y_low = 10 * (min(p.accuracy_low for p in points) * 10 // 1)
     y_high = min(100.0, 10 * (max(p.accuracy_high for p in points) * 10 // 1 + 1))
 
@@ -92,12 +99,12 @@ def draw_curve(points: Sequence[Point], width: int, height: int = 14) -> Text:
             x, y = place(a.tokens + t * (b.tokens - a.tokens), a.accuracy + t * (b.accuracy - a.accuracy))
             grid[y][x] = ("·", "dim")
     for p in points:
-        style = "rgb({},{},{})".format(*color(p.intensity))
+        style = "dim rgb({},{},{})".format(*color(p.intensity))
         x, top = place(p.tokens, p.accuracy_high)
         for y in range(top, place(p.tokens, p.accuracy_low)[1] + 1):
             grid[y][x] = ("│", style)
     for p in points:
-        style = "rgb({},{},{}) bold".format(*color(p.intensity))
+        style = "bold rgb({},{},{})".format(*color(p.intensity))
         x, y = place(p.tokens, p.accuracy)
         grid[y][x] = ("●", style)
         label = f"{p.intensity:g}"

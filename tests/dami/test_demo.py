@@ -141,11 +141,14 @@ def test_measured_sees_memory_that_was_held_and_given_back() -> None:
         assert 30 * 2**20 < used["peak"] < 60 * 2**20
 
 
-def test_verdict_names_both_sides_and_how_many_answers_agree() -> None:
-    patched = demo.Cost(7_000_000, 5_000_000, 2.0, 90, ["a", "b"])
-    copies = demo.Cost(38_500_000, None, 9.0, 90, ["a", "c"])
-    line = demo.verdict(patched, copies, 11).plain
-    for part in ("11 λ", "2.0 s", "7.0 MB", "5.0 MB", "9.0 s", "38.5 MB", "4.5×", "5.5", "1 of 2"):
+def test_the_price_names_both_sides_and_how_many_answers_agree() -> None:
+    patched = demo.Cost(7_000_000, 5_000_000, 2.0, 90, ["a", "b", "c", "d"])
+    copies = demo.Cost(14_000_000, None, 9.0, 90, ["a", "c", "c", "d"])
+    table = printed(demo.price_table(patched, copies, 2), 80).splitlines()
+    assert table[1].split() == ["one", "patched", "model", "2.0", "s", "7.0", "MB", "+", "5.0", "MB", "4"]
+    assert table[2].split() == ["2", "merged", "copies,", "one", "per", "λ", "9.0", "s", "14.0", "MB", "unknown", "2"]
+    line = demo.verdict(patched, copies, 2)
+    for part in ("2 λ", "4.5×", "50%", "3 of 4"):
         assert part in line
 
 
