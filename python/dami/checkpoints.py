@@ -16,7 +16,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from dami.patching import Header, config_mismatches, first_names, interpolate, patch_model, tensor_mismatches
+from dami.patching import (
+    Header,
+    config_mismatches,
+    first_names,
+    headers_of,
+    interpolate,
+    patch_model,
+    tensor_mismatches,
+)
 
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
 LEGACY_FILES = ["*.bin", "*.bin.index.json"]
@@ -56,7 +64,8 @@ def load_pair(
         options: any other arguments of `from_pretrained`, such as `attn_implementation`.
 
     Returns:
-        (model, tokenizer): the model as `dami.patch_model` returns it, in evaluation mode.
+        (model, tokenizer): the model as `dami.patch_model` returns it, in evaluation mode; the tokenizer is None if the
+        instruct end comes without one.
 
     Raises:
         ValueError: the ends do not match, a shard is missing, a file is corrupt, or a tensor that differs cannot be
@@ -70,27 +79,28 @@ def load_pair(
     tokenizers = [end.tokenizer() for end in ends]
     skeleton = _skeleton(configs[0])
     headers = [end.headers() for end in ends]
-    names = [_model_names(skeleton, header) for header in headers]
-    ignored = re.compile("|".join(skeleton._keys_to_ignore_on_load_unexpected or ["(?!)"]))
+    stored = [Stored.of(skeleton, header) for header in headers]
 
     mismatches = config_mismatches(*configs) + vocabulary_mismatches(*tokenizers)
-    if headers[0] and headers[1]:
-        known = [
-            {name.get(key, key): value for key, value in header.items() if key in name or not ignored.search(key)}
-            for name, header in zip(names, headers, strict=True)
-        ]
-        mismatches += tensor_mismatches(known[0], known[1], dtypes=dtype == "auto")
+    if configs[0].model_type == configs[1].model_type and headers[1]:
+        known = [{**end.headers, **end.strangers} for end in stored]
+        if not headers[0]:  # not in safetensors: its shapes are the model's
+            known[0] = {name: headers_of(skeleton)[name] for name in set(first_names(skeleton).values())}
+        mismatches += tensor_mismatches(known[0], known[1], dtypes=dtype == "auto" and bool(headers[0]))
+        if stored[1].complete:
+            both = stored[0].strangers.keys() & stored[1].strangers.keys()
+            mismatches += [f"{name}: in both ends, but not in the model" for name in sorted(both)]
     if mismatches:
         raise ValueError("\n  ".join([f"{instruct} and {thinking} do not match:", *mismatches]))
 
     model = ends[0].model(device_map=device_map, dtype=dtype, **options)
-    if headers[1] and set(names[1].values()) == set(first_names(skeleton).values()):
-        interpolate(model, ends[1].tensors(names[1]), format)
+    if stored[1].complete:
+        interpolate(model, ends[1].tensors(stored[1].names), format)
     else:
         logger.warning(f"{thinking} is not stored as the model is: loading it as a second model on the CPU first")
-        patch_model(model, ends[1].model(dtype=dtype if dtype != "auto" else model.dtype, **options), format)
+        patch_model(model, ends[1].model(dtype=model.dtype, **options), format)
     tokenizer = tokenizers[0]
-    if chat_template == "thinking" and tokenizers[1] is not None:
+    if chat_template == "thinking" and tokenizer is not None and tokenizers[1] is not None:
         tokenizer.chat_template = tokenizers[1].chat_template
     return model, tokenizer
 
@@ -187,14 +197,12 @@ class Checkpoint:
 
     def tensors(self, names: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
         """The stored tensors on the CPU, one at a time, each under its name in the model."""
-        bar = logging.tqdm(total=len(names), desc=f"Reading {self.directory.name}")
-        for file in self.files():
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118
-                    if name in names:
-                        yield names[name], tensors.get_tensor(name).clone()  # not a view of the file, which may change
+        with logging.tqdm(total=len(names), desc=f"Reading {self.directory.name}") as bar:
+            for file in self.files():
+                with safe_open(file, framework="pt") as tensors:
+                    for name in names.keys() & set(tensors.keys()):
+                        yield names[name], tensors.get_tensor(name).clone()  # not a view of a file that may change
                         bar.update()
-        bar.close()
 
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -217,15 +225,39 @@ def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config)
 
 
-def _model_names(skeleton: PreTrainedModel, stored: Mapping[str, Header]) -> dict[str, str]:
-    """The model's name of each stored tensor that has one: with or without the prefix of the base model.
+@dataclass(frozen=True)
+class Stored:
+    """What a checkpoint's stored tensors are in the model.
 
-    Of tied tensors one is enough, whichever is stored, and goes by the first's name.
+    Attributes:
+        names: the model's name of each tensor, by the stored name; of tied ones only one, under the first's name.
+        headers: shape and dtype by the model's name.
+        strangers: shape and dtype of what the model does not know, by the stored name.
+        complete: whether every tensor of the model is there.
     """
-    names: dict[str, str] = {}
-    prefix = f"{skeleton.base_model_prefix}."
-    for name, first in first_names(skeleton).items():
-        for spelling in (name, name.removeprefix(prefix), prefix + name):
-            if spelling in stored and first not in names.values():
-                names[spelling] = first
-    return names
+
+    names: dict[str, str]
+    headers: dict[str, Header]
+    strangers: dict[str, Header]
+    complete: bool
+
+    @classmethod
+    def of(cls, skeleton: PreTrainedModel, headers: Mapping[str, Header]) -> Stored:
+        """Finds each stored tensor in the model, with or without the prefix of the base model."""
+        firsts = first_names(skeleton)
+        prefix = f"{skeleton.base_model_prefix}."
+        ignored = re.compile("|".join(skeleton._keys_to_ignore_on_load_unexpected or ["(?!)"]))
+        found: dict[str, str] = {}  # stored name by the model's
+        strangers = {}
+        for name, header in headers.items():
+            known = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in firsts), None)
+            if known is not None:
+                found.setdefault(firsts[known], name)
+            elif not ignored.search(name):
+                strangers[name] = header
+        return cls(
+            names={name: known for known, name in found.items()},
+            headers={known: headers[name] for known, name in found.items()},
+            strangers=strangers,
+            complete=found.keys() == set(firsts.values()),
+        )

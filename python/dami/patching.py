@@ -194,6 +194,9 @@ def tensor_mismatches(instruct: Mapping[str, Header], thinking: Mapping[str, Hea
 def config_mismatches(instruct: PreTrainedConfig, thinking: PreTrainedConfig) -> list[str]:
     """One line for each setting that differs between two configs and changes what a forward pass computes."""
     ends = [_flat(config.to_dict()) for config in (instruct, thinking)]
+    for end in ends:
+        if end.get("quantization_config.quant_method") == "gguf":  # of the file: the loaded weights are plain
+            end.update({key: None for key in end if key.startswith("quantization_config.")})
     if instruct.model_type != thinking.model_type:  # nothing else compares
         ends = [{"model_type": config.model_type} for config in (instruct, thinking)]
     lines = []

@@ -1,0 +1,259 @@
+"""Loading a pair: what comes out, what is refused before a weight is read, and what it costs in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dami
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tests.dami.families import FAMILIES, batch, pair
+
+LAM = [0.0, 0.37, 1.0, 1.2]
+
+
+def save(model: PreTrainedModel, path: Path, words: int = 9, template: str = "", **options: Any) -> Path:
+    """Writes a checkpoint with a tokenizer of its own."""
+    model.save_pretrained(path, **options)
+    core = Tokenizer(models.WordLevel({f"w{i}": i for i in range(words)}, unk_token="w0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="w0", pad_token="w0")
+    tokenizer.chat_template = template or None
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def ends(tmp_path: Path) -> tuple[Path, Path]:
+    instruct, thinking = pair("llama")
+    return save(instruct, tmp_path / "instruct", template="I"), save(thinking, tmp_path / "thinking", template="T")
+
+
+def edit_config(path: Path, **changes: Any) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def edit_tensors(path: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(path / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_loaded_pair_is_the_patched_pair(family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    instruct, thinking = pair(family)
+    paths = save(instruct, tmp_path / "a"), save(thinking, tmp_path / "b", max_shard_size="20KB")
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) > 1
+    model, tokenizer = dami.load_pair(*paths)
+    assert "second model" not in caplog.text
+    assert not model.training
+    assert tokenizer.get_vocab()["w8"] == 8
+    dami.patch_model(instruct, thinking)
+    mine, theirs = (dict(m.named_parameters(remove_duplicate=False)) for m in (model, instruct))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    inputs = batch("left")
+    assert torch.equal(model(**inputs, intensity=LAM).logits, instruct(**inputs, intensity=LAM).logits)
+
+
+def test_dtype_and_chat_template_are_chosen(ends: tuple[Path, Path]) -> None:
+    model, tokenizer = dami.load_pair(*ends, dtype=torch.bfloat16, chat_template="thinking")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert tokenizer.chat_template == "T"
+    _, tokenizer = dami.load_pair(str(ends[0]), str(ends[1]), attn_implementation="eager")
+    assert tokenizer.chat_template == "I"
+    with pytest.raises(ValueError, match="chat_template must be 'instruct' or 'thinking', got 'both'"):
+        dami.load_pair(*ends, chat_template="both")  # type: ignore[arg-type]
+
+
+def test_device_map_places_both_ends(ends: tuple[Path, Path]) -> None:
+    model, _ = dami.load_pair(*ends, device_map={"": "cpu"})
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+@torch.no_grad()
+def test_a_pair_without_tokenizers(ends: tuple[Path, Path]) -> None:
+    for path in ends:
+        for file in path.glob("*token*"):
+            file.unlink()
+    _, tokenizer = dami.load_pair(*ends)
+    assert tokenizer is None
+
+
+@torch.no_grad()
+def test_tied_heads_may_be_stored_or_not_and_base_models_without_their_prefix(tmp_path: Path) -> None:
+    instruct, thinking = pair("gpt2")
+    paths = save(instruct, tmp_path / "a"), save(thinking, tmp_path / "b")
+
+    def as_first_published(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)  # a mask, once stored
+        tensors["lm_head.weight"] = tensors["wte.weight"].clone()
+
+    edit_tensors(paths[1], as_first_published)
+    model, _ = dami.load_pair(*paths)
+    inputs = batch("left")
+    assert torch.equal(
+        model(**inputs, intensity=LAM).logits, dami.patch_model(instruct, thinking)(**inputs, intensity=LAM).logits
+    )
+
+
+@torch.no_grad()
+def test_an_end_that_is_not_in_safetensors_is_loaded_as_a_model(
+    ends: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = dami.load_pair(*ends)[0]
+    for path in reversed(ends):
+        torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+        (path / "model.safetensors").unlink()
+        model, _ = dami.load_pair(*ends)
+        inputs = batch("left")
+        assert torch.equal(model(**inputs, intensity=LAM).logits, expected(**inputs, intensity=LAM).logits)
+
+
+def test_everything_that_does_not_match_is_reported_at_once(
+    ends: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instruct, thinking = ends
+    other, _ = pair("llama")
+    save(other, thinking, words=7)
+    edit_config(
+        thinking, rms_norm_eps=1e-3, rope_parameters={"rope_type": "default", "rope_theta": 5.0}, pad_token_id=5
+    )
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["model.layers.0.mlp.up_proj.weight"]
+        tensors["model.layers.0.mlp.extra"] = torch.zeros(1)
+        tensors["model.norm.weight"] = torch.zeros(25)
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].half()
+
+    edit_tensors(thinking, edit)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_: pytest.fail("read weights"))
+    with pytest.raises(ValueError, match="do not match") as caught:
+        dami.load_pair(instruct, thinking)
+    assert str(caught.value).split("\n  ") == [
+        f"{instruct} and {thinking} do not match:",
+        "config.rms_norm_eps: 1e-06 in the instruct end, 0.001 in the thinking end",
+        "config.rope_parameters.rope_theta: 10000.0 in the instruct end, 5.0 in the thinking end",
+        "tokenizer: 2 tokens have another id or are in one vocabulary only, such as ['w7', 'w8']",
+        "lm_head.weight: float32 [101, 24] in the instruct end, float16 [101, 24] in the thinking end",
+        "model.layers.0.mlp.extra: in the thinking end only",
+        "model.layers.0.mlp.up_proj.weight: in the instruct end only",
+        "model.norm.weight: float32 [24] in the instruct end, float32 [25] in the thinking end",
+    ]
+
+
+def test_dtypes_may_differ_where_one_is_asked_for(ends: tuple[Path, Path]) -> None:
+    edit_tensors(ends[1], lambda tensors: tensors.update({k: v.half() for k, v in tensors.items()}))
+    with pytest.raises(ValueError, match=r"model.norm.weight: float32 \[24\] in the instruct end, float16"):
+        dami.load_pair(*ends)
+    model, _ = dami.load_pair(*ends, dtype=torch.float32)
+    assert model.lm_head.weight_target.dtype == torch.float32
+
+
+def test_another_architecture_is_named_alone(ends: tuple[Path, Path], tmp_path: Path) -> None:
+    other = save(pair("gpt2")[0], tmp_path / "other")
+    with pytest.raises(ValueError, match="do not match") as caught:
+        dami.load_pair(ends[0], other)
+    assert str(caught.value).split("\n  ")[1:] == [
+        "config.model_type: 'llama' in the instruct end, 'gpt2' in the thinking end"
+    ]
+
+
+def test_what_the_model_does_not_know_is_not_dropped_in_silence(ends: tuple[Path, Path]) -> None:
+    for path in ends:
+        edit_tensors(path, lambda tensors: tensors.update({"model.layers.0.mlp.extra": torch.zeros(1)}))
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.extra: in both ends, but not in the model"):
+        dami.load_pair(*ends)
+
+
+def test_what_both_ends_lack_is_not_left_at_random(ends: tuple[Path, Path]) -> None:
+    for path in ends:
+        edit_tensors(path, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(ValueError, match=r"instruct lacks 1 tensors: \['model\.norm\.weight'\]"):
+        dami.load_pair(*ends)
+
+
+@pytest.mark.parametrize("end", [0, 1], ids=["instruct", "thinking"])
+def test_damaged_checkpoints_are_named(end: int, tmp_path: Path) -> None:
+    models = pair("llama")
+    paths = [save(model, tmp_path / str(i), max_shard_size="20KB") for i, model in enumerate(models)]
+    shards = sorted(paths[end].glob("*.safetensors"))
+    shards[0].unlink()
+    shards[1].write_bytes(shards[1].read_bytes()[:-10])
+    shards[2].write_bytes(b"\0" * 100)
+    index = paths[end] / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    listed["weight_map"]["model.more"] = shards[-1].name
+    index.write_text(json.dumps(listed))
+    with pytest.raises(ValueError, match=f"the checkpoint {re.escape(str(paths[end]))} is damaged") as caught:
+        dami.load_pair(*paths)
+    faults = sorted(str(caught.value).split("\n  ")[1:])
+    assert len(faults) == 4
+    assert f"{shards[0]} is missing, the index names it" in faults
+    assert any(fault.startswith(f"{shards[1]} is corrupt: ") for fault in faults)
+    assert any(fault.startswith(f"{shards[2]} is corrupt: ") for fault in faults)
+    assert f"{shards[-1]} lacks ['model.more'], which the index promises" in faults
+
+
+def test_a_directory_that_does_not_exist(ends: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=f"there is no checkpoint directory {tmp_path / 'nowhere'}"):
+        dami.load_pair(ends[0], tmp_path / "nowhere")
+
+
+def test_a_tensor_that_cannot_be_interpolated_stops_the_load(
+    ends: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dami.layers.KINDS", ())
+    with pytest.raises(
+        ValueError, match=r"cannot be interpolated:\n  lm_head \(Linear\): weight\n  model.embed_tokens"
+    ):
+        dami.load_pair(*ends)
+
+
+MEASURE = """
+import json, re, sys, torch, dami
+torch.set_num_threads(1)
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+dami.load_pair(sys.argv[3], sys.argv[4])
+before = peak()
+model, _ = dami.load_pair(sys.argv[1], sys.argv[2])
+loaded = peak() - before
+model.generate(torch.arange(3, 35).view(4, 8), intensity=[0.0, 0.3, 0.6, 1.0], max_new_tokens=4)
+print(json.dumps({"stored": dami.describe(model).nbytes, "loaded": loaded, "used": peak() - before}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_third_copy_at_any_time(ends: tuple[Path, Path], tmp_path: Path) -> None:
+    """Peak resident memory of loading and running a pair, in a process of its own, against the bytes of both ends."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=4000, hidden_size=1024, intermediate_size=3072, num_hidden_layers=6)
+    torch.manual_seed(0)
+    big = LlamaForCausalLM(config).bfloat16()
+    for name in ("a", "b"):
+        for parameter in big.parameters():
+            parameter.data += 0.01
+        big.save_pretrained(tmp_path / name, max_shard_size="50MB")
+    command = [sys.executable, "-c", MEASURE, *map(str, (tmp_path / "a", tmp_path / "b", *ends))]
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env={**os.environ, **paths}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout.splitlines()[-1])
+    assert measured["stored"] > 150e6
+    assert measured["loaded"] < 1.25 * measured["stored"], measured  # a third copy would make it 1.5
+    assert measured["used"] < 1.25 * measured["stored"], measured

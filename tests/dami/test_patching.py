@@ -1,0 +1,195 @@
+"""What `patch_model` refuses, leaving the model as it was, and what `describe` prints."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import dami
+import pytest
+import torch
+from torch import nn
+from transformers import CompileConfig, PreTrainedModel
+
+from tests.dami.families import batch, pair
+
+
+def refused(
+    model: PreTrainedModel, thinking: PreTrainedModel, error: type[Exception], format: str = "pair"
+) -> list[str]:
+    """Lines of the error that patching raises; the model is checked to be as it was."""
+    classes = [type(module) for module in model.modules()]
+    attributes = [set(vars(module)) for module in model.modules()]
+    state = {name: (tensor, tensor.clone(), tensor.stride()) for name, tensor in model.state_dict().items()}
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(error) as caught:
+        dami.patch_model(model, thinking, format)
+    assert classes == [type(module) for module in model.modules()]
+    assert attributes == [set(vars(module)) for module in model.modules()]
+    assert state.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        before, value, stride = state[name]
+        assert tensor.data_ptr() == before.data_ptr()
+        assert tensor.stride() == stride
+        assert torch.equal(tensor, value)
+    assert trainable == [parameter.requires_grad for parameter in model.parameters()]
+    return str(caught.value).split("\n  ")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_all_that_differs_and_is_not_covered_is_named(family: str) -> None:
+    model, thinking = pair(family)
+    block = "model.layers.0" if family == "llama" else "transformer.h.0"
+    for end, fill in ((model, 0.0), (thinking, 1.0)):
+        layer = end.get_submodule(block)
+        layer.gain = nn.Parameter(torch.full((3,), fill))
+        layer.same = nn.Parameter(torch.ones(3))
+        layer.register_buffer("seen", torch.full((2,), fill))
+        layer.register_buffer("scratch", torch.full((2,), fill), persistent=False)
+        end.get_submodule(block).norm = nn.LayerNorm((2, 2))
+        end.get_submodule(block).norm.weight.data.fill_(fill)
+    name = type(model.get_submodule(block)).__name__
+    assert refused(model, thinking, ValueError) == [
+        "these tensors differ between the ends and cannot be interpolated:",
+        f"{block} ({name}): gain",
+        f"{block} ({name}): seen",
+        f"{block}.norm (LayerNorm): weight",
+    ]
+
+
+def test_an_unlike_pair_is_reported_at_once() -> None:
+    model, thinking = pair("llama")
+    thinking.config.rms_norm_eps = 1e-3
+    thinking.config.pad_token_id = 7
+    thinking.model.norm.half()
+    thinking.lm_head.weight = nn.Parameter(torch.zeros(99, 24))
+    assert refused(model, thinking, ValueError) == [
+        "instruct_model and thinking_model do not match:",
+        "config.rms_norm_eps: 1e-06 in the instruct end, 0.001 in the thinking end",
+        "lm_head.weight: float32 [101, 24] in the instruct end, float32 [99, 24] in the thinking end",
+        "model.norm.weight: float32 [24] in the instruct end, float16 [24] in the thinking end",
+    ]
+
+
+def test_what_is_tied_in_one_end_only() -> None:
+    model, thinking = pair("qwen3")
+    thinking.lm_head.weight = nn.Parameter(thinking.lm_head.weight + 1)
+    assert refused(model, thinking, ValueError)[1:] == [
+        "lm_head.weight: tied to model.embed_tokens.weight in the instruct end only"
+    ]
+    inputs = batch("left")
+    thinking, model = pair("qwen3")
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() + 1)
+    wanted = thinking(**inputs).logits
+    torch.testing.assert_close(dami.patch_model(model, thinking)(**inputs, intensity=1.0).logits, wanted)
+
+
+def test_not_two_models() -> None:
+    model, thinking = pair("llama")
+    with pytest.raises(TypeError, match="instruct_model must be a transformers model, got Linear"):
+        dami.patch_model(nn.Linear(2, 2), thinking)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="thinking_model must be a transformers model, got str"):
+        dami.patch_model(model, "thinking")  # type: ignore[arg-type]
+    dami.patch_model(model, thinking)
+    with pytest.raises(TypeError, match=r"instruct_model must not be patched already: call dami\.unpatch_model first"):
+        dami.patch_model(model, thinking)
+    with pytest.raises(TypeError, match="thinking_model must not be patched already"):
+        dami.patch_model(copy.deepcopy(thinking), model)
+
+
+def test_an_unknown_format() -> None:
+    assert re.match(
+        r"format must be one of \[.*'pair'.*\], got 'triple'", refused(*pair("llama"), ValueError, "triple")[0]
+    )
+
+
+def test_an_offloaded_model() -> None:
+    model, thinking = pair("llama")
+    model.lm_head.to("meta")
+    with pytest.raises(ValueError, match="instruct_model must be on devices, not offloaded, got 1 tensors on meta"):
+        dami.patch_model(model, thinking)
+
+
+def test_frozen_parameters_stay_frozen() -> None:
+    model, thinking = pair("llama")
+    model.lm_head.requires_grad_(False)
+    dami.patch_model(model, thinking)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    dami.unpatch_model(model)
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["lm_head.weight"]
+
+
+def test_patching_again_after_unpatching() -> None:
+    model, thinking = pair("gpt2")
+    inputs = batch("left")
+    first = dami.patch_model(model, thinking)(**inputs, intensity=0.3).logits
+    again = dami.patch_model(dami.unpatch_model(model), thinking)(**inputs, intensity=0.3).logits
+    assert torch.equal(first, again)
+
+
+def test_the_table_is_printed() -> None:
+    model, thinking = pair("qwen3")
+    with torch.no_grad():
+        thinking.model.norm.weight.copy_(model.model.norm.weight)
+    lines = str(dami.describe(dami.patch_model(model, thinking))).splitlines()
+    assert lines[0].split() == ["parameter", "kind", "shape", "dtype", "ends", "bytes"]
+    assert set(lines[1]) == {"─", " "}
+    table = {line.split()[0]: line.split()[1:] for line in lines[2:-1]}
+    embedding = 2 * 4 * 101 * 24
+    assert table["model.embed_tokens.weight"] == [
+        "embedding",
+        "101×24",
+        "float32",
+        "interpolated",
+        "(pair)",
+        f"{embedding:,}",
+    ]
+    assert table["model.norm.weight"] == ["Qwen3RMSNorm", "24", "float32", "identical", "96"]
+    assert table["lm_head.weight"][-3:] == ["tied", "to", "model.embed_tokens.weight"]
+    total = 2 * sum(parameter.nbytes for parameter in thinking.parameters()) - 96
+    assert lines[-1] == f"{len(table)} parameters, {len(table) - 1} interpolated, {total:,} bytes"
+
+
+def counting() -> tuple[Callable[..., Any], list[Any]]:
+    """A torch.compile backend that runs graphs as they are, and the list of those it was given."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, example_inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    return backend, graphs
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+@torch.no_grad()
+def test_compiles_to_one_graph_that_serves_every_lam(family: str) -> None:
+    torch._dynamo.reset()
+    model, inputs = dami.patch_model(*pair(family)), batch("left")
+    backend, graphs = counting()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for lam in ([0.0, 0.3, 0.7, 1.0], [0.0] * 4, [1.0] * 4, [-0.5, 2.0, 0.1, 0.2]):
+        wanted = model(**inputs, intensity=lam).logits
+        assert torch.equal(compiled(**inputs, intensity=torch.tensor(lam)).logits, wanted)
+    assert len(graphs) == 1
+    with dami.intensity(model, 0.3):
+        assert torch.equal(compiled(**inputs).logits, model(**inputs).logits)
+
+
+def test_generates_with_a_compiled_forward_and_a_static_cache() -> None:
+    torch._dynamo.reset()
+    model, inputs = dami.patch_model(*pair("qwen3")), batch("left")
+    del inputs["position_ids"]
+    backend, graphs = counting()
+    how = CompileConfig(fullgraph=True, backend=backend, mode=None)
+    how._compile_all_devices = True
+    options = {"max_new_tokens": 5, "do_sample": False}
+    counts = []
+    for lam in ([0.0, 0.3, 0.7, 1.0], [1.0, 0.5, 0.0, 0.2]):
+        wanted = model.generate(**inputs, intensity=lam, **options)
+        tokens = model.generate(**inputs, intensity=lam, cache_implementation="static", compile_config=how, **options)
+        assert torch.equal(tokens, wanted)
+        counts.append(len(graphs))
+    assert 0 < counts[0] == counts[1]

@@ -1,0 +1,85 @@
+"""Whole checkpoints against independent peers: transformers on either end, and mergekit's own merge in between."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import dami
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+THIRD = 0.3
+
+
+def merge_by_mergekit(instruct: Path, thinking: Path, lam: float, out: Path) -> Path:
+    """Writes to `out` the checkpoint that mergekit's linear merge makes at λ, in float32."""
+    pytest.importorskip("mergekit", reason="pip install --no-deps mergekit immutables peft")
+    recipe = {
+        "merge_method": "linear",
+        "dtype": "float32",
+        "parameters": {"normalize": False},
+        "models": [
+            {"model": str(instruct), "parameters": {"weight": 1 - lam}},
+            {"model": str(thinking), "parameters": {"weight": lam}},
+        ],
+    }
+    (out.parent / "recipe.yml").write_text(json.dumps(recipe))  # JSON is YAML
+    command = [sys.executable, "-m", "mergekit.scripts.run_yaml", str(out.parent / "recipe.yml"), str(out)]
+    done = subprocess.run(
+        command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def check_against_peers(
+    instruct: Path, thinking: Path, questions: list[str], tmp_path: Path, new_tokens: int
+) -> list[str]:
+    """Generates one mixed batch, checks each row's tokens, and returns the answers."""
+    model, tokenizer = dami.load_pair(instruct, thinking, dtype=torch.float32)
+    tokenizer.padding_side = "left"
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        )
+        for question in questions
+    ]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    inputs.pop("token_type_ids", None)
+    lam = [(0.0, THIRD, 1.0)[row % 3] for row in range(len(questions))]
+    options = {"do_sample": False, "max_new_tokens": new_tokens, "temperature": None, "top_p": None, "top_k": None}
+
+    def new(model: PreTrainedModel, **more: object) -> Tensor:
+        return model.generate(**inputs, **options, **more)[:, inputs["input_ids"].shape[1] :]
+
+    tokens = new(model, intensity=lam)
+    peers = {0.0: instruct, THIRD: merge_by_mergekit(instruct, thinking, THIRD, tmp_path / "merged"), 1.0: thinking}
+    for at, path in peers.items():
+        peer = new(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
+        for row in (row for row, mine in enumerate(lam) if mine == at):
+            padded = [torch.nn.functional.pad(t, (0, new_tokens - len(t)), value=-1) for t in (tokens[row], peer[row])]
+            ended = [_until_end(t, tokenizer.eos_token_id) for t in padded]
+            assert ended[0] == ended[1], (
+                f"row {row} at λ={at}: {tokenizer.decode(ended[0])!r}, {tokenizer.decode(ended[1])!r}"
+            )
+    return tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+
+def _until_end(tokens: Tensor, end: int) -> list[int]:
+    """A row's tokens without what pads it after its end."""
+    listed = [token for token in tokens.tolist() if token >= 0]
+    return listed[: listed.index(end) + 1] if end in listed else listed
+
+
+def test_the_pair_that_ships(tmp_path: Path) -> None:
+    instruct, thinking = dami.example_pair()
+    lines = (instruct.parent / "questions.jsonl").read_text().splitlines()
+    questions = [json.loads(line)["question"] for line in lines[:: max(1, len(lines) // 9)]][:9]
+    answers = check_against_peers(instruct, thinking, questions, tmp_path, new_tokens=60)
+    assert len(set(answers)) > 1
