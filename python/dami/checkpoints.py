@@ -26,8 +26,8 @@ from dami.patching import (
     tensor_mismatches,
 )
 
-FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
-LEGACY_FILES = ["*.bin", "*.bin.index.json"]
+FILES = ["model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+LEGACY_FILES = ["pytorch_model*.bin"]
 
 logger = logging.get_logger(__name__)
 

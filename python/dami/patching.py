@@ -53,17 +53,22 @@ def patch_model(
         if hasattr(model, "dami_patch"):
             raise TypeError(f"{name} must not be patched already: call dami.unpatch_model first")
     mismatches = config_mismatches(instruct_model.config, thinking_model.config)
-    mismatches += tensor_mismatches(headers_of(instruct_model), headers_of(thinking_model))
+    if type(instruct_model) is type(thinking_model):  # nothing compares otherwise
+        mismatches += tensor_mismatches(headers_of(instruct_model), headers_of(thinking_model))
+    else:
+        mismatches.append(f"class: {type(instruct_model).__name__} and {type(thinking_model).__name__}")
     if not mismatches:
         firsts, thinking = first_names(instruct_model), thinking_model.state_dict()
-        mismatches += [
+        mismatches = [
             f"{name}: tied to {first} in the instruct end only"
             for name, first in firsts.items()
             if name != first and not torch.equal(thinking[name], thinking[first])
         ]
     if mismatches:
         raise ValueError("\n  ".join(["instruct_model and thinking_model do not match:", *mismatches]))
-    return interpolate(instruct_model, ((name, thinking[name]) for name in set(firsts.values())), format)
+    return interpolate(
+        instruct_model, ((name, thinking[name]) for name, first in firsts.items() if name == first), format
+    )
 
 
 def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:

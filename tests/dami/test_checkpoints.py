@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
@@ -20,6 +21,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.dami.families import FAMILIES, batch, pair
 
+HUB_FILES = (
+    "consolidated.safetensors",
+    "model-00001-of-00002.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model-00001-of-00002.bin",
+)
 LAM = [0.0, 0.37, 1.0, 1.2]
 
 
@@ -212,6 +219,30 @@ def test_damaged_checkpoints_are_named(end: int, tmp_path: Path) -> None:
 def test_a_directory_that_does_not_exist(ends: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(OSError, match=f"there is no checkpoint directory {tmp_path / 'nowhere'}"):
         dami.load_pair(ends[0], tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["safetensors", "legacy"])
+def test_hub_names_are_downloaded_once_and_only_what_is_needed(
+    ends: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, legacy: bool
+) -> None:
+    if legacy:
+        for path in ends:
+            torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+            (path / "model.safetensors").unlink()
+    asked: list[tuple[str, bool]] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        wanted = {p: any(fnmatch.fnmatch(p, q) for q in allow_patterns) for p in HUB_FILES}
+        assert not wanted["consolidated.safetensors"]
+        asked.append((name, wanted["pytorch_model-00001-of-00002.bin"]))
+        assert wanted["pytorch_model.bin"] or wanted["model-00001-of-00002.safetensors"]
+        return str(ends[name == "someone/thinking"])
+
+    monkeypatch.setattr("dami.checkpoints.snapshot_download", download)
+    model, _ = dami.load_pair("someone/instruct", "someone/thinking")
+    assert hasattr(model.lm_head, "weight_target")
+    each = [False, True] if legacy else [False]
+    assert asked == [(f"someone/{end}", bins) for end in ("instruct", "thinking") for bins in each]
 
 
 def test_a_tensor_that_cannot_be_interpolated_stops_the_load(

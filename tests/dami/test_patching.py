@@ -73,6 +73,14 @@ def test_an_unlike_pair_is_reported_at_once() -> None:
     ]
 
 
+def test_another_architecture_is_named_alone() -> None:
+    lines = refused(pair("llama")[0], pair("gpt2")[0], ValueError)
+    assert lines[1:] == [
+        "config.model_type: 'llama' in the instruct end, 'gpt2' in the thinking end",
+        "class: LlamaForCausalLM and GPT2LMHeadModel",
+    ]
+
+
 def test_what_is_tied_in_one_end_only() -> None:
     model, thinking = pair("qwen3")
     thinking.lm_head.weight = nn.Parameter(thinking.lm_head.weight + 1)

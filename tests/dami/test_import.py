@@ -1,0 +1,25 @@
+"""`import dami` is instant and needs nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import dami
+import pytest
+
+
+def test_importing_dami_imports_neither_torch_nor_transformers() -> None:
+    code = "import sys, dami; print(sorted({'torch', 'transformers', 'triton'} & sys.modules.keys()), dir(dami))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("[] ")
+    assert all(name in done.stdout for name in dami.__all__)
+
+
+def test_every_public_name_is_there_and_no_other() -> None:
+    for name in dami.__all__:
+        assert getattr(dami, name).__doc__
+    with pytest.raises(AttributeError, match="module 'dami' has no attribute 'merge'"):
+        dami.merge  # noqa: B018
