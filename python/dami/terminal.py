@@ -80,7 +80,7 @@ def side_by_side(
             heads.append(head.append(f"  {answer.tokens} tokens", "not bold dim"))
             thought = Text(answer.thought, style="dim italic")
             thoughts.append(fold(thought, console, width, lines, tail) if answer.thought else Text("no thought", "dim"))
-            ends.append(Text(answer.text, style="bold") if answer.text else Text("no answer", "dim"))
+            ends.append(Text(answer.text, style="bold") if answer.text else Text("…" if tail else "no answer", "dim"))
         for row in (heads, thoughts, ends):
             table.add_row(*row)
         tables.append(table)

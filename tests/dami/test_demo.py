@@ -207,7 +207,7 @@ def test_a_thought_in_the_making_shows_its_end() -> None:
     text = printed(terminal.side_by_side(answers, Console(width=80), tail=True), 80)
     assert "start" not in text
     assert "end" in text
-    assert "no answer" in text
+    assert "no answer" not in text
 
 
 @pytest.mark.parametrize(
