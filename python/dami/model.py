@@ -51,6 +51,10 @@ def patched_model_class(original: type[nn.Module]) -> type[LerpModel]:
             raise ValueError(
                 f"intensity must hold one number per sequence, got {lam.shape[0]} for {sequences} sequences"
             )
+        if lam.requires_grad and self.is_gradient_checkpointing:
+            raise ValueError(
+                "intensity takes no gradient under gradient checkpointing, which would rerun modules at another λ"
+            )
         before, dial.lam = dial.lam, lam
         try:
             return original.forward(self, *args, **kwargs)
