@@ -50,7 +50,9 @@ $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 	@touch $@
 
 # Torch for CUDA brings its own Triton; beside another torch the tests, which only compile with it, bring this one.
+# mergekit is a peer to compare with; of all it asks for, a linear merge needs no more than this.
 $(VENV)/.test: $(VENV)/.torch $(SOURCES)
-	$(PIP) install -q -e '.[test]'
+	$(PIP) install -q -e '.[test,train]'
+	$(PIP) install -q --no-deps mergekit==0.1.5 immutables peft
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -q 'triton==3.6.*'
 	@touch $(VENV)/.package $@
