@@ -24,7 +24,7 @@ ISA_FLAGS = {  # by source file
     "aarch64": {"neon": ""},
 }
 MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine())
-SOURCES = {CSRC / "bindings.cpp": ""} | {
+SOURCES = {CSRC / "bindings.cpp": "-O1"} | {
     CSRC / "cpu" / f"{name}.cpp": flags
     for name, flags in {"isa": "", "operators": "", "parallel": "", "scalar": "", **ISA_FLAGS.get(MACHINE, {})}.items()
 }

@@ -17,14 +17,15 @@ from dami_kernels import formats
 
 try:
     from dami_kernels import _C  # type: ignore[attr-defined]
-except ModuleNotFoundError:
+except ImportError as error:
     WHY_NOT: str | None = (
-        "the compiled part is missing: install a C++ compiler, then pip install --no-cache-dir --force-reinstall "
-        "--no-deps dami-kernels, or pip install -e . in a checkout"
+        f"the compiled part is missing ({error}): install a C++ compiler, then "
+        "pip install --no-cache-dir --force-reinstall --no-deps dami-kernels, or pip install -e . in a checkout"
     )
 else:
     WHY_NOT = None
     _TYPES = {torch.float32: _C.Type.f32, torch.bfloat16: _C.Type.bf16, torch.float16: _C.Type.f16}
+    _C.isa()  # a DAMI_CPU_ISA that cannot be had is refused here, not at the first call
 
 _NO_MATRIX = (0, 0)
 _NO_PAIR = (_NO_MATRIX, _NO_MATRIX)

@@ -75,17 +75,29 @@ struct Norm {
   float eps, offset;
 };
 
+// A call of a `linear` kernel takes at most so many rows of x and of the weights.
+constexpr int64_t max_rows = 256;
+constexpr int64_t max_outputs = 64;
+// Along K, many rows are multiplied in blocks of so many bytes of each: a register tile's operands then fit L1, the
+// max_outputs rows of a weight L2.
+constexpr int64_t block_bytes = 2048;
+// x lies in memory filled up with zeros to a multiple of so many elements, which every kernel's step divides.
+constexpr int64_t x_multiple = 32;
+
+constexpr int64_t linear_scratch(int64_t rows) { return max_outputs * block_bytes + rows * 2 * max_outputs * 4; }
+
 // The kernels of one instruction set; arrays are indexed by Type.
 struct Isa {
   const char* name;
   bool (*supported)();
-  int tile_rows;  // rows of x in a register tile: fewer of a mode than this are not worth a group of their own
-  int blend_rows;  // rows that pay for blending
-  bool x_as_float[3];  // whether `linear` wants x in float32 whatever its type
+  int tile_rows;    // rows of x in a register tile: fewer at one end are not worth a group of their own
+  int stream_rows;  // below this, `linear` does not take Mode::blend
+  int blend_rows;   // rows of one λ that pay for blending
+  int64_t x_size[3];  // bytes of an element of x as `linear` reads it
 
   // Outputs [n0, n1) of one block; `scratch` has linear_scratch(rows) bytes, 64-byte aligned.
   void (*linear[3])(const Linear&, const Block&, int64_t n0, int64_t n1, void* scratch);
-  void (*to_float[3])(const void* from, float* to, int64_t count);
+  void (*prepare_x[3])(const void* from, int64_t k, void* to);  // a row of x, as `linear` reads it
   void (*embedding[3])(const void* base, const void* target, float lam, void* y, int64_t d);
   void (*rms_norm[3])(const Norm&, int64_t row, float lam);
   void (*layer_norm[3])(const Norm&, int64_t row, float lam);
@@ -94,10 +106,6 @@ struct Isa {
   double (*multiply_add[3])(int64_t steps);  // runs `steps` · the returned number of floating point operations
   float (*read)(const void* data, int64_t bytes);  // streams through memory
 };
-
-constexpr int64_t max_block_rows = 256;
-constexpr int64_t max_tile_outputs = 64;
-constexpr int64_t linear_scratch(int64_t rows) { return 8192 + rows * 2 * max_tile_outputs * 4; }
 
 // The instruction set in use: the best this machine has, or the one DAMI_CPU_ISA names, until use_isa.
 const Isa& isa();

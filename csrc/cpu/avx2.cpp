@@ -21,6 +21,14 @@ struct Vec {
         _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16))};
   }
   static Vec load(const f16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+  static Vec load_even(const bf16* p) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16))};
+  }
+  static Vec load_odd(const bf16* p) {
+    return {_mm256_and_ps(_mm256_loadu_ps(reinterpret_cast<const float*>(p)),
+                          _mm256_castsi256_ps(_mm256_set1_epi32(-0x10000)))};
+  }
+  void keep() { asm("" : "+x"(v)); }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(bf16* p) const {
     const __m256i bits = _mm256_castps_si256(v);

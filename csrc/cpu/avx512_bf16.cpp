@@ -6,7 +6,8 @@ namespace {
 // Multiplies pairs of bfloat16 as they lie in memory; nothing is converted.
 struct Bf16Dot {
   using X = bf16;
-  static constexpr int step = 32;
+  static constexpr int step = 32, parts = 1;
+  template <int>
   static __m512bh load(const bf16* p) {
     const __m512i bits = _mm512_loadu_si512(p);
     __m512bh pairs;
@@ -14,9 +15,10 @@ struct Bf16Dot {
     return pairs;
   }
   static Vec multiply_add(__m512bh x, __m512bh w, Vec sum) { return {_mm512_dpbf16_ps(sum.v, x, w)}; }
-  static void store(Vec v, bf16* p) {
-    const __m256bh rounded = _mm512_cvtneps_pbh(v.v);
-    std::memcpy(p, &rounded, 32);
+  static dami::Two<Vec> widen(const bf16* p) { return {Vec::load(p), Vec::load(p + Vec::W)}; }
+  static void store(dami::Two<Vec> v, bf16* p) {
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(v.b.v, v.a.v);
+    std::memcpy(p, &rounded, 64);
   }
 };
 

@@ -1,14 +1,17 @@
 // The kernels, over a vector type V and a Dot, which every instruction set instantiates in a file of its own. V must lie in
 // an anonymous namespace: then so does everything here, and the linker cannot put AVX-512 code where AVX2 code belongs.
 //
-//   V     W float32 lanes: zero, set1, load and store of float, bf16 and f16, + − ·, fma(a, b, c) = a·b + c, and
-//         sum4(a, b, c, d, to), which adds the sum of the lanes of each to to[0..4)
-//   Dot   how products are summed along K: X (what x is read as), load and multiply_add, step elements at a time
+//   V     W float32 lanes: zero, set1, load and store of float, bf16 and f16, + − ·, fma(a, b, c) = a·b + c;
+//         load_even_odd(bf16 pointer), a Two; and sum4(a, b, c, d, to), which adds the sum of the lanes of each to to[0..4)
+//   Dot   how products are summed along K, `step` elements at a time and these in `parts`: X, the type it reads x in;
+//         load<part>, what multiply_add takes, from X or from a weight as stored; widen, a weight in float32; store, the
+//         same as X
 #pragma once
 
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "api.h"
 
@@ -45,135 +48,218 @@ inline V lerp_of(float lam, Base base, Target target) {
   return lerp<V>(lam, base(), target());
 }
 
-// Multiplies in float32, whatever the weights are stored as.
+template <class V>
+struct Two {
+  V a, b;
+};
+
+template <class V>
+inline Two<V> lerp(float lam, Two<V> base, Two<V> target) {
+  return {lerp(lam, base.a, target.a), lerp(lam, base.b, target.b)};
+}
+
+// Multiplies in float32. bfloat16 becomes float32 cheapest as the even and the odd elements of a vector, a shift and a mask;
+// so converted weights lie in that order, and x too.
 template <class V>
 struct FloatDot {
   using X = float;
-  static constexpr int step = V::W;
-  template <class T>
+  static constexpr int step = 2 * V::W, parts = 2;
+  template <int part>
+  static V load(const bf16* p) {
+    return part == 0 ? V::load_even(p) : V::load_odd(p);
+  }
+  template <int part, class T>
   static V load(const T* p) {
-    return V::load(p);
+    return V::load(p + part * V::W);
   }
   static V multiply_add(V x, V w, V sum) { return fma(x, w, sum); }
-  static void store(V v, float* p) { v.store(p); }
+  template <class T>
+  static Two<V> widen(const T* p) {
+    return {load<0>(p), load<1>(p)};
+  }
+  static void store(Two<V> v, float* p) {
+    v.a.store(p);
+    v.b.store(p + V::W);
+  }
+};
+
+// The `count` elements at p, behind them zeros up to N: at p if they are there, else in a copy.
+template <class T, int N>
+struct Padded {
+  T copy[N];
+  const T* operator()(const T* p, int64_t count) {
+    if (count >= N) return p;
+    std::memset(copy, 0, sizeof copy);
+    std::memcpy(copy, p, static_cast<size_t>(count) * sizeof(T));
+    return copy;
+  }
 };
 
 template <class V, class Dot, class T>
 struct LinearKernel {
   using X = typename Dot::X;
   static constexpr int tile_n = 4;  // rows of the weight in a register tile, as many as sum4 takes
-  // Along K, the partial sums of a block are added up before the next begins. A register tile's operands then fit L1, and
-  // the order of summation depends on K alone: neither on the mode nor on how many rows there are.
-  static constexpr int64_t block_k = 2048 / sizeof(X);
+  static constexpr int64_t block_k = block_bytes / sizeof(X);
+  static constexpr bool converted = !std::is_same_v<T, X>;
+  static constexpr int stream_rows = 2 * V::tile_m;  // fewer are bound by memory
 
   struct alignas(64) Scratch {
-    X weight[tile_n][block_k];
-    float sums[max_block_rows][2][max_tile_outputs];  // of the base and the target, or of the only weight there is
+    X weight[max_outputs][block_k];
+    float sums[max_rows][2][max_outputs];  // of the base and the target, or of the only weight there is
   };
-  static_assert(sizeof(Scratch) == linear_scratch(max_block_rows));
+  static_assert(sizeof(Scratch) == linear_scratch(max_rows));
+  static constexpr int64_t sums_stride = 2 * max_outputs;
 
-  // sums[m][n] += x[m] · w[n] for M rows of x, over k elements from `offset` on in x.
+  template <int which, int M, class W>
+  static inline __attribute__((always_inline)) void part(const X* const (&x)[M], const W* const (&w)[tile_n], int64_t i,
+                                                         V (&total)[M][tile_n]) {
+    decltype(Dot::template load<which>(x[0])) xs[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      xs[m] = Dot::template load<which>(x[m] + i);
+      if constexpr (Dot::parts == 2) xs[m].keep();
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < tile_n; n++) {
+      const auto ws = Dot::template load<which>(w[n] + i);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) total[m][n] = Dot::multiply_add(xs[m], ws, total[m][n]);
+    }
+  }
+
+  // sums[m][n] += x[m] · w[n] for M rows of x, over k elements, whole steps, from `offset` on in x. Meanwhile fetches as
+  // many elements from each row of `ahead`, if that is not null.
   template <int M, class W>
-  static void tile(const void* const* x, int64_t offset, const W* const* w, int64_t k, float* sums) {
+  static void tile(const void* const* x, int64_t offset, const W* const* w, int64_t k, float* sums, const T* const* ahead) {
     V total[M][tile_n];
     for (int m = 0; m < M; m++)
       for (int n = 0; n < tile_n; n++) total[m][n] = V::zero();
-    const X* rows[M];
-    for (int m = 0; m < M; m++) rows[m] = static_cast<const X*>(x[m]) + offset;
-    const auto step = [&](auto load_x, auto load_w) {
-      decltype(load_x(0)) xs[M];
-#pragma GCC unroll 8
-      for (int m = 0; m < M; m++) xs[m] = load_x(m);
-#pragma GCC unroll 4
-      for (int n = 0; n < tile_n; n++) {
-        const auto ws = load_w(n);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; m++) total[m][n] = Dot::multiply_add(xs[m], ws, total[m][n]);
-      }
-    };
-    int64_t i = 0;
-    for (; i + Dot::step <= k; i += Dot::step)
-      step([&](int m) { return Dot::load(rows[m] + i); }, [&](int n) { return Dot::load(w[n] + i); });
-    if (i < k) {
-      const auto padded = [&](const auto* p) {
-        std::remove_const_t<std::remove_pointer_t<decltype(p)>> buffer[Dot::step] = {};
-        std::memcpy(buffer, p, static_cast<size_t>(k - i) * sizeof *p);
-        return Dot::load(buffer);
-      };
-      step([&](int m) { return padded(rows[m] + i); }, [&](int n) { return padded(w[n] + i); });
+    const X* xs[M];
+    for (int m = 0; m < M; m++) xs[m] = static_cast<const X*>(x[m]) + offset;
+    const W* ws[tile_n];
+    for (int n = 0; n < tile_n; n++) ws[n] = w[n];
+    for (int64_t i = 0; i < k; i += Dot::step) {
+      if (ahead)
+        for (int n = 0; n < tile_n; n++) __builtin_prefetch(ahead[n] + i, 0, 2);
+      part<0, M>(xs, ws, i, total);
+      if constexpr (Dot::parts == 2) part<1, M>(xs, ws, i, total);
     }
-    for (int m = 0; m < M; m++)
-      sum4(total[m][0], total[m][1], total[m][2], total[m][3], sums + m * 2 * max_tile_outputs);
+    for (int m = 0; m < M; m++) sum4(total[m][0], total[m][1], total[m][2], total[m][3], sums + m * sums_stride);
   }
 
-  // The same for any number of rows of x, in register tiles of nearly equal height.
+  // The same for any number of rows of x and up to max_outputs of w, in register tiles of nearly equal height.
   template <class W>
-  static void tiles(const void* const* x, int64_t rows, int64_t offset, const W* const* w, int64_t k, float* sums) {
+  static void tiles(const void* const* x, int64_t rows, int64_t offset, const W* const* w, int64_t outputs, int64_t k,
+                    float* sums, const T* const* ahead = nullptr, const T* const* then = nullptr) {
     static constexpr decltype(&tile<1, W>) of_height[] = {tile<1, W>, tile<2, W>, tile<3, W>,
                                                           tile<4, W>, tile<5, W>, tile<6, W>};
     static_assert(V::tile_m <= 6);
     const int64_t count = (rows + V::tile_m - 1) / V::tile_m;
     for (int64_t i = 0; i < count; i++) {
       const int64_t begin = rows * i / count, end = rows * (i + 1) / count;
-      of_height[end - begin - 1](x + begin, offset, w, k, sums + begin * 2 * max_tile_outputs);
+      for (int64_t n = 0; n < outputs; n += tile_n)
+        of_height[end - begin - 1](x + begin, offset, w + n, k, sums + begin * sums_stride + n, ahead ? ahead + n : nullptr);
+      ahead = std::exchange(then, nullptr);
     }
   }
 
   static void fill(const T* w, int64_t k, X* to) {
-    for (int64_t i = 0; i < k; i += V::W) Dot::store(load<V>(w + i, k - i), to + i);
+    Padded<T, Dot::step> padded;
+    for (int64_t i = 0; i < k; i += Dot::step) Dot::store(Dot::widen(padded(w + i, k - i)), to + i);
+  }
+
+  static void prepare_x(const void* from, int64_t k, void* to) {
+    fill(static_cast<const T*>(from), k, static_cast<X*>(to));
   }
 
   static void blend(float lam, const T* base, const T* target, int64_t k, X* to) {
-    for (int64_t i = 0; i < k; i += V::W)
-      Dot::store(lerp(lam, load<V>(base + i, k - i), load<V>(target + i, k - i)), to + i);
+    Padded<T, Dot::step> padded_base, padded_target;
+    for (int64_t i = 0; i < k; i += Dot::step)
+      Dot::store(lerp(lam, Dot::widen(padded_base(base + i, k - i)), Dot::widen(padded_target(target + i, k - i))), to + i);
   }
 
-  // One group of rows times up to tile_n rows of the weight, over one block along K.
-  static void step(const Linear& p, const Block& block, const Group& group, int64_t n, int64_t count, int64_t k0,
-                   int64_t k, Scratch& scratch, float* sums) {
-    const void* const* x = block.x.data() + group.begin;
-    const int64_t rows = group.end - group.begin;
-    const auto row = [&](const Matrix& weight, int64_t i) {
-      return static_cast<const T*>(weight.data) + (n + std::min(i, count - 1)) * weight.stride + k0;
-    };
-    const X* filled[tile_n];
-    for (int i = 0; i < tile_n; i++) filled[i] = scratch.weight[i];
-    if (group.mode == Mode::blend) {
-      for (int i = 0; i < count; i++)
-        blend(block.lam[group.begin], row(p.weight.base, i), row(p.weight.target, i), k, scratch.weight[i]);
-      return tiles(x, rows, k0, filled, k, sums);
+  static const T* row(const Matrix& weight, int64_t n, int64_t k) {
+    return static_cast<const T*>(weight.data) + n * weight.stride + k;
+  }
+
+  // Calls f(weight, where its sums lie) for each weight that the group needs.
+  template <class F>
+  static void for_ends(const Linear& p, const Group& group, Scratch& scratch, F f) {
+    float* sums = scratch.sums[group.begin][0];
+    if (group.mode != Mode::target) f(p.weight.base, sums);
+    if (group.mode == Mode::target) f(p.weight.target, sums);
+    if (group.mode == Mode::both) f(p.weight.target, sums + max_outputs);
+  }
+
+  // Few rows: time is what it takes to read the weights. A register tile runs over all of K, and while it does, the next
+  // one's weights are fetched in the order in which they lie in memory.
+  static void stream(const Linear& p, const Block& block, int64_t n0, int64_t n1, Scratch& scratch) {
+    const int64_t steps = p.k / Dot::step * Dot::step;
+    for (const Group& group : block.groups)
+      for (int64_t n = n0; n < n1; n += tile_n)
+        for_ends(p, group, scratch, [&](const Matrix& weight, float* sums) {
+          const T *stored[tile_n], *ahead[tile_n];
+          const X* tail[tile_n];
+          for (int i = 0; i < tile_n; i++) {
+            stored[i] = row(weight, std::min(n + i, n1 - 1), 0);
+            ahead[i] = row(weight, n + i + tile_n, 0);
+            if (steps < p.k) fill(stored[i] + steps, p.k - steps, scratch.weight[i]);
+            tail[i] = scratch.weight[i];
+          }
+          const void* const* x = block.x.data() + group.begin;
+          const int64_t rows = group.end - group.begin;
+          tiles(x, rows, 0, stored, tile_n, steps, sums + (n - n0), ahead);
+          if (steps < p.k) tiles(x, rows, steps, tail, tile_n, Dot::step, sums + (n - n0));
+        });
+  }
+
+  // Many rows: time is what it takes to multiply. A block of the weights' columns stays in L2 while the rows pass by, each
+  // register tile of them in L1.
+  static void panel(const Linear& p, const Block& block, int64_t n0, int64_t n1, Scratch& scratch) {
+    const X* filled[max_outputs];
+    for (int64_t i = 0; i < max_outputs; i++) filled[i] = scratch.weight[i];
+    for (int64_t k0 = 0; k0 < p.k; k0 += block_k) {
+      const int64_t k = std::min(block_k, p.k - k0), steps = (k + Dot::step - 1) / Dot::step * Dot::step;
+      const auto rows_at = [&](const Matrix& weight, int64_t k0, const T** to) {
+        for (int64_t i = 0; i < max_outputs; i++) to[i] = row(weight, std::min(n0 + i, n1 - 1), k0);
+      };
+      const T *stored[max_outputs], *ahead[max_outputs], *then[max_outputs];
+      for (const Group& group : block.groups) {
+        const void* const* x = block.x.data() + group.begin;
+        const int64_t rows = group.end - group.begin;
+        if (group.mode == Mode::blend) {
+          rows_at(p.weight.base, k0 + block_k, ahead);
+          rows_at(p.weight.target, k0 + block_k, then);
+          for (int64_t n = n0; n < n1; n++)
+            blend(block.lam[group.begin], row(p.weight.base, n, k0), row(p.weight.target, n, k0), k, scratch.weight[n - n0]);
+          tiles(x, rows, k0, filled, n1 - n0, steps, scratch.sums[group.begin][0], ahead, then);
+          continue;
+        }
+        for_ends(p, group, scratch, [&](const Matrix& weight, float* sums) {
+          rows_at(weight, k0 + block_k, ahead);
+          if (converted || k < steps) {
+            for (int64_t n = n0; n < n1; n++) fill(row(weight, n, k0), k, scratch.weight[n - n0]);
+            return tiles(x, rows, k0, filled, n1 - n0, steps, sums, ahead);
+          }
+          rows_at(weight, k0, stored);
+          tiles(x, rows, k0, stored, n1 - n0, steps, sums, ahead);
+        });
+      }
     }
-    const auto one = [&](const Matrix& weight, float* sums) {
-      const T* stored[tile_n];
-      for (int i = 0; i < tile_n; i++) stored[i] = row(weight, i);
-      if (std::is_same_v<T, X> || rows <= V::tile_m) return tiles(x, rows, k0, stored, k, sums);
-      for (int i = 0; i < count; i++) fill(stored[i], k, scratch.weight[i]);
-      tiles(x, rows, k0, filled, k, sums);
-    };
-    if (group.mode != Mode::target) one(p.weight.base, sums);
-    if (group.mode == Mode::target) one(p.weight.target, sums);
-    if (group.mode == Mode::both) one(p.weight.target, sums + max_tile_outputs);
   }
 
   static void run(const Linear& p, const Block& block, int64_t n0, int64_t n1, void* memory) {
     Scratch& scratch = *static_cast<Scratch*>(memory);
     const int64_t rows = static_cast<int64_t>(block.x.size());
     std::memset(scratch.sums, 0, static_cast<size_t>(rows) * sizeof scratch.sums[0]);
-    // Few rows of x stay in L2 over all of K, and the weights stream in long runs. Of many rows, only a block does.
-    const int64_t run_k = rows * p.k * static_cast<int64_t>(sizeof(X)) <= 256 * 1024 ? p.k : block_k;
-    for (int64_t from = 0; from < p.k; from += run_k)
-      for (const Group& group : block.groups)
-        for (int64_t n = n0; n < n1; n += tile_n)
-          for (int64_t k0 = from; k0 < std::min(from + run_k, p.k); k0 += block_k)
-            step(p, block, group, n, std::min<int64_t>(tile_n, n1 - n), k0, std::min(block_k, p.k - k0), scratch,
-                 scratch.sums[group.begin][0] + (n - n0));
+    (rows < stream_rows ? stream : panel)(p, block, n0, n1, scratch);
     for (const Group& group : block.groups)
       for (int i = group.begin; i < group.end; i++) finish(p, block, group.mode, i, n0, n1, scratch.sums[i]);
   }
 
   // λ, the bias and the one rounding.
   static void finish(const Linear& p, const Block& block, Mode mode, int i, int64_t n0, int64_t n1,
-                     const float (*sums)[max_tile_outputs]) {
+                     const float (*sums)[max_outputs]) {
     const T *bias_base = static_cast<const T*>(p.bias.base.data), *bias_target = static_cast<const T*>(p.bias.target.data);
     const float lam = block.lam[i];
     for (int64_t n = n0; n < n1; n += V::W) {
@@ -187,11 +273,6 @@ struct LinearKernel {
     }
   }
 };
-
-template <class V, class T>
-void to_float(const void* from, float* to, int64_t count) {
-  for (int64_t i = 0; i < count; i += V::W) store(load<V>(static_cast<const T*>(from) + i, count - i), to + i, count - i);
-}
 
 template <class V, class T>
 void embedding(const void* base, const void* target, float lam, void* y, int64_t d) {
@@ -266,7 +347,7 @@ double multiply_add(int64_t steps) {
   asm volatile("" : : "r"(ones) : "memory");  // or the compiler would see what is multiplied
   V sums[chains];
   for (V& sum : sums) sum = V::zero();
-  const auto x = Dot::load(static_cast<const typename Dot::X*>(ones));
+  const auto x = Dot::template load<0>(static_cast<const typename Dot::X*>(ones));
   for (int64_t i = 0; i < steps; i++) {
 #pragma GCC unroll 12
     for (int j = 0; j < chains; j++) sums[j] = Dot::multiply_add(x, x, sums[j]);
@@ -274,7 +355,7 @@ double multiply_add(int64_t steps) {
   float result[4] = {};
   for (int j = 0; j < chains; j += 4) sum4(sums[j], sums[j + 1], sums[j + 2], sums[j + 3], result);
   asm volatile("" : : "r"(result) : "memory");
-  return 2.0 * chains * Dot::step;
+  return 2.0 * chains * Dot::step / Dot::parts;
 }
 
 template <class V>
@@ -290,10 +371,12 @@ constexpr Isa make_isa(const char* name, bool (*supported)(), int blend_rows) {
       name,
       supported,
       V::tile_m,
+      LinearKernel<V, Dot, float>::stream_rows,
       blend_rows,
-      {false, std::is_same_v<typename DotOfBf16::X, float>, true},
+      {4, sizeof(typename DotOfBf16::X), 4},
       {LinearKernel<V, Dot, float>::run, LinearKernel<V, DotOfBf16, bf16>::run, LinearKernel<V, Dot, f16>::run},
-      {to_float<V, float>, to_float<V, bf16>, to_float<V, f16>},
+      {LinearKernel<V, Dot, float>::prepare_x, LinearKernel<V, DotOfBf16, bf16>::prepare_x,
+       LinearKernel<V, Dot, f16>::prepare_x},
       {embedding<V, float>, embedding<V, bf16>, embedding<V, f16>},
       {rms_norm<V, float>, rms_norm<V, bf16>, rms_norm<V, f16>},
       {layer_norm<V, float>, layer_norm<V, bf16>, layer_norm<V, f16>},

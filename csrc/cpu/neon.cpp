@@ -22,6 +22,14 @@ struct Vec {
   static Vec load(const f16* p) {
     return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))))};
   }
+  static uint32x4_t load_pairs(const bf16* p) {
+    return vreinterpretq_u32_u16(vld1q_u16(reinterpret_cast<const uint16_t*>(p)));
+  }
+  static Vec load_even(const bf16* p) { return {vreinterpretq_f32_u32(vshlq_n_u32(load_pairs(p), 16))}; }
+  static Vec load_odd(const bf16* p) {
+    return {vreinterpretq_f32_u32(vandq_u32(load_pairs(p), vdupq_n_u32(0xffff0000)))};
+  }
+  void keep() { asm("" : "+w"(v)); }
   void store(float* p) const { vst1q_f32(p, v); }
   void store(bf16* p) const {
     const uint32x4_t bits = vreinterpretq_u32_f32(v);

@@ -15,7 +15,7 @@ namespace {
 
 // Below this much work for each thread, in bytes touched or operations done, waking another one costs more than it saves.
 constexpr int64_t least_work = 32 * 1024;
-constexpr int64_t float_x_bytes = 32 << 20;  // the most that x converted to float32 may take
+constexpr int64_t prepared_bytes = 32 << 20;  // the most that x, converted or padded, may take, but for single rows
 
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
@@ -29,6 +29,8 @@ Buffer allocate(int64_t bytes) {
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 int64_t bytes_of(Type type) { return type == Type::f32 ? 4 : 2; }
 
@@ -53,7 +55,8 @@ float lam_of(const Lams& lams, int64_t row) {
 }
 
 // Sorts rows [begin, end) of x into groups.
-Block block_of(const Linear& p, const Lams& lams, int64_t begin, int64_t end, const float* x_as_float, const Isa& isa) {
+Block block_of(const Linear& p, const Lams& lams, int64_t begin, int64_t end, const char* prepared, int64_t prepared_stride,
+               const Isa& isa) {
   std::vector<float> lam(end - begin);
   std::vector<int> order(end - begin);
   for (int64_t i = begin; i < end; i++) lam[i - begin] = lam_of(lams, i);
@@ -70,7 +73,7 @@ Block block_of(const Linear& p, const Lams& lams, int64_t begin, int64_t end, co
     for (j = i + 1; j < rows && lam[order[j]] == lam[order[i]];) j++;
     const float l = lam[order[i]];
     const Mode mode = l == 0 ? Mode::base : l == 1 ? Mode::target : Mode::blend;
-    if (j - i >= (mode == Mode::blend ? isa.blend_rows : isa.tile_rows) || (j - i == rows && mode != Mode::blend)) {
+    if (mode == Mode::blend ? rows >= isa.stream_rows && j - i >= isa.blend_rows : j - i >= isa.tile_rows || j - i == rows) {
       groups.push_back({mode, static_cast<int>(sorted.size()), static_cast<int>(sorted.size()) + j - i});
       sorted.insert(sorted.end(), order.begin() + i, order.begin() + j);
     } else {
@@ -83,7 +86,7 @@ Block block_of(const Linear& p, const Lams& lams, int64_t begin, int64_t end, co
   Block block;
   block.groups = std::move(groups);
   for (int i : sorted) {
-    block.x.push_back(x_as_float ? static_cast<const void*>(x_as_float + i * p.k) : row_of(p.x, p.type, begin + i));
+    block.x.push_back(prepared ? prepared + i * prepared_stride : row_of(p.x, p.type, begin + i));
     block.y.push_back(static_cast<char*>(p.y) + (begin + i) * p.n * bytes_of(p.type));
     block.lam.push_back(lam[i]);
   }
@@ -111,31 +114,31 @@ void linear(const Linear& p, const Lams& lams, int threads) {
   if (p.m == 0 || p.n == 0) return;
   const Isa& isa = dami::isa();
   const int type = static_cast<int>(p.type);
-  const bool convert = isa.x_as_float[type];
   threads = worth(p.m * p.n * p.k / 8, threads);
 
-  // As many rows at a time as may be converted, in blocks of nearly equal height.
-  int64_t at_once = p.m;
-  if (convert) at_once = std::clamp<int64_t>(float_x_bytes / 4 / std::max<int64_t>(p.k, 1), max_block_rows, p.m);
-  const Buffer as_float = convert ? allocate(at_once * p.k * 4) : nullptr;
-  float* const x = static_cast<float*>(as_float.get());
-  const int64_t scratch_bytes = linear_scratch(std::min(p.m, max_block_rows));
+  // As many rows at a time as may be prepared, in blocks of nearly equal height.
+  const int64_t x_bytes = round_up(p.k, x_multiple) * isa.x_size[type];
+  const bool prepare = x_bytes != p.k * bytes_of(p.type);
+  const int64_t at_once = prepare ? std::min(p.m, std::max(max_rows, prepared_bytes / std::max<int64_t>(x_bytes, 1))) : p.m;
+  const Buffer prepared = prepare ? allocate(at_once * x_bytes) : nullptr;
+  char* const x = static_cast<char*>(prepared.get());
+  const int64_t scratch_bytes = linear_scratch(std::min(p.m, max_rows));
   const Buffer scratch = allocate(scratch_bytes * threads);
 
   for (int64_t first = 0; first < p.m; first += at_once) {
     const int64_t rows = std::min(at_once, p.m - first);
-    if (convert)
+    if (prepare)
       parallel_for(rows, worth(rows * p.k, threads), [&](int64_t row, int) {
-        isa.to_float[type](row_of(p.x, p.type, first + row), x + row * p.k, p.k);
+        isa.prepare_x[type](row_of(p.x, p.type, first + row), p.k, x + row * x_bytes);
       });
     std::vector<Block> blocks;
-    const int64_t count = ceil_div(rows, max_block_rows);
+    const int64_t count = ceil_div(rows, max_rows);
     for (int64_t i = 0; i < count; i++) {
       const int64_t begin = rows * i / count, end = rows * (i + 1) / count;
-      blocks.push_back(block_of(p, lams, first + begin, first + end, convert ? x + begin * p.k : nullptr, isa));
+      blocks.push_back(block_of(p, lams, first + begin, first + end, prepare ? x + begin * x_bytes : nullptr, x_bytes, isa));
     }
     // Wide tiles read x less often, but leave fewer tasks to balance.
-    const int64_t tile = std::clamp<int64_t>(ceil_div(p.n * count, threads * 8) / 16 * 16, 16, max_tile_outputs);
+    const int64_t tile = std::clamp<int64_t>(ceil_div(p.n * count, threads * 8) / 16 * 16, 16, max_outputs);
     const int64_t tiles = ceil_div(p.n, tile);
     parallel_for(tiles * count, threads, [&](int64_t task, int worker) {
       const int64_t n0 = task / count * tile;

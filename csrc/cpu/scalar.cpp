@@ -58,6 +58,9 @@ struct Vec {
   static Vec load(const T* p) {
     return {Lanes{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}};
   }
+  static Vec load_even(const bf16* p) { return {Lanes{widen(p[0]), widen(p[2]), widen(p[4]), widen(p[6])}}; }
+  static Vec load_odd(const bf16* p) { return load_even(p + 1); }
+  void keep() {}
   template <class T>
   void store(T* p) const {
     for (int i = 0; i < W; i++) narrow(v[i], p + i);
