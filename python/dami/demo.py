@@ -7,11 +7,12 @@ import ctypes
 import gc
 import json
 import math
+import os
 import random
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -171,20 +172,27 @@ def cost_of_patched(
 ) -> Cost:
     """Every prompt at every λ, greedily, in one batch of one patched model."""
     rows = [(prompt, lam) for lam in intensities for prompt in prompts]
+    return _cost(model, tokenizer, [p for p, _ in rows], [lam for _, lam in rows], **options)
+
+
+def cost_of_copies(copies: Iterable[Any], tokenizer: Any, prompts: Sequence[str], **options: Any) -> Cost:
+    """The same rows with a merged copy per λ, one batch each; `weights` are those of all copies together."""
+    costs = [_cost(merged, tokenizer, prompts, None, **options) for merged in copies]
+    return Cost(
+        weights=sum(cost.weights for cost in costs),
+        peak=None if costs[0].peak is None else max(cost.peak or 0 for cost in costs),
+        seconds=sum(cost.seconds for cost in costs),
+        tokens=sum(cost.tokens for cost in costs),
+        texts=[text for cost in costs for text in cost.texts],
+    )
+
+
+def _cost(
+    model: Any, tokenizer: Any, prompts: Sequence[str], intensities: Sequence[float] | None, **options: Any
+) -> Cost:
     with measured(model.device) as used:
-        answers = ask(model, tokenizer, [p for p, _ in rows], [lam for _, lam in rows], do_sample=False, **options)
-    return _cost([model], used, answers)
-
-
-def cost_of_copies(copies: Sequence[Any], tokenizer: Any, prompts: Sequence[str], **options: Any) -> Cost:
-    """The same rows with a merged copy per λ, all of them resident, one batch each."""
-    with measured(copies[0].device) as used:
-        answers = [a for merged in copies for a in ask(merged, tokenizer, prompts, None, do_sample=False, **options)]
-    return _cost(copies, used, answers)
-
-
-def _cost(models: Sequence[Any], used: dict[str, Any], answers: Sequence[Answer]) -> Cost:
-    weights = sum(tensor.nbytes for model in models for tensor in model.parameters())
+        answers = ask(model, tokenizer, prompts, intensities, do_sample=False, **options)
+    weights = sum(tensor.nbytes for tensor in model.parameters())
     texts = [f"{a.thought}\n{a.text}" for a in answers]
     return Cost(weights, used["peak"], used["seconds"], sum(a.tokens for a in answers), texts)
 
@@ -198,11 +206,12 @@ def measured(device: torch.device) -> Iterator[dict[str, Any]]:
     used: dict[str, Any] = {"peak": None}
     gc.collect()
     on_gpu, clear = device.type == "cuda", Path("/proc/self/clear_refs")
+    on_linux = os.access(clear, os.W_OK)
     if on_gpu:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-    elif clear.exists():
+    elif on_linux:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
         if trim:
             trim(0)
@@ -215,7 +224,7 @@ def measured(device: torch.device) -> Iterator[dict[str, Any]]:
     used["seconds"] = time.perf_counter() - start
     if on_gpu:
         used["peak"] = torch.cuda.max_memory_allocated(device) - before
-    elif clear.exists():
+    elif on_linux:
         used["peak"] = _resident() - before
 
 
@@ -244,10 +253,11 @@ def run(
     shown = rising(held_out, seed)
     console.rule(f"One batch, {len(shown) * len(SHOWN)} rows: {len(shown)} questions, each at λ = 0, 0.5 and 1")
     torch.manual_seed(seed)
-    asked, answers = sweep(model, tokenizer, shown, SHOWN, rows=len(shown) * len(SHOWN))
+    with console.status("answering"):
+        asked, answers = sweep(model, tokenizer, shown, SHOWN, rows=len(shown) * len(SHOWN))
     for start in range(0, len(answers), len(SHOWN)):
         question, several = asked[start], answers[start : start + len(SHOWN)]
-        title = f"level {question.level}, {question.task.replace('_', ' ')}: {question.answer}"
+        title = f"level {question.level}, {question.task.replace('_', ' ')}, answer {question.answer}"
         verdicts = [is_right(answer.text, question.answer) for answer in several]
         console.print(side_by_side(several, console, title, verdicts))
 
@@ -262,9 +272,10 @@ def run(
 
     console.rule("The price")
     prompts = [question.question for question in shown]
-    patched = cost_of_patched(model, tokenizer, prompts, SWEPT)
-    ends = [Checkpoint.find(end).model(dtype=model.dtype).to(model.device) for end in pair or example_pair()]
-    copies = cost_of_copies([merged_copy(ends[0], ends[1], lam) for lam in SWEPT], tokenizer, prompts)
+    with console.status("answering greedily, in one batch and with merged copies"):
+        patched = cost_of_patched(model, tokenizer, prompts, SWEPT)
+        ends = [Checkpoint.find(end).model(dtype=model.dtype).to(model.device) for end in pair or example_pair()]
+        copies = cost_of_copies((merged_copy(ends[0], ends[1], lam) for lam in SWEPT), tokenizer, prompts)
     console.print(
         price_table(patched, copies, len(SWEPT)), Text(verdict(patched, copies, len(SWEPT)), "bold"), sep="\n"
     )

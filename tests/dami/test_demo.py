@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import dami
 import pytest
 import torch
 from dami import demo, plots, terminal
@@ -11,6 +12,7 @@ from dami.chat import Answer
 from dami.demo import Point, Question
 from rich.console import Console
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 QUESTIONS = [
     Question(task, level, f"{task} {level} {n}", str(n))
@@ -220,3 +222,18 @@ def test_size(nbytes: float, text: str) -> None:
 @pytest.mark.parametrize(("numbers", "text"), [([0], "0"), ([0, 1, 2], "0-2"), ([0, 2, 3, 7], "0,2-3,7"), ([], "")])
 def test_runs(numbers: list[int], text: str) -> None:
     assert terminal.runs(numbers) == text
+
+
+def test_one_batch_and_merged_copies_are_asked_the_same() -> None:
+    model, tokenizer = dami.load_pair(*dami.example_pair())
+    prompts, lams = ["What is 2 + 3?", "gcd(12, 18)"], (0.0, 0.4, 1.0)
+    patched = demo.cost_of_patched(model, tokenizer, prompts, lams, max_new_tokens=4)
+    ends = [AutoModelForCausalLM.from_pretrained(end, dtype=model.dtype) for end in dami.example_pair()]
+    copies = demo.cost_of_copies((demo.merged_copy(*ends, lam) for lam in lams), tokenizer, prompts, max_new_tokens=4)
+    assert patched.weights == 2 * copies.weights / 3
+    # The ends are the very same models; between them a merged copy is rounded once more.
+    for row in (0, 1, 4, 5):
+        assert patched.texts[row] == copies.texts[row]
+    assert len(patched.texts) == len(copies.texts) == 6
+    assert patched.seconds > 0
+    assert copies.seconds > 0
