@@ -51,7 +51,7 @@ def patched_model_class(original: type[nn.Module]) -> type[LerpModel]:
             raise ValueError(
                 f"intensity must hold one number per sequence, got {lam.shape[0]} for {sequences} sequences"
             )
-        if lam.requires_grad and self.is_gradient_checkpointing:
+        if lam.requires_grad and any(getattr(m, "gradient_checkpointing", False) for m in self.modules()):
             raise ValueError(
                 "intensity takes no gradient under gradient checkpointing, which would rerun modules at another λ"
             )
