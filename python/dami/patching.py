@@ -21,10 +21,11 @@ Header = tuple[list[int], str]
 # what may differ between the ends without changing what a forward pass computes
 HARMLESS = re.compile(
     r"_name_or_path|name_or_path|transformers_version|(torch_)?dtype|use_cache|return_dict|.*_token_id"
-    r"|.*_(dropout|pdrop)(_prob)?|dropout|initializer_range|max_position_embeddings|id2label|label2id|problem_type"
+    r"|.*_(dropout|pdrop)(_prob)?|dropout|initializer_range|id2label|label2id|problem_type|max_window_layers"
     r"|task_specific_params|tokenizer_class|output_.*|chunk_size_feed_forward|finetuning_task|_attn_implementation"
-    r"|unsloth.*"
+    r"|do_sample|temperature|top_[kp]|max_length|max_new_tokens|repetition_penalty|unsloth.*"
 )
+STRETCHED = ("dynamic", "longrope", "yarn")  # rotary embeddings that depend on max_position_embeddings
 
 
 def patch_model(
@@ -204,11 +205,14 @@ def config_mismatches(instruct: PreTrainedConfig, thinking: PreTrainedConfig) ->
             end.update({key: None for key in end if key.startswith("quantization_config.")})
     if instruct.model_type != thinking.model_type:  # nothing else compares
         ends = [{"model_type": config.model_type} for config in (instruct, thinking)]
+    types = {value for end in ends for key, value in end.items() if key.endswith("rope_type")}
+    harmless = {"max_position_embeddings"} if types.isdisjoint(STRETCHED) else set()
     lines = []
     for key in sorted(ends[0].keys() | ends[1].keys()):
         values = [end.get(key) for end in ends]
         unknown = key == "architectures" and None in values
-        if values[0] != values[1] and not unknown and not HARMLESS.fullmatch(key.rpartition(".")[2]):
+        name = key.rpartition(".")[2]
+        if values[0] != values[1] and not unknown and name not in harmless and not HARMLESS.fullmatch(name):
             lines.append(f"config.{key}: {values[0]!r} in the instruct end, {values[1]!r} in the thinking end")
     return lines
 

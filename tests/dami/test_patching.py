@@ -10,10 +10,11 @@ from typing import Any
 import dami
 import pytest
 import torch
+from dami.patching import config_mismatches
 from torch import nn
-from transformers import CompileConfig, PreTrainedModel
+from transformers import CompileConfig, LlamaConfig, PreTrainedModel
 
-from tests.dami.families import batch, pair
+from tests.dami.families import FAMILIES, batch, pair
 
 
 def refused(
@@ -70,6 +71,29 @@ def test_an_unlike_pair_is_reported_at_once() -> None:
         "config.rms_norm_eps: 1e-06 in the instruct end, 0.001 in the thinking end",
         "lm_head.weight: float32 [101, 24] in the instruct end, float32 [99, 24] in the thinking end",
         "model.norm.weight: float32 [24] in the instruct end, float16 [24] in the thinking end",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "lines"),
+    [
+        ({"eos_token_id": 9, "dtype": torch.float16, "max_position_embeddings": 99, "attention_dropout": 0.5}, []),
+        ({"num_attention_heads": 8}, ["config.num_attention_heads: 4 in the instruct end, 8 in the thinking end"]),
+        ({"hidden_act": "gelu"}, ["config.hidden_act: 'silu' in the instruct end, 'gelu' in the thinking end"]),
+        ({"new_switch": True}, ["config.new_switch: None in the instruct end, True in the thinking end"]),
+    ],
+    ids=str,
+)
+def test_settings_that_differ_are_reported_unless_they_change_nothing(change: dict[str, Any], lines: list[str]) -> None:
+    settings = FAMILIES["llama"]().to_dict()
+    assert config_mismatches(LlamaConfig(**settings), LlamaConfig(**{**settings, **change})) == lines
+
+
+def test_positions_count_where_the_rotary_embedding_depends_on_them() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    ends = [LlamaConfig(rope_parameters=rope, max_position_embeddings=positions) for positions in (64, 99)]
+    assert config_mismatches(*ends) == [
+        "config.max_position_embeddings: 64 in the instruct end, 99 in the thinking end"
     ]
 
 
