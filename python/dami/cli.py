@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -73,7 +74,15 @@ def finite(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise typer.BadParameter(f"λ must be a finite number such as 0.5, got {text!r}")
+        raise typer.BadParameter(f"must be a finite number such as 0.5, got {text!r}")
+    return value
+
+
+def positive(text: str) -> float:
+    """Reads a temperature."""
+    value = finite(text)
+    if value <= 0:
+        raise typer.BadParameter(f"must be above 0, got {text!r}; --greedy takes the likeliest token")
     return value
 
 
@@ -88,14 +97,13 @@ SeedOption = Annotated[int, typer.Option(help="Seed of the sampling.")]
 
 def load(pair: tuple[str, str] | None) -> tuple[Any, Any]:
     """Loads a pair, onto the GPU if there is one; progress goes to stderr."""
+    if pair is None or not err.is_terminal:
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
     with err.status("loading torch and transformers"):
         import torch
-        from transformers.utils import logging
 
         import dami
         from dami.checkpoints import load_pair
-    if pair is None or not err.is_terminal:
-        logging.disable_progress_bar()
     instruct, thinking = pair or dami.example_pair()
     with user_errors():
         return load_pair(instruct, thinking, device_map="cuda" if torch.cuda.is_available() else None)
@@ -147,7 +155,9 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Give prompts as they are, without the chat template.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens at most, thought included.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token instead of sampling.")] = False,
-    temperature: Annotated[float | None, typer.Option(help="Of the sampling.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(parser=positive, metavar="NUMBER", help="Of the sampling.")
+    ] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Of the sampling.")] = None,
     top_k: Annotated[int | None, typer.Option(min=0, help="Of the sampling.")] = None,
     seed: SeedOption = 0,

@@ -81,7 +81,7 @@ def side_by_side(
             thought = Text(answer.thought, style="dim italic")
             thoughts.append(fold(thought, console, width, lines, tail) if answer.thought else Text("no thought", "dim"))
             ends.append(Text(answer.text, style="bold") if answer.text else Text("…" if tail else "no answer", "dim"))
-        for row in (heads, thoughts, ends):
+        for row in (heads, thoughts, ends) if any(answer.thought for answer in answers) else (heads, ends):
             table.add_row(*row)
         tables.append(table)
     parts: list[RenderableType] = [Text(plain(answers[0].prompt), style="bold"), Text()]
