@@ -42,21 +42,25 @@ def _lerp_layer_norm_kernel(
         total += tl.sum(values, 1, keep_dims=True)
     mean = total / D
 
-    # The mean is known before the squares are summed: E[x²] − E[x]² would cancel where the mean is large.
+    # The mean is known before the squares are summed, for E[x²] − E[x]² would cancel where the mean is large, and what
+    # its rounding left over is taken off afterwards.
+    left_over = tl.zeros((BLOCK_M, 1), tl.float32)
     squares = tl.zeros((BLOCK_M, 1), tl.float32)
     for start in range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)[None, :]
         values = tl.load(x + columns, mask=valid & (columns < D), other=0.0).to(tl.float32)
         centred = tl.where(columns < D, values - mean, 0.0)
+        left_over += tl.sum(centred, 1, keep_dims=True)
         squares += tl.sum(centred * centred, 1, keep_dims=True)
-    scale = tl.div_rn(1.0, tl.sqrt_rn(squares / D + eps))
+    left_over /= D
+    scale = tl.div_rn(1.0, tl.sqrt_rn(squares / D - left_over * left_over + eps))
 
     for start in range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)[None, :]
         values = tl.load(x + columns, mask=valid & (columns < D), other=0.0).to(tl.float32)
         base = tl.load(weight[0] + columns, mask=columns < D, other=0.0)
         target = tl.load(weight[1] + columns, mask=columns < D, other=0.0)
-        values = (values - mean) * scale * lerp(base, target, lams)
+        values = (values - mean - left_over) * scale * lerp(base, target, lams)
         if bias is not None:
             base = tl.load(bias[0] + columns, mask=columns < D, other=0.0)
             target = tl.load(bias[1] + columns, mask=columns < D, other=0.0)

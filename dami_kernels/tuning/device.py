@@ -42,5 +42,5 @@ def device_of(device: torch.device) -> Device:
         return H100
     properties = torch.cuda.get_device_properties(device)
     arch = f"sm_{properties.major}{properties.minor}" if torch.version.hip is None else properties.gcnArchName
-    shared = max(properties.shared_memory_per_block, properties.shared_memory_per_block_optin)
+    shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
     return Device(arch.split(":")[0], properties.multi_processor_count, shared)

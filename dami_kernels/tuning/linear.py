@@ -59,7 +59,7 @@ def linear_config(M: int, N: int, K: int, dtype: torch.dtype, format: str, devic
         split_k=split_k,
         # While one tile holds all rows, reading the weights takes longer than multiplying them twice.
         use_blend=block_m < M,
-        num_warps=8 if block_m * block_n >= 128 * 64 else 4,
+        num_warps=8 if block_m * block_n * dtype.itemsize >= 128 * 64 * 2 else 4,
         num_stages=_stages((block_m + 2 * block_n) * block_k * dtype.itemsize, device),
     )
 

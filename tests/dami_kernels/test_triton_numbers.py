@@ -1,0 +1,270 @@
+"""What is particular to the Triton kernels' numbers: tiles, splits, strides, large offsets.
+
+On a GPU (`-m gpu`) these tests run the compiled kernels. Without one, test_triton.py runs them in Triton's interpreter,
+and test_ops.py with the operators' contracts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+
+from dami_kernels import reference  # noqa: E402
+from dami_kernels.tuning import LinearConfig  # noqa: E402
+from tests.tolerance import assert_as_accurate  # noqa: E402
+
+INTERPRETED = triton.knobs.runtime.interpret
+pytestmark = [] if INTERPRETED else pytest.mark.gpu
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+Ends = list[Tensor]
+Kernel = Callable[..., Tensor]
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, Kernel]:
+    """The launching functions, by the operator's name."""
+    from dami_kernels import triton as module
+
+    return {name: getattr(module, name) for name in module.__all__}
+
+
+@pytest.fixture
+def linear(kernels: dict[str, Kernel], monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    """`linear(config, x, weight, bias, lam)`, with λ per row and the launch parameters given."""
+
+    def run(config: LinearConfig, x: Tensor, weight: Ends, bias: Ends, lam: Tensor) -> Tensor:
+        monkeypatch.setattr("dami_kernels.triton.linear.linear_config", lambda *_: config)
+        return kernels["lerp_linear"](x, weight, bias, lam, None, 1, "pair")
+
+    return run
+
+
+def config(split_k: int = 1, use_blend: bool = False, block_m: int = 16, block_n: int = 16) -> LinearConfig:
+    return LinearConfig(block_m, block_n, 32, split_k, use_blend, num_warps=4, num_stages=2)
+
+
+def ends(*shape: int, dtype: torch.dtype, distance: float = 0.03) -> Ends:
+    base = torch.randn(shape, device=DEVICE)
+    return [(0.05 * end).to(dtype) for end in (base, base + distance * torch.randn(shape, device=DEVICE))]
+
+
+def every_kind_of_tile() -> Tensor:
+    """λ of 70 rows for tiles of 16: all base, all target, one λ, all different, and a last one of six equal rows."""
+    kinds = [
+        torch.zeros(16),
+        torch.ones(16),
+        torch.full((16,), 0.3),
+        torch.linspace(-0.5, 1.5, 16),
+        torch.full((6,), 0.6),
+    ]
+    return torch.cat(kinds).to(DEVICE)
+
+
+def merged_rows(x: Tensor, weight: Ends, bias: Ends, lam: Tensor) -> Tensor:
+    """Plain PyTorch: every row by the weight merged in float32 at its λ and rounded once, as is the result."""
+
+    def merge(pair: Ends, value: Tensor) -> Tensor:
+        return torch.lerp(pair[0].float(), pair[1].float(), value).to(pair[0].dtype).float()
+
+    y = x.new_empty(len(x), len(weight[0]))
+    for value in lam.unique():
+        rows = lam == value
+        y[rows] = F.linear(x[rows].float(), merge(weight, value), merge(bias, value) if bias else None).to(x.dtype)
+    return y
+
+
+@every_dtype
+@pytest.mark.parametrize(("bias", "distance"), [(False, 0.03), (True, 1.0)], ids=["near", "far, bias"])
+@pytest.mark.parametrize("use_blend", [False, True], ids=["two accumulators", "blend"])
+@pytest.mark.parametrize("split_k", [1, 4], ids=["", "split"])
+def test_every_kind_of_tile(
+    linear: Kernel, dtype: torch.dtype, bias: bool, use_blend: bool, split_k: int, distance: float
+) -> None:
+    """Each kind on its own is as accurate as the contract asks, however far the ends are apart."""
+    lam = every_kind_of_tile()
+    N, K = 21, 150
+    x = torch.randn(len(lam), K, dtype=dtype, device=DEVICE)
+    weight, b = ends(N, K, dtype=dtype, distance=distance), ends(N, dtype=dtype) if bias else []
+    y = linear(config(split_k, use_blend), x, weight, b, lam)
+    oracle = reference.lerp_linear(x, tuple(weight), lam, tuple(b) if b else None)
+    plain = merged_rows(x, weight, b, lam)
+    for tile in torch.arange(len(lam)).split(16):
+        assert_as_accurate(y[tile], oracle[tile], plain[tile])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_a_blended_tile_equals_the_merged_weight(linear: Kernel, dtype: torch.dtype) -> None:
+    """Bit for bit at λ = 1/4, where float32 holds the blend exactly; two accumulators give other bits."""
+    x, weight = torch.randn(16, 64, dtype=dtype, device=DEVICE), ends(16, 64, dtype=dtype)
+    lam = torch.full((16,), 0.25, device=DEVICE)
+    merged = (weight[0].float() + 0.25 * (weight[1].float() - weight[0].float())).to(dtype)
+    expected = linear(config(use_blend=True), x, [merged, merged], [], torch.zeros_like(lam))
+    assert torch.equal(linear(config(use_blend=True), x, weight, [], lam), expected)
+    assert not torch.equal(linear(config(use_blend=False), x, weight, [], lam), expected)
+
+
+@every_dtype
+@pytest.mark.parametrize("end", [0, 1])
+@pytest.mark.parametrize("split_k", [1, 4], ids=["", "split"])
+def test_an_end_never_sees_the_other(linear: Kernel, dtype: torch.dtype, end: int, split_k: int) -> None:
+    """Not even an other end of NaN: in a tile of that end alone, nor in a row of it among others."""
+    x, weight, bias = (
+        torch.randn(48, 150, dtype=dtype, device=DEVICE),
+        ends(21, 150, dtype=dtype),
+        ends(21, dtype=dtype),
+    )
+    lam = torch.full((48,), float(end), device=DEVICE)
+    lam[32:48:2] = 0.3
+    expected = linear(config(split_k), x, [weight[end]] * 2, [bias[end]] * 2, lam)
+    weight[1 - end].fill_(torch.nan)
+    bias[1 - end].fill_(torch.nan)
+    y = linear(config(split_k), x, weight, bias, lam)
+    of_the_end = lam == end
+    assert torch.equal(y[of_the_end], expected[of_the_end])
+    assert y[~of_the_end].isnan().all()
+
+
+@pytest.mark.parametrize("use_blend", [False, True], ids=["two accumulators", "blend"])
+def test_a_nan_lam_stays_in_its_row(linear: Kernel, use_blend: bool) -> None:
+    x, weight = torch.randn(32, 40, device=DEVICE), ends(16, 40, dtype=torch.float32)
+    lam = torch.full((32,), 0.3, device=DEVICE)
+    expected = linear(config(use_blend=use_blend), x, weight, [], lam)
+    for bad in (0, 5, 15):  # of the first tile; the second keeps its one λ
+        with_nan = lam.clone()
+        with_nan[bad] = torch.nan
+        y = linear(config(use_blend=use_blend), x, weight, [], with_nan)
+        assert y[bad].isnan().all()
+        others = torch.arange(32) != bad
+        torch.testing.assert_close(y[others], expected[others], rtol=1e-5, atol=1e-6)
+
+
+@every_dtype
+def test_a_split_is_the_same_every_time(linear: Kernel, dtype: torch.dtype) -> None:
+    x, weight, bias = (
+        torch.randn(20, 150, dtype=dtype, device=DEVICE),
+        ends(21, 150, dtype=dtype),
+        ends(21, dtype=dtype),
+    )
+    lam = torch.rand(20, device=DEVICE)
+    y = linear(config(split_k=4), x, weight, bias, lam)
+    assert all(torch.equal(y, linear(config(split_k=4), x, weight, bias, lam)) for _ in range(3))
+
+
+def test_more_splits_than_steps(linear: Kernel) -> None:
+    x, weight = torch.randn(3, 40, device=DEVICE), ends(5, 40, dtype=torch.float32)
+    lam = torch.rand(3, device=DEVICE)
+    y = linear(config(split_k=4), x, weight, [], lam)
+    assert_as_accurate(y, reference.lerp_linear(x, tuple(weight), lam), merged_rows(x, weight, [], lam))
+
+
+@pytest.mark.parametrize("M", [1, 20])
+def test_no_inner_size_leaves_the_bias(linear: Kernel, M: int) -> None:
+    bias, lam = ends(5, dtype=torch.float32), torch.rand(M, device=DEVICE)
+    weight = [torch.empty(5, 0, device=DEVICE)] * 2
+    y = linear(config(), torch.empty(M, 0, device=DEVICE), weight, bias, lam)
+    torch.testing.assert_close(y, torch.lerp(*bias, lam[:, None]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes"),
+    [
+        (torch.float32, (70, 70, 70)),
+        (torch.bfloat16, (70, 130, 33)),
+        (torch.float16, (5, 260, 520)),
+        (torch.bfloat16, (260, 20, 100)),
+    ],
+    ids=str,
+)
+def test_the_plan_s_own_tiles(kernels: dict[str, Kernel], dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+    M, N, K = sizes
+    x, weight, bias = torch.randn(M, K, dtype=dtype, device=DEVICE), ends(N, K, dtype=dtype), ends(N, dtype=dtype)
+    for values in (torch.rand(M), torch.full((M,), 0.3)):
+        lam = values.to(DEVICE)
+        y = kernels["lerp_linear"](x, weight, bias, lam, None, 1, "pair")
+        oracle = reference.lerp_linear(x, tuple(weight), lam, tuple(bias))
+        assert_as_accurate(y, oracle, merged_rows(x, weight, bias, lam))
+
+
+@every_dtype
+def test_strides(linear: Kernel, kernels: dict[str, Kernel], dtype: torch.dtype) -> None:
+    """Rows with gaps, columns with gaps, and ends that lie in memory differently, one of them transposed."""
+    wide, weight, lam = torch.randn(20, 80, dtype=dtype, device=DEVICE), ends(21, 40, dtype=dtype), torch.rand(20)
+    lam = lam.to(DEVICE)
+    transposed = [weight[0], weight[1].t().contiguous().t()]
+    for x in (wide[:, :40], wide[:, 1:41], wide[:, ::2]):
+        expected = linear(config(), x.contiguous(), weight, [], lam)
+        assert torch.equal(linear(config(), x, transposed, [], lam), expected)
+        for name, extra in (("lerp_rms_norm", (1e-6, 0.0)), ("lerp_layer_norm", (1e-6,))):
+            vectors = [end[::2, 0] for end in ends(80, 3, dtype=dtype)]
+            bias = () if name == "lerp_rms_norm" else (vectors,)
+            args = (vectors, *bias, lam, None, 1, *extra)
+            dense = ([v.contiguous() for v in vectors], *([v.contiguous() for v in vectors] for _ in bias), *args[-4:])
+            dense = dense if name == "lerp_layer_norm" else ([v.contiguous() for v in vectors], *args[1:])
+            assert torch.equal(kernels[name](x, *args), kernels[name](x.contiguous(), *dense))
+
+
+@every_dtype
+@pytest.mark.parametrize("D", [1, 3, 1030, 5000])
+@pytest.mark.parametrize("M", [1, 9])
+def test_norms_of_any_size(kernels: dict[str, Kernel], D: int, M: int, dtype: torch.dtype) -> None:
+    """Rows shorter than a tile, longer than one, and with a mean far above their deviation."""
+    x = (torch.randn(M, D, device=DEVICE) + 30).to(dtype)
+    weight, bias, lam = ends(D, dtype=dtype), ends(D, dtype=dtype), torch.rand(M, device=DEVICE)
+    merged = [[torch.lerp(e[0].float(), e[1].float(), v).to(dtype) for v in lam] for e in (weight, bias)]
+    y = kernels["lerp_rms_norm"](x, weight, lam, None, 1, 1e-6, 0.0)
+    plain = torch.stack([F.rms_norm(row, (D,), w, 1e-6) for row, w in zip(x, merged[0], strict=True)])
+    assert_as_accurate(y, reference.lerp_rms_norm(x, tuple(weight), lam, 1e-6), plain)
+    y = kernels["lerp_layer_norm"](x, weight, bias, lam, None, 1, 1e-5)
+    plain = torch.stack([F.layer_norm(row, (D,), w, b, 1e-5) for row, w, b in zip(x, *merged, strict=True)])
+    assert_as_accurate(y, reference.lerp_layer_norm(x, tuple(weight), lam, 1e-5, tuple(bias)), plain)
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
+def test_embedding_of_strided_ids_and_weights(kernels: dict[str, Kernel], ids_dtype: torch.dtype) -> None:
+    weight = [end.t() for end in ends(1030, 11, dtype=torch.bfloat16)]
+    ids = torch.randint(0, 11, (9, 2), dtype=ids_dtype, device=DEVICE)[:, 1]
+    lam = torch.tensor([0.0, 1.0, 0.5] * 3, device=DEVICE)
+    y = kernels["lerp_embedding"](ids, weight, lam, None, 1, "pair")
+    oracle = reference.lerp_embedding(ids.long(), tuple(weight), lam)
+    assert_as_accurate(y, oracle, oracle.bfloat16(), factor=1.0)
+
+
+def test_offsets_beyond_32_bits(kernels: dict[str, Kernel]) -> None:
+    """Rows of x, of the weight and of the table that start 2³¹ elements and more into their tensors."""
+
+    def far(rows: int, columns: int) -> Tensor:
+        """[rows, columns] spread over more than 2³¹ elements, of which only the pages that are written to exist."""
+        stride = 2**31 // (rows - 1) + 8
+        memory = (
+            torch.from_numpy(np.zeros(stride * rows, np.int16))
+            if INTERPRETED
+            else torch.zeros(stride * rows, dtype=torch.int16, device=DEVICE)
+        )
+        tensor = memory.view(torch.bfloat16).as_strided((rows, columns), (stride, 1))
+        return tensor.copy_(torch.randn(rows, columns))
+
+    near = ends(5, 40, dtype=torch.bfloat16)
+    lam = torch.rand(3, device=DEVICE)
+    x = far(3, 40)
+    expected = kernels["lerp_linear"](x.contiguous(), near, [], lam, None, 1, "pair")
+    assert torch.equal(kernels["lerp_linear"](x, near, [], lam, None, 1, "pair"), expected)
+    weight = far(5, 40)
+    dense = weight.contiguous()
+    args = ([], lam, None, 1, "pair")
+    x = x.contiguous()
+    assert torch.equal(kernels["lerp_linear"](x, [weight] * 2, *args), kernels["lerp_linear"](x, [dense] * 2, *args))
+    ids = torch.tensor([4, 0, 4], device=DEVICE)
+    args = (lam, None, 1, "pair")
+    assert torch.equal(
+        kernels["lerp_embedding"](ids, [weight] * 2, *args), kernels["lerp_embedding"](ids, [dense] * 2, *args)
+    )

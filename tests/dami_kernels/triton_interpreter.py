@@ -1,0 +1,71 @@
+"""A pytest plugin that makes the operators on the CPU run the Triton kernels, in Triton's interpreter.
+
+    TRITON_INTERPRET=1 python -m pytest -p tests.dami_kernels.triton_interpreter tests/dami_kernels/test_ops.py
+
+The interpreter replaces `triton.jit` itself, so it needs a process of its own; test_triton.py starts one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, InterpreterOptions, TensorHandle
+
+from dami_kernels import native
+from dami_kernels import triton as kernels
+
+assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
+
+native.WHY_NOT = None
+for name in kernels.__all__:
+    setattr(native, name, getattr(kernels, name))
+
+
+# Three faults of the interpreter stand between its numbers and a GPU's. It holds bfloat16 as bits in uint16, and
+# multiplies the bits in `tl.dot`; it rounds to bfloat16 towards zero; and NumPy 2.4 refuses its loop bounds.
+def _float32(handle: TensorHandle) -> Any:
+    if handle.dtype.scalar == tl.bfloat16:
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
+    return handle.data.astype(np.float32)
+
+
+def _cast(builder: InterpreterBuilder, source: TensorHandle, dst_type: tl.dtype) -> TensorHandle:
+    kinds = (source.dtype.scalar, dst_type.scalar)
+    if kinds == (tl.bfloat16, tl.float32):
+        return TensorHandle(_float32(source), tl.float32)
+    if kinds == (tl.float32, tl.bfloat16):
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
+        return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
+    return _plain_cast(builder, source, dst_type)
+
+
+def _dot(builder: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *_: Any) -> TensorHandle:
+    product = np.matmul(_float32(a), _float32(b), dtype=d.data.dtype)
+    return TensorHandle(product + d.data, d.dtype.scalar)
+
+
+def _patch(tensor: type, scope: Any) -> None:
+    _plain_patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+def _call(function: InterpretedFunction, *args: Any, **options: Any) -> Any:
+    """Calls a device function. The interpreter's own patches triton.language again at every call, for half its time."""
+    if function.fn.__module__ not in _patched:
+        _patched.add(function.fn.__module__)
+        interpreter._patch_lang(function.fn)
+    return function.rewrite()(*args, **options)
+
+
+_patched: set[str] = set()
+InterpretedFunction.__call__ = _call
+_plain_cast, InterpreterBuilder.cast_impl = InterpreterBuilder.cast_impl, _cast
+_plain_patch, interpreter._patch_lang_tensor = interpreter._patch_lang_tensor, _patch
+InterpreterBuilder.create_dot = _dot
+# Checking every integer sum for overflow takes a third of the time; test_offsets_beyond_32_bits has those that count.
+interpreter.interpreter_builder.options = InterpreterOptions(sanitize_overflow=False)
