@@ -81,6 +81,8 @@ constexpr int64_t max_outputs = 64;
 // Along K, many rows are multiplied in blocks of so many bytes of each: a register tile's operands then fit L1, the
 // max_outputs rows of a weight L2.
 constexpr int64_t block_bytes = 2048;
+// Fewer rows than this are bound by memory: weights are read in the order in which they lie there.
+constexpr int64_t stream_rows = 13;
 // x lies in memory filled up with zeros to a multiple of so many elements, which every kernel's step divides.
 constexpr int64_t x_multiple = 32;
 
@@ -91,7 +93,6 @@ struct Isa {
   const char* name;
   bool (*supported)();
   int tile_rows;    // rows of x in a register tile: fewer at one end are not worth a group of their own
-  int stream_rows;  // below this, `linear` does not take Mode::blend
   int blend_rows;   // rows of one λ that pay for blending
   int64_t x_size[3];  // bytes of an element of x as `linear` reads it
 

@@ -11,6 +11,7 @@ using dami::f16;
 struct Vec {
   static constexpr int W = 8;
   static constexpr int tile_m = 3;  // 3 × 4 sums, 3 of x and 1 weight: the 16 registers
+  static constexpr int stream_m = 4;
   __m256 v;
 
   static Vec zero() { return {_mm256_setzero_ps()}; }
@@ -61,5 +62,5 @@ bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 
 namespace dami {
 extern const Isa avx2;
-constexpr Isa avx2 = make_isa<Vec>("avx2", supported, 4);
+constexpr Isa avx2 = make_isa<Vec>("avx2", supported, 6);
 }  // namespace dami

@@ -13,6 +13,7 @@ using dami::f16;
 struct Vec {
   static constexpr int W = 16;
   static constexpr int tile_m = 6;  // 6 × 4 sums, 6 of x and 1 weight of 32 registers
+  static constexpr int stream_m = 6;
   __m512 v;
 
   static Vec zero() { return {_mm512_setzero_ps()}; }

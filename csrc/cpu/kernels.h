@@ -1,7 +1,8 @@
 // The kernels, over a vector type V and a Dot, which every instruction set instantiates in a file of its own. V must lie in
 // an anonymous namespace: then so does everything here, and the linker cannot put AVX-512 code where AVX2 code belongs.
 //
-//   V     W float32 lanes: zero, set1, load and store of float, bf16 and f16, + − ·, fma(a, b, c) = a·b + c;
+//   V     W float32 lanes; tile_m and stream_m, the heights of a register tile where the weights lie in L2 and where they
+//         stream from memory; zero, set1, load and store of float, bf16 and f16, + − ·, fma(a, b, c) = a·b + c;
 //         load_even_odd(bf16 pointer), a Two; and sum4(a, b, c, d, to), which adds the sum of the lanes of each to to[0..4)
 //   Dot   how products are summed along K, `step` elements at a time and these in `parts`: X, the type it reads x in;
 //         load<part>, what multiply_add takes, from X or from a weight as stored; widen, a weight in float32; store, the
@@ -101,7 +102,6 @@ struct LinearKernel {
   static constexpr int tile_n = 4;  // rows of the weight in a register tile, as many as sum4 takes
   static constexpr int64_t block_k = block_bytes / sizeof(X);
   static constexpr bool converted = !std::is_same_v<T, X>;
-  static constexpr int stream_rows = 2 * V::tile_m;  // fewer are bound by memory
 
   struct alignas(64) Scratch {
     X weight[max_outputs][block_k];
@@ -110,9 +110,9 @@ struct LinearKernel {
   static_assert(sizeof(Scratch) == linear_scratch(max_rows));
   static constexpr int64_t sums_stride = 2 * max_outputs;
 
-  template <int which, int M, class W>
-  static inline __attribute__((always_inline)) void part(const X* const (&x)[M], const W* const (&w)[tile_n], int64_t i,
-                                                         V (&total)[M][tile_n]) {
+  template <int which, int M, int N, class W>
+  static inline __attribute__((always_inline)) void part(const X* const (&x)[M], const W* const (&w)[N], int64_t i,
+                                                         V (&total)[M][N]) {
     decltype(Dot::template load<which>(x[0])) xs[M];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
@@ -120,41 +120,62 @@ struct LinearKernel {
       if constexpr (Dot::parts == 2) xs[m].keep();
     }
 #pragma GCC unroll 4
-    for (int n = 0; n < tile_n; n++) {
+    for (int n = 0; n < N; n++) {
       const auto ws = Dot::template load<which>(w[n] + i);
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) total[m][n] = Dot::multiply_add(xs[m], ws, total[m][n]);
     }
   }
 
-  // sums[m][n] += x[m] · w[n] for M rows of x, over k elements, whole steps, from `offset` on in x. Meanwhile fetches as
-  // many elements from each row of `ahead`, if that is not null.
-  template <int M, class W>
+  // sums[m][n] += x[m] · w[n] for M rows of x and N of w, over k elements, whole steps, from `offset` on in x. Meanwhile
+  // fetches as many elements from each row of `ahead`, if that is not null.
+  template <int M, int N, class W>
   static void tile(const void* const* x, int64_t offset, const W* const* w, int64_t k, float* sums, const T* const* ahead) {
-    V total[M][tile_n];
+    V total[M][N];
     for (int m = 0; m < M; m++)
-      for (int n = 0; n < tile_n; n++) total[m][n] = V::zero();
+      for (int n = 0; n < N; n++) total[m][n] = V::zero();
     const X* xs[M];
     for (int m = 0; m < M; m++) xs[m] = static_cast<const X*>(x[m]) + offset;
-    const W* ws[tile_n];
-    for (int n = 0; n < tile_n; n++) ws[n] = w[n];
-    for (int64_t i = 0; i < k; i += Dot::step) {
-      if (ahead)
-        for (int n = 0; n < tile_n; n++) __builtin_prefetch(ahead[n] + i, 0, 2);
-      part<0, M>(xs, ws, i, total);
-      if constexpr (Dot::parts == 2) part<1, M>(xs, ws, i, total);
+    const W* ws[N];
+    for (int n = 0; n < N; n++) ws[n] = w[n];
+    const T* next[N] = {};
+    for (int n = 0; ahead && n < N; n++) next[n] = ahead[n];
+    const auto run = [&](auto fetch) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < k; i += Dot::step) {
+        if constexpr (fetch)
+          for (int n = 0; n < N; n++)
+            for (int line = 0; line < Dot::step; line += 64 / sizeof(T)) __builtin_prefetch(next[n] + i + line, 0, 2);
+        part<0, M, N>(xs, ws, i, total);
+        if constexpr (Dot::parts == 2) part<1, M, N>(xs, ws, i, total);
+      }
+    };
+    ahead ? run(std::true_type{}) : run(std::false_type{});
+    for (int m = 0; m < M; m++) {
+      float* to = sums + m * sums_stride;
+      if constexpr (N == 4) {
+        sum4(total[m][0], total[m][1], total[m][2], total[m][3], to);
+      } else {
+        float both[4] = {};
+        sum4(total[m][0], total[m][1], V::zero(), V::zero(), both);
+        to[0] += both[0], to[1] += both[1];
+      }
     }
-    for (int m = 0; m < M; m++) sum4(total[m][0], total[m][1], total[m][2], total[m][3], sums + m * sums_stride);
   }
 
-  // The same for any number of rows of x and up to max_outputs of w, in register tiles of nearly equal height.
+  // The same for tile_n rows of w, one half after the other where the registers do not hold all sums; converting takes some.
+  template <int M, class W>
+  static void tile(const void* const* x, int64_t offset, const W* const* w, int64_t k, float* sums, const T* const* ahead) {
+    constexpr int N = M <= V::tile_m - (converted && !std::is_same_v<W, X>) ? tile_n : tile_n / 2;
+    for (int n = 0; n < tile_n; n += N) tile<M, N>(x, offset, w + n, k, sums + n, ahead ? ahead + n : nullptr);
+  }
+
+  // The same for any number of rows of x and up to max_outputs of w, in register tiles of nearly equal height up to `most`.
   template <class W>
-  static void tiles(const void* const* x, int64_t rows, int64_t offset, const W* const* w, int64_t outputs, int64_t k,
-                    float* sums, const T* const* ahead = nullptr, const T* const* then = nullptr) {
+  static void tiles(int most, const void* const* x, int64_t rows, int64_t offset, const W* const* w, int64_t outputs,
+                    int64_t k, float* sums, const T* const* ahead = nullptr, const T* const* then = nullptr) {
     static constexpr decltype(&tile<1, W>) of_height[] = {tile<1, W>, tile<2, W>, tile<3, W>,
                                                           tile<4, W>, tile<5, W>, tile<6, W>};
-    static_assert(V::tile_m <= 6);
-    const int64_t count = (rows + V::tile_m - 1) / V::tile_m;
+    const int64_t count = (rows + most - 1) / most;
     for (int64_t i = 0; i < count; i++) {
       const int64_t begin = rows * i / count, end = rows * (i + 1) / count;
       for (int64_t n = 0; n < outputs; n += tile_n)
@@ -208,8 +229,8 @@ struct LinearKernel {
           }
           const void* const* x = block.x.data() + group.begin;
           const int64_t rows = group.end - group.begin;
-          tiles(x, rows, 0, stored, tile_n, steps, sums + (n - n0), ahead);
-          if (steps < p.k) tiles(x, rows, steps, tail, tile_n, Dot::step, sums + (n - n0));
+          tiles(V::stream_m, x, rows, 0, stored, tile_n, steps, sums + (n - n0), ahead);
+          if (steps < p.k) tiles(V::stream_m, x, rows, steps, tail, tile_n, Dot::step, sums + (n - n0));
         });
   }
 
@@ -232,17 +253,17 @@ struct LinearKernel {
           rows_at(p.weight.target, k0 + block_k, then);
           for (int64_t n = n0; n < n1; n++)
             blend(block.lam[group.begin], row(p.weight.base, n, k0), row(p.weight.target, n, k0), k, scratch.weight[n - n0]);
-          tiles(x, rows, k0, filled, n1 - n0, steps, scratch.sums[group.begin][0], ahead, then);
+          tiles(V::tile_m, x, rows, k0, filled, n1 - n0, steps, scratch.sums[group.begin][0], ahead, then);
           continue;
         }
         for_ends(p, group, scratch, [&](const Matrix& weight, float* sums) {
           rows_at(weight, k0 + block_k, ahead);
           if (converted || k < steps) {
             for (int64_t n = n0; n < n1; n++) fill(row(weight, n, k0), k, scratch.weight[n - n0]);
-            return tiles(x, rows, k0, filled, n1 - n0, steps, sums, ahead);
+            return tiles(V::tile_m, x, rows, k0, filled, n1 - n0, steps, sums, ahead);
           }
           rows_at(weight, k0, stored);
-          tiles(x, rows, k0, stored, n1 - n0, steps, sums, ahead);
+          tiles(V::tile_m, x, rows, k0, stored, n1 - n0, steps, sums, ahead);
         });
       }
     }
@@ -252,7 +273,8 @@ struct LinearKernel {
     Scratch& scratch = *static_cast<Scratch*>(memory);
     const int64_t rows = static_cast<int64_t>(block.x.size());
     std::memset(scratch.sums, 0, static_cast<size_t>(rows) * sizeof scratch.sums[0]);
-    (rows < stream_rows ? stream : panel)(p, block, n0, n1, scratch);
+    const bool blends = std::any_of(block.groups.begin(), block.groups.end(), [](const Group& g) { return g.mode == Mode::blend; });
+    (rows < stream_rows && !blends ? stream : panel)(p, block, n0, n1, scratch);
     for (const Group& group : block.groups)
       for (int i = group.begin; i < group.end; i++) finish(p, block, group.mode, i, n0, n1, scratch.sums[i]);
   }
@@ -371,7 +393,6 @@ constexpr Isa make_isa(const char* name, bool (*supported)(), int blend_rows) {
       name,
       supported,
       V::tile_m,
-      LinearKernel<V, Dot, float>::stream_rows,
       blend_rows,
       {4, sizeof(typename DotOfBf16::X), 4},
       {LinearKernel<V, Dot, float>::run, LinearKernel<V, DotOfBf16, bf16>::run, LinearKernel<V, Dot, f16>::run},

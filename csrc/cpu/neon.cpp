@@ -11,6 +11,7 @@ using dami::f16;
 struct Vec {
   static constexpr int W = 4;
   static constexpr int tile_m = 6;  // 6 × 4 sums, 6 of x and 1 weight of 32 registers
+  static constexpr int stream_m = 6;
   float32x4_t v;
 
   static Vec zero() { return {vdupq_n_f32(0)}; }
@@ -55,5 +56,5 @@ bool supported() { return true; }
 
 namespace dami {
 extern const Isa neon;
-constexpr Isa neon = make_isa<Vec>("neon", supported, 4);
+constexpr Isa neon = make_isa<Vec>("neon", supported, 6);
 }  // namespace dami

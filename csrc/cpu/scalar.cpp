@@ -49,6 +49,7 @@ void narrow(float value, f16* to) {
 struct Vec {
   static constexpr int W = 4;
   static constexpr int tile_m = 2;
+  static constexpr int stream_m = 4;
   typedef float Lanes __attribute__((vector_size(16)));
   Lanes v;
 
