@@ -43,6 +43,7 @@ def test_positions_shared_by_the_batch_take_each_row_at_its_lam(family: str) -> 
     "options",
     [
         {"do_sample": False},
+        {"padding": "right", "do_sample": False},
         {"do_sample": True, "top_k": 0},
         {"num_beams": 3, "do_sample": True},
         {"num_beams": 3, "num_return_sequences": 2, "do_sample": False},
@@ -56,10 +57,10 @@ def test_positions_shared_by_the_batch_take_each_row_at_its_lam(family: str) -> 
 def test_generates_for_each_row_the_tokens_of_the_model_merged_at_its_lam(
     family: str, options: dict[str, object]
 ) -> None:
-    inputs = batch("left", rows=1 if "prompt_lookup_num_tokens" in options else 4)
+    options = {"padding": "left", "max_new_tokens": 6, "min_new_tokens": 6, **options}
+    inputs = batch(str(options.pop("padding")), rows=1 if "prompt_lookup_num_tokens" in options else 4)
     del inputs["position_ids"]
     lams = LAM[1:2] if len(inputs["input_ids"]) == 1 else LAM
-    options = {"max_new_tokens": 6, "min_new_tokens": 6, **options}
 
     def run(model: PreTrainedModel, **more: object) -> list[torch.Tensor]:
         torch.manual_seed(3)
