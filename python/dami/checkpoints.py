@@ -85,7 +85,8 @@ def load_pair(
     if configs[0].model_type == configs[1].model_type and headers[1]:
         known = [{**end.headers, **end.strangers} for end in stored]
         if not headers[0]:  # not in safetensors: its shapes are the model's
-            known[0] = {name: headers_of(skeleton)[name] for name in set(first_names(skeleton).values())}
+            shapes = headers_of(skeleton)
+            known[0] = {name: shapes[name] for name in first_names(skeleton).values()}
         mismatches += tensor_mismatches(known[0], known[1], dtypes=dtype == "auto" and bool(headers[0]))
         if stored[1].complete:
             both = stored[0].strangers.keys() & stored[1].strangers.keys()
@@ -125,8 +126,8 @@ class Checkpoint:
             return cls(path.parent, path.name)
         if path.is_dir():
             return cls(path)
-        if path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1:
-            raise OSError(f"there is no checkpoint directory {source}")
+        if path.is_absolute() or str(source).startswith((".", "~")) or path.suffix == ".gguf" or len(path.parts) > 2:
+            raise OSError(f"there is no checkpoint {source}")
         directory = Path(snapshot_download(str(source), allow_patterns=FILES))
         if not any(directory.glob("*.safetensors")):
             directory = Path(snapshot_download(str(source), allow_patterns=LEGACY_FILES))
@@ -251,9 +252,9 @@ class Stored:
         strangers = {}
         for name, header in headers.items():
             known = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in firsts), None)
-            if known is not None:
-                found.setdefault(firsts[known], name)
-            elif not ignored.search(name):
+            if known is not None and (known == firsts[known] or firsts[known] not in found):
+                found[firsts[known]] = name  # of tied ones the first, as transformers takes it
+            elif known is None and not ignored.search(name):
                 strangers[name] = header
         return cls(
             names={name: known for known, name in found.items()},

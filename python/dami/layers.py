@@ -175,8 +175,8 @@ class LerpRMSNorm(LerpModule):
             return None
         generator = torch.Generator().manual_seed(0)
         w = torch.randn(weight.shape, generator=generator).to(weight.device)
-        epsilons = {value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1}
-        for eps in epsilons or {torch.finfo(torch.float32).eps}:  # torch's own where nn.RMSNorm is given none
+        epsilons = [value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1]
+        for eps in (*epsilons, torch.finfo(torch.float32).eps):  # the last is torch's own where it is given none
             # as large as eps makes it: the mean square and eps weigh the same
             x = torch.randn(3, *weight.shape, generator=generator).to(weight.device) * eps**0.5
             try:
@@ -230,7 +230,7 @@ def _reaches(kind: type[LerpModule], module: nn.Module) -> bool:
     probe = with_parameters(module, module._parameters)
     probe.__class__ = type(cls.__name__, (cls, type("Probe", (kind,), {"forward": forward})), {})
     try:
-        cls.forward(probe, torch.zeros(1, 1, dtype=torch.long))
+        type(probe).forward(probe, torch.zeros(1, 1, dtype=torch.long))
     except Reached:
         return True
     except Exception:

