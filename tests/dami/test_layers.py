@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import dami
 import pytest
 import torch
 from dami.layers import LerpRMSNorm, kind_of
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
+from safetensors.torch import load_file
 from tests.dami.families import batch, merged, pair, references
 
 
@@ -194,6 +197,17 @@ def test_a_patched_model_is_copied_and_pickled() -> None:
         assert twin.lm_head.lerp.dial is twin.dami_patch.dial
         assert torch.equal(twin(**inputs, intensity=[0.0, 0.3, 0.7, 1.0]).logits, wanted)
         dami.unpatch_model(twin)
+
+
+@torch.no_grad()
+def test_a_saved_model_is_the_instruct_end_with_the_target_beside_it(tmp_path: Path) -> None:
+    model = dami.patch_model(*pair("gpt2"))
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(stored["transformer.wte.weight_target"], model.lm_head.weight_target)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    inputs = batch("left")
+    assert torch.equal(plain(**inputs).logits, pair("gpt2")[0](**inputs).logits)
 
 
 @torch.no_grad()
