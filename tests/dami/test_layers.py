@@ -10,6 +10,7 @@ import dami
 import pytest
 import torch
 from dami.layers import LerpRMSNorm, kind_of
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
@@ -17,7 +18,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
-from safetensors.torch import load_file
 from tests.dami.families import batch, merged, pair, references
 
 
