@@ -128,9 +128,13 @@ def read_bandwidth(data: Tensor) -> float:
     return _C.read_bandwidth(data.data_ptr(), data.nbytes, torch.get_num_threads())
 
 
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the last dimension lies dense in memory."""
+    return tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 or tensor.numel() == 0
+
+
 def _dense(tensor: Tensor) -> Tensor:
-    """The tensor if its last dimension lies dense in memory, else a copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if _is_dense(tensor) else tensor.contiguous()
 
 
 def _ends(stored: Sequence[Tensor], format: str = "pair") -> tuple[Tensor, ...]:
@@ -138,7 +142,7 @@ def _ends(stored: Sequence[Tensor], format: str = "pair") -> tuple[Tensor, ...]:
     if not stored:
         return ()
     ends = formats.get(format).unpack(*stored)
-    if any(end.stride(-1) != 1 for end in ends):
+    if not all(map(_is_dense, ends)):
         _warn_of_copies()
     return tuple(map(_dense, ends))
 

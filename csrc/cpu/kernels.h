@@ -273,8 +273,7 @@ struct LinearKernel {
     Scratch& scratch = *static_cast<Scratch*>(memory);
     const int64_t rows = static_cast<int64_t>(block.x.size());
     std::memset(scratch.sums, 0, static_cast<size_t>(rows) * sizeof scratch.sums[0]);
-    const bool blends = std::any_of(block.groups.begin(), block.groups.end(), [](const Group& g) { return g.mode == Mode::blend; });
-    (rows < stream_rows && !blends ? stream : panel)(p, block, n0, n1, scratch);
+    (rows < stream_rows ? stream : panel)(p, block, n0, n1, scratch);
     for (const Group& group : block.groups)
       for (int i = group.begin; i < group.end; i++) finish(p, block, group.mode, i, n0, n1, scratch.sums[i]);
   }
