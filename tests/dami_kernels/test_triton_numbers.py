@@ -7,6 +7,7 @@ and test_ops.py with the operators' contracts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,9 +105,12 @@ def test_every_kind_of_tile(
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_a_blended_tile_equals_the_merged_weight(linear: Kernel, dtype: torch.dtype) -> None:
-    """Bit for bit at λ = 1/4, where float32 holds the blend exactly; two accumulators give other bits."""
-    x, weight = torch.randn(16, 64, dtype=dtype, device=DEVICE), ends(16, 64, dtype=dtype)
-    lam = torch.full((16,), 0.25, device=DEVICE)
+    """Bit for bit at λ = 1/4, where float32 holds the blend exactly; two accumulators give other bits.
+
+    Three rows of the tile are beyond the batch, and must not make it a mixed one.
+    """
+    x, weight = torch.randn(13, 64, dtype=dtype, device=DEVICE), ends(16, 64, dtype=dtype)
+    lam = torch.full((13,), 0.25, device=DEVICE)
     merged = (weight[0].float() + 0.25 * (weight[1].float() - weight[0].float())).to(dtype)
     expected = linear(config(use_blend=True), x, [merged, merged], [], torch.zeros_like(lam))
     assert torch.equal(linear(config(use_blend=True), x, weight, [], lam), expected)
@@ -132,6 +136,34 @@ def test_an_end_never_sees_the_other(linear: Kernel, dtype: torch.dtype, end: in
     of_the_end = lam == end
     assert torch.equal(y[of_the_end], expected[of_the_end])
     assert y[~of_the_end].isnan().all()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="only the interpreter can be asked what was read")
+@pytest.mark.parametrize("end", [0, 1])
+def test_an_end_alone_reads_half_the_bytes(
+    kernels: dict[str, Kernel], monkeypatch: pytest.MonkeyPatch, end: int
+) -> None:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    weight, lam = ends(21, 40, dtype=torch.float32), torch.full((5,), float(end))
+    read: list[int] = []
+    load = InterpreterBuilder.create_masked_load
+
+    def recording(builder: InterpreterBuilder, pointers: Any, mask: Any, *options: Any) -> Any:
+        read.extend(np.broadcast_to(pointers.data, mask.data.shape)[mask.data].tolist())
+        return load(builder, pointers, mask, *options)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", recording)
+    ids = torch.arange(5)
+    for run in (
+        lambda: kernels["lerp_linear"](torch.randn(5, 40), weight, [], lam, None, 1, "pair"),
+        lambda: kernels["lerp_embedding"](ids, weight, lam, None, 1, "pair"),
+    ):
+        read.clear()
+        run()
+        counts = [sum(0 <= address - e.data_ptr() < e.nbytes for address in read) for e in weight]
+        assert counts[end] >= 5 * 40
+        assert counts[1 - end] == 0
 
 
 @pytest.mark.parametrize("use_blend", [False, True], ids=["two accumulators", "blend"])
