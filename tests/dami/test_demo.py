@@ -225,15 +225,14 @@ def test_runs(numbers: list[int], text: str) -> None:
 
 
 def test_one_batch_and_merged_copies_are_asked_the_same() -> None:
-    model, tokenizer = dami.load_pair(*dami.example_pair())
+    # In float32, where the order of a sum decides between no two tokens; in bfloat16 it may.
+    model, tokenizer = dami.load_pair(*dami.example_pair(), dtype=torch.float32)
     prompts, lams = ["What is 2 + 3?", "gcd(12, 18)"], (0.0, 0.4, 1.0)
     patched = demo.cost_of_patched(model, tokenizer, prompts, lams, max_new_tokens=4)
     ends = [AutoModelForCausalLM.from_pretrained(end, dtype=model.dtype) for end in dami.example_pair()]
     copies = demo.cost_of_copies((demo.merged_copy(*ends, lam) for lam in lams), tokenizer, prompts, max_new_tokens=4)
     assert patched.weights == 2 * copies.weights / 3
-    # The ends are the very same models; between them a merged copy is rounded once more.
-    for row in (0, 1, 4, 5):
-        assert patched.texts[row] == copies.texts[row]
-    assert len(patched.texts) == len(copies.texts) == 6
+    assert patched.texts == copies.texts
+    assert len(patched.texts) == 6
     assert patched.seconds > 0
     assert copies.seconds > 0
