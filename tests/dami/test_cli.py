@@ -77,13 +77,14 @@ def test_generate_greedily_ignores_the_seed() -> None:
     assert records(first) == records(other)
 
 
-def test_generate_reads_a_file_and_batches_do_not_change_greedy_answers(tmp_path: Path) -> None:
+def test_generate_reads_a_file_in_batches(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     lines = ["What is 2 + 3?", "", '{"prompt": "gcd(12, 18)"}', '{"messages": [{"role": "user", "content": "1 + 1"}]}']
     file.write_text("\n".join(lines))
-    options = ["--file", str(file), "--json", "--greedy", "-l", "0", "-l", "1", *SHORT]
+    options = ["--file", str(file), "--json", "-l", "0", "-l", "1", *SHORT]
     together, apart = records(run("generate", *options)), records(run("generate", *options, "--batch-size", "1"))
-    assert together == apart
+    assert [(a["prompt"], a["intensity"]) for a in together] == [(a["prompt"], a["intensity"]) for a in apart]
+    assert len(together) == 6
     assert [answer["prompt"] for answer in together[::2]] == [
         "What is 2 + 3?",
         "gcd(12, 18)",
