@@ -106,7 +106,10 @@ def load(pair: tuple[str, str] | None) -> tuple[Any, Any]:
         from dami.checkpoints import load_pair
     instruct, thinking = pair or dami.example_pair()
     with user_errors():
-        return load_pair(instruct, thinking, device_map="cuda" if torch.cuda.is_available() else None)
+        try:
+            return load_pair(instruct, thinking, device_map="cuda" if torch.cuda.is_available() else None)
+        except OSError as error:  # the hub's do not say which
+            raise OSError(f"cannot load {instruct} and {thinking}: {' '.join(str(error).split())}") from error
 
 
 @app.callback(invoke_without_command=True)
