@@ -1,0 +1,144 @@
+// Every kernel of every instruction set of this machine against double precision, on operands that end where their memory
+// ends. test_native_code.py builds it with sanitizers, and for ARM. Prints what is wrong; exits with how much.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+
+#include "../../csrc/cpu/api.h"
+
+using namespace dami;
+
+namespace {
+
+std::mt19937 generator(0);
+int failures = 0;
+
+double normal() { return std::normal_distribution<double>()(generator); }
+
+// A float rounded to `bits` of mantissa, so that it is a number of the type.
+float rounded(Type type, double value) {
+  const double bits = type == Type::f32 ? 24 : type == Type::bf16 ? 8 : 11;
+  if (value == 0) return 0;
+  const double unit = std::exp2(std::floor(std::log2(std::fabs(value))) + 1 - bits);
+  return static_cast<float>(std::nearbyint(value / unit) * unit);
+}
+
+struct Array {
+  Type type;
+  std::vector<double> values;
+  std::vector<unsigned char> bytes;
+
+  Array(Type type, size_t size, double scale) : type(type), values(size), bytes(size * (type == Type::f32 ? 4 : 2)) {
+    for (size_t i = 0; i < size; i++) {
+      const float value = rounded(type, scale * normal());
+      values[i] = value;
+      uint32_t bits;
+      std::memcpy(&bits, &value, 4);
+      if (type == Type::f32) std::memcpy(&bytes[4 * i], &bits, 4);
+      if (type == Type::bf16) std::memcpy(&bytes[2 * i], reinterpret_cast<char*>(&bits) + 2, 2);
+      if (type == Type::f16) {
+        const uint32_t magnitude = bits & 0x7fffffff;
+        const uint16_t half = static_cast<uint16_t>(bits >> 16 & 0x8000) |
+                              (magnitude < 0x38800000 ? 0 : static_cast<uint16_t>((magnitude - (112u << 23)) >> 13));
+        if (magnitude < 0x38800000) values[i] = 0;
+        std::memcpy(&bytes[2 * i], &half, 2);
+      }
+    }
+  }
+  Matrix matrix(int64_t stride) const { return {bytes.data(), stride}; }
+
+  double at(size_t i) const {  // as it is now, in memory
+    uint32_t bits = 0;
+    float value;
+    if (type == Type::f32) std::memcpy(&bits, &bytes[4 * i], 4);
+    if (type == Type::bf16) std::memcpy(reinterpret_cast<char*>(&bits) + 2, &bytes[2 * i], 2);
+    if (type == Type::f16) {
+      uint16_t half;
+      std::memcpy(&half, &bytes[2 * i], 2);
+      const int exponent = half >> 10 & 31;
+      const double fraction = (half & 1023) / 1024.0;
+      return (half & 0x8000 ? -1 : 1) * (exponent ? std::ldexp(1 + fraction, exponent - 15) : std::ldexp(fraction, -14));
+    }
+    std::memcpy(&value, &bits, 4);
+    return value;
+  }
+};
+
+void expect(const char* what, const Array& y, const std::vector<double>& oracle) {
+  const double eps = y.type == Type::f32 ? 0x1p-21 : y.type == Type::bf16 ? 0x1p-8 : 0x1p-11;
+  double scale = 0;
+  for (double value : oracle) scale = std::fmax(scale, std::fabs(value));
+  for (size_t i = 0; i < oracle.size(); i++) {
+    if (std::fabs(y.at(i) - oracle[i]) <= eps * 1.5 * scale) continue;
+    std::printf("%s %s type %d, element %zu of %zu: %g, expected %g\n", isa().name, what, static_cast<int>(y.type), i,
+                oracle.size(), y.at(i), oracle[i]);
+    failures++;
+    return;
+  }
+}
+
+void check(Type type, int64_t m, int64_t n, int64_t k, const std::vector<float>& values) {
+  std::vector<float> lam(m);
+  for (float& l : lam) l = values[generator() % values.size()];
+  const auto lerp = [](double b, double t, double l) { return b + l * (t - b); };
+  const Lams lams{lam.data(), m, nullptr, 1};
+  const double scale = 1 / std::sqrt(std::fmax(1.0, static_cast<double>(k)));
+  Array x(type, m * k, 1), base(type, n * k, scale), target(type, n * k, scale), b0(type, n, 1), b1(type, n, 1);
+  const Pair weight{base.matrix(k), target.matrix(k)};
+
+  Array y(type, m * n, NAN);
+  linear({type, x.matrix(k), weight, {b0.matrix(1), b1.matrix(1)}, y.bytes.data(), m, n, k}, lams, 2);
+  std::vector<double> oracle(m * n);
+  for (int64_t i = 0; i < m; i++)
+    for (int64_t j = 0; j < n; j++) {
+      double sum = lerp(b0.values[j], b1.values[j], lam[i]);
+      for (int64_t l = 0; l < k; l++)
+        sum += x.values[i * k + l] * lerp(base.values[j * k + l], target.values[j * k + l], lam[i]);
+      oracle[i * n + j] = sum;
+    }
+  expect("linear", y, oracle);
+
+  std::vector<int64_t> ids(m);
+  std::vector<double> rows(m * k);
+  for (int64_t i = 0; i < m; i++) {
+    ids[i] = static_cast<int64_t>(generator() % n);
+    for (int64_t l = 0; l < k; l++)
+      rows[i * k + l] = lerp(base.values[ids[i] * k + l], target.values[ids[i] * k + l], lam[i]);
+  }
+  Array looked_up(type, m * k, NAN);
+  embedding(type, ids.data(), true, m, weight, n, k, looked_up.bytes.data(), lams, 2);
+  expect("embedding", looked_up, rows);
+
+  Array w0(type, k, 1), w1(type, k, 1), normed(type, m * k, NAN);
+  const Pair w{w0.matrix(1), w1.matrix(1)};
+  for (bool centred : {false, true}) {
+    for (int64_t i = 0; i < m; i++) {
+      double mean = 0, square = 0;
+      for (int64_t l = 0; centred && l < k; l++) mean += x.values[i * k + l] / k;
+      for (int64_t l = 0; l < k; l++) square += std::pow(x.values[i * k + l] - mean, 2) / k;
+      for (int64_t l = 0; l < k; l++)
+        rows[i * k + l] = (x.values[i * k + l] - mean) / std::sqrt(square + 1e-5f) *
+                              ((centred ? 0 : 1) + lerp(w0.values[l], w1.values[l], lam[i])) +
+                          (centred ? lerp(w0.values[l], w1.values[l], lam[i]) : 0);
+    }
+    const Norm norm{type, x.matrix(k), w, centred ? w : Pair{}, normed.bytes.data(), k, 1e-5f, centred ? 0.f : 1.f};
+    (centred ? layer_norm : rms_norm)(norm, m, lams, 2);
+    expect(centred ? "layer_norm" : "rms_norm", normed, rows);
+  }
+}
+
+}  // namespace
+
+int main() {
+  const int64_t shapes[][3] = {{1, 1, 1}, {2, 5, 31}, {6, 9, 64}, {12, 33, 40}, {14, 67, 1100}, {60, 7, 129}, {300, 3, 33}};
+  for (const std::string& name : supported_isas()) {
+    use_isa(name);
+    for (Type type : {Type::f32, Type::bf16, Type::f16})
+      for (const auto& [m, n, k] : shapes)
+        for (const std::vector<float>& values : {std::vector<float>{0}, {1}, {0.25f}, {0, 1, 0.75f, 0.5f, 1.25f, -0.5f}})
+          check(type, m, n, k, values);
+    std::printf("%s: %d wrong\n", name.c_str(), failures);
+  }
+  return failures;
+}
