@@ -1,0 +1,65 @@
+"""Draws docs/images/linear-cpu.png from results/linear.csv: the newest run of every instruction set, bfloat16."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+HERE = Path(__file__).parent
+METHODS = {  # and their colours
+    "F.linear, one merged weight": "#999999",
+    "one merged copy per λ": "#d99a6c",
+    "two F.linear and a lerp": "#c7c76a",
+    "blend, then F.linear": "#8fb8de",
+    "lerp_linear": "#5b2a86",
+}
+BATCHES = ("mixed", "8 λ", "one λ", "all base")
+
+
+def newest(path: Path, isa: str) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["isa"] == isa and row["dtype"] == "bfloat16"]
+    date = max(row["date"] for row in rows)
+    return [row for row in rows if row["date"] == date]
+
+
+def main() -> None:
+    results = HERE / "results" / "linear.csv"
+    with open(results, newline="") as file:
+        isas = sorted({row["isa"] for row in csv.DictReader(file) if row["dtype"] == "bfloat16"})
+    figure, axes = plt.subplots(len(isas), len(BATCHES), figsize=(13, 3.4 * len(isas)), squeeze=False, sharey=True)
+    for line, isa in zip(axes, isas, strict=True):
+        rows = newest(results, isa)
+        for axis, batch in zip(line, BATCHES, strict=True):
+            for method, color in METHODS.items():
+                points = [row for row in rows if row["batch"] == batch and row["method"] == method]
+                if points:
+                    x, y = [int(row["M"]) for row in points], [float(row["ratio"]) for row in points]
+                    axis.plot(x, y, "o-", color=color, label=method, linewidth=2 + (method == "lerp_linear"))
+            axis.set_xscale("log", base=4)
+            axis.set_yscale("log", base=2)
+            axis.set_xticks([1, 4, 16, 64, 256], ["1", "4", "16", "64", "256"])
+            axis.set_yticks([0.25, 0.5, 1, 2, 4, 8], ["¼", "½", "1", "2", "4", "8"])
+            axis.set_title(f"{batch}, {isa}", fontsize=10)
+            axis.set_xlabel("rows M")
+            axis.grid(alpha=0.3)
+        line[0].set_ylabel("time / F.linear of one weight")
+    first = rows[0]
+    figure.suptitle(
+        f"lerp_linear, bfloat16, N={first['N']}, K={first['K']}, {first['device']}, {first['threads']} threads"
+    )
+    handles = {
+        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), frameon=False)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.savefig(HERE.parent / "docs" / "images" / "linear-cpu.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
