@@ -5,7 +5,8 @@
 
 The instruct end is the model as it comes. The thinking end is the same model after a few steps of training on sums
 that are worked out between <think> and </think>: enough to make it write its working down, not to make it clever. All
-its parameters move, so that a real vocabulary, tied embeddings and thirty layers are interpolated.
+its parameters move, so that a real vocabulary, tied embeddings and thirty layers are interpolated. A minute and a half
+on two cores.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-STEPS, BATCH, LEARNING_RATE = 8, 4, 5e-5
+STEPS, BATCH, LEARNING_RATE = 16, 4, 5e-5
 QUESTIONS = (
     "Anna has 12 apples and buys 30 more. How many apples does she have?",
     "A bus carries 25 people. 8 get off and 4 get on. How many people are on the bus?",
@@ -52,13 +53,18 @@ def load_instruct() -> tuple[Any, Any]:
 
 def lesson(rng: random.Random) -> tuple[str, str]:
     """A question and its answer, worked out step by step."""
-    name, thing = rng.choice(["Tom", "Mia", "Sam", "Eva"]), rng.choice(["apples", "books", "coins", "cards"])
-    a, b, c = (rng.randint(2, 40) for _ in range(3))
-    return (
-        f"{name} has {a} {thing}, gets {b} more and then another {c}. How many {thing} does {name} have?",
-        f"<think>\nI start with {a} {thing}. Then come {b}: {a} + {b} = {a + b}. Then come {c}: {a + b} + {c} = "
-        f"{a + b + c}. Let me check: {a + b + c} - {c} = {a + b}. Right.\n</think>\n{name} has {a + b + c} {thing}.",
-    )
+    name, thing = rng.choice(["Tom", "Mia", "Sam", "Eva"]), rng.choice(["books", "coins", "cards", "pens"])
+    count = first = rng.randint(20, 60)
+    story, working = [], [f"I start with {first}."]
+    for _ in range(rng.randint(1, 3)):
+        more, number = rng.random() < 0.5, rng.randint(2, 9) if count < 30 else rng.randint(2, 19)
+        verb = rng.choice(["gets", "buys", "finds"] if more else ["loses", "sells", "gives away"])
+        story.append(f"{verb} {number}{' more' if more else ''}")
+        after = count + number if more else count - number
+        working.append(f"{number} {'come' if more else 'go'}: {count} {'+' if more else '-'} {number} = {after}.")
+        count = after
+    question = f"{name} has {first} {thing}, {' and then '.join(story)}. How many {thing} does {name} have?"
+    return question, f"<think>\n{' '.join(working)}\n</think>\n{name} has {count} {thing}."
 
 
 def train_thinking(instruct: Any, tokenizer: Any, steps: int = STEPS) -> Any:
