@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dami_kernels.triton.device import BASE, TARGET, lerp, load_end, row_lam
-from dami_kernels.triton.host import on_device_of, strides_of
+from dami_kernels.triton.host import cdiv, on_device_of, strides_of
 from dami_kernels.tuning import row_config
 
 
@@ -49,7 +49,7 @@ def lerp_embedding(
         return y
     config = row_config(D)
     with on_device_of(ids):
-        _lerp_embedding_kernel[triton.cdiv(M, config.block_m), triton.cdiv(D, config.block_d)](
+        _lerp_embedding_kernel[cdiv(M, config.block_m), cdiv(D, config.block_d)](
             ids.contiguous(),
             tuple(weight),
             lam,

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own takes a microsecond and a half on the host."""
+    return -(-a // b)
+
+
 def on_device_of(x: Tensor) -> AbstractContextManager[None]:
     """Makes x's GPU the current one, where Triton launches."""
     return torch.cuda.device_of(x)

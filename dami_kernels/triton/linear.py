@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dami_kernels.triton.device import BASE, TARGET, lerp, load_end, row_lam
-from dami_kernels.triton.host import on_device_of, strides_of, vectors, with_rows_in_one_piece
+from dami_kernels.triton.host import cdiv, on_device_of, strides_of, vectors, with_rows_in_one_piece
 from dami_kernels.tuning import device_of, linear_config
 
 BLEND = tl.constexpr(2)
@@ -172,9 +172,9 @@ def lerp_linear(
     x = with_rows_in_one_piece(x)
     ends = vectors(bias)
     parts = y if config.split_k == 1 else x.new_empty(config.split_k, M, N, dtype=torch.float32)
-    steps = triton.cdiv(K, config.block_k * config.split_k)
+    steps = cdiv(K, config.block_k * config.split_k)
     with on_device_of(x):
-        _lerp_linear_kernel[triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n), config.split_k](
+        _lerp_linear_kernel[cdiv(M, config.block_m) * cdiv(N, config.block_n), config.split_k](
             x,
             tuple(weight),
             ends if config.split_k == 1 else None,
@@ -198,7 +198,7 @@ def lerp_linear(
         )
         if config.split_k > 1:
             block_n = min(triton.next_power_of_2(N), 1024)
-            _sum_splits_kernel[M * triton.cdiv(N, block_n),](
+            _sum_splits_kernel[M * cdiv(N, block_n),](
                 parts, ends, lam, row_to_lam, y, M, N, rows_per_lam, SPLIT_K=config.split_k, BLOCK_N=block_n
             )
     return y

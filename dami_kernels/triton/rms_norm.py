@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dami_kernels.triton.device import lerp, row_lam
-from dami_kernels.triton.host import on_device_of, vectors, with_rows_in_one_piece
+from dami_kernels.triton.host import cdiv, on_device_of, vectors, with_rows_in_one_piece
 from dami_kernels.tuning import row_config
 
 
@@ -67,7 +67,7 @@ def lerp_rms_norm(
     config = row_config(D)
     x = with_rows_in_one_piece(x)
     with on_device_of(x):
-        _lerp_rms_norm_kernel[triton.cdiv(M, config.block_m),](
+        _lerp_rms_norm_kernel[cdiv(M, config.block_m),](
             x,
             vectors(weight),
             lam,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -34,6 +35,7 @@ class LinearConfig:
     num_stages: int
 
 
+@lru_cache(1 << 14)  # a decode step asks some hundred times
 def linear_config(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Device) -> LinearConfig:
     """Launch parameters for x [M, K] and a weight [N, K].
 
@@ -44,7 +46,11 @@ def linear_config(M: int, N: int, K: int, dtype: torch.dtype, format: str, devic
     def programs(tile: tuple[int, int, int]) -> int:
         return -(-M // tile[0]) * -(-N // tile[1])
 
+    # Triton copies rows of 16 elements' alignment past the registers; others go through them, a few at a time.
+    aligned = K % 16 == 0
     tiles = _tiles(M, dtype, device)
+    if not aligned:
+        tiles = [(rows, features, 64 // dtype.itemsize) for rows, features, _ in tiles if features <= 64]
     tile = next((tile for tile in tiles if programs(tile) >= enough), tiles[-1])
     block_m, block_n, block_k = tile
     # A split sums at least four steps, or filling its pipeline costs more than the other processors bring.
@@ -59,8 +65,8 @@ def linear_config(M: int, N: int, K: int, dtype: torch.dtype, format: str, devic
         split_k=split_k,
         # While one tile holds all rows, reading the weights takes longer than multiplying them twice.
         use_blend=block_m < M,
-        num_warps=8 if block_m * block_n * dtype.itemsize >= 128 * 64 * 2 else 4,
-        num_stages=_stages((block_m + 2 * block_n) * block_k * dtype.itemsize, device),
+        num_warps=8 if block_m * block_n * dtype.itemsize >= (128 if aligned else 64) * 64 * 2 else 4,
+        num_stages=_stages((block_m + 2 * block_n) * block_k * dtype.itemsize, device) if aligned else 2,
     )
 
 

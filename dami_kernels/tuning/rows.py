@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,7 @@ class RowConfig:
     num_warps: int
 
 
+@cache
 def row_config(D: int) -> RowConfig:
     """Launch parameters for rows of D columns: at least 1024 numbers a program, about 16 a thread."""
     block_d = min(1 << (D - 1).bit_length(), 4096)

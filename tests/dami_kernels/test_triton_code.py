@@ -182,11 +182,12 @@ def linear_cases() -> Iterator[dict[str, Any]]:
             if (arch, config) not in seen:
                 seen.add((arch, config))
                 yield {"arch": arch, "M": M, "N": N, "K": K, "dtype": dtype}
-    for arch, M in itertools.product(ARCHS, (DECODE, 64, PREFILL)):
+    for arch, M in itertools.product(ARCHS, (DECODE, 32, 64, 128, 256, PREFILL)):
         yield {"arch": arch, "M": M, "ragged": True}
         yield {"arch": arch, "M": M, "bias": False}
-        yield {"arch": arch, "M": M, "K": 2561}
         yield {"arch": arch, "M": M, "transposed": True}
+        for dtype in DTYPES:
+            yield {"arch": arch, "M": M, "N": 4097, "K": 2561, "dtype": dtype}
 
 
 @pytest.mark.slow

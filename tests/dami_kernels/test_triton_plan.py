@@ -27,7 +27,7 @@ MODELS = {
     "Llama-3.1-8B": [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096), (6144, 4096)],
     "SmolLM2-135M": [(576, 576), (192, 576), (1536, 576), (576, 1536), (49152, 576), (960, 576), (3072, 576)],
 }
-SHAPES = sorted({shape for shapes in MODELS.values() for shape in shapes})
+SHAPES = [*sorted({shape for shapes in MODELS.values() for shape in shapes}), (4097, 2561), (1, 1), (50257, 1000)]
 ROWS = [*range(1, 19), 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 255, 256, 257, 512, 1000, 1024, 2048, 4096, 16384]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
