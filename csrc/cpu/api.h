@@ -94,7 +94,7 @@ struct Isa {
   const char* name;
   bool (*supported)();
   int tile_rows;    // rows of x in a register tile: fewer at one end are not worth a group of their own
-  int blend_rows;   // rows of one λ that pay for blending
+  int blend_rows[3];  // rows of one λ that pay for blending
   int64_t x_size[3];  // bytes of an element of x as `linear` reads it
 
   // Outputs [n0, n1) of one block; `scratch` has linear_scratch(rows) bytes, 64-byte aligned.

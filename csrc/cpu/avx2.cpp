@@ -62,5 +62,5 @@ bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 
 namespace dami {
 extern const Isa avx2;
-constexpr Isa avx2 = make_isa<Vec>("avx2", supported, 6);
+constexpr Isa avx2 = make_isa<Vec>("avx2", supported, 6, 6);
 }  // namespace dami

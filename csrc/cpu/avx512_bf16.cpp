@@ -28,5 +28,5 @@ bool supported() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); 
 
 namespace dami {
 extern const Isa avx512_bf16;
-constexpr Isa avx512_bf16 = make_isa<Vec, Bf16Dot>("avx512_bf16", supported, 12);
+constexpr Isa avx512_bf16 = make_isa<Vec, Bf16Dot>("avx512_bf16", supported, 8, 32);
 }  // namespace dami

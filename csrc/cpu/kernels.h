@@ -395,13 +395,13 @@ float read(const void* data, int64_t bytes) {
 
 // DotOfBf16 is what bfloat16 weights are multiplied with; the other types always take FloatDot.
 template <class V, class DotOfBf16 = FloatDot<V>>
-constexpr Isa make_isa(const char* name, bool (*supported)(), int blend_rows) {
+constexpr Isa make_isa(const char* name, bool (*supported)(), int blend_rows, int blend_rows_of_bf16) {
   using Dot = FloatDot<V>;
   return Isa{
       name,
       supported,
       V::tile_m,
-      blend_rows,
+      {blend_rows, blend_rows_of_bf16, blend_rows},
       {4, sizeof(typename DotOfBf16::X), 4},
       {LinearKernel<V, Dot, float>::run, LinearKernel<V, DotOfBf16, bf16>::run, LinearKernel<V, Dot, f16>::run},
       {LinearKernel<V, Dot, float>::prepare_x, LinearKernel<V, DotOfBf16, bf16>::prepare_x,

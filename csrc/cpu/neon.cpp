@@ -56,5 +56,5 @@ bool supported() { return true; }
 
 namespace dami {
 extern const Isa neon;
-constexpr Isa neon = make_isa<Vec>("neon", supported, 6);
+constexpr Isa neon = make_isa<Vec>("neon", supported, 6, 6);
 }  // namespace dami

@@ -73,8 +73,10 @@ Block block_of(const Linear& p, const Lams& lams, int64_t begin, int64_t end, co
     for (j = i + 1; j < rows && lam[order[j]] == lam[order[i]];) j++;
     const float l = lam[order[i]];
     const Mode mode = l == 0 ? Mode::base : l == 1 ? Mode::target : Mode::blend;
-    if (mode == Mode::blend ? rows >= stream_rows && j - i >= isa.blend_rows : j - i >= isa.tile_rows || j - i == rows) {
-      groups.push_back({mode, static_cast<int>(sorted.size()), static_cast<int>(sorted.size()) + j - i});
+    const int count = j - i;
+    const bool blends = rows >= stream_rows && count >= isa.blend_rows[static_cast<int>(p.type)];
+    if (mode == Mode::blend ? blends : count >= isa.tile_rows || count == rows) {
+      groups.push_back({mode, static_cast<int>(sorted.size()), static_cast<int>(sorted.size()) + count});
       sorted.insert(sorted.end(), order.begin() + i, order.begin() + j);
     } else {
       others.insert(others.end(), order.begin() + i, order.begin() + j);

@@ -82,5 +82,5 @@ bool supported() { return true; }
 
 namespace dami {
 extern const Isa scalar;
-constexpr Isa scalar = make_isa<Vec>("scalar", supported, 8);
+constexpr Isa scalar = make_isa<Vec>("scalar", supported, 8, 8);
 }  // namespace dami
