@@ -12,18 +12,18 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 METHODS = {  # and their colours
-    "F.linear, one merged weight": "#999999",
-    "one merged copy per λ": "#d99a6c",
-    "two F.linear and a lerp": "#c7c76a",
-    "blend, then F.linear": "#8fb8de",
+    "F.linear, one merged": "#999999",
+    "a merged copy per λ": "#d99a6c",
+    "two F.linear + lerp": "#c7c76a",
+    "blend + F.linear": "#8fb8de",
     "lerp_linear": "#5b2a86",
 }
-BATCHES = ("mixed", "8 λ", "one λ", "all base")
+LAMS = {"mixed": "every row its own λ", "one": "one λ", "zero": "λ = 0"}
 
 
 def newest(path: Path, isa: str) -> list[dict[str, str]]:
     with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["isa"] == isa and row["dtype"] == "bfloat16"]
+        rows = [row for row in csv.DictReader(file) if row["isa"] == isa and row["dtype"] == "bf16"]
     date = max(row["date"] for row in rows)
     return [row for row in rows if row["date"] == date]
 
@@ -31,27 +31,33 @@ def newest(path: Path, isa: str) -> list[dict[str, str]]:
 def main() -> None:
     results = HERE / "results" / "linear.csv"
     with open(results, newline="") as file:
-        isas = sorted({row["isa"] for row in csv.DictReader(file) if row["dtype"] == "bfloat16"})
-    figure, axes = plt.subplots(len(isas), len(BATCHES), figsize=(13, 3.4 * len(isas)), squeeze=False, sharey=True)
+        isas = sorted({row["isa"] for row in csv.DictReader(file) if row["dtype"] == "bf16"})
+    figure, axes = plt.subplots(len(isas), len(LAMS), figsize=(11, 3.4 * len(isas)), squeeze=False, sharey=True)
     for line, isa in zip(axes, isas, strict=True):
         rows = newest(results, isa)
-        for axis, batch in zip(line, BATCHES, strict=True):
+        units = {
+            (row["lam"], row["m"]): float(row["median_ms"]) for row in rows if row["method"] == next(iter(METHODS))
+        }
+        for axis, lam in zip(line, LAMS, strict=True):
             for method, color in METHODS.items():
-                points = [row for row in rows if row["batch"] == batch and row["method"] == method]
+                points = [row for row in rows if row["lam"] == lam and row["method"] == method]
                 if points:
-                    x, y = [int(row["M"]) for row in points], [float(row["ratio"]) for row in points]
+                    x, y = (
+                        [int(row["m"]) for row in points],
+                        [float(row["median_ms"]) / units[lam, row["m"]] for row in points],
+                    )
                     axis.plot(x, y, "o-", color=color, label=method, linewidth=2 + (method == "lerp_linear"))
             axis.set_xscale("log", base=4)
             axis.set_yscale("log", base=2)
             axis.set_xticks([1, 4, 16, 64, 256], ["1", "4", "16", "64", "256"])
-            axis.set_yticks([0.25, 0.5, 1, 2, 4, 8], ["¼", "½", "1", "2", "4", "8"])
-            axis.set_title(f"{batch}, {isa}", fontsize=10)
+            axis.set_yticks([0.25, 0.5, 1, 2, 4, 8, 16, 32, 64], ["¼", "½", "1", "2", "4", "8", "16", "32", "64"])
+            axis.set_title(f"{LAMS[lam]}, {isa}", fontsize=10)
             axis.set_xlabel("rows M")
             axis.grid(alpha=0.3)
         line[0].set_ylabel("time / F.linear of one weight")
     first = rows[0]
     figure.suptitle(
-        f"lerp_linear, bfloat16, N={first['N']}, K={first['K']}, {first['device']}, {first['threads']} threads"
+        f"lerp_linear, bfloat16, N={first['n']}, K={first['k']}, {first['device']}, {first['threads']} threads"
     )
     handles = {
         label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
