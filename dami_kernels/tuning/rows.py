@@ -17,7 +17,7 @@ class RowConfig:
 
 @cache
 def row_config(D: int) -> RowConfig:
-    """Launch parameters for rows of D columns: at least 1024 numbers a program, about 16 a thread."""
+    """Launch parameters for rows of D columns: at least 1024 numbers a program, eight a thread, which are 16 bytes."""
     block_d = min(1 << (D - 1).bit_length(), 4096)
     block_m = max(1, 1024 // block_d)
-    return RowConfig(block_m, block_d, num_warps=block_m * block_d // 512)
+    return RowConfig(block_m, block_d, num_warps=block_m * block_d // 256)
