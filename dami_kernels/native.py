@@ -6,6 +6,7 @@ environment variable DAMI_CPU_ISA names.
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Sequence
 from functools import cache
@@ -16,7 +17,7 @@ from torch import Tensor
 from dami_kernels import formats
 
 try:
-    from dami_kernels import _C  # type: ignore[attr-defined]
+    _C = importlib.import_module("dami_kernels._C")
 except ImportError as error:
     WHY_NOT: str | None = (
         f"the compiled part is missing ({error}): install a C++ compiler, then "
