@@ -81,8 +81,8 @@ constexpr int64_t max_outputs = 64;
 // Along K, many rows are multiplied in blocks of so many bytes of each: a register tile's operands then fit L1, the
 // max_outputs rows of a weight L2.
 constexpr int64_t block_bytes = 2048;
-// Fewer rows than this are bound by memory: weights are read in the order in which they lie there, and never blended. The
-// order of summation depends on this, so this must not depend on λ.
+// Fewer rows than this are bound by memory: each row of the weights is read in one go, and never blended. The order of
+// summation depends on this, so this must not depend on λ.
 constexpr int64_t stream_rows = 13;
 // x lies in memory filled up with zeros to a multiple of so many elements, which every kernel's step divides.
 constexpr int64_t x_multiple = 32;

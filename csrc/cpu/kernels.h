@@ -3,7 +3,8 @@
 //
 //   V     W float32 lanes; tile_m and stream_m, the heights of a register tile where the weights lie in L2 and where they
 //         stream from memory; zero, set1, load and store of float, bf16 and f16, + − ·, fma(a, b, c) = a·b + c;
-//         load_even_odd(bf16 pointer), a Two; and sum4(a, b, c, d, to), which adds the sum of the lanes of each to to[0..4)
+//         load_even and load_odd, every other one of 2 W bf16; keep, which holds it in a register, for the compiler would
+//         rather read it again; and sum4(a, b, c, d, to), which adds the sum of the lanes of each to to[0..4)
 //   Dot   how products are summed along K, `step` elements at a time and these in `parts`: X, the type it reads x in;
 //         load<part>, what multiply_add takes, from X or from a weight as stored; widen, a weight in float32; store, the
 //         same as X
@@ -213,7 +214,7 @@ struct LinearKernel {
   }
 
   // Few rows: time is what it takes to read the weights. A register tile runs over all of K, and while it does, the next
-  // one's weights are fetched in the order in which they lie in memory.
+  // one's weights are fetched.
   static void stream(const Linear& p, const Block& block, int64_t n0, int64_t n1, Scratch& scratch) {
     const int64_t steps = p.k / Dot::step * Dot::step;
     for (const Group& group : block.groups)
