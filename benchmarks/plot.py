@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from tables import newest
 
 HERE = Path(__file__).parent
 METHODS = {  # and their colours
@@ -21,20 +22,13 @@ METHODS = {  # and their colours
 LAMS = {"mixed": "every row its own λ", "one": "one λ", "zero": "λ = 0"}
 
 
-def newest(path: Path, isa: str) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["isa"] == isa and row["dtype"] == "bf16"]
-    date = max(row["date"] for row in rows)
-    return [row for row in rows if row["date"] == date]
-
-
 def main() -> None:
     results = HERE / "results" / "linear.csv"
     with open(results, newline="") as file:
         isas = sorted({row["isa"] for row in csv.DictReader(file) if row["dtype"] == "bf16"})
     figure, axes = plt.subplots(len(isas), len(LAMS), figsize=(11, 3.4 * len(isas)), squeeze=False, sharey=True)
     for line, isa in zip(axes, isas, strict=True):
-        rows = newest(results, isa)
+        rows = newest(results, isa=isa, dtype="bf16")
         units = {
             (row["lam"], row["m"]): float(row["median_ms"]) for row in rows if row["method"] == next(iter(METHODS))
         }
@@ -42,10 +36,8 @@ def main() -> None:
             for method, color in METHODS.items():
                 points = [row for row in rows if row["lam"] == lam and row["method"] == method]
                 if points:
-                    x, y = (
-                        [int(row["m"]) for row in points],
-                        [float(row["median_ms"]) / units[lam, row["m"]] for row in points],
-                    )
+                    x = [int(row["m"]) for row in points]
+                    y = [float(row["median_ms"]) / units[lam, row["m"]] for row in points]
                     axis.plot(x, y, "o-", color=color, label=method, linewidth=2 + (method == "lerp_linear"))
             axis.set_xscale("log", base=4)
             axis.set_yscale("log", base=2)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable
-from math import sqrt
 from pathlib import Path
+
+from dami.demo import wilson
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -34,13 +35,6 @@ def markdown(lines: Iterable[Iterable[object]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *body])
 
 
-def wilson(rate: float, n: int) -> tuple[float, float]:
-    """95 % interval of a rate measured n times."""
-    z = 1.96
-    middle, half = rate + z * z / (2 * n), z * sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-
 def pair() -> str:
     """Accuracy and tokens of the shipped pair over λ: easy questions, hard ones, and all."""
     rows = newest(HERE / "results" / "pair_curve.csv", sampling="temperature 0.8, top_p 0.95")
@@ -54,7 +48,7 @@ def pair() -> str:
             return n, *means  # type: ignore[return-value]
 
         n, accuracy, tokens = summary("12345")
-        low, high = wilson(accuracy, n)
+        low, high = wilson(round(accuracy * n), n)
         cells = [f"{float(lam):g}", f"{accuracy:.0%} ({low:.0%} to {high:.0%})".replace("%", ""), f"{tokens:.0f}"]
         for level in "15":
             _, accuracy, tokens = summary(level)

@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 import transformers
 from dami.chat import ask
+from dami.demo import wilson
 from tasks import score
 from tqdm import tqdm
 from transformers import set_seed
@@ -30,13 +31,6 @@ from transformers import set_seed
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ["commit", "date", "device", "versions", "intensity", "task", "level", "n", "accuracy", "acc_low", "acc_high"]
 COLUMNS += ["tokens_mean", "tokens_low", "tokens_high", "well_formed", "sampling"]
-
-
-def wilson(p: float, n: float, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % confidence interval of a proportion."""
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return centre - half, centre + half
 
 
 def measure(pair: Path, csv_path: Path, intensities: list[float], batch_size: int, limit: int | None) -> None:
@@ -83,7 +77,14 @@ def measure(pair: Path, csv_path: Path, intensities: list[float], batch_size: in
             for group, rows in results.items():
                 n, (rights, tokens, well_formed) = len(rows), zip(*rows, strict=True)
                 accuracy, length, margin = fmean(rights), fmean(tokens), 1.96 * stdev(tokens) / math.sqrt(n)
-                numbers = (accuracy, *wilson(accuracy, n), length, length - margin, length + margin, fmean(well_formed))
+                numbers = (
+                    accuracy,
+                    *wilson(sum(rights), n),
+                    length,
+                    length - margin,
+                    length + margin,
+                    fmean(well_formed),
+                )
                 values = (*group, n, *(round(number, 4) for number in numbers), sampling)
                 writer.writerow(run | dict(zip(COLUMNS[4:], values, strict=True)))
             file.flush()
@@ -98,7 +99,7 @@ def pool(rows: list[dict]) -> dict[str, float]:
 
     margins = (int(row["n"]) * (float(row["tokens_high"]) - float(row["tokens_low"])) / 2 for row in rows)
     accuracy, tokens, margin = mean("accuracy"), mean("tokens_mean"), math.hypot(*margins) / n
-    low, high = wilson(accuracy, n)
+    low, high = wilson(round(accuracy * n), n)
     return {
         "n": n,
         "accuracy": accuracy,
