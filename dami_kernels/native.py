@@ -10,11 +10,10 @@ import importlib
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from dami_kernels import formats
 
 try:
     _C = importlib.import_module("dami_kernels._C")
@@ -40,6 +39,7 @@ def lerp_linear(
     row_to_lam: Tensor | None,
     rows_per_lam: int,
     format: str,
+    invariant: bool,
 ) -> Tensor:
     """y_i = x_i · W(λ_i)ᵀ + b(λ_i): x [rows, K], weight [N, K] as `format` stores it, bias [] or a pair of [N]."""
     ends = _ends(weight, format)
@@ -52,8 +52,24 @@ def lerp_linear(
     return y
 
 
+def lerp_linears(x: Tensor, weights: list[Tensor], biases: list[Tensor], *rest: Any) -> list[Tensor]:
+    """`lerp_linear` for each of several weights of one format."""
+    return [lerp_linear(x, weights[i : i + 2], biases[i : i + 2], *rest) for i in range(0, len(weights), 2)]
+
+
+def lerp_experts(x: Tensor, *rest: Any) -> Tensor:
+    raise NotImplementedError("no kernel for experts")
+
+
 def lerp_embedding(
-    ids: Tensor, weight: list[Tensor], lam: Tensor, row_to_lam: Tensor | None, rows_per_lam: int, format: str
+    ids: Tensor,
+    weight: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    format: str,
+    dtype: torch.dtype,
+    columns: int,
 ) -> Tensor:
     """y_i = W(λ_i)[id_i]: ids [rows] int64 or int32, weight [V, D] as `format` stores it. IndexError for a bad id."""
     ends = _ends(weight, format)
@@ -142,7 +158,9 @@ def _ends(stored: Sequence[Tensor], format: str = "pair") -> tuple[Tensor, ...]:
     """Base and target, each dense along its last dimension; () where there is no weight."""
     if not stored:
         return ()
-    ends = formats.get(format).unpack(*stored)
+    if format != "pair":
+        raise NotImplementedError(f"no kernel reads the format {format!r}")
+    ends = tuple(stored)
     if not all(map(_is_dense, ends)):
         _warn_of_copies()
     return tuple(map(_dense, ends))

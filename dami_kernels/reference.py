@@ -25,6 +25,13 @@ def lerp_linear(x: Tensor, weight: Ends, lam: Tensor, bias: Ends | None = None) 
     return y if bias is None else y + _lerp(bias, lam)
 
 
+def lerp_experts(x: Tensor, weight: Ends, lam: Tensor, expert: Tensor, bias: Ends | None = None) -> Tensor:
+    """`lerp_linear` of row i with the weight of its expert: weight [E, N, K], expert [rows] int64, bias [E, N]."""
+    lam = lam.double().unsqueeze(-1)
+    y = torch.einsum("rk,rnk->rn", x.double(), _lerp((weight[0][expert], weight[1][expert]), lam.unsqueeze(-1)))
+    return y if bias is None else y + _lerp((bias[0][expert], bias[1][expert]), lam)
+
+
 def lerp_embedding(ids: Tensor, weight: Ends, lam: Tensor) -> Tensor:
     """y_i = W_b[id_i] + λ_i (W_t[id_i] − W_b[id_i])."""
     base, target = weight

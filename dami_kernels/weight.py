@@ -21,10 +21,14 @@ class LerpWeight:
     Attributes:
         tensors: the stored tensors, as the format lays them out.
         format: name of the format, a file of `dami_kernels.formats`.
+        shape: of either end: [N, K], [V, D], [E, N, K] for experts, [D] for a norm or a bias.
+        dtype: of either end, and of what the operators take and return.
     """
 
     tensors: tuple[Tensor, ...]
     format: str
+    shape: torch.Size
+    dtype: torch.dtype
 
     @classmethod
     def pack(cls, base: Tensor, target: Tensor, format: str = "pair") -> LerpWeight:
@@ -32,7 +36,7 @@ class LerpWeight:
 
         Raises:
             TypeError: an end is not a tensor, or their dtypes differ or are not float32, bfloat16 or float16.
-            ValueError: their shapes or devices differ, or the format is unknown.
+            ValueError: their shapes or devices differ, the format is unknown, or it cannot hold these ends.
         """
         for name, end in (("base", base), ("target", target)):
             if not isinstance(end, Tensor):
@@ -46,17 +50,10 @@ class LerpWeight:
             raise ValueError(f"base and target must have one shape, got {tuple(base.shape)} and {tuple(target.shape)}")
         if base.device != target.device:
             raise ValueError(f"base and target must be on one device, got {base.device} and {target.device}")
-        return cls(formats.get(format).pack(base, target), format)
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of either end."""
-        return self.tensors[0].shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the base, and of what the operators take and return."""
-        return self.tensors[0].dtype
+        packer = formats.get(format)
+        if format != "pair" and base.dim() < 2:
+            raise ValueError(f"format must be 'pair' for a weight of shape {list(base.shape)}, got {format!r}")
+        return cls(packer.pack(base, target), format, base.shape, base.dtype)
 
     @property
     def device(self) -> torch.device:
@@ -73,10 +70,12 @@ class LerpWeight:
         return self.nbytes / max(self.shape.numel(), 1)
 
     def unpack(self) -> tuple[Tensor, Tensor]:
-        """Base and target, in the storage dtype."""
-        return formats.get(self.format).unpack(*self.tensors)
+        """Base and target as the operators see them: an end as it is stored, or in float32 where it is quantised."""
+        return formats.get(self.format).unpack(*self.tensors, columns=self.shape[-1])
 
     def materialize(self, lam: float) -> Tensor:
-        """One merged weight, blended in float32 and rounded once to the storage dtype: the only way to get a copy."""
-        base, target = self.unpack()
-        return torch.lerp(base.float(), target.float(), float(lam)).to(self.dtype)
+        """One merged weight, blended in float32 and rounded once to the weight's dtype: the only way to get a copy."""
+        merged = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        for rows, base, target in formats.float_blocks(self.format, self.tensors, self.shape[-1]):
+            merged[rows] = torch.lerp(base, target, float(lam))
+        return merged

@@ -2,19 +2,31 @@
 
 A format is a module with two functions and one constant, and nothing else needs to know about it:
 
-    TENSORS: tuple[str, ...]                              # what each stored tensor is called, as a parameter suffix
-    pack(base, target) -> tuple[Tensor, ...]              # the stored tensors, in TENSORS' order
-    unpack(*tensors) -> tuple[Tensor, Tensor]             # base and target again, in the storage dtype
+    TENSORS: tuple[str, ...]                  # what to call each stored tensor, as a parameter suffix; the first is ""
+    pack(base, target) -> tuple[Tensor, ...]  # the tensors to store, in TENSORS' order, from two float ones [..., N, K]
+    unpack(*tensors, columns, rows=...)       # base and target again: as they are stored, or in float32
+
+`rows` indexes the first dimension, a slice or int64 indices, so that no whole copy is needed to read some of a weight;
+`columns` is K, which a format may have padded.
+
+A format may have one more, which then computes `lerp_linear` in the kernels' place:
+
+    linear(x, lam, *tensors) -> Tensor        # x [M, K] and λ per row [M] → [M, N], in differentiable torch operations
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from functools import cache
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 from torch import Tensor
+
+from dami_kernels.quantize import row_blocks
+
+Rows = slice | Tensor
+ALL = slice(None)
 
 
 class Format(Protocol):
@@ -24,17 +36,29 @@ class Format(Protocol):
 
     def pack(self, base: Tensor, target: Tensor) -> tuple[Tensor, ...]: ...
 
-    def unpack(self, *tensors: Tensor) -> tuple[Tensor, Tensor]: ...
+    def unpack(self, *tensors: Tensor, columns: int, rows: Rows = ALL) -> tuple[Tensor, Tensor]: ...
 
 
 def names() -> list[str]:
     """Names of all formats, sorted."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(_MODULES)
 
 
-@cache
 def get(name: str) -> Format:
     """The format called `name`; ValueError if there is none."""
-    if name not in names():
+    if name not in _MODULES:
         raise ValueError(f"format must be one of {names()}, got {name!r}")
-    return importlib.import_module(f"{__name__}.{name}")
+    return _MODULES[name]
+
+
+def float_blocks(format: str, tensors: Sequence[Tensor], columns: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Both ends in float32, a block of the first dimension at a time, so that no whole copy ever exists."""
+    for rows in row_blocks(tensors[0].shape[0], tensors[0].shape[1:-1].numel() * columns):
+        base, target = get(format).unpack(*tensors, columns=columns, rows=rows)
+        yield rows, base.float(), target.float()
+
+
+# At once, and here, where what they import from this file is defined: torch.compile cannot trace an import.
+_MODULES: dict[str, Any] = {
+    module.name: importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)
+}

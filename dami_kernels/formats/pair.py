@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from dami_kernels.formats import ALL, Rows
+
 TENSORS = ("", "_target")
 
 
@@ -10,7 +12,7 @@ def pack(base: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     return base, target
 
 
-def unpack(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-    """Both tensors, without a copy."""
+def unpack(*tensors: Tensor, columns: int, rows: Rows = ALL) -> tuple[Tensor, Tensor]:
+    """Both ends as they are; views where `rows` is a slice."""
     base, target = tensors
-    return base, target
+    return base[rows], target[rows]

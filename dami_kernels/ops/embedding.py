@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dami_kernels import formats
@@ -44,45 +43,68 @@ def lerp_embedding(
         raise ValueError(f"weight must be on {ids.device} as the input is, got {weight.device}")
     lam, rows_per_lam = lam_map(lam, ids.numel(), rows_per_lam, row_to_lam, ids.device)
     y = torch.ops.dami.lerp_embedding(
-        ids.reshape(-1), list(weight.tensors), lam, row_to_lam, rows_per_lam, weight.format
+        ids.reshape(-1),
+        list(weight.tensors),
+        lam,
+        row_to_lam,
+        rows_per_lam,
+        weight.format,
+        weight.dtype,
+        weight.shape[1],
     )
     return y.reshape(*ids.shape, weight.shape[1])
 
 
-def _fake(ids: Tensor, weight: list[Tensor], *_: Any) -> Tensor:
-    return weight[0].new_empty(ids.shape[0], weight[0].shape[1])
+def _fake(
+    ids: Tensor,
+    weight: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    format: str,
+    dtype: torch.dtype,
+    columns: int,
+) -> Tensor:
+    return weight[0].new_empty(ids.shape[0], columns, dtype=dtype)
 
 
-def _looked_up(ids: Tensor, weight: list[Tensor], format: str) -> tuple[Tensor, Tensor]:
+def _looked_up(ids: Tensor, weight: list[Tensor], format: str, columns: int) -> tuple[Tensor, Tensor]:
     """The rows of both ends, in float32."""
-    base, target = formats.get(format).unpack(*weight)
-    return F.embedding(ids, base).float(), F.embedding(ids, target).float()
+    base, target = formats.get(format).unpack(*weight, columns=columns, rows=ids.long())
+    return base.float(), target.float()
 
 
 def _plain(
-    ids: Tensor, weight: list[Tensor], lam: Tensor, row_to_lam: Tensor | None, rows_per_lam: int, format: str
+    ids: Tensor,
+    weight: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    format: str,
+    dtype: torch.dtype,
+    columns: int,
 ) -> Tensor:
     per_row = lam_per_row(lam, rows_per_lam, row_to_lam).unsqueeze(1)
-    return torch.lerp(*_looked_up(ids, weight, format), per_row).to(weight[0].dtype)
+    return torch.lerp(*_looked_up(ids, weight, format, columns), per_row).to(dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ids, weight, lam, row_to_lam, rows_per_lam, format = inputs
+    ids, weight, lam, row_to_lam, rows_per_lam, format, _, columns = inputs
     ctx.save_for_backward(ids, lam, row_to_lam, *weight)
-    ctx.rows_per_lam, ctx.format = rows_per_lam, format
+    ctx.rows_per_lam, ctx.format, ctx.columns = rows_per_lam, format, columns
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     ids, lam, row_to_lam, *weight = ctx.saved_tensors
-    base, target = _looked_up(ids, weight, ctx.format)
+    base, target = _looked_up(ids, weight, ctx.format, ctx.columns)
     dlam = (dy.float() * (target - base)).sum(1)
     dlam = sum_per_lam(dlam, lam, ctx.rows_per_lam, row_to_lam)
-    return None, [None] * len(weight), dlam, None, None, None
+    return None, [None] * len(weight), dlam, None, None, None, None, None
 
 
 library.define(
-    "lerp_embedding(Tensor ids, Tensor[] weight, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, str format) "
-    "-> Tensor",
+    "lerp_embedding(Tensor ids, Tensor[] weight, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, str format, "
+    "ScalarType dtype, SymInt columns) -> Tensor",
     fake=_fake,
     plain=_plain,
     setup_context=_setup_context,

@@ -20,15 +20,16 @@ LIBRARY = torch.library.Library("dami", "DEF")
 def define(
     schema: str,
     *,
-    fake: Callable[..., Tensor],
-    plain: Callable[..., Tensor],
+    fake: Callable[..., Any],
+    plain: Callable[..., Any],
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
 ) -> None:
     """Registers the operator of a schema with everything torch wants to know about it.
 
     Its kernels are found by its name: `native.NAME` runs on the CPU and `triton.NAME` on a GPU, with the schema's
-    arguments. `plain` stands in, with one warning, where they are missing.
+    arguments. `plain` stands in, with one warning, where they are missing or raise NotImplementedError, as they do for
+    a format that they cannot read.
 
     Args:
         schema: its torch schema.
@@ -38,20 +39,26 @@ def define(
     """
     name = schema.split("(")[0]
 
-    def on_cpu(*args: Any) -> Tensor:
-        if native.WHY_NOT is None:
-            return getattr(native, name)(*args)
-        return slowly(native.WHY_NOT, *args)
+    def on_cpu(*args: Any) -> Any:
+        if native.WHY_NOT is not None:
+            return slowly(native.WHY_NOT, *args)
+        return kernel_or_plain(getattr(native, name), *args)
 
-    def on_gpu(*args: Any) -> Tensor:
-        if _has_triton():
-            return getattr(importlib.import_module("dami_kernels.triton"), name)(*args)
-        return slowly("Triton is missing: pip install triton", *args)
+    def on_gpu(*args: Any) -> Any:
+        if not _has_triton():
+            return slowly("Triton is missing: pip install triton", *args)
+        return kernel_or_plain(getattr(importlib.import_module("dami_kernels.triton"), name), *args)
 
-    def elsewhere(*args: Any) -> Tensor:
+    def elsewhere(*args: Any) -> Any:
         return slowly(f"there is no kernel for {args[0].device.type}", *args)
 
-    def slowly(why: str, *args: Any) -> Tensor:
+    def kernel_or_plain(kernel: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return kernel(*args)
+        except NotImplementedError as error:
+            return slowly(str(error), *args)
+
+    def slowly(why: str, *args: Any) -> Any:
         _warn_once(f"dami::{name} runs as plain torch, many times slower: {why}")
         return plain(*args)
 

@@ -1,8 +1,8 @@
-"""`lerp_linear`: y_i = x_i · W(λ_i)ᵀ + b(λ_i)."""
+"""`lerp_linear`: y_i = x_i · W(λ_i)ᵀ + b(λ_i), and `lerp_linears`: several of them for one x, in one launch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ def lerp_linear(
     *,
     rows_per_lam: int | None = None,
     row_to_lam: Tensor | None = None,
+    invariant: bool = False,
 ) -> Tensor:
     """`F.linear` with the weight and bias of each row interpolated at the row's own λ.
 
@@ -35,6 +36,7 @@ def lerp_linear(
         bias: [N], format "pair".
         rows_per_lam: rows of each λ, for a padded batch: x [B, T, K] with lam [B] takes rows_per_lam=T.
         row_to_lam: int32 [rows], indices into `lam`, for a ragged batch.
+        invariant: makes the bits of a row independent of the other rows, of their λ and of their number, at some cost.
 
     Returns:
         [..., N] of x's dtype. Gradients flow to x and lam; the ends are frozen.
@@ -44,38 +46,118 @@ def lerp_linear(
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
-    library.check_weight("weight", weight, x, dim=2)
-    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x must have a last dimension of {weight.shape[1]}, weight's K, got shape {list(x.shape)}")
-    if bias is not None:
-        library.check_weight("bias", bias, x, dim=1)
-        library.check_size("bias", bias, weight.shape[0], "weight's N")
-        if bias.format != "pair":
-            raise ValueError(f"bias must have format 'pair', got {bias.format!r}")
+    _check("", x, weight, bias)
     rows = x.shape[:-1].numel()
     lam, rows_per_lam = lam_map(lam, rows, rows_per_lam, row_to_lam, x.device)
-    y = torch.ops.dami.lerp_linear(
+    flat = x.reshape(rows, x.shape[-1])
+    own_linear = getattr(formats.get(weight.format), "linear", None)
+    if own_linear is not None:
+        per_row = lam_per_row(lam, rows_per_lam, row_to_lam)
+        y = own_linear(flat, per_row, *weight.tensors)
+        if bias is not None:
+            base, target = bias.tensors
+            y = y + torch.lerp(base.float(), target.float(), per_row.unsqueeze(1)).to(y.dtype)
+    else:
+        y = torch.ops.dami.lerp_linear(
+            flat,
+            list(weight.tensors),
+            [] if bias is None else list(bias.tensors),
+            lam,
+            row_to_lam,
+            rows_per_lam,
+            weight.format,
+            invariant,
+        )
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def lerp_linears(
+    x: Tensor,
+    weights: Sequence[LerpWeight],
+    lam: Tensor,
+    biases: Sequence[LerpWeight] | None = None,
+    *,
+    rows_per_lam: int | None = None,
+    row_to_lam: Tensor | None = None,
+    invariant: bool = False,
+) -> tuple[Tensor, ...]:
+    """`lerp_linear` of one x with several weights in one launch: queries, keys and values, or gate and up.
+
+    Args:
+        x, lam, rows_per_lam, row_to_lam, invariant: as in `lerp_linear`.
+        weights: [N_i, K] each, all of one format.
+        biases: [N_i] each, one for every weight, or None.
+
+    Returns:
+        [..., N_i] for each weight, whose rows may lie apart in memory.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
+    if not weights:
+        raise ValueError("weights must hold at least one weight, got none")
+    if biases is not None and len(biases) != len(weights):
+        raise ValueError(f"biases must hold one for each of the {len(weights)} weights, got {len(biases)}")
+    for i, weight in enumerate(weights):
+        _check(f"s[{i}]", x, weight, None if biases is None else biases[i])
+        if weight.format != weights[0].format:
+            raise ValueError(f"weights must share one format, got {weights[0].format!r} and {weight.format!r}")
+    rows = x.shape[:-1].numel()
+    lam, rows_per_lam = lam_map(lam, rows, rows_per_lam, row_to_lam, x.device)
+    if hasattr(formats.get(weights[0].format), "linear"):
+        per_row = lam_per_row(lam, rows_per_lam, row_to_lam)
+        return tuple(
+            lerp_linear(x, weight, per_row, None if biases is None else biases[i]) for i, weight in enumerate(weights)
+        )
+    ys = torch.ops.dami.lerp_linears(
         x.reshape(rows, x.shape[-1]),
-        list(weight.tensors),
-        [] if bias is None else list(bias.tensors),
+        [tensor for weight in weights for tensor in weight.tensors],
+        [tensor for bias in biases or () for tensor in bias.tensors],
         lam,
         row_to_lam,
         rows_per_lam,
-        weight.format,
+        weights[0].format,
+        invariant,
     )
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    return tuple(y.unflatten(0, x.shape[:-1]) if x.dim() != 2 else y for y in ys)
+
+
+def _check(suffix: str, x: Tensor, weight: LerpWeight, bias: LerpWeight | None) -> None:
+    name = f"weight{suffix}"
+    library.check_weight(name, weight, x, dim=2)
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x must have a last dimension of {weight.shape[1]}, {name}'s K, got shape {list(x.shape)}")
+    if bias is not None:
+        bias_name = f"biase{suffix}" if suffix else "bias"
+        library.check_weight(bias_name, bias, x, dim=1)
+        library.check_size(bias_name, bias, weight.shape[0], f"{name}'s N")
+        if bias.format != "pair":
+            raise ValueError(f"{bias_name} must have format 'pair', got {bias.format!r}")
+
+
+def _split(tensors: list[Tensor], each: int) -> list[list[Tensor]]:
+    """The tensors of each of several weights."""
+    return [tensors[i : i + each] for i in range(0, len(tensors), each)]
 
 
 def _fake(x: Tensor, weight: list[Tensor], *_: Any) -> Tensor:
     return x.new_empty(x.shape[0], weight[0].shape[0])
 
 
-def _float_chunks(ends: tuple[Tensor, Tensor]) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Both ends in float32, a block of output features at a time, so that no whole copy ever exists."""
-    step = 1024
-    for start in range(0, ends[0].shape[0], step):
-        block = slice(start, start + step)
-        yield block, ends[0][block].float(), ends[1][block].float()
+def _fakes(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    format: str,
+    invariant: bool,
+) -> list[Tensor]:
+    sizes = [weight[0].shape[0] for weight in _split(weights, len(formats.get(format).TENSORS))]
+    return list(x.new_empty(x.shape[0], sum(sizes)).split(sizes, 1))
 
 
 def _plain(
@@ -86,10 +168,11 @@ def _plain(
     row_to_lam: Tensor | None,
     rows_per_lam: int,
     format: str,
+    invariant: bool,
 ) -> Tensor:
     per_row = lam_per_row(lam, rows_per_lam, row_to_lam).unsqueeze(1)
     y = x.new_empty(x.shape[0], weight[0].shape[0])
-    for block, base, target in _float_chunks(formats.get(format).unpack(*weight)):
+    for block, base, target in formats.float_blocks(format, weight, x.shape[1]):
         bias_base, bias_target = (end[block].float() for end in bias) if bias else (None, None)
         y[:, block] = torch.lerp(
             F.linear(x.float(), base, bias_base), F.linear(x.float(), target, bias_target), per_row
@@ -97,36 +180,54 @@ def _plain(
     return y
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, lam, row_to_lam, rows_per_lam, format = inputs
-    ctx.save_for_backward(x, lam, row_to_lam, *weight, *bias)
-    ctx.weights, ctx.rows_per_lam, ctx.format = len(weight), rows_per_lam, format
+def _plains(x: Tensor, weights: list[Tensor], biases: list[Tensor], *rest: Any) -> list[Tensor]:
+    format = rest[3]
+    split = _split(weights, len(formats.get(format).TENSORS))
+    bias = _split(biases, 2) or [[]] * len(split)
+    ys = [_plain(x, *ends, *rest) for ends in zip(split, bias, strict=True)]
+    return list(torch.cat(ys, 1).split([y.shape[1] for y in ys], 1))
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    """dx_i = dy_i W(λ_i) and dλ_i = Σ_n dy_in ((x_i Δᵀ)_n + Δb_n): both from dy·W_b and dy·W_t."""
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weights, biases, lam, row_to_lam, rows_per_lam, format, _ = inputs
+    ctx.save_for_backward(x, lam, row_to_lam, *weights, *biases)
+    ctx.weights, ctx.biases, ctx.rows_per_lam, ctx.format = len(weights), len(biases), rows_per_lam, format
+
+
+def _backward(ctx: Any, dy: Tensor | list[Tensor]) -> tuple[Any, ...]:
+    """dx_i = dy_i W(λ_i) and dλ_i = Σ_n dy_in ((x_i Δᵀ)_n + Δb_n): both from dy·W_b and dy·W_t, summed over weights."""
     x, lam, row_to_lam, *rest = ctx.saved_tensors
-    weight, bias = rest[: ctx.weights], rest[ctx.weights :]
-    dy = dy.float()
+    weights = _split(rest[: ctx.weights], len(formats.get(ctx.format).TENSORS))
+    biases = _split(rest[ctx.weights :], 2)
+    dys = [dy.float() for dy in ([dy] if isinstance(dy, Tensor) else dy)]
     dy_base = x.new_zeros(x.shape, dtype=torch.float32)
     dy_target = torch.zeros_like(dy_base)
-    for block, base, target in _float_chunks(formats.get(ctx.format).unpack(*weight)):
-        dy_base += dy[:, block] @ base
-        dy_target += dy[:, block] @ target
+    for dy, weight in zip(dys, weights, strict=True):
+        for block, base, target in formats.float_blocks(ctx.format, weight, x.shape[1]):
+            dy_base += dy[:, block] @ base
+            dy_target += dy[:, block] @ target
     per_row = lam_per_row(lam, ctx.rows_per_lam, row_to_lam).unsqueeze(1)
     dx = torch.lerp(dy_base, dy_target, per_row).to(x.dtype)
     dlam = ((dy_target - dy_base) * x.float()).sum(1)
-    if bias:
-        dlam += dy @ (bias[1].float() - bias[0].float())
+    for dy, (base, target) in zip(dys, biases, strict=False):  # or there are none
+        dlam += dy @ (target.float() - base.float())
     dlam = sum_per_lam(dlam, lam, ctx.rows_per_lam, row_to_lam)
-    return dx, [None] * len(weight), [None] * len(bias), dlam, None, None, None
+    return dx, [None] * ctx.weights, [None] * ctx.biases, dlam, None, None, None, None
 
 
 library.define(
     "lerp_linear(Tensor x, Tensor[] weight, Tensor[] bias, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, "
-    "str format) -> Tensor",
+    "str format, bool invariant) -> Tensor",
     fake=_fake,
     plain=_plain,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+library.define(
+    "lerp_linears(Tensor x, Tensor[] weights, Tensor[] biases, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, "
+    "str format, bool invariant) -> Tensor[]",
+    fake=_fakes,
+    plain=_plains,
     setup_context=_setup_context,
     backward=_backward,
 )

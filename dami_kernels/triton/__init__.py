@@ -2,7 +2,7 @@
 
 from dami_kernels.triton.embedding import lerp_embedding
 from dami_kernels.triton.layer_norm import lerp_layer_norm
-from dami_kernels.triton.linear import lerp_linear
+from dami_kernels.triton.linear import lerp_linear, lerp_linears
 from dami_kernels.triton.rms_norm import lerp_rms_norm
 
-__all__ = ["lerp_embedding", "lerp_layer_norm", "lerp_linear", "lerp_rms_norm"]
+__all__ = ["lerp_embedding", "lerp_layer_norm", "lerp_linear", "lerp_linears", "lerp_rms_norm"]

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -41,10 +42,19 @@ def _lerp_embedding_kernel(
 
 
 def lerp_embedding(
-    ids: Tensor, weight: list[Tensor], lam: Tensor, row_to_lam: Tensor | None, rows_per_lam: int, format: str
+    ids: Tensor,
+    weight: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    format: str,
+    dtype: torch.dtype,
+    columns: int,
 ) -> Tensor:
-    M, D = ids.shape[0], weight[0].shape[1]
-    y = weight[0].new_empty(M, D)
+    if format != "pair":
+        raise NotImplementedError(f"no kernel reads the format {format!r}")
+    M, D = ids.shape[0], columns
+    y = weight[0].new_empty(M, D, dtype=dtype)
     if y.numel() == 0:
         return y
     config = row_config(D)

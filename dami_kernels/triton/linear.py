@@ -8,6 +8,8 @@ left operand may come from registers, on sm_100 only tcgen05's left operand from
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -162,7 +164,10 @@ def lerp_linear(
     row_to_lam: Tensor | None,
     rows_per_lam: int,
     format: str,
+    invariant: bool,
 ) -> Tensor:
+    if format != "pair":
+        raise NotImplementedError(f"no kernel reads the format {format!r}")
     M, K = x.shape
     N = weight[0].shape[0]
     y = x.new_empty(M, N)
@@ -202,3 +207,7 @@ def lerp_linear(
                 parts, ends, lam, row_to_lam, y, M, N, rows_per_lam, SPLIT_K=config.split_k, BLOCK_N=block_n
             )
     return y
+
+
+def lerp_linears(x: Tensor, weights: list[Tensor], biases: list[Tensor], *rest: Any) -> list[Tensor]:
+    return [lerp_linear(x, weights[i : i + 2], biases[i : i + 2], *rest) for i in range(0, len(weights), 2)]

@@ -96,7 +96,7 @@ def load_pair(
 
     model = ends[0].model(device_map=device_map, dtype=dtype, **options)
     if stored[1].complete:
-        interpolate(model, ends[1].tensors(stored[1].names), format)
+        interpolate(model, ends[1].tensors(stored[1].names), format, owned=True)
     else:
         logger.warning(f"{thinking} is not stored as the model is: loading it as a second model on the CPU first")
         patch_model(model, ends[1].model(dtype=model.dtype, **options), format)

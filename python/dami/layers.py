@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -24,6 +24,16 @@ from dami_kernels import LerpWeight, lerp_embedding, lerp_layer_norm, lerp_linea
 M = TypeVar("M", bound=nn.Module)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Where a patched module keeps both ends of a parameter: the names of its tensors, and what `LerpWeight` wants."""
+
+    names: tuple[str, ...]
+    format: str
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 @dataclass(eq=False)
 class Lerp:
     """What a patched module knows beyond the original.
@@ -34,7 +44,7 @@ class Lerp:
         settings: keyword arguments of its operator, such as a norm's eps.
         layer: index of its layer, None outside the layers.
         group: one of `dial.GROUPS`.
-        stored: format, and names of the parameters that hold it, of every parameter that is interpolated, by its name.
+        stored: where the ends of every parameter that is interpolated are, by its name.
     """
 
     dial: Dial
@@ -42,7 +52,7 @@ class Lerp:
     settings: dict[str, Any]
     layer: int | None
     group: str
-    stored: dict[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
+    stored: dict[str, Stored] = field(default_factory=dict)
 
 
 class LerpModule(nn.Module):
@@ -58,14 +68,18 @@ class LerpModule(nn.Module):
         return {} if cls.original is not None and isinstance(module, cls.original) else None
 
     @staticmethod
-    def layout(tensor: Tensor) -> Tensor:
-        """`tensor` stored in the order the operator reads; same shape, same values."""
+    def as_operand(tensor: Tensor) -> Tensor:
+        """A parameter, or a stored tensor, between the module's shape and the operator's: its own inverse."""
         return tensor
 
     def ends(self, name: str) -> LerpWeight:
         """Both ends of a parameter as the operators take them; one tensor stands for both where they are identical."""
-        format, names = self.lerp.stored.get(name, ("pair", (name, name)))
-        return LerpWeight(tuple(getattr(self, stored) for stored in names), format)
+        stored = self.lerp.stored.get(name)
+        if stored is None:
+            end = self.as_operand(getattr(self, name))
+            return LerpWeight((end, end), "pair", end.shape, end.dtype)
+        tensors = tuple(self.as_operand(getattr(self, tensor)) for tensor in stored.names)
+        return LerpWeight(tensors, stored.format, stored.shape, stored.dtype)
 
     def bias_ends(self) -> LerpWeight | None:
         return None if self.bias is None else self.ends("bias")
@@ -91,6 +105,20 @@ class LerpModule(nn.Module):
             )
         return x, {"lam": lam, "rows_per_lam": x.shape[: x.dim() - features].numel() // lam.shape[0]}
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As any module's, for `.to()` and its like; but the scales of a quantised format keep their dtype."""
+        stored = self.lerp.stored
+        scales = {id(getattr(self, name)) for one in stored.values() for name in one.names if name.endswith("_scale")}
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if id(tensor) in scales else moved
+
+        super()._apply(move, recurse)
+        for name, one in stored.items():
+            self.lerp.stored[name] = replace(one, dtype=fn(torch.empty(0, dtype=one.dtype)).dtype)
+        return self
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (_kind_of(type(self)), self.lerp.original), self.__dict__
 
@@ -109,21 +137,15 @@ class LerpLinear(LerpModule, nn.Linear):
 class LerpConv1D(LerpModule, Conv1D):
     """transformers' `Conv1D` at λ: a linear layer whose weight is [K, N].
 
-    While patched, both ends keep that shape and are stored transposed in memory, as the operator reads them.
+    While patched, what is stored keeps that orientation and lies transposed in memory, as the operator reads it.
     """
 
     kind = "conv1d"
     original = Conv1D
 
     @staticmethod
-    def layout(tensor: Tensor) -> Tensor:
-        return tensor.t().contiguous().t() if tensor.dim() == 2 else tensor
-
-    def ends(self, name: str) -> LerpWeight:
-        ends = super().ends(name)
-        if name != "weight":
-            return ends
-        return LerpWeight(tuple(tensor.t() for tensor in ends.tensors), ends.format)
+    def as_operand(tensor: Tensor) -> Tensor:
+        return tensor.t() if tensor.dim() == 2 else tensor
 
     def forward(self, x: Tensor) -> Tensor:
         x, rows = self.rows(x)

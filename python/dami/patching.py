@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dami.dial import Dial, patch_of
-from dami.layers import PARAMETERS, Lerp, LerpModule, kind_of, patched_class, reclass
+from dami.layers import PARAMETERS, Lerp, LerpModule, Stored, kind_of, patched_class, reclass
 from dami.model import Patch, patched_model_class
 from dami_kernels import LerpWeight, formats
 
@@ -73,16 +73,22 @@ def patch_model(
 
 
 def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Takes a patch off, in place, and returns the model: the very same modules and parameters as before it."""
+    """Takes a patch off, in place, and returns the model: the very same modules and parameters as before it.
+
+    Only where the format has not kept the base as it was, `w8d4`, its weights are those that λ=0 ran with.
+    """
     patch: Patch = patch_of(model)
     for module in model.modules():
         if isinstance(module, LerpModule):
             lerp = module.lerp
-            for _, stored in lerp.stored.values():
-                parameter = module.get_parameter(stored[0])
-                for added in stored[1:]:
-                    delattr(module, added)
+            for name, stored in lerp.stored.items():
+                parameter = module.get_parameter(name)
+                if parameter.dtype != stored.dtype:  # its format had replaced it; a tied one is back already
+                    parameter.data = module.as_operand(module.ends(name).unpack()[0].to(stored.dtype))
                 parameter.data = parameter.data.contiguous()
+            for stored in lerp.stored.values():
+                for added in stored.names[1:]:
+                    delattr(module, added)
             del module.lerp
             reclass(module, lerp.original)
     for parameter in patch.trainable:
@@ -92,13 +98,16 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def interpolate(model: PreTrainedModel, thinking: Iterable[tuple[str, Tensor]], format: str) -> PreTrainedModel:
+def interpolate(
+    model: PreTrainedModel, thinking: Iterable[tuple[str, Tensor]], format: str, owned: bool = False
+) -> PreTrainedModel:
     """Patches `model` with the other end's tensors, one at a time; all checks of names and shapes are behind us.
 
     Args:
         model: the instruct end.
         thinking: names and tensors of the thinking end. Those identical to the model's own are dropped at once.
         format: as in `patch_model`.
+        owned: whether nobody needs the model if this fails: a base that its format replaces is then let go at once.
     """
     formats.get(format)
     state = model.state_dict(keep_vars=True)
@@ -111,7 +120,7 @@ def interpolate(model: PreTrainedModel, thinking: Iterable[tuple[str, Tensor]], 
         for name, parameter in module._parameters.items():
             covers = kind is not None and name in PARAMETERS and covering.get(id(parameter), kind[0]) is not None
             covering[id(parameter)] = kind[0] if kind is not None and covers else None
-    stored: dict[int, tuple[str, list[nn.Parameter]]] = {}  # by the id of the base: format, and what is put beside it
+    packed: dict[int, Packed] = {}  # by the id of the base
     refused = []
     for name, tensor in thinking:
         base = state[name]
@@ -123,9 +132,11 @@ def interpolate(model: PreTrainedModel, thinking: Iterable[tuple[str, Tensor]], 
             holder, _, local = name.rpartition(".")
             refused.append(f"{holder or 'the model'} ({type(model.get_submodule(holder)).__name__}): {local}")
         else:
-            chosen = format if base.dim() > 1 else "pair"
-            weight = LerpWeight.pack(covered.layout(base.detach()), covered.layout(target), chosen)
-            stored[id(base)] = chosen, [nn.Parameter(tensor, requires_grad=False) for tensor in weight.tensors[1:]]
+            base_end, target_end = (covered.as_operand(end).contiguous() for end in (base.detach(), target))
+            weight = LerpWeight.pack(base_end, target_end, format if base.dim() > 1 else "pair")
+            packed[id(base)] = Packed.of(weight, covered)
+            if owned:
+                base.requires_grad_(False).data = packed[id(base)].base
     if refused:
         raise ValueError(
             "\n  ".join(["these tensors differ between the ends and cannot be interpolated:", *sorted(refused)])
@@ -136,7 +147,7 @@ def interpolate(model: PreTrainedModel, thinking: Iterable[tuple[str, Tensor]], 
     reclass(model, patched_model_class(type(model))).dami_patch = patch  # type: ignore[arg-type]
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
-        differing = {local: stored[id(base)] for local, base in module._parameters.items() if id(base) in stored}
+        differing = {local: packed[id(base)] for local, base in module._parameters.items() if id(base) in packed}
         kind = kinds.get(module)
         if kind is not None and differing:
             lerp = Lerp(dial, type(module), kind[1], *_place(model, name, module, kind[0]))
@@ -144,18 +155,36 @@ def interpolate(model: PreTrainedModel, thinking: Iterable[tuple[str, Tensor]], 
     return model
 
 
-def _patch_module(
-    module: nn.Module, kind: type[LerpModule], lerp: Lerp, stored: Mapping[str, tuple[str, list[nn.Parameter]]]
-) -> None:
+@dataclass(frozen=True)
+class Packed:
+    """Both ends of a parameter, packed, in the orientation of its module.
+
+    Attributes:
+        weight: the operand.
+        base: its first tensor, which takes the parameter's place.
+        beside: the others, which become parameters beside it; one tied to another shares them.
+    """
+
+    weight: LerpWeight
+    base: Tensor
+    beside: tuple[nn.Parameter, ...]
+
+    @classmethod
+    def of(cls, weight: LerpWeight, kind: type[LerpModule]) -> Packed:
+        base, *beside = (kind.as_operand(tensor) for tensor in weight.tensors)
+        return cls(weight, base, tuple(nn.Parameter(tensor, requires_grad=False) for tensor in beside))
+
+
+def _patch_module(module: nn.Module, kind: type[LerpModule], lerp: Lerp, differing: Mapping[str, Packed]) -> None:
     """Changes a module's class and registers, beside each parameter that differs, what its format stores."""
     reclass(module, patched_class(kind, lerp.original)).lerp = lerp  # type: ignore[arg-type]
-    for name, (format, parameters) in stored.items():
-        base = module.get_parameter(name)
-        base.data = kind.layout(base.data)
-        names = tuple(name + suffix for suffix in formats.get(format).TENSORS)
-        for added, parameter in zip(names[1:], parameters, strict=True):
+    for name, packed in differing.items():
+        module.get_parameter(name).data = packed.base
+        weight = packed.weight
+        names = tuple(name + suffix for suffix in formats.get(weight.format).TENSORS)
+        for added, parameter in zip(names[1:], packed.beside, strict=True):
             module.register_parameter(added, parameter)
-        lerp.stored[name] = format, names
+        lerp.stored[name] = Stored(names, weight.format, weight.shape, weight.dtype)
 
 
 def first_names(model: PreTrainedModel) -> dict[str, str]:
@@ -235,8 +264,8 @@ class ParameterRow:
         name: its qualified name.
         kind: of the module it belongs to: "linear", "conv1d", "embedding", "rms_norm", "layer_norm", or the class name
             of a module that is not patched.
-        shape: of either end.
-        dtype: of the base end.
+        shape: of either end, as the operator takes it.
+        dtype: of either end, as the operator takes it.
         format: how its ends are stored, None where they are identical.
         nbytes: bytes of all that is stored for it; 0 where it is tied.
         tied_to: the name of the parameter it is tied to, None otherwise.
@@ -296,19 +325,21 @@ def describe(model: PreTrainedModel) -> Description:
     tied: list[ParameterRow] = []
     for prefix, module in model.named_modules(remove_duplicate=False):
         lerp = module.lerp if isinstance(module, LerpModule) else None
-        added = {name for _, names in lerp.stored.values() for name in names[1:]} if lerp else set()
+        added = {name for stored in lerp.stored.values() for name in stored.names[1:]} if lerp else set()
         for name, parameter in module._parameters.items():
             if parameter is None or name in added:
                 continue
-            format, names = (None, (name,)) if lerp is None else lerp.stored.get(name, (None, (name,)))
+            stored = lerp.stored.get(name) if lerp else None
+            names = stored.names if stored else (name,)
+            shape, dtype = (stored.shape, stored.dtype) if stored else (parameter.shape, parameter.dtype)
             first = rows.get(id(parameter))
             row = ParameterRow(
                 name=f"{prefix}.{name}" if prefix else name,
                 kind=module.kind if isinstance(module, LerpModule) else type(module).__name__,
-                shape=tuple(parameter.shape),
-                dtype=str(parameter.dtype).removeprefix("torch."),
-                format=format,
-                nbytes=0 if first else sum(module.get_parameter(stored).nbytes for stored in names),
+                shape=tuple(shape),
+                dtype=str(dtype).removeprefix("torch."),
+                format=stored.format if stored else None,
+                nbytes=0 if first else sum(module.get_parameter(tensor).nbytes for tensor in names),
                 tied_to=first.name if first else None,
             )
             if first:

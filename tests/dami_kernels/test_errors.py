@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,10 @@ from dami_kernels import LerpWeight, lerp_embedding, lerp_layer_norm, lerp_linea
 def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", grad: bool = False) -> LerpWeight:
     end = torch.zeros(shape, dtype=dtype, device=device, requires_grad=grad)
     return LerpWeight.pack(end, end)
+
+
+def as_int4(weight: LerpWeight) -> LerpWeight:
+    return replace(weight, format="int4")
 
 
 X, W, V, LAM = torch.zeros(2, 3, 8), zeros(4, 8), zeros(8), torch.tensor(0.5)
@@ -31,7 +36,11 @@ LINEAR: list[tuple[dict[str, Any], type, str]] = [
     ({"weight": zeros(4, 8, grad=True)}, ValueError, "weight requires grad, but the ends are frozen"),
     ({"bias": torch.zeros(4)}, TypeError, "bias must be a LerpWeight, got Tensor"),
     ({"bias": zeros(8)}, ValueError, "bias must have a last dimension of 4, weight's N, got shape [8]"),
-    ({"bias": LerpWeight(zeros(4).tensors, "int4")}, ValueError, "bias must have format 'pair', got 'int4'"),
+    (
+        {"bias": as_int4(zeros(4))},
+        ValueError,
+        "bias must have format 'pair', got 'int4'",
+    ),
     ({"lam": 0.5}, TypeError, "lam must be a float32 Tensor, got float"),
     ({"lam": LAM.double()}, TypeError, "lam must have dtype torch.float32, got torch.float64"),
     ({"lam": LAM.to("meta")}, ValueError, "lam must be on cpu as the input is, got meta"),
@@ -50,7 +59,11 @@ NORM: list[tuple[dict[str, Any], type, str]] = [
     ({"x": torch.tensor(1.0)}, ValueError, "x must have at least one dimension, got shape []"),
     ({"weight": zeros(4)}, ValueError, "weight must have a last dimension of 8, x's size, got shape [4]"),
     ({"weight": zeros(4, 8)}, ValueError, "weight must have 1 dimensions, got shape [4, 8]"),
-    ({"weight": LerpWeight(V.tensors, "int4")}, ValueError, "weight must have format 'pair', got 'int4'"),
+    (
+        {"weight": as_int4(V)},
+        ValueError,
+        "weight must have format 'pair', got 'int4'",
+    ),
 ]
 EMBEDDING: list[tuple[dict[str, Any], type, str]] = [
     ({"ids": [1]}, TypeError, "ids must be an int64 or int32 Tensor, got list"),

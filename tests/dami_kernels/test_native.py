@@ -277,8 +277,8 @@ def test_opcheck() -> None:
     index = torch.tensor([0, 1, 1, 0, 0, 1], dtype=torch.int32)
     weight, bias, norm = (list(pair(*shape, dtype=torch.float32)) for shape in ((10, 32), (10,), (32,)))
     ids = torch.randint(10, (6,))
-    torch.library.opcheck(torch.ops.dami.lerp_linear, (rows, weight, bias, lam, index, 1, "pair"))
-    torch.library.opcheck(torch.ops.dami.lerp_embedding, (ids, weight, lam, None, 3, "pair"))
+    torch.library.opcheck(torch.ops.dami.lerp_linear, (rows, weight, bias, lam, index, 1, "pair", False))
+    torch.library.opcheck(torch.ops.dami.lerp_embedding, (ids, weight, lam, None, 3, "pair", torch.float32, 32))
     torch.library.opcheck(torch.ops.dami.lerp_rms_norm, (rows, norm, lam, None, 3, 1e-6, 0.0))
     torch.library.opcheck(torch.ops.dami.lerp_layer_norm, (rows, norm, norm, lam, index, 1, 1e-5))
 

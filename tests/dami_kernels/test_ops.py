@@ -220,8 +220,8 @@ def test_opcheck(name: str, bias: bool, ragged: bool) -> None:
     rows = (lam, index, 1 if ragged else LENGTH)
     weight, biases = list(case.weight.tensors), list(case.bias.tensors) if case.bias else []
     arguments = {
-        "linear": (x, weight, biases, *rows, "pair"),
-        "embedding": (x, weight, *rows, "pair"),
+        "linear": (x, weight, biases, *rows, "pair", False),
+        "embedding": (x, weight, *rows, "pair", torch.float32, K),
         "rms_norm": (x, weight, *rows, 1e-6, 1.0),
         "layer_norm": (x, weight, biases, *rows, 1e-5),
     }[name]

@@ -54,7 +54,7 @@ def compile_linear(
     lam = meta(M, dtype=torch.float32)
     with compiling_for(arch) as launched:
         bias_ends = [meta(N, dtype=dtype)] * 2 if bias else []
-        kernels.lerp_linear(meta(M, K, dtype=dtype), [end] * 2, bias_ends, lam, row_to_lam, rows_per_lam, "pair")
+        kernels.lerp_linear(meta(M, K, dtype=dtype), [end] * 2, bias_ends, lam, row_to_lam, rows_per_lam, "pair", False)
     return launched
 
 
@@ -66,7 +66,7 @@ def compile_rows(arch: str, D: int, dtype: torch.dtype = torch.bfloat16, ragged:
         kernels.lerp_rms_norm(x, vector, *rows, 1e-6, 0.0)
         kernels.lerp_layer_norm(x, vector, [], *rows, 1e-5)
         kernels.lerp_layer_norm(x, vector, vector, *rows, 1e-5)
-        kernels.lerp_embedding(meta(9, dtype=torch.int64), [meta(50, D, dtype=dtype)] * 2, *rows, "pair")
+        kernels.lerp_embedding(meta(9, dtype=torch.int64), [meta(50, D, dtype=dtype)] * 2, *rows, "pair", dtype, D)
     return launched
 
 

@@ -45,7 +45,7 @@ def linear(kernels: dict[str, Kernel], monkeypatch: pytest.MonkeyPatch) -> Kerne
 
     def run(config: LinearConfig, x: Tensor, weight: Ends, bias: Ends, lam: Tensor) -> Tensor:
         monkeypatch.setattr("dami_kernels.triton.linear.linear_config", lambda *_: config)
-        return kernels["lerp_linear"](x, weight, bias, lam, None, 1, "pair")
+        return kernels["lerp_linear"](x, weight, bias, lam, None, 1, "pair", False)
 
     return run
 
@@ -156,8 +156,8 @@ def test_an_end_alone_reads_half_the_bytes(
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", recording)
     ids = torch.arange(5)
     for run in (
-        lambda: kernels["lerp_linear"](torch.randn(5, 40), weight, [], lam, None, 1, "pair"),
-        lambda: kernels["lerp_embedding"](ids, weight, lam, None, 1, "pair"),
+        lambda: kernels["lerp_linear"](torch.randn(5, 40), weight, [], lam, None, 1, "pair", False),
+        lambda: kernels["lerp_embedding"](ids, weight, lam, None, 1, "pair", weight[0].dtype, weight[0].shape[1]),
     ):
         read.clear()
         run()
@@ -222,7 +222,7 @@ def test_the_plan_s_own_tiles(kernels: dict[str, Kernel], dtype: torch.dtype, si
     x, weight, bias = torch.randn(M, K, dtype=dtype, device=DEVICE), ends(N, K, dtype=dtype), ends(N, dtype=dtype)
     for values in (torch.rand(M), torch.full((M,), 0.3)):
         lam = values.to(DEVICE)
-        y = kernels["lerp_linear"](x, weight, bias, lam, None, 1, "pair")
+        y = kernels["lerp_linear"](x, weight, bias, lam, None, 1, "pair", False)
         oracle = reference.lerp_linear(x, tuple(weight), lam, tuple(bias))
         assert_as_accurate(y, oracle, merged_rows(x, weight, bias, lam))
 
@@ -266,7 +266,7 @@ def test_embedding_of_strided_ids_and_weights(kernels: dict[str, Kernel], ids_dt
     weight = [end.t() for end in ends(1030, 11, dtype=torch.bfloat16)]
     ids = torch.randint(0, 11, (9, 2), dtype=ids_dtype, device=DEVICE)[:, 1]
     lam = torch.tensor([0.0, 1.0, 0.5] * 3, device=DEVICE)
-    y = kernels["lerp_embedding"](ids, weight, lam, None, 1, "pair")
+    y = kernels["lerp_embedding"](ids, weight, lam, None, 1, "pair", weight[0].dtype, weight[0].shape[1])
     oracle = reference.lerp_embedding(ids.long(), tuple(weight), lam)
     assert_as_accurate(y, oracle, oracle.bfloat16(), factor=1.0)
 
@@ -288,11 +288,11 @@ def test_offsets_beyond_32_bits(kernels: dict[str, Kernel]) -> None:
     near = ends(5, 40, dtype=torch.bfloat16)
     lam = torch.rand(3, device=DEVICE)
     x = far(3, 40)
-    expected = kernels["lerp_linear"](x.contiguous(), near, [], lam, None, 1, "pair")
-    assert torch.equal(kernels["lerp_linear"](x, near, [], lam, None, 1, "pair"), expected)
+    expected = kernels["lerp_linear"](x.contiguous(), near, [], lam, None, 1, "pair", False)
+    assert torch.equal(kernels["lerp_linear"](x, near, [], lam, None, 1, "pair", False), expected)
     weight = far(5, 40)
     dense = weight.contiguous()
-    args = ([], lam, None, 1, "pair")
+    args = ([], lam, None, 1, "pair", False)
     x = x.contiguous()
     assert torch.equal(kernels["lerp_linear"](x, [weight] * 2, *args), kernels["lerp_linear"](x, [dense] * 2, *args))
     ids = torch.tensor([4, 0, 4], device=DEVICE)

@@ -1,0 +1,53 @@
+"""`lowrank`: target = base + up · down, as a LoRA adapter is. Exact at λ=0; the base's bytes and a little more."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dami_kernels.formats import ALL, Rows
+
+TENSORS = ("", "_down", "_up")
+
+
+def pack(base: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """base [N, K], not copied; down [R, K] and up [N, R] of its dtype, with the least R that tells target from base.
+
+    What is left out of the singular values is no more than the rounding of the target to its dtype has put in.
+
+    Raises:
+        ValueError: the ends are not matrices, or the difference needs so high a rank that `int8` would be smaller.
+    """
+    if base.dim() != 2:
+        raise ValueError(f"base and target must be matrices to be stored as 'lowrank', got shape {list(base.shape)}")
+    delta = target.double() - base.double()
+    _, exponent = torch.frexp(target.double())
+    ulp = torch.finfo(base.dtype).eps * torch.exp2(exponent.double() - 1)
+    rounding = ulp.square().sum() / 12  # the variance of a uniform error of one ulp
+    N, K = base.shape
+    most = N * K // (base.element_size() * (N + K))  # one byte per weight, as `int8` takes
+    U, S, V = torch.svd_lowrank(delta, q=min(most + 8, N, K), niter=4)
+    left = delta.square().sum() - torch.cat((S.new_zeros(1), S.square().cumsum(0)))
+    enough = (left <= 1.1 * rounding).nonzero()
+    if not len(enough) or enough[0] > most:
+        raise ValueError(
+            f"target − base must have a rank of at most {most} to be stored as 'lowrank', got a higher one: "
+            "use 'int4' or 'int8'"
+        )
+    rank = max(1, int(enough[0]))
+    root = S[:rank].sqrt()
+    return base, (V[:, :rank] * root).t().to(base.dtype).contiguous(), (U[:, :rank] * root).to(base.dtype)
+
+
+def unpack(*tensors: Tensor, columns: int, rows: Rows = ALL) -> tuple[Tensor, Tensor]:
+    """The base as it is; the target in float32."""
+    base, down, up = tensors
+    return base[rows], torch.addmm(base[rows].float(), up[rows].float(), down.float())
+
+
+def linear(x: Tensor, lam: Tensor, *tensors: Tensor) -> Tensor:
+    """x · baseᵀ + λ (x · downᵀ) · upᵀ: plain products, which no kernel of ours would make faster."""
+    base, down, up = tensors
+    low = (lam.unsqueeze(1) * F.linear(x, down).float()).to(x.dtype)
+    return torch.addmm(F.linear(x, base), low, up.t())

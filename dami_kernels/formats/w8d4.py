@@ -1,0 +1,30 @@
+"""`w8d4`: the base in 8 bits, the difference in 4. Two models in 1.63 bytes a weight, less than one in bfloat16 takes.
+
+The difference is taken from the base as it is stored, not from the one that came: so its codes make up for the base's
+rounding too, and the error is least at λ=1.
+"""
+
+from torch import Tensor
+
+from dami_kernels.formats import ALL, Rows
+from dami_kernels.quantize import dequantize, pack_in_blocks, pack_nibbles, quantize, unpack_nibbles
+
+TENSORS = ("", "_scale", "_delta", "_delta_scale")
+
+
+def pack(base: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """base int8 [..., K'] and its scale [..., K' / GROUP]; delta uint8 [..., K'/2] and its scale [..., K' / GROUP]."""
+
+    def both(base: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        codes, scales = quantize(base, bits=8)
+        difference, difference_scales = quantize(target - dequantize(codes, scales, base.shape[-1]), bits=4)
+        return codes, scales, pack_nibbles(difference), difference_scales
+
+    return pack_in_blocks(both, base, target)
+
+
+def unpack(*tensors: Tensor, columns: int, rows: Rows = ALL) -> tuple[Tensor, Tensor]:
+    """Both ends in float32."""
+    base, scale, delta, delta_scale = (tensor[rows] for tensor in tensors)
+    unpacked = dequantize(base, scale, columns)
+    return unpacked, unpacked + dequantize(unpack_nibbles(delta), delta_scale, columns)

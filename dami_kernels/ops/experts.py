@@ -1,0 +1,153 @@
+"""`lerp_experts`: y_i = x_i · W_e(λ_i)ᵀ + b_e(λ_i), rows sorted by their expert e."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dami_kernels import formats
+from dami_kernels.ops import library
+from dami_kernels.rows import lam_map, lam_per_row, sum_per_lam
+from dami_kernels.weight import LerpWeight
+
+
+def lerp_experts(
+    x: Tensor,
+    weight: LerpWeight,
+    lam: Tensor,
+    expert_offsets: Tensor,
+    bias: LerpWeight | None = None,
+    *,
+    rows_per_lam: int | None = None,
+    row_to_lam: Tensor | None = None,
+    invariant: bool = False,
+) -> Tensor:
+    """`lerp_linear` of each row with the weight of its expert; the rows are sorted by expert.
+
+    Args:
+        x: [rows, K] float32, bfloat16 or float16.
+        weight: [E, N, K], of x's dtype and device.
+        lam, rows_per_lam, row_to_lam, invariant: as in `lerp_linear`.
+        expert_offsets: int32 [E], the end of each expert's rows; they begin where those of the one before end, as for
+            torch's grouped products. It stays on the device.
+        bias: [E, N], format "pair".
+
+    Returns:
+        [rows, N] of x's dtype, zeros for rows after the last expert's. Gradients flow to x and lam.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+        IndexError: the offsets decrease or pass the rows (on the CPU; on a GPU that is undefined).
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
+    library.check_weight("weight", weight, x, dim=3)
+    if x.dim() != 2 or x.shape[1] != weight.shape[2]:
+        raise ValueError(f"x must have shape [rows, {weight.shape[2]}], weight's K, got {list(x.shape)}")
+    experts, outputs, _ = weight.shape
+    if not isinstance(expert_offsets, Tensor) or expert_offsets.dtype != torch.int32:
+        got = expert_offsets.dtype if isinstance(expert_offsets, Tensor) else type(expert_offsets).__name__
+        raise TypeError(f"expert_offsets must be an int32 Tensor, got {got}")
+    if expert_offsets.shape != (experts,):
+        raise ValueError(
+            f"expert_offsets must have shape [{experts}], one per expert, got {list(expert_offsets.shape)}"
+        )
+    if expert_offsets.device != x.device:
+        raise ValueError(f"expert_offsets must be on {x.device} as the input is, got {expert_offsets.device}")
+    if bias is not None:
+        library.check_weight("bias", bias, x, dim=2)
+        if bias.shape != (experts, outputs) or bias.format != "pair":
+            raise ValueError(
+                f"bias must be a 'pair' of shape [{experts}, {outputs}], weight's E and N, "
+                f"got {bias.format!r} of {list(bias.shape)}"
+            )
+    lam, rows_per_lam = lam_map(lam, x.shape[0], rows_per_lam, row_to_lam, x.device)
+    return torch.ops.dami.lerp_experts(
+        x,
+        list(weight.tensors),
+        [] if bias is None else list(bias.tensors),
+        lam,
+        row_to_lam,
+        rows_per_lam,
+        expert_offsets.contiguous(),
+        weight.format,
+        invariant,
+    )
+
+
+def _fake(x: Tensor, weight: list[Tensor], *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], weight[0].shape[1])
+
+
+def _rows_of_experts(offsets: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
+    """Each expert that has rows, and which."""
+    begin = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if not begin <= end <= rows:
+            raise IndexError(f"expert_offsets must not decrease and end within {rows} rows, got {offsets.tolist()}")
+        if end > begin:
+            yield expert, slice(begin, end)
+        begin = end
+
+
+def _plain(
+    x: Tensor,
+    weight: list[Tensor],
+    bias: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    offsets: Tensor,
+    format: str,
+    invariant: bool,
+) -> Tensor:
+    per_row = lam_per_row(lam, rows_per_lam, row_to_lam).unsqueeze(1)
+    y = x.new_zeros(x.shape[0], weight[0].shape[1])
+    for expert, rows in _rows_of_experts(offsets, x.shape[0]):
+        one = x[rows].float()
+        for block, base, target in formats.float_blocks(format, [t[expert] for t in weight], x.shape[1]):
+            biases = [end[expert, block].float() for end in bias] or (None, None)
+            ys = F.linear(one, base, biases[0]), F.linear(one, target, biases[1])
+            y[rows, block] = torch.lerp(*ys, per_row[rows]).to(y.dtype)
+    return y
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, lam, row_to_lam, rows_per_lam, offsets, format, _ = inputs
+    ctx.save_for_backward(x, lam, row_to_lam, offsets, *weight, *bias)
+    ctx.weights, ctx.rows_per_lam, ctx.format = len(weight), rows_per_lam, format
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    """As `lerp_linear`'s, expert by expert; the offsets come to the host."""
+    x, lam, row_to_lam, offsets, *rest = ctx.saved_tensors
+    weight, bias = rest[: ctx.weights], rest[ctx.weights :]
+    dy = dy.float()
+    dy_base = x.new_zeros(x.shape, dtype=torch.float32)
+    dy_target = torch.zeros_like(dy_base)
+    dlam = x.new_zeros(x.shape[0], dtype=torch.float32)
+    for expert, rows in _rows_of_experts(offsets, x.shape[0]):
+        for block, base, target in formats.float_blocks(ctx.format, [t[expert] for t in weight], x.shape[1]):
+            dy_base[rows] += dy[rows, block] @ base
+            dy_target[rows] += dy[rows, block] @ target
+        if bias:
+            dlam[rows] += dy[rows] @ (bias[1][expert].float() - bias[0][expert].float())
+    per_row = lam_per_row(lam, ctx.rows_per_lam, row_to_lam).unsqueeze(1)
+    dx = torch.lerp(dy_base, dy_target, per_row).to(x.dtype)
+    dlam += ((dy_target - dy_base) * x.float()).sum(1)
+    dlam = sum_per_lam(dlam, lam, ctx.rows_per_lam, row_to_lam)
+    return dx, [None] * len(weight), [None] * len(bias), dlam, None, None, None, None, None
+
+
+library.define(
+    "lerp_experts(Tensor x, Tensor[] weight, Tensor[] bias, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, "
+    "Tensor offsets, str format, bool invariant) -> Tensor",
+    fake=_fake,
+    plain=_plain,
+    setup_context=_setup_context,
+    backward=_backward,
+)

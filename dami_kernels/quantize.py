@@ -1,0 +1,102 @@
+"""Symmetric quantisation in groups along the last dimension, with the scale that leaves the least squared error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GROUP = 32  # weights that share a scale
+SCALE = torch.bfloat16  # float16 has no room for the scales of 8-bit differences: they would be subnormal
+BLOCK = 1 << 22  # weights quantised at a time, which bounds the extra memory
+
+# The first scale of each group puts the widest weight on the widest code. Shrinking it clips that weight and brings the
+# others closer, stretching it a little does when the widest weight is no outlier.
+_STRETCHES = (0.85, 0.92, 1.0, 1.08)
+
+
+def quantize(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales: values ≈ codes · scales, in groups of `GROUP` along the last dimension.
+
+    For each of some first scales s, codes q = round(v / s) and then the scale that is best for these codes,
+    Σ v q / Σ q² (least squares), rounded to bfloat16 before the codes are taken once more; the best of them stays.
+
+    Args:
+        values: float32 [..., K], finite.
+        bits: 2 to 8; codes lie in [−2^(bits−1), 2^(bits−1) − 1].
+
+    Returns:
+        codes: int8 [..., K'], K' = K rounded up to whole groups; 0 beyond K.
+        scales: bfloat16 [..., K' / GROUP]. They may be negative: the widest weight takes the widest code, which is.
+    """
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    groups = F.pad(values, (0, -values.shape[-1] % GROUP))
+    groups = groups.unflatten(-1, (groups.shape[-1] // GROUP, GROUP))
+    widest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    best_codes = torch.zeros_like(groups)
+    best_scale = torch.zeros_like(widest)
+    best_error = groups.square().sum(-1, keepdim=True)
+
+    def codes_of(scale: Tensor) -> Tensor:
+        inverse = torch.where(scale == 0, 0.0, 1 / scale)  # a group of zeros
+        return (groups * inverse).round_().clamp_(low, high)
+
+    for stretch in _STRETCHES:
+        codes = codes_of(widest * (stretch / low))
+        fitted = (groups * codes).sum(-1, keepdim=True) / codes.square().sum(-1, keepdim=True).clamp_min(1)
+        scale = fitted.to(SCALE).float()
+        codes = codes_of(scale)
+        error = (codes * scale).sub_(groups).square_().sum(-1, keepdim=True)
+        better = error < best_error
+        best_codes = torch.where(better, codes, best_codes)
+        best_scale = torch.where(better, scale, best_scale)
+        best_error = torch.where(better, error, best_error)
+    return best_codes.to(torch.int8).flatten(-2), best_scale.squeeze(-1).to(SCALE)
+
+
+def dequantize(codes: Tensor, scales: Tensor, columns: int) -> Tensor:
+    """codes · scales in float32, without the padding: [..., columns]."""
+    values = codes.float().unflatten(-1, (scales.shape[-1], GROUP)) * scales.float().unsqueeze(-1)
+    return values.flatten(-2)[..., :columns]
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Two 4-bit codes a byte, uint8 [..., K'/2]: 8 + code 2i in the low nibble of byte i, 8 + code 2i+1 in the high."""
+    unsigned = (codes + 8).to(torch.uint8)
+    return unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """The int8 codes again, [..., K']."""
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2).to(torch.int8) - 8
+
+
+def row_blocks(rows: int, weights: int) -> Iterator[slice]:
+    """Slices of `rows` rows of so many weights each, about `BLOCK` weights a slice; at least one slice."""
+    step = max(1, BLOCK // max(1, weights))
+    for start in range(0, max(1, rows), step):
+        yield slice(start, start + step)
+
+
+def pack_in_blocks(
+    pack: Callable[[Tensor, Tensor], tuple[Tensor, ...]], base: Tensor, target: Tensor
+) -> tuple[Tensor, ...]:
+    """`pack` of both ends in float32, a block of rows at a time, into tensors made once: little extra memory.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
+    stored: tuple[Tensor, ...] = ()
+    for rows in row_blocks(base.shape[0], base.shape[1:].numel()):
+        ends = base[rows].float(), target[rows].float()
+        for name, end in zip(("base", "target"), ends, strict=True):
+            if not end.isfinite().all():
+                raise ValueError(f"{name} must be finite to be quantised, got Inf or NaN among its values")
+        parts = pack(*ends)
+        if not stored:
+            stored = tuple(part.new_empty(base.shape[0], *part.shape[1:]) for part in parts)
+        for tensor, part in zip(stored, parts, strict=True):
+            tensor[rows] = part
+    return stored

@@ -1,0 +1,164 @@
+"""The storage formats: what they lose, what they weigh, and that they can be read in parts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dami_kernels import LerpWeight, formats, lerp_linear, reference
+from dami_kernels.quantize import GROUP, dequantize, pack_nibbles, quantize, unpack_nibbles
+from tests.tolerance import assert_as_accurate
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DISTANCE = 0.027  # ‖target − base‖ / ‖base‖ of the published pairs
+# What docs/formats.md states for Gaussian weights: bytes per bfloat16 weight, and the largest ‖error of W(λ)‖ / ‖W(λ)‖.
+STATED = {"pair": (4.0, 0.0), "int8": (3.0625, 2e-4), "int4": (2.5625, 2.4e-3), "w8d4": (1.625, 5.5e-3)}
+QUANTISED = ["int8", "int4", "w8d4"]
+
+
+def ends(*shape: int, dtype: torch.dtype = torch.bfloat16, rank: int | None = None) -> tuple[Tensor, Tensor]:
+    base = torch.randn(shape).to(dtype)
+    if rank is None:
+        delta = torch.randn(shape)
+    else:
+        delta = torch.randn(shape[0], rank) @ torch.randn(rank, shape[1]) / rank**0.5
+    return base, (base.float() + DISTANCE * delta).to(dtype)
+
+
+def pack(format: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> tuple[LerpWeight, Tensor, Tensor]:
+    base, target = ends(*shape, dtype=dtype, rank=3 if format == "lowrank" else None)
+    return LerpWeight.pack(base, target, format), base, target
+
+
+def relative(error: Tensor, to: Tensor) -> float:
+    return (error.double().norm() / to.double().norm()).item()
+
+
+def test_every_format_is_stated() -> None:
+    assert {*STATED, "lowrank"} == set(formats.names())
+
+
+@pytest.mark.parametrize("name", formats.names())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_weight_knows_its_shape_and_dtype(name: str, dtype: torch.dtype) -> None:
+    weight, base, _ = pack(name, 40, 150, dtype=dtype)
+    assert len(weight.tensors) == len(formats.get(name).TENSORS)
+    assert (weight.shape, weight.dtype, weight.device) == (base.shape, dtype, base.device)
+    assert [end.shape for end in weight.unpack()] == [base.shape, base.shape]
+    assert weight.materialize(0.5).dtype == dtype
+    if name != "w8d4":
+        assert weight.tensors[0].data_ptr() == base.data_ptr()
+        assert torch.equal(weight.materialize(0.0), base)
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_bytes_and_error_are_as_stated(name: str) -> None:
+    weight, base, target = pack(name, 256, 2048)
+    nbytes, error = STATED[name]
+    assert weight.bytes_per_weight == nbytes
+    got = [end.double() for end in weight.unpack()]
+    for lam in (0.0, 0.25, 0.5, 0.75, 1.0):
+        exact = torch.lerp(base.double(), target.double(), lam)
+        assert relative(torch.lerp(*got, lam) - exact, exact) <= error
+
+
+def test_low_rank_is_found_and_loses_no_more_than_rounding_has() -> None:
+    weight, _, target = pack("lowrank", 300, 500)
+    assert weight.tensors[1].shape == (3, 500)
+    noise = torch.finfo(torch.bfloat16).eps / 4
+    assert relative(weight.unpack()[1].double() - target.double(), target) <= noise
+
+
+def test_full_rank_is_refused_by_lowrank() -> None:
+    with pytest.raises(ValueError, match=r"rank of at most 25 to be stored as 'lowrank', got a higher one: use 'int4'"):
+        LerpWeight.pack(*ends(64, 256), "lowrank")
+    with pytest.raises(ValueError, match=r"must be matrices to be stored as 'lowrank', got shape \[2, 3, 4\]"):
+        LerpWeight.pack(torch.ones(2, 3, 4), torch.ones(2, 3, 4), "lowrank")
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+def test_what_is_not_finite_cannot_be_quantised(name: str, bad: float) -> None:
+    base, target = ends(3, 40)
+    target[1, 7] = bad
+    with pytest.raises(ValueError, match="target must be finite to be quantised, got Inf or NaN among its values"):
+        LerpWeight.pack(base, target, name)
+
+
+@pytest.mark.parametrize("name", formats.names())
+def test_rows_can_be_read_alone(name: str) -> None:
+    """By slice and by index, which is what spares the operators a whole copy."""
+    weight, _, _ = pack(name, 50, 70)
+    whole = weight.unpack()
+    for rows in (slice(7, 20), torch.tensor([3, 3, 49, 0])):
+        part = formats.get(name).unpack(*weight.tensors, columns=70, rows=rows)
+        for end, expected in zip(part, whole, strict=True):
+            torch.testing.assert_close(end, expected[rows], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_packing_in_blocks_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, target = ends(4, 37, 90)
+    whole = LerpWeight.pack(base, target, name)
+    monkeypatch.setattr("dami_kernels.quantize.BLOCK", 37 * 90)
+    for tensor, expected in zip(LerpWeight.pack(base, target, name).tensors, whole.tensors, strict=True):
+        assert torch.equal(tensor, expected)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(0, 5),
+    columns=st.integers(0, 100),
+    bits=st.integers(2, 8),
+    exponent=st.integers(-30, 30),
+    spread=st.sampled_from([0.0, 1.0, 4.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_codes_are_near_what_they_code(
+    rows: int, columns: int, bits: int, exponent: int, spread: float, seed: int
+) -> None:
+    """No group is further from its values than plain rounding to the widest value's scale would leave it."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(rows, columns, generator=generator)
+    values = values * torch.exp(spread * torch.randn(rows, columns, generator=generator)) * 2.0**exponent
+    codes, scales = quantize(values, bits)
+    groups = -(-columns // GROUP)
+    assert codes.shape == (rows, groups * GROUP)
+    assert scales.shape == (rows, groups)
+    assert (codes[:, columns:] == 0).all()
+    assert codes.numel() == 0 or (codes.min() >= -(2 ** (bits - 1)) and codes.max() <= 2 ** (bits - 1) - 1)
+    if bits == 4:
+        assert torch.equal(unpack_nibbles(pack_nibbles(codes)), codes)
+    error = (dequantize(codes, scales, columns) - values).abs()
+    for group in range(groups):
+        inside = slice(group * GROUP, (group + 1) * GROUP)
+        widest = values[:, inside].abs().amax(1, keepdim=True)
+        # half a step each, and the widest code's share of the rounding of the scale to bfloat16
+        step = widest / 2 ** (bits - 1) * (1 + 2**-8)
+        allowed = step.square() * values[:, inside].shape[1]
+        assert (error[:, inside].square().sum(1, keepdim=True) <= allowed + 1e-37).all()
+
+
+def test_least_squares_scales_beat_the_widest_weights() -> None:
+    values = torch.randn(64, 4096)
+    groups = values.unflatten(1, (-1, GROUP))
+    scale = (groups.abs().amax(-1, keepdim=True) / 7).bfloat16().float()
+    naive = (groups / scale).round().clamp(-8, 7) * scale
+    fitted = dequantize(*quantize(values, 4), 4096)
+    assert relative(fitted - values, values) < 0.85 * relative(naive.flatten(1) - values, values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_of_low_rank(dtype: torch.dtype) -> None:
+    weight, _, _ = pack("lowrank", 45, 67, dtype=dtype)
+    bias = LerpWeight.pack(torch.randn(45).to(dtype), torch.randn(45).to(dtype))
+    x, lam = torch.randn(4, 67).to(dtype), torch.tensor([0.0, 0.3, 1.0, -0.5], requires_grad=True)
+    y = lerp_linear(x, weight, lam, bias)
+    merged = [(weight.materialize(value), bias.materialize(value)) for value in lam.tolist()]
+    plain = torch.stack([F.linear(row, *parameters) for row, parameters in zip(x, merged, strict=True)])
+    assert_as_accurate(y.detach(), reference.lerp_linear(x, weight.unpack(), lam.detach(), bias.unpack()), plain, 1.5)
+    assert torch.autograd.grad(y.float().sum(), lam)[0].isfinite().all()
