@@ -296,7 +296,7 @@ def test_offsets_beyond_32_bits(kernels: dict[str, Kernel]) -> None:
     x = x.contiguous()
     assert torch.equal(kernels["lerp_linear"](x, [weight] * 2, *args), kernels["lerp_linear"](x, [dense] * 2, *args))
     ids = torch.tensor([4, 0, 4], device=DEVICE)
-    args = (lam, None, 1, "pair")
+    args = (lam, None, 1, "pair", torch.bfloat16, 40)
     assert torch.equal(
         kernels["lerp_embedding"](ids, [weight] * 2, *args), kernels["lerp_embedding"](ids, [dense] * 2, *args)
     )
