@@ -52,9 +52,11 @@ def lerp_linear(
     return y
 
 
-def lerp_linears(x: Tensor, weights: list[Tensor], biases: list[Tensor], *rest: Any) -> list[Tensor]:
+def lerp_linears(x: Tensor, weights: list[Tensor], biases: list[Tensor], *rest: Any) -> Tensor:
     """`lerp_linear` for each of several weights of one format."""
-    return [lerp_linear(x, weights[i : i + 2], biases[i : i + 2], *rest) for i in range(0, len(weights), 2)]
+    return torch.cat(
+        [lerp_linear(x, weights[i : i + 2], biases[i : i + 2], *rest) for i in range(0, len(weights), 2)], 1
+    )
 
 
 def lerp_experts(x: Tensor, *rest: Any) -> Tensor:

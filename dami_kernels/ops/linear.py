@@ -46,7 +46,7 @@ def lerp_linear(
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
-    _check("", x, weight, bias)
+    _check(x, weight, bias)
     rows = x.shape[:-1].numel()
     lam, rows_per_lam = lam_map(lam, rows, rows_per_lam, row_to_lam, x.device)
     flat = x.reshape(rows, x.shape[-1])
@@ -89,7 +89,7 @@ def lerp_linears(
         biases: [N_i] each, one for every weight, or None.
 
     Returns:
-        [..., N_i] for each weight, whose rows may lie apart in memory.
+        [..., N_i] for each weight, side by side in memory.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
@@ -101,7 +101,7 @@ def lerp_linears(
     if biases is not None and len(biases) != len(weights):
         raise ValueError(f"biases must hold one for each of the {len(weights)} weights, got {len(biases)}")
     for i, weight in enumerate(weights):
-        _check(f"s[{i}]", x, weight, None if biases is None else biases[i])
+        _check(x, weight, None if biases is None else biases[i], f"weights[{i}]", f"biases[{i}]")
         if weight.format != weights[0].format:
             raise ValueError(f"weights must share one format, got {weights[0].format!r} and {weight.format!r}")
     rows = x.shape[:-1].numel()
@@ -111,7 +111,7 @@ def lerp_linears(
         return tuple(
             lerp_linear(x, weight, per_row, None if biases is None else biases[i]) for i, weight in enumerate(weights)
         )
-    ys = torch.ops.dami.lerp_linears(
+    y = torch.ops.dami.lerp_linears(
         x.reshape(rows, x.shape[-1]),
         [tensor for weight in weights for tensor in weight.tensors],
         [tensor for bias in biases or () for tensor in bias.tensors],
@@ -121,24 +121,25 @@ def lerp_linears(
         weights[0].format,
         invariant,
     )
-    return tuple(y.unflatten(0, x.shape[:-1]) if x.dim() != 2 else y for y in ys)
+    return y.reshape(*x.shape[:-1], y.shape[1]).split([weight.shape[0] for weight in weights], -1)
 
 
-def _check(suffix: str, x: Tensor, weight: LerpWeight, bias: LerpWeight | None) -> None:
-    name = f"weight{suffix}"
+def _check(
+    x: Tensor, weight: LerpWeight, bias: LerpWeight | None, name: str = "weight", bias_name: str = "bias"
+) -> None:
     library.check_weight(name, weight, x, dim=2)
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must have a last dimension of {weight.shape[1]}, {name}'s K, got shape {list(x.shape)}")
     if bias is not None:
-        bias_name = f"biase{suffix}" if suffix else "bias"
         library.check_weight(bias_name, bias, x, dim=1)
         library.check_size(bias_name, bias, weight.shape[0], f"{name}'s N")
         if bias.format != "pair":
             raise ValueError(f"{bias_name} must have format 'pair', got {bias.format!r}")
 
 
-def _split(tensors: list[Tensor], each: int) -> list[list[Tensor]]:
+def _split(tensors: list[Tensor], format: str) -> list[list[Tensor]]:
     """The tensors of each of several weights."""
+    each = len(formats.get(format).TENSORS)
     return [tensors[i : i + each] for i in range(0, len(tensors), each)]
 
 
@@ -155,9 +156,8 @@ def _fakes(
     rows_per_lam: int,
     format: str,
     invariant: bool,
-) -> list[Tensor]:
-    sizes = [weight[0].shape[0] for weight in _split(weights, len(formats.get(format).TENSORS))]
-    return list(x.new_empty(x.shape[0], sum(sizes)).split(sizes, 1))
+) -> Tensor:
+    return x.new_empty(x.shape[0], sum(weight[0].shape[0] for weight in _split(weights, format)))
 
 
 def _plain(
@@ -180,12 +180,11 @@ def _plain(
     return y
 
 
-def _plains(x: Tensor, weights: list[Tensor], biases: list[Tensor], *rest: Any) -> list[Tensor]:
+def _plains(x: Tensor, weights: list[Tensor], biases: list[Tensor], *rest: Any) -> Tensor:
     format = rest[3]
-    split = _split(weights, len(formats.get(format).TENSORS))
-    bias = _split(biases, 2) or [[]] * len(split)
-    ys = [_plain(x, *ends, *rest) for ends in zip(split, bias, strict=True)]
-    return list(torch.cat(ys, 1).split([y.shape[1] for y in ys], 1))
+    split = _split(weights, format)
+    bias = _split(biases, "pair") or [[]] * len(split)
+    return torch.cat([_plain(x, *ends, *rest) for ends in zip(split, bias, strict=True)], 1)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -194,23 +193,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.weights, ctx.biases, ctx.rows_per_lam, ctx.format = len(weights), len(biases), rows_per_lam, format
 
 
-def _backward(ctx: Any, dy: Tensor | list[Tensor]) -> tuple[Any, ...]:
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     """dx_i = dy_i W(λ_i) and dλ_i = Σ_n dy_in ((x_i Δᵀ)_n + Δb_n): both from dy·W_b and dy·W_t, summed over weights."""
     x, lam, row_to_lam, *rest = ctx.saved_tensors
-    weights = _split(rest[: ctx.weights], len(formats.get(ctx.format).TENSORS))
-    biases = _split(rest[ctx.weights :], 2)
-    dys = [dy.float() for dy in ([dy] if isinstance(dy, Tensor) else dy)]
+    weights, biases = _split(rest[: ctx.weights], ctx.format), _split(rest[ctx.weights :], "pair")
+    dys = dy.float().split([weight[0].shape[0] for weight in weights], 1)
     dy_base = x.new_zeros(x.shape, dtype=torch.float32)
     dy_target = torch.zeros_like(dy_base)
-    for dy, weight in zip(dys, weights, strict=True):
+    for part, weight in zip(dys, weights, strict=True):
         for block, base, target in formats.float_blocks(ctx.format, weight, x.shape[1]):
-            dy_base += dy[:, block] @ base
-            dy_target += dy[:, block] @ target
+            dy_base += part[:, block] @ base
+            dy_target += part[:, block] @ target
     per_row = lam_per_row(lam, ctx.rows_per_lam, row_to_lam).unsqueeze(1)
     dx = torch.lerp(dy_base, dy_target, per_row).to(x.dtype)
     dlam = ((dy_target - dy_base) * x.float()).sum(1)
-    for dy, (base, target) in zip(dys, biases, strict=False):  # or there are none
-        dlam += dy @ (target.float() - base.float())
+    for part, (base, target) in zip(dys, biases, strict=False):  # or there are none
+        dlam += part @ (target.float() - base.float())
     dlam = sum_per_lam(dlam, lam, ctx.rows_per_lam, row_to_lam)
     return dx, [None] * ctx.weights, [None] * ctx.biases, dlam, None, None, None, None
 
@@ -225,7 +223,7 @@ library.define(
 )
 library.define(
     "lerp_linears(Tensor x, Tensor[] weights, Tensor[] biases, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, "
-    "str format, bool invariant) -> Tensor[]",
+    "str format, bool invariant) -> Tensor",
     fake=_fakes,
     plain=_plains,
     setup_context=_setup_context,

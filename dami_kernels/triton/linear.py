@@ -209,5 +209,7 @@ def lerp_linear(
     return y
 
 
-def lerp_linears(x: Tensor, weights: list[Tensor], biases: list[Tensor], *rest: Any) -> list[Tensor]:
-    return [lerp_linear(x, weights[i : i + 2], biases[i : i + 2], *rest) for i in range(0, len(weights), 2)]
+def lerp_linears(x: Tensor, weights: list[Tensor], biases: list[Tensor], *rest: Any) -> Tensor:
+    return torch.cat(
+        [lerp_linear(x, weights[i : i + 2], biases[i : i + 2], *rest) for i in range(0, len(weights), 2)], 1
+    )

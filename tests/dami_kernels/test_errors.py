@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dami_kernels import LerpWeight, lerp_embedding, lerp_layer_norm, lerp_linear, lerp_rms_norm
+from dami_kernels import LerpWeight, lerp_embedding, lerp_layer_norm, lerp_linear, lerp_linears, lerp_rms_norm
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", grad: bool = False) -> LerpWeight:
@@ -54,6 +54,20 @@ LINEAR: list[tuple[dict[str, Any], type, str]] = [
     ({"lam": torch.zeros(2), "row_to_lam": LONG.int().to("meta")}, ValueError, "row_to_lam must be on cpu"),
     ({"lam": torch.zeros(2), "row_to_lam": LONG.int()[:5]}, ValueError, "row_to_lam must have shape [6]"),
 ]
+LINEARS: list[tuple[dict[str, Any], type, str]] = [
+    ({"x": None}, TypeError, "x must be a Tensor, got NoneType"),
+    ({"weights": []}, ValueError, "weights must hold at least one weight, got none"),
+    (
+        {"weights": [W, zeros(4, 7)]},
+        ValueError,
+        "x must have a last dimension of 7, weights[1]'s K, got shape [2, 3, 8]",
+    ),
+    ({"weights": [W, as_int4(W)]}, ValueError, "weights must share one format, got 'pair' and 'int4'"),
+    ({"weights": [W, X]}, TypeError, "weights[1] must be a LerpWeight, got Tensor"),
+    ({"biases": [zeros(4)]}, ValueError, "biases must hold one for each of the 2 weights, got 1"),
+    ({"biases": [zeros(4), V]}, ValueError, "biases[1] must have a last dimension of 4, weights[1]'s N, got shape [8]"),
+    ({"lam": torch.zeros(2)}, ValueError, "lam must have shape [] or [6], one λ per row, got [2]"),
+]
 NORM: list[tuple[dict[str, Any], type, str]] = [
     ({"x": 1.0}, TypeError, "x must be a Tensor, got float"),
     ({"x": torch.tensor(1.0)}, ValueError, "x must have at least one dimension, got shape []"),
@@ -79,6 +93,12 @@ EMBEDDING: list[tuple[dict[str, Any], type, str]] = [
 def test_linear(wrong: dict[str, Any], kind: type, message: str) -> None:
     with pytest.raises(kind, match=re.escape(message)):
         lerp_linear(**{"x": X, "weight": W, "lam": LAM, **wrong})
+
+
+@pytest.mark.parametrize(("wrong", "kind", "message"), LINEARS)
+def test_linears(wrong: dict[str, Any], kind: type, message: str) -> None:
+    with pytest.raises(kind, match=re.escape(message)):
+        lerp_linears(**{"x": X, "weights": [W, W], "lam": LAM, **wrong})
 
 
 @pytest.mark.parametrize(("wrong", "kind", "message"), NORM)

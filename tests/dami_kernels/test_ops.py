@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dami_kernels import LerpWeight, lerp_embedding, lerp_layer_norm, lerp_linear, lerp_rms_norm, reference
+from dami_kernels import (
+    LerpWeight,
+    lerp_embedding,
+    lerp_layer_norm,
+    lerp_linear,
+    lerp_linears,
+    lerp_rms_norm,
+    reference,
+)
 from tests.tolerance import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -207,6 +215,48 @@ def test_linear_of_any_shape(rows: int, n: int, k: int, dtype: torch.dtype, valu
     merged = [F.linear(x, weight.materialize(v), bias.materialize(v)) for v in values]
     plain = torch.stack(merged, 1)[torch.arange(rows), index]
     assert_as_accurate(y, oracle, plain)
+
+
+@every_dtype
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_linears_are_linear_several_times(dtype: torch.dtype, bias: bool) -> None:
+    """The same numbers in one launch, and gradients as near to the oracle's."""
+    x = torch.randn(100, 2, K, dtype=dtype, requires_grad=True)
+    lam = torch.rand(100, requires_grad=True)
+    sizes = (N, 7, 64)
+    weights = [pair(n, K, dtype=dtype) for n in sizes]
+    biases = [pair(n, dtype=dtype) for n in sizes] if bias else None
+    operands = list(zip(weights, biases or [None] * len(sizes), strict=True))
+    ys = lerp_linears(x, weights, lam, biases, rows_per_lam=2)
+    expected = [lerp_linear(x, weight, lam, own_bias, rows_per_lam=2) for weight, own_bias in operands]
+    for y, one in zip(ys, expected, strict=True):
+        torch.testing.assert_close(y, one)
+    dys = [torch.randn_like(y) for y in ys]
+
+    def gradients(x: Tensor, ys: list[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(ys, (x, lam), [dy.to(y.dtype) for dy, y in zip(dys, ys, strict=True)])
+
+    exact_x = x.detach().double().requires_grad_()
+    per_row = lam.unsqueeze(1).expand(100, 2)
+    oracle = [reference.lerp_linear(exact_x, w.unpack(), per_row, b.unpack() if b else None) for w, b in operands]
+    ends = [[F.linear(x, w.tensors[i], b.tensors[i] if b else None).float() for i in (0, 1)] for w, b in operands]
+    plain = [torch.lerp(*both, lam.view(-1, 1, 1)).to(dtype) for both in ends]
+    for grad, right, own in zip(gradients(x, list(ys)), gradients(exact_x, oracle), gradients(x, plain), strict=True):
+        assert_as_accurate(grad, right.double(), own)
+
+
+def test_opcheck_of_linears() -> None:
+    x, lam = torch.randn(6, K, requires_grad=True), torch.rand(2, requires_grad=True)
+    weights, biases = ([t for n in (N, 7) for t in pair(n, *k).tensors] for k in ((K,), ()))
+    torch.library.opcheck(torch.ops.dami.lerp_linears, (x, weights, biases, lam, None, 3, "pair", False))
+
+
+def test_linears_of_low_rank() -> None:
+    base = torch.randn(2, N, K)
+    weights = [LerpWeight.pack(end, end + torch.outer(torch.randn(N), torch.randn(K)), "lowrank") for end in base]
+    x, lam = torch.randn(BATCH, K), torch.rand(BATCH)
+    for y, weight in zip(lerp_linears(x, weights, lam), weights, strict=True):
+        torch.testing.assert_close(y, lerp_linear(x, weight, lam))
 
 
 @every_case
