@@ -78,6 +78,60 @@ def _linear(
     return y_base, y_target
 
 
+@triton.jit
+def linear_tile(
+    x,
+    stride_x,
+    weight,
+    strides,
+    bias,
+    lam,
+    row_to_lam,
+    rows_per_lam,
+    out,
+    tile,
+    FORMAT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    USE_BLEND: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Computes one tile of one split's share of y, and stores it into out [rows, N].
+
+    `tile` is (first row, M, first feature, N, K, first step, end of the steps); rows end at M, features at N.
+    """
+    first_row, M, first_feature, N, K, step_begin, step_end = tile
+    rows = first_row + tl.arange(0, BLOCK_M)
+    features = first_feature + tl.arange(0, BLOCK_N)
+    loop = (rows, features, M, N, K, step_begin, step_end)
+    lams = row_lam(lam, row_to_lam, rows, rows < M, rows_per_lam)
+    first = row_lam(lam, row_to_lam, tl.full((1, 1), first_row, tl.int32), True, rows_per_lam)
+    # Not by min and max: they pass over a NaN, whose row would then take its neighbours' λ.
+    mixed = tl.sum(((rows < M) & (lams != tl.max(first))).to(tl.int32)) > 0
+    if not mixed and tl.max(first) == 0.0:
+        y, _ = _linear(BASE, x, stride_x, weight, strides, first, loop, FORMAT, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
+    elif FORMAT == "pair" and not mixed and tl.max(first) == 1.0:
+        _, y = _linear(SECOND, x, stride_x, weight, strides, first, loop, FORMAT, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
+    elif USE_BLEND and not mixed:
+        y, _ = _linear(BLEND, x, stride_x, weight, strides, first, loop, FORMAT, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
+    else:
+        base, target = _linear(
+            BOTH, x, stride_x, weight, strides, first, loop, FORMAT, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K
+        )
+        # λ is loaded again, as the accumulators lie: kept from above it would fill registers all through the loop.
+        row_tile = first_row + tl.arange(0, BLOCK_M)[None, :]
+        y = combine(base, target, row_lam(lam, row_to_lam, row_tile, row_tile < M, rows_per_lam), FORMAT)
+    if bias is not None:
+        mask = (features < N) & (step_begin == 0)
+        bias_base = tl.load(bias[0] + features, mask=mask, other=0.0)[:, None]
+        bias_target = tl.load(bias[1] + features, mask=mask, other=0.0)[:, None]
+        row_tile = first_row + tl.arange(0, BLOCK_M)[None, :]
+        y += lerp(bias_base, bias_target, row_lam(lam, row_to_lam, row_tile, row_tile < M, rows_per_lam))
+    out += rows.to(tl.int64)[:, None] * N + features[None, :]
+    tl.store(out, tl.trans(y).to(out.dtype.element_ty), mask=(rows < M)[:, None] & (features < N)[None, :])
+
+
 # M and rows_per_lam change with every batch: specialised on, they would compile the kernel again.
 @triton.jit(do_not_specialize=["M", "rows_per_lam"])
 def _lerp_linear_kernel(
@@ -106,37 +160,13 @@ def _lerp_linear_kernel(
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     # Programs that run at the same time share eight tiles of the weight, and some of x, in the L2 cache.
     tile_n, tile_m = tl.swizzle2d(pid // tiles_m, pid % tiles_m, tiles_n, tiles_m, 8)
-    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    features = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = split * steps_per_split
-    tile = (rows, features, M, N, K, begin, min(begin + steps_per_split, tl.cdiv(K, BLOCK_K)))
-
-    lams = row_lam(lam, row_to_lam, rows, rows < M, rows_per_lam)
-    first = row_lam(lam, row_to_lam, tl.full((1, 1), tile_m * BLOCK_M, tl.int32), True, rows_per_lam)
-    # Not by min and max: they pass over a NaN, whose row would then take its neighbours' λ.
-    mixed = tl.sum(((rows < M) & (lams != tl.max(first))).to(tl.int32)) > 0
-    if not mixed and tl.max(first) == 0.0:
-        y, _ = _linear(BASE, x, stride_x, weight, strides, first, tile, FORMAT, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
-    elif FORMAT == "pair" and not mixed and tl.max(first) == 1.0:
-        _, y = _linear(SECOND, x, stride_x, weight, strides, first, tile, FORMAT, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
-    elif USE_BLEND and not mixed:
-        y, _ = _linear(BLEND, x, stride_x, weight, strides, first, tile, FORMAT, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
-    else:
-        base, target = _linear(
-            BOTH, x, stride_x, weight, strides, first, tile, FORMAT, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K
-        )
-        # λ is loaded again, as the accumulators lie: kept from above it would fill registers all through the loop.
-        row_tile = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        y = combine(base, target, row_lam(lam, row_to_lam, row_tile, row_tile < M, rows_per_lam), FORMAT)
-    if bias is not None:
-        mask = (features < N) & (split == 0)
-        bias_base = tl.load(bias[0] + features, mask=mask, other=0.0)[:, None]
-        bias_target = tl.load(bias[1] + features, mask=mask, other=0.0)[:, None]
-        row_tile = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        y += lerp(bias_base, bias_target, row_lam(lam, row_to_lam, row_tile, row_tile < M, rows_per_lam))
-
-    out += (split.to(tl.int64) * M + rows)[:, None] * N + features[None, :]
-    tl.store(out, tl.trans(y).to(out.dtype.element_ty), mask=(rows < M)[:, None] & (features < N)[None, :])
+    tile = (tile_m * BLOCK_M, M, tile_n * BLOCK_N, N, K, begin, min(begin + steps_per_split, tl.cdiv(K, BLOCK_K)))
+    out += split.to(tl.int64) * M * N
+    linear_tile(
+        x, stride_x, weight, strides, bias, lam, row_to_lam, rows_per_lam, out, tile,
+        FORMAT, EVEN_K, USE_BLEND, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
 
 
 @triton.jit
