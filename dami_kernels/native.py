@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,25 +40,57 @@ def lerp_linear(
     invariant: bool,
 ) -> Tensor:
     """y_i = x_i · W(λ_i)ᵀ + b(λ_i): x [rows, K], weight [N, K] as `format` stores it, bias [] or a pair of [N]."""
-    ends = _ends(weight, format)
-    x, bias_ends = _dense(x), _ends(bias)
-    y = x.new_empty(x.shape[0], ends[0].shape[0])
+    return lerp_linears(x, weight, bias, lam, row_to_lam, rows_per_lam, format, invariant)
+
+
+def lerp_linears(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    format: str,
+    invariant: bool,
+) -> Tensor:
+    """`lerp_linear` with several weights, the tensors of one after those of the other: [rows, ΣN_i], side by side."""
+    each = _tensors_of(format)
+    x, weights, biases = _dense(x), _in_place(weights), _in_place(biases)
+    outputs = [weight.shape[0] for weight in weights[::each]]
+    y = x.new_empty(x.shape[0], sum(outputs))
     _C.linear(
-        _TYPES[x.dtype], _matrix(x), _pair(ends), _pair(bias_ends), y.data_ptr(), *y.shape, x.shape[1],
-        _lams(lam, row_to_lam, rows_per_lam), torch.get_num_threads(),
+        _TYPES[x.dtype], _matrix(x), *x.shape, format, [_stack(weight) for weight in weights],
+        [_pair(biases[i : i + 2]) for i in range(0, len(biases), 2)], outputs, _matrix(y),
+        _lams(lam, row_to_lam, rows_per_lam), invariant, torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
-def lerp_linears(x: Tensor, weights: list[Tensor], biases: list[Tensor], *rest: Any) -> Tensor:
-    """`lerp_linear` for each of several weights of one format."""
-    return torch.cat(
-        [lerp_linear(x, weights[i : i + 2], biases[i : i + 2], *rest) for i in range(0, len(weights), 2)], 1
-    )
+def lerp_experts(
+    x: Tensor,
+    weight: list[Tensor],
+    bias: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    offsets: Tensor,
+    format: str,
+    invariant: bool,
+) -> Tensor:
+    """`lerp_linear` of each row with its expert's weight: weight [E, N, K], bias [] or a pair of [E, N].
 
-
-def lerp_experts(x: Tensor, *rest: Any) -> Tensor:
-    raise NotImplementedError("no kernel for experts")
+    IndexError if the offsets, the ends of the experts' rows, decrease or pass the rows.
+    """
+    _tensors_of(format)
+    x, weight, bias = _dense(x), _in_place(weight), _in_place(bias)
+    experts, outputs = weight[0].shape[:2]
+    y = x.new_empty(x.shape[0], outputs)
+    _C.experts(
+        _TYPES[x.dtype], _matrix(x), *x.shape, format, [_stack(tensor) for tensor in weight], _pair(bias),
+        offsets.data_ptr(), experts, outputs, y.data_ptr(), _lams(lam, row_to_lam, rows_per_lam), invariant,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
 
 
 def lerp_embedding(
@@ -74,12 +104,13 @@ def lerp_embedding(
     columns: int,
 ) -> Tensor:
     """y_i = W(λ_i)[id_i]: ids [rows] int64 or int32, weight [V, D] as `format` stores it. IndexError for a bad id."""
-    ends = _ends(weight, format)
-    ids = ids.contiguous()
-    y = ends[0].new_empty(ids.shape[0], ends[0].shape[1])
+    _tensors_of(format)
+    ids, weight = ids.contiguous(), _in_place(weight)
+    y = torch.empty(ids.shape[0], columns, dtype=dtype)
     _C.embedding(
-        _TYPES[y.dtype], ids.data_ptr(), ids.dtype == torch.int64, ids.shape[0], _pair(ends), *ends[0].shape,
-        y.data_ptr(), _lams(lam, row_to_lam, rows_per_lam), torch.get_num_threads(),
+        _TYPES[dtype], ids.data_ptr(), ids.dtype == torch.int64, ids.shape[0], format,
+        [_stack(tensor) for tensor in weight], weight[0].shape[0], columns, y.data_ptr(),
+        _lams(lam, row_to_lam, rows_per_lam), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -94,10 +125,10 @@ def lerp_rms_norm(
     offset: float,
 ) -> Tensor:
     """y_i = x_i / sqrt(mean(x_i²) + eps) · (offset + w(λ_i)): x [rows, D], weight a pair of [D]."""
-    x, ends = _dense(x), _ends(weight)
+    x, weight = _dense(x), _in_place(weight)
     y = torch.empty(x.shape, dtype=x.dtype)
     _C.rms_norm(
-        _TYPES[x.dtype], _matrix(x), _pair(ends), y.data_ptr(), *x.shape, eps, offset,
+        _TYPES[x.dtype], _matrix(x), _pair(weight), y.data_ptr(), *x.shape, eps, offset,
         _lams(lam, row_to_lam, rows_per_lam), torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -113,10 +144,10 @@ def lerp_layer_norm(
     eps: float,
 ) -> Tensor:
     """y_i = (x_i − mean(x_i)) / std(x_i) · w(λ_i) + b(λ_i): x [rows, D], weight a pair of [D], bias [] or the same."""
-    x, ends, bias_ends = _dense(x), _ends(weight), _ends(bias)
+    x, weight, bias = _dense(x), _in_place(weight), _in_place(bias)
     y = torch.empty(x.shape, dtype=x.dtype)
     _C.layer_norm(
-        _TYPES[x.dtype], _matrix(x), _pair(ends), _pair(bias_ends), y.data_ptr(), *x.shape, eps,
+        _TYPES[x.dtype], _matrix(x), _pair(weight), _pair(bias), y.data_ptr(), *x.shape, eps,
         _lams(lam, row_to_lam, rows_per_lam), torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -156,23 +187,30 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor if _is_dense(tensor) else tensor.contiguous()
 
 
-def _ends(stored: Sequence[Tensor], format: str = "pair") -> tuple[Tensor, ...]:
-    """Base and target, each dense along its last dimension; () where there is no weight."""
-    if not stored:
-        return ()
-    if format != "pair":
+def _tensors_of(format: str) -> int:
+    """How many tensors a weight of this format has."""
+    if format not in _C.FORMATS:
         raise NotImplementedError(f"no kernel reads the format {format!r}")
-    ends = tuple(stored)
-    if not all(map(_is_dense, ends)):
-        _warn_of_copies()
-    return tuple(map(_dense, ends))
+    return _C.FORMATS[format]
+
+
+def _in_place(stored: list[Tensor]) -> list[Tensor]:
+    """What can be read where it lies: each dense along its last dimension."""
+    if all(map(_is_dense, stored)):
+        return stored
+    _warn_of_copies()
+    return list(map(_dense, stored))
 
 
 def _matrix(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.stride(0)
 
 
-def _pair(ends: tuple[Tensor, ...]) -> tuple[tuple[int, int], tuple[int, int]]:
+def _stack(tensor: Tensor) -> tuple[int, int, int]:
+    return tensor.data_ptr(), tensor.stride(0), tensor.stride(-2)
+
+
+def _pair(ends: list[Tensor]) -> tuple[tuple[int, int], tuple[int, int]]:
     return (_matrix(ends[0]), _matrix(ends[1])) if ends else _NO_PAIR
 
 

@@ -16,34 +16,32 @@ struct f16 {
 
 enum class Type { f32, bf16, f16 };
 
-// How a group of rows of x uses the two weights.
-enum class Mode {
-  base,    // λ = 0 in every row: the target is never read
-  target,  // λ = 1 in every row: the base is never read
-  blend,   // one λ, and rows enough to pay for blending the weights first
-  both,    // any λ: two sums per output, λ applied to the sums
-};
-
-// Rows [begin, end) of a block, in the block's order.
-struct Group {
-  Mode mode;
-  int begin, end;
-};
-
-// Rows of x, sorted so that those which use the weights alike lie together.
-struct Block {
-  std::vector<const void*> x;  // a pointer to each row
-  std::vector<void*> y;
-  std::vector<float> lam;
-  std::vector<Group> groups;
-};
-
-// An [rows, ·] matrix whose rows lie `stride` elements apart, or a vector; a null pointer where there is none.
+// A matrix whose rows lie `stride` elements apart, or a vector; a null pointer where there is none.
 struct Matrix {
   const void* data;
   int64_t stride;
 };
 
+// How the numbers of a stored matrix lie in memory: as they are, of x's type; or as codes, each a multiple of the bfloat16
+// scale of its group: signed bytes, or nibbles holding code + 8, the first of two in the low half of their byte. Rows of
+// codes are filled up to whole groups with codes that mean 0.
+enum class Storage { dense, int8, int4 };
+
+constexpr int64_t group_size = 32;
+
+struct Stored {
+  Storage storage;
+  Matrix data;   // [rows, ·] numbers or codes; the stride counts numbers, or bytes of codes
+  Matrix scale;  // [rows, groups] of the codes
+};
+
+// W(λ) = base + λ · other if the other matrix is a delta, which is stored as codes; base + λ (other − base) if it is the
+// target, which is stored like the base.
+struct Weight {
+  Stored base, other;
+};
+
+// The two ends of a norm's weight, or of a bias.
 struct Pair {
   Matrix base, target;
 };
@@ -56,13 +54,19 @@ struct Lams {
   int64_t rows_per_lam;
 };
 
+// y = x · W(λ)ᵀ + b(λ) for the rows [begin, end) of x.
 struct Linear {
-  Type type;
-  Matrix x;  // [m, k]
-  Pair weight;  // [n, k]
+  Weight weight;  // [n, k]
   Pair bias;  // [n]
-  void* y;  // [m, n]
-  int64_t m, n, k;
+  Matrix y;  // [rows of x, n]
+  int64_t n;
+  int64_t begin, end;
+};
+
+struct Input {
+  Type type;
+  Matrix x;  // [rows, k]
+  int64_t rows, k;
 };
 
 struct Norm {
@@ -75,19 +79,43 @@ struct Norm {
   float eps, offset;
 };
 
-// A call of a `linear` kernel takes at most so many rows of x and of the weights.
-constexpr int64_t max_rows = 256;
-constexpr int64_t max_outputs = 64;
-// Along K, many rows are multiplied in blocks of so many bytes of each: a register tile's operands then fit L1, the
-// max_outputs rows of a weight L2.
-constexpr int64_t block_bytes = 2048;
-// Fewer rows than this are bound by memory: each row of the weights is read in one go, and never blended. The order of
-// summation depends on this, so this must not depend on λ.
-constexpr int64_t stream_rows = 13;
-// x lies in memory filled up with zeros to a multiple of so many elements, which every kernel's step divides.
-constexpr int64_t x_multiple = 32;
+// How a group of rows of x uses a weight.
+enum class Mode {
+  base,   // λ = 0 in every row: the other matrix is never read
+  other,  // λ = 1 in every row and the other matrix is the target: the base is never read
+  blend,  // one λ, and rows enough to pay for blending the weight first
+  both,   // any λ: two sums per output, λ applied to the sums
+};
 
-constexpr int64_t linear_scratch(int64_t rows) { return max_outputs * block_bytes + rows * 2 * max_outputs * 4; }
+// Rows [begin, end) of a block, in the block's order.
+struct Group {
+  Mode mode;
+  int begin, end;
+};
+
+// Rows of x, sorted so that those which use a weight alike lie together.
+struct Block {
+  const char* x;  // the first row, prepared; the others follow
+  int64_t x_stride;  // bytes
+  int64_t k;
+  std::vector<int64_t> rows;  // where they were in x, and will be in y
+  std::vector<float> lam;
+  std::vector<Group> groups;
+};
+
+// A call of a `linear` kernel takes at most so many rows of x and of the weights.
+constexpr int64_t max_rows = 128;
+constexpr int64_t max_outputs = 64;
+// Along K, products are summed in blocks of so many bytes of a row: a register tile's operands then fit L1. The order of
+// summation depends on this and on nothing else.
+constexpr int64_t block_bytes = 2048;
+// Rows of a weight in a register tile.
+constexpr int64_t tile_n = 4;
+
+// A `linear` kernel's memory: a block of tile_n rows of two matrices, the scales of one, and two sums for every output.
+constexpr int64_t linear_scratch(int64_t rows) {
+  return 2 * tile_n * block_bytes + tile_n * 32 * 4 + rows * 2 * max_outputs * 4;
+}
 
 // The kernels of one instruction set; arrays are indexed by Type.
 struct Isa {
@@ -99,8 +127,9 @@ struct Isa {
 
   // Outputs [n0, n1) of one block; `scratch` has linear_scratch(rows) bytes, 64-byte aligned.
   void (*linear[3])(const Linear&, const Block&, int64_t n0, int64_t n1, void* scratch);
-  void (*prepare_x[3])(const void* from, int64_t k, void* to);  // a row of x, as `linear` reads it
-  void (*embedding[3])(const void* base, const void* target, float lam, void* y, int64_t d);
+  // A row of x as `linear` reads it: filled up with zeros to a whole number of groups.
+  void (*prepare_x[3])(const void* from, int64_t k, void* to);
+  void (*embedding[3])(const Weight&, int64_t row, float lam, void* y, int64_t d);
   void (*rms_norm[3])(const Norm&, int64_t row, float lam);
   void (*layer_norm[3])(const Norm&, int64_t row, float lam);
 
@@ -115,10 +144,15 @@ std::vector<std::string> supported_isas();
 void use_isa(const std::string& name);  // std::invalid_argument if this machine or this build lacks it
 
 // The operators. `threads` is the most they use. std::out_of_range for an index that points nowhere.
-void linear(const Linear&, const Lams&, int threads);
+
+// Several weights of one x. Each takes all rows, or each takes the rows that follow those of the one before it. If
+// `invariant`, the bits of a row of y depend on nothing but that row of x and its λ.
+void linear(const Input&, const std::vector<Linear>&, const Lams&, bool invariant, int threads);
+// The same of weights that each take the rows up to their offset; they set begin and end. Zeros for rows after the last one.
+void experts(const Input&, std::vector<Linear>, const int32_t* offsets, const Lams&, bool invariant, int threads);
 void rms_norm(const Norm&, int64_t rows, const Lams&, int threads);
 void layer_norm(const Norm&, int64_t rows, const Lams&, int threads);
-void embedding(Type, const void* ids, bool ids_are_64_bit, int64_t count, const Pair& weight, int64_t vocabulary,
+void embedding(Type, const void* ids, bool ids_are_64_bit, int64_t count, const Weight& weight, int64_t vocabulary,
                int64_t d, void* y, const Lams&, int threads);
 
 // Measured rates: floating point operations a second, and bytes a second read from `data`.

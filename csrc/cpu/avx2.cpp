@@ -9,9 +9,10 @@ using dami::bf16;
 using dami::f16;
 
 struct Vec {
+  struct Int8;
+  struct Int4;
   static constexpr int W = 8;
   static constexpr int tile_m = 3;  // 3 × 4 sums, 3 of x and 1 weight: the 16 registers
-  static constexpr int stream_m = 4;
   __m256 v;
 
   static Vec zero() { return {_mm256_setzero_ps()}; }
@@ -53,6 +54,39 @@ struct Vec {
     const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
     _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), sums));
   }
+};
+
+struct Vec::Int8 {
+  Vec scale, scale_of_high;
+  explicit Int8(Vec scale) : scale(scale), scale_of_high(scale * set1(0x1p-16f)) {}
+  static __m256i words(const int8_t* p) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  Vec load(const int8_t* p) const {
+    return Vec{_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))} * scale;
+  }
+  // In the high half of a lane, a code is 2¹⁶ times itself.
+  Vec load_even(const int8_t* p) const {
+    return Vec{_mm256_cvtepi32_ps(_mm256_slli_epi32(words(p), 16))} * scale_of_high;
+  }
+  Vec load_odd(const int8_t* p) const { return Vec{_mm256_cvtepi32_ps(_mm256_srai_epi32(words(p), 16))} * scale; }
+};
+
+struct Vec::Int4 {
+  Vec scale, zero;
+  explicit Int4(Vec scale) : scale(scale), zero(scale * set1(-8)) {}
+  Vec number(__m256i code) const { return fma(Vec{_mm256_cvtepi32_ps(code)}, scale, zero); }
+  static __m256i bytes(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  Vec load(const uint8_t* p) const {
+    int four;
+    std::memcpy(&four, p, 4);
+    const __m256i nibbles = _mm256_srlv_epi32(_mm256_set1_epi32(four), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+    return number(_mm256_and_si256(nibbles, _mm256_set1_epi32(15)));
+  }
+  Vec load_even(const uint8_t* p) const { return number(_mm256_and_si256(bytes(p), _mm256_set1_epi32(15))); }
+  Vec load_odd(const uint8_t* p) const { return number(_mm256_srli_epi32(bytes(p), 4)); }
 };
 
 // Whatever has AVX2 and FMA has F16C, which not every compiler can ask for.

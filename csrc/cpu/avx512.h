@@ -11,9 +11,10 @@ using dami::bf16;
 using dami::f16;
 
 struct Vec {
+  struct Int8;
+  struct Int4;
   static constexpr int W = 16;
   static constexpr int tile_m = 6;  // 6 × 4 sums, 6 of x and 1 weight of 32 registers
-  static constexpr int stream_m = 6;
   __m512 v;
 
   static Vec zero() { return {_mm512_setzero_ps()}; }
@@ -55,6 +56,39 @@ struct Vec {
     const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), sums));
   }
+};
+
+struct Vec::Int8 {
+  Vec scale, scale_of_high;
+  explicit Int8(Vec scale) : scale(scale), scale_of_high(scale * set1(0x1p-16f)) {}
+  static __m512i words(const int8_t* p) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  Vec load(const int8_t* p) const {
+    return Vec{_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))} * scale;
+  }
+  // In the high half of a lane, a code is 2¹⁶ times itself.
+  Vec load_even(const int8_t* p) const {
+    return Vec{_mm512_cvtepi32_ps(_mm512_slli_epi32(words(p), 16))} * scale_of_high;
+  }
+  Vec load_odd(const int8_t* p) const { return Vec{_mm512_cvtepi32_ps(_mm512_srai_epi32(words(p), 16))} * scale; }
+};
+
+// The sixteen numbers that codes can mean, looked up by the low four bits of a lane.
+struct Vec::Int4 {
+  Vec numbers;
+  explicit Int4(Vec scale)
+      : numbers(scale * Vec{_mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7)}) {}
+  Vec number(__m512i code) const { return {_mm512_permutexvar_ps(code, numbers.v)}; }
+  static __m512i bytes(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  Vec load(const uint8_t* p) const {
+    const __m512i pairs = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return number(_mm512_or_si512(pairs, _mm512_slli_epi64(pairs, 28)));
+  }
+  Vec load_even(const uint8_t* p) const { return number(bytes(p)); }
+  Vec load_odd(const uint8_t* p) const { return number(_mm512_srli_epi32(bytes(p), 4)); }
 };
 
 bool has_avx512() {

@@ -15,11 +15,34 @@ struct Bf16Dot {
     return pairs;
   }
   static Vec multiply_add(__m512bh x, __m512bh w, Vec sum) { return {_mm512_dpbf16_ps(sum.v, x, w)}; }
-  static dami::Two<Vec> widen(const bf16* p) { return {Vec::load(p), Vec::load(p + Vec::W)}; }
-  static void store(dami::Two<Vec> v, bf16* p) {
-    const __m512bh rounded = _mm512_cvtne2ps_pbh(v.b.v, v.a.v);
-    std::memcpy(p, &rounded, 64);
+  static Vec multiply_add(const bf16* x, __m512bh w, Vec sum) { return multiply_add(load<0>(x), w, sum); }
+  template <class Row, class Loader>
+  static dami::Two<Vec> widen(const Row& row, int64_t i, const Loader& loader) {
+    return {loader.load(row.at(i)), loader.load(row.at(i + Vec::W))};
   }
+  static __m512bh round(dami::Two<Vec> v) { return _mm512_cvtne2ps_pbh(v.b.v, v.a.v); }
+  template <class Row>
+  static __m512bh operand(const Row& row, int64_t i, const dami::AsItIs<Vec>&) {
+    return load<0>(row.at(i));
+  }
+  template <class Row>
+  static __m512bh operand(const Row& row, int64_t i, const Vec::Int8& loader) {
+    return round(widen(row, i, loader));
+  }
+  template <class Row>
+  static __m512bh operand(const Row& row, int64_t i, const Vec::Int4& loader) {
+    const __m256bh numbers = _mm512_cvtneps_pbh(loader.numbers.v);
+    __m256i table;
+    std::memcpy(&table, &numbers, 32);
+    const __m512i bytes = Vec::Int4::bytes(row.at(i));
+    const __m512i codes = _mm512_and_si512(_mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12)), _mm512_set1_epi32(0xf000f));
+    const __m512i pairs = _mm512_permutexvar_epi16(codes, _mm512_castsi256_si512(table));
+    __m512bh result;
+    std::memcpy(&result, &pairs, 64);
+    return result;
+  }
+  static void store(__m512bh v, bf16* p) { std::memcpy(p, &v, 64); }
+  static void store(dami::Two<Vec> v, bf16* p) { store(round(v), p); }
 };
 
 bool supported() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }

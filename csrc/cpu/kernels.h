@@ -1,19 +1,19 @@
 // The kernels, over a vector type V and a Dot, which every instruction set instantiates in a file of its own. V must lie in
 // an anonymous namespace: then so does everything here, and the linker cannot put AVX-512 code where AVX2 code belongs.
 //
-//   V     W float32 lanes; tile_m and stream_m, the heights of a register tile where the weights lie in L2 and where they
-//         stream from memory; zero, set1, load and store of float, bf16 and f16, + − ·, fma(a, b, c) = a·b + c;
-//         load_even and load_odd, every other one of 2 W bf16; keep, which holds it in a register, for the compiler would
-//         rather read it again; and sum4(a, b, c, d, to), which adds the sum of the lanes of each to to[0..4)
+//   V     W float32 lanes; tile_m, the height of a register tile; zero, set1, load and store of float, bf16 and f16,
+//         + − ·, fma(a, b, c) = a·b + c; load_even and load_odd, every other one of 2 W bf16; keep, which holds it in a
+//         register, for the compiler would rather read it again; sum4(a, b, c, d, to), which adds the sum of the lanes of
+//         each to to[0..4); and Int8 and Int4, made from the scale of a group, whose load, load_even and load_odd turn its
+//         codes into numbers
 //   Dot   how products are summed along K, `step` elements at a time and these in `parts`: X, the type it reads x in;
-//         load<part>, what multiply_add takes, from X or from a weight as stored; widen, a weight in float32; store, the
-//         same as X
+//         load<part> and multiply_add, of X; operand, `step` numbers of a weight as stored, as X would hold them; widen,
+//         the same in float32; store, either to X; multiply_add, of X and an operand
 #pragma once
 
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
-#include <utility>
 
 #include "api.h"
 
@@ -60,221 +60,381 @@ inline Two<V> lerp(float lam, Two<V> base, Two<V> target) {
   return {lerp(lam, base.a, target.a), lerp(lam, base.b, target.b)};
 }
 
-// Multiplies in float32. bfloat16 becomes float32 cheapest as the even and the odd elements of a vector, a shift and a mask;
-// so converted weights lie in that order, and x too.
+// What `loader` gives where there is nothing to scale.
 template <class V>
+struct AsItIs {
+  template <class T>
+  V load(const T* p) const {
+    return V::load(p);
+  }
+  V load_even(const bf16* p) const { return V::load_even(p); }
+  V load_odd(const bf16* p) const { return V::load_odd(p); }
+};
+
+// A row of a stored matrix from column k on, `count` columns of it. Both kinds have: `padded`, whether it may be read up to a
+// whole number of groups; at(i), where column k + i lies; bytes(i), how far that is from column k; loader(i), what makes
+// vectors of the numbers of i's group; group(i, left, buffer), the row from i on, good for one whole group, which is a copy
+// where only `left` columns are there.
+template <class V, class T>
+struct Numbers {
+  static constexpr bool padded = false;
+  using Buffer = T[group_size];
+  const T* p;
+
+  Numbers(const T* p) : p(p) {}
+  Numbers(const Stored& m, int64_t n, int64_t k, int64_t, float*)
+      : p(static_cast<const T*>(m.data.data) + n * m.data.stride + k) {}
+  const T* at(int64_t i) const { return p + i; }
+  static constexpr int64_t bytes(int64_t i) { return i * static_cast<int64_t>(sizeof(T)); }
+  AsItIs<V> loader(int64_t) const { return {}; }
+  Numbers group(int64_t i, int64_t left, Buffer& buffer) const {
+    if (left >= group_size) return p + i;
+    std::memset(buffer, 0, sizeof buffer);
+    std::memcpy(buffer, p + i, static_cast<size_t>(left) * sizeof(T));
+    return buffer;
+  }
+};
+
+// `per_byte` codes to a byte, and Loader, one of V's, for them. The scales are laid out as float32 first.
+template <class V, class Loader, class Byte, int per_byte>
+struct Codes {
+  static constexpr bool padded = true;
+  struct Buffer {};
+  const Byte* p;
+  const float* scales;
+
+  Codes(const Byte* p, const float* scales) : p(p), scales(scales) {}
+  Codes(const Stored& m, int64_t n, int64_t k, int64_t count, float* scales)
+      : p(static_cast<const Byte*>(m.data.data) + n * m.data.stride + k / per_byte), scales(scales) {
+    const bf16* from = static_cast<const bf16*>(m.scale.data) + n * m.scale.stride + k / group_size;
+    const int64_t groups = (count + group_size - 1) / group_size;
+    for (int64_t i = 0; i < groups; i += V::W) load<V>(from + i, groups - i).store(scales + i);
+  }
+  const Byte* at(int64_t i) const { return p + i / per_byte; }
+  static constexpr int64_t bytes(int64_t i) { return i / per_byte; }
+  Loader loader(int64_t i) const { return Loader(V::set1(scales[i / group_size])); }
+  Codes group(int64_t i, int64_t, Buffer&) const { return {at(i), scales + i / group_size}; }
+};
+
+template <class Row>
+struct Kind {
+  using type = Row;
+};
+
+// Calls f with the kind of a matrix' rows, or with those of both matrices of a weight.
+template <class V, class T, class F>
+inline void with_rows(Storage storage, F f) {
+  switch (storage) {
+    case Storage::dense: return f(Kind<Numbers<V, T>>{});
+    case Storage::int8: return f(Kind<Codes<V, typename V::Int8, int8_t, 1>>{});
+    case Storage::int4: return f(Kind<Codes<V, typename V::Int4, uint8_t, 2>>{});
+  }
+}
+
+template <class V, class T, class F>
+inline void with_rows(const Weight& weight, F f) {
+  if (weight.base.storage == Storage::dense)
+    with_rows<V, T>(weight.other.storage, [&](auto other) { f(Kind<Numbers<V, T>>{}, other); });
+  else  // codes all over: there is one such format
+    f(Kind<Codes<V, typename V::Int8, int8_t, 1>>{}, Kind<Codes<V, typename V::Int4, uint8_t, 2>>{});
+}
+
+// Of internal linkage, as everything must be here.
+static inline bool has_target(const Weight& weight) { return weight.other.storage == Storage::dense; }
+
+// W(λ) of what the two matrices of a weight hold.
+template <class V>
+inline V blend(const Weight& weight, float lam, V base, V other) {
+  return has_target(weight) ? lerp(lam, base, other) : fma(V::set1(lam), other, base);
+}
+
+// Multiplies in float32. bfloat16 becomes float32 cheapest as the even and the odd elements of a vector, a shift and a mask;
+// so where `split`, weights are read in that order, and x lies in it.
+template <class V, bool split>
 struct FloatDot {
   using X = float;
   static constexpr int step = 2 * V::W, parts = 2;
   template <int part>
-  static V load(const bf16* p) {
-    return part == 0 ? V::load_even(p) : V::load_odd(p);
-  }
-  template <int part, class T>
-  static V load(const T* p) {
-    return V::load(p + part * V::W);
+  static V load(const float* x) {
+    return V::load(x + part * V::W);
   }
   static V multiply_add(V x, V w, V sum) { return fma(x, w, sum); }
-  template <class T>
-  static Two<V> widen(const T* p) {
-    return {load<0>(p), load<1>(p)};
+  template <class Row, class Loader>
+  static Two<V> operand(const Row& row, int64_t i, const Loader& loader) {
+    if constexpr (split) return {loader.load_even(row.at(i)), loader.load_odd(row.at(i))};
+    return {loader.load(row.at(i)), loader.load(row.at(i + V::W))};
   }
-  static void store(Two<V> v, float* p) {
-    v.a.store(p);
-    v.b.store(p + V::W);
+  template <class Row, class Loader>
+  static Two<V> widen(const Row& row, int64_t i, const Loader& loader) {
+    return operand(row, i, loader);
   }
+  static void store(Two<V> v, float* to) {
+    v.a.store(to);
+    v.b.store(to + V::W);
+  }
+  static V multiply_add(const float* x, Two<V> w, V sum) { return fma(load<1>(x), w.b, fma(load<0>(x), w.a, sum)); }
 };
 
-// The `count` elements at p, behind them zeros up to N: at p if they are there, else in a copy.
-template <class T, int N>
-struct Padded {
-  T copy[N];
-  const T* operator()(const T* p, int64_t count) {
-    if (count >= N) return p;
-    std::memset(copy, 0, sizeof copy);
-    std::memcpy(copy, p, static_cast<size_t>(count) * sizeof(T));
-    return copy;
+// Writes f's vectors for a whole number of groups: f(i, j, left) gives what belongs at i + j.
+template <class V, class Dot, class Row>
+inline void fill(const Row& row, int64_t count, typename Dot::X* to) {
+  typename Row::Buffer buffer;
+  for (int64_t i = 0; i < count; i += group_size) {
+    const Row group = row.group(i, count - i, buffer);
+    const auto loader = group.loader(0);
+    for (int64_t j = 0; j < group_size; j += Dot::step) Dot::store(Dot::operand(group, j, loader), to + i + j);
   }
-};
+}
+
+template <class V, class Dot, class T>
+void prepare_x(const void* from, int64_t k, void* to) {
+  fill<V, Dot>(Numbers<V, T>(static_cast<const T*>(from)), k, static_cast<typename Dot::X*>(to));
+}
+
+// Sums of one row of x lie so far apart.
+constexpr int64_t sums_stride = 2 * max_outputs;
+
+template <class V, int M, int N>
+inline void add_sums(V (&total)[M][N], float* sums) {
+  for (int m = 0; m < M; m++) {
+    float* to = sums + m * sums_stride;
+    if constexpr (N == 4) {
+      sum4(total[m][0], total[m][1], total[m][2], total[m][3], to);
+    } else {
+      float both[4] = {};
+      sum4(total[m][0], total[m][1], V::zero(), V::zero(), both);
+      to[0] += both[0], to[1] += both[1];
+    }
+  }
+}
+
+// Adds x[m] · w[n] to sums[m][n] for M rows of x, `stride` apart, and tile_n rows of w, over k elements, whole groups.
+template <class V, class Dot, int M>
+void tile(const typename Dot::X* x, int64_t stride, const typename Dot::X* const* w, int64_t k, float* sums) {
+  V total[M][tile_n];
+  for (auto& row : total)
+    for (V& sum : row) sum = V::zero();
+  const typename Dot::X *xs[M], *ws[tile_n];
+  for (int m = 0; m < M; m++) xs[m] = x + m * stride;
+  for (int n = 0; n < tile_n; n++) ws[n] = w[n];
+  const auto part = [&](auto which, int64_t i) __attribute__((always_inline)) {
+    decltype(Dot::template load<which>(x)) at[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      at[m] = Dot::template load<which>(xs[m] + i);
+      if constexpr (Dot::parts == 2) at[m].keep();
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < tile_n; n++) {
+      const auto row = Dot::template load<which>(ws[n] + i);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) total[m][n] = Dot::multiply_add(at[m], row, total[m][n]);
+    }
+  };
+  for (int64_t i = 0; i < k; i += Dot::step) {
+    part(std::integral_constant<int, 0>{}, i);
+    if constexpr (Dot::parts == 2) part(std::integral_constant<int, 1>{}, i);
+  }
+  add_sums(total, sums);
+}
+
+// The same with rows of w as they are stored, N of them at a time. Meanwhile fetches the rows that lie at `ahead`.
+template <class V, class Dot, int M, class Row>
+void stream(const typename Dot::X* x, int64_t stride, const Row* w, const char* const* ahead, int64_t k, float* sums) {
+  constexpr int N = M <= V::tile_m ? tile_n : tile_n / 2;
+  for (int first = 0; first < tile_n; first += N) {
+    V total[M][N];
+    for (auto& row : total)
+      for (V& sum : row) sum = V::zero();
+    for (int64_t i = 0; i < k; i += group_size) {
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++) {
+        const Row& row = w[first + n];
+        for (int64_t line = 0; line < Row::bytes(group_size); line += 64)
+          __builtin_prefetch(ahead[first + n] + Row::bytes(i) + line, 0, 2);
+        const auto loader = row.loader(i);
+#pragma GCC unroll 4
+        for (int64_t j = i; j < i + group_size; j += Dot::step) {
+          const auto operand = Dot::operand(row, j, loader);
+#pragma GCC unroll 4
+          for (int m = 0; m < M; m++) total[m][n] = Dot::multiply_add(x + m * stride + j, operand, total[m][n]);
+        }
+      }
+    }
+    add_sums(total, sums + first);
+  }
+}
 
 template <class V, class Dot, class T>
 struct LinearKernel {
   using X = typename Dot::X;
-  static constexpr int tile_n = 4;  // rows of the weight in a register tile, as many as sum4 takes
   static constexpr int64_t block_k = block_bytes / sizeof(X);
-  static constexpr bool converted = !std::is_same_v<T, X>;
+  static constexpr int64_t cached_bytes = 256 * 1024;  // of x, that the rows of a weight pass by
+  static constexpr int64_t few = 4;  // rows that are bound by memory, so that a weight is best converted in registers
 
   struct alignas(64) Scratch {
-    X weight[max_outputs][block_k];
-    float sums[max_rows][2][max_outputs];  // of the base and the target, or of the only weight there is
+    X weight[2][tile_n][block_k];
+    float scales[tile_n][block_bytes / 2 / group_size];
+    float sums[max_rows][2][max_outputs];  // of the base and the other matrix, or of the blended one
   };
   static_assert(sizeof(Scratch) == linear_scratch(max_rows));
-  static constexpr int64_t sums_stride = 2 * max_outputs;
 
-  template <int which, int M, int N, class W>
-  static inline __attribute__((always_inline)) void part(const X* const (&x)[M], const W* const (&w)[N], int64_t i,
-                                                         V (&total)[M][N]) {
-    decltype(Dot::template load<which>(x[0])) xs[M];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-      xs[m] = Dot::template load<which>(x[m] + i);
-      if constexpr (Dot::parts == 2) xs[m].keep();
-    }
-#pragma GCC unroll 4
-    for (int n = 0; n < N; n++) {
-      const auto ws = Dot::template load<which>(w[n] + i);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; m++) total[m][n] = Dot::multiply_add(xs[m], ws, total[m][n]);
+  // Rows n to n + tile_n of a weight, of which those from `end` on are not there; columns [k, k + count).
+  struct Piece {
+    int64_t n, end, k, count;
+    int64_t row(int i) const { return std::min(n + i, end - 1); }
+  };
+
+  template <class Row>
+  static Row row(const Stored& stored, const Piece& piece, int i, float* scales) {
+    return Row(stored, piece.row(i), piece.k, piece.count, scales);
+  }
+
+  static const char* address(const Matrix& matrix, int64_t n, int64_t k, int64_t bits) {
+    return static_cast<const char*>(matrix.data) + (n * matrix.stride) * std::max<int64_t>(bits / 8, 1) + k * bits / 8;
+  }
+
+  static int64_t bits(Storage storage) {
+    return storage == Storage::dense ? 8 * static_cast<int64_t>(sizeof(T)) : storage == Storage::int8 ? 8 : 4;
+  }
+
+  // Fetches the `share`th of `shares` parts of a piece of a matrix.
+  static void fetch(const Stored& stored, const Piece& piece, int64_t share, int64_t shares) {
+    const int64_t lines = (piece.count * bits(stored.storage) / 8 + 63) / 64;
+    for (int i = 0; i < tile_n; i++) {
+      const char* from = address(stored.data, piece.row(i), piece.k, bits(stored.storage));
+      for (int64_t line = lines * share / shares; line < lines * (share + 1) / shares; line++)
+        __builtin_prefetch(from + 64 * line, 0, 2);
+      if (stored.storage != Storage::dense && share == 0)
+        __builtin_prefetch(address(stored.scale, piece.row(i), piece.k / group_size, 16), 0, 2);
     }
   }
 
-  // sums[m][n] += x[m] · w[n] for M rows of x and N of w, over k elements, whole steps, from `offset` on in x. Meanwhile
-  // fetches as many elements from each row of `ahead`, if that is not null.
-  template <int M, int N, class W>
-  static void tile(const void* const* x, int64_t offset, const W* const* w, int64_t k, float* sums, const T* const* ahead) {
-    V total[M][N];
-    for (int m = 0; m < M; m++)
-      for (int n = 0; n < N; n++) total[m][n] = V::zero();
-    const X* xs[M];
-    for (int m = 0; m < M; m++) xs[m] = static_cast<const X*>(x[m]) + offset;
-    const W* ws[N];
-    for (int n = 0; n < N; n++) ws[n] = w[n];
-    const T* next[N] = {};
-    for (int n = 0; ahead && n < N; n++) next[n] = ahead[n];
-    const auto run = [&](auto fetch) __attribute__((always_inline)) {
-      for (int64_t i = 0; i < k; i += Dot::step) {
-        if constexpr (fetch)
-          for (int n = 0; n < N; n++)
-            for (int line = 0; line < Dot::step; line += 64 / sizeof(T)) __builtin_prefetch(next[n] + i + line, 0, 2);
-        part<0, M, N>(xs, ws, i, total);
-        if constexpr (Dot::parts == 2) part<1, M, N>(xs, ws, i, total);
+  // A group of a few rows, with a matrix of the weight as it is stored. False if that cannot be read in whole groups.
+  static bool few_rows(const Stored& stored, const Piece& piece, const Piece& next, const X* x, int64_t stride,
+                       int64_t rows, float* sums, Scratch& scratch) {
+    if (stored.storage == Storage::dense && piece.count % group_size) return false;
+    with_rows<V, T>(stored.storage, [&](auto kind) {
+      using Row = typename decltype(kind)::type;
+      static constexpr decltype(&stream<V, Dot, 1, Row>) of_height[few] = {
+          stream<V, Dot, 1, Row>, stream<V, Dot, 2, Row>, stream<V, Dot, 3, Row>, stream<V, Dot, 4, Row>};
+      const Row w[tile_n] = {row<Row>(stored, piece, 0, scratch.scales[0]), row<Row>(stored, piece, 1, scratch.scales[1]),
+                             row<Row>(stored, piece, 2, scratch.scales[2]), row<Row>(stored, piece, 3, scratch.scales[3])};
+      const char* ahead[tile_n];
+      for (int i = 0; i < tile_n; i++) ahead[i] = address(stored.data, next.row(i), next.k, bits(stored.storage));
+      of_height[rows - 1](x, stride, w, ahead, (piece.count + group_size - 1) / group_size * group_size, sums);
+    });
+    return true;
+  }
+
+  // Lets w[i] point at the rows of a piece as Dot reads them: where they are stored, or converted in `to`.
+  static void convert(const Stored& stored, const Piece& piece, X (*to)[block_k], const X** w, Scratch& scratch) {
+    with_rows<V, T>(stored.storage, [&](auto kind) {
+      using Row = typename decltype(kind)::type;
+      for (int i = 0; i < tile_n; i++) {
+        const Row from = row<Row>(stored, piece, i, scratch.scales[0]);
+        if constexpr (std::is_same_v<Row, Numbers<V, X>>)
+          if (piece.count % group_size == 0) {
+            w[i] = from.p;
+            continue;
+          }
+        fill<V, Dot>(from, piece.count, to[i]);
+        w[i] = to[i];
+      }
+    });
+  }
+
+  static void blend_rows(const Weight& weight, float lam, const Piece& piece, X (*to)[block_k], const X** w,
+                         Scratch& scratch) {
+    with_rows<V, T>(weight, [&](auto base_kind, auto other_kind) {
+      using Base = typename decltype(base_kind)::type;
+      using Other = typename decltype(other_kind)::type;
+      typename Base::Buffer base_buffer;
+      typename Other::Buffer other_buffer;
+      for (int n = 0; n < tile_n; n++) {
+        const Base base = row<Base>(weight.base, piece, n, scratch.scales[0]);
+        const Other other = row<Other>(weight.other, piece, n, scratch.scales[1]);
+        for (int64_t i = 0; i < piece.count; i += group_size) {
+          const Base b = base.group(i, piece.count - i, base_buffer);
+          const Other o = other.group(i, piece.count - i, other_buffer);
+          const auto base_loader = b.loader(0);
+          const auto other_loader = o.loader(0);
+          for (int64_t j = 0; j < group_size; j += Dot::step) {
+            const Two<V> x = Dot::widen(b, j, base_loader), y = Dot::widen(o, j, other_loader);
+            Dot::store(Two<V>{blend(weight, lam, x.a, y.a), blend(weight, lam, x.b, y.b)}, to[n] + i + j);
+          }
+        }
+        w[n] = to[n];
+      }
+    });
+  }
+
+  // All that a piece adds to the sums, fetching the next one meanwhile.
+  static void multiply(const Linear& p, const Block& block, const Piece& piece, const Piece& next, int64_t n0,
+                       Scratch& scratch) {
+    static constexpr decltype(&tile<V, Dot, 1>) of_height[] = {tile<V, Dot, 1>, tile<V, Dot, 2>, tile<V, Dot, 3>,
+                                                               tile<V, Dot, 4>, tile<V, Dot, 5>, tile<V, Dot, 6>};
+    const Stored* const matrices[2] = {&p.weight.base, &p.weight.other};
+    const int64_t stride = block.x_stride / static_cast<int64_t>(sizeof(X)), all = static_cast<int64_t>(block.rows.size());
+    const X* const x = reinterpret_cast<const X*>(block.x) + piece.k;
+    bool reads[2] = {};
+    int64_t share = 0, shares = 0;
+    for (const Group& group : block.groups) {
+      if (group.mode != Mode::other) reads[0] = true;
+      if (group.mode != Mode::base) reads[1] = true;
+      shares += (group.end - group.begin + V::tile_m - 1) / V::tile_m * (group.mode == Mode::both ? 2 : 1);
+    }
+    const auto sums = [&](int64_t row, int which) { return &scratch.sums[row][which][piece.n - n0]; };
+    const auto tiles = [&](const Group& group, const X* const* w, int which) {
+      const int64_t rows = group.end - group.begin, count = (rows + V::tile_m - 1) / V::tile_m;
+      for (int64_t i = 0; i < count; i++, share++) {
+        const int64_t begin = group.begin + rows * i / count, end = group.begin + rows * (i + 1) / count;
+        for (int matrix = 0; matrix < 2; matrix++)
+          if (reads[matrix] && next.count) fetch(*matrices[matrix], next, share, shares);
+        of_height[end - begin - 1](x + begin * stride, stride, w, (piece.count + group_size - 1) / group_size * group_size,
+                                   sums(begin, which));
       }
     };
-    ahead ? run(std::true_type{}) : run(std::false_type{});
-    for (int m = 0; m < M; m++) {
-      float* to = sums + m * sums_stride;
-      if constexpr (N == 4) {
-        sum4(total[m][0], total[m][1], total[m][2], total[m][3], to);
-      } else {
-        float both[4] = {};
-        sum4(total[m][0], total[m][1], V::zero(), V::zero(), both);
-        to[0] += both[0], to[1] += both[1];
+    const X* w[2][tile_n];
+    bool converted[2] = {};
+    for (const Group& group : block.groups) {
+      if (group.mode == Mode::blend) {
+        const X* blended[tile_n];
+        blend_rows(p.weight, block.lam[group.begin], piece, scratch.weight[0], blended, scratch);
+        tiles(group, blended, 0);
+        converted[0] = false;
+        continue;
       }
-    }
-  }
-
-  // The same for tile_n rows of w, one half after the other where the registers do not hold all sums; converting takes some.
-  template <int M, class W>
-  static void tile(const void* const* x, int64_t offset, const W* const* w, int64_t k, float* sums, const T* const* ahead) {
-    constexpr int N = M <= V::tile_m - (converted && !std::is_same_v<W, X>) ? tile_n : tile_n / 2;
-    for (int n = 0; n < tile_n; n += N) tile<M, N>(x, offset, w + n, k, sums + n, ahead ? ahead + n : nullptr);
-  }
-
-  // The same for any number of rows of x and up to max_outputs of w, in register tiles of nearly equal height up to `most`.
-  template <class W>
-  static void tiles(int most, const void* const* x, int64_t rows, int64_t offset, const W* const* w, int64_t outputs,
-                    int64_t k, float* sums, const T* const* ahead = nullptr, const T* const* then = nullptr) {
-    static constexpr decltype(&tile<1, W>) of_height[] = {tile<1, W>, tile<2, W>, tile<3, W>,
-                                                          tile<4, W>, tile<5, W>, tile<6, W>};
-    const int64_t count = (rows + most - 1) / most;
-    for (int64_t i = 0; i < count; i++) {
-      const int64_t begin = rows * i / count, end = rows * (i + 1) / count;
-      for (int64_t n = 0; n < outputs; n += tile_n)
-        of_height[end - begin - 1](x + begin, offset, w + n, k, sums + begin * sums_stride + n, ahead ? ahead + n : nullptr);
-      ahead = std::exchange(then, nullptr);
-    }
-  }
-
-  static void fill(const T* w, int64_t k, X* to) {
-    Padded<T, Dot::step> padded;
-    for (int64_t i = 0; i < k; i += Dot::step) Dot::store(Dot::widen(padded(w + i, k - i)), to + i);
-  }
-
-  static void prepare_x(const void* from, int64_t k, void* to) {
-    fill(static_cast<const T*>(from), k, static_cast<X*>(to));
-  }
-
-  static void blend(float lam, const T* base, const T* target, int64_t k, X* to) {
-    Padded<T, Dot::step> padded_base, padded_target;
-    for (int64_t i = 0; i < k; i += Dot::step)
-      Dot::store(lerp(lam, Dot::widen(padded_base(base + i, k - i)), Dot::widen(padded_target(target + i, k - i))), to + i);
-  }
-
-  static const T* row(const Matrix& weight, int64_t n, int64_t k) {
-    return static_cast<const T*>(weight.data) + n * weight.stride + k;
-  }
-
-  // Calls f(weight, where its sums lie) for each weight that the group needs.
-  template <class F>
-  static void for_ends(const Linear& p, const Group& group, Scratch& scratch, F f) {
-    float* sums = scratch.sums[group.begin][0];
-    if (group.mode != Mode::target) f(p.weight.base, sums);
-    if (group.mode == Mode::target) f(p.weight.target, sums);
-    if (group.mode == Mode::both) f(p.weight.target, sums + max_outputs);
-  }
-
-  // Few rows: time is what it takes to read the weights. A register tile runs over all of K, and while it does, the next
-  // one's weights are fetched.
-  static void stream(const Linear& p, const Block& block, int64_t n0, int64_t n1, Scratch& scratch) {
-    const int64_t steps = p.k / Dot::step * Dot::step;
-    for (const Group& group : block.groups)
-      for (int64_t n = n0; n < n1; n += tile_n)
-        for_ends(p, group, scratch, [&](const Matrix& weight, float* sums) {
-          const T *stored[tile_n], *ahead[tile_n];
-          const X* tail[tile_n];
-          for (int i = 0; i < tile_n; i++) {
-            stored[i] = row(weight, std::min(n + i, n1 - 1), 0);
-            ahead[i] = row(weight, n + i + tile_n, 0);
-            if (steps < p.k) fill(stored[i] + steps, p.k - steps, scratch.weight[i]);
-            tail[i] = scratch.weight[i];
-          }
-          const void* const* x = block.x.data() + group.begin;
-          const int64_t rows = group.end - group.begin;
-          tiles(V::stream_m, x, rows, 0, stored, tile_n, steps, sums + (n - n0), ahead);
-          if (steps < p.k) tiles(V::stream_m, x, rows, steps, tail, tile_n, Dot::step, sums + (n - n0));
-        });
-  }
-
-  // Many rows: time is what it takes to multiply. A block of the weights' columns stays in L2 while the rows pass by, each
-  // register tile of them in L1.
-  static void panel(const Linear& p, const Block& block, int64_t n0, int64_t n1, Scratch& scratch) {
-    const X* filled[max_outputs];
-    for (int64_t i = 0; i < max_outputs; i++) filled[i] = scratch.weight[i];
-    for (int64_t k0 = 0; k0 < p.k; k0 += block_k) {
-      const int64_t k = std::min(block_k, p.k - k0), steps = (k + Dot::step - 1) / Dot::step * Dot::step;
-      const auto rows_at = [&](const Matrix& weight, int64_t k0, const T** to) {
-        for (int64_t i = 0; i < max_outputs; i++) to[i] = row(weight, std::min(n0 + i, n1 - 1), k0);
-      };
-      const T *stored[max_outputs], *ahead[max_outputs], *then[max_outputs];
-      for (const Group& group : block.groups) {
-        const void* const* x = block.x.data() + group.begin;
-        const int64_t rows = group.end - group.begin;
-        if (group.mode == Mode::blend) {
-          rows_at(p.weight.base, k0 + block_k, ahead);
-          rows_at(p.weight.target, k0 + block_k, then);
-          for (int64_t n = n0; n < n1; n++)
-            blend(block.lam[group.begin], row(p.weight.base, n, k0), row(p.weight.target, n, k0), k, scratch.weight[n - n0]);
-          tiles(V::tile_m, x, rows, k0, filled, n1 - n0, steps, scratch.sums[group.begin][0], ahead, then);
+      for (int matrix = group.mode == Mode::other; matrix < (group.mode == Mode::base ? 1 : 2); matrix++) {
+        const int which = group.mode == Mode::both ? matrix : 0;
+        if (all <= few && few_rows(*matrices[matrix], piece, next.count ? next : piece, x + group.begin * stride, stride,
+                                   group.end - group.begin, sums(group.begin, which), scratch))
           continue;
-        }
-        for_ends(p, group, scratch, [&](const Matrix& weight, float* sums) {
-          rows_at(weight, k0 + block_k, ahead);
-          if (converted || k < steps) {
-            for (int64_t n = n0; n < n1; n++) fill(row(weight, n, k0), k, scratch.weight[n - n0]);
-            return tiles(V::tile_m, x, rows, k0, filled, n1 - n0, steps, sums, ahead);
-          }
-          rows_at(weight, k0, stored);
-          tiles(V::tile_m, x, rows, k0, stored, n1 - n0, steps, sums, ahead);
-        });
+        if (!converted[matrix]) convert(*matrices[matrix], piece, scratch.weight[matrix], w[matrix], scratch);
+        converted[matrix] = true;
+        tiles(group, w[matrix], which);
       }
     }
   }
 
   static void run(const Linear& p, const Block& block, int64_t n0, int64_t n1, void* memory) {
     Scratch& scratch = *static_cast<Scratch*>(memory);
-    const int64_t rows = static_cast<int64_t>(block.x.size());
+    const int64_t rows = static_cast<int64_t>(block.rows.size());
     std::memset(scratch.sums, 0, static_cast<size_t>(rows) * sizeof scratch.sums[0]);
-    (rows < stream_rows ? stream : panel)(p, block, n0, n1, scratch);
+    // As many columns of x as the cache holds stay there while rows of the weight pass by.
+    const int64_t deep = std::max(block_k, cached_bytes / static_cast<int64_t>(sizeof(X)) / rows / block_k * block_k);
+    const auto at = [&](int64_t n, int64_t k) { return Piece{n, n1, k, std::min(block_k, block.k - k)}; };
+    for (int64_t begin = 0; begin < block.k; begin += deep) {
+      const int64_t end = std::min(block.k, begin + deep);
+      for (int64_t n = n0; n < n1; n += tile_n)
+        for (int64_t k = begin; k < end; k += block_k) {
+          const Piece next = k + block_k < end   ? at(n, k + block_k)
+                             : n + tile_n < n1   ? at(n + tile_n, begin)
+                             : end < block.k     ? at(n0, end)
+                                                 : Piece{n, n1, k, 0};
+          multiply(p, block, at(n, k), next, n0, scratch);
+        }
+    }
     for (const Group& group : block.groups)
       for (int i = group.begin; i < group.end; i++) finish(p, block, group.mode, i, n0, n1, scratch.sums[i]);
   }
@@ -283,28 +443,55 @@ struct LinearKernel {
   static void finish(const Linear& p, const Block& block, Mode mode, int i, int64_t n0, int64_t n1,
                      const float (*sums)[max_outputs]) {
     const T *bias_base = static_cast<const T*>(p.bias.base.data), *bias_target = static_cast<const T*>(p.bias.target.data);
+    T* y = static_cast<T*>(const_cast<void*>(p.y.data)) + block.rows[i] * p.y.stride;
     const float lam = block.lam[i];
     for (int64_t n = n0; n < n1; n += V::W) {
       const int64_t at = n - n0, left = n1 - n;
-      V y = V::load(sums[0] + at);
-      if (mode == Mode::both) y = lerp_of<V>(lam, [&] { return y; }, [&] { return V::load(sums[1] + at); });
+      V sum = V::load(sums[0] + at);
+      if (mode == Mode::both && lam != 0) {
+        const V other = V::load(sums[1] + at);
+        sum = lam == 1 && has_target(p.weight) ? other : blend(p.weight, lam, sum, other);
+      }
       if (bias_base)
-        y = y + lerp_of<V>(
-                    lam, [&] { return load<V>(bias_base + n, left); }, [&] { return load<V>(bias_target + n, left); });
-      store(y, static_cast<T*>(block.y[i]) + n, left);
+        sum = sum + lerp_of<V>(
+                        lam, [&] { return load<V>(bias_base + n, left); }, [&] { return load<V>(bias_target + n, left); });
+      store(sum, y + n, left);
     }
   }
 };
 
+// A row of W(λ).
 template <class V, class T>
-void embedding(const void* base, const void* target, float lam, void* y, int64_t d) {
-  if (lam == 0 || lam == 1) {
-    std::memcpy(y, lam == 0 ? base : target, static_cast<size_t>(d) * sizeof(T));
-    return;
-  }
-  for (int64_t i = 0; i < d; i += V::W)
-    store(lerp(lam, load<V>(static_cast<const T*>(base) + i, d - i), load<V>(static_cast<const T*>(target) + i, d - i)),
-          static_cast<T*>(y) + i, d - i);
+void embedding(const Weight& weight, int64_t n, float lam, void* y, int64_t d) {
+  with_rows<V, T>(weight, [&](auto base_kind, auto other_kind) {
+    using Base = typename decltype(base_kind)::type;
+    using Other = typename decltype(other_kind)::type;
+    constexpr int64_t block = 512;
+    float scales[2][block / group_size];
+    typename Base::Buffer base_buffer;
+    typename Other::Buffer other_buffer;
+    for (int64_t k = 0; k < d; k += block) {
+      const int64_t count = std::min(block, d - k);
+      const Base base(weight.base, n, k, count, scales[0]);
+      const Other other(weight.other, n, k, count, scales[1]);
+      for (int64_t i = 0; i < count; i += group_size) {
+        const Base b = base.group(i, count - i, base_buffer);
+        const Other o = other.group(i, count - i, other_buffer);
+        const auto base_loader = b.loader(0);
+        const auto other_loader = o.loader(0);
+        for (int64_t j = 0; j < std::min(group_size, count - i); j += V::W) {
+          V v;
+          if (lam == 1 && has_target(weight)) {
+            v = other_loader.load(o.at(j));
+          } else {
+            v = base_loader.load(b.at(j));
+            if (lam != 0) v = blend(weight, lam, v, other_loader.load(o.at(j)));
+          }
+          store(v, static_cast<T*>(y) + k + i + j, count - i - j);
+        }
+      }
+    }
+  });
 }
 
 // Σ f(vector, elements in it) over a row. Four sums, so that no addition waits for the one before it.
@@ -395,9 +582,9 @@ float read(const void* data, int64_t bytes) {
 }
 
 // DotOfBf16 is what bfloat16 weights are multiplied with; the other types always take FloatDot.
-template <class V, class DotOfBf16 = FloatDot<V>>
+template <class V, class DotOfBf16 = FloatDot<V, true>>
 constexpr Isa make_isa(const char* name, bool (*supported)(), int blend_rows, int blend_rows_of_bf16) {
-  using Dot = FloatDot<V>;
+  using Dot = FloatDot<V, false>;
   return Isa{
       name,
       supported,
@@ -405,8 +592,7 @@ constexpr Isa make_isa(const char* name, bool (*supported)(), int blend_rows, in
       {blend_rows, blend_rows_of_bf16, blend_rows},
       {4, sizeof(typename DotOfBf16::X), 4},
       {LinearKernel<V, Dot, float>::run, LinearKernel<V, DotOfBf16, bf16>::run, LinearKernel<V, Dot, f16>::run},
-      {LinearKernel<V, Dot, float>::prepare_x, LinearKernel<V, DotOfBf16, bf16>::prepare_x,
-       LinearKernel<V, Dot, f16>::prepare_x},
+      {prepare_x<V, Dot, float>, prepare_x<V, DotOfBf16, bf16>, prepare_x<V, Dot, f16>},
       {embedding<V, float>, embedding<V, bf16>, embedding<V, f16>},
       {rms_norm<V, float>, rms_norm<V, bf16>, rms_norm<V, f16>},
       {layer_norm<V, float>, layer_norm<V, bf16>, layer_norm<V, f16>},

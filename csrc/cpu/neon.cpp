@@ -9,9 +9,10 @@ using dami::bf16;
 using dami::f16;
 
 struct Vec {
+  struct Int8;
+  struct Int4;
   static constexpr int W = 4;
   static constexpr int tile_m = 6;  // 6 × 4 sums, 6 of x and 1 weight of 32 registers
-  static constexpr int stream_m = 6;
   float32x4_t v;
 
   static Vec zero() { return {vdupq_n_f32(0)}; }
@@ -48,6 +49,41 @@ struct Vec {
     const float32x4_t sums = vpaddq_f32(vpaddq_f32(a.v, b.v), vpaddq_f32(c.v, d.v));
     vst1q_f32(to, vaddq_f32(vld1q_f32(to), sums));
   }
+};
+
+struct Vec::Int8 {
+  Vec scale;
+  explicit Int8(Vec scale) : scale(scale) {}
+  static int32x4_t words(const int8_t* p) { return vreinterpretq_s32_s16(vmovl_s8(vld1_s8(p))); }
+  Vec load(const int8_t* p) const {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    const int16x8_t codes = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
+    return Vec{vcvtq_f32_s32(vmovl_s16(vget_low_s16(codes)))} * scale;
+  }
+  Vec load_even(const int8_t* p) const {
+    return Vec{vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(words(p), 16), 16))} * scale;
+  }
+  Vec load_odd(const int8_t* p) const { return Vec{vcvtq_f32_s32(vshrq_n_s32(words(p), 16))} * scale; }
+};
+
+struct Vec::Int4 {
+  Vec scale, zero;
+  explicit Int4(Vec scale) : scale(scale), zero(scale * set1(-8)) {}
+  Vec number(uint32x4_t code) const { return fma(Vec{vcvtq_f32_u32(code)}, scale, zero); }
+  Vec load(const uint8_t* p) const {
+    uint16_t two;
+    std::memcpy(&two, p, 2);
+    const int32_t shifts[4] = {0, -4, -8, -12};
+    return number(vandq_u32(vshlq_u32(vdupq_n_u32(two), vld1q_s32(shifts)), vdupq_n_u32(15)));
+  }
+  static uint32x4_t bytes(const uint8_t* p) {
+    uint32_t four;
+    std::memcpy(&four, p, 4);
+    return vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four)))));
+  }
+  Vec load_even(const uint8_t* p) const { return number(vandq_u32(bytes(p), vdupq_n_u32(15))); }
+  Vec load_odd(const uint8_t* p) const { return number(vshrq_n_u32(bytes(p), 4)); }
 };
 
 bool supported() { return true; }

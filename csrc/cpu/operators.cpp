@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <numeric>
 #include <stdexcept>
@@ -54,42 +55,37 @@ float lam_of(const Lams& lams, int64_t row) {
   return lams.lam[lams.row_to_lam ? lams.row_to_lam[row] : row / lams.rows_per_lam];
 }
 
-// Sorts rows [begin, end) of x into groups.
-Block block_of(const Linear& p, const Lams& lams, int64_t begin, int64_t end, const char* prepared, int64_t prepared_stride,
-               const Isa& isa) {
-  std::vector<float> lam(end - begin);
-  std::vector<int> order(end - begin);
-  for (int64_t i = begin; i < end; i++) lam[i - begin] = lam_of(lams, i);
+// Sorts rows [begin, end) of x into groups. `has_target`: whether λ = 1 needs no more than one matrix.
+Block block_of(const Isa& isa, Type type, const Lams& lams, int64_t begin, int64_t end, bool has_target, bool invariant) {
+  const int rows = static_cast<int>(end - begin);
+  std::vector<float> lam(rows);
+  std::vector<int> order(rows);
+  for (int i = 0; i < rows; i++) lam[i] = lam_of(lams, begin + i);
   std::iota(order.begin(), order.end(), 0);
   if (std::any_of(lam.begin(), lam.end(), [&](float l) { return l != lam[0]; }))
     std::stable_sort(order.begin(), order.end(),
                      [&](int a, int b) { return lam[a] < lam[b] || (std::isnan(lam[b]) && !std::isnan(lam[a])); });
 
   // Runs of one λ that are worth a group of their own come first, the others share the last group.
-  std::vector<Group> groups;
+  Block block{};
   std::vector<int> sorted, others;
-  const int rows = static_cast<int>(order.size());
   for (int i = 0, j; i < rows; i = j) {
     for (j = i + 1; j < rows && lam[order[j]] == lam[order[i]];) j++;
     const float l = lam[order[i]];
-    const Mode mode = l == 0 ? Mode::base : l == 1 ? Mode::target : Mode::blend;
+    const Mode mode = l == 0 ? Mode::base : l == 1 && has_target ? Mode::other : Mode::blend;
     const int count = j - i;
-    const bool blends = rows >= stream_rows && count >= isa.blend_rows[static_cast<int>(p.type)];
+    const bool blends = !invariant && count >= isa.blend_rows[static_cast<int>(type)];
     if (mode == Mode::blend ? blends : count >= isa.tile_rows || count == rows) {
-      groups.push_back({mode, static_cast<int>(sorted.size()), static_cast<int>(sorted.size()) + count});
+      block.groups.push_back({mode, static_cast<int>(sorted.size()), static_cast<int>(sorted.size()) + count});
       sorted.insert(sorted.end(), order.begin() + i, order.begin() + j);
     } else {
       others.insert(others.end(), order.begin() + i, order.begin() + j);
     }
   }
-  if (!others.empty()) groups.push_back({Mode::both, static_cast<int>(sorted.size()), rows});
+  if (!others.empty()) block.groups.push_back({Mode::both, static_cast<int>(sorted.size()), rows});
   sorted.insert(sorted.end(), others.begin(), others.end());
-
-  Block block;
-  block.groups = std::move(groups);
   for (int i : sorted) {
-    block.x.push_back(prepared ? prepared + i * prepared_stride : row_of(p.x, p.type, begin + i));
-    block.y.push_back(static_cast<char*>(p.y) + (begin + i) * p.n * bytes_of(p.type));
+    block.rows.push_back(begin + i);
     block.lam.push_back(lam[i]);
   }
   return block;
@@ -111,43 +107,100 @@ double seconds() {
 
 }  // namespace
 
-void linear(const Linear& p, const Lams& lams, int threads) {
-  check(lams, p.m);
-  if (p.m == 0 || p.n == 0) return;
+void linear(const Input& input, const std::vector<Linear>& weights, const Lams& lams, bool invariant, int threads) {
+  check(lams, input.rows);
   const Isa& isa = dami::isa();
-  const int type = static_cast<int>(p.type);
-  threads = worth(p.m * p.n * p.k / 8, threads);
+  const int type = static_cast<int>(input.type);
 
-  // As many rows at a time as may be prepared, in blocks of nearly equal height.
-  const int64_t x_bytes = round_up(p.k, x_multiple) * isa.x_size[type];
-  const bool prepare = x_bytes != p.k * bytes_of(p.type);
-  const int64_t at_once = prepare ? std::min(p.m, std::max(max_rows, prepared_bytes / std::max<int64_t>(x_bytes, 1))) : p.m;
-  const Buffer prepared = prepare ? allocate(at_once * x_bytes) : nullptr;
-  char* const x = static_cast<char*>(prepared.get());
-  const int64_t scratch_bytes = linear_scratch(std::min(p.m, max_rows));
-  const Buffer scratch = allocate(scratch_bytes * threads);
-
-  for (int64_t first = 0; first < p.m; first += at_once) {
-    const int64_t rows = std::min(at_once, p.m - first);
-    if (prepare)
-      parallel_for(rows, worth(rows * p.k, threads), [&](int64_t row, int) {
-        isa.prepare_x[type](row_of(p.x, p.type, first + row), p.k, x + row * x_bytes);
-      });
-    std::vector<Block> blocks;
-    const int64_t count = ceil_div(rows, max_rows);
-    for (int64_t i = 0; i < count; i++) {
-      const int64_t begin = rows * i / count, end = rows * (i + 1) / count;
-      blocks.push_back(block_of(p, lams, first + begin, first + end, prepare ? x + begin * x_bytes : nullptr, x_bytes, isa));
+  // Blocks of nearly equal height, each with the weights [first, last) that take its rows: one, or all of them.
+  struct Shared {
+    Block block;
+    size_t first, last;
+  };
+  std::vector<Shared> blocks;
+  int64_t operations = 0, outputs = 0;
+  for (size_t w = 0; w < weights.size(); w++) {
+    const Linear& p = weights[w];
+    const int64_t rows = p.end - p.begin, count = ceil_div(rows, max_rows);
+    operations += rows * p.n * input.k;
+    outputs += count * p.n;
+    if (w > 0 && p.begin < weights[w - 1].end) {
+      for (Shared& shared : blocks) shared.last = w + 1;
+      continue;
     }
-    // Wide tiles read x less often, but leave fewer tasks to balance.
-    const int64_t tile = std::clamp<int64_t>(ceil_div(p.n * count, threads * 8) / 16 * 16, 16, max_outputs);
-    const int64_t tiles = ceil_div(p.n, tile);
-    parallel_for(tiles * count, threads, [&](int64_t task, int worker) {
-      const int64_t n0 = task / count * tile;
-      isa.linear[type](p, blocks[task % count], n0, std::min(p.n, n0 + tile),
+    const bool has_target = p.weight.other.storage == Storage::dense;
+    for (int64_t i = 0; i < count; i++)
+      blocks.push_back({block_of(isa, input.type, lams, p.begin + rows * i / count, p.begin + rows * (i + 1) / count,
+                                 has_target, invariant),
+                        w, w + 1});
+  }
+  threads = worth(operations / 8, threads);
+
+  const int64_t scratch_bytes = linear_scratch(max_rows);
+  const Buffer scratch = allocate(scratch_bytes * threads);
+  // Rows that lie a multiple of 4 KiB apart would displace each other from L1.
+  int64_t x_stride = round_up(round_up(input.k, group_size) * isa.x_size[type], 64);
+  if (x_stride % 4096 == 0) x_stride += 2048;
+  // Wide tiles read x less often, but leave fewer tasks to balance.
+  const int64_t width = std::clamp<int64_t>(outputs / (threads * 8) / 16 * 16, 16, max_outputs);
+
+  for (size_t begin = 0, end; begin < blocks.size(); begin = end) {
+    // As many blocks at a time as may be prepared.
+    std::vector<int64_t> rows;
+    for (end = begin; end < blocks.size() && (end == begin || static_cast<int64_t>(rows.size()) * x_stride < prepared_bytes);
+         end++)
+      rows.insert(rows.end(), blocks[end].block.rows.begin(), blocks[end].block.rows.end());
+    const Buffer prepared = allocate(static_cast<int64_t>(rows.size()) * x_stride);
+    char* const x = static_cast<char*>(prepared.get());
+    parallel_for(static_cast<int64_t>(rows.size()), worth(static_cast<int64_t>(rows.size()) * input.k, threads),
+                 [&](int64_t i, int) {
+                   isa.prepare_x[type](row_of(input.x, input.type, rows[i]), input.k, x + i * x_stride);
+                 });
+    struct Task {
+      const Linear* weight;
+      const Block* block;
+      int64_t n;
+    };
+    std::vector<Task> tasks;
+    int64_t row = 0;
+    for (size_t i = begin; i < end; i++) {
+      Block& block = blocks[i].block;
+      block.x = x + row * x_stride, block.x_stride = x_stride, block.k = input.k;
+      row += static_cast<int64_t>(block.rows.size());
+    }
+    size_t low = begin, high = begin;
+    for (size_t w = blocks[begin].first; w < blocks[end - 1].last; w++) {
+      while (low < end && blocks[low].last <= w) low++;
+      while (high < end && blocks[high].first <= w) high++;
+      for (int64_t n = 0; n < weights[w].n; n += width)
+        for (size_t i = low; i < high; i++) tasks.push_back({&weights[w], &blocks[i].block, n});
+    }
+    parallel_for(static_cast<int64_t>(tasks.size()), threads, [&](int64_t i, int worker) {
+      const Task& task = tasks[i];
+      isa.linear[type](*task.weight, *task.block, task.n, std::min(task.weight->n, task.n + width),
                        static_cast<char*>(scratch.get()) + worker * scratch_bytes);
     });
   }
+}
+
+void experts(const Input& input, std::vector<Linear> weights, const int32_t* offsets, const Lams& lams, bool invariant,
+             int threads) {
+  int64_t begin = 0;
+  for (size_t e = 0; e < weights.size(); e++) {
+    if (offsets[e] < begin || offsets[e] > input.rows) {
+      std::string all;
+      for (size_t i = 0; i < weights.size(); i++) all += (i ? ", " : "") + std::to_string(offsets[i]);
+      throw std::out_of_range("expert_offsets must not decrease and end within " + std::to_string(input.rows) +
+                              " rows, got [" + all + "]");
+    }
+    weights[e].begin = begin;
+    begin = weights[e].end = offsets[e];
+  }
+  if (weights.empty()) return;
+  const Linear& first = weights[0];
+  for (int64_t row = begin; row < input.rows; row++)
+    std::memset(const_cast<char*>(row_of(first.y, input.type, row)), 0, static_cast<size_t>(first.n * bytes_of(input.type)));
+  linear(input, weights, lams, invariant, threads);
 }
 
 void rms_norm(const Norm& p, int64_t rows, const Lams& lams, int threads) {
@@ -162,7 +215,7 @@ void layer_norm(const Norm& p, int64_t rows, const Lams& lams, int threads) {
            [&](int64_t row, float lam) { isa.layer_norm[static_cast<int>(p.type)](p, row, lam); });
 }
 
-void embedding(Type type, const void* ids, bool ids_are_64_bit, int64_t count, const Pair& weight, int64_t vocabulary,
+void embedding(Type type, const void* ids, bool ids_are_64_bit, int64_t count, const Weight& weight, int64_t vocabulary,
                int64_t d, void* y, const Lams& lams, int threads) {
   const Isa& isa = dami::isa();
   const auto id_of = [&](int64_t row) {
@@ -173,8 +226,7 @@ void embedding(Type type, const void* ids, bool ids_are_64_bit, int64_t count, c
       throw std::out_of_range("ids must be in [0, " + std::to_string(vocabulary) + "), got " +
                               std::to_string(id_of(row)));
   for_rows(count, d * bytes_of(type), lams, threads, [&](int64_t row, float lam) {
-    isa.embedding[static_cast<int>(type)](row_of(weight.base, type, id_of(row)), row_of(weight.target, type, id_of(row)),
-                                          lam, static_cast<char*>(y) + row * d * bytes_of(type), d);
+    isa.embedding[static_cast<int>(type)](weight, id_of(row), lam, static_cast<char*>(y) + row * d * bytes_of(type), d);
   });
 }
 

@@ -47,9 +47,10 @@ void narrow(float value, f16* to) {
 }
 
 struct Vec {
+  struct Int8;
+  struct Int4;
   static constexpr int W = 4;
   static constexpr int tile_m = 2;
-  static constexpr int stream_m = 4;
   typedef float Lanes __attribute__((vector_size(16)));
   Lanes v;
 
@@ -74,6 +75,28 @@ struct Vec {
     int i = 0;
     for (const Lanes& x : {a.v, b.v, c.v, d.v}) to[i++] += (x[0] + x[2]) + (x[1] + x[3]);
   }
+};
+
+struct Vec::Int8 {
+  Vec scale;
+  explicit Int8(Vec scale) : scale(scale) {}
+  static Vec every(const int8_t* p, int step) {
+    return {Lanes{float(p[0]), float(p[step]), float(p[2 * step]), float(p[3 * step])}};
+  }
+  Vec load(const int8_t* p) const { return every(p, 1) * scale; }
+  Vec load_even(const int8_t* p) const { return every(p, 2) * scale; }
+  Vec load_odd(const int8_t* p) const { return every(p + 1, 2) * scale; }
+};
+
+struct Vec::Int4 {
+  Vec scale;
+  explicit Int4(Vec scale) : scale(scale) {}
+  Vec numbers(int a, int b, int c, int d) const {
+    return Vec{Lanes{float(a - 8), float(b - 8), float(c - 8), float(d - 8)}} * scale;
+  }
+  Vec load(const uint8_t* p) const { return numbers(p[0] & 15, p[0] >> 4, p[1] & 15, p[1] >> 4); }
+  Vec load_even(const uint8_t* p) const { return numbers(p[0] & 15, p[1] & 15, p[2] & 15, p[3] & 15); }
+  Vec load_odd(const uint8_t* p) const { return numbers(p[0] >> 4, p[1] >> 4, p[2] >> 4, p[3] >> 4); }
 };
 
 bool supported() { return true; }

@@ -78,38 +78,91 @@ void expect(const char* what, const Array& y, const std::vector<double>& oracle)
   }
 }
 
-void check(Type type, int64_t m, int64_t n, int64_t k, const std::vector<float>& values) {
+// A matrix as it may be stored, and the numbers in it.
+struct Operand {
+  Storage storage;
+  int64_t n, k, padded;
+  Array numbers, scales;
+  std::vector<unsigned char> codes;
+
+  Operand(Storage storage, Type type, int64_t n, int64_t k, double scale)
+      : storage(storage), n(n), k(k), padded((k + group_size - 1) / group_size * group_size), numbers(type, n * k, scale),
+        scales(Type::bf16, n * padded / group_size, scale / 8), codes(n * padded / (storage == Storage::int4 ? 2 : 1)) {
+    if (storage == Storage::dense) return;
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t j = 0; j < padded; j++) {
+        const int code = j >= k ? 0 : static_cast<int>(generator() % 16) - 8;
+        if (storage == Storage::int8) codes[i * padded + j] = static_cast<unsigned char>(code);
+        else codes[(i * padded + j) / 2] |= static_cast<unsigned char>((code + 8) << (j % 2 * 4));
+        if (j < k) numbers.values[i * k + j] = code * scales.values[(i * padded + j) / group_size];
+      }
+  }
+  Stored stored() const {
+    if (storage == Storage::dense) return {storage, numbers.matrix(k), {}};
+    return {storage, {codes.data(), static_cast<int64_t>(codes.size()) / n}, scales.matrix(padded / group_size)};
+  }
+};
+
+void check(Type type, int64_t m, int64_t n, int64_t k, const std::vector<float>& values, Storage of_base, Storage of_other) {
   std::vector<float> lam(m);
   for (float& l : lam) l = values[generator() % values.size()];
-  const auto lerp = [](double b, double t, double l) { return b + l * (t - b); };
   const Lams lams{lam.data(), m, nullptr, 1};
   const double scale = 1 / std::sqrt(std::fmax(1.0, static_cast<double>(k)));
-  Array x(type, m * k, 1), base(type, n * k, scale), target(type, n * k, scale), b0(type, n, 1), b1(type, n, 1);
-  const Pair weight{base.matrix(k), target.matrix(k)};
+  const Operand base(of_base, type, n, k, scale), other(of_other, type, n, k, scale);
+  const Array x(type, m * k, 1), b0(type, n, 1), b1(type, n, 1);
+  const Weight weight{base.stored(), other.stored()};
+  const auto lerp = [](double b, double t, double l) { return b + l * (t - b); };
+  const auto at = [&](int64_t i, float l) {
+    const double b = base.numbers.values[i], o = other.numbers.values[i];
+    return of_other == Storage::dense ? lerp(b, o, l) : b + l * o;
+  };
 
-  Array y(type, m * n, NAN);
-  linear({type, x.matrix(k), weight, {b0.matrix(1), b1.matrix(1)}, y.bytes.data(), m, n, k}, lams, 2);
   std::vector<double> oracle(m * n);
   for (int64_t i = 0; i < m; i++)
     for (int64_t j = 0; j < n; j++) {
       double sum = lerp(b0.values[j], b1.values[j], lam[i]);
-      for (int64_t l = 0; l < k; l++)
-        sum += x.values[i * k + l] * lerp(base.values[j * k + l], target.values[j * k + l], lam[i]);
+      for (int64_t l = 0; l < k; l++) sum += x.values[i * k + l] * at(j * k + l, lam[i]);
       oracle[i * n + j] = sum;
     }
-  expect("linear", y, oracle);
+  const Input input{type, x.matrix(k), m, k};
+  for (bool invariant : {false, true}) {
+    Array y(type, m * n, NAN);
+    linear(input, {{weight, {b0.matrix(1), b1.matrix(1)}, y.matrix(n), n, 0, m}}, lams, invariant, 2);
+    expect("linear", y, oracle);
+  }
+  Array y(type, m * 2 * n, NAN);  // twice, side by side
+  std::vector<double> twice(m * 2 * n);
+  for (int64_t i = 0; i < m * 2 * n; i++) twice[i] = oracle[i / (2 * n) * n + i % n];
+  const Matrix second{y.bytes.data() + n * (type == Type::f32 ? 4 : 2), 2 * n};
+  const Pair bias{b0.matrix(1), b1.matrix(1)};
+  linear(input, {{weight, bias, y.matrix(2 * n), n, 0, m}, {weight, bias, second, n, 0, m}}, lams, false, 2);
+  expect("linears", y, twice);
+
+  const int32_t offsets[] = {static_cast<int32_t>(m / 3), static_cast<int32_t>(m / 3), static_cast<int32_t>(m - m / 4)};
+  for (int64_t i = offsets[2] * n; i < m * n; i++) oracle[i] = 0;
+  Array of_experts(type, m * n, NAN);
+  const Linear expert{weight, bias, of_experts.matrix(n), n, 0, 0};
+  experts(input, {expert, expert, expert}, offsets, lams, false, 2);
+  expect("experts", of_experts, oracle);
 
   std::vector<int64_t> ids(m);
   std::vector<double> rows(m * k);
   for (int64_t i = 0; i < m; i++) {
     ids[i] = static_cast<int64_t>(generator() % n);
-    for (int64_t l = 0; l < k; l++)
-      rows[i * k + l] = lerp(base.values[ids[i] * k + l], target.values[ids[i] * k + l], lam[i]);
+    for (int64_t l = 0; l < k; l++) rows[i * k + l] = at(ids[i] * k + l, lam[i]);
   }
   Array looked_up(type, m * k, NAN);
   embedding(type, ids.data(), true, m, weight, n, k, looked_up.bytes.data(), lams, 2);
   expect("embedding", looked_up, rows);
+}
 
+void check_norms(Type type, int64_t m, int64_t k, const std::vector<float>& values) {
+  std::vector<float> lam(m);
+  for (float& l : lam) l = values[generator() % values.size()];
+  const Lams lams{lam.data(), m, nullptr, 1};
+  const auto lerp = [](double b, double t, double l) { return b + l * (t - b); };
+  const Array x(type, m * k, 1);
+  std::vector<double> rows(m * k);
   Array w0(type, k, 1), w1(type, k, 1), normed(type, m * k, NAN);
   const Pair w{w0.matrix(1), w1.matrix(1)};
   for (bool centred : {false, true}) {
@@ -131,13 +184,19 @@ void check(Type type, int64_t m, int64_t n, int64_t k, const std::vector<float>&
 }  // namespace
 
 int main() {
-  const int64_t shapes[][3] = {{1, 1, 1}, {2, 5, 31}, {6, 9, 64}, {12, 33, 40}, {14, 67, 1100}, {60, 7, 129}, {300, 3, 33}};
+  const int64_t shapes[][3] = {{1, 4, 1}, {2, 5, 31}, {6, 9, 64}, {12, 33, 40}, {14, 67, 1100}, {60, 7, 129}, {300, 3, 33}};
+  const std::pair<Storage, Storage> formats[] = {{Storage::dense, Storage::dense},
+                                                 {Storage::dense, Storage::int8},
+                                                 {Storage::dense, Storage::int4},
+                                                 {Storage::int8, Storage::int4}};
   for (const std::string& name : supported_isas()) {
     use_isa(name);
     for (Type type : {Type::f32, Type::bf16, Type::f16})
       for (const auto& [m, n, k] : shapes)
-        for (const std::vector<float>& values : {std::vector<float>{0}, {1}, {0.25f}, {0, 1, 0.75f, 0.5f, 1.25f, -0.5f}})
-          check(type, m, n, k, values);
+        for (const std::vector<float>& values : {std::vector<float>{0}, {1}, {0.25f}, {0, 1, 0.75f, 0.5f, 1.25f, -0.5f}}) {
+          for (const auto& [base, other] : formats) check(type, m, n, k, values, base, other);
+          check_norms(type, m, k, values);
+        }
     std::printf("%s: %d wrong\n", name.c_str(), failures);
   }
   return failures;
