@@ -17,8 +17,8 @@ BLOCK = 1 << 22  # weights quantised at a time, which bounds the extra memory
 _STRETCHES = (0.85, 0.92, 1.0, 1.08)
 
 
-def quantize(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales: values ≈ codes · scales, in groups of `GROUP` along the last dimension.
+def quantize(values: Tensor, bits: int, group: int = GROUP) -> tuple[Tensor, Tensor]:
+    """Codes and scales: values ≈ codes · scales, in groups along the last dimension.
 
     For each of some first scales s, codes q = round(v / s) and then the scale that is best for these codes,
     Σ v q / Σ q² (least squares), rounded to bfloat16 before the codes are taken once more; the best of them stays.
@@ -26,14 +26,15 @@ def quantize(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     Args:
         values: float32 [..., K], finite.
         bits: 2 to 8; codes lie in [−2^(bits−1), 2^(bits−1) − 1].
+        group: values that share a scale.
 
     Returns:
         codes: int8 [..., K'], K' = K rounded up to whole groups; 0 beyond K.
-        scales: bfloat16 [..., K' / GROUP]. They may be negative: the widest weight takes the widest code, which is.
+        scales: bfloat16 [..., K' / group]. They may be negative: the widest weight takes the widest code, which is.
     """
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    groups = F.pad(values, (0, -values.shape[-1] % GROUP))
-    groups = groups.unflatten(-1, (groups.shape[-1] // GROUP, GROUP))
+    groups = F.pad(values, (0, -values.shape[-1] % group))
+    groups = groups.unflatten(-1, (groups.shape[-1] // group, group))
     widest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     best_codes = torch.zeros_like(groups)
     best_scale = torch.zeros_like(widest)
@@ -58,7 +59,8 @@ def quantize(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def dequantize(codes: Tensor, scales: Tensor, columns: int) -> Tensor:
     """codes · scales in float32, without the padding: [..., columns]."""
-    values = codes.float().unflatten(-1, (scales.shape[-1], GROUP)) * scales.float().unsqueeze(-1)
+    group = codes.shape[-1] // max(1, scales.shape[-1])
+    values = codes.float().unflatten(-1, (scales.shape[-1], group)) * scales.float().unsqueeze(-1)
     return values.flatten(-2)[..., :columns]
 
 

@@ -123,24 +123,40 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    """As `lerp_linear`'s, expert by expert; the offsets come to the host."""
     x, lam, row_to_lam, offsets, *rest = ctx.saved_tensors
     weight, bias = rest[: ctx.weights], rest[ctx.weights :]
+    dx, dlam = torch.ops.dami.lerp_experts_backward(
+        dy, x, weight, bias, lam, row_to_lam, ctx.rows_per_lam, offsets, ctx.format
+    )
+    return dx, [None] * len(weight), [None] * len(bias), dlam, None, None, None, None, None
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: list[Tensor],
+    bias: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    offsets: Tensor,
+    format: str,
+) -> tuple[Tensor, Tensor]:
+    """dx and dλ as `lerp_linear` has them, expert by expert; the offsets come to the host."""
     dy = dy.float()
     dy_base = x.new_zeros(x.shape, dtype=torch.float32)
     dy_target = torch.zeros_like(dy_base)
     dlam = x.new_zeros(x.shape[0], dtype=torch.float32)
     for expert, rows in _rows_of_experts(offsets, x.shape[0]):
-        for block, base, target in formats.float_blocks(ctx.format, [t[expert] for t in weight], x.shape[1]):
+        for block, base, target in formats.float_blocks(format, [t[expert] for t in weight], x.shape[1]):
             dy_base[rows] += dy[rows, block] @ base
             dy_target[rows] += dy[rows, block] @ target
         if bias:
             dlam[rows] += dy[rows] @ (bias[1][expert].float() - bias[0][expert].float())
-    per_row = lam_per_row(lam, ctx.rows_per_lam, row_to_lam).unsqueeze(1)
+    per_row = lam_per_row(lam, rows_per_lam, row_to_lam).unsqueeze(1)
     dx = torch.lerp(dy_base, dy_target, per_row).to(x.dtype)
     dlam += ((dy_target - dy_base) * x.float()).sum(1)
-    dlam = sum_per_lam(dlam, lam, ctx.rows_per_lam, row_to_lam)
-    return dx, [None] * len(weight), [None] * len(bias), dlam, None, None, None, None, None
+    return dx, sum_per_lam(dlam, lam, rows_per_lam, row_to_lam)
 
 
 library.define(
@@ -150,4 +166,17 @@ library.define(
     plain=_plain,
     setup_context=_setup_context,
     backward=_backward,
+)
+
+# An operator of its own, because torch.compile cannot trace what depends on the offsets' values.
+library.LIBRARY.define(
+    "lerp_experts_backward(Tensor dy, Tensor x, Tensor[] weight, Tensor[] bias, Tensor lam, Tensor? row_to_lam, "
+    "SymInt rows_per_lam, Tensor offsets, str format) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+library.LIBRARY.impl("lerp_experts_backward", _gradients, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "dami::lerp_experts_backward",
+    lambda dy, x, weight, bias, lam, *_: (x.new_empty(x.shape), torch.empty_like(lam)),
+    lib=library.LIBRARY,
 )

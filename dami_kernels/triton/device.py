@@ -1,4 +1,4 @@
-"""What the kernels share: λ of a row, the interpolation that is exact at both ends, and the loader of a weight tile."""
+"""What the kernels share on the device: λ of a row, the formats' tiles, and how both ends are combined."""
 
 # mypy: ignore-errors
 
@@ -7,8 +7,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# A weight is stored as its base and a second tile: the target, or the delta, which is target − base.
 BASE: tl.constexpr = tl.constexpr(0)
-TARGET: tl.constexpr = tl.constexpr(1)
+SECOND: tl.constexpr = tl.constexpr(1)
+GROUP: tl.constexpr = tl.constexpr(32)  # weights along K that share a scale
 
 
 @triton.jit
@@ -29,14 +31,87 @@ def lerp(base, target, lam):
 
 
 @triton.jit
-def load_end(weight, strides, END: tl.constexpr, rows, columns, mask, FORMAT: tl.constexpr):
-    """Tile of one end of a weight, 0 where masked. This is all that a kernel knows about a format.
+def combine(base, second, lam, FORMAT: tl.constexpr):
+    """The result at λ, float32, from the results of the base and of the second: the target, or the delta."""
+    if FORMAT == "pair":
+        return lerp(base, second, lam)
+    return tl.where(lam == 0.0, base, base + lam * second)
+
+
+@triton.jit
+def blend(base, second, lam, FORMAT: tl.constexpr):
+    """The weight at one λ that is neither 0 nor 1, float32. Not `combine`, of which a mainloop has no time for more."""
+    if FORMAT == "pair":
+        second -= base
+    return base + lam * second
+
+
+@triton.jit
+def load_end(
+    weight,
+    strides,
+    END: tl.constexpr,
+    rows,
+    wanted,
+    k,
+    K,
+    BLOCK_K: tl.constexpr,
+    DTYPE: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """Tile [rows, BLOCK_K] of the base or of the second, 0 where it is not wanted. All that kernels know of a format.
 
     Args:
         weight, strides: the format's tensors and the strides of each.
-        END: BASE or TARGET.
-        rows, columns: indices that broadcast against each other to the shape of the tile.
+        END: BASE or SECOND.
+        rows, wanted: [rows] indices, and which of them to read.
+        k, K: the first column, a multiple of BLOCK_K, and the weight's number of columns, None if all of them exist.
+        DTYPE: what the tile is made of; codes times scales are computed in it, rounded once.
     """
-    tl.static_assert(FORMAT == "pair", "no kernel reads this format")
-    offsets = rows.to(tl.int64) * strides[END][0] + columns.to(tl.int64) * strides[END][1]
-    return tl.load(weight[END] + offsets, mask=mask, other=0.0)
+    if FORMAT == "pair":
+        return load_float(weight[END], strides[END], rows, wanted, k, K, BLOCK_K).to(DTYPE)
+    elif FORMAT == "w8d4" and END == BASE:
+        return load_int8(weight[0], weight[1], strides[0], strides[1], rows, wanted, k, K, BLOCK_K, DTYPE)
+    elif FORMAT == "w8d4":
+        return load_int4(weight[2], weight[3], strides[2], strides[3], rows, wanted, k, K, BLOCK_K, DTYPE)
+    elif END == BASE:
+        return load_float(weight[0], strides[0], rows, wanted, k, K, BLOCK_K).to(DTYPE)
+    elif FORMAT == "int8":
+        return load_int8(weight[1], weight[2], strides[1], strides[2], rows, wanted, k, K, BLOCK_K, DTYPE)
+    else:
+        tl.static_assert(FORMAT == "int4", "no kernel reads this format")
+        return load_int4(weight[1], weight[2], strides[1], strides[2], rows, wanted, k, K, BLOCK_K, DTYPE)
+
+
+@triton.jit
+def load_float(tensor, strides, rows, wanted, start, end, COLUMNS: tl.constexpr):
+    """Tile of a matrix as it is, from column `start`; columns from `end` on are 0."""
+    columns = start + tl.arange(0, COLUMNS)
+    offsets = rows.to(tl.int64)[:, None] * strides[0] + columns.to(tl.int64)[None, :] * strides[1]
+    mask = wanted[:, None] if end is None else wanted[:, None] & (columns < end)[None, :]
+    return tl.load(tensor + offsets, mask=mask, other=0)
+
+
+@triton.jit
+def load_int8(codes, scale, codes_strides, scale_strides, rows, wanted, k, K, BLOCK_K, DTYPE: tl.constexpr):
+    """Tile of codes times the scale of their group."""
+    padded = None if K is None else tl.cdiv(K, GROUP) * GROUP
+    codes = load_float(codes, codes_strides, rows, wanted, k, padded, BLOCK_K)
+    return _scaled(codes, scale, scale_strides, rows, wanted, k, K, BLOCK_K, DTYPE)
+
+
+@triton.jit
+def load_int4(codes, scale, codes_strides, scale_strides, rows, wanted, k, K, BLOCK_K, DTYPE: tl.constexpr):
+    """The same with two codes to a byte, the first in its low half, each stored plus 8."""
+    padded = None if K is None else tl.cdiv(K, GROUP) * (GROUP // 2)
+    pairs = load_float(codes, codes_strides, rows, wanted, k // 2, padded, BLOCK_K // 2)
+    codes = tl.join(pairs & 15, pairs >> 4).reshape(rows.shape[0], BLOCK_K).to(tl.int8) - 8
+    return _scaled(codes, scale, scale_strides, rows, wanted, k, K, BLOCK_K, DTYPE)
+
+
+@triton.jit
+def _scaled(codes, scale, scale_strides, rows, wanted, k, K, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
+    groups = None if K is None else tl.cdiv(K, GROUP)
+    scale = load_float(scale, scale_strides, rows, wanted, k // GROUP, groups, BLOCK_K // GROUP).to(DTYPE)
+    values = codes.to(DTYPE).reshape(rows.shape[0], BLOCK_K // GROUP, GROUP) * scale[:, :, None]
+    return values.reshape(rows.shape[0], BLOCK_K)

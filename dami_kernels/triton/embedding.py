@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dami_kernels.triton.device import BASE, TARGET, lerp, load_end, row_lam
-from dami_kernels.triton.host import cdiv, on_device_of, strides_of
+from dami_kernels.triton.device import BASE, SECOND, combine, load_end, row_lam
+from dami_kernels.triton.host import cdiv, check_format, on_device_of, strides_of
 from dami_kernels.tuning import row_config
 
 
@@ -29,16 +29,21 @@ def _lerp_embedding_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start = tl.program_id(1) * BLOCK_D
     valid = rows < M
-    inside = valid & (columns < D)
     lams = row_lam(lam, row_to_lam, rows, valid, rows_per_lam)
     found = tl.load(ids + rows, mask=valid, other=0)
-    # A row with λ = 0 or λ = 1 reads only the end that it needs.
-    base = load_end(weight, strides, BASE, found, columns, inside & (lams != 1.0), FORMAT)
-    target = load_end(weight, strides, TARGET, found, columns, inside & (lams != 0.0), FORMAT)
-    tl.store(y + rows.to(tl.int64) * D + columns, lerp(base, target, lams).to(y.dtype.element_ty), mask=inside)
+    # A row with λ = 0, or where it is stored with λ = 1, reads only the end that it needs.
+    base_needed = valid & (lams != 1.0) if FORMAT == "pair" else valid
+    base = load_end(weight, strides, BASE, found, base_needed, start, D, BLOCK_D, tl.float32, FORMAT)
+    second = load_end(weight, strides, SECOND, found, valid & (lams != 0.0), start, D, BLOCK_D, tl.float32, FORMAT)
+    columns = start + tl.arange(0, BLOCK_D)
+    tl.store(
+        y + rows.to(tl.int64)[:, None] * D + columns[None, :],
+        combine(base, second, lams[:, None], FORMAT).to(y.dtype.element_ty),
+        mask=valid[:, None] & (columns < D)[None, :],
+    )
 
 
 def lerp_embedding(
@@ -51,8 +56,7 @@ def lerp_embedding(
     dtype: torch.dtype,
     columns: int,
 ) -> Tensor:
-    if format != "pair":
-        raise NotImplementedError(f"no kernel reads the format {format!r}")
+    check_format(format)
     M, D = ids.shape[0], columns
     y = weight[0].new_empty(M, D, dtype=dtype)
     if y.numel() == 0:

@@ -7,6 +7,13 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+TENSORS = {"pair": 2, "int8": 3, "int4": 3, "w8d4": 4}  # of a weight in each format that `device.load_end` reads
+
+
+def check_format(format: str) -> None:
+    if format not in TENSORS:
+        raise NotImplementedError(f"no kernel reads the format {format!r}")
+
 
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up. Triton's own takes a microsecond and a half on the host."""

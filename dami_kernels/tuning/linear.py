@@ -51,6 +51,8 @@ def linear_config(M: int, N: int, K: int, dtype: torch.dtype, format: str, devic
     tiles = _tiles(M, dtype, device)
     if not aligned:
         tiles = [(rows, features, 64 // dtype.itemsize) for rows, features, _ in tiles if features <= 64]
+    if format != "pair":  # a tile holds whole groups of weights that share a scale
+        tiles = [(rows, features, max(inner, 32)) for rows, features, inner in tiles]
     tile = next((tile for tile in tiles if programs(tile) >= enough), tiles[-1])
     block_m, block_n, block_k = tile
     # A split sums at least four steps, or filling its pipeline costs more than the other processors bring.

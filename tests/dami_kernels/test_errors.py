@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from dami_kernels import LerpWeight, lerp_embedding, lerp_layer_norm, lerp_linear, lerp_linears, lerp_rms_norm
+from dami_kernels import (
+    LerpWeight,
+    lerp_embedding,
+    lerp_experts,
+    lerp_layer_norm,
+    lerp_linear,
+    lerp_linears,
+    lerp_rms_norm,
+)
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", grad: bool = False) -> LerpWeight:
@@ -87,6 +95,37 @@ EMBEDDING: list[tuple[dict[str, Any], type, str]] = [
     ({"ids": IDS + 4}, IndexError, "ids must be in [0, 4), got 4"),
     ({"ids": IDS - 1}, IndexError, "ids must be in [0, 4), got -1"),
 ]
+OFFSETS = torch.tensor([2, 2, 5], dtype=torch.int32)
+BEYOND, BACK = OFFSETS + 2, OFFSETS.flip(0)
+EXPERTS: list[tuple[dict[str, Any], type, str]] = [
+    ({"x": [1.0]}, TypeError, "x must be a Tensor, got list"),
+    ({"x": X}, ValueError, "x must have shape [rows, 8], weight's K, got [2, 3, 8]"),
+    ({"x": torch.zeros(6, 7)}, ValueError, "x must have shape [rows, 8], weight's K, got [6, 7]"),
+    ({"weight": W}, ValueError, "weight must have 3 dimensions, got shape [4, 8]"),
+    ({"weight": zeros(3, 4, 8, device="meta")}, ValueError, "weight must be on cpu as the input is, got meta"),
+    ({"weight": zeros(3, 4, 8, dtype=torch.float16)}, TypeError, "input's dtype torch.float32, got torch.float16"),
+    ({"weight": zeros(3, 4, 8, grad=True)}, ValueError, "weight requires grad, but the ends are frozen"),
+    ({"expert_offsets": [2, 2, 5]}, TypeError, "expert_offsets must be an int32 Tensor, got list"),
+    ({"expert_offsets": OFFSETS.long()}, TypeError, "expert_offsets must be an int32 Tensor, got torch.int64"),
+    ({"expert_offsets": OFFSETS[:2]}, ValueError, "expert_offsets must have shape [3], one per expert, got [2]"),
+    ({"expert_offsets": OFFSETS.to("meta")}, ValueError, "expert_offsets must be on cpu as the input is, got meta"),
+    ({"expert_offsets": BEYOND}, IndexError, "must not decrease and end within 6 rows, got [4, 4, 7]"),
+    ({"expert_offsets": BACK}, IndexError, "must not decrease and end within 6 rows, got [5, 2, 2]"),
+    ({"expert_offsets": -OFFSETS}, IndexError, "must not decrease and end within 6 rows, got [-2, -2, -5]"),
+    ({"bias": torch.zeros(3, 4)}, TypeError, "bias must be a LerpWeight, got Tensor"),
+    ({"bias": zeros(4)}, ValueError, "bias must have 2 dimensions, got shape [4]"),
+    (
+        {"bias": zeros(4, 4)},
+        ValueError,
+        "bias must be a 'pair' of shape [3, 4], weight's E and N, got 'pair' of [4, 4]",
+    ),
+    (
+        {"bias": as_int4(zeros(3, 4))},
+        ValueError,
+        "bias must be a 'pair' of shape [3, 4], weight's E and N, got 'int4' of [3, 4]",
+    ),
+    ({"lam": torch.zeros(2)}, ValueError, "lam must have shape [] or [6], one λ per row, got [2]"),
+]
 
 
 @pytest.mark.parametrize(("wrong", "kind", "message"), LINEAR)
@@ -117,6 +156,14 @@ def test_layer_norm_bias() -> None:
 def test_embedding(wrong: dict[str, Any], kind: type, message: str) -> None:
     with pytest.raises(kind, match=re.escape(message)):
         lerp_embedding(**{"ids": IDS, "weight": W, "lam": LAM, **wrong})
+
+
+@pytest.mark.filterwarnings("ignore:dami")  # until there is a CPU kernel
+@pytest.mark.parametrize(("wrong", "kind", "message"), EXPERTS)
+def test_experts(wrong: dict[str, Any], kind: type, message: str) -> None:
+    good = {"x": torch.zeros(6, 8), "weight": zeros(3, 4, 8), "lam": LAM, "expert_offsets": OFFSETS}
+    with pytest.raises(kind, match=re.escape(message)):
+        lerp_experts(**{**good, **wrong})
 
 
 @pytest.mark.parametrize("index", [-1, 2])

@@ -27,7 +27,7 @@ for name in kernels.__all__:
 
 
 # Three faults of the interpreter stand between its numbers and a GPU's. It holds bfloat16 as bits in uint16, and
-# multiplies the bits in `tl.dot`; it rounds to bfloat16 towards zero; and NumPy 2.4 refuses its loop bounds.
+# calculates with the bits; it rounds to bfloat16 towards zero; and NumPy 2.4 refuses its loop bounds.
 def _float32(handle: TensorHandle) -> Any:
     if handle.dtype.scalar == tl.bfloat16:
         return (handle.data.astype(np.uint32) << 16).view(np.float32)
@@ -38,10 +38,20 @@ def _cast(builder: InterpreterBuilder, source: TensorHandle, dst_type: tl.dtype)
     kinds = (source.dtype.scalar, dst_type.scalar)
     if kinds == (tl.bfloat16, tl.float32):
         return TensorHandle(_float32(source), tl.float32)
-    if kinds == (tl.float32, tl.bfloat16):
-        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
-        return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
+    if dst_type.scalar == tl.bfloat16 != source.dtype.scalar:
+        return _bfloat16(source.data)
     return _plain_cast(builder, source, dst_type)
+
+
+def _bfloat16(data: Any) -> TensorHandle:
+    rounded = torch.from_numpy(np.asarray(data, np.float32)).bfloat16()
+    return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
+
+
+def _binary(builder: InterpreterBuilder, a: TensorHandle, b: TensorHandle, op: Any) -> TensorHandle:
+    if a.dtype.scalar == tl.bfloat16:
+        return _bfloat16(op(_float32(a), _float32(b)))
+    return _plain_binary(builder, a, b, op)
 
 
 def _dot(builder: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *_: Any) -> TensorHandle:
@@ -65,6 +75,7 @@ def _call(function: InterpretedFunction, *args: Any, **options: Any) -> Any:
 _patched: set[str] = set()
 InterpretedFunction.__call__ = _call
 _plain_cast, InterpreterBuilder.cast_impl = InterpreterBuilder.cast_impl, _cast
+_plain_binary, InterpreterBuilder.binary_op = InterpreterBuilder.binary_op, _binary
 _plain_patch, interpreter._patch_lang_tensor = interpreter._patch_lang_tensor, _patch
 InterpreterBuilder.create_dot = _dot
 # Checking every integer sum for overflow takes a third of the time; test_offsets_beyond_32_bits has those that count.
