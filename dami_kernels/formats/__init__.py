@@ -9,9 +9,10 @@ A format is a module with two functions and one constant, and nothing else needs
 `rows` indexes the first dimension, a slice or int64 indices, so that no whole copy is needed to read some of a weight;
 `columns` is K, which a format may have padded.
 
-A format may have one more, which then computes `lerp_linear` in the kernels' place:
+A format that plain products serve best may have two more, in differentiable torch operations; no kernel is then asked:
 
-    linear(x, lam, *tensors) -> Tensor        # x [M, K] and λ per row [M] → [M, N], in differentiable torch operations
+    linear(x, lam, *tensors) -> Tensor        # x [M, K] and λ per row [M] → [M, N]
+    embedding(ids, lam, *tensors) -> Tensor   # ids [M] and λ per row [M] → [M, D]
 """
 
 from __future__ import annotations

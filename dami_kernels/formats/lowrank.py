@@ -51,3 +51,10 @@ def linear(x: Tensor, lam: Tensor, *tensors: Tensor) -> Tensor:
     base, down, up = tensors
     low = (lam.unsqueeze(1) * F.linear(x, down).float()).to(x.dtype)
     return torch.addmm(F.linear(x, base), low, up.t())
+
+
+def embedding(ids: Tensor, lam: Tensor, *tensors: Tensor) -> Tensor:
+    """base[ids] + λ up[ids] · down."""
+    base, down, up = tensors
+    low = lam.unsqueeze(1) * F.embedding(ids, up).float()
+    return torch.addmm(F.embedding(ids, base).float(), low, down.float()).to(base.dtype)

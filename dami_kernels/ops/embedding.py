@@ -42,6 +42,10 @@ def lerp_embedding(
     if weight.device != ids.device:
         raise ValueError(f"weight must be on {ids.device} as the input is, got {weight.device}")
     lam, rows_per_lam = lam_map(lam, ids.numel(), rows_per_lam, row_to_lam, ids.device)
+    own_embedding = getattr(formats.get(weight.format), "embedding", None)
+    if own_embedding is not None:
+        y = own_embedding(ids.reshape(-1), lam_per_row(lam, rows_per_lam, row_to_lam), *weight.tensors)
+        return y.reshape(*ids.shape, weight.shape[1])
     y = torch.ops.dami.lerp_embedding(
         ids.reshape(-1),
         list(weight.tensors),

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from dami import adapters
 from dami.patching import (
     Header,
     config_mismatches,
@@ -26,7 +27,7 @@ from dami.patching import (
     tensor_mismatches,
 )
 
-FILES = ["model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+FILES = ["model*.safetensors", adapters.WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja"]
 LEGACY_FILES = ["pytorch_model*.bin"]
 
 logger = logging.get_logger(__name__)
@@ -56,7 +57,8 @@ def load_pair(
 
     Args:
         instruct: directory, GGUF file or hub name of the λ=0 end.
-        thinking: likewise of the λ=1 end.
+        thinking: likewise of the λ=1 end; or a LoRA adapter on the λ=0 end, as PEFT saves it, which `format="lowrank"`
+            keeps as it is.
         format: how embeddings and linear weights are stored, a name of `dami_kernels.formats.names()`.
         device_map: as in transformers' `from_pretrained`. The CPU if None.
         dtype: as there; "auto" is the dtype of the checkpoints, which then must agree.
@@ -75,6 +77,8 @@ def load_pair(
     if chat_template not in ("instruct", "thinking"):
         raise ValueError(f"chat_template must be 'instruct' or 'thinking', got {chat_template!r}")
     ends = (Checkpoint.find(instruct), Checkpoint.find(thinking))
+    if (ends[1].directory / adapters.CONFIG).exists():
+        return _load_adapted(*ends, format, chat_template, device_map=device_map, dtype=dtype, **options)
     configs = [end.config() for end in ends]
     tokenizers = [end.tokenizer() for end in ends]
     skeleton = _skeleton(configs[0])
@@ -103,6 +107,21 @@ def load_pair(
     tokenizer = tokenizers[0]
     if chat_template == "thinking" and tokenizer is not None and tokenizers[1] is not None:
         tokenizer.chat_template = tokenizers[1].chat_template
+    return model, tokenizer
+
+
+def _load_adapted(
+    instruct: Checkpoint, thinking: Checkpoint, format: str, chat_template: str, **options: Any
+) -> tuple[Any, Any]:
+    """`load_pair` where the λ=1 end is a LoRA adapter on the λ=0 end."""
+    adapter = adapters.Adapter.read(thinking.directory)
+    mismatches = adapter.mismatches(_skeleton(instruct.config()))
+    if mismatches:
+        raise ValueError("\n  ".join([f"{instruct.directory} and {thinking.directory} do not match:", *mismatches]))
+    model, tokenizer = instruct.model(**options), instruct.tokenizer()
+    interpolate(model, adapter.tensors(), format, owned=True)
+    if chat_template == "thinking" and tokenizer is not None and (own := thinking.tokenizer()) is not None:
+        tokenizer.chat_template = own.chat_template
     return model, tokenizer
 
 

@@ -98,8 +98,16 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """The λ=1 end of a weight as base + up · down: down [R, K], up [N, R] for an operand of shape [N, K]."""
+
+    down: Tensor
+    up: Tensor
+
+
 def interpolate(
-    model: PreTrainedModel, thinking: Iterable[tuple[str, Tensor]], format: str, owned: bool = False
+    model: PreTrainedModel, thinking: Iterable[tuple[str, Tensor | LowRank]], format: str, owned: bool = False
 ) -> PreTrainedModel:
     """Patches `model` with the other end's tensors, one at a time; all checks of names and shapes are behind us.
 
@@ -124,16 +132,21 @@ def interpolate(
     refused = []
     for name, tensor in thinking:
         base = state[name]
-        target = tensor.detach().to(base.device, base.dtype)
-        if torch.equal(base, target):
-            continue
+        if isinstance(tensor, Tensor):
+            target = tensor.detach().to(base.device, base.dtype)
+            if torch.equal(base, target):
+                continue
         covered = covering.get(id(base))
         if covered is None:
             holder, _, local = name.rpartition(".")
             refused.append(f"{holder or 'the model'} ({type(model.get_submodule(holder)).__name__}): {local}")
         else:
-            base_end, target_end = (covered.as_operand(end).contiguous() for end in (base.detach(), target))
-            weight = LerpWeight.pack(base_end, target_end, format if base.dim() > 1 else "pair")
+            base_end = covered.as_operand(base.detach()).contiguous()
+            if isinstance(tensor, LowRank):
+                weight = _adapted(base_end, tensor, format)
+            else:
+                target_end = covered.as_operand(target).contiguous()
+                weight = LerpWeight.pack(base_end, target_end, format if base.dim() > 1 else "pair")
             packed[id(base)] = Packed.of(weight, covered)
             if owned:
                 base.requires_grad_(False).data = packed[id(base)].base
@@ -153,6 +166,15 @@ def interpolate(
             lerp = Lerp(dial, type(module), kind[1], *_place(model, name, module, kind[0]))
             _patch_module(module, kind[0], lerp, differing)
     return model
+
+
+def _adapted(base: Tensor, difference: LowRank, format: str) -> LerpWeight:
+    """Base and base + up · down: as they are in the format `lowrank`, as two whole ends in any other."""
+    down, up = (factor.to(base.device) for factor in (difference.down, difference.up))
+    if format == "lowrank":
+        factors = (factor.to(base.dtype).contiguous() for factor in (down, up))
+        return LerpWeight((base, *factors), format, base.shape, base.dtype)
+    return LerpWeight.pack(base, torch.addmm(base.float(), up.float(), down.float()).to(base.dtype), format)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dami_kernels import LerpWeight, formats, lerp_linear, reference
+from dami_kernels import LerpWeight, formats, lerp_embedding, lerp_linear, reference
 from dami_kernels.quantize import GROUP, dequantize, pack_nibbles, quantize, unpack_nibbles
 from tests.tolerance import assert_as_accurate
 
@@ -152,6 +152,9 @@ def test_least_squares_scales_beat_the_widest_weights() -> None:
     assert relative(fitted - values, values) < 0.85 * relative(naive.flatten(1) - values, values)
 
 
+TWO_ROUNDINGS = 1.5  # of the base's part, and of the sum; a root of two, and room for luck
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_of_low_rank(dtype: torch.dtype) -> None:
     weight, _, _ = pack("lowrank", 45, 67, dtype=dtype)
@@ -160,5 +163,17 @@ def test_linear_of_low_rank(dtype: torch.dtype) -> None:
     y = lerp_linear(x, weight, lam, bias)
     merged = [(weight.materialize(value), bias.materialize(value)) for value in lam.tolist()]
     plain = torch.stack([F.linear(row, *parameters) for row, parameters in zip(x, merged, strict=True)])
-    assert_as_accurate(y.detach(), reference.lerp_linear(x, weight.unpack(), lam.detach(), bias.unpack()), plain, 1.5)
+    assert_as_accurate(
+        y.detach(), reference.lerp_linear(x, weight.unpack(), lam.detach(), bias.unpack()), plain, TWO_ROUNDINGS
+    )
     assert torch.autograd.grad(y.float().sum(), lam)[0].isfinite().all()
+
+
+def test_embedding_of_low_rank() -> None:
+    weight, _, _ = pack("lowrank", 45, 67, dtype=torch.float32)
+    ids, lam = torch.randint(0, 45, (4, 2)), torch.tensor([0.0, 0.3, 1.0, -0.5], requires_grad=True)
+    y = lerp_embedding(ids, weight, lam, rows_per_lam=2)
+    oracle = reference.lerp_embedding(ids, weight.unpack(), lam.detach().unsqueeze(1).expand(4, 2))
+    plain = torch.stack([F.embedding(a, weight.materialize(v)) for a, v in zip(ids, lam.tolist(), strict=True)])
+    assert_as_accurate(y.detach(), oracle, plain, TWO_ROUNDINGS)
+    assert torch.autograd.grad(y.sum(), lam)[0].isfinite().all()

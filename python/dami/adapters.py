@@ -1,0 +1,105 @@
+"""LoRA adapters, as PEFT saves them, for the λ=1 end: target = base + up · down."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dami.patching import LowRank, first_names
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?")
+# Settings under which an adapter is more than base + up · down.
+_MORE_THAN_LORA = ("use_dora", "lora_bias", "layer_replication", "arrow_config", "alora_invocation_tokens")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter on disk.
+
+    Attributes:
+        directory: where it is.
+        config: its adapter_config.json.
+        factors: the names of its A and B tensors, by the parameter they change.
+        whole: the name of each parameter that it holds whole, by the parameter.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    factors: dict[str, dict[str, Tensor]]
+    whole: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, directory: Path) -> Adapter:
+        """Reads the adapter of a directory.
+
+        Raises:
+            ValueError: it is no LoRA, or one with parts that are no low-rank difference; they are named.
+            OSError: a file is missing.
+        """
+        config = json.loads((directory / CONFIG).read_text())
+        odd = [f"{key}={config[key]!r}" for key in _MORE_THAN_LORA if config.get(key)]
+        if config.get("peft_type") != "LORA":
+            odd.insert(0, f"peft_type={config.get('peft_type')!r}")
+        if odd:
+            raise ValueError(f"the adapter {directory} must be a plain LoRA, got {', '.join(odd)}")
+        factors: dict[str, dict[str, Tensor]] = {}
+        whole = {}
+        for name, tensor in load_file(directory / WEIGHTS).items():
+            name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            match = _LORA.fullmatch(name)
+            if match:
+                kind = (match["embedding"] or "") + match["factor"]
+                factors.setdefault(f"{match['module']}.weight", {})[kind] = tensor
+            else:
+                whole[name] = tensor
+        return cls(directory, config, factors, whole)
+
+    def mismatches(self, model: PreTrainedModel) -> list[str]:
+        """One line for every tensor of the adapter that has no place in `model`."""
+        firsts, state = first_names(model), model.state_dict()
+        tied = [first for name, first in firsts.items() if name != first]
+        lines = []
+        for name in sorted({*self.factors, *self.whole}):
+            if name not in state:
+                lines.append(f"{name}: in the adapter only")
+            elif name in tied or firsts[name] != name:
+                lines.append(f"{name}: tied in the model, adapted alone")
+            elif name in self.whole and self.whole[name].shape != state[name].shape:
+                shapes = list(state[name].shape), list(self.whole[name].shape)
+                lines.append(f"{name}: {shapes[0]} in the instruct end, {shapes[1]} in the adapter")
+            elif name in self.factors and len(self.factors[name]) != 2:
+                lines.append(f"{name}: the adapter has only one of its factors")
+            elif name in self.factors:
+                low = self._low_rank(name)
+                shape = [low.up.shape[0], low.down.shape[1]]
+                if sorted(shape) != sorted(state[name].shape) or low.up.shape[1] != low.down.shape[0]:
+                    lines.append(f"{name}: {list(state[name].shape)} in the instruct end, {shape} in the adapter")
+        return lines
+
+    def tensors(self) -> Iterator[tuple[str, Tensor | LowRank]]:
+        """What differs from the base: whole tensors, and differences of low rank, by the parameter's name."""
+        yield from self.whole.items()
+        for name in self.factors:
+            yield name, self._low_rank(name)
+
+    def _low_rank(self, name: str) -> LowRank:
+        """A [R, K] and B [N, R], scaled; for an embedding [V, D], A is [R, V] and B [D, R]: the parts change places."""
+        factors = self.factors[name]
+        if "embedding_A" in factors:
+            down, up = factors["embedding_B"].t(), factors["embedding_A"].t()
+        else:
+            down, up = factors["A"], factors["B"]
+        module, rank = name.removesuffix(".weight"), down.shape[0]
+        patterns = self.config.get("alpha_pattern") or {}
+        matching = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+        alpha = next(matching, self.config["lora_alpha"])
+        return LowRank(down, up * (alpha / (rank**0.5 if self.config.get("use_rslora") else rank)))

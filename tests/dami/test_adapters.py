@@ -1,0 +1,107 @@
+"""A LoRA adapter as the λ=1 end, against PEFT itself."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import dami
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from tests.dami.families import batch, pair
+from tests.dami.test_checkpoints import save
+
+peft = pytest.importorskip("peft")
+
+
+def adapted(family: str, path: Path, **config: Any) -> tuple[Path, Path, PreTrainedModel]:
+    """Directories of a tiny model and of an adapter on it, and PEFT's model of both."""
+    base = pair(family)[0]
+    save(base, path / "base")
+    torch.manual_seed(2)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=6, init_lora_weights=False, **config))
+    model.save_pretrained(path / "adapter")
+    return path / "base", path / "adapter", model.eval()
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("llama", {"target_modules": ["q_proj", "down_proj"]}),
+    "rank stabilised": ("qwen3", {"target_modules": ["v_proj"], "use_rslora": True}),
+    "patterns": (
+        "llama",
+        {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 5}, "alpha_pattern": {"up_proj": 20}},
+    ),
+    "embedding": ("llama", {"target_modules": ["embed_tokens", "lm_head"]}),
+    "whole modules": ("llama", {"target_modules": ["k_proj"], "modules_to_save": ["lm_head"]}),
+    "transposed": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+}
+
+
+@pytest.mark.parametrize("format", ["lowrank", "pair"])
+@pytest.mark.parametrize("case", CASES)
+def test_ends_are_the_model_without_and_with_the_adapter(case: str, format: str, tmp_path: Path) -> None:
+    family, config = CASES[case]
+    base, adapter, model = adapted(family, tmp_path, **config)
+    patched, _ = dami.load_pair(base, adapter, format=format)
+    inputs = batch(family)
+    with torch.inference_mode():
+        with_adapter = model(**inputs).logits
+        with model.disable_adapter():
+            without = model(**inputs).logits
+        for lam, expected in ((0.0, without), (1.0, with_adapter)):
+            with dami.intensity(patched, lam):
+                torch.testing.assert_close(patched(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+    formats = {row.format for row in dami.describe(patched).rows} - {None}
+    assert format in formats
+
+
+def test_lam_scales_the_adapter(tmp_path: Path) -> None:
+    base, adapter, model = adapted("llama", tmp_path, target_modules=["q_proj"])
+    patched, _ = dami.load_pair(base, adapter, format="lowrank")
+    for module in model.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling = {name: 0.4 * value for name, value in module.scaling.items()}
+    inputs = batch("llama")
+    with torch.inference_mode(), dami.intensity(patched, 0.4):
+        torch.testing.assert_close(patched(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_no_plain_lora_is_refused(tmp_path: Path) -> None:
+    base, adapter, _ = adapted("llama", tmp_path, target_modules=["q_proj"], use_dora=True)
+    with pytest.raises(ValueError, match=r"must be a plain LoRA, got use_dora=True"):
+        dami.load_pair(base, adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_dora": False, "peft_type": "IA3"}))
+    with pytest.raises(ValueError, match=r"must be a plain LoRA, got peft_type='IA3'"):
+        dami.load_pair(base, adapter)
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    base, adapter, _ = adapted("llama", tmp_path, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    layer = "base_model.model.model.layers.0.self_attn"
+    tensors[f"{layer}.k_proj.lora_B.weight"] = torch.zeros(7, 3)
+    del tensors[f"{layer}.v_proj.lora_A.weight"]
+    tensors["base_model.model.model.norms.weight"] = torch.zeros(7)
+    tensors["base_model.model.model.norm.weight"] = torch.zeros(7)
+    save_file(tensors, file)
+    expected = [
+        "model.layers.0.self_attn.k_proj.weight: [12, 24] in the instruct end, [7, 24] in the adapter",
+        "model.layers.0.self_attn.v_proj.weight: the adapter has only one of its factors",
+        "model.norm.weight: [24] in the instruct end, [7] in the adapter",
+        "model.norms.weight: in the adapter only",
+    ]
+    with pytest.raises(ValueError, match=re.escape("\n  ".join(["do not match:", *expected]))):
+        dami.load_pair(base, adapter)
+
+
+def test_a_tied_weight_cannot_be_adapted_alone(tmp_path: Path) -> None:
+    base, adapter, _ = adapted("qwen3", tmp_path, target_modules=["embed_tokens"])
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight: tied in the model, adapted alone"):
+        dami.load_pair(base, adapter)
