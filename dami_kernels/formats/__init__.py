@@ -2,7 +2,7 @@
 
 A format is a module with two functions and one constant, and nothing else needs to know about it:
 
-    TENSORS: tuple[str, ...]                  # what to call each stored tensor, as a parameter suffix; the first is ""
+    TENSORS: tuple[str, ...]                  # a suffix for each stored tensor's name; "" for a base left as it is
     pack(base, target) -> tuple[Tensor, ...]  # the tensors to store, in TENSORS' order, from two float ones [..., N, K]
     unpack(*tensors, columns, rows=...)       # base and target again: as they are stored, or in float32
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from dami_kernels.formats import ALL, Rows
 from dami_kernels.quantize import dequantize, pack_in_blocks, pack_nibbles, quantize, unpack_nibbles
 
-TENSORS = ("", "_scale", "_delta", "_delta_scale")
+TENSORS = ("_base", "_base_scale", "_delta", "_delta_scale")
 
 
 def pack(base: Tensor, target: Tensor) -> tuple[Tensor, ...]:

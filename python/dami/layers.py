@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -26,12 +26,10 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a patched module keeps both ends of a parameter: the names of its tensors, and what `LerpWeight` wants."""
+    """In which format a patched module keeps both ends of a parameter, and the names of its tensors."""
 
-    names: tuple[str, ...]
     format: str
-    shape: torch.Size
-    dtype: torch.dtype
+    names: tuple[str, ...]
 
 
 @dataclass(eq=False)
@@ -55,6 +53,14 @@ class Lerp:
     stored: dict[str, Stored] = field(default_factory=dict)
 
 
+def placeholder(like: Tensor, shape: torch.Size) -> Tensor:
+    """A tensor of a shape, and of the dtype and device of `like`, that takes the memory of one number: NaN.
+
+    It stands where a format does not keep the base as it was, for all who ask a parameter what it is.
+    """
+    return like.new_full((), float("nan")).expand(shape)
+
+
 class LerpModule(nn.Module):
     """What all patched modules share. A subclass is a kind: which modules it patches, and their forward."""
 
@@ -74,12 +80,10 @@ class LerpModule(nn.Module):
 
     def ends(self, name: str) -> LerpWeight:
         """Both ends of a parameter as the operators take them; one tensor stands for both where they are identical."""
-        stored = self.lerp.stored.get(name)
-        if stored is None:
-            end = self.as_operand(getattr(self, name))
-            return LerpWeight((end, end), "pair", end.shape, end.dtype)
+        stored = self.lerp.stored.get(name, Stored("pair", (name, name)))
+        parameter = self.as_operand(getattr(self, name))
         tensors = tuple(self.as_operand(getattr(self, tensor)) for tensor in stored.names)
-        return LerpWeight(tensors, stored.format, stored.shape, stored.dtype)
+        return LerpWeight(tensors, stored.format, parameter.shape, parameter.dtype)
 
     def bias_ends(self) -> LerpWeight | None:
         return None if self.bias is None else self.ends("bias")
@@ -106,18 +110,18 @@ class LerpModule(nn.Module):
         return x, {"lam": lam, "rows_per_lam": x.shape[: x.dim() - features].numel() // lam.shape[0]}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """As any module's, for `.to()` and its like; but the scales of a quantised format keep their dtype."""
+        """As any module's, for `.to()` and its like; but scales keep their dtype, and placeholders take no memory."""
+        scales = {id(parameter) for name, parameter in self._parameters.items() if name.endswith("_scale")}
         stored = self.lerp.stored
-        scales = {id(getattr(self, name)) for one in stored.values() for name in one.names if name.endswith("_scale")}
+        placeholders = {id(getattr(self, name)) for name in stored if name not in stored[name].names}
 
         def move(tensor: Tensor) -> Tensor:
+            if id(tensor) in placeholders:
+                return placeholder(fn(tensor.new_empty(())), tensor.shape)
             moved = fn(tensor)
             return tensor.to(moved.device) if id(tensor) in scales else moved
 
-        super()._apply(move, recurse)
-        for name, one in stored.items():
-            self.lerp.stored[name] = replace(one, dtype=fn(torch.empty(0, dtype=one.dtype)).dtype)
-        return self
+        return super()._apply(move, recurse)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (_kind_of(type(self)), self.lerp.original), self.__dict__

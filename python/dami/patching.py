@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dami.dial import Dial, patch_of
-from dami.layers import PARAMETERS, Lerp, LerpModule, Stored, kind_of, patched_class, reclass
+from dami.layers import (
+    PARAMETERS,
+    Lerp,
+    LerpModule,
+    Stored,
+    is_placeholder,
+    kind_of,
+    patched_class,
+    placeholder,
+    reclass,
+)
 from dami.model import Patch, patched_model_class
 from dami_kernels import LerpWeight, formats
 
@@ -83,12 +93,12 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
             lerp = module.lerp
             for name, stored in lerp.stored.items():
                 parameter = module.get_parameter(name)
-                if parameter.dtype != stored.dtype:  # its format had replaced it; a tied one is back already
-                    parameter.data = module.as_operand(module.ends(name).unpack()[0].to(stored.dtype))
+                if is_placeholder(parameter):  # a tied one may be back already
+                    parameter.data = module.as_operand(module.ends(name).unpack()[0].to(parameter.dtype))
                 parameter.data = parameter.data.contiguous()
-            for stored in lerp.stored.values():
-                for added in stored.names[1:]:
-                    delattr(module, added)
+                for added in stored.names:
+                    if added != name:
+                        delattr(module, added)
             del module.lerp
             reclass(module, lerp.original)
     for parameter in patch.trainable:
@@ -183,18 +193,23 @@ class Packed:
 
     Attributes:
         weight: the operand.
-        base: its first tensor, which takes the parameter's place.
-        beside: the others, which become parameters beside it; one tied to another shares them.
+        base: what takes the parameter's place: the base, or a placeholder where the format does not keep it.
+        beside: what becomes parameters beside it, by suffix; one tied to another shares them.
     """
 
     weight: LerpWeight
     base: Tensor
-    beside: tuple[nn.Parameter, ...]
+    beside: dict[str, nn.Parameter]
 
     @classmethod
     def of(cls, weight: LerpWeight, kind: type[LerpModule]) -> Packed:
-        base, *beside = (kind.as_operand(tensor) for tensor in weight.tensors)
-        return cls(weight, base, tuple(nn.Parameter(tensor, requires_grad=False) for tensor in beside))
+        tensors = dict(zip(formats.get(weight.format).TENSORS, map(kind.as_operand, weight.tensors), strict=True))
+        base = tensors.pop("", None)
+        if base is None:
+            shape = kind.as_operand(torch.empty(weight.shape, device="meta")).shape
+            base = placeholder(torch.empty(0, dtype=weight.dtype, device=weight.device), shape)
+        beside = {suffix: nn.Parameter(tensor, requires_grad=False) for suffix, tensor in tensors.items()}
+        return cls(weight, base, beside)
 
 
 def _patch_module(module: nn.Module, kind: type[LerpModule], lerp: Lerp, differing: Mapping[str, Packed]) -> None:
@@ -202,11 +217,10 @@ def _patch_module(module: nn.Module, kind: type[LerpModule], lerp: Lerp, differi
     reclass(module, patched_class(kind, lerp.original)).lerp = lerp  # type: ignore[arg-type]
     for name, packed in differing.items():
         module.get_parameter(name).data = packed.base
-        weight = packed.weight
-        names = tuple(name + suffix for suffix in formats.get(weight.format).TENSORS)
-        for added, parameter in zip(names[1:], packed.beside, strict=True):
-            module.register_parameter(added, parameter)
-        lerp.stored[name] = Stored(names, weight.format, weight.shape, weight.dtype)
+        for suffix, parameter in packed.beside.items():
+            module.register_parameter(name + suffix, parameter)
+        format = packed.weight.format
+        lerp.stored[name] = Stored(format, tuple(name + suffix for suffix in formats.get(format).TENSORS))
 
 
 def first_names(model: PreTrainedModel) -> dict[str, str]:
@@ -286,7 +300,7 @@ class ParameterRow:
         name: its qualified name.
         kind: of the module it belongs to: "linear", "conv1d", "embedding", "rms_norm", "layer_norm", or the class name
             of a module that is not patched.
-        shape: of either end, as the operator takes it.
+        shape: of either end.
         dtype: of either end, as the operator takes it.
         format: how its ends are stored, None where they are identical.
         nbytes: bytes of all that is stored for it; 0 where it is tied.
@@ -347,19 +361,18 @@ def describe(model: PreTrainedModel) -> Description:
     tied: list[ParameterRow] = []
     for prefix, module in model.named_modules(remove_duplicate=False):
         lerp = module.lerp if isinstance(module, LerpModule) else None
-        added = {name for stored in lerp.stored.values() for name in stored.names[1:]} if lerp else set()
+        added = {name for own, stored in lerp.stored.items() for name in stored.names if name != own} if lerp else set()
         for name, parameter in module._parameters.items():
             if parameter is None or name in added:
                 continue
             stored = lerp.stored.get(name) if lerp else None
             names = stored.names if stored else (name,)
-            shape, dtype = (stored.shape, stored.dtype) if stored else (parameter.shape, parameter.dtype)
             first = rows.get(id(parameter))
             row = ParameterRow(
                 name=f"{prefix}.{name}" if prefix else name,
                 kind=module.kind if isinstance(module, LerpModule) else type(module).__name__,
-                shape=tuple(shape),
-                dtype=str(dtype).removeprefix("torch."),
+                shape=tuple(parameter.shape),
+                dtype=str(parameter.dtype).removeprefix("torch."),
                 format=stored.format if stored else None,
                 nbytes=0 if first else sum(module.get_parameter(tensor).nbytes for tensor in names),
                 tied_to=first.name if first else None,

@@ -48,7 +48,7 @@ def test_ends_are_the_model_without_and_with_the_adapter(case: str, format: str,
     family, config = CASES[case]
     base, adapter, model = adapted(family, tmp_path, **config)
     patched, _ = dami.load_pair(base, adapter, format=format)
-    inputs = batch(family)
+    inputs = batch("left")
     with torch.inference_mode():
         with_adapter = model(**inputs).logits
         with model.disable_adapter():
@@ -66,7 +66,7 @@ def test_lam_scales_the_adapter(tmp_path: Path) -> None:
     for module in model.modules():
         if isinstance(getattr(module, "scaling", None), dict):
             module.scaling = {name: 0.4 * value for name, value in module.scaling.items()}
-    inputs = batch("llama")
+    inputs = batch("left")
     with torch.inference_mode(), dami.intensity(patched, 0.4):
         torch.testing.assert_close(patched(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-5)
 
