@@ -17,7 +17,6 @@ from dami.layers import (
     Lerp,
     LerpModule,
     Stored,
-    is_placeholder,
     kind_of,
     patched_class,
     placeholder,
@@ -93,7 +92,7 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
             lerp = module.lerp
             for name, stored in lerp.stored.items():
                 parameter = module.get_parameter(name)
-                if is_placeholder(parameter):  # a tied one may be back already
+                if name not in stored.names:
                     parameter.data = module.as_operand(module.ends(name).unpack()[0].to(parameter.dtype))
                 parameter.data = parameter.data.contiguous()
                 for added in stored.names:

@@ -79,6 +79,7 @@ def test_a_base_that_is_not_kept_leaves_a_placeholder() -> None:
         assert (weight.shape, weight.dtype) == ((101, 24), kept.dtype)
         assert weight.isnan().all()
     assert model.lm_head.weight.untyped_storage().nbytes() <= 4
+    assert dami.unpatch_model(copy.deepcopy(model)).lm_head.weight.isfinite().all()
 
 
 @every_format
