@@ -158,7 +158,6 @@ def test_embedding(wrong: dict[str, Any], kind: type, message: str) -> None:
         lerp_embedding(**{"ids": IDS, "weight": W, "lam": LAM, **wrong})
 
 
-@pytest.mark.filterwarnings("ignore:dami")  # until there is a CPU kernel
 @pytest.mark.parametrize(("wrong", "kind", "message"), EXPERTS)
 def test_experts(wrong: dict[str, Any], kind: type, message: str) -> None:
     good = {"x": torch.zeros(6, 8), "weight": zeros(3, 4, 8), "lam": LAM, "expert_offsets": OFFSETS}

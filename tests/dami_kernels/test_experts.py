@@ -14,8 +14,6 @@ from torch import Tensor
 from dami_kernels import LerpWeight, lerp_experts, lerp_linear, reference
 from tests.tolerance import assert_as_accurate
 
-pytestmark = pytest.mark.filterwarnings("ignore:dami")  # until there is a CPU kernel
-
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = ["pair", "int8", "int4", "w8d4"]  # lowrank holds matrices only
 E, N, K = 5, 45, 67
@@ -186,6 +184,7 @@ def test_an_expert_without_rows_is_not_read() -> None:
     assert torch.equal(lerp_experts(x, weight, lam, offsets), expected)
 
 
+@pytest.mark.filterwarnings("ignore:dami. a weight is copied")  # on the CPU, and said so
 @every_dtype
 def test_nothing_need_be_contiguous(dtype: torch.dtype) -> None:
     """Rows of x with gaps, every second offset, and a weight that is stored as [E, K, N]."""

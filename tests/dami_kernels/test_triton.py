@@ -14,11 +14,19 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
-def test_numbers_in_the_interpreter() -> None:
+@pytest.mark.parametrize(
+    "files",
+    [
+        "test_ops.py test_triton_numbers.py",
+        "test_triton_experts.py",
+        pytest.param("test_experts.py", marks=pytest.mark.slow),
+    ],
+)
+def test_numbers_in_the_interpreter(files: str) -> None:
     """In a process of its own, because the interpreter takes the place of `triton.jit`."""
     command = [sys.executable, "-m", "pytest", "-p", "tests.dami_kernels.triton_interpreter", "-p", "no:cacheprovider"]
-    files = [str(HERE / "test_ops.py"), str(HERE / "test_triton_numbers.py")]
+    paths = [str(HERE / name) for name in files.split()]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run(command + files, cwd=HERE.parents[1], env=environment, capture_output=True, text=True)
+    run = subprocess.run(command + paths, cwd=HERE.parents[1], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "skipped" not in run.stdout

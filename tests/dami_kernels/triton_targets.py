@@ -108,7 +108,8 @@ def compiling_for(arch: str) -> Iterator[list[Compiled]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", run)
-        patch.setattr("dami_kernels.triton.linear.device_of", lambda device: DEVICES[arch])
+        for module in ("linear", "experts"):
+            patch.setattr(f"dami_kernels.triton.{module}.device_of", lambda device: DEVICES[arch])
         driver.set_active(_Driver(TARGETS[arch]))
         try:
             yield launched

@@ -1,0 +1,142 @@
+"""`lerp_experts`: the tiles of `lerp_linear`, each with the weight of the expert that its rows belong to.
+
+The host does not know how many rows each expert has. It launches as many programs as the most unfavourable offsets ask
+for, and each finds its expert on the device.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dami_kernels.triton.host import cdiv, check_format, on_device_of, with_rows_in_one_piece
+from dami_kernels.triton.linear import _sum_splits_kernel, linear_tile
+from dami_kernels.tuning import device_of, experts_config
+
+
+@triton.jit
+def _tile_of_expert(offsets, tile, M, E, BLOCK_M: tl.constexpr, SEGMENTS: tl.constexpr):
+    """Of all tiles of all experts, one after the other, the given one: its expert, its first row, and where rows end.
+
+    Rows after the last expert's are expert E's. Beyond the last tile the expert is SEGMENTS, which is greater than E.
+    """
+    expert = tl.arange(0, SEGMENTS)
+    begin = tl.load(offsets + expert - 1, mask=(expert > 0) & (expert <= E), other=0)
+    end = tl.load(offsets + expert, mask=expert < E, other=M)
+    tiles = tl.where(expert <= E, tl.cdiv(end - begin, BLOCK_M), 0)
+    end_tile = tl.cumsum(tiles, 0)
+    found = tl.sum((end_tile <= tile).to(tl.int32))
+    row = begin + (tile - (end_tile - tiles)) * BLOCK_M
+    return found, tl.sum(tl.where(expert == found, row, 0)), tl.sum(tl.where(expert == found, end, 0))
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_lam"])
+def _lerp_experts_kernel(
+    x,
+    weights,
+    biases,
+    lam,
+    row_to_lam,
+    offsets,
+    out,
+    M,
+    E,
+    N,
+    K,
+    steps_per_split,
+    rows_per_lam,
+    stride_x,
+    strides,
+    SEGMENTS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    USE_BLEND: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of one split's share of y, into out [splits, M, N].
+
+    `weights` and `biases` are pairs (tensor, stride from one expert to the next), `strides` those within an expert.
+    """
+    pid, split = tl.program_id(0), tl.program_id(1)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    # Programs that run at the same time share the weights of an expert, and the rows of eight tiles, in the L2 cache.
+    tile_m, tile_n = tl.swizzle2d(pid // tiles_n, pid % tiles_n, tl.num_programs(0) // tiles_n, tiles_n, 8)
+    expert, row, end = _tile_of_expert(offsets, tile_m, M, E, BLOCK_M, SEGMENTS)
+    out += split.to(tl.int64) * M * N
+    if expert < E:
+        weight = [part[0] + expert.to(tl.int64) * part[1] for part in weights]
+        bias = None if biases is None else [part[0] + expert.to(tl.int64) * part[1] for part in biases]
+        begin = split * steps_per_split
+        tile = (row, end, tile_n * BLOCK_N, N, K, begin, min(begin + steps_per_split, tl.cdiv(K, BLOCK_K)))
+        linear_tile(
+            x, stride_x, weight, strides, bias, lam, row_to_lam, rows_per_lam, out, tile,
+            FORMAT, EVEN_K, USE_BLEND, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    elif expert == E:
+        rows = row + tl.arange(0, BLOCK_M)[:, None]
+        features = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        nothing = tl.zeros((BLOCK_M, BLOCK_N), out.dtype.element_ty)
+        tl.store(out + rows.to(tl.int64) * N + features, nothing, mask=(rows < end) & (features < N))
+
+
+def lerp_experts(
+    x: Tensor,
+    weight: list[Tensor],
+    bias: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    offsets: Tensor,
+    format: str,
+    invariant: bool,
+) -> Tensor:
+    check_format(format)
+    M, K = x.shape
+    E, N = weight[0].shape[:2]
+    y = x.new_empty(M, N)
+    if y.numel() == 0:
+        return y
+    config = experts_config(M, E, N, K, x.dtype, format, device_of(x.device), invariant)
+    x = with_rows_in_one_piece(x)
+    parts = y if config.split_k == 1 else x.new_empty(config.split_k, M, N, dtype=torch.float32)
+    with on_device_of(x):
+        _lerp_experts_kernel[row_tiles(M, E, config.block_m) * cdiv(N, config.block_n), config.split_k](
+            x,
+            tuple((tensor, tensor.stride(0)) for tensor in weight),
+            tuple((end.contiguous(), N) for end in bias) if bias else None,
+            lam,
+            row_to_lam,
+            offsets,
+            parts,
+            M,
+            E,
+            N,
+            K,
+            cdiv(K, config.block_k * config.split_k),
+            rows_per_lam,
+            x.stride(0),
+            tuple(tensor.stride()[1:] for tensor in weight),
+            SEGMENTS=1 << E.bit_length(),
+            FORMAT=format,
+            EVEN_K=K % config.block_k == 0,
+            USE_BLEND=config.use_blend,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        if config.split_k > 1:
+            _sum_splits_kernel[cdiv(y.numel(), 256),](parts, y, y.numel(), SPLIT_K=config.split_k, BLOCK=256)
+    return y
+
+
+def row_tiles(rows: int, experts: int, block_m: int) -> int:
+    """The most tiles that any offsets make of the rows: of each expert, and what is left, one tile may hold one row."""
+    return (rows + min(experts + 1, rows) * (block_m - 1)) // block_m

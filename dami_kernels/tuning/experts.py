@@ -1,0 +1,29 @@
+"""How `lerp_experts` is cut into programs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+
+from dami_kernels.tuning.device import Device
+from dami_kernels.tuning.linear import LinearConfig, linear_config
+
+
+@lru_cache(1 << 14)
+def experts_config(
+    rows: int, E: int, N: int, K: int, dtype: torch.dtype, format: str, device: Device, invariant: bool
+) -> LinearConfig:
+    """Launch parameters for x [rows, K] and weights [E, N, K], of which the host does not know the offsets.
+
+    Rows are taken to be spread over the experts. Then there are as many programs as for one weight with the features of
+    all of them, and with the rows of one: twice its share, for routers are uneven, and an expert that needs a second
+    tile reads its weight again.
+
+    If invariant, a function of all but the rows, without what the λ of other rows decide.
+    """
+    if invariant:
+        return replace(linear_config(64, E * N, K, dtype, format, device), use_blend=False, split_k=1)
+    active = min(E, rows)
+    return linear_config(min(rows, -(-2 * rows // active)), active * N, K, dtype, format, device)
