@@ -45,13 +45,17 @@ def main() -> None:
     torch.manual_seed(0)
     about = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=RESULTS, capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "commit": git_commit(),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
     }
     store([about | row for row in weight_errors()], options.results / "formats.csv")
     store([about | row for row in quality(options.questions)], options.results / "format_quality.csv")
+
+
+def git_commit() -> str:
+    """What was measured; "-dirty" if it has been changed since."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=RESULTS, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def store(rows: list[dict], path: Path) -> None:

@@ -216,12 +216,12 @@ class Checkpoint:
         return headers
 
     def tensors(self, names: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
-        """The stored tensors on the CPU, one at a time, each under its name in the model."""
+        """The stored tensors on the CPU, views of their files, one at a time, each under its name in the model."""
         with logging.tqdm(total=len(names), desc=f"Reading {self.directory.name}") as bar:
             for file in self.files():
                 with safe_open(file, framework="pt") as tensors:
                     for name in names.keys() & set(tensors.keys()):
-                        yield names[name], tensors.get_tensor(name).clone()  # not a view of a file that may change
+                        yield names[name], tensors.get_tensor(name)
                         bar.update()
 
 

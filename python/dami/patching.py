@@ -124,7 +124,8 @@ def interpolate(
         model: the instruct end.
         thinking: names and tensors of the thinking end. Those identical to the model's own are dropped at once.
         format: as in `patch_model`.
-        owned: whether nobody needs the model if this fails: a base that its format replaces is then let go at once.
+        owned: whether the tensors come from files and nobody needs the model if this fails. Then a target that is kept
+            as it is is copied, and a base that its format replaces is let go at once.
     """
     formats.get(format)
     state = model.state_dict(keep_vars=True)
@@ -154,8 +155,10 @@ def interpolate(
             if isinstance(tensor, LowRank):
                 weight = _adapted(base_end, tensor, format)
             else:
-                target_end = covered.as_operand(target).contiguous()
-                weight = LerpWeight.pack(base_end, target_end, format if base.dim() > 1 else "pair")
+                chosen = format if base.dim() > 1 else "pair"
+                if owned and chosen == "pair":
+                    target = target.clone()  # not a view of a file that may change
+                weight = LerpWeight.pack(base_end, covered.as_operand(target).contiguous(), chosen)
             packed[id(base)] = Packed.of(weight, covered)
             if owned:
                 base.requires_grad_(False).data = packed[id(base)].base
