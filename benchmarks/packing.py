@@ -1,8 +1,8 @@
 """Time and memory that loading and packing a pair takes: python benchmarks/packing.py --layers 36 (Qwen3-4B's shapes).
 
 The checkpoints are random and written to a temporary folder first. Memory is what the process has of its own at the
-peak, beyond what it has at the end. Pages of files are not counted: transformers maps the base's file instead of reading
-it, and the system takes such pages back when it needs them.
+peak, beyond what it has at the end. Pages of files are not counted: transformers maps the base's file instead of
+reading it, and the system takes such pages back when it needs them.
 """
 
 from __future__ import annotations
