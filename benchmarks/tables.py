@@ -1,33 +1,45 @@
-"""Writes the tables of README.md from results/*.csv, between `<!-- table: NAME -->` and `<!-- end -->`.
+"""Writes the tables of the README and the docs from results/*.csv, between `<!-- table: NAME -->` and `<!-- end -->`.
 
-python benchmarks/tables.py
+python -m benchmarks.tables
 """
 
 from __future__ import annotations
 
-import csv
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from dami.demo import wilson
+from benchmarks.lams import KINDS
+from benchmarks.linear import BLEND, COPIES, MERGED, MERGED_FLOAT32, OURS, TWO
+from benchmarks.record import RESULTS, latest, load
 
-HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
-OURS = "lerp_linear"
-SHOWN = {  # methods by the λ of the batch
-    "mixed": (OURS, "a merged copy per λ", "two F.linear + lerp", "F.linear, one merged, fp32"),
-    "one": (OURS, "blend + F.linear"),
-    "zero": (OURS,),
-}
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FORMATS = ("pair", "int8", "int4", "w8d4", "lowrank")
+NOT_MEASURED = "Not measured yet."
+Row = dict[str, str]
 
 
-def newest(path: Path, **wanted: str) -> list[dict[str, str]]:
+def newest(path: Path, **wanted: str) -> list[Row]:
     """Lines of a results file's newest run among those with the wanted values."""
-    with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if all(row[key] == value for key, value in wanted.items())]
+    rows = load(path, **wanted)
     date = max(row["date"] for row in rows)
     return [row for row in rows if row["date"] == date]
+
+
+def measured(file: str, is_wanted: Callable[[Row], bool], **wanted: str) -> list[Row]:
+    """Rows of the device measured last, among those wanted."""
+    rows = [row for row in load(RESULTS / file, **wanted) if is_wanted(row)]
+    device = max(rows, key=lambda row: row["date"])["device"] if rows else None
+    return [row for row in rows if row["device"] == device]
+
+
+def is_gpu(row: Row) -> bool:
+    return row["isa"].startswith(("sm_", "gfx"))
+
+
+def is_cpu(row: Row) -> bool:
+    return not is_gpu(row)
 
 
 def markdown(lines: Iterable[Iterable[object]]) -> str:
@@ -35,9 +47,18 @@ def markdown(lines: Iterable[Iterable[object]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *body])
 
 
+def about(rows: list[Row]) -> str:
+    """One line of where the newest of the rows was measured."""
+    row = max(rows, key=lambda row: row["date"])
+    threads = f", {row['threads']} threads" if row["threads"] else f", driver {row['driver']}, {row['clock_mhz']} MHz"
+    return f"{row['device']} ({row['isa']}){threads}, torch {row['torch']}, {row['dtype']}, commit {row['commit']}.\n\n"
+
+
 def pair() -> str:
     """Accuracy and tokens of the shipped pair over λ: easy questions, hard ones, and all."""
-    rows = newest(HERE / "results" / "pair_curve.csv", sampling="temperature 0.8, top_p 0.95")
+    from dami.demo import wilson
+
+    rows = newest(RESULTS / "pair_curve.csv", sampling="temperature 0.8, top_p 0.95")
     lines = [["λ", "accuracy, %", "tokens", "level 1: accuracy, tokens", "level 5: accuracy, tokens"]]
     for lam in sorted({row["intensity"] for row in rows}, key=float):
 
@@ -57,39 +78,106 @@ def pair() -> str:
     return markdown(lines)
 
 
-def linear(isa: str) -> str:
-    """Time of every method as a ratio to F.linear on one merged weight; of lerp_linear also the share of the limit."""
-    rows = newest(HERE / "results" / "linear.csv", isa=isa, dtype="bf16")
-    by = {(row["lam"], row["method"], int(row["m"])): row for row in rows}
-    sizes = sorted({int(row["m"]) for row in rows})
-    unit = "F.linear, one merged"
-
-    def cell(lam: str, method: str, m: int) -> str:
-        row = by[lam, method, m]
-        ratio = f"{float(row['median_ms']) / float(by[lam, unit, m]['median_ms']):.2f}"
-        return f"**{ratio}** ({float(row['limit_ms']) / float(row['median_ms']):.0%})" if method == OURS else ratio
-
-    lines = [["λ", "method", *(f"M={m}" for m in sizes)]]
-    lines.append(
-        ["any", "`F.linear` on one merged weight", *(f"{by['mixed', unit, m]['median_ms'][:-2]} ms" for m in sizes)]
-    )
-    for lam, methods in SHOWN.items():
-        lines += [[lam, method, *(cell(lam, method, m) for m in sizes)] for method in methods]
-    return markdown(lines)
+def cell(rows: dict[tuple[str, ...], Row], key: tuple[str, ...], unit: tuple[str, ...], bold: bool) -> str:
+    """Ratio to the row `unit` and, for ours, the share of the limit in brackets."""
+    if key not in rows or unit not in rows:
+        return "–"
+    row, median = rows[key], float(rows[key]["median_ms"])
+    ratio = f"{median / float(rows[unit]['median_ms']):.2f}"
+    return f"**{ratio}** ({float(row['limit_ms']) / median:.0%})" if bold else ratio
 
 
-TABLES = {"pair": pair, "linear avx2": lambda: linear("avx2"), "linear avx512_bf16": lambda: linear("avx512_bf16")}
+def linear(rows: list[Row]) -> str:
+    """One layer: time over that of F.linear on one merged weight, by rows; for ours the share of the limit."""
+    if not rows:
+        return NOT_MEASURED
+    by = latest(rows, "lam", "method", "format", "m")
+    sizes = sorted({row["m"] for row in rows}, key=int)
+    merged = {row["m"]: f"{float(row['median_ms']):.3g} ms" for row in by.values() if row["method"] == MERGED}
+    lines: list[list[str]] = [["weights", "λ", *(f"M={m}" for m in sizes)]]
+    lines.append(["`F.linear` on one merged weight", "one", *(merged.get(m, "–") for m in sizes)])
+
+    def add(kind: str, method: str, format: str = "") -> None:
+        if any(key[:3] == (kind, method, format) for key in by):
+            cells = (cell(by, (kind, method, format, m), (kind, MERGED, "", m), bool(format)) for m in sizes)
+            lines.append([f"`{format}`" if format else method, KINDS[kind], *cells])
+
+    for kind in ("distinct", "uniform", "identical", "zero"):
+        for format in FORMATS:
+            add(kind, OURS, format)
+    for kind, method in (("distinct", COPIES), ("distinct", TWO), ("uniform", BLEND), ("identical", BLEND)):
+        add(kind, method)
+    add("distinct", MERGED_FLOAT32)
+    return about(rows) + markdown(lines)
+
+
+def layers(rows: list[Row]) -> str:
+    """The layers of a model, every row its own λ (many rows: every sequence)."""
+    if not rows:
+        return NOT_MEASURED
+    by = latest(rows, "model", "layer", "m", "method", "format")
+    lines: list[list[str]] = [["layer", "N × K", "M", "merged, ms", *(f"`{format}`" for format in FORMATS), TWO]]
+    for key, row in by.items():
+        if row["method"] == MERGED:
+            ours = (cell(by, (*key[:3], OURS, format), key, True) for format in FORMATS)
+            first = [f"{row['model']} {row['layer']}", f"{row['n']} × {row['k']}", row["m"]]
+            two = cell(by, (*key[:3], TWO, ""), key, False)
+            lines.append([*first, f"{float(row['median_ms']):.3g}", *ours, two])
+    return about(rows) + markdown(lines)
+
+
+def others(rows: list[Row], *keys: str) -> str:
+    """A line for each case of `keys`: milliseconds of every method, and the share of the limit."""
+    if not rows:
+        return NOT_MEASURED
+    by = latest(rows, *keys, "method", "format")
+    lines: list[list[str]] = [[*keys, "method", "ms", "share of the limit"]]
+    lines[0] = ["M" if key == "m" else key for key in lines[0]]
+    for key, row in by.items():
+        median = float(row["median_ms"])
+        method = f"{row['method']} `{row['format']}`" if row["format"] else row["method"]
+        lines.append([*key[: len(keys)], method, f"{median:.3g}", f"{float(row['limit_ms']) / median:.0%}"])
+    return about(rows) + markdown(lines)
+
+
+def square(isa: str) -> str:
+    return linear(measured("linear.csv", is_cpu, model="square", dtype="bf16", isa=isa))
+
+
+def four_b(kind: str, is_wanted: Callable[[Row], bool]) -> list[Row]:
+    return measured("linear.csv", is_wanted, model="Qwen3-4B", dtype="bf16", lam=kind)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "pair": pair,
+    "linear avx2": lambda: square("avx2"),
+    "linear avx512_bf16": lambda: square("avx512_bf16"),
+    "layers cpu": lambda: layers(four_b("distinct", is_cpu)),
+    "operators cpu": lambda: others(measured("operators.csv", is_cpu), "operator", "shape", "m"),
+    "step cpu": lambda: others(measured("step.csv", is_cpu), "layers", "m"),
+    "linear gpu": lambda: linear(measured("linear.csv", is_gpu, model="Qwen3-4B", layer="gate_up", dtype="bf16")),
+    "layers gpu": lambda: layers(four_b("distinct", is_gpu)),
+    "prefill gpu": lambda: layers([row for row in four_b("uniform", is_gpu) if int(row["m"]) > 1024]),
+    "operators gpu": lambda: others(measured("operators.csv", is_gpu), "operator", "shape", "m"),
+    "step gpu": lambda: others(measured("step.csv", is_gpu), "layers", "m"),
+}
+
+
+def shown(text: str) -> Iterator[str]:
+    """Names of the tables on a page."""
+    return (match[1] for match in re.finditer(r"^<!-- table: (.+?) -->$", text, re.MULTILINE))
 
 
 def filled(text: str) -> str:
-    """`text` with every table made anew."""
+    """A page with every table made anew."""
     return re.sub(
-        r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)",
+        r"^(<!-- table: (.+?) -->\n).*?^(<!-- end -->)$",
         lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}",
         text,
-        flags=re.DOTALL,
+        flags=re.DOTALL | re.MULTILINE,
     )
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text()))
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")

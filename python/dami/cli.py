@@ -261,11 +261,10 @@ def describe(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
-    """Time the operators against plain PyTorch; needs a checkout. Arguments go to benchmarks/linear.py."""
-    script = CHECKOUT / "benchmarks" / "linear.py"
-    if not script.exists():
+    """Time the operators against plain PyTorch; needs a checkout. Arguments go to `python -m benchmarks`."""
+    if not (CHECKOUT / "benchmarks" / "__main__.py").exists():
         raise fail("benchmarks are not part of the installed package: run `make bench` in a checkout of the repository")
-    raise typer.Exit(subprocess.call([sys.executable, str(script), *context.args], cwd=CHECKOUT))
+    raise typer.Exit(subprocess.call([sys.executable, "-m", "benchmarks", *context.args], cwd=CHECKOUT))
 
 
 @app.command()

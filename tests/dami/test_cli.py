@@ -135,9 +135,9 @@ def test_demo_leaves_a_picture_and_numbers(tmp_path: Path) -> None:
     assert len(record["copies"]["texts"]) == len(record["patched"]["texts"]) == 55
 
 
-def test_bench_runs_the_checkouts_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_bench_runs_the_checkouts_benchmarks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "benchmarks").mkdir()
-    script = tmp_path / "benchmarks" / "linear.py"
+    script = tmp_path / "benchmarks" / "__main__.py"
     script.write_text("import pathlib, sys; pathlib.Path('ran').write_text(' '.join(sys.argv[1:])); sys.exit(3)")
     monkeypatch.setattr(cli, "CHECKOUT", tmp_path)
     assert run("bench", "--quick", "-n", "1").exit_code == 3

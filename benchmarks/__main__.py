@@ -1,0 +1,38 @@
+"""The benchmarks: python -m benchmarks [PART] [--isa ISA] …; without a PART, the suite.
+
+parts:
+  linear     lerp_linear in every format against plain PyTorch
+  operators  the embedding, the norms and the experts as a share of the memory's bandwidth
+  step       one decoder step of a whole model
+  suite      all of them, a few minutes (on a GPU: its tests first, at most 8 minutes)
+
+python -m benchmarks PART --help tells what a part can be asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+
+PARTS = ("suite", "linear", "operators", "step")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks", add_help=False)
+    parser.add_argument("part", nargs="?", choices=PARTS, default="suite")
+    parser.add_argument("--isa")
+    options, rest = parser.parse_known_args(argv)
+    if options.part == "suite" and {"-h", "--help"} & {*rest}:
+        print(__doc__)
+        return 0
+    if options.isa:
+        os.environ["DAMI_CPU_ISA"] = options.isa
+    if options.isa == "avx2":  # read when torch is loaded, which is why nothing is imported before
+        os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    return importlib.import_module(f"benchmarks.{options.part}").main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

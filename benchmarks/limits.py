@@ -1,0 +1,44 @@
+"""The least time that a machine allows: bytes over its bandwidth or operations over its peak, whichever is more."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dami_kernels import LerpWeight, formats
+
+
+def bytes_read(weight: LerpWeight, lam: Tensor) -> int:
+    """Bytes of the stored tensors that a product needs at these λ: at the ends one end is enough, if it is stored."""
+    base, rest = 0, 0
+    for suffix, tensor in zip(formats.get(weight.format).TENSORS, weight.tensors, strict=True):
+        if suffix in ("", "_scale"):
+            base += tensor.nbytes
+        else:
+            rest += tensor.nbytes
+    if bool((lam == 0).all()):
+        return base
+    if weight.format == "pair" and bool((lam == 1).all()):
+        return rest
+    return base + rest
+
+
+def operations(weight: LerpWeight, lam: Tensor, rows_per_lam: int) -> int:
+    """Operations of a product with `weight` [N, K] at these λ, a multiply-add being two.
+
+    Rows at an end take one product. Rows that share another λ take two products, or a blend of the weight (two
+    multiply-adds each) and one product, whichever is less. `lowrank` takes a product with each of its tensors.
+    """
+    if weight.format == "lowrank":
+        return 2 * len(lam) * rows_per_lam * sum(tensor.numel() for tensor in weight.tensors)
+    values, counts = lam.unique(return_counts=True)
+    total = 0
+    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+        rows = count * rows_per_lam
+        total += 2 * rows if value in (0, 1) else min(4 * rows, 2 * rows + 4)
+    return total * weight.shape.numel()
+
+
+def activation_bytes(rows: int, n: int, k: int, dtype: torch.dtype) -> int:
+    """x is read and y is written."""
+    return rows * (n + k) * dtype.itemsize

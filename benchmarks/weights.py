@@ -1,0 +1,72 @@
+"""Weights to time: random, as near to each other as published pairs are, and in more copies than the caches hold."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dami_kernels import LerpWeight
+from dami_kernels.formats import names
+
+FORMATS = ["pair", *(name for name in names() if name != "pair")]
+DISTANCE = 0.03  # spread of target − base over that of base; 0.027 for the published pairs
+BLOCK = 1009  # features that are packed; the others repeat them, which is quick. A prime, so that no tile repeats
+RANK = 64  # of target − base in "lowrank", as an adapter has it
+
+
+class Copies:
+    """One random weight, in every format, each in several places of memory.
+
+    Attributes:
+        ends: (base, target) of every copy.
+        weights: the copies of each format; formats that keep the base or the target share the memory of `ends`.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, formats: list[str], count: int
+    ) -> None:
+        rows, *rest = shape
+        block = min(rows, BLOCK if len(shape) == 2 else 11)
+
+        def repeat(part: Tensor) -> Tensor:
+            whole = part.new_empty(rows, *part.shape[1:])
+            for start in range(0, rows, block):
+                whole[start : start + block] = part[: rows - start]
+            return whole
+
+        base = torch.randn(block, *rest, device=device) / rest[-1] ** 0.5
+        target = torch.randn(block, *rest, device=device).mul_(DISTANCE / rest[-1] ** 0.5).add_(base).to(dtype)
+        base = base.to(dtype)
+        self.ends = [(repeat(base), repeat(target)) for _ in range(count)]
+        self.weights: dict[str, list[LerpWeight]] = {}
+        for format in formats:
+            if format == "lowrank":
+                if len(shape) != 2:
+                    continue
+                spread = DISTANCE**0.5 / (RANK * rest[-1]) ** 0.25
+                low = [(spread * torch.randn(*size, device=device)).to(dtype) for size in ((RANK, *rest), (rows, RANK))]
+                stored = [[base, *(tensor.clone() for tensor in low)] for base, _ in self.ends]
+            else:
+                packed = LerpWeight.pack(base, target, format).tensors
+                stored = [[b if t is base else e if t is target else repeat(t) for t in packed] for b, e in self.ends]
+            self.weights[format] = [LerpWeight(tuple(t), format, torch.Size(shape), dtype) for t in stored]
+
+    def merged(self) -> list[Tensor]:
+        """Ordinary weights, which stand for merged ones: a time does not depend on what is in them."""
+        return [end for ends in self.ends for end in ends]
+
+
+def count_of(shape: tuple[int, ...], cold_bytes: int) -> int:
+    """Copies whose smallest format, at 1.6 bytes a weight, takes `cold_bytes`; at least two."""
+    return max(2, -(-cold_bytes // int(1.6 * torch.Size(shape).numel())))
+
+
+def split(weight: LerpWeight, sizes: list[int]) -> list[LerpWeight]:
+    """Parts of a [N, K] weight along N, without a copy: q, k and v of one that holds all three."""
+    n, k = weight.shape
+    parts = [tensor.split(sizes) if tensor.shape[0] == n else [tensor] * len(sizes) for tensor in weight.tensors]
+    return [
+        LerpWeight(tensors, weight.format, torch.Size((size, k)), weight.dtype)
+        for size, *tensors_list in zip(sizes, *parts, strict=True)
+        for tensors in [tuple(tensors_list)]
+    ]

@@ -1,0 +1,122 @@
+"""The parts run: small shapes, a few milliseconds, on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__, linear, measure, operators, shapes, step
+from benchmarks.machine import Cpu
+from benchmarks.record import load
+from benchmarks.weights import FORMATS
+from dami_kernels import lerp_linear, native
+
+pytestmark = [
+    pytest.mark.skipif(native.WHY_NOT is not None, reason="the compiled part is missing"),
+    pytest.mark.filterwarnings("default"),  # the parts turn the warnings that matter into errors themselves
+]
+KERNELS = [format for format in FORMATS if format != "lowrank"]
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "machine", Cpu)
+    monkeypatch.setattr(Cpu, "cold_bytes", 2**18)
+    monkeypatch.setattr(native, "peak_flops", lambda dtype: 1e11)
+    monkeypatch.setitem(shapes.LAYERS, "square", {"3072": (96, 64)})
+    monkeypatch.setattr(operators, "VOCABULARY", (500, 64))
+    monkeypatch.setattr(operators, "EXPERT_LAYERS", {"down": (32, 64)})
+    small = {"HIDDEN": 64, "INNER": 96, "VOCABULARY": 5000, "HEADS": 4, "KEY_HEADS": 2, "HEAD": 32}
+    for name, value in small.items():
+        monkeypatch.setattr(step, name, value)
+
+
+def run(part: str, tmp_path: Path, *arguments: str) -> tuple[int, list[dict[str, str]]]:
+    code = __main__.main([part, "--results", str(tmp_path), "--seconds", "0.01", *arguments])
+    return code, load(tmp_path / f"{part}.csv")
+
+
+def test_linear(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, rows = run("linear", tmp_path, "-m", "3", "--lams", "distinct", "zero")
+    assert code == 0
+    assert [row["format"] for row in rows if row["lam"] == "zero" and row["method"] == linear.OURS] == FORMATS
+    rivals = {linear.MERGED, linear.TWO, linear.BLEND, linear.COPIES, linear.MERGED_FLOAT32}
+    assert {row["method"] for row in rows} == {linear.OURS, *rivals}
+    for row in rows:
+        assert 0 < float(row["p10_ms"]) <= float(row["median_ms"]) <= float(row["p90_ms"])
+        assert float(row["limit_ms"]) > 0
+        assert (row["model"], row["n"], row["k"], row["m"], row["dtype"]) == ("square", "96", "64", "3", "bf16")
+    assert "of the limit" in capsys.readouterr().out
+
+
+def test_many_lams_are_not_asked_of_what_launches_each(tmp_path: Path) -> None:
+    _, rows = run("linear", tmp_path, "-m", "65", "--lams", "distinct", "--formats", "pair")
+    assert not {linear.BLEND, linear.COPIES} & {row["method"] for row in rows}
+
+
+def test_the_head_sees_few_rows() -> None:
+    options = measure.parser("linear", None).parse_args([])
+    options.models, options.layers, options.rows, options.lams = ["Qwen3-4B"], ["lm_head", "o"], [16, 4096], ["zero"]
+    assert [(case.layer, case.rows) for case in linear.cases(options)] == [("o", 16), ("o", 4096), ("lm_head", 16)]
+
+
+def test_a_wrong_result_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def bad(x: torch.Tensor, weight: object, *rest: object, **more: object) -> torch.Tensor:
+        return lerp_linear(x, weight, *rest, **more) * (1.01 if weight.format == "int4" else 1)  # type: ignore
+
+    monkeypatch.setattr(linear, "lerp_linear", bad)
+    code, rows = run("linear", tmp_path, "-m", "3", "--lams", "distinct")
+    assert code == 1
+    assert "int4" not in {row["format"] for row in rows}
+    assert "int8" in {row["format"] for row in rows}
+    assert "REFUSED: lerp_linear int4: error" in capsys.readouterr().out
+
+
+def test_a_format_without_a_kernel_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none(*_: object) -> None:
+        raise NotImplementedError("no kernel today")
+
+    monkeypatch.setattr(native, "lerp_linear", none)
+    code, rows = run("linear", tmp_path, "-m", "3", "--lams", "distinct", "zero")
+    assert code == 0
+    assert {row["format"] for row in rows} == {"", "lowrank"}
+    assert capsys.readouterr().out.count("int8: dami: dami::lerp_linear runs as plain torch") == 1  # asked but once
+
+
+def test_checking_alone_times_nothing(tmp_path: Path) -> None:
+    assert run("linear", tmp_path, "--check-only", "-m", "2") == (0, [])
+
+
+def test_operators(tmp_path: Path) -> None:
+    code, rows = run("operators", tmp_path, "-m", "2")
+    assert code == 0
+    found = {(row["operator"], row["format"]) for row in rows if row["format"]}
+    assert found == {("rms_norm", "pair"), ("layer_norm", "pair")} | {
+        (operator, format) for operator in ("embedding", "experts") for format in KERNELS
+    }
+    experts = {row["format"]: int(row["moved_bytes"]) for row in rows if row["operator"] == "experts"}
+    assert experts["pair"] > experts["int8"] > experts["int4"] > experts["w8d4"]
+
+
+def test_rows_of_a_routing_are_sorted_by_expert() -> None:
+    offsets, token = operators.routing(5, torch.device("cpu"))
+    assert offsets.shape == (128,)
+    assert offsets[-1] == len(token) == 40
+    assert bool((offsets.diff() >= 0).all())
+    assert token.bincount().tolist() == [8] * 5
+
+
+def test_step(tmp_path: Path) -> None:
+    code, rows = run("step", tmp_path, "-m", "3", "--layers", "2")
+    assert code == 0
+    assert [row["format"] for row in rows if row["method"] == "lerp"] == KERNELS
+    assert {row["method"] for row in rows} >= {"one merged model", "two merged models, half of the rows each"}
+    one = next(row for row in rows if row["method"] == "one merged model")
+    weights = 64 * (4 * 32 + 2 * 2 * 32 + 4 * 32 + 3 * 96)  # of a layer
+    assert int(one["moved_bytes"]) == 2 * (2 * weights + 5000 * 64)

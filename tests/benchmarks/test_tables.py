@@ -1,0 +1,52 @@
+"""The tables of the README and the docs are those of benchmarks/results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import tables
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: str(page.relative_to(tables.ROOT)))
+def test_pages_show_the_newest_results(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert tables.filled(text) == text, "run: python -m benchmarks.tables"
+
+
+def test_every_table_is_shown() -> None:
+    assert {name for page in tables.PAGES for name in tables.shown(page.read_text(encoding="utf-8"))} == {
+        *tables.TABLES
+    }
+
+
+def row(method: str, format: str, median: float, **more: str) -> tables.Row:
+    common = {"date": "2026-01-01", "device": "a CPU", "isa": "avx2", "threads": "2", "torch": "2", "dtype": "bf16"}
+    case = {"commit": "abc", "lam": "distinct", "m": "4", "model": "Qwen3-4B", "layer": "o", "n": "8", "k": "9"}
+    times = {"method": method, "format": format, "median_ms": str(median), "limit_ms": "1"}
+    return common | case | times | more
+
+
+def test_a_ratio_is_to_the_merged_weight_of_the_same_case() -> None:
+    rows = [
+        row(tables.OURS, "int4", 2, date="2025-01-01"),  # older than
+        row(tables.MERGED, "", 2),
+        row(tables.OURS, "int4", 3),
+        row(tables.MERGED, "", 100, m="16"),
+        row(tables.OURS, "int4", 50, m="16"),
+        row(tables.OURS, "int8", 1, m="1"),  # has no merged one beside it
+    ]
+    assert "| `int4` | every row its own λ | – | **1.50** (33%) | **0.50** (2%) |" in tables.linear(rows)
+    assert "| Qwen3-4B o | 8 × 9 | 4 | 2 | – | – | **1.50** (33%) | – | – | – |" in tables.layers(rows)
+    assert "| 4 | lerp_linear `int4` | 3 | 33% |" in tables.others(rows, "m")
+
+
+def test_only_the_device_measured_last_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from benchmarks.record import store
+
+    store([row("a", "", 1), row("b", "", 1, date="2027", device="another")], tmp_path / "linear.csv")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert [found["method"] for found in tables.measured("linear.csv", tables.is_cpu)] == ["b"]
+    assert tables.measured("linear.csv", tables.is_gpu) == tables.measured("step.csv", tables.is_cpu) == []
+    assert tables.layers([]) == tables.linear([]) == tables.others([], "m") == "Not measured yet."
