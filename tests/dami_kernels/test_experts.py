@@ -53,7 +53,7 @@ def merged(
     x: Tensor, weight: LerpWeight, lam: Tensor, counts: tuple[int, ...], bias: LerpWeight | None = None
 ) -> Tensor:
     """Plain PyTorch: each row by its expert's weight, merged at its λ."""
-    y, expert = x.new_empty(len(x), weight.shape[1]), expert_of_row(counts)
+    y, expert = x.new_empty(len(x), weight.shape[1]), expert_of_row(counts).to(x.device)
     for value in lam.unique():
         w, b = weight.materialize(value.item()), bias.materialize(value.item()) if bias else None
         for e in range(len(counts)):
