@@ -12,7 +12,7 @@ def bytes_read(weight: LerpWeight, lam: Tensor) -> int:
     """Bytes of the stored tensors that a product needs at these λ: at the ends one end is enough, if it is stored."""
     base, rest = 0, 0
     for suffix, tensor in zip(formats.get(weight.format).TENSORS, weight.tensors, strict=True):
-        if suffix in ("", "_scale"):
+        if suffix == "" or suffix.startswith("_base"):
             base += tensor.nbytes
         else:
             rest += tensor.nbytes
