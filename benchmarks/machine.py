@@ -15,12 +15,13 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dami_kernels import native
 
-Call = Callable[[int], object]  # takes the number of the call, by which it chooses among its copies
+Call = Callable[[int], Any]  # takes the number of the call, by which it chooses among its copies
 
 
 class Cpu:

@@ -83,7 +83,7 @@ def run(
         prepare: gives the methods of a case, and the copies of their weights.
 
     Returns:
-        1 if a result had to be refused, else 0.
+        1 if a result had to be refused or a method failed, else 0.
     """
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -138,6 +138,9 @@ def fault(method: Method) -> type[Exception] | None:
     except WrongResult as wrong:
         print(f"REFUSED: {method.name} {method.format}: {wrong}")
         return WrongResult
+    except (RuntimeError, AttributeError) as error:  # it does not compile, or this torch does not have it
+        print(f"FAILED: {method.name} {method.format}: {type(error).__name__}: {error}")
+        return RuntimeError
     return None
 
 

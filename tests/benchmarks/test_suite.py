@@ -98,11 +98,15 @@ def test_without_a_gpu_its_run_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_p
         suite.main(["--gpu", "--results", str(tmp_path)])
 
 
-def test_the_gpu_tests_exist() -> None:
-    assert {str(path.relative_to(suite.ROOT)) for path in (suite.ROOT / "tests").rglob("test_triton_*.py")} >= {
-        *suite.GPU_TESTS
-    }
-    assert [path for path in suite.GPU_TESTS if "mark.gpu" not in (suite.ROOT / path).read_text()] == []
+def test_the_gpu_tests_are_found() -> None:
+    assert {*suite.gpu_tests()} >= {f"tests/dami_kernels/test_triton_{name}.py" for name in ("gpu", "numbers")}
+
+
+def test_a_process_that_takes_too_long_is_stopped(capsys: pytest.CaptureFixture[str]) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    suite.finish(process, 0)
+    assert process.returncode is not None
+    assert "stopped after" in capsys.readouterr().out
 
 
 def test_help_tells_of_every_part(capsys: pytest.CaptureFixture[str]) -> None:
