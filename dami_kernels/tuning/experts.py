@@ -18,12 +18,13 @@ def experts_config(
     """Launch parameters for x [rows, K] and weights [E, N, K], of which the host does not know the offsets.
 
     Rows are taken to be spread over the experts. Then there are as many programs as for one weight with the features of
-    all of them, and with the rows of one: twice its share, for routers are uneven, and an expert that needs a second
-    tile reads its weight again.
+    all of them, and with the rows of one. A tile has room for twice those, for routers are uneven and a second tile
+    reads the expert's weight again; unless one tile cannot hold them, and larger ones would stay emptier.
 
     If invariant, a function of all but the rows, without what the λ of other rows decide.
     """
     if invariant:
         return replace(linear_config(64, E * N, K, dtype, format, device), use_blend=False, split_k=1)
     active = min(E, rows)
-    return linear_config(min(rows, -(-2 * rows // active)), active * N, K, dtype, format, device)
+    share = -(-rows // active)
+    return linear_config(max(share, min(2 * share, rows, 128)), active * N, K, dtype, format, device)

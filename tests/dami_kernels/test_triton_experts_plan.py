@@ -73,13 +73,13 @@ def test_the_device_has_work(device: Device) -> None:
 
 
 def test_an_expert_s_weight_is_read_once_in_decode() -> None:
-    """While experts have up to 64 rows on average, a tile has room for twice an expert's share."""
+    """While experts have up to 64 rows on average, a tile has room for twice as many."""
     for tokens, shape in itertools.product(TOKENS, SHAPES):
         share = tokens * shape.active / shape.E
         config = plan(tokens, shape)
         assert config.block_m >= min(128, 2 * share)
         assert config.block_m <= max(16, 4 * share)
-        assert config.use_blend == (2 * share > 128)
+        assert config.use_blend == (share > 128)
 
 
 def test_few_rows_of_one_expert_split_k() -> None:
