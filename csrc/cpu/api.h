@@ -112,9 +112,9 @@ constexpr int64_t block_bytes = 2048;
 // Rows of a weight in a register tile.
 constexpr int64_t tile_n = 4;
 
-// A `linear` kernel's memory: a block of tile_n rows of two matrices, the scales of one, and two sums for every output.
+// A `linear` kernel's memory: a block of tile_n rows of two matrices with their scales, and two sums for every output.
 constexpr int64_t linear_scratch(int64_t rows) {
-  return 2 * tile_n * block_bytes + tile_n * 32 * 4 + rows * 2 * max_outputs * 4;
+  return 2 * tile_n * (block_bytes + block_bytes / 2 / group_size * 4) + rows * 2 * max_outputs * 4;
 }
 
 // The kernels of one instruction set; arrays are indexed by Type.
@@ -123,12 +123,12 @@ struct Isa {
   bool (*supported)();
   int tile_rows;    // rows of x in a register tile: fewer at one end are not worth a group of their own
   int blend_rows[3];  // rows of one λ that pay for blending
-  int64_t x_size[3];  // bytes of an element of x as `linear` reads it
 
+  // A row of k elements of x as `linear` reads it, 64-byte aligned: how many bytes, and what writes them.
+  int64_t (*x_bytes[3])(int64_t k);
+  void (*prepare_x[3])(const void* from, int64_t k, void* to);
   // Outputs [n0, n1) of one block; `scratch` has linear_scratch(rows) bytes, 64-byte aligned.
   void (*linear[3])(const Linear&, const Block&, int64_t n0, int64_t n1, void* scratch);
-  // A row of x as `linear` reads it: filled up with zeros to a whole number of groups.
-  void (*prepare_x[3])(const void* from, int64_t k, void* to);
   void (*embedding[3])(const Weight&, int64_t row, float lam, void* y, int64_t d);
   void (*rms_norm[3])(const Norm&, int64_t row, float lam);
   void (*layer_norm[3])(const Norm&, int64_t row, float lam);

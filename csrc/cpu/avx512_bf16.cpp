@@ -6,7 +6,8 @@ namespace {
 // Multiplies pairs of bfloat16 as they lie in memory; nothing is converted.
 struct Bf16Dot {
   using X = bf16;
-  static constexpr int step = 32, parts = 1;
+  static constexpr int step = 32, parts = 1, tile_m = Vec::tile_m;
+  static int64_t at_block(int64_t k) { return k; }
   template <int>
   static __m512bh load(const bf16* p) {
     const __m512i bits = _mm512_loadu_si512(p);
@@ -20,6 +21,7 @@ struct Bf16Dot {
   static dami::Two<Vec> widen(const Row& row, int64_t i, const Loader& loader) {
     return {loader.load(row.at(i)), loader.load(row.at(i + Vec::W))};
   }
+  static Vec scaled(Vec sum, const bf16*) { return sum; }
   static __m512bh round(dami::Two<Vec> v) { return _mm512_cvtne2ps_pbh(v.b.v, v.a.v); }
   template <class Row>
   static __m512bh operand(const Row& row, int64_t i, const dami::AsItIs<Vec>&) {

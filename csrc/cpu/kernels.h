@@ -6,9 +6,10 @@
 //         register, for the compiler would rather read it again; sum4(a, b, c, d, to), which adds the sum of the lanes of
 //         each to to[0..4); and Int8 and Int4, made from the scale of a group, whose load, load_even and load_odd turn its
 //         codes into numbers
-//   Dot   how products are summed along K, `step` elements at a time and these in `parts`: X, the type it reads x in;
-//         load<part> and multiply_add, of X; operand, `step` numbers of a weight as stored, as X would hold them; widen,
-//         the same in float32; store, either to X; multiply_add, of X and an operand
+//   Dot   how products are summed along K, `step` elements at a time: X, the type it reads x in, and where a block of x begins,
+//         at_block(k); tile_m, the height of a register tile; operand, `step` numbers of a weight as stored, and
+//         multiply_add of these and x; scaled, the sum over a block; store, an operand as X. One that multiplies dense
+//         weights too has load<part> and multiply_add for X in `parts`, widen, `step` numbers in float32, and their store
 #pragma once
 
 #include <algorithm>
@@ -116,6 +117,17 @@ struct Codes {
   Codes group(int64_t i, int64_t, Buffer&) const { return {at(i), scales + i / group_size}; }
 };
 
+// Codes that a Dot has stored as X, in its order.
+template <class V, class X>
+struct Converted {
+  const X* p;
+  const float* scales;
+
+  const X* at(int64_t i) const { return p + i; }
+  static constexpr int64_t bytes(int64_t) { return 0; }
+  V loader(int64_t i) const { return V::set1(scales[i / group_size]); }
+};
+
 template <class Row>
 struct Kind {
   using type = Row;
@@ -153,7 +165,8 @@ inline V blend(const Weight& weight, float lam, V base, V other) {
 template <class V, bool split>
 struct FloatDot {
   using X = float;
-  static constexpr int step = 2 * V::W, parts = 2;
+  static constexpr int step = 2 * V::W, parts = 2, tile_m = V::tile_m;
+  static int64_t at_block(int64_t k) { return k; }
   template <int part>
   static V load(const float* x) {
     return V::load(x + part * V::W);
@@ -173,6 +186,7 @@ struct FloatDot {
     v.b.store(to + V::W);
   }
   static V multiply_add(const float* x, Two<V> w, V sum) { return fma(load<1>(x), w.b, fma(load<0>(x), w.a, sum)); }
+  static V scaled(V sum, const float*) { return sum; }
 };
 
 // Writes f's vectors for a whole number of groups: f(i, j, left) gives what belongs at i + j.
@@ -186,16 +200,12 @@ inline void fill(const Row& row, int64_t count, typename Dot::X* to) {
   }
 }
 
-template <class V, class Dot, class T>
-void prepare_x(const void* from, int64_t k, void* to) {
-  fill<V, Dot>(Numbers<V, T>(static_cast<const T*>(from)), k, static_cast<typename Dot::X*>(to));
-}
-
 // Sums of one row of x lie so far apart.
 constexpr int64_t sums_stride = 2 * max_outputs;
 
 template <class V, int M, int N>
-inline void add_sums(V (&total)[M][N], float* sums) {
+inline __attribute__((always_inline)) void add_sums(const V (&total)[M][N], float* sums) {
+#pragma GCC unroll 8
   for (int m = 0; m < M; m++) {
     float* to = sums + m * sums_stride;
     if constexpr (N == 4) {
@@ -208,9 +218,16 @@ inline void add_sums(V (&total)[M][N], float* sums) {
   }
 }
 
+// What to fetch while a tile is multiplied: tile_n rows, of which `bits` to an element.
+struct Ahead {
+  const char* rows[tile_n];
+  int64_t bits;
+};
+
 // Adds x[m] · w[n] to sums[m][n] for M rows of x, `stride` apart, and tile_n rows of w, over k elements, whole groups.
 template <class V, class Dot, int M>
-void tile(const typename Dot::X* x, int64_t stride, const typename Dot::X* const* w, int64_t k, float* sums) {
+void tile(const typename Dot::X* x, int64_t stride, const typename Dot::X* const* w, const Ahead& ahead, int64_t k,
+          float* sums) {
   V total[M][tile_n];
   for (auto& row : total)
     for (V& sum : row) sum = V::zero();
@@ -231,27 +248,32 @@ void tile(const typename Dot::X* x, int64_t stride, const typename Dot::X* const
       for (int m = 0; m < M; m++) total[m][n] = Dot::multiply_add(at[m], row, total[m][n]);
     }
   };
+  const char* next[tile_n];
+  for (int n = 0; n < tile_n; n++) next[n] = ahead.rows[n];
+  const int64_t bytes = Dot::step * ahead.bits / 8;
   for (int64_t i = 0; i < k; i += Dot::step) {
+    for (int n = 0; n < tile_n; n++, next[n - 1] += bytes) __builtin_prefetch(next[n], 0, 2);
     part(std::integral_constant<int, 0>{}, i);
     if constexpr (Dot::parts == 2) part(std::integral_constant<int, 1>{}, i);
   }
   add_sums(total, sums);
 }
 
-// The same with rows of w as they are stored, N of them at a time. Meanwhile fetches the rows that lie at `ahead`.
+// The same with rows of w as they are stored or converted, as many at a time as the registers have room for.
 template <class V, class Dot, int M, class Row>
-void stream(const typename Dot::X* x, int64_t stride, const Row* w, const char* const* ahead, int64_t k, float* sums) {
-  constexpr int N = M <= V::tile_m ? tile_n : tile_n / 2;
+void stream(const typename Dot::X* x, int64_t stride, const Row* w, const Ahead& ahead, int64_t k, float* sums) {
+  constexpr int N = M <= Dot::tile_m ? tile_n : tile_n / 2;
   for (int first = 0; first < tile_n; first += N) {
     V total[M][N];
     for (auto& row : total)
       for (V& sum : row) sum = V::zero();
+    const int64_t bytes = group_size * ahead.bits / 8;
     for (int64_t i = 0; i < k; i += group_size) {
 #pragma GCC unroll 4
       for (int n = 0; n < N; n++) {
         const Row& row = w[first + n];
-        for (int64_t line = 0; line < Row::bytes(group_size); line += 64)
-          __builtin_prefetch(ahead[first + n] + Row::bytes(i) + line, 0, 2);
+        for (int64_t line = 0; line < std::max<int64_t>(Row::bytes(group_size), 1); line += 64)
+          __builtin_prefetch(ahead.rows[first + n] + i / group_size * bytes + line, 0, 2);
         const auto loader = row.loader(i);
 #pragma GCC unroll 4
         for (int64_t j = i; j < i + group_size; j += Dot::step) {
@@ -261,20 +283,24 @@ void stream(const typename Dot::X* x, int64_t stride, const Row* w, const char* 
         }
       }
     }
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++)
+      for (V& sum : total[m]) sum = Dot::scaled(sum, x + m * stride);
     add_sums(total, sums + first);
   }
 }
 
-template <class V, class Dot, class T>
+// Dot multiplies dense weights and blended ones, CodesDot codes.
+template <class V, class Dot, class CodesDot, class T>
 struct LinearKernel {
   using X = typename Dot::X;
   static constexpr int64_t block_k = block_bytes / sizeof(X);
-  static constexpr int64_t cached_bytes = 256 * 1024;  // of x, that the rows of a weight pass by
+  static constexpr int64_t cached_bytes = 256 * 1024;  // of x, which the rows of a weight pass by
   static constexpr int64_t few = 4;  // rows that are bound by memory, so that a weight is best converted in registers
 
   struct alignas(64) Scratch {
     X weight[2][tile_n][block_k];
-    float scales[tile_n][block_bytes / 2 / group_size];
+    float scales[2][tile_n][block_bytes / 2 / group_size];
     float sums[max_rows][2][max_outputs];  // of the base and the other matrix, or of the blended one
   };
   static_assert(sizeof(Scratch) == linear_scratch(max_rows));
@@ -283,77 +309,143 @@ struct LinearKernel {
   struct Piece {
     int64_t n, end, k, count;
     int64_t row(int i) const { return std::min(n + i, end - 1); }
+    int64_t padded() const { return (count + group_size - 1) / group_size * group_size; }
   };
+
+  // A row of x is there as Dot reads it, and behind that as CodesDot does, if that is another one.
+  static constexpr bool two_dots = !std::is_same_v<Dot, CodesDot>;
+  static int64_t x_bytes(int64_t k) {
+    const int64_t padded = (k + group_size - 1) / group_size * group_size, blocks = (padded + block_k - 1) / block_k;
+    return padded * sizeof(X) + (two_dots ? CodesDot::at_block(blocks * block_k) * sizeof(typename CodesDot::X) : 0);
+  }
+  static void prepare_x(const void* from, int64_t k, void* to) {
+    X* const x = static_cast<X*>(to);
+    fill<V, Dot>(Numbers<V, T>(static_cast<const T*>(from)), k, x);
+    if constexpr (two_dots) {
+      const int64_t padded = (k + group_size - 1) / group_size * group_size;
+      for (int64_t i = 0; i < padded; i += block_k)
+        CodesDot::prepare_block(x + i, std::min(block_k, padded - i), codes_x(x, k) + CodesDot::at_block(i));
+    }
+  }
+  template <class At>
+  static typename CodesDot::X* codes_x(At* x, int64_t k) {
+    return reinterpret_cast<typename CodesDot::X*>(x + (k + group_size - 1) / group_size * group_size);
+  }
+
+  // Some rows of x against tile_n rows of a weight: where they begin in the block, and what their sums are added to.
+  struct Rows {
+    const Block& block;
+    int64_t begin, end;
+    float* sums;
+  };
+
+  template <class D>
+  static const typename D::X* x_of(const Block& block, int64_t row, int64_t k) {
+    const X* const x = reinterpret_cast<const X*>(block.x + row * block.x_stride);
+    if constexpr (std::is_same_v<D, Dot>) return x + k;
+    else return codes_x(const_cast<X*>(x), block.k) + D::at_block(k);
+  }
+
+  // Calls f(x, the distance of its rows, their sums, how many) for register tiles of nearly equal height up to `most`.
+  template <class D, class F>
+  static void for_tiles(const Rows& rows, int64_t k, int64_t most, F f) {
+    const int64_t all = rows.end - rows.begin, count = (all + most - 1) / most;
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t begin = all * i / count, end = all * (i + 1) / count;
+      f(x_of<D>(rows.block, rows.begin + begin, k), rows.block.x_stride / static_cast<int64_t>(sizeof(typename D::X)),
+        rows.sums + begin * sums_stride, end - begin);
+    }
+  }
+
+  static void tiles(const Rows& rows, const X* const* w, const Piece& piece, const Ahead& ahead) {
+    static constexpr decltype(&tile<V, Dot, 1>) of_height[] = {tile<V, Dot, 1>, tile<V, Dot, 2>, tile<V, Dot, 3>,
+                                                               tile<V, Dot, 4>, tile<V, Dot, 5>, tile<V, Dot, 6>};
+    for_tiles<Dot>(rows, piece.k, V::tile_m, [&](const X* x, int64_t stride, float* sums, int64_t height) {
+      of_height[height - 1](x, stride, w, ahead, piece.padded(), sums);
+    });
+  }
+
+  template <class D, class Row>
+  static void streams(const Rows& rows, const Row* w, const Piece& piece, const Ahead& ahead, int64_t most) {
+    static constexpr decltype(&stream<V, D, 1, Row>) of_height[few] = {stream<V, D, 1, Row>, stream<V, D, 2, Row>,
+                                                                       stream<V, D, 3, Row>, stream<V, D, 4, Row>};
+    for_tiles<D>(rows, piece.k, most, [&](const typename D::X* x, int64_t stride, float* sums, int64_t height) {
+      of_height[height - 1](x, stride, w, ahead, piece.padded(), sums);
+    });
+  }
 
   template <class Row>
   static Row row(const Stored& stored, const Piece& piece, int i, float* scales) {
     return Row(stored, piece.row(i), piece.k, piece.count, scales);
   }
 
-  static const char* address(const Matrix& matrix, int64_t n, int64_t k, int64_t bits) {
-    return static_cast<const char*>(matrix.data) + (n * matrix.stride) * std::max<int64_t>(bits / 8, 1) + k * bits / 8;
-  }
-
-  static int64_t bits(Storage storage) {
-    return storage == Storage::dense ? 8 * static_cast<int64_t>(sizeof(T)) : storage == Storage::int8 ? 8 : 4;
-  }
-
-  // Fetches the `share`th of `shares` parts of a piece of a matrix.
-  static void fetch(const Stored& stored, const Piece& piece, int64_t share, int64_t shares) {
-    const int64_t lines = (piece.count * bits(stored.storage) / 8 + 63) / 64;
+  // Where a piece of a matrix lies. Fetches its scales at once: without them nothing begins.
+  static Ahead look_ahead(const Stored& stored, const Piece& piece) {
+    const bool dense = stored.storage == Storage::dense;
+    Ahead ahead{{}, dense ? 8 * static_cast<int64_t>(sizeof(T)) : stored.storage == Storage::int8 ? 8 : 4};
     for (int i = 0; i < tile_n; i++) {
-      const char* from = address(stored.data, piece.row(i), piece.k, bits(stored.storage));
-      for (int64_t line = lines * share / shares; line < lines * (share + 1) / shares; line++)
-        __builtin_prefetch(from + 64 * line, 0, 2);
-      if (stored.storage != Storage::dense && share == 0)
-        __builtin_prefetch(address(stored.scale, piece.row(i), piece.k / group_size, 16), 0, 2);
+      const int64_t n = piece.row(i) * stored.data.stride * (dense ? static_cast<int64_t>(sizeof(T)) : 1);
+      ahead.rows[i] = static_cast<const char*>(stored.data.data) + n + piece.k * ahead.bits / 8;
+      if (!dense)
+        __builtin_prefetch(static_cast<const bf16*>(stored.scale.data) + piece.row(i) * stored.scale.stride +
+                           piece.k / group_size);
     }
+    return ahead;
   }
 
-  // A group of a few rows, with a matrix of the weight as it is stored. False if that cannot be read in whole groups.
-  static bool few_rows(const Stored& stored, const Piece& piece, const Piece& next, const X* x, int64_t stride,
-                       int64_t rows, float* sums, Scratch& scratch) {
-    if (stored.storage == Storage::dense && piece.count % group_size) return false;
-    with_rows<V, T>(stored.storage, [&](auto kind) {
-      using Row = typename decltype(kind)::type;
-      static constexpr decltype(&stream<V, Dot, 1, Row>) of_height[few] = {
-          stream<V, Dot, 1, Row>, stream<V, Dot, 2, Row>, stream<V, Dot, 3, Row>, stream<V, Dot, 4, Row>};
-      const Row w[tile_n] = {row<Row>(stored, piece, 0, scratch.scales[0]), row<Row>(stored, piece, 1, scratch.scales[1]),
-                             row<Row>(stored, piece, 2, scratch.scales[2]), row<Row>(stored, piece, 3, scratch.scales[3])};
-      const char* ahead[tile_n];
-      for (int i = 0; i < tile_n; i++) ahead[i] = address(stored.data, next.row(i), next.k, bits(stored.storage));
-      of_height[rows - 1](x, stride, w, ahead, (piece.count + group_size - 1) / group_size * group_size, sums);
-    });
-    return true;
-  }
+  // A matrix of the weight, for one piece: as it is stored, or converted once for all groups of rows.
+  struct Operand {
+    const Stored& stored;
+    X (*const to)[block_k];
+    float (*const scales)[block_bytes / 2 / group_size];
+    bool converted = false;
+    const X* w[tile_n];
 
-  // Lets w[i] point at the rows of a piece as Dot reads them: where they are stored, or converted in `to`.
-  static void convert(const Stored& stored, const Piece& piece, X (*to)[block_k], const X** w, Scratch& scratch) {
-    with_rows<V, T>(stored.storage, [&](auto kind) {
-      using Row = typename decltype(kind)::type;
-      for (int i = 0; i < tile_n; i++) {
-        const Row from = row<Row>(stored, piece, i, scratch.scales[0]);
-        if constexpr (std::is_same_v<Row, Numbers<V, X>>)
-          if (piece.count % group_size == 0) {
-            w[i] = from.p;
-            continue;
+    void multiply(const Rows& rows, const Piece& piece, const Ahead& ahead) {
+      const bool in_registers = static_cast<int64_t>(rows.block.rows.size()) <= few;
+      with_rows<V, T>(stored.storage, [&](auto kind) {
+        using Row = typename decltype(kind)::type;
+        using D = std::conditional_t<Row::padded, CodesDot, Dot>;
+        if (in_registers && (Row::padded || piece.count % group_size == 0)) {
+          const Row w[tile_n] = {row<Row>(stored, piece, 0, scales[0]), row<Row>(stored, piece, 1, scales[1]),
+                                 row<Row>(stored, piece, 2, scales[2]), row<Row>(stored, piece, 3, scales[3])};
+          return streams<D>(rows, w, piece, ahead, few);
+        }
+        if (!converted)
+          for (int i = 0; i < tile_n; i++) {
+            const Row from = row<Row>(stored, piece, i, scales[i]);
+            w[i] = to[i];
+            if constexpr (std::is_same_v<Row, Numbers<V, X>>)
+              if (piece.count % group_size == 0) {
+                w[i] = from.p;
+                continue;
+              }
+            fill<V, D>(from, piece.count, reinterpret_cast<typename D::X*>(to[i]));
           }
-        fill<V, Dot>(from, piece.count, to[i]);
-        w[i] = to[i];
-      }
-    });
-  }
+        converted = true;
+        if constexpr (std::is_same_v<D, Dot>) {
+          tiles(rows, w, piece, ahead);
+        } else {
+          using CodesX = typename D::X;
+          const auto codes = [&](int i) {
+            return Converted<V, CodesX>{reinterpret_cast<const CodesX*>(to[i]), scales[i]};
+          };
+          const Converted<V, CodesX> w[tile_n] = {codes(0), codes(1), codes(2), codes(3)};
+          streams<D>(rows, w, piece, ahead, D::tile_m);
+        }
+      });
+    }
+  };
 
-  static void blend_rows(const Weight& weight, float lam, const Piece& piece, X (*to)[block_k], const X** w,
-                         Scratch& scratch) {
+  static void blend_rows(const Weight& weight, float lam, const Piece& piece, X (*to)[block_k], Scratch& scratch) {
     with_rows<V, T>(weight, [&](auto base_kind, auto other_kind) {
       using Base = typename decltype(base_kind)::type;
       using Other = typename decltype(other_kind)::type;
       typename Base::Buffer base_buffer;
       typename Other::Buffer other_buffer;
       for (int n = 0; n < tile_n; n++) {
-        const Base base = row<Base>(weight.base, piece, n, scratch.scales[0]);
-        const Other other = row<Other>(weight.other, piece, n, scratch.scales[1]);
+        const Base base = row<Base>(weight.base, piece, n, scratch.scales[0][n]);
+        const Other other = row<Other>(weight.other, piece, n, scratch.scales[1][n]);
         for (int64_t i = 0; i < piece.count; i += group_size) {
           const Base b = base.group(i, piece.count - i, base_buffer);
           const Other o = other.group(i, piece.count - i, other_buffer);
@@ -364,57 +456,32 @@ struct LinearKernel {
             Dot::store(Two<V>{blend(weight, lam, x.a, y.a), blend(weight, lam, x.b, y.b)}, to[n] + i + j);
           }
         }
-        w[n] = to[n];
       }
     });
   }
 
-  // All that a piece adds to the sums, fetching the next one meanwhile.
+  // All that a piece adds to the sums, while the next one is fetched.
   static void multiply(const Linear& p, const Block& block, const Piece& piece, const Piece& next, int64_t n0,
                        Scratch& scratch) {
-    static constexpr decltype(&tile<V, Dot, 1>) of_height[] = {tile<V, Dot, 1>, tile<V, Dot, 2>, tile<V, Dot, 3>,
-                                                               tile<V, Dot, 4>, tile<V, Dot, 5>, tile<V, Dot, 6>};
-    const Stored* const matrices[2] = {&p.weight.base, &p.weight.other};
-    const int64_t stride = block.x_stride / static_cast<int64_t>(sizeof(X)), all = static_cast<int64_t>(block.rows.size());
-    const X* const x = reinterpret_cast<const X*>(block.x) + piece.k;
-    bool reads[2] = {};
-    int64_t share = 0, shares = 0;
-    for (const Group& group : block.groups) {
-      if (group.mode != Mode::other) reads[0] = true;
-      if (group.mode != Mode::base) reads[1] = true;
-      shares += (group.end - group.begin + V::tile_m - 1) / V::tile_m * (group.mode == Mode::both ? 2 : 1);
-    }
-    const auto sums = [&](int64_t row, int which) { return &scratch.sums[row][which][piece.n - n0]; };
-    const auto tiles = [&](const Group& group, const X* const* w, int which) {
-      const int64_t rows = group.end - group.begin, count = (rows + V::tile_m - 1) / V::tile_m;
-      for (int64_t i = 0; i < count; i++, share++) {
-        const int64_t begin = group.begin + rows * i / count, end = group.begin + rows * (i + 1) / count;
-        for (int matrix = 0; matrix < 2; matrix++)
-          if (reads[matrix] && next.count) fetch(*matrices[matrix], next, share, shares);
-        of_height[end - begin - 1](x + begin * stride, stride, w, (piece.count + group_size - 1) / group_size * group_size,
-                                   sums(begin, which));
-      }
+    const Ahead ahead[2] = {look_ahead(p.weight.base, next), look_ahead(p.weight.other, next)};
+    Operand base{p.weight.base, scratch.weight[0], scratch.scales[0], false, {}};
+    Operand other{p.weight.other, scratch.weight[1], scratch.scales[1], false, {}};
+    const auto rows = [&](const Group& group, int which) {
+      return Rows{block, group.begin, group.end, &scratch.sums[group.begin][which][piece.n - n0]};
     };
-    const X* w[2][tile_n];
-    bool converted[2] = {};
-    for (const Group& group : block.groups) {
-      if (group.mode == Mode::blend) {
-        const X* blended[tile_n];
-        blend_rows(p.weight, block.lam[group.begin], piece, scratch.weight[0], blended, scratch);
-        tiles(group, blended, 0);
-        converted[0] = false;
-        continue;
+    for (const Group& group : block.groups) switch (group.mode) {
+        case Mode::base: base.multiply(rows(group, 0), piece, ahead[0]); break;
+        case Mode::other: other.multiply(rows(group, 0), piece, ahead[1]); break;
+        case Mode::both:
+          base.multiply(rows(group, 0), piece, ahead[0]);
+          other.multiply(rows(group, 1), piece, ahead[1]);
+          break;
+        case Mode::blend:
+          blend_rows(p.weight, block.lam[group.begin], piece, scratch.weight[0], scratch);
+          const X* const w[tile_n] = {scratch.weight[0][0], scratch.weight[0][1], scratch.weight[0][2], scratch.weight[0][3]};
+          tiles(rows(group, 0), w, piece, ahead[0]);
+          base.converted = other.converted = false;
       }
-      for (int matrix = group.mode == Mode::other; matrix < (group.mode == Mode::base ? 1 : 2); matrix++) {
-        const int which = group.mode == Mode::both ? matrix : 0;
-        if (all <= few && few_rows(*matrices[matrix], piece, next.count ? next : piece, x + group.begin * stride, stride,
-                                   group.end - group.begin, sums(group.begin, which), scratch))
-          continue;
-        if (!converted[matrix]) convert(*matrices[matrix], piece, scratch.weight[matrix], w[matrix], scratch);
-        converted[matrix] = true;
-        tiles(group, w[matrix], which);
-      }
-    }
   }
 
   static void run(const Linear& p, const Block& block, int64_t n0, int64_t n1, void* memory) {
@@ -428,10 +495,10 @@ struct LinearKernel {
       const int64_t end = std::min(block.k, begin + deep);
       for (int64_t n = n0; n < n1; n += tile_n)
         for (int64_t k = begin; k < end; k += block_k) {
-          const Piece next = k + block_k < end   ? at(n, k + block_k)
-                             : n + tile_n < n1   ? at(n + tile_n, begin)
-                             : end < block.k     ? at(n0, end)
-                                                 : Piece{n, n1, k, 0};
+          const Piece next = k + block_k < end ? at(n, k + block_k)
+                             : n + tile_n < n1 ? at(n + tile_n, begin)
+                             : end < block.k   ? at(n0, end)
+                                               : at(n, k);
           multiply(p, block, at(n, k), next, n0, scratch);
         }
     }
@@ -581,18 +648,21 @@ float read(const void* data, int64_t bytes) {
   return (parts[0] + parts[1]) + (parts[2] + parts[3]);
 }
 
-// DotOfBf16 is what bfloat16 weights are multiplied with; the other types always take FloatDot.
-template <class V, class DotOfBf16 = FloatDot<V, true>>
+// DotOfBf16 is what bfloat16 weights are multiplied with, CodesDot codes where x is bfloat16; the rest takes FloatDot.
+template <class V, class DotOfBf16 = FloatDot<V, true>, class CodesDot = DotOfBf16>
 constexpr Isa make_isa(const char* name, bool (*supported)(), int blend_rows, int blend_rows_of_bf16) {
   using Dot = FloatDot<V, false>;
+  using OfF32 = LinearKernel<V, Dot, Dot, float>;
+  using OfBf16 = LinearKernel<V, DotOfBf16, CodesDot, bf16>;
+  using OfF16 = LinearKernel<V, Dot, Dot, f16>;
   return Isa{
       name,
       supported,
       V::tile_m,
       {blend_rows, blend_rows_of_bf16, blend_rows},
-      {4, sizeof(typename DotOfBf16::X), 4},
-      {LinearKernel<V, Dot, float>::run, LinearKernel<V, DotOfBf16, bf16>::run, LinearKernel<V, Dot, f16>::run},
-      {prepare_x<V, Dot, float>, prepare_x<V, DotOfBf16, bf16>, prepare_x<V, Dot, f16>},
+      {OfF32::x_bytes, OfBf16::x_bytes, OfF16::x_bytes},
+      {OfF32::prepare_x, OfBf16::prepare_x, OfF16::prepare_x},
+      {OfF32::run, OfBf16::run, OfF16::run},
       {embedding<V, float>, embedding<V, bf16>, embedding<V, f16>},
       {rms_norm<V, float>, rms_norm<V, bf16>, rms_norm<V, f16>},
       {layer_norm<V, float>, layer_norm<V, bf16>, layer_norm<V, f16>},

@@ -139,7 +139,7 @@ void linear(const Input& input, const std::vector<Linear>& weights, const Lams& 
   const int64_t scratch_bytes = linear_scratch(max_rows);
   const Buffer scratch = allocate(scratch_bytes * threads);
   // Rows that lie a multiple of 4 KiB apart would displace each other from L1.
-  int64_t x_stride = round_up(round_up(input.k, group_size) * isa.x_size[type], 64);
+  int64_t x_stride = round_up(isa.x_bytes[type](input.k), 64);
   if (x_stride % 4096 == 0) x_stride += 2048;
   // Wide tiles read x less often, but leave fewer tasks to balance.
   const int64_t width = std::clamp<int64_t>(outputs / (threads * 8) / 16 * 16, 16, max_outputs);
