@@ -200,14 +200,11 @@ inline void fill(const Row& row, int64_t count, typename Dot::X* to) {
   }
 }
 
-// Sums of one row of x lie so far apart.
-constexpr int64_t sums_stride = 2 * max_outputs;
-
 template <class V, int M, int N>
 inline __attribute__((always_inline)) void add_sums(const V (&total)[M][N], float* sums) {
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++) {
-    float* to = sums + m * sums_stride;
+    float* to = sums + m * tile_n;
     if constexpr (N == 4) {
       sum4(total[m][0], total[m][1], total[m][2], total[m][3], to);
     } else {
@@ -224,7 +221,7 @@ struct Ahead {
   int64_t bits;
 };
 
-// Adds x[m] · w[n] to sums[m][n] for M rows of x, `stride` apart, and tile_n rows of w, over k elements, whole groups.
+// Adds x[m] · w[n] to sums[m * tile_n + n] for M rows of x, `stride` apart, and tile_n rows of w, over k elements, whole groups.
 template <class V, class Dot, int M>
 void tile(const typename Dot::X* x, int64_t stride, const typename Dot::X* const* w, const Ahead& ahead, int64_t k,
           float* sums) {
@@ -301,7 +298,8 @@ struct LinearKernel {
   struct alignas(64) Scratch {
     X weight[2][tile_n][block_k];
     float scales[2][tile_n][block_bytes / 2 / group_size];
-    float sums[max_rows][2][max_outputs];  // of the base and the other matrix, or of the blended one
+    // Of the base and the other matrix, or of the blended one; of tile_n outputs those of all rows lie together.
+    float sums[2][max_outputs * max_rows];
   };
   static_assert(sizeof(Scratch) == linear_scratch(max_rows));
 
@@ -353,7 +351,7 @@ struct LinearKernel {
     for (int64_t i = 0; i < count; i++) {
       const int64_t begin = all * i / count, end = all * (i + 1) / count;
       f(x_of<D>(rows.block, rows.begin + begin, k), rows.block.x_stride / static_cast<int64_t>(sizeof(typename D::X)),
-        rows.sums + begin * sums_stride, end - begin);
+        rows.sums + begin * tile_n, end - begin);
     }
   }
 
@@ -463,11 +461,12 @@ struct LinearKernel {
   // All that a piece adds to the sums, while the next one is fetched.
   static void multiply(const Linear& p, const Block& block, const Piece& piece, const Piece& next, int64_t n0,
                        Scratch& scratch) {
+    const int64_t all = static_cast<int64_t>(block.rows.size());
     const Ahead ahead[2] = {look_ahead(p.weight.base, next), look_ahead(p.weight.other, next)};
     Operand base{p.weight.base, scratch.weight[0], scratch.scales[0], false, {}};
     Operand other{p.weight.other, scratch.weight[1], scratch.scales[1], false, {}};
     const auto rows = [&](const Group& group, int which) {
-      return Rows{block, group.begin, group.end, &scratch.sums[group.begin][which][piece.n - n0]};
+      return Rows{block, group.begin, group.end, &scratch.sums[which][(piece.n - n0) * all + group.begin * tile_n]};
     };
     for (const Group& group : block.groups) switch (group.mode) {
         case Mode::base: base.multiply(rows(group, 0), piece, ahead[0]); break;
@@ -487,7 +486,8 @@ struct LinearKernel {
   static void run(const Linear& p, const Block& block, int64_t n0, int64_t n1, void* memory) {
     Scratch& scratch = *static_cast<Scratch*>(memory);
     const int64_t rows = static_cast<int64_t>(block.rows.size());
-    std::memset(scratch.sums, 0, static_cast<size_t>(rows) * sizeof scratch.sums[0]);
+    const size_t sums = static_cast<size_t>((n1 - n0 + tile_n - 1) / tile_n * tile_n * rows);
+    for (float* each : {scratch.sums[0], scratch.sums[1]}) std::memset(each, 0, sums * sizeof(float));
     // As many columns of x as the cache holds stay there while rows of the weight pass by.
     const int64_t deep = std::max(block_k, cached_bytes / static_cast<int64_t>(sizeof(X)) / rows / block_k * block_k);
     const auto at = [&](int64_t n, int64_t k) { return Piece{n, n1, k, std::min(block_k, block.k - k)}; };
@@ -503,12 +503,17 @@ struct LinearKernel {
         }
     }
     for (const Group& group : block.groups)
-      for (int i = group.begin; i < group.end; i++) finish(p, block, group.mode, i, n0, n1, scratch.sums[i]);
+      for (int i = group.begin; i < group.end; i++) finish(p, block, group.mode, i, n0, n1, scratch);
   }
 
   // λ, the bias and the one rounding.
   static void finish(const Linear& p, const Block& block, Mode mode, int i, int64_t n0, int64_t n1,
-                     const float (*sums)[max_outputs]) {
+                     const Scratch& scratch) {
+    float sums[2][max_outputs + V::W];
+    for (int which = 0; which < (mode == Mode::both ? 2 : 1); which++)
+      for (int64_t n = 0; n < n1 - n0; n += tile_n)
+        std::memcpy(&sums[which][n], &scratch.sums[which][n * static_cast<int64_t>(block.rows.size()) + i * tile_n],
+                    tile_n * sizeof(float));
     const T *bias_base = static_cast<const T*>(p.bias.base.data), *bias_target = static_cast<const T*>(p.bias.target.data);
     T* y = static_cast<T*>(const_cast<void*>(p.y.data)) + block.rows[i] * p.y.stride;
     const float lam = block.lam[i];
