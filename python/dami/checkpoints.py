@@ -47,6 +47,7 @@ def load_pair(
     device_map: Any = None,
     dtype: torch.dtype | str = "auto",
     chat_template: Literal["instruct", "thinking"] = "instruct",
+    invariant: bool = False,
     **options: Any,
 ) -> tuple[Any, Any]:
     """Loads two checkpoints of one architecture as one patched model, with the instruct end's tokenizer.
@@ -63,6 +64,7 @@ def load_pair(
         device_map: as in transformers' `from_pretrained`. The CPU if None.
         dtype: as there; "auto" is the dtype of the checkpoints, which then must agree.
         chat_template: the end whose chat template the tokenizer gets.
+        invariant: as in `patch_model`.
         options: any other arguments of `from_pretrained`, such as `attn_implementation`.
 
     Returns:
@@ -78,7 +80,8 @@ def load_pair(
         raise ValueError(f"chat_template must be 'instruct' or 'thinking', got {chat_template!r}")
     ends = (Checkpoint.find(instruct), Checkpoint.find(thinking))
     if (ends[1].directory / adapters.CONFIG).exists():
-        return _load_adapted(*ends, format, chat_template, device_map=device_map, dtype=dtype, **options)
+        loaded = {"device_map": device_map, "dtype": dtype, **options}
+        return _load_adapted(*ends, format, chat_template, invariant, **loaded)
     configs = [end.config() for end in ends]
     tokenizers = [end.tokenizer() for end in ends]
     skeleton = _skeleton(configs[0])
@@ -100,10 +103,10 @@ def load_pair(
 
     model = ends[0].model(device_map=device_map, dtype=dtype, **options)
     if stored[1].complete:
-        interpolate(model, ends[1].tensors(stored[1].names), format, owned=True)
+        interpolate(model, ends[1].tensors(stored[1].names), format, invariant=invariant, owned=True)
     else:
         logger.warning(f"{thinking} is not stored as the model is: loading it as a second model on the CPU first")
-        patch_model(model, ends[1].model(dtype=model.dtype, **options), format)
+        patch_model(model, ends[1].model(dtype=model.dtype, **options), format, invariant=invariant)
     tokenizer = tokenizers[0]
     if chat_template == "thinking" and tokenizer is not None and tokenizers[1] is not None:
         tokenizer.chat_template = tokenizers[1].chat_template
@@ -111,7 +114,7 @@ def load_pair(
 
 
 def _load_adapted(
-    instruct: Checkpoint, thinking: Checkpoint, format: str, chat_template: str, **options: Any
+    instruct: Checkpoint, thinking: Checkpoint, format: str, chat_template: str, invariant: bool, **options: Any
 ) -> tuple[Any, Any]:
     """`load_pair` where the λ=1 end is a LoRA adapter on the λ=0 end."""
     adapter = adapters.Adapter.read(thinking.directory)
@@ -119,7 +122,7 @@ def _load_adapted(
     if mismatches:
         raise ValueError("\n  ".join([f"{instruct.directory} and {thinking.directory} do not match:", *mismatches]))
     model, tokenizer = instruct.model(**options), instruct.tokenizer()
-    interpolate(model, adapter.tensors(), format, owned=True)
+    interpolate(model, adapter.tensors(), format, invariant=invariant, owned=True)
     if chat_template == "thinking" and tokenizer is not None and (own := thinking.tokenizer()) is not None:
         tokenizer.chat_template = own.chat_template
     return model, tokenizer

@@ -39,7 +39,7 @@ class Lerp:
     Attributes:
         dial: where it reads λ.
         original: its class before.
-        settings: keyword arguments of its operator, such as a norm's eps.
+        settings: keyword arguments of its operator, such as a norm's eps, or a linear layer's `invariant`.
         layer: index of its layer, None outside the layers.
         group: one of `dial.GROUPS`.
         stored: where the ends of every parameter that is interpolated are, by its name.
@@ -135,7 +135,7 @@ class LerpLinear(LerpModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         x, rows = self.rows(input)
-        return lerp_linear(x, self.ends("weight"), bias=self.bias_ends(), **rows)
+        return lerp_linear(x, self.ends("weight"), bias=self.bias_ends(), **self.lerp.settings, **rows)
 
 
 class LerpConv1D(LerpModule, Conv1D):
@@ -153,7 +153,7 @@ class LerpConv1D(LerpModule, Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         x, rows = self.rows(x)
-        return lerp_linear(x, self.ends("weight"), bias=self.bias_ends(), **rows)
+        return lerp_linear(x, self.ends("weight"), bias=self.bias_ends(), **self.lerp.settings, **rows)
 
 
 class LerpEmbedding(LerpModule, nn.Embedding):

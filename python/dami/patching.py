@@ -15,6 +15,8 @@ from dami.dial import Dial, patch_of
 from dami.layers import (
     PARAMETERS,
     Lerp,
+    LerpConv1D,
+    LerpLinear,
     LerpModule,
     Stored,
     kind_of,
@@ -38,7 +40,7 @@ STRETCHED = ("dynamic", "longrope", "yarn")  # rotary embeddings that depend on 
 
 
 def patch_model(
-    instruct_model: PreTrainedModel, thinking_model: PreTrainedModel, format: str = "pair"
+    instruct_model: PreTrainedModel, thinking_model: PreTrainedModel, format: str = "pair", *, invariant: bool = False
 ) -> PreTrainedModel:
     """Patches `instruct_model` in place so that each sequence of a batch runs at its own λ, and returns it.
 
@@ -51,6 +53,8 @@ def patch_model(
         instruct_model: a causal language model, λ=0.
         thinking_model: another of the same architecture, λ=1. It is left as it is, and may be deleted.
         format: how embeddings and linear weights are stored, a name of `dami_kernels.formats.names()`.
+        invariant: makes what a linear layer computes for a row independent, bit for bit, of the other rows, of their λ
+            and of their number, at some cost in speed. Whether the whole model is depends on its attention too.
 
     Raises:
         TypeError: an argument is not a transformers model, or `instruct_model` is patched already.
@@ -77,7 +81,10 @@ def patch_model(
     if mismatches:
         raise ValueError("\n  ".join(["instruct_model and thinking_model do not match:", *mismatches]))
     return interpolate(
-        instruct_model, ((name, thinking[name]) for name, first in firsts.items() if name == first), format
+        instruct_model,
+        ((name, thinking[name]) for name, first in firsts.items() if name == first),
+        format,
+        invariant=invariant,
     )
 
 
@@ -116,14 +123,19 @@ class LowRank:
 
 
 def interpolate(
-    model: PreTrainedModel, thinking: Iterable[tuple[str, Tensor | LowRank]], format: str, owned: bool = False
+    model: PreTrainedModel,
+    thinking: Iterable[tuple[str, Tensor | LowRank]],
+    format: str,
+    *,
+    invariant: bool = False,
+    owned: bool = False,
 ) -> PreTrainedModel:
     """Patches `model` with the other end's tensors, one at a time; all checks of names and shapes are behind us.
 
     Args:
         model: the instruct end.
         thinking: names and tensors of the thinking end. Those identical to the model's own are dropped at once.
-        format: as in `patch_model`.
+        format, invariant: as in `patch_model`.
         owned: whether the tensors come from files and nobody needs the model if this fails. Then a target that is kept
             as it is is copied, and a base that its format replaces is let go at once.
     """
@@ -175,7 +187,8 @@ def interpolate(
         differing = {local: packed[id(base)] for local, base in module._parameters.items() if id(base) in packed}
         kind = kinds.get(module)
         if kind is not None and differing:
-            lerp = Lerp(dial, type(module), kind[1], *_place(model, name, module, kind[0]))
+            settings = {**kind[1], "invariant": True} if invariant and kind[0] in (LerpLinear, LerpConv1D) else kind[1]
+            lerp = Lerp(dial, type(module), settings, *_place(model, name, module, kind[0]))
             _patch_module(module, kind[0], lerp, differing)
     return model
 

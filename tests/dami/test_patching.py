@@ -144,6 +144,19 @@ def test_an_offloaded_model() -> None:
         dami.patch_model(model, thinking)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@torch.no_grad()
+def test_an_invariant_row_has_the_bits_it_has_alone(family: str) -> None:
+    model = dami.patch_model(*pair(family), invariant=True)
+    module = model.lm_head if family == "llama" else model.transformer.h[0].mlp.c_fc
+    x, lam = torch.randn(70, 1, 24), torch.cat((torch.full((40,), 0.3), torch.rand(30)))
+    with dami.intensity(model, lam):
+        together = module(x)
+    for row in (0, 39, 69):
+        with dami.intensity(model, lam[row : row + 1]):
+            assert torch.equal(module(x[row : row + 1]), together[row : row + 1])
+
+
 def test_frozen_parameters_stay_frozen() -> None:
     model, thinking = pair("llama")
     model.lm_head.requires_grad_(False)
