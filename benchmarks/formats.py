@@ -1,4 +1,4 @@
-"""What the storage formats lose, and what other group sizes, roundings and bits would: python benchmarks/formats.py
+"""What the storage formats lose, and what other group sizes, roundings and bits would: python -m benchmarks.formats
 
 `results/formats.csv` gets ‖error of W(λ)‖ / ‖W(λ)‖ for weights as near to each other as published pairs are (Gaussian,
 and with heavier tails) and for the pair that ships with dami; `results/format_quality.csv` what that does to this pair:
@@ -8,9 +8,7 @@ the divergence of its next-token distributions and the accuracy of its answers.
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
-import subprocess
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,58 +24,47 @@ from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
+from benchmarks.machine import commit
+from benchmarks.record import RESULTS, store
 from dami_kernels import LerpWeight
 from dami_kernels.quantize import SCALE, dequantize, quantize
 
-RESULTS = Path(__file__).parent / "results"
 LAMS = (0.0, 0.25, 0.5, 0.75, 1.0)
 DISTANCE = 0.027  # ‖target − base‖ / ‖base‖ of the published pairs
 FORMATS = ("pair", "int8", "int4", "w8d4")
 
 Ends = tuple[Tensor, Tensor]
+Store = Callable[[Ends], tuple[Callable[[float], Tensor], float]]  # both ends → W(λ) in float64, and bytes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", choices=("weights", "pair"), default=("weights", "pair"))
     parser.add_argument("--questions", type=int, default=768, help="held-out questions that the pair is asked")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     options = parser.parse_args()
     torch.manual_seed(0)
     about = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": git_commit(),
+        "commit": commit(),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
     }
-    store([about | row for row in weight_errors()], options.results / "formats.csv")
-    store([about | row for row in quality(options.questions)], options.results / "format_quality.csv")
-
-
-def git_commit() -> str:
-    """What was measured; "-dirty" if it has been changed since."""
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, cwd=RESULTS, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def store(rows: list[dict], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-    print(f"{len(rows)} rows appended to {path}")
+    if "weights" in options.what:
+        store([about | row for row in weight_errors()], options.results / "formats.csv")
+    if "pair" in options.what:
+        store([about | row for row in quality(options.questions)], options.results / "format_quality.csv")
 
 
 def weight_errors() -> Iterator[dict]:
     """Errors of the formats, of deltas stored otherwise, and what a lossless difference would take."""
-    variants: dict[str, Callable[[Ends], tuple[Ends, float]]] = {name: packed(name) for name in FORMATS}
+    variants: dict[str, Store] = {name: packed(name) for name in FORMATS}
     for bits in (8, 4, 3, 2):
         for group in (32, 64, 128):
             for rounding in ("widest", "least squares"):
                 variants[f"{bits} bits, groups of {group}, {rounding}"] = delta_in(bits, group, rounding)
     variants["1 bit a weight, a scale a matrix (BitDelta)"] = sign_and_mean
     variants["8-bit difference in ulps, escapes listed"] = lossless
+    variants["a merged copy at λ, in bfloat16"] = merged_copy
     for source, weights in sources().items():
         for variant, store_ends in variants.items():
             errors, sizes = {lam: [0.0, 0.0] for lam in LAMS}, [0.0, 0]
@@ -87,7 +74,7 @@ def weight_errors() -> Iterator[dict]:
                 sizes[1] += base.numel()
                 for lam, sums in errors.items():
                     exact = torch.lerp(base.double(), target.double(), lam)
-                    sums[0] += (torch.lerp(stored[0].double(), stored[1].double(), lam) - exact).square().sum().item()
+                    sums[0] += (stored(lam) - exact).square().sum().item()
                     sums[1] += exact.square().sum().item()
             for lam, (error, norm) in errors.items():
                 yield {
@@ -121,18 +108,22 @@ def sources() -> dict[str, list[Ends]]:
     }
 
 
-def packed(format: str) -> Callable[[Ends], tuple[Ends, float]]:
-    def run(ends: Ends) -> tuple[Ends, float]:
+def between(base: Tensor, target: Tensor) -> Callable[[float], Tensor]:
+    return lambda lam: torch.lerp(base.double(), target.double(), lam)
+
+
+def packed(format: str) -> Store:
+    def run(ends: Ends) -> tuple[Callable[[float], Tensor], float]:
         weight = LerpWeight.pack(*ends, format)
-        return weight.unpack(), weight.nbytes
+        return between(*weight.unpack()), weight.nbytes
 
     return run
 
 
-def delta_in(bits: int, group: int, rounding: str) -> Callable[[Ends], tuple[Ends, float]]:
+def delta_in(bits: int, group: int, rounding: str) -> Store:
     """The base as it is and the difference in codes of so many bits."""
 
-    def run(ends: Ends) -> tuple[Ends, float]:
+    def run(ends: Ends) -> tuple[Callable[[float], Tensor], float]:
         base, target = (end.float() for end in ends)
         delta = target - base
         if rounding == "least squares":
@@ -143,19 +134,19 @@ def delta_in(bits: int, group: int, rounding: str) -> Callable[[Ends], tuple[End
             steps = scales.float().unsqueeze(-1).clamp_min(torch.finfo(torch.float32).tiny)
             codes = (groups / steps).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).flatten(1)
         nbytes = ends[0].nbytes + codes.numel() * bits / 8 + scales.nbytes
-        return (base, base + dequantize(codes, scales, base.shape[1])), nbytes
+        return between(base, base + dequantize(codes, scales, base.shape[1])), nbytes
 
     return run
 
 
-def sign_and_mean(ends: Ends) -> tuple[Ends, float]:
+def sign_and_mean(ends: Ends) -> tuple[Callable[[float], Tensor], float]:
     """BitDelta (arXiv 2402.10193) before distillation: the sign of every difference, and their mean size."""
     base, target = (end.float() for end in ends)
     delta = target - base
-    return (base, base + delta.abs().mean() * delta.sign()), ends[0].nbytes + base.numel() / 8 + 2
+    return between(base, base + delta.abs().mean() * delta.sign()), ends[0].nbytes + base.numel() / 8 + 2
 
 
-def lossless(ends: Ends) -> tuple[Ends, float]:
+def lossless(ends: Ends) -> tuple[Callable[[float], Tensor], float]:
     """Bytes if the target were the base plus an 8-bit number of ulps; what does not fit is listed, 2 + 2 bytes each."""
 
     def in_order(end: Tensor) -> Tensor:
@@ -165,7 +156,13 @@ def lossless(ends: Ends) -> tuple[Ends, float]:
 
     ulps = in_order(ends[1]) - in_order(ends[0])
     escapes = ((ulps < -127) | (ulps > 127)).sum().item()
-    return ends, ends[0].nbytes + ulps.numel() + 4 * escapes
+    return between(*ends), ends[0].nbytes + ulps.numel() + 4 * escapes
+
+
+def merged_copy(ends: Ends) -> tuple[Callable[[float], Tensor], float]:
+    """What there is without us: rounded once, a copy for every λ."""
+    exact = between(*ends)
+    return lambda lam: exact(lam).bfloat16().double(), ends[0].nbytes
 
 
 @torch.inference_mode()

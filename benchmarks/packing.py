@@ -1,4 +1,4 @@
-"""Time and memory that loading and packing a pair takes: python benchmarks/packing.py --layers 36 (Qwen3-4B's shapes).
+"""Time and memory that loading and packing a pair takes: python -m benchmarks.packing --layers 36 (Qwen3-4B's shapes).
 
 The checkpoints are random and written to a temporary folder first. Memory is what the process has of its own at the
 peak, beyond what it has at the end. Pages of files are not counted: transformers maps the base's file instead of
@@ -18,7 +18,9 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.formats import FORMATS, RESULTS, git_commit, store
+from benchmarks.formats import FORMATS
+from benchmarks.machine import commit
+from benchmarks.record import RESULTS, store
 
 CODE = """
 import json, re, sys, threading, time, torch, dami, dami.checkpoints
@@ -57,7 +59,7 @@ def main() -> None:
             rows.append(
                 {
                     "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                    "commit": git_commit(),
+                    "commit": commit(),
                     "threads": torch.get_num_threads(),
                     "layers": options.layers,
                     "weights": used["weights"],
