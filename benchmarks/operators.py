@@ -24,6 +24,8 @@ from dami_kernels import LerpWeight, formats, lerp_embedding, lerp_experts, lerp
 VOCABULARY = LAYERS["Qwen3-4B"]["lm_head"]
 HEADS = (32, 128)  # of a query of Qwen3-4B, each normalised by itself
 EPS = 1e-6
+COPIES = 8  # of ids, of x and of routings: one after the other, so that caches do not hold what a call needs
+DECODE = 64  # tokens up to which the host's share of a call is measured
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class Case:
     operator: str
     shape: tuple[int, ...]
     tokens: int
+
+    @property
+    def is_decode(self) -> bool:
+        return self.tokens <= DECODE
 
     def columns(self) -> dict[str, object]:
         return {"operator": self.operator, "shape": "x".join(map(str, self.shape)), "m": self.tokens, "lam": "distinct"}
@@ -54,9 +60,6 @@ def main(argv: list[str] | None = None) -> int:
         return list(PREPARE[case.operator](case, here, dtype, lam, weights)), COPIES
 
     return measure.run("operators.csv", options, cases(options), prepare)
-
-
-COPIES = 8  # of ids, of x and of routings: one after the other, so that caches do not hold what a call needs
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -94,11 +97,21 @@ def embedding(
             0,
             dtype,
             right,
+            is_eager=case.is_decode,
         )
 
     yield from (method(copies[0]) for copies in of.weights.values())
     one = of.merged()[0]
-    yield Method("F.embedding, one merged", "", lambda i: F.embedding(ids[i % COPIES], one), 2 * out, 0, dtype)
+    yield Method(
+        "F.embedding, one merged",
+        "",
+        lambda i: F.embedding(ids[i % COPIES], one),
+        2 * out,
+        0,
+        dtype,
+        None,
+        case.is_decode,
+    )
 
 
 def weight_rows(weight: LerpWeight, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,9 +140,11 @@ def norm(
         exact = oracle(xs[0], (ends[0], ends[1]), lam.unsqueeze(1), EPS)
         check(y, exact, exact.to(dtype))  # nothing but the last rounding
 
-    yield Method(f"lerp_{case.operator}", "pair", call, moved, 0, dtype, right)
+    yield Method(f"lerp_{case.operator}", "pair", call, moved, 0, dtype, right, is_eager=case.is_decode)
     name = f"F.{case.operator}, one merged"
-    yield Method(name, "", lambda i: plain(xs[i % COPIES], (d,), ends[0], eps=EPS), moved, 0, dtype)
+    yield Method(
+        name, "", lambda i: plain(xs[i % COPIES], (d,), ends[0], eps=EPS), moved, 0, dtype, None, case.is_decode
+    )
 
 
 def experts(
@@ -162,7 +177,7 @@ def experts(
                 start = end
 
         moved = int(hit * weight.nbytes / count) + activations
-        return Method("lerp_experts", weight.format, call, moved, 2 * product, dtype, right)
+        return Method("lerp_experts", weight.format, call, moved, 2 * product, dtype, right, is_eager=case.is_decode)
 
     yield from (method(copies[0]) for copies in of.weights.values())
     base, target = (end.transpose(1, 2) for end in of.ends[0])

@@ -55,6 +55,7 @@ GPU = [
     Part(
         "linear", "--models Qwen3-4B --layers gate_up --rows 2 8 32 128 256 512 1024 8192 --lams uniform distinct", 45
     ),
+    Part("linear", "--models tiny --rows 1 --lams distinct", 10),
     Part("operators", "--operators experts --rows 1 16 64 4096", 30),
     Part("operators", f"{ROW_BY_ROW} --rows 1 64 4096", 25),
     Part("linear", "--models Qwen3-4B --layers gate_up --rows 16 64 4096 --lams identical zipf ends", 30),

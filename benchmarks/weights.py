@@ -57,8 +57,8 @@ class Copies:
 
 
 def count_of(shape: tuple[int, ...], cold_bytes: int) -> int:
-    """Copies whose smallest format, at 1.6 bytes a weight, takes `cold_bytes`; at least two."""
-    return max(2, -(-cold_bytes // int(1.6 * torch.Size(shape).numel())))
+    """Copies whose smallest format, at 1.6 bytes a weight, takes `cold_bytes`; at least two, and no more than 64."""
+    return min(64, max(2, -(-cold_bytes // int(1.6 * torch.Size(shape).numel()))))
 
 
 def split(weight: LerpWeight, sizes: list[int]) -> list[LerpWeight]:

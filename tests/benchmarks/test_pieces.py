@@ -151,6 +151,7 @@ def test_copies_are_the_same_weight_in_other_places() -> None:
     assert len(copies.merged()) == 4
     assert count_of((3072, 3072), 2**28) == 18
     assert count_of((151936, 2560), 2**28) == 2
+    assert count_of((64, 64), 2**28) == 64
 
 
 @pytest.mark.parametrize("format", ["pair", "int4", "w8d4", "lowrank"])
