@@ -140,6 +140,37 @@ def others(rows: list[Row], *keys: str) -> str:
     return about(rows) + markdown(lines)
 
 
+def formats() -> str:
+    """What every format loses: of the weights, and of the shipped pair's answers."""
+    errors = latest(newest(RESULTS / "formats.csv"), "weights", "stored", "lam")
+    asked = latest(newest(RESULTS / "format_quality.csv"), "format", "lam")
+    lams = sorted({lam for _, lam in asked}, key=float)
+    lines = [["format", "λ", "error, Gaussian", "error, shipped pair", "KL", "accuracy, %", "tokens"]]
+    for format in dict.fromkeys(format for format, _ in asked):
+        for lam in lams:
+            row = asked[format, lam]
+            accuracy, low, high = (f"{float(row[key]):.0%}" for key in ("accuracy", "accuracy_low", "accuracy_high"))
+            error = [f"{float(errors[source, format, lam]['error']):.4f}" for source in ("Gaussian", "shipped pair")]
+            name = f"`{format}`" if lam == lams[0] else ""
+            interval = f"{accuracy} ({low} to {high})".replace("%", "")
+            lines.append(
+                [name, f"{float(lam):g}", *error, f"{float(row['kl']):.6f}", interval, f"{float(row['tokens']):.0f}"]
+            )
+    return markdown(lines)
+
+
+def roundings() -> str:
+    """Bits, groups and roundings of the difference: the error at λ=1."""
+    errors = latest([row for row in newest(RESULTS / "formats.csv") if row["lam"] == "1.0"], "stored", "weights")
+    sources = list(dict.fromkeys(source for _, source in errors))
+    lines = [["difference stored in", "bytes per weight", *(f"error, {source}" for source in sources)]]
+    for stored in dict.fromkeys(stored for stored, _ in errors):
+        if " " in stored:  # the formats have a table of their own
+            cells = (f"{float(errors[stored, source]['error']):.4f}" for source in sources)
+            lines.append([stored, f"{float(errors[stored, sources[0]]['bytes_per_weight']):.2f}", *cells])
+    return markdown(lines)
+
+
 def square(isa: str) -> str:
     return linear(measured("linear.csv", is_cpu, model="square", dtype="bf16", isa=isa))
 
@@ -150,6 +181,8 @@ def four_b(kind: str, is_wanted: Callable[[Row], bool]) -> list[Row]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "pair": pair,
+    "formats": formats,
+    "roundings": roundings,
     "linear avx2": lambda: square("avx2"),
     "linear avx512_bf16": lambda: square("avx512_bf16"),
     "layers cpu": lambda: layers(four_b("distinct", is_cpu)),

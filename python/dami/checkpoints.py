@@ -26,6 +26,7 @@ from dami.patching import (
     patch_model,
     tensor_mismatches,
 )
+from dami_kernels import formats
 
 FILES = ["model*.safetensors", adapters.WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja"]
 LEGACY_FILES = ["pytorch_model*.bin"]
@@ -78,6 +79,7 @@ def load_pair(
     """
     if chat_template not in ("instruct", "thinking"):
         raise ValueError(f"chat_template must be 'instruct' or 'thinking', got {chat_template!r}")
+    formats.get(format)
     ends = (Checkpoint.find(instruct), Checkpoint.find(thinking))
     if (ends[1].directory / adapters.CONFIG).exists():
         loaded = {"device_map": device_map, "dtype": dtype, **options}

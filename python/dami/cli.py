@@ -92,10 +92,13 @@ PairOption = Annotated[
         "--pair", metavar="INSTRUCT THINKING", help="Two directories or hub names. Default: the shipped pair."
     ),
 ]
+FormatOption = Annotated[
+    str, typer.Option("--format", metavar="NAME", help="How the pair is kept: pair, int8, int4, w8d4 or lowrank.")
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of the sampling.")]
 
 
-def load(pair: tuple[str, str] | None) -> tuple[Any, Any]:
+def load(pair: tuple[str, str] | None, format: str = "pair") -> tuple[Any, Any]:
     """Loads a pair, onto the GPU if there is one; progress goes to stderr."""
     if pair is None or not err.is_terminal:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
@@ -107,7 +110,7 @@ def load(pair: tuple[str, str] | None) -> tuple[Any, Any]:
     instruct, thinking = pair or dami.example_pair()
     with user_errors():
         try:
-            return load_pair(instruct, thinking, device_map="cuda" if torch.cuda.is_available() else None)
+            return load_pair(instruct, thinking, format, device_map="cuda" if torch.cuda.is_available() else None)
         except OSError as error:  # the hub's do not say which
             raise OSError(f"cannot load {instruct} and {thinking}: {' '.join(str(error).split())}") from error
 
@@ -153,6 +156,7 @@ def generate(
         ),
     ] = None,
     pair: PairOption = None,
+    format: FormatOption = "pair",
     stream: Annotated[bool, typer.Option("--stream", help="Show tokens as they come.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line for every answer.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Give prompts as they are, without the chat template.")] = False,
@@ -183,7 +187,7 @@ def generate(
         options["do_sample"] = not greedy
     asked = read_prompts(prompts or [], file)
     lams = intensity or [0.0, 0.5, 1.0]
-    model, tokenizer = load(pair)
+    model, tokenizer = load(pair, format)
 
     import torch
 
@@ -248,11 +252,12 @@ def describe(
     ends: Annotated[
         list[str] | None, typer.Argument(metavar="[INSTRUCT THINKING]", help="Default: the shipped pair.")
     ] = None,
+    format: FormatOption = "pair",
 ) -> None:
     """Show every parameter of a pair: its kind, its format, its bytes; and the sum against merged copies."""
     if ends and len(ends) != 2:
         raise fail(f"a pair is two directories or hub names, got {len(ends)}")
-    model, _ = load((ends[0], ends[1]) if ends else None)
+    model, _ = load((ends[0], ends[1]) if ends else None, format)
     import dami
     from dami.terminal import parameters
 

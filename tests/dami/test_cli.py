@@ -49,6 +49,21 @@ def test_version() -> None:
         assert any(line.startswith(name) for line in result.stdout.splitlines())
 
 
+def test_formats() -> None:
+    exact, small = (
+        records(run("generate", "What is 2 + 3?", "-l", "0.5", "--greedy", "--json", "--format", format))
+        for format in ("pair", "w8d4")
+    )
+    assert small[0]["text"] == exact[0]["text"]
+    described = run("describe", "--format", "w8d4")
+    assert "w8d4" in described.stdout
+    mistaken = run("describe", "--format", "int3")
+    assert mistaken.exit_code == 2
+    assert "format must be one of ['int4', 'int8', 'lowrank', 'pair', 'w8d4'], got 'int3'" in " ".join(
+        mistaken.output.split()
+    )
+
+
 def test_generate_shows_intensities_side_by_side() -> None:
     result = run("generate", "What is 2 + 3?", "-l", "0", "-l", "0.25", *SHORT)
     assert result.exit_code == 0, result.output
