@@ -112,10 +112,8 @@ constexpr int64_t block_bytes = 2048;
 // Rows of a weight in a register tile.
 constexpr int64_t tile_n = 4;
 
-// A `linear` kernel's memory: a block of tile_n rows of two matrices with their scales, and two sums for every output.
-constexpr int64_t linear_scratch(int64_t rows) {
-  return 2 * tile_n * (block_bytes + block_bytes / 2 / group_size * 4) + rows * 2 * max_outputs * 4;
-}
+// A `linear` kernel's memory: a block of tile_n rows of two matrices, half as much for scales, and two sums for every output.
+constexpr int64_t linear_scratch(int64_t rows) { return tile_n * 3 * block_bytes + rows * 2 * max_outputs * 4; }
 
 // The kernels of one instruction set; arrays are indexed by Type.
 struct Isa {

@@ -7,6 +7,7 @@ namespace {
 struct Bf16Dot {
   using X = bf16;
   static constexpr int step = 32, parts = 1, tile_m = Vec::tile_m;
+  static constexpr int64_t block = dami::block_bytes / sizeof(X);
   static int64_t at_block(int64_t k) { return k; }
   template <int>
   static __m512bh load(const bf16* p) {

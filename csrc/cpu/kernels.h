@@ -6,8 +6,8 @@
 //         register, for the compiler would rather read it again; sum4(a, b, c, d, to), which adds the sum of the lanes of
 //         each to to[0..4); and Int8 and Int4, made from the scale of a group, whose load, load_even and load_odd turn its
 //         codes into numbers
-//   Dot   how products are summed along K, `step` elements at a time: X, the type it reads x in, and where a block of x begins,
-//         at_block(k); tile_m, the height of a register tile; operand, `step` numbers of a weight as stored, and
+//   Dot   how products are summed along K, `step` elements at a time: X, the type it reads x in, `block`, how much of k it sums
+//         in vectors, and where a block of x begins, at_block(k); tile_m, the height of a register tile; operand, `step` numbers of a weight as stored, and
 //         multiply_add of these and x; scaled, the sum over a block; store, an operand as X. One that multiplies dense
 //         weights too has load<part> and multiply_add for X in `parts`, widen, `step` numbers in float32, and their store
 #pragma once
@@ -117,14 +117,14 @@ struct Codes {
   Codes group(int64_t i, int64_t, Buffer&) const { return {at(i), scales + i / group_size}; }
 };
 
-// Codes that a Dot has stored as X, in its order.
-template <class V, class X>
+// Codes, stored as Row is, that a Dot has stored as X, in its order.
+template <class V, class X, class Row>
 struct Converted {
   const X* p;
   const float* scales;
 
   const X* at(int64_t i) const { return p + i; }
-  static constexpr int64_t bytes(int64_t) { return 0; }
+  static constexpr int64_t bytes(int64_t i) { return Row::bytes(i); }
   V loader(int64_t i) const { return V::set1(scales[i / group_size]); }
 };
 
@@ -166,6 +166,7 @@ template <class V, bool split>
 struct FloatDot {
   using X = float;
   static constexpr int step = 2 * V::W, parts = 2, tile_m = V::tile_m;
+  static constexpr int64_t block = block_bytes / sizeof(X);
   static int64_t at_block(int64_t k) { return k; }
   template <int part>
   static V load(const float* x) {
@@ -256,48 +257,58 @@ void tile(const typename Dot::X* x, int64_t stride, const typename Dot::X* const
   add_sums(total, sums);
 }
 
-// The same with rows of w as they are stored or converted, as many at a time as the registers have room for.
+// The same with rows of w as they are stored or converted, as many at a time as the registers have room for, over any number
+// of blocks of k.
 template <class V, class Dot, int M, class Row>
 void stream(const typename Dot::X* x, int64_t stride, const Row* w, const Ahead& ahead, int64_t k, float* sums) {
   constexpr int N = M <= Dot::tile_m ? tile_n : tile_n / 2;
-  for (int first = 0; first < tile_n; first += N) {
-    V total[M][N];
-    for (auto& row : total)
-      for (V& sum : row) sum = V::zero();
-    const int64_t bytes = group_size * ahead.bits / 8;
-    for (int64_t i = 0; i < k; i += group_size) {
+  constexpr int64_t bytes = Row::bytes(group_size);
+  for (int64_t begin = 0; begin < k; begin += Dot::block, x += Dot::at_block(Dot::block) - Dot::at_block(0))
+    for (int first = 0; first < tile_n; first += N) {
+      V total[M][N];
+      for (auto& row : total)
+        for (V& sum : row) sum = V::zero();
+      const char* next[N];
+      for (int n = 0; n < N; n++) next[n] = ahead.rows[first + n];
+      for (int64_t i = begin; i < std::min(k, begin + Dot::block); i += group_size) {
+        if (Row::bytes(i) % 64 == 0)
 #pragma GCC unroll 4
-      for (int n = 0; n < N; n++) {
-        const Row& row = w[first + n];
-        for (int64_t line = 0; line < std::max<int64_t>(Row::bytes(group_size), 1); line += 64)
-          __builtin_prefetch(ahead.rows[first + n] + i / group_size * bytes + line, 0, 2);
-        const auto loader = row.loader(i);
+          for (int n = 0; n < N; n++)
+#pragma GCC unroll 2
+            for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(next[n] + Row::bytes(i) + line, 0, 2);
 #pragma GCC unroll 4
-        for (int64_t j = i; j < i + group_size; j += Dot::step) {
-          const auto operand = Dot::operand(row, j, loader);
+        for (int n = 0; n < N; n++) {
+          const Row& row = w[first + n];
+          const auto loader = row.loader(i);
 #pragma GCC unroll 4
-          for (int m = 0; m < M; m++) total[m][n] = Dot::multiply_add(x + m * stride + j, operand, total[m][n]);
+          for (int64_t j = 0; j < group_size; j += Dot::step) {
+            const auto operand = Dot::operand(row, i + j, loader);
+#pragma GCC unroll 4
+            for (int m = 0; m < M; m++)
+              total[m][n] = Dot::multiply_add(x + m * stride + i - begin + j, operand, total[m][n]);
+          }
         }
       }
-    }
 #pragma GCC unroll 4
-    for (int m = 0; m < M; m++)
-      for (V& sum : total[m]) sum = Dot::scaled(sum, x + m * stride);
-    add_sums(total, sums + first);
-  }
+      for (int m = 0; m < M; m++)
+        for (V& sum : total[m]) sum = Dot::scaled(sum, x + m * stride);
+      add_sums(total, sums + first);
+    }
 }
 
 // Dot multiplies dense weights and blended ones, CodesDot codes.
 template <class V, class Dot, class CodesDot, class T>
 struct LinearKernel {
   using X = typename Dot::X;
-  static constexpr int64_t block_k = block_bytes / sizeof(X);
+  static constexpr int64_t block_k = Dot::block;
   static constexpr int64_t cached_bytes = 256 * 1024;  // of x, which the rows of a weight pass by
-  static constexpr int64_t few = 4;  // rows that are bound by memory, so that a weight is best converted in registers
+  static constexpr int64_t few = 4;  // rows that are bound by memory, so that a weight is best converted in registers;
+  static constexpr int64_t blocks_of_few = 8;  // and so many blocks of it at a time
+  static constexpr int64_t groups = blocks_of_few * block_bytes / 2 / group_size;  // in those, at most
 
   struct alignas(64) Scratch {
     X weight[2][tile_n][block_k];
-    float scales[2][tile_n][block_bytes / 2 / group_size];
+    float scales[2][tile_n][groups];
     // Of the base and the other matrix, or of the blended one; of tile_n outputs those of all rows lie together.
     float sums[2][max_outputs * max_rows];
   };
@@ -395,7 +406,7 @@ struct LinearKernel {
   struct Operand {
     const Stored& stored;
     X (*const to)[block_k];
-    float (*const scales)[block_bytes / 2 / group_size];
+    float (*const scales)[groups];
     bool converted = false;
     const X* w[tile_n];
 
@@ -426,9 +437,9 @@ struct LinearKernel {
         } else {
           using CodesX = typename D::X;
           const auto codes = [&](int i) {
-            return Converted<V, CodesX>{reinterpret_cast<const CodesX*>(to[i]), scales[i]};
+            return Converted<V, CodesX, Row>{reinterpret_cast<const CodesX*>(to[i]), scales[i]};
           };
-          const Converted<V, CodesX> w[tile_n] = {codes(0), codes(1), codes(2), codes(3)};
+          const Converted<V, CodesX, Row> w[tile_n] = {codes(0), codes(1), codes(2), codes(3)};
           streams<D>(rows, w, piece, ahead, D::tile_m);
         }
       });
@@ -490,16 +501,21 @@ struct LinearKernel {
     for (float* each : {scratch.sums[0], scratch.sums[1]}) std::memset(each, 0, sums * sizeof(float));
     // As many columns of x as the cache holds stay there while rows of the weight pass by.
     const int64_t deep = std::max(block_k, cached_bytes / static_cast<int64_t>(sizeof(X)) / rows / block_k * block_k);
-    const auto at = [&](int64_t n, int64_t k) { return Piece{n, n1, k, std::min(block_k, block.k - k)}; };
+    const auto at = [&](int64_t n, int64_t k) {
+      const int64_t whole = (block.k - k) / block_k;  // blocks; behind them there may be part of one, by itself
+      return Piece{n, n1, k, whole ? std::min(whole, rows <= few ? blocks_of_few : 1) * block_k : block.k - k};
+    };
     for (int64_t begin = 0; begin < block.k; begin += deep) {
       const int64_t end = std::min(block.k, begin + deep);
       for (int64_t n = n0; n < n1; n += tile_n)
-        for (int64_t k = begin; k < end; k += block_k) {
-          const Piece next = k + block_k < end ? at(n, k + block_k)
-                             : n + tile_n < n1 ? at(n + tile_n, begin)
-                             : end < block.k   ? at(n0, end)
-                                               : at(n, k);
-          multiply(p, block, at(n, k), next, n0, scratch);
+        for (Piece piece = at(n, begin), next; piece.n == n; piece = next) {
+          const int64_t k = piece.k + piece.count;
+          next = k < end             ? at(n, k)
+                 : n + tile_n < n1   ? at(n + tile_n, begin)
+                 : end < block.k     ? at(n0, end)
+                                     : at(n, begin);
+          multiply(p, block, piece, next, n0, scratch);
+          if (k >= end) break;
         }
     }
     for (const Group& group : block.groups)
