@@ -20,18 +20,20 @@ PARTS = ("suite", "linear", "operators", "step")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks", add_help=False)
-    parser.add_argument("part", nargs="?", choices=PARTS, default="suite")
+    parser = argparse.ArgumentParser("python -m benchmarks", usage=__doc__, add_help=False)
     parser.add_argument("--isa")
     options, rest = parser.parse_known_args(argv)
-    if options.part == "suite" and {"-h", "--help"} & {*rest}:
+    part = rest.pop(0) if rest and not rest[0].startswith("-") else "suite"
+    if part not in PARTS:
+        parser.error(f"PART must be one of {', '.join(PARTS)}, got {part!r}")
+    if part == "suite" and {"-h", "--help"} & {*rest}:
         print(__doc__)
         return 0
     if options.isa:
         os.environ["DAMI_CPU_ISA"] = options.isa
     if options.isa == "avx2":  # read when torch is loaded, which is why nothing is imported before
         os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    return importlib.import_module(f"benchmarks.{options.part}").main(rest)
+    return importlib.import_module(f"benchmarks.{part}").main(rest)
 
 
 if __name__ == "__main__":

@@ -94,6 +94,7 @@ def run(
     facts = about(here) | {"dtype": options.dtype}
     print(f"{facts['device']}, {facts['isa']}, torch {facts['torch']}, {facts['dtype']}", flush=True)
     missing: set[tuple[str, str]] = set()  # methods and formats without a kernel
+    ceilings: dict[object, float] = {}
     refused = False
 
     def rows_of(case: Case) -> list[dict[str, object]]:
@@ -109,7 +110,7 @@ def run(
                 missing.add(kernel)
             else:
                 refused = True
-        return [] if options.check_only else timed(right, copies, here, options.seconds)
+        return [] if options.check_only else timed(right, copies, here, options.seconds, ceilings)
 
     for case in budget.spend(cases):
         print(f"\n{case}", flush=True)
@@ -144,16 +145,22 @@ def fault(method: Method) -> type[Exception] | None:
     return None
 
 
-def timed(methods: list[Method], copies: int, here: Machine, seconds: float) -> list[dict[str, object]]:
-    """A row for each method."""
+def timed(
+    methods: list[Method], copies: int, here: Machine, seconds: float, ceilings: dict[object, float]
+) -> list[dict[str, object]]:
+    """A row for each method. `ceilings` keeps the best bandwidth and peaks of the run, so that no slow minute lowers them."""
     stopwatches = {method: here.stopwatch(method.call, copies) for method in methods}
     times = interleaved(stopwatches, seconds)
     eager = {method: here.eager(method.call) for method in methods if method.is_eager}
     stopwatches.clear()
     here.forget()
-    bandwidth = here.bandwidth()
-    peaks = {dtype: here.peak(dtype) for dtype in {method.dtype for method in methods}}
-    return [row(method, times[method], eager.get(method), bandwidth, peaks[method.dtype]) for method in methods]
+    ceilings["bandwidth"] = max(here.bandwidth(), ceilings.get("bandwidth", 0))
+    for dtype in {method.dtype for method in methods}:
+        ceilings[dtype] = max(here.peak(dtype), ceilings.get(dtype, 0))
+    return [
+        row(method, times[method], eager.get(method), ceilings["bandwidth"], ceilings[method.dtype])
+        for method in methods
+    ]
 
 
 def row(method: Method, times: Times, eager: float | None, bandwidth: float, peak: float) -> dict[str, object]:

@@ -112,3 +112,16 @@ def test_a_process_that_takes_too_long_is_stopped(capsys: pytest.CaptureFixture[
 def test_help_tells_of_every_part(capsys: pytest.CaptureFixture[str]) -> None:
     assert __main__.main(["--help"]) == 0
     assert {*__main__.PARTS} <= {*capsys.readouterr().out.split()}
+
+
+def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        __main__.main(["all"])
+    assert "PART must be one of suite, linear" in capsys.readouterr().err
+
+
+def test_without_a_part_the_suite_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(suite, "main", lambda argv: asked.extend(argv) or 3)
+    assert __main__.main(["--budget", "30"]) == 3
+    assert asked == ["--budget", "30"]
