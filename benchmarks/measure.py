@@ -148,7 +148,7 @@ def fault(method: Method) -> type[Exception] | None:
 def timed(
     methods: list[Method], copies: int, here: Machine, seconds: float, ceilings: dict[object, float]
 ) -> list[dict[str, object]]:
-    """A row for each method. `ceilings` keeps the best bandwidth and peaks of the run, so that no slow minute lowers them."""
+    """A row for each method. `ceilings` keeps the best bandwidth and peaks of the run, whatever a slow minute has."""
     stopwatches = {method: here.stopwatch(method.call, copies) for method in methods}
     times = interleaved(stopwatches, seconds)
     eager = {method: here.eager(method.call) for method in methods if method.is_eager}
