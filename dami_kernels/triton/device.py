@@ -96,8 +96,8 @@ def load_float(tensor, strides, rows, wanted, start, end, COLUMNS: tl.constexpr)
 def load_int8(codes, scale, codes_strides, scale_strides, rows, wanted, k, K, BLOCK_K, DTYPE: tl.constexpr):
     """Tile of codes times the scale of their group."""
     padded = None if K is None else tl.cdiv(K, GROUP) * GROUP
-    codes = load_float(codes, codes_strides, rows, wanted, k, padded, BLOCK_K)
-    return _scaled(codes, scale, scale_strides, rows, wanted, k, K, BLOCK_K, DTYPE)
+    codes = load_float(codes, codes_strides, rows, wanted, k, padded, BLOCK_K).to(tl.float32)
+    return _scaled(codes, scale, scale_strides, rows, wanted, k, K, BLOCK_K).to(DTYPE)
 
 
 @triton.jit
@@ -105,13 +105,34 @@ def load_int4(codes, scale, codes_strides, scale_strides, rows, wanted, k, K, BL
     """The same with two codes to a byte, the first in its low half, each stored plus 8."""
     padded = None if K is None else tl.cdiv(K, GROUP) * (GROUP // 2)
     pairs = load_float(codes, codes_strides, rows, wanted, k // 2, padded, BLOCK_K // 2)
-    codes = tl.join(pairs & 15, pairs >> 4).reshape(rows.shape[0], BLOCK_K).to(tl.int8) - 8
-    return _scaled(codes, scale, scale_strides, rows, wanted, k, K, BLOCK_K, DTYPE)
+    # Under a float whose last bit counts ones, the code is its last bits: no conversion, which is slow.
+    if tl.bfloat16 == DTYPE:
+        BITS: tl.constexpr = 0x4300
+        ZERO: tl.constexpr = 128 + 8
+        pairs = pairs.to(tl.int16)
+    elif tl.float16 == DTYPE:
+        BITS: tl.constexpr = 0x6400
+        ZERO: tl.constexpr = 1024 + 8
+        pairs = pairs.to(tl.int16)
+    else:
+        BITS: tl.constexpr = 0x4B000000
+        ZERO: tl.constexpr = 8388608 + 8
+        pairs = pairs.to(tl.int32)
+    codes = tl.join(pairs & 15 | BITS, pairs >> 4 | BITS).to(DTYPE, bitcast=True).reshape(rows.shape[0], BLOCK_K)
+    return _scaled(codes - ZERO, scale, scale_strides, rows, wanted, k, K, BLOCK_K)
 
 
 @triton.jit
-def _scaled(codes, scale, scale_strides, rows, wanted, k, K, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
-    groups = None if K is None else tl.cdiv(K, GROUP)
-    scale = load_float(scale, scale_strides, rows, wanted, k // GROUP, groups, BLOCK_K // GROUP).to(DTYPE)
-    values = codes.to(DTYPE).reshape(rows.shape[0], BLOCK_K // GROUP, GROUP) * scale[:, :, None]
+def _scaled(codes, scale, strides, rows, wanted, k, K, BLOCK_K: tl.constexpr):
+    GROUPS: tl.constexpr = BLOCK_K // GROUP
+    if K is None and GROUPS % 2 == 0:
+        # Two at a time, for what is narrower than 32 bits is not copied ahead of time.
+        words = scale.to(tl.pointer_type(tl.int32), bitcast=True)
+        words = load_float(words, (strides[0] // 2, 1), rows, wanted, k // (2 * GROUP), None, GROUPS // 2)
+        low, high = (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
+        scale = tl.join(low, high).reshape(rows.shape[0], GROUPS)
+    else:
+        groups = None if K is None else tl.cdiv(K, GROUP)
+        scale = load_float(scale, strides, rows, wanted, k // GROUP, groups, GROUPS)
+    values = codes.reshape(rows.shape[0], GROUPS, GROUP) * scale.to(codes.dtype)[:, :, None]
     return values.reshape(rows.shape[0], BLOCK_K)

@@ -56,6 +56,7 @@ def _lerp_experts_kernel(
     EVEN_K: tl.constexpr,
     USE_BLEND: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    MIXED_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -73,10 +74,10 @@ def _lerp_experts_kernel(
         weight = [part[0] + expert.to(tl.int64) * part[1] for part in weights]
         bias = None if biases is None else [part[0] + expert.to(tl.int64) * part[1] for part in biases]
         begin = split * steps_per_split
-        tile = (row, end, tile_n * BLOCK_N, N, K, begin, min(begin + steps_per_split, tl.cdiv(K, BLOCK_K)))
+        tile = (row, end, tile_n * BLOCK_N, N, K, begin, min(begin + steps_per_split, max(tl.cdiv(K, BLOCK_K), 1)))
         linear_tile(
-            x, stride_x, weight, strides, bias, lam, row_to_lam, rows_per_lam, out, tile,
-            FORMAT, EVEN_K, USE_BLEND, BLOCK_M, BLOCK_N, BLOCK_K,
+            x, stride_x, weight, strides, bias, lam, row_to_lam, rows_per_lam, out, N, tile,
+            FORMAT, EVEN_K, USE_BLEND, BLOCK_M, MIXED_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     elif expert == E:
         rows = row + tl.arange(0, BLOCK_M)[:, None]
@@ -104,9 +105,12 @@ def lerp_experts(
         return y
     config = experts_config(M, E, N, K, x.dtype, format, device_of(x.device), invariant)
     x = with_rows_in_one_piece(x)
-    parts = y if config.split_k == 1 else x.new_empty(config.split_k, M, N, dtype=torch.float32)
+    steps = max(1, cdiv(K, config.block_k))
+    steps_per_split = cdiv(steps, config.split_k)
+    splits = cdiv(steps, steps_per_split)
+    parts = y if splits == 1 else x.new_empty(splits, M, N, dtype=torch.float32)
     with on_device_of(x):
-        _lerp_experts_kernel[row_tiles(M, E, config.block_m) * cdiv(N, config.block_n), config.split_k](
+        _lerp_experts_kernel[row_tiles(M, E, config.block_m) * cdiv(N, config.block_n), splits](
             x,
             tuple((tensor, tensor.stride(0)) for tensor in weight),
             tuple((end.contiguous(), N) for end in bias) if bias else None,
@@ -118,22 +122,23 @@ def lerp_experts(
             E,
             N,
             K,
-            cdiv(K, config.block_k * config.split_k),
+            steps_per_split,
             rows_per_lam,
             x.stride(0),
             tuple(tensor.stride()[1:] for tensor in weight),
             SEGMENTS=1 << E.bit_length(),
             FORMAT=format,
-            EVEN_K=K % config.block_k == 0,
+            EVEN_K=K % config.block_k == 0 and K > 0,
             USE_BLEND=config.use_blend,
             BLOCK_M=config.block_m,
+            MIXED_M=config.mixed_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-        if config.split_k > 1:
-            _sum_splits_kernel[cdiv(y.numel(), 256),](parts, y, y.numel(), SPLIT_K=config.split_k, BLOCK=256)
+        if splits > 1:
+            _sum_splits_kernel[cdiv(y.numel(), 256),](parts, y, y.numel(), SPLIT_K=splits, BLOCK=256)
     return y
 
 

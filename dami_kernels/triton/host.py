@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -15,6 +16,13 @@ def check_format(format: str) -> None:
         raise NotImplementedError(f"no kernel reads the format {format!r}")
 
 
+def weights_of(tensors: list[Tensor], format: str) -> tuple[tuple[Tensor, ...], ...]:
+    """The tensors of several weights of one format, each weight's together."""
+    check_format(format)
+    each = TENSORS[format]
+    return tuple([tuple(tensors[i : i + each]) for i in range(0, len(tensors), each)])
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up. Triton's own takes a microsecond and a half on the host."""
     return -(-a // b)
@@ -25,7 +33,7 @@ def on_device_of(x: Tensor) -> AbstractContextManager[None]:
     return torch.cuda.device_of(x)
 
 
-def strides_of(weight: list[Tensor]) -> tuple[tuple[int, ...], ...]:
+def strides_of(weight: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
     return tuple(tensor.stride() for tensor in weight)
 
 

@@ -2,7 +2,23 @@
 
 from dami_kernels.tuning.device import H100, Device, device_of
 from dami_kernels.tuning.experts import experts_config
-from dami_kernels.tuning.linear import LinearConfig, linear_config
+from dami_kernels.tuning.linear import LinearConfig, linear_candidates, linear_config, row_span
 from dami_kernels.tuning.rows import RowConfig, row_config
+from dami_kernels.tuning.tables import LinearEntry, load_table, save_table, table_path
 
-__all__ = ["H100", "Device", "LinearConfig", "RowConfig", "device_of", "experts_config", "linear_config", "row_config"]
+__all__ = [
+    "H100",
+    "Device",
+    "LinearConfig",
+    "LinearEntry",
+    "RowConfig",
+    "device_of",
+    "experts_config",
+    "linear_candidates",
+    "linear_config",
+    "load_table",
+    "row_config",
+    "row_span",
+    "save_table",
+    "table_path",
+]

@@ -16,11 +16,13 @@ class Device:
         arch: "sm_90", "gfx942", …
         processors: streaming multiprocessors, or compute units.
         shared: bytes of shared memory that one program may take.
+        name: as torch gives it, by which its table of measurements is found; empty if there shall be none.
     """
 
     arch: str
     processors: int
     shared: int
+    name: str = ""
 
     @property
     def is_amd(self) -> bool:
@@ -43,4 +45,4 @@ def device_of(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
     arch = f"sm_{properties.major}{properties.minor}" if torch.version.hip is None else properties.gcnArchName
     shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    return Device(arch.split(":")[0], properties.multi_processor_count, shared)
+    return Device(arch.split(":")[0], properties.multi_processor_count, shared, properties.name)

@@ -48,7 +48,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes the kernel run with tiles of 16 by 16 by 32, and the rest as given."""
 
     def use(split_k: int = 1, use_blend: bool = False, block_m: int = 16) -> None:
-        config = LinearConfig(block_m, 16, 32, split_k, use_blend, num_warps=4, num_stages=2)
+        config = LinearConfig(block_m, 16, 32, block_m, split_k, use_blend, num_warps=4, num_stages=2)
         monkeypatch.setattr("dami_kernels.triton.experts.experts_config", lambda *_: config)
 
     return use

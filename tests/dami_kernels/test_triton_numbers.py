@@ -50,8 +50,8 @@ def linear(kernels: dict[str, Kernel], monkeypatch: pytest.MonkeyPatch) -> Kerne
     return run
 
 
-def config(split_k: int = 1, use_blend: bool = False, block_m: int = 16, block_n: int = 16) -> LinearConfig:
-    return LinearConfig(block_m, block_n, 32, split_k, use_blend, num_warps=4, num_stages=2)
+def config(split_k: int = 1, use_blend: bool = False, block_m: int = 16, mixed_m: int = 16) -> LinearConfig:
+    return LinearConfig(block_m, 16, 32, mixed_m, split_k, use_blend, num_warps=4, num_stages=2)
 
 
 def ends(*shape: int, dtype: torch.dtype, distance: float = 0.03) -> Ends:

@@ -52,7 +52,8 @@ def test_tiles_are_legal(dtype: torch.dtype, device: Device) -> None:
         assert config.num_stages >= 2, config
         assert stage * (1 if device.is_amd else config.num_stages) <= device.shared, config
         threads = config.num_warps * (64 if device.is_amd else 32)
-        assert 2 * config.block_m * config.block_n <= 128 * threads, config  # half its registers hold accumulators
+        assert config.block_m * config.block_n <= 128 * threads, config
+        assert 2 * config.mixed_m * config.block_n <= 128 * threads, config  # half its registers hold accumulators
         # Splits of this many steps each cover K, and none of them is empty but by rounding.
         steps = -(-K // (config.block_k * config.split_k))
         assert steps * config.block_k * config.split_k >= K
@@ -74,7 +75,7 @@ def test_every_number_of_rows() -> None:
     for M, config in configs.items():
         assert config.block_m <= max(16, 2 * M - 1)
         assert config.use_blend == (config.block_m < M)
-    assert len(set(configs.values())) <= 8
+    assert len(set(configs.values())) <= 9
 
 
 def test_a_decode_step_reads_the_weights_once() -> None:
@@ -87,7 +88,7 @@ def test_a_decode_step_reads_the_weights_once() -> None:
 def test_a_model_compiles_few_kernels(shapes: list[tuple[int, int]], device: Device) -> None:
     """However its batches grow and shrink: a compilation takes a second or two of someone's first request."""
     configs = {plan(M, N, K, device=device) for M, (N, K) in itertools.product(ROWS, shapes)}
-    assert len({replace(config, split_k=1) for config in configs}) <= 10
+    assert len({replace(config, split_k=1) for config in configs}) <= 12
 
 
 @pytest.mark.parametrize("D", [1, 64, 127, 128, 576, 2560, 4096, 4097, 65536])

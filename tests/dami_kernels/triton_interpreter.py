@@ -75,6 +75,7 @@ def _call(function: InterpretedFunction, *args: Any, **options: Any) -> Any:
 _patched: set[str] = set()
 InterpretedFunction.__call__ = _call
 _plain_cast, InterpreterBuilder.cast_impl = InterpreterBuilder.cast_impl, _cast
+InterpreterBuilder.get_bf16 = lambda builder, value: _bfloat16([value])
 _plain_binary, InterpreterBuilder.binary_op = InterpreterBuilder.binary_op, _binary
 _plain_patch, interpreter._patch_lang_tensor = interpreter._patch_lang_tensor, _patch
 InterpreterBuilder.create_dot = _dot

@@ -68,7 +68,9 @@ class Compiled:
     @cached_property
     def loops(self) -> list[str]:
         """The bodies of the innermost loops of the PTX."""
-        loop = re.compile(r"^(\$\w+):[^\n]*Loop Header[^\n]*\n(.*?)bra[^\n]*\1;", re.MULTILINE | re.DOTALL)
+        loop = re.compile(
+            r"^(\$\w+):(?:[^\n]*\n\s*//)?[^\n]*Inner Loop Header[^\n]*\n(.*?)bra[^\n]*\1;", re.MULTILINE | re.DOTALL
+        )
         return [match[2] for match in loop.finditer(self.code)]
 
     @cached_property

@@ -1,0 +1,68 @@
+"""Measured launch parameters: a JSON file per GPU in `tables/`, and the look-up of the nearest number of rows."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from dami_kernels.tuning.linear import LinearConfig
+
+TABLES = Path(__file__).parent / "tables"
+LOG = logging.getLogger("dami_kernels")
+
+
+@dataclass(frozen=True)
+class LinearEntry:
+    """The fastest configuration that was found for x [M, K] and weights with N features in all."""
+
+    M: int
+    N: int
+    K: int
+    dtype: torch.dtype
+    format: str
+    config: LinearConfig
+
+
+def table_path(device_name: str) -> Path:
+    """Where the table of a GPU is looked for, by its name as torch gives it."""
+    return TABLES / f"{device_name.replace(' ', '_').replace('/', '_')}.json"
+
+
+def save_table(path: Path, entries: Iterable[LinearEntry]) -> None:
+    """Writes a table, one entry a line, sorted."""
+    lines = [{**asdict(entry), "dtype": str(entry.dtype).removeprefix("torch.")} for entry in entries]
+    lines.sort(key=lambda line: (line["format"], line["dtype"], line["N"], line["K"], line["M"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("[\n" + ",\n".join(map(json.dumps, lines)) + "\n]\n")
+
+
+@cache
+def load_table(device_name: str) -> dict[tuple[int, int, torch.dtype, str], list[LinearEntry]]:
+    """The entries of a GPU's table by (N, K, dtype, format); none if it has no table. Says once which it is."""
+    from dami_kernels.tuning.linear import LinearConfig
+
+    path = table_path(device_name)
+    table: dict[tuple[int, int, torch.dtype, str], list[LinearEntry]] = {}
+    if not path.exists():
+        LOG.info("lerp_linear on %s: tiles by heuristic, there is no table %s", device_name, path)
+        return table
+    for line in json.loads(path.read_text()):
+        config = LinearConfig(**line.pop("config"))
+        entry = LinearEntry(**{**line, "dtype": getattr(torch, line["dtype"]), "config": config})
+        table.setdefault((entry.N, entry.K, entry.dtype, entry.format), []).append(entry)
+    LOG.info("lerp_linear on %s: tiles as measured, %s", device_name, path)
+    return table
+
+
+def nearest(entries: list[LinearEntry], M: int) -> LinearEntry:
+    """The entry whose number of rows is nearest to M by ratio; of two, the one with more rows."""
+    return min(entries, key=lambda entry: (abs(math.log(entry.M / M)), -entry.M))
