@@ -36,15 +36,19 @@ def draw(axis: Axes, rows: list[Row], kind: str) -> None:
     by = latest(rows, "lam", "method", "format", "m")
     sizes = sorted({row["m"] for row in rows if row["lam"] == kind}, key=int)
     for (method, format), color in COLORS.items():
-        found = [m for m in sizes if (kind, method, format, m) in by and (kind, MERGED, "", m) in by]
-        units = [float(by[kind, MERGED, "", m]["median_ms"]) for m in found]
+        cases = {m: (by.get((kind, method, format, m)), by.get((kind, MERGED, "", m))) for m in sizes}
+        ran_together = {
+            m: (row, unit) for m, (row, unit) in cases.items() if row and unit and row["date"] == unit["date"]
+        }
         for column, style in (("median_ms", "o-"), ("limit_ms", "--")):
-            values = [float(by[kind, method, format, m][column]) / u for m, u in zip(found, units, strict=True)]
+            values = [float(row[column]) / float(unit["median_ms"]) for row, unit in ran_together.values()]
             if style == "o-":
                 label = format or method
-                axis.plot([int(m) for m in found], values, style, color=color, label=label, linewidth=2, markersize=4)
+                axis.plot(
+                    [int(m) for m in ran_together], values, style, color=color, label=label, linewidth=2, markersize=4
+                )
             elif method in (OURS, MERGED):
-                axis.plot([int(m) for m in found], values, style, color=color, linewidth=0.8)
+                axis.plot([int(m) for m in ran_together], values, style, color=color, linewidth=0.8)
     ticks = [int(m) for m in sizes]
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [str(m) for m in ticks], fontsize=7)

@@ -9,13 +9,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from benchmarks.lams import KINDS
+from benchmarks.lams import KINDS, SEQUENCE
 from benchmarks.linear import BLEND, COPIES, MERGED, MERGED_FLOAT32, OURS, TWO
 from benchmarks.record import RESULTS, latest, load
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FORMATS = ("pair", "int8", "int4", "w8d4", "lowrank")
+LAYER = ("model", "layer", "n", "k", "m")  # what tells the cases of linear.csv apart, at one kind of λ
 NOT_MEASURED = "Not measured yet."
 Row = dict[str, str]
 
@@ -80,8 +81,8 @@ def pair() -> str:
 
 def cell(rows: dict[tuple[str, ...], Row], key: tuple[str, ...], unit: tuple[str, ...], bold: bool) -> str:
     """Ratio to the row `unit` and, for ours, the share of the limit in brackets."""
-    if key not in rows or unit not in rows:
-        return "–"
+    if key not in rows or unit not in rows or rows[key]["date"] != rows[unit]["date"]:
+        return "–"  # only what ran together is compared
     row, median = rows[key], float(rows[key]["median_ms"])
     ratio = f"{median / float(rows[unit]['median_ms']):.2f}"
     return f"**{ratio}** ({float(row['limit_ms']) / median:.0%})" if bold else ratio
@@ -104,40 +105,30 @@ def linear(rows: list[Row]) -> str:
 
     for kind in ("distinct", "uniform", "identical", "zero"):
         for format in FORMATS:
-            add(kind, OURS, format)
+            if format != "lowrank" or kind == "distinct":  # λ makes no difference to it
+                add(kind, OURS, format)
     for kind, method in (("distinct", COPIES), ("distinct", TWO), ("uniform", BLEND), ("identical", BLEND)):
         add(kind, method)
     add("distinct", MERGED_FLOAT32)
     return about(rows) + markdown(lines)
 
 
-def layers(rows: list[Row]) -> str:
-    """The layers of a model, every row its own λ (many rows: every sequence)."""
-    if not rows:
-        return NOT_MEASURED
-    by = latest(rows, "model", "layer", "m", "method", "format")
-    lines: list[list[str]] = [["layer", "N × K", "M", "merged, ms", *(f"`{format}`" for format in FORMATS), TWO]]
-    for key, row in by.items():
-        if row["method"] == MERGED:
-            ours = (cell(by, (*key[:3], OURS, format), key, True) for format in FORMATS)
-            first = [f"{row['model']} {row['layer']}", f"{row['n']} × {row['k']}", row["m"]]
-            two = cell(by, (*key[:3], TWO, ""), key, False)
-            lines.append([*first, f"{float(row['median_ms']):.3g}", *ours, two])
-    return about(rows) + markdown(lines)
-
-
-def others(rows: list[Row], *keys: str) -> str:
-    """A line for each case of `keys`: milliseconds of every method, and the share of the limit."""
+def by_case(rows: list[Row], *keys: str) -> str:
+    """A line for each case, told by the columns `keys`: time over that of plain PyTorch on one merged weight."""
     if not rows:
         return NOT_MEASURED
     by = latest(rows, *keys, "method", "format")
-    lines: list[list[str]] = [[*keys, "method", "ms", "share of the limit"]]
-    lines[0] = ["M" if key == "m" else key for key in lines[0]]
-    for key, row in by.items():
-        median = float(row["median_ms"])
-        method = f"{row['method']} `{row['format']}`" if row["format"] else row["method"]
-        lines.append([*key[: len(keys)], method, f"{median:.3g}", f"{float(row['limit_ms']) / median:.0%}"])
-    return about(rows) + markdown(lines)
+    lines: list[list[str]] = []
+    for (*case, method, _), row in by.items():
+        if method.endswith("one merged") or method == "one merged model":
+            unit = (*case, method, "")
+            ours = {key[-1]: cell(by, key, unit, True) for key in by if [*key[:-2]] == case and key[-1]}
+            two = [cell(by, key, unit, False) for key in by if [*key[:-2]] == case and key[-2].startswith("two")]
+            cells = [*(ours.get(format, "–") for format in FORMATS), *(two or ["–"])]
+            lines.append([*case, f"{float(row['median_ms']):.3g} ms", *cells])
+    titles = ({"m": "M", "n": "N", "k": "K"}.get(key, key) for key in keys)
+    head = [*titles, "one merged", *(f"`{format}`" for format in FORMATS), "two"]
+    return about(rows) + markdown([head, *lines])
 
 
 def formats() -> str:
@@ -185,14 +176,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "roundings": roundings,
     "linear avx2": lambda: square("avx2"),
     "linear avx512_bf16": lambda: square("avx512_bf16"),
-    "layers cpu": lambda: layers(four_b("distinct", is_cpu)),
-    "operators cpu": lambda: others(measured("operators.csv", is_cpu), "operator", "shape", "m"),
-    "step cpu": lambda: others(measured("step.csv", is_cpu), "layers", "m"),
+    "layers cpu": lambda: by_case(four_b("distinct", is_cpu), *LAYER),
+    "operators cpu": lambda: by_case(measured("operators.csv", is_cpu), "operator", "shape", "m"),
+    "step cpu": lambda: by_case(measured("step.csv", is_cpu), "layers", "m"),
     "linear gpu": lambda: linear(measured("linear.csv", is_gpu, model="Qwen3-4B", layer="gate_up", dtype="bf16")),
-    "layers gpu": lambda: layers(four_b("distinct", is_gpu)),
-    "prefill gpu": lambda: layers([row for row in four_b("uniform", is_gpu) if int(row["m"]) > 1024]),
-    "operators gpu": lambda: others(measured("operators.csv", is_gpu), "operator", "shape", "m"),
-    "step gpu": lambda: others(measured("step.csv", is_gpu), "layers", "m"),
+    "layers gpu": lambda: by_case(four_b("distinct", is_gpu), *LAYER),
+    "prefill gpu": lambda: by_case([row for row in four_b("uniform", is_gpu) if int(row["m"]) > SEQUENCE], *LAYER),
+    "operators gpu": lambda: by_case(measured("operators.csv", is_gpu), "operator", "shape", "m"),
+    "step gpu": lambda: by_case(measured("step.csv", is_gpu), "layers", "m"),
 }
 
 

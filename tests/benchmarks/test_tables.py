@@ -38,8 +38,11 @@ def test_a_ratio_is_to_the_merged_weight_of_the_same_case() -> None:
         row(tables.OURS, "int8", 1, m="1"),  # has no merged one beside it
     ]
     assert "| `int4` | every row its own λ | – | **1.50** (33%) | **0.50** (2%) |" in tables.linear(rows)
-    assert "| Qwen3-4B o | 8 × 9 | 4 | 2 | – | – | **1.50** (33%) | – | – | – |" in tables.layers(rows)
-    assert "| 4 | lerp_linear `int4` | 3 | 33% |" in tables.others(rows, "m")
+    assert "| o | 4 | 2 ms | – | – | **1.50** (33%) | – | – | – |" in tables.by_case(rows, "layer", "m")
+    rows.append(row(tables.TWO, "", 4))
+    assert "| 4 | 2 ms | – | – | **1.50** (33%) | – | – | 2.00 |" in tables.by_case(rows, "m")
+    rows.append(row(tables.OURS, "int4", 1, date="2027-01-01"))  # ran alone
+    assert "| 4 | 2 ms | – | – | – | – | – | 2.00 |" in tables.by_case(rows, "m")
 
 
 def test_only_the_device_measured_last_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -49,4 +52,4 @@ def test_only_the_device_measured_last_is_shown(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert [found["method"] for found in tables.measured("linear.csv", tables.is_cpu)] == ["b"]
     assert tables.measured("linear.csv", tables.is_gpu) == tables.measured("step.csv", tables.is_cpu) == []
-    assert tables.layers([]) == tables.linear([]) == tables.others([], "m") == "Not measured yet."
+    assert tables.by_case([], "m") == tables.linear([]) == "Not measured yet."
