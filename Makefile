@@ -39,7 +39,7 @@ gpu-test: $(VENV)/.test ## Run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 clean: ## Remove what was built, but not .venv
-	rm -rf build dist *.egg-info dami_kernels/_C*.so $(VENV)/.package $(VENV)/.test
+	rm -rf build dist *.egg-info dami_kernels/_*.so $(VENV)/.package $(VENV)/.test
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-output
 
 $(VENV)/.torch:

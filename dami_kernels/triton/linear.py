@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dami_kernels import cuda
 from dami_kernels.triton.device import BASE, SECOND, blend, combine, lerp, load_end, row_lam
 from dami_kernels.triton.host import cdiv, on_device_of, strides_of, vectors, weights_of, with_rows_in_one_piece
 from dami_kernels.tuning import device_of, linear_config, row_span
@@ -243,6 +244,8 @@ def lerp_linear(
     format: str,
     invariant: bool,
 ) -> Tensor:
+    if cuda.takes(x, weight, format, invariant, device_of(x.device)):
+        return cuda.lerp_linear(x, weight, bias, lam, row_to_lam, rows_per_lam, format, invariant)
     return lerp_linears(x, weight, bias, lam, row_to_lam, rows_per_lam, format, invariant)
 
 

@@ -1,0 +1,98 @@
+"""Thin calls into the compiled CUDA kernels (csrc/cuda), for the few rows of decoding."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dami_kernels.tuning.cuda import MAX_ROWS, decode_warps, prefers_cuda
+from dami_kernels.tuning.device import Device, device_of
+
+try:
+    _cuda = importlib.import_module("dami_kernels._cuda")
+except ImportError as error:
+    WHY_NOT: str | None = (
+        f"the compiled CUDA part is missing ({error}): install CUDA's compiler nvcc, in PATH or in CUDA_HOME/bin, then "
+        "pip install --no-cache-dir --force-reinstall --no-deps dami-kernels, or pip install -e . in a "
+        "checkout"
+    )
+else:
+    WHY_NOT = None
+
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+_BASE_TENSORS = {"pair": 1, "int8": 1, "int4": 1, "w8d4": 2}  # of the format's tensors; the others are the second end's
+
+
+def takes(x: Tensor, weight: list[Tensor], format: str, invariant: bool, device: Device) -> bool:
+    """Whether `lerp_linear` here can compute this call, and was measured to be faster than Triton's."""
+    return (
+        WHY_NOT is None
+        and not invariant  # its sums differ from those of the kernel that more rows take
+        and x.shape[0] <= MAX_ROWS
+        and x.dtype in _TYPES
+        and format in _BASE_TENSORS
+        and prefers_cuda(x.shape[0], weight[0].shape[0], x.shape[1], x.dtype, format, device)
+        and all(tensor.stride(-1) == 1 for tensor in weight)
+    )
+
+
+def lerp_linear(
+    x: Tensor,
+    weight: list[Tensor],
+    bias: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    format: str,
+    invariant: bool,
+) -> Tensor:
+    """y_i = x_i · W(λ_i)ᵀ + b(λ_i): x [rows ≤ 8, K] bfloat16 or float16, weight [N, K] as `format` stores it.
+
+    Args:
+        bias: [] or a pair of [N].
+        invariant: a row's bits depend on nothing but this row in any case, among calls of this function.
+
+    Raises:
+        RuntimeError: if the compiled part is missing, with the remedy, or if CUDA reports an error.
+        NotImplementedError: for a format it does not read.
+        TypeError, ValueError: for a dtype, number of rows or layout it does not take.
+    """
+    if WHY_NOT is not None:
+        raise RuntimeError(WHY_NOT)
+    if format not in _BASE_TENSORS:
+        raise NotImplementedError(f"no kernel reads the format {format!r}")
+    if x.dtype not in _TYPES:
+        raise TypeError(f"x must be bfloat16 or float16, got {x.dtype}")
+    if x.shape[0] > MAX_ROWS:
+        raise ValueError(f"x must have at most {MAX_ROWS} rows, got {x.shape[0]}")
+    if not all(tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 for tensor in weight):
+        raise ValueError(f"weight must be dense along K, got strides {[tensor.stride() for tensor in weight]}")
+    x = x if x.stride(1) == 1 else x.contiguous()
+    bias = [end.contiguous() for end in bias]
+    (M, K), N = x.shape, weight[0].shape[0]
+    y = x.new_empty(M, N)
+    base = _BASE_TENSORS[format]
+    with torch.cuda.device_of(x):
+        _cuda.decode(
+            getattr(_cuda.Type, _TYPES[x.dtype]), getattr(_cuda.Format, format), _matrix(x), _operand(weight[:base]),
+            _operand(weight[base:]), (bias[0].data_ptr(), bias[1].data_ptr()) if bias else (0, 0),
+            (lam.data_ptr(), 0 if row_to_lam is None else row_to_lam.data_ptr(), rows_per_lam), y.data_ptr(), M, N, K,
+            decode_warps(N, K, format, device_of(x.device)), _stream_of(x),
+        )  # fmt: skip
+    return y
+
+
+def _matrix(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor.stride(0)
+
+
+def _operand(tensors: Sequence[Tensor]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Values, and scales if they are codes."""
+    return _matrix(tensors[0]), _matrix(tensors[1]) if len(tensors) > 1 else (0, 0)
+
+
+def _stream_of(x: Tensor) -> int:
+    return torch.cuda.current_stream(x.device).cuda_stream

@@ -1,0 +1,63 @@
+"""How the decode kernel in CUDA C++ is launched, and when it is chosen over the one in Triton."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from dami_kernels.tuning.device import Device
+
+MAX_ROWS = 8  # of x
+MAX_WARPS = 16  # of a block
+TILE, STEP = 16, 128  # features of a block; weights of each that a warp takes at a time
+# Bytes of shared memory of a warp: two steps, which are spread out a little.
+SHARED = {"pair": 20480, "int8": 15616, "int4": 13056, "w8d4": 8192}
+# Bytes of a step of one warp, as they come from memory.
+STEP_BYTES = {"pair": 8192, "int8": 6272, "int4": 5248, "w8d4": 3328}
+# What a processor must have under way to get its share of the bandwidth: on an H200 4.8 TB/s over 132 processors, for
+# a latency of 1.2 µs. Computed, not measured.
+BYTES_IN_FLIGHT = 44_000
+# Of a processor's shared memory; the L1 cache, for x, has the rest. As decode.cu asks for.
+CARVEOUT = 0.85
+MOST_WARPS = 18  # that a processor has registers for
+
+
+def warps_at_once(format: str, device: Device) -> int:
+    """Warps that a processor holds."""
+    return min(int(CARVEOUT * device.shared) // SHARED[format], MOST_WARPS)
+
+
+@lru_cache(1 << 14)  # a decode step asks some hundred times
+def decode_warps(N: int, K: int, format: str, device: Device) -> int:
+    """Warps of a block, which share the work along K, for a weight [N, K]. The number of rows does not matter.
+
+    The least time by this model, in bytes at full speed: blocks run in rounds of as many as the processors hold. A
+    round waits for one latency, then its bytes come at full speed if enough of them are under way, one step of each
+    warp at the least, else slower in proportion. The warp with the most steps decides.
+    """
+    steps, tiles = -(-K // STEP), -(-N // TILE)
+    needed = BYTES_IN_FLIGHT * device.processors
+
+    def time(warps: int) -> float:
+        at_once = device.processors * (warps_at_once(format, device) // warps)
+        if at_once == 0:
+            return float("inf")
+
+        def round(blocks: int) -> float:
+            in_flight = blocks * warps * STEP_BYTES[format]
+            return -(-steps // warps) * max(in_flight, needed) + needed
+
+        full, rest = divmod(tiles, at_once)
+        return full * round(at_once) + (round(rest) if rest else 0)
+
+    return min(range(1, min(MAX_WARPS, max(steps, 1)) + 1), key=time)
+
+
+# (arch, format, dtype, M, N, K) of the calls on which it was measured to be faster. None has been measured yet.
+FASTER: frozenset[tuple[str, str, torch.dtype, int, int, int]] = frozenset()
+
+
+def prefers_cuda(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Device) -> bool:
+    """Whether the CUDA kernel was measured to be faster than Triton's on x [M, K] and a weight [N, K]."""
+    return (device.arch, format, dtype, M, N, K) in FASTER
