@@ -4,7 +4,8 @@ parts:
   linear     lerp_linear in every format against plain PyTorch
   operators  the embedding, the norms and the experts as a share of the memory's bandwidth
   step       one decoder step of a whole model
-  suite      all of them, a few minutes (on a GPU: its tests first, at most 8 minutes)
+  tune       measure the launch parameters of this GPU and write its table; also: --tune
+  suite      all but tune, a few minutes (on a GPU: its tests first, at most 8 minutes)
 
 python -m benchmarks PART --help tells what a part can be asked.
 """
@@ -16,14 +17,15 @@ import importlib
 import os
 import sys
 
-PARTS = ("suite", "linear", "operators", "step")
+PARTS = ("suite", "linear", "operators", "step", "tune")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks", usage=__doc__, add_help=False)
+    parser.add_argument("--tune", action="store_true")
     parser.add_argument("--isa")
     options, rest = parser.parse_known_args(argv)
-    part = rest.pop(0) if rest and not rest[0].startswith("-") else "suite"
+    part = "tune" if options.tune else rest.pop(0) if rest and not rest[0].startswith("-") else "suite"
     if part not in PARTS:
         parser.error(f"PART must be one of {', '.join(PARTS)}, got {part!r}")
     if part == "suite" and {"-h", "--help"} & {*rest}:
