@@ -7,6 +7,7 @@ and test_ops.py with the operators' contracts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from dami_kernels import reference  # noqa: E402
-from dami_kernels.tuning import LinearConfig  # noqa: E402
+from dami_kernels import LerpWeight, reference  # noqa: E402
+from dami_kernels.tuning import LinearConfig, row_span  # noqa: E402
 from tests.tolerance import assert_as_accurate  # noqa: E402
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -43,9 +44,11 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, Kernel]:
 def linear(kernels: dict[str, Kernel], monkeypatch: pytest.MonkeyPatch) -> Kernel:
     """`linear(config, x, weight, bias, lam)`, with λ per row and the launch parameters given."""
 
-    def run(config: LinearConfig, x: Tensor, weight: Ends, bias: Ends, lam: Tensor) -> Tensor:
+    def run(
+        config: LinearConfig, x: Tensor, weight: Ends, bias: Ends, lam: Tensor, format: str = "pair", each: int = 1
+    ) -> Tensor:
         monkeypatch.setattr("dami_kernels.triton.linear.linear_config", lambda *_: config)
-        return kernels["lerp_linear"](x, weight, bias, lam, None, 1, "pair", False)
+        return kernels["lerp_linears"](x, weight, bias, lam, None, each, format, False)
 
     return run
 
@@ -300,3 +303,118 @@ def test_offsets_beyond_32_bits(kernels: dict[str, Kernel]) -> None:
     assert torch.equal(
         kernels["lerp_embedding"](ids, [weight] * 2, *args), kernels["lerp_embedding"](ids, [dense] * 2, *args)
     )
+
+
+FORMATS = ["pair", "int8", "int4", "w8d4"]
+every_format = pytest.mark.parametrize("format", FORMATS)
+
+
+def packed(format: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> LerpWeight:
+    return LerpWeight.pack(*ends(*shape, dtype=dtype), format)
+
+
+@every_format
+@pytest.mark.parametrize("use_blend", [False, True], ids=["two accumulators", "blend"])
+@pytest.mark.parametrize("split_k", [1, 4], ids=["", "split"])
+def test_every_kind_of_tile_in_every_format(linear: Kernel, format: str, use_blend: bool, split_k: int) -> None:
+    """And a tile of 64 rows with several λ, 16 at a time."""
+    lam = every_kind_of_tile()
+    x, weight = torch.randn(len(lam), 150, device=DEVICE, dtype=torch.bfloat16), packed(format, 21, 150)
+    bias = ends(21, dtype=torch.bfloat16)
+    y = linear(config(split_k, use_blend), x, [*weight.tensors], bias, lam, format)
+    unpacked = weight.unpack()
+    oracle = reference.lerp_linear(x, unpacked, lam, tuple(bias))
+    merged = torch.stack(
+        [
+            F.linear(row.float(), weight.materialize(v).float(), torch.lerp(bias[0].float(), bias[1].float(), v))
+            for row, v in zip(x, lam.tolist(), strict=True)
+        ]
+    ).bfloat16()
+    for tile in torch.arange(len(lam)).split(16):
+        assert_as_accurate(y[tile], oracle[tile], merged[tile])
+    in_parts = linear(config(split_k, use_blend, 64), x, [*weight.tensors], bias, lam, format)
+    assert torch.equal(in_parts[:64], linear(config(split_k), x, [*weight.tensors], bias, lam, format)[:64])
+
+
+@every_format
+@every_dtype
+@pytest.mark.parametrize("sizes", [(1, 33, 64), (19, 70, 96), (130, 66, 64)], ids=str)
+def test_the_plan_s_own_tiles_of_every_format(
+    kernels: dict[str, Kernel], format: str, dtype: torch.dtype, sizes: tuple[int, int, int]
+) -> None:
+    M, N, K = sizes
+    x, weight = torch.randn(M, K, dtype=dtype, device=DEVICE), packed(format, N, K, dtype=dtype)
+    for value in (0.0, 0.3, 1.0):
+        lam = torch.full((M,), value, device=DEVICE)
+        y = kernels["lerp_linear"](x, [*weight.tensors], [], lam, None, 1, format, False)
+        plain = F.linear(x.float(), weight.materialize(value).float()).to(dtype)
+        assert_as_accurate(y, reference.lerp_linear(x, weight.unpack(), lam), plain)
+
+
+@every_format
+@pytest.mark.parametrize("split_k", [1, 4], ids=["", "split"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_several_weights_in_one_launch(linear: Kernel, format: str, split_k: int, bias: bool) -> None:
+    """Equal to one after the other bit for bit, also where one of them lies in memory differently."""
+    x, lam = torch.randn(20, 150, device=DEVICE, dtype=torch.bfloat16), torch.rand(20, device=DEVICE)
+    weights = [[*packed(format, n, 150).tensors] for n in (21, 48, 5)]
+    biases = [ends(n, dtype=torch.bfloat16) if bias else [] for n in (21, 48, 5)]
+
+    def at_once() -> Tensor:
+        return linear(config(split_k), x, [*chain(*weights)], [*chain(*biases)], lam, format)
+
+    each = [linear(config(split_k), x, w, b, lam, format) for w, b in zip(weights, biases, strict=True)]
+    assert torch.equal(at_once(), torch.cat(each, 1))
+    weights[1][0] = F.pad(weights[1][0], (0, 8))[:, :-8]
+    assert torch.equal(at_once(), torch.cat(each, 1))
+
+
+@pytest.mark.parametrize("length", [12, 28, 31])
+def test_tiles_end_where_lam_changes(linear: Kernel, length: int) -> None:
+    """A padded batch, of whose tiles none is a mixed one, so that every row has the bits of the merged weight."""
+    blending = config(use_blend=True)
+    lam = torch.tensor([0.25, 0.5, 0.75, 0.25], device=DEVICE)
+    assert row_span(4 * length, length, blending) == length
+    x, weight = torch.randn(4 * length, 64, device=DEVICE, dtype=torch.bfloat16), ends(16, 64, dtype=torch.bfloat16)
+    y = linear(blending, x, weight, [], lam, each=length)
+    for value, rows in zip(lam, torch.arange(4 * length).split(length), strict=True):
+        merged = torch.lerp(weight[0].float(), weight[1].float(), value).bfloat16()
+        zeros = torch.zeros(length, device=DEVICE)
+        assert torch.equal(y[rows], linear(blending, x[rows], [merged, merged], [], zeros))
+
+
+@every_format
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_invariant_rows_do_not_see_their_neighbours(
+    kernels: dict[str, Kernel], format: str, dtype: torch.dtype
+) -> None:
+    """A row has the same bits alone, among others of any λ, and at any place."""
+    x, weight = torch.randn(150, 160, dtype=dtype, device=DEVICE), packed(format, 70, 160, dtype=dtype)
+
+    def run(rows: Tensor, lam: Tensor) -> Tensor:
+        return kernels["lerp_linear"](x[rows], [*weight.tensors], [], lam[rows], None, 1, format, True)
+
+    everything = torch.arange(150, device=DEVICE)
+    alike, mixed = torch.full((150,), 0.3, device=DEVICE), torch.rand(150, device=DEVICE)
+    mixed[::2] = 0.3
+    y = run(everything, alike)
+    assert torch.equal(run(everything, mixed)[::2], y[::2])
+    assert torch.equal(run(everything.flip(0), alike).flip(0), y)
+    for row in (0, 7, 149):
+        assert torch.equal(run(everything[row : row + 1], alike)[0], y[row])
+
+
+@every_format
+@every_dtype
+def test_embedding_in_every_format(kernels: dict[str, Kernel], format: str, dtype: torch.dtype) -> None:
+    weight = packed(format, 11, 150, dtype=dtype)
+    ids = torch.randint(0, 11, (9,), device=DEVICE)
+    lam = torch.tensor([0.0, 1.0, 0.5] * 3, device=DEVICE)
+    y = kernels["lerp_embedding"](ids, [*weight.tensors], lam, None, 1, format, dtype, 150)
+    oracle = reference.lerp_embedding(ids, weight.unpack(), lam)
+    assert_as_accurate(y, oracle, oracle.to(dtype), factor=1.0)
+
+
+def test_unknown_formats_are_left_to_the_plain_version(kernels: dict[str, Kernel]) -> None:
+    with pytest.raises(NotImplementedError, match="no kernel reads the format 'lowrank'"):
+        kernels["lerp_linear"](torch.ones(1, 8), [torch.ones(1, 8)] * 3, [], torch.ones(1), None, 1, "lowrank", False)

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from dami_kernels.tuning import H100, Device, LinearConfig, device_of, linear_config, row_config
+from dami_kernels.tuning import (
+    H100,
+    Device,
+    LinearConfig,
+    LinearEntry,
+    device_of,
+    linear_candidates,
+    linear_config,
+    load_table,
+    row_config,
+    row_span,
+    save_table,
+    table_path,
+)
 
 DEVICES = {  # A100 SXM, H100 SXM, B200, MI300X, RTX 4090
     "sm_80": Device("sm_80", processors=108, shared=166912),
@@ -103,3 +117,72 @@ def test_rows_are_covered(D: int) -> None:
 
 def test_the_interpreter_plays_an_h100() -> None:
     assert device_of(torch.device("cpu")) == H100
+
+
+def test_every_format_keeps_the_two_sums_of_a_thread_together() -> None:
+    for device, M, (N, K) in itertools.product(DEVICES.values(), ROWS, SHAPES):
+        for format in ("int8", "int4", "w8d4"):
+            config = linear_config(M, N, K, torch.bfloat16, format, device)
+            assert config.block_n >= 64
+            assert config.block_k % 32 == 0
+            assert config.mixed_m <= config.block_m
+
+
+def test_an_invariant_plan_knows_no_rows() -> None:
+    for format, dtype, (N, K) in itertools.product(("pair", "int4"), DTYPES, SHAPES):
+        configs = {linear_config(M, N, K, dtype, format, H100, True) for M in ROWS}
+        assert len(configs) == 1
+        assert not configs.pop().use_blend
+
+
+@pytest.mark.parametrize(
+    ("M", "rows_per_lam", "span"),
+    [
+        (4096, 1024, 4096),  # tiles end there anyway
+        (4000, 1000, 1000),  # one more tile, and three mixed ones less
+        (4096, 4096, 4096),
+        (4096, 1, 4096),  # λ of every row
+        (4096, 128, 4096),  # all tiles mixed by two, which is what tiles half full would cost
+        (4160, 160, 160),
+    ],
+)
+def test_tiles_end_where_lam_changes_if_that_costs_less(M: int, rows_per_lam: int, span: int) -> None:
+    config = replace(plan(4096, 4096, 2560), block_m=256, use_blend=True)
+    assert row_span(M, rows_per_lam, config) == span
+    assert row_span(M, rows_per_lam, replace(config, use_blend=False)) == M
+
+
+@pytest.mark.parametrize("format", ["pair", "w8d4"])
+@pytest.mark.parametrize("M", [1, 64, 4096])
+def test_candidates_are_distinct_and_begin_with_the_plan(M: int, format: str) -> None:
+    candidates = linear_candidates(M, 4096, 2560, torch.bfloat16, format, H100)
+    assert candidates[0] == linear_config(M, 4096, 2560, torch.bfloat16, format, H100)
+    assert 4 <= len(set(candidates)) == len(candidates) <= 100
+
+
+def test_a_table_decides_for_its_shapes_and_the_nearest_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A made-up one: no GPU was measured for it."""
+    monkeypatch.setattr("dami_kernels.tuning.tables.TABLES", tmp_path)
+    device = replace(H100, name="Some GPU")
+    base = plan(1, 4096, 2560)
+    entries = [LinearEntry(M, 4096, 2560, torch.bfloat16, "pair", replace(base, num_stages=M)) for M in (2, 32)]
+    save_table(table_path(device.name), entries)
+    load_table.cache_clear()
+    linear_config.cache_clear()
+    with caplog.at_level("INFO", "dami_kernels"):
+        chosen = [linear_config(M, 4096, 2560, torch.bfloat16, "pair", device).num_stages for M in (1, 7, 8, 4096)]
+    assert chosen == [2, 2, 32, 32]
+    assert linear_config(8, 4096, 2560, torch.float16, "pair", device) == plan(8, 4096, 2560, torch.float16)
+    assert linear_config(8, 4096, 2560, torch.bfloat16, "pair", device, True).block_m == 64
+    assert [record.message.split(",")[0] for record in caplog.records] == ["lerp_linear on Some GPU: tiles as measured"]
+    load_table.cache_clear()
+    linear_config.cache_clear()
+
+
+def test_no_table_ships_and_the_rules_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    load_table.cache_clear()
+    with caplog.at_level("INFO", "dami_kernels"):
+        assert load_table("Unknown GPU") == {}
+    assert "tiles by heuristic, there is no table" in caplog.text
