@@ -149,7 +149,8 @@ def linear_tile(
             FORMAT, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
-        for start in range(0, BLOCK_M, MIXED_M):
+        # Not the parts of a tile that have no rows; but a loop of one round is none if its bounds are constants.
+        for start in range(0, BLOCK_M if BLOCK_M == MIXED_M else min(BLOCK_M, row_end - row), MIXED_M):
             part = (row + start, row_end, feature, N, K, step_begin, step_end)
             _tile(
                 BOTH, x, stride_x, weight, strides, bias, lam, row_to_lam, rows_per_lam, one_lam, out, stride_out, part,

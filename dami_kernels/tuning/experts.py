@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -19,12 +18,12 @@ def experts_config(
 
     Rows are taken to be spread over the experts. Then there are as many programs as for one weight with the features of
     all of them, and with the rows of one. A tile has room for twice those, for routers are uneven and a second tile
-    reads the expert's weight again; unless one tile cannot hold them, and larger ones would stay emptier.
+    reads the expert's weight again; unless one tile cannot hold them, and larger ones would stay emptier. For the same
+    reason none has more than 128 rows.
 
-    If invariant, a function of all but the rows, without what the λ of other rows decide.
+    If invariant, a function of all but the rows, without blending.
     """
-    if invariant:
-        return replace(linear_config(64, E * N, K, dtype, format, device), use_blend=False, split_k=1)
-    active = min(E, rows)
+    active = E if invariant else min(E, rows)
     share = -(-rows // active)
-    return linear_config(max(share, min(2 * share, rows, 128)), active * N, K, dtype, format, device)
+    M = min(256, max(share, min(2 * share, rows, 128)))
+    return linear_config(M, active * N, K, dtype, format, device, invariant)

@@ -69,7 +69,7 @@ def compile_experts(
 
 MMA = {
     "sm_80": {DECODE: "mma.sync.aligned.m16n8k16", PREFILL: "mma.sync.aligned.m16n8k16"},
-    "sm_90": {DECODE: "wgmma.mma_async.sync.aligned.m64n16k16", PREFILL: "wgmma.mma_async.sync.aligned.m64n256k16"},
+    "sm_90": {DECODE: "wgmma.mma_async.sync.aligned.m64n16k16", PREFILL: "wgmma.mma_async.sync.aligned.m64n128k16"},
     "sm_100": {DECODE: "tcgen05.mma.cta_group::1.kind::f16", PREFILL: "tcgen05.mma.cta_group::1.kind::f16"},
     "gfx942": {DECODE: "v_mfma_f32_16x16x16_bf16", PREFILL: "v_mfma_f32_32x32x8_bf16"},
 }

@@ -78,14 +78,12 @@ def test_an_expert_s_weight_is_read_once_in_decode() -> None:
         share = tokens * shape.active / shape.E
         config = plan(tokens, shape)
         assert config.block_m >= min(128, 2 * share)
-        assert config.block_m <= max(16, 4 * share)
+        assert config.block_m <= max(16, min(128, 4 * share))
         assert config.use_blend == (share > 128)
 
 
 def test_few_rows_of_one_expert_split_k() -> None:
-    one = Experts(1, 1, 512, 4096)
-    assert plan(1, one).split_k > 1
-    assert plan(1, one, invariant=True).split_k == 1
+    assert plan(1, Experts(1, 1, 512, 4096)).split_k > 1
 
 
 @every_device
