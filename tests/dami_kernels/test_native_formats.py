@@ -1,0 +1,195 @@
+"""The compiled CPU kernels on weights stored as codes, several at once, and experts; and what `invariant` promises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dami_kernels import LerpWeight, lerp_embedding, lerp_experts, lerp_linear, lerp_linears, native, reference
+from tests.dami_kernels.test_native import DTYPES, ISAS, LAMS, pair
+from tests.tolerance import assert_as_accurate
+
+pytestmark = pytest.mark.skipif(native.WHY_NOT is not None, reason=str(native.WHY_NOT))
+
+FORMATS = ["pair", "int8", "int4", "w8d4"]
+CODES = FORMATS[1:]
+# Rows: one, a register tile, more than are converted in registers, several blocks. N and K: less than a group, not
+# whole groups, several blocks along K and part of one, more than one tile of outputs.
+SHAPES = [(1, 3, 5), (1, 9, 2100), (3, 33, 70), (4, 9, 1056), (9, 66, 1090), (40, 5, 600), (300, 9, 129)]
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+two_dtypes = pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)  # where no arithmetic is tested
+every_format = pytest.mark.parametrize("format", FORMATS)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = native.isa()
+    native.use_isa(request.param)
+    yield request.param
+    native.use_isa(before)
+
+
+def pack(*shape: int, dtype: torch.dtype, format: str) -> LerpWeight:
+    return LerpWeight.pack(*pair(*shape, dtype=dtype), format)
+
+
+def plain(x: Tensor, weight: LerpWeight, lam: Tensor, bias: LerpWeight) -> Tensor:
+    """F.linear on one merged copy for each row."""
+    return torch.cat(
+        [
+            F.linear(x[i : i + 1], weight.materialize(lam[i].item()), bias.materialize(lam[i].item()))
+            for i in range(len(x))
+        ]
+    )
+
+
+@every_dtype
+@pytest.mark.parametrize("format", CODES)
+def test_linear_is_as_accurate_as_a_merged_copy(isa: str, format: str, dtype: torch.dtype) -> None:
+    for rows, n, k in SHAPES:
+        x, weight = torch.randn(rows, k).to(dtype), pack(n, k, dtype=dtype, format=format)
+        bias = pack(n, dtype=dtype, format="pair")
+        seen = torch.linspace(0, rows - 1, min(rows, 3)).long()
+        for lams in ("mixed", "one", "groups"):
+            lam = LAMS[lams](rows)
+            y = lerp_linear(x, weight, lam, bias)
+            assert y.isfinite().all()
+            oracle = reference.lerp_linear(x[seen], weight.unpack(), lam[seen], bias.unpack())
+            assert_as_accurate(y[seen], oracle, plain(x[seen], weight, lam[seen], bias))
+
+
+@pytest.mark.parametrize("format", CODES)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_an_outlier_in_x_costs_no_accuracy(isa: str, rows: int, format: str) -> None:
+    """Where x is rounded to integers, the largest element decides how finely."""
+    x, weight = torch.randn(rows, 1600), pack(64, 1600, dtype=torch.bfloat16, format=format)
+    x[:, 77] = 1000
+    x, bias = x.bfloat16(), pack(64, dtype=torch.bfloat16, format="pair")
+    lam = torch.rand(rows)
+    oracle = reference.lerp_linear(x, weight.unpack(), lam, bias.unpack())
+    assert_as_accurate(lerp_linear(x, weight, lam, bias), oracle, plain(x, weight, lam, bias))
+
+
+@every_dtype
+@every_format
+def test_invariant_rows_have_the_same_bits_in_any_batch(isa: str, format: str, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(300, 1100).to(dtype), pack(37, 1100, dtype=dtype, format=format)
+    bias = pack(37, dtype=dtype, format="pair")
+    chosen = [0, 7, 16, 40, 299]
+    alone_lam = torch.tensor([0.3, 0.0, 1.0, 0.6, 1.3])
+    alone = [lerp_linear(x[[i]], weight, lam, bias, invariant=True) for i, lam in zip(chosen, alone_lam, strict=True)]
+    for rows in (5, 17, 300):
+        inside = torch.tensor([i for i in chosen if i < rows])
+        for others in (torch.rand(rows), torch.full((rows,), 0.3), torch.zeros(rows)):
+            others[inside] = alone_lam[: len(inside)]
+            y = lerp_linear(x[:rows], weight, others, bias, invariant=True)
+            assert all(torch.equal(y[[i]], alone[j]) for j, i in enumerate(inside.tolist())), rows
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@every_dtype
+@pytest.mark.parametrize("format", CODES)
+def test_no_row_reaches_another(isa: str, format: str, dtype: torch.dtype, bad: float) -> None:
+    weight = pack(21, 75, dtype=dtype, format=format)
+    for rows in (2, 7, 50):
+        x, lam = torch.randn(rows, 75).to(dtype), torch.rand(rows)
+        clean = lerp_linear(x, weight, lam)
+        poisoned = x.clone()
+        poisoned[rows // 2, 3] = bad
+        y = lerp_linear(poisoned, weight, lam)
+        assert not y[rows // 2].isfinite().any()
+        others = torch.arange(rows) != rows // 2
+        assert torch.equal(y[others], clean[others])
+
+
+@two_dtypes
+@pytest.mark.parametrize("format", CODES)
+def test_at_lam_0_only_the_base_is_read(isa: str, format: str, dtype: torch.dtype) -> None:
+    weight = pack(21, 75, dtype=dtype, format=format)
+    broken = LerpWeight(
+        (*weight.tensors[:-1], torch.full_like(weight.tensors[-1], float("nan"))), format, weight.shape, weight.dtype
+    )
+    for rows in (1, 3, 50):
+        x, lam = torch.randn(rows, 75).to(dtype), torch.rand(rows)
+        lam[::2] = 0
+        y = lerp_linear(x, broken, lam)
+        assert torch.equal(y[::2], lerp_linear(x, weight, lam)[::2])
+        assert not y[1::2].isfinite().any()
+    ids = torch.tensor([3, 20])
+    assert torch.equal(lerp_embedding(ids, broken, torch.zeros(2)), lerp_embedding(ids, weight, torch.zeros(2)))
+
+
+@two_dtypes
+@every_format
+def test_nothing_beside_a_weight_is_read(isa: str, format: str, dtype: torch.dtype) -> None:
+    """Every row of every tensor lies between NaN, or codes that mean a lot."""
+    weight = pack(21, 75, dtype=dtype, format=format)
+
+    def between(tensor: Tensor) -> Tensor:
+        wide = torch.full(
+            (tensor.shape[0] + 2, tensor.shape[1] + 7), float("nan") if tensor.is_floating_point() else 127
+        )
+        wide = wide.to(tensor.dtype)
+        inside = wide[1:-1, 3:-4]
+        inside.copy_(tensor)
+        return inside
+
+    strided = LerpWeight(tuple(map(between, weight.tensors)), format, weight.shape, weight.dtype)
+    ids, lam = torch.tensor([0, 3, 20]), torch.tensor(0.4)
+    assert torch.equal(lerp_embedding(ids, strided, lam), lerp_embedding(ids, weight, lam))
+    for rows in (1, 4, 9, 40):
+        x, lam = torch.randn(rows, 75).to(dtype), LAMS["groups"](rows)
+        assert torch.equal(lerp_linear(x, strided, lam), lerp_linear(x, weight, lam))
+
+
+@two_dtypes
+@every_format
+def test_several_weights_of_one_x_are_each_by_itself(isa: str, format: str, dtype: torch.dtype) -> None:
+    sizes = (40, 1, 67)
+    weights = [pack(n, 130, dtype=dtype, format=format) for n in sizes]
+    biases = [pack(n, dtype=dtype, format="pair") for n in sizes]
+    index = torch.tensor([2, 0, 1] * 50, dtype=torch.int32)
+    lam = torch.tensor([0.3, 1.0, 0.0])
+    for rows in (1, 6, 150):
+        x = torch.randn(rows, 130).to(dtype)
+        for some in (biases, None):
+            ys = lerp_linears(x, weights, lam, some, row_to_lam=index[:rows])
+            for i, y in enumerate(ys):
+                one = lerp_linear(x, weights[i], lam, some[i] if some else None, row_to_lam=index[:rows])
+                assert torch.equal(y, one)
+
+
+@two_dtypes
+@every_format
+def test_an_expert_is_a_weight_by_itself(isa: str, format: str, dtype: torch.dtype) -> None:
+    experts, n, k = 5, 35, 70
+    weight, bias = pack(experts, n, k, dtype=dtype, format=format), pack(experts, n, dtype=dtype, format="pair")
+    ends = torch.tensor([0, 3, 3, 160, 162], dtype=torch.int32)
+    x, lam = torch.randn(170, k).to(dtype), LAMS["groups"](170)
+    y = lerp_experts(x, weight, lam, ends, bias, invariant=True)
+    assert (y[162:] == 0).all()
+    begin = 0
+    for e, end in enumerate(ends.tolist()):
+        own = LerpWeight(tuple(t[e] for t in weight.tensors), format, weight.shape[1:], dtype)
+        own_bias = LerpWeight(tuple(t[e] for t in bias.tensors), "pair", bias.shape[1:], dtype)
+        alone = lerp_linear(x[begin:end], own, lam[begin:end], own_bias, invariant=True)
+        assert torch.equal(y[begin:end], alone), e
+        begin = end
+
+
+@every_dtype
+@pytest.mark.parametrize("format", CODES)
+@pytest.mark.parametrize("d", [1, 70, 600])
+def test_embedding_is_as_accurate_as_plain_torch(isa: str, d: int, format: str, dtype: torch.dtype) -> None:
+    table = pack(20, d, dtype=dtype, format=format)
+    ids, lam = torch.randint(20, (40,)), LAMS["groups"](40)
+    base, target = (end[ids] for end in table.unpack())
+    y = lerp_embedding(ids, table, lam)
+    plain = torch.lerp(base.float(), target.float(), lam.unsqueeze(1)).to(dtype)
+    assert_as_accurate(y, reference.lerp_embedding(ids, table.unpack(), lam), plain)
+    assert torch.equal(y[lam == 0], base[lam == 0].to(dtype))
