@@ -175,7 +175,7 @@ def quality(count: int) -> Iterator[dict]:
     for format in track(FORMATS, "asking the shipped pair"):
         model = dami.load_pair(*example_pair(), format=format)[0]
         set_seed(0)
-        for point in summarise(*sweep(model, tokenizer, questions, LAMS, rows=264, max_new_tokens=512)):
+        for point in summarise(*sweep(model, tokenizer, questions, LAMS, rows=264)):
             yield {
                 "format": format,
                 "bytes": sum(row.nbytes for row in dami.describe(model).rows),
