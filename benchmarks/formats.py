@@ -39,19 +39,20 @@ Store = Callable[[Ends], tuple[Callable[[float], Tensor], float]]  # both ends â
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=("weights", "pair"), default=("weights", "pair"))
+    parser.add_argument("what", nargs="*", choices=("weights", "pair"), help="all if nothing is named")
     parser.add_argument("--questions", type=int, default=768, help="held-out questions that the pair is asked")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     options = parser.parse_args()
+    what = options.what or ("weights", "pair")
     torch.manual_seed(0)
     about = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
     }
-    if "weights" in options.what:
+    if "weights" in what:
         store([about | row for row in weight_errors()], options.results / "formats.csv")
-    if "pair" in options.what:
+    if "pair" in what:
         store([about | row for row in quality(options.questions)], options.results / "format_quality.csv")
 
 
