@@ -109,11 +109,14 @@ class LerpModule(nn.Module):
             )
         return x, {"lam": lam, "rows_per_lam": x.shape[: x.dim() - features].numel() // lam.shape[0]}
 
+    def placeholders(self) -> list[str]:
+        """Names of the parameters that are placeholders."""
+        return [name for name, stored in self.lerp.stored.items() if name not in stored.names]
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As any module's, for `.to()` and its like; but scales keep their dtype, and placeholders take no memory."""
         scales = {id(parameter) for name, parameter in self._parameters.items() if name.endswith("_scale")}
-        stored = self.lerp.stored
-        placeholders = {id(getattr(self, name)) for name in stored if name not in stored[name].names}
+        placeholders = {id(getattr(self, name)) for name in self.placeholders()}
 
         def move(tensor: Tensor) -> Tensor:
             if id(tensor) in placeholders:
@@ -122,6 +125,17 @@ class LerpModule(nn.Module):
             return tensor.to(moved.device) if id(tensor) in scales else moved
 
         return super()._apply(move, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """As any module's; but placeholders are not part of a state."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.placeholders():
+            del destination[prefix + name]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: Any) -> None:
+        missing: list[str] = lists[0]
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+        missing[:] = [name for name in missing if name.removeprefix(prefix) not in self.placeholders()]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (_kind_of(type(self)), self.lerp.original), self.__dict__

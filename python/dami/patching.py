@@ -179,6 +179,16 @@ def interpolate(
             "\n  ".join(["these tensors differ between the ends and cannot be interpolated:", *sorted(refused)])
         )
 
+    return install(model, kinds, packed, invariant)
+
+
+def install(
+    model: PreTrainedModel,
+    kinds: Mapping[nn.Module, tuple[type[LerpModule], dict[str, Any]] | None],
+    packed: Mapping[int, Packed],
+    invariant: bool = False,
+) -> PreTrainedModel:
+    """Changes the class of `model`, and of its modules of which a parameter, known by its id, was packed."""
     dial = Dial(torch.zeros((), device=model.device))
     patch = Patch(dial, type(model), [p for p in model.parameters() if p.requires_grad])
     reclass(model, patched_model_class(type(model))).dami_patch = patch  # type: ignore[arg-type]

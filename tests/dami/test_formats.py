@@ -83,6 +83,23 @@ def test_a_base_that_is_not_kept_leaves_a_placeholder() -> None:
 
 
 @every_format
+@torch.no_grad()
+def test_the_state_is_what_is_stored(format: str) -> None:
+    """Without placeholders, and it loads into another patched model."""
+    first, second = (dami.patch_model(*pair("llama"), format) for _ in range(2))
+    for parameter in second.parameters():
+        parameter.zero_()
+    state = first.state_dict()
+    assert sum(tensor.nbytes for tensor in state.values()) == dami.describe(first).nbytes
+    second.load_state_dict(state)
+    inputs = batch("left")
+    assert torch.equal(second(**inputs, intensity=LAM).logits, first(**inputs, intensity=LAM).logits)
+    del state["model.norm.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"model.norm.weight\""):
+        second.load_state_dict(state)
+
+
+@every_format
 def test_half_precision_after_patching_leaves_the_scales_alone(format: str) -> None:
     model, inputs = dami.patch_model(*pair("llama"), format), batch("left")
     with torch.no_grad():
