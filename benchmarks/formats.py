@@ -39,11 +39,11 @@ Store = Callable[[Ends], tuple[Callable[[float], Tensor], float]]  # both ends â
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=("weights", "pair"), help="all if nothing is named")
+    parser.add_argument("what", nargs="?", choices=("weights", "pair"), help="both if none is named")
     parser.add_argument("--questions", type=int, default=768, help="held-out questions that the pair is asked")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     options = parser.parse_args()
-    what = options.what or ("weights", "pair")
+    what = [options.what] if options.what else ["weights", "pair"]
     torch.manual_seed(0)
     about = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
