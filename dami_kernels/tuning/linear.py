@@ -73,6 +73,8 @@ def linear_candidates(M: int, N: int, K: int, dtype: torch.dtype, format: str, d
                 for num_stages in sorted(stages)
                 if split_k == 1 or -(-K // config.block_k) >= 2 * split_k
                 if num_stages == 2 or num_stages * _stage_bytes(tile, dtype) <= device.shared
+                # Two ends to dequantise, and sums of 128 features, leave no registers for a fourth stage's addresses.
+                if num_stages < 4 or format != "w8d4" or tile[1] < 128
             ]
     return list(dict.fromkeys(candidates))
 
@@ -137,8 +139,12 @@ def _config(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Dev
     while split_k * programs(tile) < enough and split_k * 2 <= most:
         split_k *= 2
     aligned = K % 16 == 0
-    # Beside the registers that dequantising takes, or a sum of 256 rows, two sums of 128 by 128 would spill.
+    # Beside the registers that dequantising takes, or a sum of 256 rows, two sums of 128 by 128 would spill; and those
+    # of 64 by 64 in float32, whose operands lie in registers for the whole of block_k.
+    codes_float32 = format != "pair" and dtype == torch.float32
     mixed_m = min(block_m, 64) if block_n == 128 and (block_m == 256 or format != "pair") else block_m
+    mixed_m = min(block_m, 32) if codes_float32 else mixed_m
+    outputs = block_m * block_n * (2 if codes_float32 else 1)
     return LinearConfig(
         block_m=block_m,
         block_n=block_n,
@@ -147,7 +153,7 @@ def _config(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Dev
         split_k=split_k,
         # While one tile holds all rows, reading the weights takes longer than multiplying them twice.
         use_blend=block_m < M,
-        num_warps=8 if block_m * block_n * dtype.itemsize >= (128 if aligned else 64) * 64 * 2 else 4,
+        num_warps=8 if outputs * dtype.itemsize >= (128 if aligned else 64) * 64 * 2 else 4,
         num_stages=_stages(_stage_bytes(tile, dtype), device) if aligned else 2,
     )
 

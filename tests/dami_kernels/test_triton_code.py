@@ -10,20 +10,25 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("there is no machine code in the interpreter", allow_module_level=True)
 
+from benchmarks.shapes import LAYERS  # noqa: E402
 from dami_kernels import triton as kernels  # noqa: E402
 from dami_kernels.triton import embedding, layer_norm, linear, rms_norm  # noqa: E402
-from tests.dami_kernels.test_triton_plan import DTYPES, ROWS, SHAPES, plan  # noqa: E402
-from tests.dami_kernels.triton_targets import DEVICES, Compiled, compiling_for  # noqa: E402
+from dami_kernels.tuning import LinearConfig, linear_candidates, linear_config, load_table  # noqa: E402
+from dami_kernels.tuning.tables import TABLES  # noqa: E402
+from tests.dami_kernels.test_triton_plan import DTYPES, ROWS, SHAPES  # noqa: E402
+from tests.dami_kernels.triton_targets import DEVICES, Compiled, compiling_for, meta, stored  # noqa: E402
 
 ARCHS = list(DEVICES)
+FORMATS = ["pair", "int8", "int4", "w8d4"]
 every_arch = pytest.mark.parametrize("arch", ARCHS)
+every_format = pytest.mark.parametrize("format", FORMATS)
 DECODE, PREFILL = 1, 4096
+QKV = (4096, 1024, 1024)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -34,27 +39,27 @@ def _fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
 def compile_linear(
     arch: str,
     M: int,
-    N: int = 4096,
+    N: int | tuple[int, ...] = 4096,
     K: int = 2560,
     dtype: torch.dtype = torch.bfloat16,
+    format: str = "pair",
+    invariant: bool = False,
     ragged: bool = False,
     bias: bool = True,
     transposed: bool = False,
     rows_per_lam: int = 1,
 ) -> list[Compiled]:
-    end = meta(K, N, dtype=dtype).t() if transposed else meta(N, K, dtype=dtype)
-    row_to_lam = meta(M, dtype=torch.int32) if ragged else None
-    lam = meta(M, dtype=torch.float32)
+    """`lerp_linear`, or `lerp_linears` if N is the features of several weights."""
+    sizes = N if isinstance(N, tuple) else (N,)
+    weights = [part for N in sizes for part in stored(N, K, dtype=dtype, format=format, transposed=transposed)]
+    biases = [end for N in sizes for end in [meta(N, dtype=dtype)] * 2] if bias else []
+    rows = (meta(M, dtype=torch.float32), meta(M, dtype=torch.int32) if ragged else None, rows_per_lam)
+    kernel = kernels.lerp_linears if isinstance(N, tuple) else kernels.lerp_linear
     with compiling_for(arch) as launched:
-        bias_ends = [meta(N, dtype=dtype)] * 2 if bias else []
-        kernels.lerp_linear(meta(M, K, dtype=dtype), [end] * 2, bias_ends, lam, row_to_lam, rows_per_lam, "pair", False)
+        kernel(meta(M, K, dtype=dtype), weights, biases, *rows, format, invariant)
     return launched
 
 
@@ -97,12 +102,29 @@ MMA = {
     "sm_100": {DECODE: "mma.sync.aligned.m16n8k16", PREFILL: "tcgen05.mma.cta_group::1.kind::f16"},
     "gfx942": {DECODE: "v_mfma_f32_16x16x16_bf16", PREFILL: "v_mfma_f32_32x32x8_bf16"},
 }
+# Codes are multiplied with the base, as twice the features: tiles of 64 of them are 128 rows of the matrix unit.
+MMA_OF_CODES = MMA | {
+    "sm_90": {DECODE: "wgmma.mma_async.sync.aligned.m64n16k16", PREFILL: MMA["sm_90"][PREFILL]},
+    "sm_100": {DECODE: MMA["sm_100"][PREFILL], PREFILL: MMA["sm_100"][PREFILL]},
+}
 
 
 @every_arch
 @pytest.mark.parametrize("M", [DECODE, PREFILL])
-def test_tensor_cores_do_the_work(arch: str, M: int) -> None:
-    assert MMA[arch][M] in compile_linear(arch, M)[0].code
+@pytest.mark.parametrize("format", FORMATS[1:])
+def test_codes_of_several_weights_are_multiplied_on_tensor_cores(arch: str, M: int, format: str) -> None:
+    launched = compile_linear(arch, M, QKV, format=format)
+    assert_fits(arch, launched)
+    assert MMA_OF_CODES[arch][M] in launched[0].code
+
+
+@every_arch
+def test_an_invariant_kernel_of_several_weights_never_blends(arch: str) -> None:
+    launched = compile_linear(arch, PREFILL, QKV, invariant=True)
+    assert_fits(arch, launched)
+    assert re.search(r"mma\.sync|wgmma|tcgen05\.mma|v_mfma", launched[0].code)
+    if arch in ("sm_80", "sm_90"):  # whose loops are found
+        assert len(launched[0].loops) == 3  # the base, the target and both
 
 
 @every_arch
@@ -134,15 +156,33 @@ def test_a_blended_weight_stays_in_registers(arch: str, ragged: bool, dtype: tor
     (blend,) = (
         loop for loop in compile_linear(arch, PREFILL, dtype=dtype, ragged=ragged)[0].loops if count(loop, pack)
     )
-    assert not count(blend, r"st\.shared|stmatrix")
-    if arch == "sm_90":
-        from_registers = r"wgmma\.mma_async\S+ \{[^}]*\}, \{"
-        assert count(blend, from_registers) == count(blend, r"wgmma\.mma_async") > 0
+    assert multiplies_from_registers(arch, blend)
 
 
-def test_a_blended_weight_goes_to_tensor_memory() -> None:
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("M", [DECODE, PREFILL])
+@pytest.mark.parametrize(("format", "ends_of_codes"), [("int8", 1), ("int4", 1), ("w8d4", 2)])
+def test_codes_stay_in_registers(arch: str, M: int, format: str, ends_of_codes: int) -> None:
+    """What they stand for is computed where it is multiplied, in every loop but that of a base that has no codes."""
+    loops = compile_linear(arch, M, QKV, format=format)[0].loops
+    assert len(loops) == (2 if M == DECODE else 3)  # the base, its blend with the delta if there is one, and both
+    with_codes = [loop for loop in loops if count(loop, r"(?:fma|mul|sub)\S*\.(?:f32|bf16x2)")]
+    assert len(with_codes) == len(loops) - (2 - ends_of_codes)
+    assert all(multiplies_from_registers(arch, loop) for loop in with_codes)
+
+
+def multiplies_from_registers(arch: str, loop: str) -> bool:
+    """Whether nothing is stored to shared memory, and the left operand of wgmma is no address."""
+    stored = count(loop, r"st\.shared|stmatrix")
+    if arch == "sm_80":  # whose mma knows nothing else
+        return not stored
+    return not stored and count(loop, r"wgmma\.mma_async\S+ \{[^}]*\}, \{") == count(loop, r"wgmma\.mma_async") > 0
+
+
+@every_format
+def test_a_blended_weight_goes_to_tensor_memory(format: str) -> None:
     """On sm_100 tcgen05 takes its left operand, in square brackets, from there."""
-    kernel = compile_linear("sm_100", PREFILL)[0]
+    kernel = compile_linear("sm_100", PREFILL, 4096 if format == "pair" else QKV, format=format)[0]
     assert re.search(r"tcgen05\.mma\S+ \[[^]]*\], \[", kernel.code)
     assert "tcgen05.st.sync" in kernel.code
 
@@ -172,26 +212,77 @@ def test_a_new_batch_compiles_nothing() -> None:
         assert compile_linear("sm_90", M, rows_per_lam=rows_per_lam)[0].asm is first.asm
 
 
-def linear_cases() -> Iterator[dict[str, Any]]:
-    """Every tile the plan takes for the benchmarks' models, and the variants that compile to different code."""
-    for dtype in DTYPES:
-        seen = set()
-        for arch, (N, K), M in itertools.product(ARCHS, SHAPES, ROWS):
-            config = replace(plan(M, N, K, dtype, DEVICES[arch]), split_k=1)  # splits run the same code
-            if (arch, config) not in seen:
-                seen.add((arch, config))
-                yield {"arch": arch, "M": M, "N": N, "K": K, "dtype": dtype}
-    for arch, M in itertools.product(ARCHS, (DECODE, 32, 64, 128, 256, PREFILL)):
-        yield {"arch": arch, "M": M, "ragged": True}
-        yield {"arch": arch, "M": M, "bias": False}
-        yield {"arch": arch, "M": M, "transposed": True}
-        for dtype in DTYPES:
-            yield {"arch": arch, "M": M, "N": 4097, "K": 2561, "dtype": dtype}
+def test_the_log_tells_what_is_compiled_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "dami_kernels"):
+        for _ in range(2):
+            compile_linear("gfx942", DECODE, N=64, K=64, format="int4", bias=False)
+    (line,) = caplog.messages
+    assert re.match(r"compiled _lerp_linear_kernel for gfx942 in \d+\.\d s: x=\*bf16, FORMAT=int4, EVEN_K=", line)
+    assert "num_warps=4" in line
+
+
+# The GPU of a table of measurements, by what its name holds.
+ARCH_OF = {"A100": "sm_80", "H100": "sm_90", "H200": "sm_90", "GH200": "sm_90", "B200": "sm_100", "MI300": "gfx942"}
+# Rows of K = 5120 + 0, 16 or 1 numbers: whole tiles, a part of one, and rows that are not aligned.
+REMAINDERS = (0, 16, 1)
+
+
+def remainder(K: int, config: LinearConfig) -> int:
+    return 1 if K % 16 else 16 if K % config.block_k else 0
+
+
+def configurations() -> Iterator[tuple[str, torch.dtype, str, int, LinearConfig]]:
+    """All that the plan takes, for the models here and in the benchmarks, all that is timed to find a table for those
+    (bfloat16 standing for float16 too), and all that is in the tables that there are; with the remainder of K."""
+    layers = sorted({shape for layers in LAYERS.values() for shape in layers.values()})
+    for arch, dtype, format in itertools.product(ARCHS, DTYPES, FORMATS):
+        of = (dtype, format, DEVICES[arch])
+        for (N, K), M, invariant in itertools.product([*SHAPES, *layers], ROWS, (False, True)):
+            config = linear_config(M, N, K, *of, invariant)
+            yield arch, dtype, format, remainder(K, config), config
+        if dtype == torch.bfloat16:
+            for (N, K), M in itertools.product(layers, (1, 16, 32, 64, 128, 512, 2048, 8192)):
+                for config in linear_candidates(M, N, K, *of):
+                    yield arch, dtype, format, remainder(K, config), config
+    for path in TABLES.glob("*.json"):
+        arch = next(arch for name, arch in ARCH_OF.items() if name in path.name)
+        for entry in itertools.chain(*load_table(path.stem).values()):
+            yield arch, entry.dtype, entry.format, remainder(entry.K, entry.config), entry.config
+
+
+def name_of(part: object) -> str:
+    if isinstance(part, LinearConfig):
+        c = part
+        blend = "-blend" if c.use_blend else ""
+        return f"{c.block_m}x{c.block_n}x{c.block_k}-mixed{c.mixed_m}-warps{c.num_warps}-stages{c.num_stages}{blend}"
+    return str(part).removeprefix("torch.")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", list(linear_cases()), ids=lambda case: "-".join(str(value) for value in case.values()))
-def test_every_linear_fits(case: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("arch", "dtype", "format", "remainder", "config"),
+    dict.fromkeys((*others, replace(config, split_k=1)) for *others, config in configurations()),
+    ids=name_of,
+)
+def test_every_configuration_fits(
+    arch: str, dtype: torch.dtype, format: str, remainder: int, config: LinearConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "linear_config", lambda *_: config)
+    assert_fits(arch, compile_linear(arch, PREFILL, (4096, 1024), 5120 + remainder, dtype, format))
+
+
+def variants() -> Iterator[dict[str, Any]]:
+    """Operands that compile to different code."""
+    for arch, M, format in itertools.product(ARCHS, (DECODE, 32, 64, 128, 256, PREFILL), FORMATS):
+        yield {"arch": arch, "M": M, "format": format, "ragged": True}
+        yield {"arch": arch, "M": M, "format": format, "bias": False}
+    for arch, M in itertools.product(ARCHS, (DECODE, 32, 64, 128, 256, PREFILL)):
+        yield {"arch": arch, "M": M, "transposed": True}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", list(variants()), ids=lambda case: "-".join(str(value) for value in case.values()))
+def test_every_variant_fits(case: dict[str, Any]) -> None:
     assert_fits(case["arch"], compile_linear(**case))
 
 

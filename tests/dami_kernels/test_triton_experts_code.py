@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
@@ -18,32 +17,14 @@ if triton.knobs.runtime.interpret:
 
 from dami_kernels import triton as kernels  # noqa: E402
 from dami_kernels.triton import experts  # noqa: E402
-from tests.dami_kernels.test_triton_code import _fresh_cache, assert_fits, count, meta  # noqa: E402, F401
+from tests.dami_kernels.test_triton_code import _fresh_cache, assert_fits, count  # noqa: E402, F401
 from tests.dami_kernels.test_triton_experts_plan import DTYPES, FORMATS, SHAPES, TOKENS, Experts, plan  # noqa: E402
-from tests.dami_kernels.triton_targets import DEVICES, Compiled, compiling_for  # noqa: E402
+from tests.dami_kernels.triton_targets import DEVICES, Compiled, compiling_for, meta, stored  # noqa: E402
 
 ARCHS = list(DEVICES)
 QWEN, GPT_OSS = SHAPES[0], SHAPES[2]
 DECODE, PREFILL = 1, 8192
 every_arch = pytest.mark.parametrize("arch", ARCHS)
-
-
-def stored(shape: Experts, dtype: torch.dtype, format: str, transposed: bool) -> list[Tensor]:
-    """The tensors of a weight, as `format` lays them out, on no device."""
-    E, _, N, K = shape
-    groups = -(-K // 32)
-    end = meta(E, K, N, dtype=dtype).mT if transposed else meta(E, N, K, dtype=dtype)
-    scale, int8, int4 = (
-        meta(E, N, groups),
-        meta(E, N, groups * 32, dtype=torch.int8),
-        meta(E, N, groups * 16, dtype=torch.uint8),
-    )
-    return {
-        "pair": [end, end],
-        "int8": [end, int8, scale],
-        "int4": [end, int4, scale],
-        "w8d4": [int8, scale, int4, scale],
-    }[format]
 
 
 def compile_experts(
@@ -60,7 +41,7 @@ def compile_experts(
     M = tokens * shape.active
     row_to_lam = meta(M, dtype=torch.int32) if ragged else None
     biases = [meta(E, N, dtype=dtype)] * 2 if bias else []
-    weight, offsets = stored(shape, dtype, format, transposed), meta(E, dtype=torch.int32)
+    weight, offsets = stored(E, N, K, dtype=dtype, format=format, transposed=transposed), meta(E, dtype=torch.int32)
     rows = (meta(M, dtype=torch.float32), row_to_lam, 1)
     with compiling_for(arch) as launched:
         kernels.lerp_experts(meta(M, K, dtype=dtype), weight, biases, *rows, offsets, format, False)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -32,6 +32,28 @@ DEVICES = {  # A100 SXM, H100 SXM, B200, MI300X
     "sm_100": Device("sm_100", processors=148, shared=232448),
     "gfx942": Device("gfx942", processors=304, shared=65536),
 }
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def stored(
+    *shape: int, dtype: torch.dtype = torch.bfloat16, format: str = "pair", transposed: bool = False
+) -> list[Tensor]:
+    """The tensors of a weight [..., N, K], as `format` lays them out; an end may be the transpose of what is stored."""
+    *rows, K = shape
+    *experts, N = rows
+    groups = -(-K // 32)
+    end = meta(*experts, K, N, dtype=dtype).mT if transposed else meta(*shape, dtype=dtype)
+    int8, int4 = meta(*rows, groups * 32, dtype=torch.int8), meta(*rows, groups * 16, dtype=torch.uint8)
+    scale = meta(*rows, groups)
+    return {
+        "pair": [end, end],
+        "int8": [end, int8, scale],
+        "int4": [end, int4, scale],
+        "w8d4": [int8, scale, int4, scale],
+    }[format]
 
 
 class _Driver:
@@ -73,15 +95,10 @@ class Compiled:
         )
         return [match[2] for match in loop.finditer(self.code)]
 
-    @cached_property
+    @property
     def ptxas(self) -> str:
-        """What the assembler says of the PTX: registers, spills, warnings."""
-        sm = re.search(r"\.target (\w+)", self.code)[1]
-        tool = triton.knobs.nvidia.ptxas_blackwell if sm.startswith("sm_100") else triton.knobs.nvidia.ptxas
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "ptx").write_text(self.code)
-            command = [tool.path, "-v", f"--gpu-name={sm}", f"{folder}/ptx", "-o", f"{folder}/cubin"]
-            return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        """What the assembler said of the PTX: registers, spills, warnings."""
+        return self.asm["ptxas"]
 
     def assert_keeps_its_registers(self) -> None:
         """No register is spilled to memory."""
@@ -103,13 +120,16 @@ def compiling_for(arch: str) -> Iterator[list[Compiled]]:
     plain_run, before = JITFunction.run, driver._active
 
     def run(kernel: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
-        compiled = plain_run(kernel, *args, grid=grid, warmup=True, **options)
+        with redirect_stdout(io.StringIO()) as said:
+            compiled = plain_run(kernel, *args, grid=grid, warmup=True, **options)
+        compiled.asm.setdefault("ptxas", said.getvalue())
         tensor_memory = getattr(compiled.metadata, "tmem_size", 0)
         programs = grid[0] * (grid[1] if len(grid) > 1 else 1)
         launched.append(Compiled(kernel.__name__, compiled.asm, compiled.metadata.shared, tensor_memory, programs))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", run)
+        patch.setattr(triton.knobs.nvidia, "dump_ptxas_log", True)
         for module in ("linear", "experts"):
             patch.setattr(f"dami_kernels.triton.{module}.device_of", lambda device: DEVICES[arch])
         driver.set_active(_Driver(TARGETS[arch]))
