@@ -12,20 +12,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dami.checkpoints import example_pair, load_pair
     from dami.dial import intensity
+    from dami.model import attach, twin
     from dami.patching import describe, patch_model, unpatch_model
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "attach": "model",
     "describe": "patching",
     "example_pair": "checkpoints",
     "intensity": "dial",
     "load_pair": "checkpoints",
     "patch_model": "patching",
+    "twin": "model",
     "unpatch_model": "patching",
 }
 
-__all__ = ["describe", "example_pair", "intensity", "load_pair", "patch_model", "unpatch_model"]
+__all__ = ["attach", "describe", "example_pair", "intensity", "load_pair", "patch_model", "twin", "unpatch_model"]
 
 
 def __getattr__(name: str) -> Any:

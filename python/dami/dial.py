@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from numbers import Real
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from dami.layers import LerpModule
 
 Intensity = float | Sequence[float] | Tensor
+Part = str | tuple[str, int | Iterable[int]]  # a group or pattern of modules, in all layers or in some
 
-GROUPS = ("attn", "embed", "head", "mlp", "norm", "other")
+GROUPS = ("attn", "embed", "experts", "head", "mlp", "norm", "other")
 
 
 @dataclass(eq=False)
@@ -64,7 +65,8 @@ def as_lam(intensity: Any, device: torch.device, sequences: int | None = None) -
     else:
         numbers = [intensity] if isinstance(intensity, Real) else intensity
         if isinstance(numbers, str) or not isinstance(numbers, Iterable):
-            raise TypeError(f"intensity must be {wanted}, got {type(intensity).__name__}")
+            hint = "; schedules and 'auto' are for generate" if callable(intensity) or intensity == "auto" else ""
+            raise TypeError(f"intensity must be {wanted}, got {type(intensity).__name__}{hint}")
         numbers = list(numbers)
         for number in numbers:
             if not isinstance(number, Real) or isinstance(number, bool):
@@ -84,7 +86,7 @@ def as_lam(intensity: Any, device: torch.device, sequences: int | None = None) -
 @contextmanager
 def intensity(
     model: nn.Module,
-    intensity: Intensity,
+    intensity: Intensity | Mapping[Part, Intensity],
     layers: Iterable[int] | None = None,
     modules: str | Iterable[str] | None = None,
 ) -> Iterator[None]:
@@ -96,25 +98,67 @@ def intensity(
     Args:
         model: a patched model.
         intensity: a finite real number, or one per sequence of the batches run inside the block. 0 is the instruct end,
-            1 the thinking end, and any other real number lies on the line through both.
+            1 the thinking end, and any other real number lies on the line through both. Or a mapping of parts of the
+            model to these, such as {"*": 0.2, "mlp": 0.5, ("mlp", range(4, 8)): [0.1, 0.9]}; of two that name one
+            module the later holds.
         layers: indices of the layers meant; all, and what lies outside the layers too, if None.
-        modules: what is meant in them: "attn", "mlp", "norm", "embed", "head", "other", or patterns of qualified module
-            names such as "*.q_proj"; one or several. All if None.
+        modules: what is meant in them: "attn", "mlp", "experts", "norm", "embed", "head", "other", or patterns of
+            qualified module names such as "*.q_proj"; one or several. All if None.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted. The model is left as it was.
     """
-    patch = patch_of(model)
-    lam = as_lam(intensity, patch.dial.lam.device)
+    device = device_of(model)
+    parts: list[tuple[Any, Any, Any]] = [(modules, layers, intensity)]
+    if isinstance(intensity, Mapping):
+        if layers is not None or modules is not None:
+            raise ValueError("layers and modules are for one intensity: name them in the mapping's keys")
+        parts = parts_of(intensity)
     with ExitStack() as stack:
-        if layers is None and modules is None:
-            stack.enter_context(patch.dial.turned(lam))
-        else:
-            part = Dial(lam)
-            for module in _chosen(model, layers, modules):
-                stack.callback(setattr, module.lerp, "dial", module.lerp.dial)
-                module.lerp.dial = part
+        for names, indices, value in parts:
+            lam = as_lam(value, device)
+            stack.enter_context(separate(model, names, indices)).lam = lam
         yield
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a patched model's λ is wanted."""
+    return getattr(model, "device", patch_of(model).dial.lam.device)
+
+
+def parts_of(intensities: Mapping[Any, Any]) -> list[tuple[str, list[int] | None, Any]]:
+    """The modules, the layers and the intensity of every part in a mapping, as `intensity` takes it."""
+    if not intensities:
+        raise ValueError("intensity must name a part of the model, got an empty mapping")
+    parts = []
+    for key, value in intensities.items():
+        modules, layers = key if isinstance(key, tuple) and len(key) == 2 else (key, None)
+        layers = [layers] if isinstance(layers, int) else layers
+        if not isinstance(modules, str) or not (layers is None or isinstance(layers, Iterable)):
+            raise TypeError(f"intensity must have keys such as 'mlp' or ('*.q_proj', range(4, 8)), got {key!r}")
+        parts.append((modules, None if layers is None else list(layers), value))
+    return parts
+
+
+@contextmanager
+def separate(
+    model: nn.Module, modules: str | Iterable[str] | None = None, layers: Iterable[int] | None = None
+) -> Iterator[Dial]:
+    """The dial of a part of a patched model, which no other module reads for the time of a `with` block.
+
+    It can be turned inside, and stands where it stood afterwards. The whole model's dial is the patch's own.
+    """
+    patch = patch_of(model)
+    if layers is None and modules is None:
+        with patch.dial.turned(patch.dial.lam):
+            yield patch.dial
+        return
+    part = Dial(patch.dial.lam)
+    with ExitStack() as stack:
+        for module in _chosen(model, layers, modules):
+            stack.callback(setattr, module.lerp, "dial", module.lerp.dial)
+            module.lerp.dial = part
+        yield part
 
 
 def _chosen(model: nn.Module, layers: Iterable[int] | None, modules: str | Iterable[str] | None) -> list[LerpModule]:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 
-from dami.dial import Dial, as_lam
+from dami import dial as dials
+from dami.dial import Dial, as_lam, patch_of
+from dami.schedules import Course, course_of
+
+if TYPE_CHECKING:
+    from dami.estimators import Estimator
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(eq=False)
@@ -22,11 +29,15 @@ class Patch:
         dial: the λ of all modules, except where `dami.intensity` points a part of them elsewhere.
         original: the model's class before.
         trainable: the parameters that required a gradient before.
+        estimator: what chooses λ for `generate(intensity="auto")`.
+        course: turns the dials of the `generate` that is running, if one is.
     """
 
     dial: Dial
     original: type[nn.Module]
     trainable: list[nn.Parameter]
+    estimator: Estimator | None = None
+    course: Course | None = None
 
 
 class LerpModel(nn.Module):
@@ -35,25 +46,33 @@ class LerpModel(nn.Module):
     dami_patch: Patch
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (self.dami_patch.original,), self.__dict__
+        # a compiled call belongs to the object it was made for
+        state = {name: value for name, value in self.__dict__.items() if not name.startswith("_compiled_call")}
+        return _rebuild, (self.dami_patch.original,), state
 
 
 @functools.cache
-def patched_model_class(original: type[nn.Module]) -> type[LerpModel]:
+def patched_model_class(original: Any) -> type[LerpModel]:
     """The class of a patched model. It keeps its name, by which transformers looks up a good deal."""
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, intensity: Any = None, **kwargs: Any) -> Any:
-        sequences = _sequences(args, kwargs, "input_ids", "inputs_embeds")
+        if isinstance(intensity, Mapping):
+            with dials.intensity(self, intensity):
+                return forward(self, *args, **kwargs)
+        if self.dami_patch.course is None:
+            _check_adapters(self)
+        sequences = _sequences(args, kwargs)
         dial = self.dami_patch.dial
         lam = dial.lam.to(self.device) if intensity is None else as_lam(intensity, self.device, sequences)
         if sequences is not None and lam.dim() == 1 and sequences % lam.shape[0] != 0:
             raise ValueError(
                 f"intensity must hold one number per sequence, got {lam.shape[0]} for {sequences} sequences"
             )
-        if lam.requires_grad and any(getattr(m, "gradient_checkpointing", False) for m in self.modules()):
+        if self.training and is_grad_enabled() and any(getattr(m, "gradient_checkpointing", 0) for m in self.modules()):
             raise ValueError(
-                "intensity takes no gradient under gradient checkpointing, which would rerun modules at another λ"
+                "a patched model takes no gradient checkpointing, which would run modules again after λ has changed: "
+                "call model.gradient_checkpointing_disable()"
             )
         before, dial.lam = dial.lam, lam
         try:
@@ -62,34 +81,97 @@ def patched_model_class(original: type[nn.Module]) -> type[LerpModel]:
             dial.lam = before
 
     members: dict[str, Any] = {"__module__": original.__module__, "__doc__": original.__doc__}
-    members["forward"] = _with_intensity(forward, original.forward)
+    members["forward"] = _with(forward, original.forward, "intensity")
     if hasattr(original, "generate"):
 
         @functools.wraps(original.generate)
-        def generate(self: Any, *args: Any, intensity: Any = None, **kwargs: Any) -> Any:
-            turned = nullcontext()
-            if intensity is not None:
-                prompts = _sequences(args, kwargs, "inputs", "input_ids", "inputs_embeds")
-                turned = self.dami_patch.dial.turned(as_lam(intensity, self.device, prompts or 1))
-            with turned:
+        def generate(self: Any, *args: Any, intensity: Any = None, prompt_intensity: Any = None, **kwargs: Any) -> Any:
+            _check_adapters(self)
+            options = inspect.signature(original.generate).bind(self, *args, **kwargs).arguments
+            options |= options.pop("kwargs", {})
+            with course_of(self, intensity, prompt_intensity, _sequences(args, kwargs) or 1, options):
                 return original.generate(self, *args, **kwargs)
 
-        members["generate"] = _with_intensity(generate, original.generate)
+        @functools.wraps(original.prepare_inputs_for_generation)
+        def prepare_inputs_for_generation(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.dami_patch.course is not None:
+                self.dami_patch.course.turn(input_ids, prompt=bool(kwargs.get("is_first_iteration")))
+            return original.prepare_inputs_for_generation(self, input_ids, *args, **kwargs)
+
+        members["generate"] = _with(generate, original.generate, "intensity", "prompt_intensity")
+        members["prepare_inputs_for_generation"] = prepare_inputs_for_generation
     return type(original.__name__, (LerpModel, original), members)
 
 
-def _sequences(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> int | None:
+def twin(model: M, intensity: Any = 0.0) -> M:
+    """Another model of the same weights, with a dial of its own: what it runs at does not concern the first.
+
+    It takes next to no memory. With it a model can be its own assistant in assisted decoding, and two threads can
+    generate at once. It is of use as long as the first stays patched.
+
+    Args:
+        model: a patched model.
+        intensity: where its dial stands, until `intensity` says otherwise: a real number, or one per sequence.
+
+    Raises:
+        TypeError: the model is not patched, or `intensity` is no number.
+        ValueError: `intensity` is not finite.
+    """
+    patch = patch_of(model)
+    lam = as_lam(intensity, dials.device_of(model))
+    shared = (*model.parameters(), *model.buffers(), *filter(None, [patch.estimator, patch.course]))
+    other = copy.deepcopy(model, {id(each): each for each in shared})
+    patch = patch_of(other)
+    patch.dial.lam, patch.course = lam, None
+    return other
+
+
+def attach(model: M, estimator: Estimator | None) -> M:
+    """Gives a patched model the estimator that `generate(intensity="auto")` asks, or takes it off; returns the model.
+
+    Raises:
+        TypeError: the model is not patched, or the estimator has no method `estimate`.
+    """
+    patch = patch_of(model)
+    if estimator is not None and not callable(getattr(estimator, "estimate", None)):
+        raise TypeError(f"estimator must have a method estimate(model, batch), got {type(estimator).__name__}")
+    patch.estimator = estimator
+    return model
+
+
+INPUTS = ("inputs", "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+
+
+def _sequences(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """Size of the batch: of the first positional argument, or of the first tensor of these names."""
-    inputs = (*args[:1], *(kwargs.get(name) for name in names))
+    inputs = (*args[:1], *(kwargs.get(name) for name in INPUTS))
     return next((value.shape[0] for value in inputs if isinstance(value, Tensor)), None)
 
 
-def _with_intensity(function: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives `function` the original's signature and an `intensity`: transformers reads signatures."""
+def _check_adapters(model: Any) -> None:
+    """Refuses PEFT adapters that read or change a layer's weight, of which a patched layer has two: ValueError."""
+    for name, config in getattr(model, "peft_config", {}).items():
+        method = config.peft_type.value
+        if method == "LORA":
+            method = "DoRA" if config.use_dora else config.init_lora_weights
+        if method not in ("IA3", True, False, "gaussian", "orthogonal"):
+            raise ValueError(
+                f"the adapter {name!r} uses {method}; known to leave the weights alone, of which a patched layer has "
+                "two, are LoRA with init_lora_weights=True and IA3: use them, on a pair loaded afresh"
+            )
+        if any(getattr(module, "merged", False) for module in model.modules()):
+            raise ValueError(
+                f"the adapter {name!r} is merged into the instruct end only: call unmerge_adapter(), "
+                "or merge it into both models before patching"
+            )
+
+
+def _with(function: Callable[..., Any], original: Callable[..., Any], *names: str) -> Callable[..., Any]:
+    """Gives `function` the original's signature and more keywords: transformers reads signatures."""
     signature = inspect.signature(original)
     parameters = list(signature.parameters.values())
     at = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
-    parameters.insert(at, inspect.Parameter("intensity", inspect.Parameter.KEYWORD_ONLY, default=None))
+    parameters[at:at] = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
     function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return function
 

@@ -266,6 +266,8 @@ def _place(model: PreTrainedModel, name: str, module: nn.Module, kind: type[Lerp
         return layer, "head"
     if layer is None:
         return layer, "other"
+    if "experts" in name.split("."):
+        return layer, "experts"
     return layer, "attn" if "att" in name else "mlp"
 
 

@@ -11,9 +11,8 @@ import pytest
 import torch
 from dami.dial import as_lam
 from transformers import PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
-from tests.dami.families import VOCABULARY, batch, pair, references
+from tests.dami.families import batch, pair
 
 CPU = torch.device("cpu")
 
@@ -56,7 +55,6 @@ BAD = [
     ([0.0, "1", 0.5, 1.0], TypeError, "intensity must be a real number, or one per sequence, got"),
     (True, TypeError, "intensity must be a real number, or one per sequence, got True"),
     (1j, TypeError, "intensity must be a real number, or one per sequence, got complex"),
-    (lambda step, sequence: 0.5, TypeError, "intensity must be a real number, or one per sequence, got function"),
 ]
 
 
@@ -191,49 +189,12 @@ def test_embeddings_may_stand_for_ids(model: PreTrainedModel) -> None:
         model.generate(**embedded, intensity=lam[:3], max_new_tokens=3)
 
 
-@torch.no_grad()
-def test_prompts_come_by_position_or_not_at_all(model: PreTrainedModel) -> None:
-    ids = torch.randint(3, VOCABULARY, (2, 5))
-    lam = [0.0, 1.0]
-    options = {"max_new_tokens": 4, "do_sample": False}
-    wanted = model.generate(input_ids=ids, intensity=lam, **options)
-    assert torch.equal(model.generate(ids, intensity=lam, **options), wanted)
-    assert torch.equal(model.generate(inputs=ids, intensity=lam, **options), wanted)
-    plain = references("qwen3", 1.0)[0]
-    assert torch.equal(model.generate(intensity=[1.0], **options), plain.generate(**options))
-    with pytest.raises(ValueError, match="got 2 for 1 sequences"):
-        model.generate(intensity=lam, **options)
-
-
-def test_a_streamer_gets_each_token(model: PreTrainedModel) -> None:
-    class Keep(BaseStreamer):
-        def __init__(self) -> None:
-            self.tokens: list[int] = []
-
-        def put(self, value: torch.Tensor) -> None:
-            self.tokens += value.flatten().tolist()
-
-        def end(self) -> None:
-            pass
-
-    ids, streamer = torch.randint(3, VOCABULARY, (1, 5)), Keep()
-    tokens = model.generate(ids, intensity=0.37, max_new_tokens=6, do_sample=False, streamer=streamer)
-    assert streamer.tokens == tokens[0].tolist()
-    assert torch.equal(tokens, references("qwen3", 0.37)[0].generate(ids, max_new_tokens=6, do_sample=False))
-
-
 def test_transformers_reads_the_signatures_it_knows(model: PreTrainedModel) -> None:
     for name in ("forward", "generate"):
         patched = inspect.signature(getattr(model, name)).parameters
         original = inspect.signature(getattr(model.dami_patch.original, name)).parameters
-        assert [key for key in patched if key != "intensity"] == [key for key in original if key != "self"]
+        added = ("intensity", "prompt_intensity")
+        assert [key for key in patched if key not in added] == [key for key in original if key != "self"]
         assert patched["intensity"].kind is inspect.Parameter.KEYWORD_ONLY
     assert type(model).__name__ == "Qwen3ForCausalLM"
     assert model.can_generate()
-
-
-def test_the_assistant_of_assisted_decoding_may_be_plain(model: PreTrainedModel) -> None:
-    ids = torch.randint(3, VOCABULARY, (1, 5))
-    assistant, _ = pair("qwen3")
-    tokens = model.generate(ids, intensity=0.37, max_new_tokens=6, do_sample=False, assistant_model=assistant)
-    assert torch.equal(tokens, references("qwen3", 0.37)[0].generate(ids, max_new_tokens=6, do_sample=False))

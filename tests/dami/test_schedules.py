@@ -1,0 +1,275 @@
+"""λ that changes while decoding, or differs between parts of the model, against plain models that take turns."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import dami
+import pytest
+import torch
+from dami import schedules
+from dami.estimators import Estimator, StaticIntensity
+from torch import Tensor
+from transformers import CompileConfig, PreTrainedModel
+
+from tests.dami.families import VOCABULARY, merged, pair, references
+from tests.dami.test_generation import GREEDY, LAM, prompts
+from tests.dami.test_patching import counting
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return dami.patch_model(*pair("qwen3"))
+
+
+def taking_turns(lam_of: Callable[[int], float]) -> PreTrainedModel:
+    """A plain model whose weights are changed before every forward pass to those merged at `lam_of(step)`.
+
+    What earlier tokens left in the cache stays there, as it does when λ changes.
+    """
+    model = copy.deepcopy(references("qwen3", 0.0)[0])
+    prepare, steps = model.prepare_inputs_for_generation, iter(range(1000))
+
+    def prepare_inputs_for_generation(*args: Any, **kwargs: Any) -> Any:
+        model.load_state_dict(references("qwen3", lam_of(next(steps)))[0].state_dict())
+        return prepare(*args, **kwargs)
+
+    model.prepare_inputs_for_generation = prepare_inputs_for_generation
+    return model
+
+
+FALLING = schedules.linear(1.0, 0.2, steps=4)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3, "num_return_sequences": 2}, {"cache_implementation": "static"}], ids="+".join
+)
+def test_a_schedule_is_asked_before_every_forward_pass(model: PreTrainedModel, options: dict[str, Any]) -> None:
+    inputs = prompts()
+    tokens = model.generate(**inputs, intensity=FALLING, **GREEDY | options)
+    wanted = taking_turns(lambda step: 1.0 - 0.2 * min(step, 4))
+    assert torch.equal(tokens, wanted.generate(**inputs, **GREEDY | options))
+
+
+def test_each_sequence_has_a_schedule_of_its_own(model: PreTrainedModel) -> None:
+    lams: list[Any] = [0.37, FALLING, lambda step, tokens: 0.1 * step, FALLING]
+    of_row = [lambda _: 0.37, lambda n: 1 - 0.2 * min(n, 4), lambda n: 0.1 * n, lambda n: 1 - 0.2 * min(n, 4)]
+    inputs = prompts()
+    for options in ({}, {"num_beams": 2}, {"cache_implementation": "static"}):
+        tokens = model.generate(**inputs, intensity=lams, **GREEDY | options)
+        for row, lam_of in enumerate(of_row):
+            wanted = taking_turns(lam_of).generate(**inputs, **GREEDY | options)
+            assert torch.equal(tokens[row], wanted[row]), f"row {row}, {options}"
+
+
+def test_the_prompt_may_be_read_at_another_lam(model: PreTrainedModel) -> None:
+    inputs = prompts()
+    read, said = [1.0, 0.0, 0.5, 0.2], LAM
+    tokens = model.generate(**inputs, prompt_intensity=read, intensity=said, **GREEDY)
+    chunks = model.generate(**inputs, prompt_intensity=read, intensity=said, prefill_chunk_size=3, **GREEDY)
+    assert torch.equal(tokens, chunks)
+    for row in range(4):
+        lam_of = lambda step, row=row: said[row] if step else read[row]  # noqa: E731
+        assert torch.equal(tokens[row], taking_turns(lam_of).generate(**inputs, **GREEDY)[row]), f"row {row}"
+    with dami.intensity(model, said):  # the answer at whatever holds
+        assert torch.equal(model.generate(**inputs, prompt_intensity=read, **GREEDY), tokens)
+    every = {"*": said}
+    assert torch.equal(model.generate(**inputs, prompt_intensity=read, intensity=every, **GREEDY), tokens)
+    assert torch.equal(model.generate(**inputs, intensity=0.0, **GREEDY), model.generate(**inputs, **GREEDY))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("ids", [[7], [7, 9]])
+def test_switch_after_looks_at_what_each_row_has_said(model: PreTrainedModel, beams: int, ids: list[int]) -> None:
+    """Forward passes are watched: each row, each beam, at the λ that its own tokens ask for."""
+    inputs = prompts()
+    length, seen = inputs["input_ids"].shape[1], []
+    tag = ids * 10  # some rows are pushed through the tag, at different steps
+
+    def push(place: int, tokens: Tensor) -> list[int]:
+        step = len(tokens) - length
+        return [tag[step - place % 4]] if step >= place % 4 and place < 3 else list(range(20, 60))
+
+    prepare = model.prepare_inputs_for_generation
+    switch = schedules.switch_after(ids, 1.0, 0.2)
+
+    def prepare_inputs_for_generation(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        prepared = prepare(input_ids, *args, **kwargs)
+        seen.append((input_ids[:, length:], model.dami_patch.dial.lam))
+        return prepared
+
+    model.prepare_inputs_for_generation = prepare_inputs_for_generation
+    model.generate(**inputs, intensity=switch, prefix_allowed_tokens_fn=push, num_beams=beams, **GREEDY)
+    both = set()
+    for tokens, lam in seen:
+        assert lam.shape == (4 * beams,)
+        for row, value in zip(tokens.tolist(), lam.tolist(), strict=True):
+            passed = any(row[i : i + len(ids)] == ids for i in range(len(row)))
+            assert value == pytest.approx(0.2 if passed else 1.0)
+            both.add(passed)
+    assert len(seen) == 6
+    assert both == {True, False}
+
+
+def test_no_new_lam_recompiles(model: PreTrainedModel) -> None:
+    torch._dynamo.reset()
+    backend, graphs = counting()
+    how = CompileConfig(fullgraph=True, backend=backend, mode=None)
+    how._compile_all_devices = True
+    options = {**GREEDY, "cache_implementation": "static"}
+    inputs, counts = prompts(), []
+    for lams in ([FALLING, 0.3, schedules.switch_after(7, 1.0, 0.0), 0.9], LAM, [FALLING] * 4):
+        wanted = model.generate(**inputs, intensity=lams, **options)
+        tokens = model.generate(**inputs, intensity=lams, compile_config=how, **options)
+        assert torch.equal(tokens, wanted)
+        counts.append(len(graphs))
+    assert counts[0] == counts[1] == counts[2] > 0
+
+
+@torch.no_grad()
+def test_parts_at_a_lam_of_their_own(model: PreTrainedModel) -> None:
+    """Per sequence, later parts before earlier ones; the others as they were."""
+    attn, mlp = [0.0, 0.3, 0.7, 1.0], [1.0, 0.2, 0.0, 0.4]
+    parts = {"*": 0.1, "attn": attn, "mlp": mlp, ("mlp", 1): 0.9, ("*.k_norm", range(2)): FALLING}
+
+    def plain(row: int) -> PreTrainedModel:
+        ends = pair("qwen3")
+        model = merged(*ends, 0.1, torch.float32)
+        for name, parameter in model.named_parameters():
+            lam = attn[row] if "self_attn" in name and "norm" not in name else 0.1
+            lam = (0.9 if "layers.1." in name else mlp[row]) if ".mlp." in name else lam
+            lam = 1.0 if "k_norm" in name else lam
+            base, target = (end.get_parameter(name).double() for end in ends)
+            parameter.copy_(base + lam * (target - base))
+        return model
+
+    inputs = prompts()
+    tokens = model.generate(**inputs, intensity=parts, **GREEDY | {"max_new_tokens": 1, "min_new_tokens": 1})
+    fixed = {**parts, ("*.k_norm", range(2)): 1.0}
+    logits = model(**inputs, intensity=fixed).logits
+    with dami.intensity(model, fixed):
+        assert torch.equal(model(**inputs, intensity=0.7).logits, logits)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=1, do_sample=False), tokens)
+    for row in range(4):
+        seen = inputs["attention_mask"][row].bool()
+        wanted = plain(row)(**inputs).logits[row]
+        torch.testing.assert_close(logits[row, seen], wanted[seen], rtol=1e-4, atol=1e-4)
+        assert tokens[row, -1] == wanted[-1].argmax()
+    assert all(module.lerp.dial is model.dami_patch.dial for module in model.modules() if hasattr(module, "lerp"))
+
+
+@torch.no_grad()
+def test_parts_compile_to_one_graph(model: PreTrainedModel) -> None:
+    torch._dynamo.reset()
+    backend, graphs = counting()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    inputs = prompts()
+    for attn in ([0.0, 0.3, 0.7, 1.0], [1.0, 0.0, 0.1, 0.2]):
+        with dami.intensity(model, {"attn": attn, "mlp": 0.3}):
+            assert torch.equal(compiled(**inputs).logits, model(**inputs).logits)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "message"),
+    [
+        ({}, ValueError, "intensity must name a part of the model, got an empty mapping"),
+        ({7: 0.5}, TypeError, r"intensity must have keys such as 'mlp' or \('\*.q_proj', range\(4, 8\)\), got 7"),
+        ({("mlp", 0.5): 0.5}, TypeError, r"got \('mlp', 0.5\)"),
+        ({"mpl": 0.5}, ValueError, "modules='mpl' name no interpolated module"),
+        ({"experts": 0.5}, ValueError, "modules='experts' name no interpolated module"),
+        ({"mlp": float("nan")}, ValueError, "intensity must be finite"),
+        ({"attn": 0.5, "mlp": [0.1, 0.2, 0.3]}, ValueError, "got 3 for"),
+    ],
+    ids=str,
+)
+def test_bad_parts_are_refused(
+    model: PreTrainedModel, parts: dict[Any, Any], error: type[Exception], message: str
+) -> None:
+    for run in (model.forward, model.generate):
+        with pytest.raises(error, match=message):
+            run(**prompts(), intensity=parts)
+    assert all(module.lerp.dial is model.dami_patch.dial for module in model.modules() if hasattr(module, "lerp"))
+    assert model.dami_patch.course is None
+
+
+def test_parts_exclude_layers_and_modules(model: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="layers and modules are for one intensity"):
+        dami.intensity(model, {"mlp": 0.5}, layers=[0]).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "error", "message"),
+    [
+        (lambda step, tokens: float("nan"), ValueError, "at step 0, for 4 rows: intensity must be finite, got nan"),
+        (lambda step, tokens: 0.5 if step < 2 else [0.5], ValueError, "at step 2, for 4 rows: .*got 1 for 4 sequences"),
+        (lambda step, tokens: "0.5", TypeError, "for 4 rows: intensity must be a real number.*got str"),
+        (lambda step, tokens: torch.zeros(4, 1), ValueError, r"got shape \[4, 1\]"),
+        (schedules.linear(0.0, float("inf"), 3), ValueError, r"linear\(start=0.0, end=inf, steps=3\) at step 0"),
+    ],
+)
+def test_a_schedule_that_returns_something_else_is_named(
+    model: PreTrainedModel, schedule: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        model.generate(**prompts(), intensity=schedule, **GREEDY)
+    assert model.dami_patch.course is None
+    assert model.dami_patch.dial.lam == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: schedules.linear(1.0, 0.0, steps=0), "steps must be at least 1, got 0"),
+        (lambda: schedules.switch_after([], 1.0, 0.0), "ids must hold at least one token"),
+    ],
+)
+def test_a_schedule_checks_its_arguments(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("intensity", [{"intensity": FALLING}, {"intensity": 0.5, "prompt_intensity": 0.0}], ids=str)
+def test_assisted_decoding_has_one_lam_for_all_steps(model: PreTrainedModel, intensity: dict[str, Any]) -> None:
+    ids = torch.randint(3, VOCABULARY, (1, 5))
+    options = ({"assistant_model": pair("qwen3")[0]}, {"prompt_lookup_num_tokens": 2}, {"assistant_early_exit": 1})
+    for option in options:
+        with pytest.raises(ValueError, match=f"{next(iter(option))} takes one intensity for all steps"):
+            model.generate(ids, **intensity, **option, **GREEDY)
+
+
+def test_a_schedule_is_for_generate(model: PreTrainedModel) -> None:
+    for use in (FALLING, "auto"):
+        with pytest.raises(TypeError, match="schedules and 'auto' are for generate"):
+            model(**prompts(), intensity=use)
+
+
+class ByLength:
+    """An estimator that asks the model, too."""
+
+    def estimate(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        model(**batch, intensity=1.0)
+        model.generate(**batch, intensity=FALLING, max_new_tokens=2, do_sample=False)
+        return batch["attention_mask"].sum(1) / 10
+
+
+def test_auto_asks_the_estimator(model: PreTrainedModel) -> None:
+    inputs = prompts()
+    with pytest.raises(ValueError, match=r'intensity="auto" needs an estimator: attach one with dami.attach'):
+        model.generate(**inputs, intensity="auto", **GREEDY)
+    assert dami.attach(model, ByLength()) is model
+    lams = [n / 10 for n in inputs["attention_mask"].sum(1).tolist()]
+    wanted = model.generate(**inputs, intensity=lams, **GREEDY)
+    assert torch.equal(model.generate(**inputs, intensity="auto", **GREEDY), wanted)
+    assert torch.equal(dami.twin(model).generate(**inputs, intensity="auto", **GREEDY), wanted)
+    inputs["inputs"] = inputs.pop("input_ids")
+    assert torch.equal(model.generate(**inputs, intensity="auto", **GREEDY), wanted)
+    static: Estimator = StaticIntensity(0.37)
+    dami.attach(model, static)
+    assert torch.equal(
+        model.generate(**inputs, intensity="auto", **GREEDY), references("qwen3", 0.37)[0].generate(**inputs, **GREEDY)
+    )
+    with pytest.raises(TypeError, match=r"estimator must have a method estimate\(model, batch\), got int"):
+        dami.attach(model, 3)
