@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-THOUGHT_START, THOUGHT_END = "<think>", "</think>"
+from dami.thoughts import Reader
 
 Prompt = str | list[dict[str, str]]  # a user's question, or a conversation in the form chat templates take
+ChatTemplate = str | float | Callable[[float], str]
 
 
 @dataclass(frozen=True)
@@ -25,41 +26,64 @@ class Answer:
     finished: bool  # False where max_new_tokens cut it off
 
 
-def split_thought(text: str) -> tuple[str, str]:
-    """Splits `text` into thought and answer; a thought that never ends leaves no answer.
-
-    The start tag may be missing, as it is where a chat template ends with it.
-    """
-    thought, end, answer = text.rpartition(THOUGHT_END)
-    if not end and THOUGHT_START in text:
-        thought, answer = text, ""
-    return thought.replace(THOUGHT_START, "").strip(), answer.strip()
-
-
 def encode(
-    tokenizer: Any, prompts: Sequence[Prompt], template: bool = True
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    chat_template: ChatTemplate | None = "default",
+    intensities: Sequence[float] | None = None,
 ) -> tuple[list[str], dict[str, torch.Tensor]]:
     """The prompts' full texts and their batch, `input_ids` and `attention_mask` [rows, length], padded on the left.
+
+    Args:
+        tokenizer: of a pair, which knows the chat templates of both ends by name where they differ.
+        prompts: one per row.
+        chat_template: which template prompts go through: "instruct", "thinking", or the tokenizer's own "default"; or,
+            by the λ of each row, a number, from which on it is the thinking end's and below which it is the instruct
+            end's, or a callable from λ to a name. None gives prompts as they are.
+        intensities: one per row, where the template depends on them.
 
     Raises:
         ValueError: the chat template is wanted and there is none, or a conversation comes without it.
     """
-    if template:
-        if not tokenizer.chat_template:
-            raise ValueError(
-                "the tokenizer has no chat template: pass template=False (--raw) to give prompts as they are"
-            )
-        chats = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-        texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    if chat_template is None:
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if len(texts) < len(prompts):
+            raise ValueError("a list of messages needs the chat template: drop chat_template=None (--raw)")
     else:
-        texts = list(prompts)
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError("a list of messages needs the chat template: drop template=False (--raw)")
+        lams = [None] * len(prompts) if intensities is None else intensities
+        texts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
+                chat_template=_template(tokenizer, chat_template, lam),
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+            for prompt, lam in zip(prompts, lams, strict=True)
+        ]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # A chat template writes its own special tokens.
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not template)
+    raw = chat_template is None
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=raw)
     return texts, {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def _template(tokenizer: Any, wanted: ChatTemplate, lam: float | None) -> str:
+    """The template for a row at λ, as text."""
+    templates = tokenizer.chat_template
+    if not templates:
+        raise ValueError(
+            "the tokenizer has no chat template: pass chat_template=None (--raw) to give prompts as they are"
+        )
+    if not isinstance(templates, dict):
+        templates = dict.fromkeys(("default", "instruct", "thinking"), templates)  # both ends have this one
+    if not isinstance(wanted, str):
+        if lam is None:
+            raise ValueError("a chat_template that depends on λ needs the intensities of the rows, got None")
+        wanted = wanted(lam) if callable(wanted) else "thinking" if lam >= wanted else "instruct"
+    if wanted not in templates:
+        raise ValueError(f"chat_template must be one of {sorted(templates)}, or depend on λ, got {wanted!r}")
+    return templates[wanted]
 
 
 def ask(
@@ -67,7 +91,7 @@ def ask(
     tokenizer: Any,
     prompts: Sequence[Prompt],
     intensities: Sequence[float] | None,
-    template: bool = True,
+    chat_template: ChatTemplate | None = "default",
     **options: Any,
 ) -> list[Answer]:
     """Answers all prompts in one batch, row i at `intensities[i]`.
@@ -77,40 +101,35 @@ def ask(
         tokenizer: its tokenizer.
         prompts: one per row.
         intensities: one per row.
-        template: whether to put prompts through the chat template.
+        chat_template: as in `encode`.
         options: passed to `model.generate`.
     """
-    texts, batch = encode(tokenizer, prompts, template)
+    texts, batch = encode(tokenizer, prompts, chat_template, intensities)
     if intensities is not None:
         options["intensity"] = list(intensities)
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     with torch.inference_mode():
         ids = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :].cpu()
-    return answers_of(model, tokenizer, ids, prompts, intensities, [t.rstrip().endswith(THOUGHT_START) for t in texts])
+    return answers_of(model, Reader.of(tokenizer), ids, prompts, intensities, texts)
 
 
 def answers_of(
     model: Any,
-    tokenizer: Any,
+    reader: Reader,
     ids: torch.Tensor,
     prompts: Sequence[Prompt],
     intensities: Sequence[float] | None,
-    thinking: Sequence[bool] | None = None,
+    texts: Sequence[str],
 ) -> list[Answer]:
-    """Reads generated `ids`, int64 [rows, tokens] on the CPU, finished or not.
-
-    `thinking` says for each row whether its prompt ends inside a thought.
-    """
+    """Reads generated `ids`, int64 [rows, tokens] on the CPU, finished or not; `texts` are the prompts' full texts."""
     ends = torch.isin(ids, end_tokens(model))
     answers = []
     for row, prompt in enumerate(prompts):
         finished = bool(ends[row].any())
         tokens = int(ends[row].int().argmax()) + 1 if finished else ids.shape[1]
-        said = tokenizer.decode(ids[row, :tokens], skip_special_tokens=True)
-        if thinking and thinking[row]:
-            said = THOUGHT_START + said
+        said = reader.read(ids[row, :tokens].tolist(), inside=reader.opens(texts[row]), finished=finished)
         intensity = None if intensities is None else float(intensities[row])
-        answers.append(Answer(prompt, intensity, *split_thought(said), tokens, finished))
+        answers.append(Answer(prompt, intensity, said.thought, said.answer, tokens, finished))
     return answers
 
 

@@ -86,6 +86,16 @@ def positive(text: str) -> float:
     return value
 
 
+def template(text: str) -> str | float:
+    """Reads a chat template's name, or the λ from which on the thinking end's is taken."""
+    if text in ("instruct", "thinking"):
+        return text
+    try:
+        return finite(text)
+    except typer.BadParameter as error:
+        raise typer.BadParameter(f"must be instruct, thinking or a finite number, got {text!r}") from error
+
+
 PairOption = Annotated[
     tuple[str, str] | None,
     typer.Option(
@@ -159,6 +169,14 @@ def generate(
     format: FormatOption = "pair",
     stream: Annotated[bool, typer.Option("--stream", help="Show tokens as they come.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line for every answer.")] = False,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            parser=template,
+            metavar="NAME|λ",
+            help="instruct or thinking; or the λ from which on it is thinking's. Default: the pair's.",
+        ),
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Give prompts as they are, without the chat template.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens at most, thought included.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token instead of sampling.")] = False,
@@ -185,6 +203,9 @@ def generate(
         raise fail(f"--greedy excludes --{', --'.join(sorted(sampling)).replace('_', '-')}")
     if greedy or sampling:
         options["do_sample"] = not greedy
+    if raw and chat_template is not None:
+        raise fail("--raw excludes --chat-template")
+    put_through = None if raw else "default" if chat_template is None else chat_template
     asked = read_prompts(prompts or [], file)
     lams = intensity or [0.0, 0.5, 1.0]
     model, tokenizer = load(pair, format)
@@ -198,14 +219,14 @@ def generate(
     if stream:
         for prompt in asked:
             with user_errors():
-                terminal.stream(model, tokenizer, prompt, lams, not raw, out, **options)
+                terminal.stream(model, tokenizer, prompt, lams, put_through, out, **options)
         return
     step = max(1, batch_size // len(lams))
     for start in range(0, len(asked), step):
         rows = [(prompt, lam) for prompt in asked[start : start + step] for lam in lams]
         with user_errors(), err.status(f"{len(rows)} rows in one batch"):
             answers = ask(
-                model, tokenizer, [prompt for prompt, _ in rows], [lam for _, lam in rows], not raw, **options
+                model, tokenizer, [prompt for prompt, _ in rows], [lam for _, lam in rows], put_through, **options
             )
         for place in range(0, len(answers), len(lams)):
             if as_json:

@@ -18,9 +18,10 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TextStreamer
 
-from dami.chat import Answer, Prompt, answers_of, ask
+from dami.chat import Answer, ChatTemplate, Prompt, answers_of, ask, encode
 from dami.patching import Description, ParameterRow
 from dami.plots import color
+from dami.thoughts import Reader
 
 LAYER = re.compile(r"\.(\d+)\.")
 NARROWEST = 20  # columns of text in which an answer can still be read
@@ -104,7 +105,7 @@ def stream(
     tokenizer: Any,
     prompt: Prompt,
     intensities: Sequence[float],
-    template: bool,
+    chat_template: ChatTemplate | None,
     console: Console,
     **options: Any,
 ) -> None:
@@ -112,17 +113,18 @@ def stream(
     prompts = [prompt] * len(intensities)
     if len(intensities) == 1:
         written = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        ask(model, tokenizer, prompts, intensities, template, streamer=written, **options)
+        ask(model, tokenizer, prompts, intensities, chat_template, streamer=written, **options)
         return
-    rows = Rows()
+    rows, reader = Rows(), Reader.of(tokenizer)
+    texts, _ = encode(tokenizer, prompts, chat_template, intensities)
 
     def columns() -> RenderableType:
         ids = torch.stack(rows.steps[1:], 1) if len(rows.steps) > 1 else torch.empty(len(prompts), 0, dtype=torch.int64)
-        answers = answers_of(model, tokenizer, ids, prompts, intensities)
+        answers = answers_of(model, reader, ids, prompts, intensities, texts)
         return side_by_side(answers, console, lines=max(4, console.height - 12), tail=True)
 
     with Live(get_renderable=columns, console=console, refresh_per_second=8):
-        ask(model, tokenizer, prompts, intensities, template, streamer=rows, **options)
+        ask(model, tokenizer, prompts, intensities, chat_template, streamer=rows, **options)
 
 
 class Rows:

@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import copy
 from typing import Any
 
 import dami
 import pytest
 import torch
 from dami import chat
+from dami.thoughts import Reader
 
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[Any, Any]:
     return dami.load_pair(*dami.example_pair(), dtype=torch.float32)  # so that rounding decides no token
-
-
-@pytest.mark.parametrize(
-    ("said", "thought", "answer"),
-    [
-        ("73", "", "73"),
-        ("<think>1 + 1 = 2</think>2", "1 + 1 = 2", "2"),
-        ("1 + 1 = 2</think>2", "1 + 1 = 2", "2"),
-        ("<think>1 + 1 =", "1 + 1 =", ""),
-        ("<think>\n\n</think>\n\n2", "", "2"),
-        ("<think>a</think>no<think>b</think>2", "a</think>nob", "2"),
-        ("", "", ""),
-    ],
-)
-def test_split_thought(said: str, thought: str, answer: str) -> None:
-    assert chat.split_thought(said) == (thought, answer)
 
 
 def test_encode_pads_on_the_left_and_ends_with_the_assistants_turn(pair: tuple[Any, Any]) -> None:
@@ -46,16 +31,18 @@ def test_encode_pads_on_the_left_and_ends_with_the_assistants_turn(pair: tuple[A
 
 
 def test_encode_gives_raw_prompts_as_they_are(pair: tuple[Any, Any]) -> None:
-    texts, batch = chat.encode(pair[1], ["7 + 3 ="], template=False)
+    texts, batch = chat.encode(pair[1], ["7 + 3 ="], chat_template=None)
     assert texts == ["7 + 3 ="]
     assert pair[1].decode(batch["input_ids"][0]) == "7 + 3 ="
 
 
 def test_encode_says_what_is_missing(pair: tuple[Any, Any]) -> None:
+    tokenizer = copy.deepcopy(pair[1])
+    tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
-        chat.encode(SimpleNamespace(chat_template=None), ["hi"])
+        chat.encode(tokenizer, ["hi"])
     with pytest.raises(ValueError, match="needs the chat template"):
-        chat.encode(pair[1], [[{"role": "user", "content": "hi"}]], template=False)
+        chat.encode(pair[1], [[{"role": "user", "content": "hi"}]], chat_template=None)
 
 
 def test_answers_of_counts_up_to_the_end_token_and_reads_the_thought(pair: tuple[Any, Any]) -> None:
@@ -65,7 +52,7 @@ def test_answers_of_counts_up_to_the_end_token_and_reads_the_thought(pair: tuple
     rows[0].append(tokenizer.eos_token_id)
     width = max(map(len, rows))
     ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
-    finished, cut = chat.answers_of(model, tokenizer, ids, ["a", "b"], [0.0, 1.0])
+    finished, cut = chat.answers_of(model, Reader.of(tokenizer), ids, ["a", "b"], [0.0, 1.0], ["", ""])
     assert (finished.thought, finished.text, finished.tokens, finished.finished) == (
         "1 + 1 = 2",
         "2",
@@ -77,9 +64,63 @@ def test_answers_of_counts_up_to_the_end_token_and_reads_the_thought(pair: tuple
 
 
 def test_a_prompt_may_end_inside_a_thought(pair: tuple[Any, Any]) -> None:
-    ids = torch.tensor([pair[1]("1 + 1")["input_ids"]])
-    (answer,) = chat.answers_of(*pair, ids, ["a"], None, thinking=[True])
+    model, tokenizer = pair
+    ids = torch.tensor([tokenizer("1 + 1")["input_ids"]])
+    (answer,) = chat.answers_of(model, Reader.of(tokenizer), ids, ["a"], None, ["<|assistant|><think>\n"])
     assert (answer.thought, answer.text, answer.intensity) == ("1 + 1", "", None)
+
+
+TEMPLATES = {"instruct": "I {{ messages[0].content }}", "thinking": "T {{ messages[0].content }}<think>"}
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "begin"),
+    [
+        ("default", "IIII"),
+        ("instruct", "IIII"),
+        ("thinking", "TTTT"),
+        (0.5, "IITT"),
+        (0, "TTTT"),
+        (lambda lam: "thinking" if 0.2 < lam < 0.9 else "instruct", "ITTI"),
+    ],
+)
+def test_each_row_goes_through_the_template_of_its_lam(pair: tuple[Any, Any], chat_template: Any, begin: str) -> None:
+    tokenizer = copy.deepcopy(pair[1])
+    lams = [0.0, 0.3, 0.5, 1.0]
+    tokenizer.chat_template = {"default": TEMPLATES["instruct"], **TEMPLATES}
+    texts, batch = chat.encode(tokenizer, ["7"] * 4, chat_template, lams)
+    assert "".join(text[0] for text in texts) == begin
+    for text, ids, mask in zip(texts, batch["input_ids"], batch["attention_mask"], strict=True):
+        assert tokenizer.decode(ids[mask.bool()]) == text
+    tokenizer.chat_template = TEMPLATES["thinking"]  # one template for both ends
+    assert {text[0] for text in chat.encode(tokenizer, ["7"] * 4, chat_template, lams)[0]} == {"T"}
+
+
+def test_ask_reads_thoughts_that_the_template_opens(pair: tuple[Any, Any]) -> None:
+    model, tokenizer = pair[0], copy.deepcopy(pair[1])
+    plain = tokenizer.chat_template
+    tokenizer.chat_template = {"default": plain, "instruct": plain, "thinking": plain + "<think>"}
+    options = {"chat_template": 0.5, "do_sample": False, "max_new_tokens": 60}
+    quick, slow = chat.ask(model, tokenizer, ["What is 12 + 30 - 4?"] * 2, [0.0, 1.0], **options)
+    assert quick == chat.ask(*pair, ["What is 12 + 30 - 4?"], [0.0], **options)[0]
+    assert slow.finished
+    assert slow.thought
+    assert slow.text
+    assert "think>" not in slow.thought + slow.text
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "message"),
+    [
+        ("thinker", r"chat_template must be one of \['default', 'instruct', 'thinking'\].*got 'thinker'"),
+        (lambda lam: "none", "or depend on λ, got 'none'"),
+        (0.5, "needs the intensities of the rows, got None"),
+    ],
+)
+def test_a_bad_template_is_refused(pair: tuple[Any, Any], chat_template: Any, message: str) -> None:
+    intensities = [0.5] if callable(chat_template) else None
+    with pytest.raises(ValueError, match=message):
+        chat.encode(pair[1], ["7"], chat_template, intensities)
 
 
 def test_rows_of_one_batch_answer_as_each_alone(pair: tuple[Any, Any]) -> None:

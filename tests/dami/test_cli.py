@@ -126,6 +126,12 @@ def test_generate_raw_skips_the_chat_template() -> None:
     assert records(with_template) != records(raw)
 
 
+@pytest.mark.parametrize("template", ["thinking", "0.5"])
+def test_generate_takes_a_chat_template_by_name_or_by_lam(template: str) -> None:
+    options = ["1 + 1 =", "--json", "--greedy", *SHORT]  # the ends of the shipped pair share one
+    assert records(run("generate", *options, "--chat-template", template)) == records(run("generate", *options))
+
+
 def test_describe_accounts_for_every_parameter() -> None:
     result = run("describe")
     assert result.exit_code == 0, result.output
@@ -179,6 +185,8 @@ def test_bench_outside_a_checkout_says_what_to_do(monkeypatch: pytest.MonkeyPatc
         (["generate", "hi", "--file", __file__], "prompts come as arguments or with --file, got both"),
         (["generate", "hi", "--stream", "--json"], "--stream and --json exclude each other"),
         (["generate", "hi", "--greedy", "--top-p", "0.5"], "--greedy excludes --top-p"),
+        (["generate", "hi", "--raw", "--chat-template", "thinking"], "--raw excludes --chat-template"),
+        (["generate", "hi", "--chat-template", "thinker"], "must be instruct, thinking or a finite number"),
         (["generate", "hi", "--temperature", "0"], "'--temperature': must be above 0, got '0'"),
         (["generate", "hi", "--top-p", "2"], "--top-p"),
         (["generate", "hi", "--max-new-tokens", "0"], "--max-new-tokens"),
