@@ -9,11 +9,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dami import registration
+
 if TYPE_CHECKING:
     from dami.checkpoints import example_pair, load_pair
     from dami.dial import intensity
     from dami.model import attach, twin
+    from dami.packing import pack
     from dami.patching import describe, patch_model, unpatch_model
+    from dami.sharing import materialize, save_pair
 
 __version__ = "0.1.0"
 
@@ -23,12 +27,29 @@ _HOME = {
     "example_pair": "checkpoints",
     "intensity": "dial",
     "load_pair": "checkpoints",
+    "materialize": "sharing",
+    "pack": "packing",
     "patch_model": "patching",
+    "save_pair": "sharing",
     "twin": "model",
     "unpatch_model": "patching",
 }
 
-__all__ = ["attach", "describe", "example_pair", "intensity", "load_pair", "patch_model", "twin", "unpatch_model"]
+__all__ = [
+    "attach",
+    "describe",
+    "example_pair",
+    "intensity",
+    "load_pair",
+    "materialize",
+    "pack",
+    "patch_model",
+    "save_pair",
+    "twin",
+    "unpatch_model",
+]
+
+registration.register()
 
 
 def __getattr__(name: str) -> Any:

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from dami import adapters
+from dami.dial import patch_of
+from dami.layers import LerpConv1D, LerpLinear
+from dami.model import Origin
 from dami.patching import (
     Header,
     config_mismatches,
@@ -26,9 +29,10 @@ from dami.patching import (
     patch_model,
     tensor_mismatches,
 )
+from dami.quantizer import METHOD
 from dami_kernels import formats
 
-FILES = ["model*.safetensors", adapters.WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja"]
+FILES = ["model*.safetensors", adapters.WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md"]
 LEGACY_FILES = ["pytorch_model*.bin"]
 
 logger = logging.get_logger(__name__)
@@ -42,13 +46,14 @@ def example_pair() -> tuple[Path, Path]:
 
 def load_pair(
     instruct: str | Path,
-    thinking: str | Path,
-    format: str = "pair",
+    thinking: str | Path | None = None,
+    format: str | None = None,
     *,
     device_map: Any = None,
     dtype: torch.dtype | str = "auto",
     chat_template: Literal["instruct", "thinking"] = "instruct",
     invariant: bool = False,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> tuple[Any, Any]:
     """Loads two checkpoints of one architecture as one patched model, with the instruct end's tokenizer.
@@ -57,15 +62,20 @@ def load_pair(
     and dtype of its base, so that no third copy exists at any time. Everything that does not match is reported at once,
     from the configs, the tokenizers and the headers of the weight files, before any weight is read.
 
+    One argument is a packed pair, as `dami.pack` and `dami.save_pair` write it: what is stored is loaded as it is.
+
     Args:
-        instruct: directory, GGUF file or hub name of the λ=0 end.
+        instruct: directory, GGUF file or hub name of the λ=0 end; or directory or hub name of a packed pair.
         thinking: likewise of the λ=1 end; or a LoRA adapter on the λ=0 end, as PEFT saves it, which `format="lowrank"`
-            keeps as it is.
-        format: how embeddings and linear weights are stored, a name of `dami_kernels.formats.names()`.
-        device_map: as in transformers' `from_pretrained`. The CPU if None.
+            keeps as it is. None if `instruct` is a packed pair.
+        format: how embeddings and linear weights are stored, a name of `dami_kernels.formats.names()`. `"pair"` if
+            None; a packed pair has its own.
+        device_map: as in transformers' `from_pretrained`. The CPU if None. Only a packed pair can be offloaded.
         dtype: as there; "auto" is the dtype of the checkpoints, which then must agree.
-        chat_template: the end whose chat template the tokenizer gets.
+        chat_template: the end whose chat template the tokenizer uses unless told otherwise. Where they differ, it knows
+            both by their names: `tokenizer.apply_chat_template(…, chat_template="thinking")`.
         invariant: as in `patch_model`.
+        trust_remote_code: as in `from_pretrained`.
         options: any other arguments of `from_pretrained`, such as `attn_implementation`.
 
     Returns:
@@ -79,55 +89,118 @@ def load_pair(
     """
     if chat_template not in ("instruct", "thinking"):
         raise ValueError(f"chat_template must be 'instruct' or 'thinking', got {chat_template!r}")
-    formats.get(format)
-    ends = (Checkpoint.find(instruct), Checkpoint.find(thinking))
-    if (ends[1].directory / adapters.CONFIG).exists():
-        loaded = {"device_map": device_map, "dtype": dtype, **options}
-        return _load_adapted(*ends, format, chat_template, invariant, **loaded)
-    configs = [end.config() for end in ends]
-    tokenizers = [end.tokenizer() for end in ends]
-    skeleton = _skeleton(configs[0])
-    headers = [end.headers() for end in ends]
-    stored = [Stored.of(skeleton, header) for header in headers]
-
-    mismatches = config_mismatches(*configs) + vocabulary_mismatches(*tokenizers)
-    if configs[0].model_type == configs[1].model_type and headers[1]:
-        known = [{**end.headers, **end.strangers} for end in stored]
-        if not headers[0]:  # not in safetensors: its shapes are the model's
-            shapes = headers_of(skeleton)
-            known[0] = {name: shapes[name] for name in first_names(skeleton).values()}
-        mismatches += tensor_mismatches(known[0], known[1], dtypes=dtype == "auto" and bool(headers[0]))
-        if stored[1].complete:
-            both = stored[0].strangers.keys() & stored[1].strangers.keys()
-            mismatches += [f"{name}: in both ends, but not in the model" for name in sorted(both)]
-    if mismatches:
-        raise ValueError("\n  ".join([f"{instruct} and {thinking} do not match:", *mismatches]))
-
-    model = ends[0].model(device_map=device_map, dtype=dtype, **options)
-    if stored[1].complete:
-        interpolate(model, ends[1].tensors(stored[1].names), format, invariant=invariant, owned=True)
+    formats.get(format or "pair")
+    loaded = {"device_map": device_map, "dtype": dtype, **options}
+    first = Checkpoint.find(instruct, trust_remote_code)
+    if thinking is None:
+        return _load_packed(first, format, chat_template, invariant, **loaded)
+    ends = first, Checkpoint.find(thinking, trust_remote_code)
+    if ends[1].is_adapter:
+        model, tokenizers = _load_adapted(*ends, format or "pair", invariant, **loaded)
     else:
-        logger.warning(f"{thinking} is not stored as the model is: loading it as a second model on the CPU first")
-        patch_model(model, ends[1].model(dtype=model.dtype, **options), format, invariant=invariant)
-    tokenizer = tokenizers[0]
-    if chat_template == "thinking" and tokenizer is not None and tokenizers[1] is not None:
-        tokenizer.chat_template = tokenizers[1].chat_template
+        match = Match.of(*ends, dtypes=dtype == "auto")
+        model, tokenizers = ends[0].model(**loaded), match.tokenizers
+        if match.stored[1].complete:
+            tensors = ends[1].tensors(match.stored[1].names)
+            interpolate(model, tensors, format or "pair", invariant=invariant, owned=True)
+        else:
+            logger.warning(f"{thinking} is not stored as the model is: loading it as a second model on the CPU first")
+            patch_model(model, ends[1].model(dtype=model.dtype, **options), format or "pair", invariant=invariant)
+    tokenizer = with_both_templates(tokenizers, chat_template)
+    patch_of(model).origin = Origin([end.parent() for end in ends], tokenizer=tokenizer)
+    return model, tokenizer
+
+
+def _load_packed(
+    pair: Checkpoint, format: str | None, chat_template: str, invariant: bool, **options: Any
+) -> tuple[Any, Any]:
+    """`load_pair` where both ends are packed in one directory."""
+    packed = pair.packed_format()
+    if packed is None:
+        raise ValueError(f"thinking must be given: {pair.directory} is a checkpoint, not a packed pair of two")
+    if format not in (None, packed):
+        raise ValueError(f"format must be None or {packed!r}, in which {pair.directory} is packed, got {format!r}")
+    model, tokenizer = pair.model(**options), pair.tokenizer()
+    if tokenizer is not None and isinstance(tokenizer.chat_template, dict):
+        templates = tokenizer.chat_template
+        templates["default"] = templates.get(chat_template, templates["default"])
+    for module in model.modules():
+        if isinstance(module, (LerpLinear, LerpConv1D)) and invariant:
+            module.lerp.settings["invariant"] = True
+    patch_of(model).origin.tokenizer = tokenizer
     return model, tokenizer
 
 
 def _load_adapted(
-    instruct: Checkpoint, thinking: Checkpoint, format: str, chat_template: str, invariant: bool, **options: Any
-) -> tuple[Any, Any]:
-    """`load_pair` where the λ=1 end is a LoRA adapter on the λ=0 end."""
+    instruct: Checkpoint, thinking: Checkpoint, format: str, invariant: bool, **options: Any
+) -> tuple[Any, tuple[Any, Any]]:
+    """The model and both tokenizers where the λ=1 end is a LoRA adapter on the λ=0 end."""
     adapter = adapters.Adapter.read(thinking.directory)
-    mismatches = adapter.mismatches(_skeleton(instruct.config()))
+    mismatches = adapter.mismatches(instruct.skeleton())
     if mismatches:
         raise ValueError("\n  ".join([f"{instruct.directory} and {thinking.directory} do not match:", *mismatches]))
-    model, tokenizer = instruct.model(**options), instruct.tokenizer()
+    model, tokenizers = instruct.model(**options), (instruct.tokenizer(), thinking.tokenizer())
     interpolate(model, adapter.tensors(), format, invariant=invariant, owned=True)
-    if chat_template == "thinking" and tokenizer is not None and (own := thinking.tokenizer()) is not None:
-        tokenizer.chat_template = own.chat_template
-    return model, tokenizer
+    return model, tokenizers
+
+
+def with_both_templates(tokenizers: tuple[Any, Any], default: str) -> Any:
+    """The instruct end's tokenizer, with both ends' chat templates by name where they differ; None if there is none."""
+    tokenizer, other = tokenizers
+    if tokenizer is not None and other is not None and tokenizer.chat_template != other.chat_template:
+        templates = {"instruct": tokenizer.chat_template, "thinking": other.chat_template}
+        templates = {name: template for name, template in templates.items() if template}
+        tokenizer.chat_template = {"default": templates.get(default, next(iter(templates.values()))), **templates}
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Match:
+    """Two checkpoints that go together.
+
+    Attributes:
+        ends: the instruct end and the thinking end.
+        skeleton: the instruct end's model without its weights.
+        tokenizers: of both, None for an end without one.
+        stored: what each stores.
+    """
+
+    ends: tuple[Checkpoint, Checkpoint]
+    skeleton: PreTrainedModel
+    tokenizers: tuple[Any, Any]
+    stored: tuple[Stored, Stored]
+
+    @classmethod
+    def of(cls, instruct: Checkpoint, thinking: Checkpoint, dtypes: bool = True) -> Match:
+        """Compares configs, tokenizers and the headers of the weight files; `dtypes`: whether they have to agree.
+
+        Raises:
+            ValueError: they do not match, which names everything, or files are damaged.
+        """
+        ends = instruct, thinking
+        for end in ends:
+            if end.packed_format() is not None:
+                raise ValueError(f"{end.directory} is a packed pair, not one end of a pair: load it alone")
+        configs = [end.config() for end in ends]
+        tokenizers = instruct.tokenizer(), thinking.tokenizer()
+        skeleton = instruct.skeleton()
+        headers = [end.headers() for end in ends]
+        stored = Stored.of(skeleton, headers[0]), Stored.of(skeleton, headers[1])
+
+        mismatches = config_mismatches(configs[0], configs[1]) + vocabulary_mismatches(*tokenizers)
+        if configs[0].model_type == configs[1].model_type and headers[1]:
+            known = [{**end.headers, **end.strangers} for end in stored]
+            if not headers[0]:  # not in safetensors: its shapes are the model's
+                shapes = headers_of(skeleton)
+                known[0] = {name: shapes[name] for name in first_names(skeleton).values()}
+            mismatches += tensor_mismatches(known[0], known[1], dtypes=dtypes and bool(headers[0]))
+            if stored[1].complete:
+                both = stored[0].strangers.keys() & stored[1].strangers.keys()
+                mismatches += [f"{name}: in both ends, but not in the model" for name in sorted(both)]
+        if mismatches:
+            names = f"{instruct.directory} and {thinking.directory}"
+            raise ValueError("\n  ".join([f"{names} do not match:", *mismatches]))
+        return cls(ends, skeleton, tokenizers, stored)
 
 
 @dataclass(frozen=True)
@@ -136,33 +209,61 @@ class Checkpoint:
 
     Attributes:
         directory: where its files are.
+        name: what others know it by: its name on the hub, or that of its directory or file.
         gguf: name of its GGUF file, None for any other.
+        trust_remote_code: whether its own modelling code may run.
     """
 
     directory: Path
+    name: str
     gguf: str | None = None
+    trust_remote_code: bool = False
 
     @classmethod
-    def find(cls, source: str | Path) -> Checkpoint:
+    def find(cls, source: str | Path, trust_remote_code: bool = False) -> Checkpoint:
         """The checkpoint in a directory, a GGUF file or a hub repository, which is downloaded if need be."""
         path = Path(source).expanduser()
         if path.is_file() and path.suffix == ".gguf":
-            return cls(path.parent, path.name)
+            return cls(path.parent, path.name, path.name, trust_remote_code)
         if path.is_dir():
-            return cls(path)
+            return cls(path, path.resolve().name, None, trust_remote_code)
         if path.is_absolute() or str(source).startswith((".", "~")) or path.suffix == ".gguf" or len(path.parts) > 2:
             raise OSError(f"there is no checkpoint {source}")
         directory = Path(snapshot_download(str(source), allow_patterns=FILES))
         if not any(directory.glob("*.safetensors")):
             directory = Path(snapshot_download(str(source), allow_patterns=LEGACY_FILES))
-        return cls(directory)
+        return cls(directory, str(source), None, trust_remote_code)
 
     @property
     def _where(self) -> dict[str, Any]:
-        return {"gguf_file": self.gguf} if self.gguf else {}
+        gguf = {"gguf_file": self.gguf} if self.gguf else {}
+        return {"trust_remote_code": self.trust_remote_code, **gguf}
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is no model of its own, but a LoRA adapter."""
+        return (self.directory / adapters.CONFIG).exists()
 
     def config(self) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(self.directory, **self._where)
+
+    def packed_format(self) -> str | None:
+        """The format of a packed pair, None if it is an ordinary checkpoint."""
+        file = self.directory / "config.json"
+        config = json.loads(file.read_text()) if self.gguf is None and file.exists() else {}
+        quantization = config.get("quantization_config") or {}
+        return quantization.get("format") if quantization.get("quant_method") == METHOD else None
+
+    def parent(self) -> dict[str, str | None]:
+        """Its name, and the licence that its model card states."""
+        card = self.directory / "README.md"
+        data = ModelCard.load(card, ignore_metadata_errors=True).data if card.exists() else None
+        return {"name": self.name, "license": data and (data.get("license_name") or data.get("license"))}
+
+    def skeleton(self) -> PreTrainedModel:
+        """Its model without the weights."""
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.config(), trust_remote_code=self.trust_remote_code)
 
     def tokenizer(self) -> Any:
         """Its tokenizer, or None if it comes without one."""
@@ -206,15 +307,12 @@ class Checkpoint:
                 faults.append(f"{file} is missing, the index names it")
                 continue
             try:
-                with safe_open(file, framework="pt") as tensors:
-                    for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                        part = tensors.get_slice(name)
-                        headers[name] = (list(part.get_shape()), DTYPES.get(part.get_dtype(), part.get_dtype()))
-                    absent = set(promised or ()) - set(tensors.keys())
+                found = headers_in(file)
             except (SafetensorError, OSError) as error:
                 faults.append(f"{file} is corrupt: {error}")
                 continue
-            if absent:
+            headers |= found
+            if absent := set(promised or ()) - found.keys():
                 faults.append(f"{file} lacks {sorted(absent)}, which the index promises")
         if faults:
             raise ValueError("\n  ".join([f"the checkpoint {self.directory} is damaged:", *faults]))
@@ -230,7 +328,27 @@ class Checkpoint:
                         bar.update()
 
 
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+def headers_in(file: Path) -> dict[str, Header]:
+    """Shape and dtype of every tensor in a safetensors file by name, read from its header only."""
+    with safe_open(file, framework="pt") as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
+        return {
+            name: (list(part.get_shape()), DTYPES.get(part.get_dtype(), part.get_dtype()))
+            for name, part in slices.items()
+        }
 
 
 def vocabulary_mismatches(instruct: Any, thinking: Any) -> list[str]:
@@ -242,12 +360,6 @@ def vocabulary_mismatches(instruct: Any, thinking: Any) -> list[str]:
     if not differ:
         return []
     return [f"tokenizer: {len(differ)} tokens have another id or are in one vocabulary only, such as {differ[:5]}"]
-
-
-def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a config without its weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 @dataclass(frozen=True)

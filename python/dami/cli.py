@@ -103,13 +103,14 @@ PairOption = Annotated[
     ),
 ]
 FormatOption = Annotated[
-    str, typer.Option("--format", metavar="NAME", help="How the pair is kept: pair, int8, int4, w8d4 or lowrank.")
+    str | None,
+    typer.Option("--format", metavar="NAME", help="How the pair is kept: pair, int8, int4, w8d4 or lowrank."),
 ]
 SeedOption = Annotated[int, typer.Option(help="Seed of the sampling.")]
 
 
-def load(pair: tuple[str, str] | None, format: str = "pair") -> tuple[Any, Any]:
-    """Loads a pair, onto the GPU if there is one; progress goes to stderr."""
+def load(pair: tuple[str, ...] | None, format: str | None = None) -> tuple[Any, Any]:
+    """Loads a packed pair or two checkpoints, onto the GPU if there is one; progress goes to stderr."""
     if pair is None or not err.is_terminal:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
     with err.status("loading torch and transformers"):
@@ -117,12 +118,13 @@ def load(pair: tuple[str, str] | None, format: str = "pair") -> tuple[Any, Any]:
 
         import dami
         from dami.checkpoints import load_pair
-    instruct, thinking = pair or dami.example_pair()
+    ends = pair or tuple(map(str, dami.example_pair()))
     with user_errors():
         try:
-            return load_pair(instruct, thinking, format, device_map="cuda" if torch.cuda.is_available() else None)
+            device = "cuda" if torch.cuda.is_available() else None
+            return load_pair(ends[0], *ends[1:], format=format, device_map=device)  # type: ignore[misc]
         except OSError as error:  # the hub's do not say which
-            raise OSError(f"cannot load {instruct} and {thinking}: {' '.join(str(error).split())}") from error
+            raise OSError(f"cannot load {' and '.join(ends)}: {' '.join(str(error).split())}") from error
 
 
 @app.callback(invoke_without_command=True)
@@ -166,7 +168,7 @@ def generate(
         ),
     ] = None,
     pair: PairOption = None,
-    format: FormatOption = "pair",
+    format: FormatOption = None,
     stream: Annotated[bool, typer.Option("--stream", help="Show tokens as they come.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line for every answer.")] = False,
     chat_template: Annotated[
@@ -271,18 +273,64 @@ def read_prompt(line: str, place: str) -> Prompt:
 @app.command()
 def describe(
     ends: Annotated[
-        list[str] | None, typer.Argument(metavar="[INSTRUCT THINKING]", help="Default: the shipped pair.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[PAIR | INSTRUCT THINKING]", help="A packed pair or two checkpoints. Default: shipped."
+        ),
     ] = None,
-    format: FormatOption = "pair",
+    format: FormatOption = None,
 ) -> None:
     """Show every parameter of a pair: its kind, its format, its bytes; and the sum against merged copies."""
-    if ends and len(ends) != 2:
-        raise fail(f"a pair is two directories or hub names, got {len(ends)}")
-    model, _ = load((ends[0], ends[1]) if ends else None, format)
+    if ends and len(ends) > 2:
+        raise fail(f"a pair is one packed directory or two checkpoints, got {len(ends)}")
+    model, _ = load(tuple(ends) if ends else None, format)
     import dami
     from dami.terminal import parameters
 
     out.print(parameters(dami.describe(model), out))
+
+
+OutputOption = Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Directory to write.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a directory that exists.")]
+
+
+@app.command()
+def pack(
+    instruct: Annotated[str, typer.Argument(help="Directory or hub name of the λ=0 end.")],
+    thinking: Annotated[str, typer.Argument(help="Likewise of the λ=1 end.")],
+    output: OutputOption,
+    format: Annotated[str, typer.Option("--format", metavar="NAME", help="How the pair is kept.")] = "int4",
+    overwrite: OverwriteOption = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Let checkpoints run code.")] = False,
+) -> None:
+    """Pack two checkpoints into one directory, tensor by tensor, to load or to share."""
+    with err.status("loading torch and transformers"):
+        import dami
+    with user_errors():
+        dami.pack(instruct, thinking, output, format, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    out.print(f"{output}: {size / 1e9:.2f} GB. Load it with dami.load_pair({str(output)!r}).")
+
+
+@app.command()
+def merge(
+    pair: Annotated[list[str], typer.Argument(metavar="PAIR", help="A packed pair, or INSTRUCT THINKING.")],
+    output: OutputOption,
+    intensity: Annotated[float, typer.Option("--intensity", "-l", parser=finite, metavar="λ", help="Of the copy.")],
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write an ordinary checkpoint of a pair at one λ: where one is enough, it is the faster choice."""
+    if len(pair) > 2:
+        raise fail(f"a pair is one packed directory or two checkpoints, got {len(pair)}")
+    with err.status("loading torch and transformers"):
+        import dami
+        from dami.sharing import written_whole
+    with user_errors(), written_whole(output, overwrite) as partial:
+        model, tokenizer = dami.load_pair(*pair)
+        dami.materialize(model, intensity).save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+    out.print(f"{output}: an ordinary checkpoint at λ={intensity:g}.")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

@@ -130,7 +130,7 @@ class LerpModule(nn.Module):
         """As any module's; but placeholders are not part of a state."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self.placeholders():
-            del destination[prefix + name]
+            destination.pop(prefix + name, None)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: Any) -> None:
         missing: list[str] = lists[0]

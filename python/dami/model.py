@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, is_grad_enabled, nn
@@ -21,6 +21,21 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=nn.Module)
 
 
+@dataclass
+class Origin:
+    """What is known of a pair's two checkpoints.
+
+    Attributes:
+        parents: name and licence of the instruct end and of the thinking end.
+        error: ‖W(1) − W_thinking‖ / ‖W_thinking‖ over all that the pair's format stores, where it was measured.
+        tokenizer: the pair's, which is saved with it.
+    """
+
+    parents: Sequence[Mapping[str, str | None]] = ()
+    error: float | None = None
+    tokenizer: Any = None
+
+
 @dataclass(eq=False)
 class Patch:
     """What `patch_model` keeps on a model.
@@ -31,6 +46,7 @@ class Patch:
         trainable: the parameters that required a gradient before.
         estimator: what chooses λ for `generate(intensity="auto")`.
         course: turns the dials of the `generate` that is running, if one is.
+        origin: what it is a patch of.
     """
 
     dial: Dial
@@ -38,12 +54,31 @@ class Patch:
     trainable: list[nn.Parameter]
     estimator: Estimator | None = None
     course: Course | None = None
+    origin: Origin = field(default_factory=Origin)
 
 
 class LerpModel(nn.Module):
     """First parent of a patched model's class."""
 
     dami_patch: Patch
+
+    @property
+    def device(self) -> Any:
+        """Where the model computes: its parameters may be offloaded, and then are on no device."""
+        device, hook = next(self.parameters()).device, getattr(self, "_hf_hook", None)
+        return hook.execution_device if hook is not None and device.type == "meta" else device
+
+    def save_pretrained(self, save_directory: Any, **options: Any) -> None:
+        """As transformers' own, with all that `from_pretrained` needs to load the pair, and a model card."""
+        from dami.sharing import save
+
+        save(self, save_directory, super().save_pretrained, **options)  # type: ignore[misc]  # of the other parent
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """As transformers' own, for all that `dami.save_pair` writes."""
+        from dami.sharing import push
+
+        return push(self, repo_id, **options)  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # a compiled call belongs to the object it was made for

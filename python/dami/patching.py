@@ -25,6 +25,7 @@ from dami.layers import (
     reclass,
 )
 from dami.model import Patch, patched_model_class
+from dami.quantizer import PairQuantizer
 from dami_kernels import LerpWeight, formats
 
 Header = tuple[list[int], str]
@@ -109,6 +110,9 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
             reclass(module, lerp.original)
     for parameter in patch.trainable:
         parameter.requires_grad_(True)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, PairQuantizer):
+        quantizer.remove_quantization_config(model)
     del model.dami_patch
     reclass(model, patch.original)
     return model
@@ -143,7 +147,10 @@ def interpolate(
     state = model.state_dict(keep_vars=True)
     offloaded = [name for name, base in state.items() if base.device.type == "meta"]
     if offloaded:
-        raise ValueError(f"instruct_model must be on devices, not offloaded, got {len(offloaded)} tensors on meta")
+        raise ValueError(
+            f"instruct_model must be on devices, not offloaded, got {len(offloaded)} tensors on meta: pack the pair, "
+            "dami pack INSTRUCT THINKING -o DIRECTORY, and load what can be offloaded, dami.load_pair(DIRECTORY, …)"
+        )
     kinds = {module: kind_of(module) for module in model.modules()}
     covering: dict[int, type[LerpModule] | None] = {}  # None if any module that holds the parameter has no kind
     for module, kind in kinds.items():

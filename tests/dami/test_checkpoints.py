@@ -78,9 +78,10 @@ def test_a_loaded_pair_is_the_patched_pair(family: str, tmp_path: Path, caplog: 
 def test_dtype_and_chat_template_are_chosen(ends: tuple[Path, Path]) -> None:
     model, tokenizer = dami.load_pair(*ends, dtype=torch.bfloat16, chat_template="thinking")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert tokenizer.chat_template == "T"
+    assert tokenizer.get_chat_template() == "T"
     _, tokenizer = dami.load_pair(str(ends[0]), str(ends[1]), attn_implementation="eager")
-    assert tokenizer.chat_template == "I"
+    assert tokenizer.get_chat_template() == "I"
+    assert tokenizer.get_chat_template("thinking") == "T"
     with pytest.raises(ValueError, match="chat_template must be 'instruct' or 'thinking', got 'both'"):
         dami.load_pair(*ends, chat_template="both")  # type: ignore[arg-type]
 

@@ -29,7 +29,7 @@ def records(result: Result) -> list[dict[str, object]]:
 def test_help_names_every_command(arguments: list[str]) -> None:
     result = run(*arguments)
     assert result.exit_code == 0
-    for command in ("demo", "generate", "describe", "bench", "version"):
+    for command in ("demo", "generate", "describe", "pack", "merge", "bench", "version"):
         assert f" {command} " in result.stdout
 
 
@@ -156,6 +156,24 @@ def test_demo_leaves_a_picture_and_numbers(tmp_path: Path) -> None:
     assert len(record["copies"]["texts"]) == len(record["patched"]["texts"]) == 55
 
 
+def test_a_pair_is_packed_described_and_merged(tmp_path: Path) -> None:
+    instruct, thinking = map(str, dami.example_pair())
+    packed, merged = tmp_path / "packed", tmp_path / "merged"
+    result = run("pack", instruct, thinking, "-o", str(packed), "--format", "w8d4")
+    assert result.exit_code == 0, result.output
+    assert "Load it with dami.load_pair(" in " ".join(result.stdout.split())
+    again = run("pack", instruct, thinking, "-o", str(packed))
+    assert again.exit_code == 2
+    assert "exists already" in " ".join(again.stderr.split())
+    assert run("pack", instruct, thinking, "-o", str(packed), "--overwrite").exit_code == 0
+    assert "int4" in run("describe", str(packed)).stdout
+    assert run("merge", str(packed), "--intensity", "0.8", "-o", str(merged)).exit_code == 0
+    config = json.loads((merged / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert (merged / "tokenizer.json").exists()
+    assert run("merge", instruct, thinking, "-l", "0.8", "-o", str(merged)).exit_code == 2
+
+
 def test_bench_runs_the_checkouts_benchmarks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "benchmarks").mkdir()
     script = tmp_path / "benchmarks" / "__main__.py"
@@ -192,7 +210,14 @@ def test_bench_outside_a_checkout_says_what_to_do(monkeypatch: pytest.MonkeyPatc
         (["generate", "hi", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["generate", "hi", "--pair", "./no/such", "./directory"], "no/such"),
         (["generate", "hi", "--pair", "one"], "--pair"),
-        (["describe", "one"], "a pair is two directories or hub names, got 1"),
+        (["describe", "one", "two", "three"], "a pair is one packed directory or two checkpoints, got 3"),
+        (["pack", "one", "-o", "there"], "Missing argument 'thinking'"),
+        (["pack", "./no/such", "./directory", "-o", "there"], "there is no checkpoint ./no/such"),
+        (
+            ["merge", "one", "two", "three", "-o", "there", "-l", "1"],
+            "a pair is one packed directory or two checkpoints",
+        ),
+        (["merge", "one", "-o", "there"], "Missing option '--intensity'"),
         (["describe", "./no/such", "./directory"], "no/such"),
         (["demo", "--output", __file__], "is a file"),
         (["demo", "--questions", "0"], "--questions"),

@@ -1,0 +1,227 @@
+"""Packed pairs for transformers' `from_pretrained`: the quantisation method "dami" of a checkpoint's config.
+
+transformers imports this file while it is being imported itself, so what needs its models is imported in the functions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from dami_kernels import LerpWeight, formats
+from dami_kernels.quantize import SCALE
+
+if TYPE_CHECKING:
+    from dami.layers import LerpModule
+    from dami.patching import Header
+
+METHOD = "dami"
+
+
+@register_quantization_config(METHOD)
+class PairConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a packed pair.
+
+    Attributes:
+        format: how embeddings and linear weights are stored.
+        interpolated: the format of every parameter that differs between the ends, by its name; `*` in a name stands for
+            the number of any layer. All others are the same in both ends.
+        parents: name and licence of the two ends: [{"name": …, "license": …}, …]. The licence is None where unknown.
+        error: ‖W(1) − W_thinking‖ / ‖W_thinking‖ over all that `format` stores, None where it was not measured.
+    """
+
+    def __init__(
+        self,
+        format: str,
+        interpolated: Mapping[str, str],
+        parents: Sequence[Mapping[str, str | None]] = (),
+        error: float | None = None,
+        **_: Any,
+    ) -> None:
+        for name in {format, *interpolated.values()}:
+            formats.get(name)
+        self.quant_method: Any = METHOD
+        self.format = format
+        self.interpolated = dict(interpolated)
+        self.parents = [dict(parent) for parent in parents]
+        self.error = error
+
+    def format_of(self, name: str) -> str | None:
+        """The format of a parameter, None if it is the same in both ends."""
+        return self.interpolated.get(name) or self.interpolated.get(any_layer(name))
+
+
+def any_layer(name: str) -> str:
+    """A parameter's name with `*` for every number between dots."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def by_pattern(formats_by_name: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """`formats_by_name`, with one entry for the layers in all of which a parameter is stored alike.
+
+    Args:
+        formats_by_name: the format of the parameters that differ between the ends.
+        names: those of all parameters of the model.
+    """
+    layers: dict[str, set[str | None]] = {}
+    for name in names:
+        layers.setdefault(any_layer(name), set()).add(formats_by_name.get(name))
+    alike = {pattern for pattern, found in layers.items() if len(found) == 1}
+    return {
+        pattern if (pattern := any_layer(name)) in alike else name: format for name, format in formats_by_name.items()
+    }
+
+
+@register_quantizer(METHOD)
+class PairQuantizer(HfQuantizer):
+    """Loads packed pairs: patches the empty model, so that every stored tensor goes straight to its place."""
+
+    quantization_config: PairConfig
+    requires_calibration = True  # transformers' word for: it cannot make a pair of the one checkpoint it is given
+    is_trainable = False
+    is_compileable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        """Patches the model on the meta device, as the headers of the files say what will come."""
+        from dami.checkpoints import headers_in
+        from dami.patching import Packed, install
+
+        headers = {name: header for file in checkpoint_files or () for name, header in headers_in(Path(file)).items()}
+        kinds = {module: kind_on_meta(module) for module in model.modules()}
+        packed: dict[int, Packed] = {}
+        faults = []
+        for prefix, module in model.named_modules():
+            for local, parameter in module._parameters.items():
+                names = _stored_names(model, f"{prefix}.{local}" if prefix else local)
+                format = next(filter(None, map(self.quantization_config.format_of, names)), None)
+                if parameter is None or format is None or id(parameter) in packed:
+                    continue
+                suffixes, kind = formats.get(format).TENSORS, kinds[module]
+                found = [next((headers[n + s] for n in names if n + s in headers), None) for s in suffixes]
+                absent = [
+                    suffix or "the base" for suffix, header in zip(suffixes, found, strict=True) if header is None
+                ]
+                if kind is None or absent:
+                    why = f"the files lack {', '.join(absent)}" if absent else "no kind fits it"
+                    faults.append(f"{names[0]} ({type(module).__name__}): {why}")
+                    continue
+                tensors = [_to_come(h, parameter.dtype, s) for s, h in zip(suffixes, found, strict=True) if h]
+                operand = kind[0].as_operand(parameter)
+                weight = LerpWeight(tuple(map(kind[0].as_operand, tensors)), format, operand.shape, operand.dtype)
+                packed[id(parameter)] = Packed.of(weight, kind[0])
+        if faults:
+            raise ValueError("\n  ".join(["the packed pair does not fit its model:", *faults]))
+        install(model, kinds, packed)
+        for module in _patched(model):
+            for name in module.placeholders():
+                # no parameter until all is loaded: nobody is to look for it in the files, to count or to move it
+                module.__dict__[name], module._parameters[name] = module._parameters[name], None
+                module.__dict__[name]._is_hf_initialized = True
+        for target, source in list(model.all_tied_weights_keys.items()):
+            holder, _, local = target.rpartition(".")
+            for name in _beside(model.get_submodule(holder), local):
+                suffix = name.removeprefix(local)
+                model.all_tied_weights_keys[target + suffix] = source + suffix
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        """What could not be done on the meta device."""
+        from dami.layers import LerpConv1D, LerpModule, placeholder
+        from dami.model import Origin
+
+        added = set()
+        for module in _patched(model):
+            for local, stored in module.lerp.stored.items():
+                tensors = [module.get_parameter(name) for name in stored.names]
+                added |= {id(module.get_parameter(name)) for name in _beside(module, local)}
+                if isinstance(module, LerpConv1D):
+                    for tensor in tensors:
+                        tensor.data = module.as_operand(module.as_operand(tensor.data).contiguous())
+                if local not in stored.names:
+                    before = module.__dict__.pop(local)
+                    like = torch.empty(0, dtype=before.dtype, device=_device_of(module, tensors[0]))
+                    module._parameters[local] = nn.Parameter(placeholder(like, before.shape), requires_grad=False)
+                    _keep_at_hand(module, local)
+        for target, source in model.all_tied_weights_keys.items():  # transformers has tied what is stored
+            holder, _, local = target.rpartition(".")
+            module = model.get_submodule(holder)
+            if isinstance(module, LerpModule) and local in module.placeholders():
+                setattr(module, local, model.get_parameter(source))
+        patch = model.dami_patch
+        patch.trainable = [p for p in model.parameters() if p.is_floating_point() and id(p) not in added]
+        patch.dial.lam = torch.zeros((), device=model.device)
+        patch.origin = Origin(self.quantization_config.parents, self.quantization_config.error)
+        model.requires_grad_(False)
+
+
+def _device_of(module: nn.Module, tensor: Tensor) -> torch.device:
+    """Where a module's tensor is, or is brought to by a hook of accelerate if it is offloaded."""
+    return torch.device(module._hf_hook.execution_device) if tensor.is_meta else tensor.device  # type: ignore[union-attr, arg-type]
+
+
+def _keep_at_hand(module: nn.Module, name: str) -> None:
+    """Gives a parameter that is in no file to the hooks that bring a module's parameters from there."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):
+        weights = getattr(each, "weights_map", None)
+        if weights is not None:
+            weights.dataset.state_dict[weights.prefix + name] = module.get_parameter(name)
+
+
+def kind_on_meta(module: nn.Module) -> tuple[type[LerpModule], dict[str, Any]] | None:
+    """`kind_of` for a module on the meta device, found on a copy on the CPU that takes no memory."""
+    from dami.layers import kind_of, placeholder, with_parameters
+
+    with torch.device("cpu"):
+        parameters = {
+            name: None if parameter is None else placeholder(torch.empty(0, dtype=parameter.dtype), parameter.shape)
+            for name, parameter in module._parameters.items()
+        }
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)  # while loading it is the model's
+        try:
+            return kind_of(with_parameters(module, parameters))
+        finally:
+            torch.set_default_dtype(before)
+
+
+def _stored_names(model: Any, name: str) -> tuple[str, ...]:
+    """The names under which a parameter may be stored: its own, that of its tie, with or without the base's prefix."""
+    prefix = f"{model.base_model_prefix}."
+    return name, model.all_tied_weights_keys.get(name, name), prefix + name, name.removeprefix(prefix)
+
+
+def _to_come(header: Header, dtype: torch.dtype, suffix: str) -> Tensor:
+    """An empty tensor as a stored one will be once it is loaded into a model of a dtype."""
+    shape, stored = header
+    if suffix.endswith("_scale"):
+        dtype = SCALE
+    elif not getattr(torch, stored).is_floating_point:
+        dtype = getattr(torch, stored)
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _patched(model: nn.Module) -> list[LerpModule]:
+    from dami.layers import LerpModule
+
+    return [module for module in model.modules() if isinstance(module, LerpModule)]
+
+
+def _beside(module: nn.Module, name: str) -> list[str]:
+    """Names of what is stored beside a parameter of a module."""
+    from dami.layers import LerpModule
+
+    stored = module.lerp.stored.get(name) if isinstance(module, LerpModule) else None
+    return [tensor for tensor in stored.names if tensor != name] if stored else []

@@ -1,0 +1,42 @@
+"""Makes packed pairs known to transformers without importing it, so that `import dami` stays instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+REGISTRY = "transformers.quantizers.auto"
+
+
+def register() -> None:
+    """Registers `dami.quantizer` with transformers: now, or as soon as its registry is imported."""
+    if REGISTRY in sys.modules:
+        import_module("dami.quantizer")
+    else:
+        sys.meta_path.insert(0, _AfterRegistry())
+
+
+class _AfterRegistry(MetaPathFinder):
+    """Finds the registry as everyone else does, and adds to it once it has run."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != REGISTRY:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            loader: Any = spec.loader
+            run = loader.exec_module
+
+            def run_and_register(module: ModuleType) -> None:
+                run(module)
+                import_module("dami.quantizer")
+
+            loader.exec_module = run_and_register
+        return spec

@@ -1,0 +1,191 @@
+"""A patched model as one directory, or as an ordinary checkpoint at one λ."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dami.dial import as_lam, patch_of
+from dami.layers import LerpModule
+from dami.model_card import write_model_card
+from dami.patching import describe
+from dami.quantizer import METHOD, PairConfig, by_pattern
+
+SHARD = "4GB"
+
+
+def save_pair(
+    model: PreTrainedModel,
+    directory: str | Path,
+    tokenizer: Any = None,
+    *,
+    overwrite: bool = False,
+    max_shard_size: int | str = SHARD,
+) -> Path:
+    """Writes a patched model as one directory, which `dami.load_pair(directory)` loads, and returns it.
+
+    With dami imported, `AutoModelForCausalLM.from_pretrained(directory)` loads it too. The directory takes its name
+    when all is written.
+
+    Args:
+        model: a patched model.
+        directory: where to; it must not exist, or be empty.
+        tokenizer: the pair's; by default the one that `load_pair` returned with the model.
+        overwrite: replaces a directory that exists.
+        max_shard_size: as in `save_pretrained`.
+
+    Raises:
+        TypeError: the model is not patched.
+        FileExistsError: there is such a directory.
+    """
+    tokenizer = tokenizer or patch_of(model).origin.tokenizer
+    with written_whole(Path(directory), overwrite) as partial:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        model.save_pretrained(partial, max_shard_size=max_shard_size)
+    return Path(directory)
+
+
+def save(
+    model: Any, directory: str | Path, save_pretrained: Callable[..., None], push_to_hub: bool = False, **options: Any
+) -> None:
+    """`save_pretrained` of a patched model: the original's, and a config that says what is stored, and a model card."""
+    if push_to_hub:
+        raise ValueError("push_to_hub must be False for a patched model: call model.push_to_hub(repo_id)")
+    config, before = config_of(model), getattr(model.config, "quantization_config", None)
+    model.config.quantization_config = config
+    try:
+        # its own names: to undo a conversion of names, transformers would have to know of what stands beside them
+        save_pretrained(directory, **{"save_original_format": False, **options})
+    finally:
+        model.config.quantization_config = before
+        if before is None:
+            del model.config.quantization_config
+    if model.should_save_on_this_rank(options.get("is_main_process", True)):
+        rows = describe(model).rows
+        weights = sum(torch.Size(row.shape).numel() for row in rows if row.interpolated and not row.tied_to)
+        nbytes = sum(row.nbytes for row in rows)
+        write_model_card(directory, config, nbytes, weights, model.dami_patch.origin.tokenizer)
+
+
+def push(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    tokenizer: Any = None,
+    commit_message: str = "Upload a packed pair",
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = SHARD,
+) -> Any:
+    """`push_to_hub` of a patched model: uploads what `save_pair` writes, model card and tokenizer included.
+
+    The arguments are those of transformers' `push_to_hub` and of `save_pair`.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with TemporaryDirectory() as folder:
+        directory = save_pair(model, Path(folder) / "pair", tokenizer, max_shard_size=max_shard_size)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=directory,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def config_of(model: PreTrainedModel) -> PairConfig:
+    """The `quantization_config` of a patched model."""
+    origin, rows = patch_of(model).origin, describe(model).rows
+    stored = {row.name: row.format for row in rows if row.format is not None}
+    packed = sorted(set(stored.values()) - {"pair"})
+    return PairConfig(
+        packed[0] if packed else "pair", by_pattern(stored, (row.name for row in rows)), origin.parents, origin.error
+    )
+
+
+@contextmanager
+def written_whole(directory: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A directory to write to, which takes its name at the end of the block, or is removed if that fails.
+
+    Until then it is called DIRECTORY.partial; one that an interrupted run has left is removed first.
+
+    Raises:
+        FileExistsError: there is a directory of that name with something in it, or a file.
+    """
+    if not overwrite and directory.exists() and (directory.is_file() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists already: name another directory, or overwrite it")
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    if directory.exists():
+        shutil.rmtree(directory)
+    partial.rename(directory)
+
+
+@torch.no_grad()
+def materialize(model: PreTrainedModel, intensity: float) -> PreTrainedModel:
+    """A merged copy: a plain model of a patched model's weights at one λ, which stays as it is.
+
+    Where one λ is enough, the copy is the faster choice: it reads the bytes of one model instead of a pair. Each weight
+    is blended in float32 and rounded once, as in mergekit's linear merge. `save_pretrained` writes an ordinary
+    checkpoint.
+
+    Raises:
+        TypeError, ValueError: the model is not patched or is offloaded, or `intensity` is not one finite number.
+    """
+    patch = patch_of(model)
+    lam = as_lam(intensity, torch.device("cpu"))
+    if lam.dim():
+        raise ValueError(f"intensity must be one number to make a merged copy, got {list(lam.shape)} numbers")
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise ValueError("model must be on devices to make a merged copy, not offloaded")
+    config = copy.deepcopy(model.config)
+    if getattr(model, "quantization_method", None) == METHOD:
+        del config.quantization_config
+    merged: dict[int, Tensor] = {}
+    state = {}
+    for prefix, module in model.named_modules():
+        lerp = module.lerp if isinstance(module, LerpModule) else None
+        beside = (
+            {name for own, stored in lerp.stored.items() for name in stored.names if name != own} if lerp else set()
+        )
+        for name, tensor in {**module._parameters, **module._buffers}.items():
+            if tensor is None or name in beside:
+                continue
+            if id(tensor) not in merged:
+                merged[id(tensor)] = (
+                    module.as_operand(module.ends(name).materialize(float(lam)))
+                    if isinstance(module, LerpModule) and name in module.lerp.stored
+                    else tensor.detach().clone()
+                )
+            state[f"{prefix}.{name}" if prefix else name] = merged[id(tensor)].contiguous()
+    with torch.device("meta"):
+        plain = patch.original(config)
+    for name, tensor in state.items():
+        holder, _, local = name.rpartition(".")
+        module = plain.get_submodule(holder)
+        if local in module._parameters:
+            tensor = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+        setattr(module, local, tensor)
+    plain.tie_weights()
+    plain.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
+    return plain.eval()
