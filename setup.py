@@ -23,7 +23,7 @@ from setuptools.errors import CompileError
 CSRC = Path("csrc")
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq"
 ISA_FLAGS = {  # by source file
-    "x86_64": {"avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"},
+    "x86_64": {"avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16 -mavx512vnni"},
     "aarch64": {"neon": ""},
 }
 MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine())

@@ -98,6 +98,7 @@ struct Block {
   const char* x;  // the first row, prepared; the others follow
   int64_t x_stride;  // bytes
   int64_t k;
+  bool invariant;  // whether the bits of a row must not depend on the number of rows
   std::vector<int64_t> rows;  // where they were in x, and will be in y
   std::vector<float> lam;
   std::vector<Group> groups;

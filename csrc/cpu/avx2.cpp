@@ -1,7 +1,7 @@
 // AVX2 with FMA and F16C: Intel since Haswell, AMD since Zen.
 #include <immintrin.h>
 
-#include "kernels.h"
+#include "int_dot.h"
 
 namespace {
 
@@ -45,6 +45,12 @@ struct Vec {
   void store(f16* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
+  void store(int16_t* p) const {
+    const __m256i whole = _mm256_cvtps_epi32(v);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
+  }
+  friend Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
   friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
@@ -89,34 +95,34 @@ struct Vec::Int4 {
   Vec load_odd(const uint8_t* p) const { return number(_mm256_srli_epi32(bytes(p), 4)); }
 };
 
-// Multiplies codes as integers, which takes half the instructions that converting them does. x is rounded to 16 bits,
-// relative to the largest of its block; that is a quarter of what the rounding of a bfloat16 weight by that element would
-// add, at the very most. A group's sum is exact. Codes and x lie even elements first, 16 of each.
-struct IntDot {
-  using X = int16_t;
-  static constexpr int step = dami::group_size, tile_m = 2;
-  static constexpr int64_t block = dami::block_bytes / 4, head = 32;  // the scale lies before the block, on a line of its own
-  static int64_t at_block(int64_t k) { return k / block * (head + block) + head; }
+// A group at a time: 16 even codes and 16 odd ones.
+struct IntDot : dami::IntBlocks<Vec, dami::group_size, 2> {
+  static constexpr int tile_m = 2;
+  static constexpr bool any_rows = true;  // good for more rows than `few`, too
 
   struct Operand {
     __m256i even, odd;
     Vec scale;
   };
   template <class Row>
-  static Operand operand(const Row& row, int64_t i, const Vec::Int8& loader) {
-    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row.at(i)));
-    return {_mm256_srai_epi16(_mm256_slli_epi16(words, 8), 8), _mm256_srai_epi16(words, 8), loader.scale};
+  static Vec loader(const Row& row, int64_t i) {
+    return Vec::set1(row.scales[i / dami::group_size]);
   }
   template <class Row>
-  static Operand operand(const Row& row, int64_t i, const Vec::Int4& loader) {
-    const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row.at(i))));
-    const __m256i eight = _mm256_set1_epi16(8);
-    return {_mm256_sub_epi16(_mm256_and_si256(words, _mm256_set1_epi16(15)), eight),
-            _mm256_sub_epi16(_mm256_srli_epi16(words, 4), eight), loader.scale};
+  static Operand operand(const Row& row, int64_t i, Vec scale) {
+    return codes(row.at(i), scale);
   }
-  template <class Row>
-  static Operand operand(const Row& row, int64_t i, const Vec& scale) {
-    const auto* p = reinterpret_cast<const __m256i*>(row.at(i));
+  static Operand codes(const int8_t* p, Vec scale) {
+    __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    asm("" : "+x"(words));  // or the compiler would read it twice
+    return {_mm256_srai_epi16(_mm256_slli_epi16(words, 8), 8), _mm256_srai_epi16(words, 8), scale};
+  }
+  static Operand codes(const uint8_t* p, Vec scale) {
+    const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return {_mm256_and_si256(words, _mm256_set1_epi16(15)), _mm256_srli_epi16(words, 4), scale};
+  }
+  static Operand codes(const int16_t* converted, Vec scale) {
+    const auto* p = reinterpret_cast<const __m256i*>(converted);
     return {_mm256_load_si256(p), _mm256_load_si256(p + 1), scale};
   }
   static void store(const Operand& w, int16_t* p) {
@@ -128,36 +134,6 @@ struct IntDot {
     const __m256i products = _mm256_add_epi32(_mm256_madd_epi16(w.even, _mm256_load_si256(p)),
                                               _mm256_madd_epi16(w.odd, _mm256_load_si256(p + 1)));
     return fma(Vec{_mm256_cvtepi32_ps(products)}, w.scale, sum);
-  }
-  static Vec scaled(Vec sum, const int16_t* x) {
-    float scale;
-    std::memcpy(&scale, x - head, 4);
-    return sum * Vec::set1(scale);
-  }
-
-  // From a block of x as FloatDot reads it.
-  static void prepare_block(const float* x, int64_t count, int16_t* to) {
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    __m256 most = _mm256_setzero_ps(), none = most;  // none is NaN if there is a NaN or Inf
-    for (int64_t i = 0; i < count; i += Vec::W) {
-      const __m256 v = _mm256_loadu_ps(x + i);
-      most = _mm256_max_ps(most, _mm256_andnot_ps(sign, v));
-      none = _mm256_fmadd_ps(v, _mm256_setzero_ps(), none);
-    }
-    float lanes[Vec::W], poison[Vec::W], largest = 0;
-    _mm256_storeu_ps(lanes, most);
-    _mm256_storeu_ps(poison, none);
-    for (float lane : lanes) largest = std::max(largest, lane);
-    float scale = largest / 32767;
-    const Vec inverse = Vec::set1(largest > 1e-30f ? 32767 / largest : 0);
-    for (float lane : poison) scale += lane;
-    std::memcpy(to - head, &scale, 4);
-    const auto rounded = [&](int64_t i) { return _mm256_cvtps_epi32((Vec::load(x + i) * inverse).v); };
-    for (int64_t i = 0; i < count; i += step)
-      for (int odd = 0; odd < 2; odd++) {
-        const __m256i words = _mm256_packs_epi32(rounded(i + odd * Vec::W), rounded(i + (odd + 2) * Vec::W));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i + odd * 16), _mm256_permute4x64_epi64(words, 0b11011000));
-      }
   }
 };
 

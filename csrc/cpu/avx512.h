@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "kernels.h"
+#include "int_dot.h"
 
 namespace {
 
@@ -42,6 +42,10 @@ struct Vec {
   void store(f16* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
+  void store(int16_t* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v)));
+  }
+  friend Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
   friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -89,6 +93,69 @@ struct Vec::Int4 {
   }
   Vec load_even(const uint8_t* p) const { return number(bytes(p)); }
   Vec load_odd(const uint8_t* p) const { return number(_mm512_srli_epi32(bytes(p), 4)); }
+};
+
+// Four groups at a time, each in a quarter of the lanes.
+struct IntDot : dami::IntBlocks<Vec, 4 * dami::group_size, 4> {
+  static constexpr int tile_m = 4;
+  static constexpr bool any_rows = false;  // with more rows than `few` it is cheaper to convert codes once
+
+  struct Operand {
+    __m512i codes[4];
+    Vec scale;
+  };
+  template <class Row>
+  static Vec loader(const Row& row, int64_t i) {
+    const __m512 scales = _mm512_broadcast_f32x4(_mm_loadu_ps(row.scales + i / dami::group_size));
+    return {_mm512_permutevar_ps(scales, _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3))};
+  }
+  template <class Row>
+  static Operand operand(const Row& row, int64_t i, Vec scale) {
+    return codes<true>(row.at(i), step, scale);
+  }
+  template <class Row>
+  static Operand some(const Row& row, int64_t i, int64_t count, Vec scale) {
+    return codes<false>(row.at(i), count, scale);
+  }
+  // 64 bytes, of which only the first `count` are there unless `whole`.
+  template <bool whole>
+  static __m512i bytes(const void* p, int64_t count) {
+    if (!whole && count < 64) return _mm512_maskz_loadu_epi8((uint64_t{1} << std::max<int64_t>(count, 0)) - 1, p);
+    __m512i all = _mm512_loadu_si512(p);
+    asm("" : "+v"(all));  // or the compiler would read it again for every part
+    return all;
+  }
+  template <bool whole>
+  static Operand codes(const int8_t* p, int64_t count, Vec scale) {
+    const __m512i low = bytes<whole>(p, count), high = bytes<whole>(p + 64, count - 64);
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i twice = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(0x40004));  // and with the next line 0, 2, 4, …, 62
+    const __m512i which = _mm512_add_epi32(twice, _mm512_set1_epi32(0x20000));
+    const __m512i even = _mm512_permutex2var_epi16(low, which, high);  // words
+    const __m512i odd = _mm512_permutex2var_epi16(low, _mm512_add_epi32(which, _mm512_set1_epi32(0x10001)), high);
+    return {{_mm512_srai_epi16(_mm512_slli_epi16(even, 8), 8), _mm512_srai_epi16(even, 8),
+             _mm512_srai_epi16(_mm512_slli_epi16(odd, 8), 8), _mm512_srai_epi16(odd, 8)},
+            scale};
+  }
+  template <bool whole>
+  static Operand codes(const uint8_t* p, int64_t count, Vec scale) {
+    const __m512i words = bytes<whole>(p, count / 2), low = _mm512_set1_epi16(15);
+    return {{_mm512_and_si512(words, low), _mm512_and_si512(_mm512_srli_epi16(words, 4), low),
+             _mm512_and_si512(_mm512_srli_epi16(words, 8), low), _mm512_srli_epi16(words, 12)},
+            scale};
+  }
+  static Vec multiply_add(const int16_t* x, const Operand& w, Vec sum) {
+    const auto add = [&](__m512i sum, int part) {
+      const __m512i of_x = _mm512_loadu_si512(x + part * (step / 4));
+#ifdef __AVX512VNNI__
+      return _mm512_dpwssd_epi32(sum, w.codes[part], of_x);
+#else
+      return _mm512_add_epi32(sum, _mm512_madd_epi16(w.codes[part], of_x));
+#endif
+    };
+    const __m512i sums = add(add(add(add(_mm512_setzero_si512(), 0), 1), 2), 3);
+    return fma(Vec{_mm512_cvtepi32_ps(sums)}, w.scale, sum);
+  }
 };
 
 bool has_avx512() {

@@ -1,4 +1,4 @@
-// AVX-512 with its bfloat16 dot product: AMD since Zen 4, Intel since Cooper Lake.
+// AVX-512 with its dot products of bfloat16 and of integers: AMD since Zen 4, Intel since Cooper Lake.
 #include "avx512.h"
 
 namespace {
@@ -7,6 +7,7 @@ namespace {
 struct Bf16Dot {
   using X = bf16;
   static constexpr int step = 32, parts = 1, tile_m = Vec::tile_m;
+  static constexpr bool any_rows = true;
   static constexpr int64_t block = dami::block_bytes / sizeof(X);
   static int64_t at_block(int64_t k) { return k; }
   template <int>
@@ -21,6 +22,14 @@ struct Bf16Dot {
   template <class Row, class Loader>
   static dami::Two<Vec> widen(const Row& row, int64_t i, const Loader& loader) {
     return {loader.load(row.at(i)), loader.load(row.at(i + Vec::W))};
+  }
+  template <class Row>
+  static auto loader(const Row& row, int64_t i) {
+    return row.loader(i);
+  }
+  template <class Row>
+  static Vec begin(const Row&, int64_t, int64_t, const bf16*) {
+    return Vec::zero();
   }
   static Vec scaled(Vec sum, const bf16*) { return sum; }
   static __m512bh round(dami::Two<Vec> v) { return _mm512_cvtne2ps_pbh(v.b.v, v.a.v); }
@@ -48,11 +57,13 @@ struct Bf16Dot {
   static void store(dami::Two<Vec> v, bf16* p) { store(round(v), p); }
 };
 
-bool supported() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool supported() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
 
 }  // namespace
 
 namespace dami {
 extern const Isa avx512_bf16;
-constexpr Isa avx512_bf16 = make_isa<Vec, Bf16Dot>("avx512_bf16", supported, 8, 32);
+constexpr Isa avx512_bf16 = make_isa<Vec, Bf16Dot, IntDot>("avx512_bf16", supported, 8, 32);
 }  // namespace dami

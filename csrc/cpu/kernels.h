@@ -5,11 +5,13 @@
 //         + − ·, fma(a, b, c) = a·b + c; load_even and load_odd, every other one of 2 W bf16; keep, which holds it in a
 //         register, for the compiler would rather read it again; sum4(a, b, c, d, to), which adds the sum of the lanes of
 //         each to to[0..4); and Int8 and Int4, made from the scale of a group, whose load, load_even and load_odd turn its
-//         codes into numbers
-//   Dot   how products are summed along K, `step` elements at a time: X, the type it reads x in, `block`, how much of k it sums
-//         in vectors, and where a block of x begins, at_block(k); tile_m, the height of a register tile; operand, `step` numbers of a weight as stored, and
-//         multiply_add of these and x; scaled, the sum over a block; store, an operand as X. One that multiplies dense
-//         weights too has load<part> and multiply_add for X in `parts`, widen, `step` numbers in float32, and their store
+//         codes into numbers. Where there is an IntDot also max, and store of a vector rounded to int16
+//   Dot   how products are summed along K, `step` elements at a time: X, the type it reads x in; `block`, how much of k it
+//         sums in vectors, and at_block(k), where a block of x begins; tile_m, the height of a register tile; any_rows,
+//         whether it is good for more rows than `few`; loader and operand, what makes `step` numbers of a weight as stored
+//         (some, as many as there are, if a step is more than a group), and multiply_add of these and x; begin and scaled,
+//         what a sum over a block begins with and ends as; store, an operand as X. One that multiplies dense weights too has
+//         load<part> and multiply_add for X in `parts`, widen, `step` numbers in float32, and their store
 #pragma once
 
 #include <algorithm>
@@ -85,6 +87,7 @@ struct Numbers {
   Numbers(const T* p) : p(p) {}
   Numbers(const Stored& m, int64_t n, int64_t k, int64_t, float*)
       : p(static_cast<const T*>(m.data.data) + n * m.data.stride + k) {}
+  static Numbers beside(const Numbers* rows, int n) { return rows[n]; }
   const T* at(int64_t i) const { return p + i; }
   static constexpr int64_t bytes(int64_t i) { return i * static_cast<int64_t>(sizeof(T)); }
   AsItIs<V> loader(int64_t) const { return {}; }
@@ -96,10 +99,15 @@ struct Numbers {
   }
 };
 
-// `per_byte` codes to a byte, and Loader, one of V's, for them. The scales are laid out as float32 first.
-template <class V, class Loader, class Byte, int per_byte>
+// Rows that are bound by memory take so many blocks of a weight at a time; and so many groups those have, at most.
+constexpr int64_t blocks_of_few = 8, most_groups = blocks_of_few * block_bytes / 2 / group_size;
+
+// `per_byte` codes to a byte, and Loader, one of V's, for them. The scales are laid out as float32 first, those of the rows
+// of a tile `most_groups` apart.
+template <class V, class Loader, class Byte, int codes>
 struct Codes {
   static constexpr bool padded = true;
+  static constexpr int per_byte = codes;
   struct Buffer {};
   const Byte* p;
   const float* scales;
@@ -111,6 +119,8 @@ struct Codes {
     const int64_t groups = (count + group_size - 1) / group_size;
     for (int64_t i = 0; i < groups; i += V::W) load<V>(from + i, groups - i).store(scales + i);
   }
+  // rows[n], in such a way that the compiler knows how far its scales are from those of rows[0], and spares a register.
+  static Codes beside(const Codes* rows, int n) { return {rows[n].p, rows->scales + n * most_groups}; }
   const Byte* at(int64_t i) const { return p + i / per_byte; }
   static constexpr int64_t bytes(int64_t i) { return i / per_byte; }
   Loader loader(int64_t i) const { return Loader(V::set1(scales[i / group_size])); }
@@ -120,9 +130,11 @@ struct Codes {
 // Codes, stored as Row is, that a Dot has stored as X, in its order.
 template <class V, class X, class Row>
 struct Converted {
+  static constexpr int per_byte = Row::per_byte;
   const X* p;
   const float* scales;
 
+  static Converted beside(const Converted* rows, int n) { return {rows[n].p, rows->scales + n * most_groups}; }
   const X* at(int64_t i) const { return p + i; }
   static constexpr int64_t bytes(int64_t i) { return Row::bytes(i); }
   V loader(int64_t i) const { return V::set1(scales[i / group_size]); }
@@ -166,6 +178,7 @@ template <class V, bool split>
 struct FloatDot {
   using X = float;
   static constexpr int step = 2 * V::W, parts = 2, tile_m = V::tile_m;
+  static constexpr bool any_rows = true;
   static constexpr int64_t block = block_bytes / sizeof(X);
   static int64_t at_block(int64_t k) { return k; }
   template <int part>
@@ -187,6 +200,14 @@ struct FloatDot {
     v.b.store(to + V::W);
   }
   static V multiply_add(const float* x, Two<V> w, V sum) { return fma(load<1>(x), w.b, fma(load<0>(x), w.a, sum)); }
+  template <class Row>
+  static auto loader(const Row& row, int64_t i) {
+    return row.loader(i);
+  }
+  template <class Row>
+  static V begin(const Row&, int64_t, int64_t, const float*) {
+    return V::zero();
+  }
   static V scaled(V sum, const float*) { return sum; }
 };
 
@@ -196,7 +217,7 @@ inline void fill(const Row& row, int64_t count, typename Dot::X* to) {
   typename Row::Buffer buffer;
   for (int64_t i = 0; i < count; i += group_size) {
     const Row group = row.group(i, count - i, buffer);
-    const auto loader = group.loader(0);
+    const auto loader = Dot::loader(group, 0);
     for (int64_t j = 0; j < group_size; j += Dot::step) Dot::store(Dot::operand(group, j, loader), to + i + j);
   }
 }
@@ -216,10 +237,15 @@ inline __attribute__((always_inline)) void add_sums(const V (&total)[M][N], floa
   }
 }
 
-// What to fetch while a tile is multiplied: tile_n rows, of which `bits` to an element.
+// What to fetch while a tile is multiplied: tile_n rows, `stride` bytes apart, with `bits` to an element.
 struct Ahead {
-  const char* rows[tile_n];
-  int64_t bits;
+  const char* rows;
+  int64_t stride, bits;
+  template <int count>
+  void fetch(int64_t first, int64_t byte) const {
+#pragma GCC unroll 4
+    for (int n = 0; n < count; n++) __builtin_prefetch(rows + (first + n) * stride + byte, 0, 2);
+  }
 };
 
 // Adds x[m] · w[n] to sums[m * tile_n + n] for M rows of x, `stride` apart, and tile_n rows of w, over k elements, whole groups.
@@ -246,49 +272,56 @@ void tile(const typename Dot::X* x, int64_t stride, const typename Dot::X* const
       for (int m = 0; m < M; m++) total[m][n] = Dot::multiply_add(at[m], row, total[m][n]);
     }
   };
-  const char* next[tile_n];
-  for (int n = 0; n < tile_n; n++) next[n] = ahead.rows[n];
   const int64_t bytes = Dot::step * ahead.bits / 8;
-  for (int64_t i = 0; i < k; i += Dot::step) {
-    for (int n = 0; n < tile_n; n++, next[n - 1] += bytes) __builtin_prefetch(next[n], 0, 2);
+  for (int64_t i = 0, byte = 0; i < k; i += Dot::step, byte += bytes) {
+    ahead.fetch<tile_n>(0, byte);
     part(std::integral_constant<int, 0>{}, i);
     if constexpr (Dot::parts == 2) part(std::integral_constant<int, 1>{}, i);
   }
   add_sums(total, sums);
 }
 
-// The same with rows of w as they are stored or converted, as many at a time as the registers have room for, over any number
-// of blocks of k.
+// Adds x[m] · w[n] to total[m][n], over `count` elements from i on: a group, or a step of Dot if that is more; unless
+// `whole`, as many groups as there are left.
+template <class V, class Dot, bool whole, int M, int N, class Rows>
+inline __attribute__((always_inline)) void multiply_add(const typename Dot::X* x, int64_t stride, const Rows& rows,
+                                                        int64_t i, int64_t count, V (&total)[M][N]) {
+#pragma GCC unroll 4
+  for (int n = 0; n < N; n++) {
+    const auto w = rows(n);
+    const auto loader = Dot::loader(w, i);
+    for (int64_t j = 0; j < count; j += Dot::step) {
+      const auto operand = [&] {
+        if constexpr (whole) return Dot::operand(w, i + j, loader);
+        else return Dot::some(w, i, count, loader);
+      }();
+#pragma GCC unroll 4
+      for (int m = 0; m < M; m++) total[m][n] = Dot::multiply_add(x + m * stride + j, operand, total[m][n]);
+    }
+  }
+}
+
+// The same as `tile` with rows of w as they are stored or converted, as many at a time as the registers have room for, over
+// any number of blocks of k.
 template <class V, class Dot, int M, class Row>
 void stream(const typename Dot::X* x, int64_t stride, const Row* w, const Ahead& ahead, int64_t k, float* sums) {
   constexpr int N = M <= Dot::tile_m ? tile_n : tile_n / 2;
-  constexpr int64_t bytes = Row::bytes(group_size);
+  constexpr int64_t chunk = std::max<int64_t>(group_size, Dot::step);
   for (int64_t begin = 0; begin < k; begin += Dot::block, x += Dot::at_block(Dot::block) - Dot::at_block(0))
     for (int first = 0; first < tile_n; first += N) {
+      const int64_t end = std::min(k, begin + Dot::block);
+      const auto rows = [&](int n) { return Row::beside(w, first + n); };
       V total[M][N];
-      for (auto& row : total)
-        for (V& sum : row) sum = V::zero();
-      const char* next[N];
-      for (int n = 0; n < N; n++) next[n] = ahead.rows[first + n];
-      for (int64_t i = begin; i < std::min(k, begin + Dot::block); i += group_size) {
+      for (int n = 0; n < N; n++)
+        for (int m = 0; m < M; m++) total[m][n] = Dot::begin(rows(n), begin, end - begin, x + m * stride);
+      int64_t i = begin;
+      for (; i + chunk <= end; i += chunk) {
         if (Row::bytes(i) % 64 == 0)
-#pragma GCC unroll 4
-          for (int n = 0; n < N; n++)
-#pragma GCC unroll 2
-            for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(next[n] + Row::bytes(i) + line, 0, 2);
-#pragma GCC unroll 4
-        for (int n = 0; n < N; n++) {
-          const Row& row = w[first + n];
-          const auto loader = row.loader(i);
-#pragma GCC unroll 4
-          for (int64_t j = 0; j < group_size; j += Dot::step) {
-            const auto operand = Dot::operand(row, i + j, loader);
-#pragma GCC unroll 4
-            for (int m = 0; m < M; m++)
-              total[m][n] = Dot::multiply_add(x + m * stride + i - begin + j, operand, total[m][n]);
-          }
-        }
+          for (int64_t line = 0; line < Row::bytes(chunk); line += 64) ahead.fetch<N>(first, Row::bytes(i) + line);
+        multiply_add<V, Dot, true>(x + i - begin, stride, rows, i, chunk, total);
       }
+      if constexpr (chunk > group_size)
+        if (i < end) multiply_add<V, Dot, false>(x + i - begin, stride, rows, i, end - i, total);
 #pragma GCC unroll 4
       for (int m = 0; m < M; m++)
         for (V& sum : total[m]) sum = Dot::scaled(sum, x + m * stride);
@@ -302,13 +335,11 @@ struct LinearKernel {
   using X = typename Dot::X;
   static constexpr int64_t block_k = Dot::block;
   static constexpr int64_t cached_bytes = 256 * 1024;  // of x, which the rows of a weight pass by
-  static constexpr int64_t few = 4;  // rows that are bound by memory, so that a weight is best converted in registers;
-  static constexpr int64_t blocks_of_few = 8;  // and so many blocks of it at a time
-  static constexpr int64_t groups = blocks_of_few * block_bytes / 2 / group_size;  // in those, at most
+  static constexpr int64_t few = 4;  // rows that are bound by memory, so that a weight is best converted in registers
 
   struct alignas(64) Scratch {
     X weight[2][tile_n][block_k];
-    float scales[2][tile_n][groups];
+    float scales[2][tile_n][most_groups];
     // Of the base and the other matrix, or of the blended one; of tile_n outputs those of all rows lie together.
     float sums[2][max_outputs * max_rows];
   };
@@ -324,17 +355,18 @@ struct LinearKernel {
   // A row of x is there as Dot reads it, and behind that as CodesDot does, if that is another one.
   static constexpr bool two_dots = !std::is_same_v<Dot, CodesDot>;
   static int64_t x_bytes(int64_t k) {
-    const int64_t padded = (k + group_size - 1) / group_size * group_size, blocks = (padded + block_k - 1) / block_k;
-    return padded * sizeof(X) + (two_dots ? CodesDot::at_block(blocks * block_k) * sizeof(typename CodesDot::X) : 0);
+    const int64_t padded = (k + group_size - 1) / group_size * group_size;
+    const int64_t blocks = (k + CodesDot::block - 1) / CodesDot::block;
+    const int64_t codes_x = two_dots ? CodesDot::at_block(blocks * CodesDot::block) * sizeof(typename CodesDot::X) : 0;
+    return padded * sizeof(X) + codes_x;
   }
   static void prepare_x(const void* from, int64_t k, void* to) {
     X* const x = static_cast<X*>(to);
-    fill<V, Dot>(Numbers<V, T>(static_cast<const T*>(from)), k, x);
-    if constexpr (two_dots) {
-      const int64_t padded = (k + group_size - 1) / group_size * group_size;
-      for (int64_t i = 0; i < padded; i += block_k)
-        CodesDot::prepare_block(x + i, std::min(block_k, padded - i), codes_x(x, k) + CodesDot::at_block(i));
-    }
+    const T* const numbers = static_cast<const T*>(from);
+    fill<V, Dot>(Numbers<V, T>(numbers), k, x);
+    if constexpr (two_dots)
+      for (int64_t i = 0; i < k; i += CodesDot::block)
+        CodesDot::prepare_block(numbers + i, std::min(CodesDot::block, k - i), codes_x(x, k) + CodesDot::at_block(i));
   }
   template <class At>
   static typename CodesDot::X* codes_x(At* x, int64_t k) {
@@ -391,22 +423,21 @@ struct LinearKernel {
   // Where a piece of a matrix lies. Fetches its scales at once: without them nothing begins.
   static Ahead look_ahead(const Stored& stored, const Piece& piece) {
     const bool dense = stored.storage == Storage::dense;
-    Ahead ahead{{}, dense ? 8 * static_cast<int64_t>(sizeof(T)) : stored.storage == Storage::int8 ? 8 : 4};
-    for (int i = 0; i < tile_n; i++) {
-      const int64_t n = piece.row(i) * stored.data.stride * (dense ? static_cast<int64_t>(sizeof(T)) : 1);
-      ahead.rows[i] = static_cast<const char*>(stored.data.data) + n + piece.k * ahead.bits / 8;
-      if (!dense)
-        __builtin_prefetch(static_cast<const bf16*>(stored.scale.data) + piece.row(i) * stored.scale.stride +
-                           piece.k / group_size);
+    const int64_t bits = dense ? 8 * static_cast<int64_t>(sizeof(T)) : stored.storage == Storage::int8 ? 8 : 4;
+    const int64_t stride = stored.data.stride * (dense ? static_cast<int64_t>(sizeof(T)) : 1);
+    for (int i = 0; i < tile_n && !dense; i++) {
+      const auto* scales = static_cast<const bf16*>(stored.scale.data) + piece.row(i) * stored.scale.stride;
+      for (int64_t k = piece.k; k < piece.k + piece.count; k += group_size * 64 / static_cast<int64_t>(sizeof(bf16)))
+        __builtin_prefetch(scales + k / group_size, 0, 2);
     }
-    return ahead;
+    return {static_cast<const char*>(stored.data.data) + piece.n * stride + piece.k * bits / 8, stride, bits};
   }
 
   // A matrix of the weight, for one piece: as it is stored, or converted once for all groups of rows.
   struct Operand {
     const Stored& stored;
     X (*const to)[block_k];
-    float (*const scales)[groups];
+    float (*const scales)[most_groups];
     bool converted = false;
     const X* w[tile_n];
 
@@ -414,12 +445,21 @@ struct LinearKernel {
       const bool in_registers = static_cast<int64_t>(rows.block.rows.size()) <= few;
       with_rows<V, T>(stored.storage, [&](auto kind) {
         using Row = typename decltype(kind)::type;
-        using D = std::conditional_t<Row::padded, CodesDot, Dot>;
-        if (in_registers && (Row::padded || piece.count % group_size == 0)) {
-          const Row w[tile_n] = {row<Row>(stored, piece, 0, scales[0]), row<Row>(stored, piece, 1, scales[1]),
-                                 row<Row>(stored, piece, 2, scales[2]), row<Row>(stored, piece, 3, scales[3])};
-          return streams<D>(rows, w, piece, ahead, few);
-        }
+        if constexpr (Row::padded && two_dots)
+          if (CodesDot::any_rows || (in_registers && !rows.block.invariant))
+            return multiply_by<CodesDot, Row>(rows, piece, ahead, in_registers);
+        multiply_by<Dot, Row>(rows, piece, ahead, in_registers);
+      });
+    }
+
+    template <class D, class Row>
+    void multiply_by(const Rows& rows, const Piece& piece, const Ahead& ahead, bool in_registers) {
+      if (in_registers && (Row::padded || piece.count % group_size == 0)) {
+        const Row w[tile_n] = {row<Row>(stored, piece, 0, scales[0]), row<Row>(stored, piece, 1, scales[1]),
+                               row<Row>(stored, piece, 2, scales[2]), row<Row>(stored, piece, 3, scales[3])};
+        return streams<D>(rows, w, piece, ahead, few);
+      }
+      if constexpr (D::any_rows) {
         if (!converted)
           for (int i = 0; i < tile_n; i++) {
             const Row from = row<Row>(stored, piece, i, scales[i]);
@@ -442,7 +482,7 @@ struct LinearKernel {
           const Converted<V, CodesX, Row> w[tile_n] = {codes(0), codes(1), codes(2), codes(3)};
           streams<D>(rows, w, piece, ahead, D::tile_m);
         }
-      });
+      }
     }
   };
 

@@ -68,6 +68,7 @@ Block block_of(const Isa& isa, Type type, const Lams& lams, int64_t begin, int64
 
   // Runs of one λ that are worth a group of their own come first, the others share the last group.
   Block block{};
+  block.invariant = invariant;
   std::vector<int> sorted, others;
   for (int i = 0, j; i < rows; i = j) {
     for (j = i + 1; j < rows && lam[order[j]] == lam[order[i]];) j++;

@@ -11,7 +11,11 @@ import pytest
 
 CPU = Path(__file__).resolve().parents[2] / "csrc" / "cpu"
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-X86 = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+X86 = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
+}
 PLAIN = ["isa", "operators", "parallel", "scalar"]
 
 pytestmark = pytest.mark.slow
