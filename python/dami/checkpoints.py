@@ -94,6 +94,8 @@ def load_pair(
     first = Checkpoint.find(instruct, trust_remote_code)
     if thinking is None:
         return _load_packed(first, format, chat_template, invariant, **loaded)
+    if split := {"distributed_config", "tp_plan", "tp_size"} & options.keys():
+        raise ValueError(f"{sorted(split)} need a packed pair, which dami.pack makes of two checkpoints")
     ends = first, Checkpoint.find(thinking, trust_remote_code)
     if ends[1].is_adapter:
         model, tokenizers = _load_adapted(*ends, format or "pair", invariant, **loaded)

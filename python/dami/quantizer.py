@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from dami.patching import Header
 
 METHOD = "dami"
+SUFFIXES = sorted({suffix for name in formats.names() for suffix in formats.get(name).TENSORS} - {""})
 
 
 @register_quantization_config(METHOD)
@@ -89,8 +91,18 @@ class PairQuantizer(HfQuantizer):
     is_trainable = False
     is_compileable = True
 
+    serialized_names = {"": SUFFIXES}  # noqa: RUF012 (an attribute of the parent's)
+
     def is_serializable(self) -> bool:
         return True
+
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        """What stands beside a parameter is split as the parameter is."""
+        super().update_parallel_plan(model, plan)
+        if plan and getattr(model.config, "distributed_config", None) is not None:
+            from dami.tensor_parallel import use_our_styles
+
+            use_our_styles(model, plan)
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
@@ -152,7 +164,8 @@ class PairQuantizer(HfQuantizer):
                 if local not in stored.names:
                     before = module.__dict__.pop(local)
                     like = torch.empty(0, dtype=before.dtype, device=_device_of(module, tensors[0]))
-                    module._parameters[local] = nn.Parameter(placeholder(like, before.shape), requires_grad=False)
+                    shape = _local_shape(before.shape, tensors[0])
+                    module._parameters[local] = nn.Parameter(placeholder(like, shape), requires_grad=False)
                     _keep_at_hand(module, local)
         for target, source in model.all_tied_weights_keys.items():  # transformers has tied what is stored
             holder, _, local = target.rpartition(".")
@@ -169,6 +182,12 @@ class PairQuantizer(HfQuantizer):
 def _device_of(module: nn.Module, tensor: Tensor) -> torch.device:
     """Where a module's tensor is, or is brought to by a hook of accelerate if it is offloaded."""
     return torch.device(module._hf_hook.execution_device) if tensor.is_meta else tensor.device  # type: ignore[union-attr, arg-type]
+
+
+def _local_shape(shape: torch.Size, stored: Tensor) -> torch.Size:
+    """The shape of this process's part of a weight, of which a quantised tensor is `stored`."""
+    own = stored.to_local().shape if isinstance(stored, DTensor) else stored.shape
+    return torch.Size((*own[:-1], shape[-1] * own[-1] // stored.shape[-1]))
 
 
 def _keep_at_hand(module: nn.Module, name: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from torch import Tensor, nn
+from torch import distributed as dist
 from transformers import PreTrainedModel
 
 from dami.dial import as_lam, patch_of
@@ -126,11 +127,14 @@ def written_whole(directory: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         FileExistsError: there is a directory of that name with something in it, or a file.
     """
+    if dist.is_initialized() and dist.get_rank() > 0:  # the first process does this for all
+        yield directory.with_name(f"{directory.name}.partial")
+        return
     if not overwrite and directory.exists() and (directory.is_file() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists already: name another directory, or overwrite it")
     partial = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=True)  # another process may be faster
     try:
         yield partial
     except BaseException:
