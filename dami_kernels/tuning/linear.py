@@ -151,8 +151,9 @@ def _config(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Dev
         block_k=block_k,
         mixed_m=mixed_m,
         split_k=split_k,
-        # While one tile holds all rows, reading the weights takes longer than multiplying them twice.
-        use_blend=block_m < M,
+        # While one tile holds all rows, reading the weights takes longer than multiplying them twice; and for few rows
+        # blending them does.
+        use_blend=32 < block_m < M,
         num_warps=8 if outputs * dtype.itemsize >= (128 if aligned else 64) * 64 * 2 else 4,
         num_stages=_stages(_stage_bytes(tile, dtype), device) if aligned else 2,
     )
