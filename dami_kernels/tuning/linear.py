@@ -118,6 +118,10 @@ def _tiles(M: int, K: int, dtype: torch.dtype, format: str, device: Device) -> l
         # Base and delta are multiplied as twice the features, which four warps share without exchanging any; along K a
         # tile has whole groups.
         tiles = [(rows, features, max(inner, 32)) for rows, features, inner in tiles if features >= 64]
+        # Not in float32: from 64 features on, both ends together, Triton 3.6 multiplies codes as TF32 on sm_100,
+        # whatever the input precision, as it goes by the width of what was loaded. Elsewhere registers are too few.
+        if dtype == torch.float32:
+            tiles = [(rows, 16, 32)]
     return list(dict.fromkeys(tiles))
 
 
@@ -139,12 +143,8 @@ def _config(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Dev
     while split_k * programs(tile) < enough and split_k * 2 <= most:
         split_k *= 2
     aligned = K % 16 == 0
-    # Beside the registers that dequantising takes, or a sum of 256 rows, two sums of 128 by 128 would spill; and those
-    # of 64 by 64 in float32, whose operands lie in registers for the whole of block_k.
-    codes_float32 = format != "pair" and dtype == torch.float32
+    # Beside the registers that dequantising takes, or a sum of 256 rows, two sums of 128 by 128 would spill.
     mixed_m = min(block_m, 64) if block_n == 128 and (block_m == 256 or format != "pair") else block_m
-    mixed_m = min(block_m, 32) if codes_float32 else mixed_m
-    outputs = block_m * block_n * (2 if codes_float32 else 1)
     return LinearConfig(
         block_m=block_m,
         block_n=block_n,
@@ -154,7 +154,7 @@ def _config(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Dev
         # While one tile holds all rows, reading the weights takes longer than multiplying them twice; and for few rows
         # blending them does.
         use_blend=32 < block_m < M,
-        num_warps=8 if outputs * dtype.itemsize >= (128 if aligned else 64) * 64 * 2 else 4,
+        num_warps=8 if block_m * block_n * dtype.itemsize >= (128 if aligned else 64) * 64 * 2 else 4,
         num_stages=_stages(_stage_bytes(tile, dtype), device) if aligned else 2,
     )
 

@@ -134,6 +134,14 @@ def test_float32_is_not_rounded_to_tf32(arch: str) -> None:
     assert ("v_mfma_f32_32x32x2_f32" if arch == "gfx942" else "fma.rn.f32") in code
 
 
+@pytest.mark.parametrize("M", [DECODE, PREFILL])
+def test_codes_in_float32_are_not_rounded_to_tf32(M: int) -> None:
+    """On sm_100, where Triton would do so with 4 or 8 warps."""
+    launched = compile_linear("sm_100", M, dtype=torch.float32, format="int8")
+    assert_fits("sm_100", launched)
+    assert "tf32" not in launched[0].code
+
+
 def count(loop: str, instruction: str) -> int:
     return len(re.findall(rf"^\s*(?:@!?%p\d+ )?{instruction}", loop, re.MULTILINE))
 
@@ -268,7 +276,9 @@ def test_every_configuration_fits(
     arch: str, dtype: torch.dtype, format: str, remainder: int, config: LinearConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linear, "linear_config", lambda *_: config)
-    assert_fits(arch, compile_linear(arch, PREFILL, (4096, 1024), 5120 + remainder, dtype, format))
+    launched = compile_linear(arch, PREFILL, (4096, 1024), 5120 + remainder, dtype, format)
+    assert_fits(arch, launched)
+    assert "tf32" not in launched[0].code
 
 
 def variants() -> Iterator[dict[str, Any]]:
