@@ -17,6 +17,20 @@ from dami_kernels.weight import LerpWeight
 LIBRARY = torch.library.Library("dami", "DEF")
 
 
+PLAIN: dict[str, Callable[..., Any]] = {}  # every operator's version in plain torch
+
+
+def kernel_of(name: str, device: str) -> Callable[..., Any] | str:
+    """The kernel that an operator runs on a type of device, with its schema's arguments, or why there is none."""
+    if device == "cpu":
+        return native.WHY_NOT or getattr(native, name)
+    if device == "cuda":
+        if not _has_triton():
+            return "Triton is missing: pip install triton"
+        return getattr(importlib.import_module("dami_kernels.triton"), name)
+    return f"there is no kernel for {device}"
+
+
 def define(
     schema: str,
     *,
@@ -27,9 +41,8 @@ def define(
 ) -> None:
     """Registers the operator of a schema with everything torch wants to know about it.
 
-    Its kernels are found by its name: `native.NAME` runs on the CPU and `triton.NAME` on a GPU, with the schema's
-    arguments. `plain` stands in, with one warning, where they are missing or raise NotImplementedError, as they do for
-    a format that they cannot read.
+    Its kernels are found by its name, see `kernel_of`. `plain` stands in, with one warning, where they are missing or
+    raise NotImplementedError, as they do for a format that they cannot read.
 
     Args:
         schema: its torch schema.
@@ -38,21 +51,12 @@ def define(
         setup_context, backward: as in `torch.library.register_autograd`.
     """
     name = schema.split("(")[0]
+    PLAIN[name] = plain
 
-    def on_cpu(*args: Any) -> Any:
-        if native.WHY_NOT is not None:
-            return slowly(native.WHY_NOT, *args)
-        return kernel_or_plain(getattr(native, name), *args)
-
-    def on_gpu(*args: Any) -> Any:
-        if not _has_triton():
-            return slowly("Triton is missing: pip install triton", *args)
-        return kernel_or_plain(getattr(importlib.import_module("dami_kernels.triton"), name), *args)
-
-    def elsewhere(*args: Any) -> Any:
-        return slowly(f"there is no kernel for {args[0].device.type}", *args)
-
-    def kernel_or_plain(kernel: Callable[..., Any], *args: Any) -> Any:
+    def run(*args: Any) -> Any:
+        kernel = kernel_of(name, args[0].device.type)
+        if isinstance(kernel, str):
+            return slowly(kernel, *args)
         try:
             return kernel(*args)
         except NotImplementedError as error:
@@ -63,9 +67,7 @@ def define(
         return plain(*args)
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-    LIBRARY.impl(name, on_cpu, "CPU")
-    LIBRARY.impl(name, on_gpu, "CUDA")
-    LIBRARY.impl(name, elsewhere, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dami::{name}", fake, lib=LIBRARY)
     torch.library.register_autograd(f"dami::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -342,28 +341,12 @@ def bench(context: typer.Context) -> None:
 
 
 @app.command()
-def version() -> None:
-    """Show the versions and devices that a bug report needs."""
-    from importlib.metadata import PackageNotFoundError, version
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
+    """See what is installed, which kernels run here and why, and what to do about problems: for a bug report."""
+    with user_errors(), err.status("running every operator"):
+        from dami.doctor import examine
 
-    import torch
-
-    from dami_kernels import native
-
-    def installed(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "not installed"
-
-    lines = {
-        "dami": __version__,
-        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
-        "transformers": installed("transformers"),
-        "triton": installed("triton"),
-        "CPU kernels": native.WHY_NOT or "compiled",
-        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-    }
-    for name, value in lines.items():
-        typer.echo(f"{name:<13}{value}")
+        report = examine()
+    typer.echo(json.dumps(asdict(report), indent=1, ensure_ascii=False) if as_json else str(report))
+    if report.problems:
+        raise typer.Exit(1)

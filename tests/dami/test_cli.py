@@ -29,7 +29,7 @@ def records(result: Result) -> list[dict[str, object]]:
 def test_help_names_every_command(arguments: list[str]) -> None:
     result = run(*arguments)
     assert result.exit_code == 0
-    for command in ("demo", "generate", "describe", "pack", "merge", "bench", "version"):
+    for command in ("demo", "generate", "describe", "pack", "merge", "bench", "doctor"):
         assert f" {command} " in result.stdout
 
 
@@ -43,10 +43,6 @@ def test_help_does_not_import_torch() -> None:
 
 def test_version() -> None:
     assert run("--version").stdout == f"dami {dami.__version__}\n"
-    result = run("version")
-    assert result.exit_code == 0
-    for name in ("dami", "python", "torch", "transformers", "triton", "CPU kernels", "GPU"):
-        assert any(line.startswith(name) for line in result.stdout.splitlines())
 
 
 def test_formats() -> None:
