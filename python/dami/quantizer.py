@@ -187,7 +187,7 @@ def _device_of(module: nn.Module, tensor: Tensor) -> torch.device:
 def _local_shape(shape: torch.Size, stored: Tensor) -> torch.Size:
     """The shape of this process's part of a weight, of which a quantised tensor is `stored`."""
     own = stored.to_local().shape if isinstance(stored, DTensor) else stored.shape
-    return torch.Size((*own[:-1], shape[-1] * own[-1] // stored.shape[-1]))
+    return torch.Size(n * part // whole for n, part, whole in zip(shape, own, stored.shape, strict=True))
 
 
 def _keep_at_hand(module: nn.Module, name: str) -> None:
