@@ -51,7 +51,7 @@ def save_pair(
     """
     tokenizer = tokenizer or patch_of(model).origin.tokenizer
     with written_whole(Path(directory), overwrite) as partial:
-        if tokenizer is not None:
+        if tokenizer is not None and model.should_save_on_this_rank(True):
             tokenizer.save_pretrained(partial)
         model.save_pretrained(partial, max_shard_size=max_shard_size)
     return Path(directory)
@@ -122,27 +122,34 @@ def config_of(model: PreTrainedModel) -> PairConfig:
 def written_whole(directory: Path, overwrite: bool = False) -> Iterator[Path]:
     """A directory to write to, which takes its name at the end of the block, or is removed if that fails.
 
-    Until then it is called DIRECTORY.partial; one that an interrupted run has left is removed first.
+    Until then it is called DIRECTORY.partial; one that an interrupted run has left is removed first. Where several
+    processes hold a model, all of them enter the block, and the first makes, names or removes the directory.
 
     Raises:
         FileExistsError: there is a directory of that name with something in it, or a file.
     """
-    if dist.is_initialized() and dist.get_rank() > 0:  # the first process does this for all
-        yield directory.with_name(f"{directory.name}.partial")
-        return
     if not overwrite and directory.exists() and (directory.is_file() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists already: name another directory, or overwrite it")
+    several = dist.is_available() and dist.is_initialized()
+    first = not several or dist.get_rank() == 0
     partial = directory.with_name(f"{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True, exist_ok=True)  # another process may be faster
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    if several:
+        dist.barrier()
     try:
         yield partial
     except BaseException:
-        shutil.rmtree(partial)
+        if first:
+            shutil.rmtree(partial)
         raise
-    if directory.exists():
-        shutil.rmtree(directory)
-    partial.rename(directory)
+    if first:
+        if directory.exists():
+            shutil.rmtree(directory)
+        partial.rename(directory)
+    if several:
+        dist.barrier()
 
 
 @torch.no_grad()
