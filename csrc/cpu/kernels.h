@@ -540,10 +540,15 @@ struct LinearKernel {
     const size_t sums = static_cast<size_t>((n1 - n0 + tile_n - 1) / tile_n * tile_n * rows);
     for (float* each : {scratch.sums[0], scratch.sums[1]}) std::memset(each, 0, sums * sizeof(float));
     // As many columns of x as the cache holds stay there while rows of the weight pass by.
-    const int64_t deep = std::max(block_k, cached_bytes / static_cast<int64_t>(sizeof(X)) / rows / block_k * block_k);
+    const int64_t cached = std::max(block_k, cached_bytes / static_cast<int64_t>(sizeof(X)) / rows / block_k * block_k);
+    const int64_t deep = rows <= few ? block.k : cached;
+    // Pieces of a few rows are of nearly equal length, for while one is multiplied as much is fetched of the next.
+    const int64_t blocks = (block.k + block_k - 1) / block_k, pieces = (blocks + blocks_of_few - 1) / blocks_of_few;
+    const int64_t most = rows <= few && pieces ? (blocks + pieces - 1) / pieces * block_k : block_k;
     const auto at = [&](int64_t n, int64_t k) {
-      const int64_t whole = (block.k - k) / block_k;  // blocks; behind them there may be part of one, by itself
-      return Piece{n, n1, k, whole ? std::min(whole, rows <= few ? blocks_of_few : 1) * block_k : block.k - k};
+      const int64_t count = std::min(most, block.k - k);
+      // What ends within a group is converted, which has room for a block.
+      return Piece{n, n1, k, count > block_k && count % group_size ? count / block_k * block_k : count};
     };
     for (int64_t begin = 0; begin < block.k; begin += deep) {
       const int64_t end = std::min(block.k, begin + deep);
