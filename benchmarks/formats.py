@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from dami.chat import encode
 from dami.checkpoints import Checkpoint, example_pair
-from dami.demo import read_questions, spread, summarise, sweep
+from dami.evaluation import Frontier, load_task, sweep
 from rich.progress import track
 from torch import Tensor
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from benchmarks.machine import commit
 from benchmarks.record import RESULTS, store
@@ -170,25 +170,26 @@ def merged_copy(ends: Ends) -> tuple[Callable[[float], Tensor], float]:
 def quality(count: int) -> Iterator[dict]:
     """What each format does to the shipped pair: answers sampled as `pair_curve.csv`'s are, and divergences."""
     directory = example_pair()[0].parent
-    questions = spread(read_questions(directory / "questions.jsonl"), count)
+    task = load_task(str(directory / "questions.jsonl"), count, verifier="word")
+    prompts = [str(question.question) for question in task.questions[::8]]
     exact, tokenizer = dami.load_pair(*example_pair())
-    answered = {lam: answers(exact, tokenizer, [q.question for q in questions[::8]], lam) for lam in LAMS}
+    answered = {lam: answers(exact, tokenizer, prompts, lam) for lam in LAMS}
     for format in track(FORMATS, "asking the shipped pair"):
         model = dami.load_pair(*example_pair(), format=format)[0]
-        set_seed(0)
-        for point in summarise(*sweep(model, tokenizer, questions, LAMS, rows=264)):
+        frontier = Frontier.of(sweep(model, tokenizer, task, LAMS, rows=264))
+        for point in frontier.points:
             yield {
                 "format": format,
                 "bytes": sum(row.nbytes for row in dami.describe(model).rows),
                 "lam": point.intensity,
                 "kl": f"{divergence(exact, model, *answered[point.intensity], point.intensity):.6f}",
-                "questions": point.questions,
-                "accuracy": f"{point.accuracy:.4f}",
-                "accuracy_low": f"{point.accuracy_low:.4f}",
-                "accuracy_high": f"{point.accuracy_high:.4f}",
-                "tokens": f"{point.tokens:.2f}",
-                "tokens_low": f"{point.tokens_low:.2f}",
-                "tokens_high": f"{point.tokens_high:.2f}",
+                "questions": len(frontier),
+                "accuracy": f"{point.accuracy.value:.4f}",
+                "accuracy_low": f"{point.accuracy.low:.4f}",
+                "accuracy_high": f"{point.accuracy.high:.4f}",
+                "tokens": f"{point.tokens.value:.2f}",
+                "tokens_low": f"{point.tokens.low:.2f}",
+                "tokens_high": f"{point.tokens.high:.2f}",
             }
 
 

@@ -57,7 +57,7 @@ def about(rows: list[Row]) -> str:
 
 def pair() -> str:
     """Accuracy and tokens of the shipped pair over λ: easy questions, hard ones, and all."""
-    from dami.demo import wilson
+    from dami.evaluation.frontier import wilson
 
     rows = newest(RESULTS / "pair_curve.csv", sampling="temperature 0.8, top_p 0.95")
     lines = [["λ", "accuracy, %", "tokens", "level 1: accuracy, tokens", "level 5: accuracy, tokens"]]
@@ -70,7 +70,7 @@ def pair() -> str:
             return n, *means  # type: ignore[return-value]
 
         n, accuracy, tokens = summary("12345")
-        low, high = wilson(round(accuracy * n), n)
+        low, high = wilson(accuracy, n)
         cells = [f"{float(lam):g}", f"{accuracy:.0%} ({low:.0%} to {high:.0%})".replace("%", ""), f"{tokens:.0f}"]
         for level in "15":
             _, accuracy, tokens = summary(level)

@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 import transformers
 from dami.chat import ask
-from dami.demo import wilson
+from dami.evaluation.frontier import wilson
 from tasks import score
 from tqdm import tqdm
 from transformers import set_seed
@@ -79,7 +79,7 @@ def measure(pair: Path, csv_path: Path, intensities: list[float], batch_size: in
                 accuracy, length, margin = fmean(rights), fmean(tokens), 1.96 * stdev(tokens) / math.sqrt(n)
                 numbers = (
                     accuracy,
-                    *wilson(sum(rights), n),
+                    *wilson(accuracy, n),
                     length,
                     length - margin,
                     length + margin,
@@ -99,7 +99,7 @@ def pool(rows: list[dict]) -> dict[str, float]:
 
     margins = (int(row["n"]) * (float(row["tokens_high"]) - float(row["tokens_low"])) / 2 for row in rows)
     accuracy, tokens, margin = mean("accuracy"), mean("tokens_mean"), math.hypot(*margins) / n
-    low, high = wilson(round(accuracy * n), n)
+    low, high = wilson(accuracy, n)
     return {
         "n": n,
         "accuracy": accuracy,

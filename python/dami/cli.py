@@ -62,7 +62,7 @@ def user_errors() -> Iterator[None]:
     """Tells what dami and transformers say of bad input, without a traceback."""
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         raise fail(error) from error
 
 
@@ -330,6 +330,63 @@ def merge(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
     out.print(f"{output}: an ordinary checkpoint at λ={intensity:g}.")
+
+
+@app.command()
+def evaluate(
+    task: Annotated[str, typer.Argument(help="A file of questions (.jsonl), or a dataset of reasoning-gym.")],
+    pair: PairOption = None,
+    format: FormatOption = "pair",
+    intensity: Annotated[
+        list[float] | None,
+        typer.Option("--intensity", "-l", parser=finite, metavar="LAMBDA", help="λ to ask at; 0 to 1 in tenths."),
+    ] = None,
+    questions: Annotated[int | None, typer.Option(min=1, help="How many. Default: all of a file, 100 else.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to a question at one λ.")] = 1,
+    verifier: Annotated[str | None, typer.Option(help="Of a file: math (math-verify) or word (the last one).")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a batch, which holds all λ of a question.")] = 64,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer, at most.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Directory.")] = Path("evaluation"),
+    seed: SeedOption = 0,
+) -> None:
+    """Ask every question at every λ, and report the frontier: picture, numbers, and all answers as a page.
+
+    A run that was interrupted goes on where it ended.
+    """
+    from rich.live import Live
+    from rich.text import Text
+
+    from dami.evaluation.frontier import Frontier
+    from dami.evaluation.report import write_report
+    from dami.evaluation.sweeps import Record, sweep
+    from dami.evaluation.tasks import load_task
+    from dami.terminal import point_table
+
+    with user_errors():
+        asked = load_task(task, questions, seed, **({"verifier": verifier} if verifier else {}))
+    model, tokenizer = load(pair, format)
+    lams = intensity or [tenth / 10 for tenth in range(11)]
+    options: dict[str, Any] = {"do_sample": False} if greedy else {}
+    if max_tokens:
+        options["max_new_tokens"] = max_tokens
+    records: list[Record] = []
+    total = len(asked.questions) * samples * len(lams)
+
+    with user_errors(), Live(console=err, transient=True) as live:
+
+        def show(news: list[Record]) -> None:
+            records.extend(news)
+            live.update(point_table(Frontier.of(records).points, Text(f"{len(records)} of {total} answers", "dim")))
+
+        sweep(
+            model, tokenizer, asked, lams,
+            path=output / "records.jsonl", samples=samples, rows=rows, seed=seed, on_batch=show, **options,
+        )  # fmt: skip
+        about = {"pair": " and ".join(pair) if pair else "the shipped pair", "format": format, "samples": samples}
+        frontier = write_report(asked, records, output, about)
+    out.print(point_table(frontier.points))
+    out.print(f"Page, picture, numbers: {output / 'report.html'}, frontier.svg, frontier.json", style="dim")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

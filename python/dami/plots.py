@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from dami.demo import Point
+    from dami.evaluation.frontier import Frontier, Point
 
 COLORS = ((59, 76, 192), (170, 130, 190), (180, 4, 38))  # λ = 0, 0.5, 1: cool to warm
 
@@ -23,33 +23,37 @@ def color(intensity: float) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def save_curve(points: Sequence[Point], path: Path, title: str) -> None:
-    """Draws accuracy against tokens, and accuracy of every level against λ, as a PNG."""
+def save_curve(frontier: Frontier, to: Path | TextIO, title: str) -> None:
+    """Draws accuracy against tokens, and that of every level against λ: a PNG or SVG by its name, or an SVG as text."""
     from matplotlib.figure import Figure
+
+    from dami.evaluation.frontier import Interval
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     figure.suptitle(title)
 
-    first, last = points[0], points[-1]
+    points = frontier.points
+    cost, right_share = [p.tokens.value for p in points], [100 * p.accuracy.value for p in points]
     left.plot(
-        [first.tokens, last.tokens], [100 * first.accuracy, 100 * last.accuracy], "--", color="0.6", lw=1,
+        [cost[0], cost[-1]], [right_share[0], right_share[-1]], "--", color="0.6", lw=1,
         label="each question to one end or the other, by lot",
     )  # fmt: skip
-    left.plot([p.tokens for p in points], [100 * p.accuracy for p in points], color="0.35", lw=1.2, zorder=1)
+    left.plot(cost, right_share, color="0.35", lw=1.2, zorder=1)
     for p in points:
         rgb = tuple(channel / 255 for channel in color(p.intensity))
+        tokens, accuracy = p.tokens, Interval(*(100 * value for value in p.accuracy))
         left.errorbar(
-            p.tokens,
-            100 * p.accuracy,
-            xerr=[[p.tokens - p.tokens_low], [p.tokens_high - p.tokens]],
-            yerr=[[100 * (p.accuracy - p.accuracy_low)], [100 * (p.accuracy_high - p.accuracy)]],
+            tokens.value,
+            accuracy.value,
+            xerr=[[tokens.value - tokens.low], [tokens.high - tokens.value]],
+            yerr=[[accuracy.value - accuracy.low], [accuracy.high - accuracy.value]],
             fmt="none", ecolor=(*rgb, 0.45), elinewidth=1, zorder=2,
         )  # fmt: skip
-        left.plot(p.tokens, 100 * p.accuracy, "o", color=rgb, ms=6, zorder=3)
+        left.plot(tokens.value, accuracy.value, "o", color=rgb, ms=6, zorder=3)
         left.annotate(
-            f"{'λ = ' if p is first else ''}{p.intensity:g}",
-            (p.tokens, 100 * p.accuracy),
+            f"{'λ = ' if p is points[0] else ''}{p.intensity:g}",
+            (tokens.value, accuracy.value),
             xytext=(-5, 6),
             textcoords="offset points",
             ha="right",
@@ -60,11 +64,11 @@ def save_curve(points: Sequence[Point], path: Path, title: str) -> None:
     left.set_xlim(left=0)
     left.legend(loc="lower right", frameon=False, fontsize=8)
 
-    levels = list(first.accuracy_by_level)
+    levels = sorted(set(frontier.levels.tolist()))
     for place, level in enumerate(levels):
         shade = 0.8 - 0.8 * place / max(1, len(levels) - 1)
         right.plot(
-            [p.intensity for p in points], [100 * p.accuracy_by_level[level] for p in points], "o-", ms=3.5, lw=1.4,
+            frontier.intensities, 100 * frontier.of_level(level).scores.mean(0), "o-", ms=3.5, lw=1.4,
             color=(shade, shade, shade), label=f"level {level}",
         )  # fmt: skip
     right.set(xlabel="intensity λ", ylabel="right answers, %", ylim=(0, 103))
@@ -72,7 +76,7 @@ def save_curve(points: Sequence[Point], path: Path, title: str) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(to, dpi=150, format=None if isinstance(to, Path) else "svg")
 
 
 def draw_curve(points: Sequence[Point], width: int, height: int = 15) -> Text:
@@ -83,29 +87,32 @@ def draw_curve(points: Sequence[Point], width: int, height: int = 15) -> Text:
     left = 6
     columns, rows = width - left - 1, height
     # Whole tens at the ends, and a little room on the right for the labels.
-    x_low, x_high = 0.0, 10 * (1.05 * max(p.tokens for p in points) // 10 + 1)
-    y_low = 10 * (min(p.accuracy_low for p in points) * 10 // 1)
-    y_high = min(100.0, 10 * (max(p.accuracy_high for p in points) * 10 // 1 + 1))
+    x_low, x_high = 0.0, 10 * (1.05 * max(p.tokens.value for p in points) // 10 + 1)
+    y_low = 10 * (min(p.accuracy.low for p in points) * 10 // 1)
+    y_high = min(100.0, 10 * (max(p.accuracy.high for p in points) * 10 // 1 + 1))
 
     def place(tokens: float, accuracy: float) -> tuple[int, int]:
         x = (tokens - x_low) / (x_high - x_low) * (columns - 1)
         y = (y_high - 100 * accuracy) / (y_high - y_low) * (rows - 1)
         return round(x), round(min(max(y, 0), rows - 1))
 
+    def at(p: Point) -> tuple[float, float]:
+        return p.tokens.value, p.accuracy.value
+
     grid: list[list[tuple[str, str]]] = [[(" ", "")] * columns for _ in range(rows)]
     for a, b in pairwise(points):
         for step in range(4 * columns):
             t = step / (4 * columns)
-            x, y = place(a.tokens + t * (b.tokens - a.tokens), a.accuracy + t * (b.accuracy - a.accuracy))
+            x, y = place(*(a_ + t * (b_ - a_) for a_, b_ in zip(at(a), at(b), strict=True)))
             grid[y][x] = ("·", "dim")
     for p in points:
         style = "dim rgb({},{},{})".format(*color(p.intensity))
-        x, top = place(p.tokens, p.accuracy_high)
-        for y in range(top, place(p.tokens, p.accuracy_low)[1] + 1):
+        x, top = place(p.tokens.value, p.accuracy.high)
+        for y in range(top, place(p.tokens.value, p.accuracy.low)[1] + 1):
             grid[y][x] = ("│", style)
     for p in points:
         style = "bold rgb({},{},{})".format(*color(p.intensity))
-        x, y = place(p.tokens, p.accuracy)
+        x, y = place(*at(p))
         grid[y][x] = ("●", style)
         label = f"{p.intensity:g}"
         free = slice(x + 1, x + 1 + len(label))

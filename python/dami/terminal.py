@@ -19,6 +19,7 @@ from rich.text import Text
 from transformers import TextStreamer
 
 from dami.chat import Answer, ChatTemplate, Prompt, answers_of, ask, encode
+from dami.evaluation.frontier import Point
 from dami.patching import Description, ParameterRow
 from dami.plots import color
 from dami.thoughts import Reader
@@ -180,3 +181,19 @@ def runs(numbers: Sequence[int]) -> str:
         else:
             parts.append([number])
     return ",".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+
+
+def point_table(points: Sequence[Point], title: Text | None = None) -> Table:
+    """One row per λ: right answers with their interval, and tokens."""
+    table = Table(title=title, box=None, pad_edge=False)
+    for name in ("λ", "right", "95 % interval", "tokens", "95 % interval"):
+        table.add_column(name, justify="right", header_style="dim")
+    for p in points:
+        table.add_row(
+            Text(f"{p.intensity:g}", f"bold {style_of(p.intensity)}"),
+            f"{p.accuracy.value:.0%}",
+            f"{p.accuracy.low:.0%} to {p.accuracy.high:.0%}",
+            f"{p.tokens.value:.0f}",
+            f"{p.tokens.low:.0f} to {p.tokens.high:.0f}",
+        )
+    return table

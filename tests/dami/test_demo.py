@@ -9,13 +9,16 @@ import pytest
 import torch
 from dami import demo, plots, terminal
 from dami.chat import Answer
-from dami.demo import Point, Question
+from dami.evaluation import Frontier, Question
+from dami.evaluation.frontier import Interval, Point
 from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from tests.dami.evaluation.test_frontier import RISING, records
+
 QUESTIONS = [
-    Question(task, level, f"{task} {level} {n}", str(n))
+    Question(f"{task} {level} {n}", str(n), task, level)
     for task in ("gcd", "sum")
     for level in (1, 2, 3)
     for n in range(4)
@@ -29,14 +32,10 @@ def answer(intensity: float, text: str, tokens: int = 5, thought: str = "") -> A
 def point(intensity: float, accuracy: float, tokens: float) -> Point:
     return Point(
         intensity,
-        50,
-        accuracy,
-        accuracy - 0.1,
-        accuracy + 0.1,
-        tokens,
-        tokens - 4,
-        tokens + 4,
-        {1: accuracy, 2: accuracy / 2},
+        Interval(accuracy, accuracy - 0.1, accuracy + 0.1),
+        Interval(tokens, tokens - 4, tokens + 4),
+        0.5,
+        1.0,
     )
 
 
@@ -49,80 +48,6 @@ def test_rising_takes_one_question_of_each_level_and_tasks_by_turns() -> None:
     assert chosen[0].task != chosen[1].task
     assert chosen == demo.rising(QUESTIONS, seed=0)
     assert chosen != demo.rising(QUESTIONS, seed=1)
-
-
-def test_spread_takes_alike_of_every_task_and_level() -> None:
-    chosen = demo.spread(QUESTIONS, 12)
-    assert [q.level for q in chosen] == sorted(q.level for q in chosen)
-    counts = [sum((q.task, q.level) == group for q in chosen) for group in {(q.task, q.level) for q in QUESTIONS}]
-    assert counts == [2] * 6
-    assert sorted(demo.spread(QUESTIONS, 10**6), key=str) == sorted(QUESTIONS, key=str)
-
-
-def test_the_shipped_questions_can_be_read_and_have_every_level_of_every_task() -> None:
-    questions = demo.read_questions(demo.example_pair()[0].parent / "questions.jsonl")
-    tasks, levels = {q.task for q in questions}, {q.level for q in questions}
-    assert {(q.task, q.level) for q in questions} == {(t, level) for t in tasks for level in levels}
-    assert len(tasks) >= 3
-    assert len(levels) == 5
-
-
-@pytest.mark.parametrize(
-    ("said", "wanted", "right"),
-    [
-        ("73", "73", True),
-        ("The answer is 73.", "73", True),
-        ("it is **1,073** legs", "1073", True),
-        ("-73", "73", False),
-        ("-73", "-73", True),
-        ("73 or 74", "73", False),
-        ("730", "73", False),
-        ("", "73", False),
-        ("It was a Tuesday.", "Tuesday", True),
-        ("Monday", "Tuesday", False),
-    ],
-)
-def test_is_right_reads_the_last_number_or_word(said: str, wanted: str, right: bool) -> None:
-    assert demo.is_right(said, wanted) is right
-
-
-@pytest.mark.parametrize(("right", "count"), [(0, 10), (10, 10), (3, 10), (57, 120)])
-def test_wilson_solves_its_equation(right: int, count: int) -> None:
-    """The ends are the proportions π at which the observed one is just z standard deviations away."""
-    for end in demo.wilson(right, count):
-        assert 0 <= end <= 1
-        assert (right / count - end) ** 2 == pytest.approx(demo.Z95**2 * end * (1 - end) / count, abs=1e-12)
-
-
-def test_summarise_gives_a_point_per_intensity() -> None:
-    easy, hard = Question("sum", 1, "1+1", "2"), Question("sum", 2, "9+9", "18")
-    asked = [easy, easy, hard, hard]
-    answers = [answer(0.0, "2", 1), answer(1.0, "2", 30), answer(0.0, "17", 3), answer(1.0, "18", 50)]
-    instruct, thinking = demo.summarise(asked, answers)
-    assert (instruct.intensity, thinking.intensity) == (0.0, 1.0)
-    assert (instruct.accuracy, thinking.accuracy) == (0.5, 1.0)
-    assert instruct.accuracy_by_level == {1: 1.0, 2: 0.0}
-    assert (instruct.tokens, thinking.tokens) == (2.0, 40.0)
-    assert thinking.tokens_high - 40 == pytest.approx(40 - thinking.tokens_low)
-    # half-width z·s/√n, s = √((10² + 10²) / 1)
-    assert thinking.tokens_high - 40 == pytest.approx(demo.Z95 * 10)
-    assert instruct.accuracy_low < 0.5 < instruct.accuracy_high
-
-
-def test_sweep_keeps_all_intensities_of_a_question_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    batches: list[list[tuple[str, float]]] = []
-
-    def ask(model: object, tokenizer: object, prompts: list[str], lams: list[float]) -> list[Answer]:
-        batches.append(list(zip(prompts, lams, strict=True)))
-        return [answer(lam, "") for lam in lams]
-
-    monkeypatch.setattr(demo, "ask", ask)
-    done: list[int] = []
-    asked, answers = demo.sweep(None, None, QUESTIONS[:5], (0.0, 0.5, 1.0), rows=7, on_batch=done.append)  # type: ignore[arg-type]
-    assert done == [6, 6, 3]
-    assert len(asked) == len(answers) == 15
-    for batch in batches:
-        assert all(batch.count((prompt, lam)) == 1 for prompt, _ in batch for lam in (0.0, 0.5, 1.0))
 
 
 def test_merged_copy_is_the_lerp_rounded_once_and_leaves_the_ends_alone() -> None:
@@ -155,7 +80,7 @@ def test_the_price_names_both_sides_and_how_many_answers_agree() -> None:
 
 
 def test_the_picture_is_a_png_of_a_readable_size(tmp_path: Path) -> None:
-    plots.save_curve(CURVE, tmp_path / "curve.png", "title")
+    plots.save_curve(Frontier.of(records(*RISING)), tmp_path / "curve.png", "title")
     content = (tmp_path / "curve.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     width, height = (int.from_bytes(content[place : place + 4], "big") for place in (16, 20))

@@ -1,0 +1,276 @@
+"""The accuracy–tokens frontier over λ, and what can be said about it with confidence.
+
+Whether more thinking costs more tokens, pays in accuracy, and pays less and less, is tested, never assumed. Intervals
+hold 95 %. An accuracy by itself has Wilson's. Everything else has percentiles of a bootstrap over questions: all λ of a
+question are drawn together, as they were answered together, so differences between λ are far more certain than either.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dami.evaluation.sweeps import Record
+
+Array = NDArray[np.float64]
+RESAMPLES = 2000
+Z95 = 1.959964  # half-width of a 95 % interval in standard deviations
+
+
+def wilson(accuracy: float, count: int) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson's), which stays inside [0, 1] and does not vanish at its ends.
+
+    (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n)
+    """
+    p, z2n = accuracy, Z95**2 / count
+    middle = p + z2n / 2
+    half = Z95 * math.sqrt(p * (1 - p) / count + z2n / (4 * count))
+    return max(0.0, (middle - half) / (1 + z2n)), min(1.0, (middle + half) / (1 + z2n))
+
+
+class Interval(NamedTuple):
+    """An estimate, and the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One λ over all questions; accuracy and shares in [0, 1], tokens per answer."""
+
+    intensity: float
+    accuracy: Interval
+    tokens: Interval
+    thinking: float  # share of answers with a thought
+    well_formed: float  # share of answers that came to their end
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One λ chosen on some questions and scored on others."""
+
+    intensity: float
+    accuracy: Interval
+    tokens: Interval
+
+
+@dataclass(frozen=True)
+class Step:
+    """What changes from one λ to another; it is sure to be a gain if `change.low` > 0, a loss if `change.high` < 0."""
+
+    start: float
+    end: float
+    change: Interval
+
+
+@dataclass(frozen=True, eq=False)
+class Frontier:
+    """Scores and tokens of the same questions at every λ.
+
+    Attributes:
+        intensities: λ, rising, L of them.
+        scores: [questions, L], means over samples, in [0, 1].
+        tokens: [questions, L], means over samples.
+        thinking, well_formed: [questions, L], shares.
+        levels: difficulty of every question, [questions].
+        seed: of the bootstrap.
+    """
+
+    intensities: tuple[float, ...]
+    scores: Array
+    tokens: Array
+    thinking: Array
+    well_formed: Array
+    levels: NDArray[np.int64]
+    seed: int = 0
+
+    @classmethod
+    def of(cls, records: Sequence[Record], seed: int = 0) -> Frontier:
+        """From the records of a sweep. Questions that lack a λ, as an interrupted one's last do, are left out.
+
+        Raises:
+            ValueError: no question was answered at every λ.
+        """
+        lams = sorted({record.intensity for record in records})
+        answers: dict[tuple[int, float], list[Record]] = {}
+        for record in records:
+            answers.setdefault((record.index, record.intensity), []).append(record)
+        indices = sorted({index for index, _ in answers})
+        indices = [index for index in indices if all((index, lam) in answers for lam in lams)]
+        if not indices:
+            raise ValueError(f"records must hold a question answered at every λ, got {len(records)} records")
+
+        def table(value: Callable[[Record], float]) -> Array:
+            cells = [[np.mean([value(r) for r in answers[index, lam]]) for lam in lams] for index in indices]
+            return np.array(cells, dtype=np.float64)
+
+        return cls(
+            tuple(lams),
+            table(lambda r: r.score),
+            table(lambda r: r.tokens),
+            table(lambda r: bool(r.thought)),
+            table(lambda r: r.well_formed),
+            np.array([answers[index, lams[0]][0].level for index in indices]),
+            seed,
+        )
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def select(self, questions: Sequence[int] | NDArray[np.int64]) -> Frontier:
+        """The same for some of the questions."""
+        rows = np.asarray(questions)
+        tables = (self.scores, self.tokens, self.thinking, self.well_formed)
+        scores, tokens, thinking, well_formed = (table[rows] for table in tables)
+        return Frontier(self.intensities, scores, tokens, thinking, well_formed, self.levels[rows], self.seed)
+
+    def of_level(self, level: int) -> Frontier:
+        """The same for the questions of one level."""
+        return self.select(np.flatnonzero(self.levels == level))
+
+    def halves(self, seed: int = 0) -> tuple[Frontier, Frontier]:
+        """Two random halves of the questions: to choose on, and to score on."""
+        order = np.random.default_rng(seed).permutation(len(self))
+        return self.select(order[: len(self) // 2]), self.select(order[len(self) // 2 :])
+
+    @cached_property
+    def _draws(self) -> NDArray[np.int64]:
+        """Questions of every resample, [RESAMPLES, questions]."""
+        return np.random.default_rng(self.seed).integers(0, len(self), (RESAMPLES, len(self)))
+
+    def interval(self, statistic: Callable[[Array, Array], Array]) -> list[Interval]:
+        """Intervals of statistics of the mean scores and mean tokens, [L] each, which give [any number]."""
+        value = np.atleast_1d(statistic(self.scores.mean(0), self.tokens.mean(0)))
+        if not len(value):
+            return []
+        drawn = np.stack(
+            [np.atleast_1d(statistic(self.scores[rows].mean(0), self.tokens[rows].mean(0))) for rows in self._draws]
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # where a statistic is nan in all resamples
+            low, high = np.nanpercentile(drawn, [2.5, 97.5], axis=0)
+        return [Interval(*map(float, triple)) for triple in zip(value, low, high, strict=True)]
+
+    @cached_property
+    def points(self) -> list[Point]:
+        """One for every λ."""
+        accuracy = [Interval(p, *wilson(p, len(self))) for p in self.scores.mean(0).tolist()]
+        tokens = self.interval(lambda scores, tokens: tokens)
+        shares = (self.thinking.mean(0).tolist(), self.well_formed.mean(0).tolist())
+        return [Point(*values) for values in zip(self.intensities, accuracy, tokens, *shares, strict=True)]
+
+    def best_static(self, scored_on: Frontier, tokens: float = np.inf) -> Choice:
+        """The λ with the best accuracy here within a mean number of tokens, the cheaper of equals, scored elsewhere.
+
+        Raises:
+            ValueError: every λ takes more tokens.
+        """
+        accuracy, cost = self.scores.mean(0), self.tokens.mean(0)
+        if cost.min() > tokens:
+            raise ValueError(f"tokens must allow the cheapest λ, {cost.min():.1f}, got {tokens:.1f}")
+        best = min(np.flatnonzero(cost <= tokens), key=lambda i: (-accuracy[i], cost[i]))
+        there = scored_on.points[int(best)]
+        return Choice(there.intensity, there.accuracy, there.tokens)
+
+    def oracle(self, exchange: float = 0.0) -> tuple[float, float]:
+        """Accuracy and tokens if each question had its own best λ: the best score, then the fewest tokens.
+
+        With one sample per λ it also picks lucky ones, so it is a bound, not an aim.
+
+        Args:
+            exchange: score that a token costs.
+        """
+        utility = self.scores - exchange * self.tokens - 1e-12 * self.tokens
+        best = utility.argmax(1)
+        rows = np.arange(len(self))
+        return float(self.scores[rows, best].mean()), float(self.tokens[rows, best].mean())
+
+    def monotone_accuracy(self) -> list[Step]:
+        """Change of the accuracy from every λ to the next."""
+        return self._steps(lambda scores, tokens: np.diff(scores))
+
+    def monotone_tokens(self) -> list[Step]:
+        """Change of the mean tokens from every λ to the next."""
+        return self._steps(lambda scores, tokens: np.diff(tokens))
+
+    def _steps(self, change: Callable[[Array, Array], Array]) -> list[Step]:
+        pairs = zip(self.intensities, self.intensities[1:], strict=False)
+        return [Step(*ends, change) for ends, change in zip(pairs, self.interval(change), strict=True)]
+
+    def convexity(self) -> list[Step]:
+        """How far each inner λ lies above the chord of its neighbours, in accuracy at its own tokens.
+
+        Above all of them, what the points enclose is convex, and thinking pays less and less. A point whose tokens are
+        not between its neighbours' has no chord there: nan.
+        """
+
+        def above(scores: Array, tokens: Array) -> Array:
+            width = tokens[2:] - tokens[:-2]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                share = (tokens[1:-1] - tokens[:-2]) / width
+            chord = scores[:-2] + share * (scores[2:] - scores[:-2])
+            return np.where((share >= 0) & (share <= 1), scores[1:-1] - chord, np.nan)
+
+        ends = zip(self.intensities, self.intensities[2:], strict=False)
+        return [Step(*pair, change) for pair, change in zip(ends, self.interval(above), strict=True)]
+
+    def accuracy_at(self, tokens: float) -> Interval:
+        """The best accuracy that static λ reach at a mean number of tokens, if queries may be dealt to two λ by lot."""
+        return self.interval(lambda s, t: np.array([hull_at(s, t, tokens)]))[0]
+
+    def hypervolume(self, tokens: float | None = None) -> Interval:
+        """Mean over all budgets from 0 to `tokens` of the best accuracy within them; up to the costliest λ if None.
+
+        The area that the points dominate, in [0, 1]: Zitzler and Thiele's measure with (`tokens`, 0) for reference.
+        """
+        limit = float(self.tokens.mean(0).max()) if tokens is None else tokens
+
+        def area(scores: Array, cost: Array) -> Array:
+            order = np.argsort(cost)
+            edges = np.minimum(np.append(cost[order], limit), limit)
+            return np.array([float((np.maximum.accumulate(scores[order]) * np.diff(edges)).sum() / limit)])
+
+        return self.interval(area)[0]
+
+    def transition(self, share: float = 0.1) -> tuple[float, float] | None:
+        """The band of λ in which thoughts appear: where their share goes from `share` to 1 − `share` of its way.
+
+        Between measured λ it is taken to be linear. None if both ends think equally often.
+        """
+        thinking = self.thinking.mean(0)
+        way = thinking[-1] - thinking[0]
+        if abs(way) < 1e-9:
+            return None
+        progress = np.maximum.accumulate((thinking - thinking[0]) / way)
+        low, high = (float(np.interp(at, progress, self.intensities)) for at in (share, 1 - share))
+        return low, high
+
+
+def hull_at(scores: Array, tokens: Array, at: float) -> float:
+    """The upper concave hull of the points (tokens, score) at `at`; below the cheapest nothing is known: nan."""
+    order = np.lexsort((-scores, tokens))
+    hull: list[int] = []
+    for i in order:
+        if hull and scores[i] <= scores[hull[-1]]:
+            continue  # costs more and gives no more
+        while len(hull) > 1 and _is_below(scores, tokens, hull[-2], hull[-1], i):
+            hull.pop()
+        hull.append(int(i))
+    return float(np.interp(at, tokens[hull], scores[hull], left=np.nan))
+
+
+def _is_below(scores: Array, tokens: Array, a: int, b: int, c: int) -> bool:
+    """Whether b lies on or below the line from a to c."""
+    return (scores[b] - scores[a]) * (tokens[c] - tokens[a]) <= (scores[c] - scores[a]) * (tokens[b] - tokens[a])

@@ -1,0 +1,136 @@
+"""What a sweep found, to look through: numbers, a picture, and every question with its answers at every λ."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dami.evaluation.frontier import Frontier, Step
+from dami.evaluation.sweeps import Record
+from dami.evaluation.tasks import Task
+from dami.plots import color, save_curve
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; }
+td, th { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
+details { border-left: 3px solid #ddd; margin: .5rem 0; padding-left: .8rem; }
+summary { cursor: pointer; }
+pre { white-space: pre-wrap; background: #f6f6f6; padding: .5rem; overflow-wrap: anywhere; }
+.right { color: #06752b; } .wrong { color: #b00020; }
+.lam { color: white; border-radius: .3rem; padding: 0 .35rem; }
+svg { max-width: 100%; height: auto; }
+"""
+
+
+def write_report(task: Task, records: Sequence[Record], directory: Path, about: dict[str, Any]) -> Frontier:
+    """Writes frontier.json, frontier.png, frontier.svg and report.html, which needs no other file.
+
+    Args:
+        task: whose questions were asked.
+        records: of its sweep.
+        directory: made if need be.
+        about: settings to show, such as the pair and the format.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    frontier = Frontier.of(records)
+    title = f"{task.name}: {len(frontier)} questions, 95 % intervals"
+    for suffix in ("png", "svg"):
+        save_curve(frontier, directory / f"frontier.{suffix}", title)
+    found = about | summary(frontier)
+    (directory / "frontier.json").write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
+    (directory / "report.html").write_text(page(task, records, frontier, about), encoding="utf-8")
+    return frontier
+
+
+def summary(frontier: Frontier) -> dict[str, Any]:
+    """All that is said about a frontier, ready for JSON."""
+    chosen_on, scored_on = frontier.halves()
+    score, tokens = frontier.oracle()
+    return {
+        "questions": len(frontier),
+        "points": [asdict(point) for point in frontier.points],
+        "best static λ, chosen on one half and scored on the other": asdict(chosen_on.best_static(scored_on)),
+        "per-question oracle, accuracy and tokens": [score, tokens],
+        "hypervolume": frontier.hypervolume(),
+        "transition band": frontier.transition(),
+        "accuracy, from λ to λ": [asdict(step) for step in frontier.monotone_accuracy()],
+        "tokens, from λ to λ": [asdict(step) for step in frontier.monotone_tokens()],
+        "accuracy above the neighbours' chord": [asdict(step) for step in frontier.convexity()],
+    }
+
+
+def verdict(steps: Sequence[Step]) -> str:
+    """Which steps are sure to go down: what refutes monotonicity, or convexity."""
+    down = [f"{step.start:g} to {step.end:g}" for step in steps if step.change.high < 0]
+    up = sum(step.change.low > 0 for step in steps)
+    return f"{up} of {len(steps)} surely up, " + (f"surely down: {', '.join(down)}" if down else "none surely down")
+
+
+def page(task: Task, records: Sequence[Record], frontier: Frontier, about: dict[str, Any]) -> str:
+    """The report as HTML."""
+    picture = io.StringIO()
+    save_curve(frontier, picture, f"{task.name}: {len(frontier)} questions, 95 % intervals")
+    svg = picture.getvalue()
+    rows = "".join(
+        f"<tr><td>{_badge(p.intensity)}</td><td>{_percent(p.accuracy)}</td><td>{p.tokens.value:.0f} "
+        f"({p.tokens.low:.0f} to {p.tokens.high:.0f})</td><td>{p.thinking:.0%}</td><td>{p.well_formed:.0%}</td></tr>"
+        for p in frontier.points
+    )
+    chosen_on, scored_on = frontier.halves()
+    best, (score, tokens) = chosen_on.best_static(scored_on), frontier.oracle()
+    band = frontier.transition()
+    facts = {
+        **{key: str(value) for key, value in about.items()},
+        "best static λ": f"{best.intensity:g}, chosen on one half; on the other {_percent(best.accuracy)} right, "
+        f"{best.tokens.value:.0f} tokens",
+        "per-question oracle": f"{score:.0%} right, {tokens:.0f} tokens: a bound, which picks lucky samples too",
+        "hypervolume": str(frontier.hypervolume()),
+        "thoughts appear": "everywhere alike" if band is None else f"from λ = {band[0]:.2f} to {band[1]:.2f}",
+        "accuracy rises with λ": verdict(frontier.monotone_accuracy()),
+        "tokens rise with λ": verdict(frontier.monotone_tokens()),
+        "accuracy above its neighbours' chord": verdict(frontier.convexity()),
+    }
+    listed = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
+    by_question: dict[int, list[Record]] = {}
+    for record in records:
+        by_question.setdefault(record.index, []).append(record)
+    questions = "".join(_question(task, index, answers) for index, answers in sorted(by_question.items()))
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(task.name)} over λ</title>'
+        f"<style>{STYLE}</style><h1>{html.escape(task.name)} over λ</h1>{svg[svg.index('<svg') :]}"
+        "<table><tr><th>λ</th><th>right</th><th>tokens</th><th>with a thought</th><th>well formed</th></tr>"
+        f"{rows}</table><table>{listed}</table><h2>Questions</h2>{questions}</html>\n"
+    )
+
+
+def _question(task: Task, index: int, answers: Sequence[Record]) -> str:
+    question = task.questions[index]
+    asked = question.question if isinstance(question.question, str) else question.question[-1]["content"]
+    marks = " ".join(_badge(record.intensity, record.score) for record in answers)
+    said = "".join(
+        f"<details><summary>{_badge(record.intensity, record.score)} {record.tokens} tokens: "
+        f"{html.escape(record.text[:100] or 'no answer')}</summary>"
+        f"<pre>{html.escape(record.thought)}</pre><pre>{html.escape(record.text)}</pre></details>"
+        for record in answers
+    )
+    return (
+        f"<details><summary>{marks} {html.escape(asked[:100])}</summary><pre>{html.escape(asked)}</pre>"
+        f"<p>Wanted: {html.escape(question.answer)}</p>{said}</details>"
+    )
+
+
+def _badge(intensity: float, score: float | None = None) -> str:
+    badge = f'<span class="lam" style="background:rgb{color(intensity)}">{intensity:g}</span>'
+    if score is None:
+        return badge
+    return badge + (' <span class="right">✓</span>' if score >= 0.5 else ' <span class="wrong">✗</span>')
+
+
+def _percent(interval: Any) -> str:
+    return f"{interval.value:.0%} ({interval.low:.0%} to {interval.high:.0%})"

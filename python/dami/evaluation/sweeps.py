@@ -1,0 +1,156 @@
+"""Sweeps: every question at every λ, all λ of a question in one mixed batch, each batch on disk when it is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dami.chat import ask
+from dami.evaluation.tasks import Task
+
+
+@dataclass(frozen=True)
+class Record:
+    """One answer.
+
+    Attributes:
+        task: the task's name.
+        index: the question's place in it.
+        level: the question's.
+        intensity: λ.
+        sample: which of the answers to this question at this λ.
+        score: from 0 to 1.
+        tokens: generated, thought and end token included.
+        thought, text: what was said.
+        finished: False where it was cut off.
+    """
+
+    task: str
+    index: int
+    level: int
+    intensity: float
+    sample: int
+    score: float
+    tokens: int
+    thought: str
+    text: str
+    finished: bool
+
+    @property
+    def well_formed(self) -> bool:
+        """Whether there is an answer, and it came to its end."""
+        return self.finished and bool(self.text)
+
+
+def sweep(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    intensities: Sequence[float],
+    *,
+    path: str | Path | None = None,
+    samples: int = 1,
+    rows: int = 64,
+    seed: int = 0,
+    on_batch: Callable[[list[Record]], None] = lambda records: None,
+    **options: Any,
+) -> list[Record]:
+    """Answers every question of a task at every λ, in mixed batches that hold all λ of a question.
+
+    Every batch has a seed of its own, made from `seed` and its place; so what a run gives does not depend on whether it
+    was interrupted. Other batch sizes give other samples.
+
+    Args:
+        model, tokenizer: a patched model and its tokenizer.
+        task: questions and verifier.
+        intensities: distinct λ.
+        path: a file of JSON lines that each batch is appended to. If it is there, the run goes on where it ended.
+        samples: answers to a question at one λ.
+        rows: of a batch, at most; but no fewer than λ.
+        seed: of the sampling.
+        on_batch: is given the records of each batch when it is done, and those found in the file first.
+        options: passed to `dami.chat.ask`, and so to `model.generate`.
+
+    Raises:
+        ValueError: the file belongs to a run with other settings; they are named.
+    """
+    if len(set(intensities)) < len(intensities) or not intensities:
+        raise ValueError(f"intensities must be distinct numbers, one at least, got {list(intensities)}")
+    units = [(index, sample) for index in range(len(task.questions)) for sample in range(samples)]
+    step = max(1, rows // len(intensities))
+    batches = [units[start : start + step] for start in range(0, len(units), step)]
+    settings = {
+        "task": task.name,
+        "questions": len(task.questions),
+        "intensities": [float(lam) for lam in intensities],
+        "samples": samples,
+        "rows": rows,
+        "seed": seed,
+        "options": {key: repr(value) for key, value in sorted(options.items())},
+    }
+    records = [] if path is None else _resume(Path(path), settings, [len(b) * len(intensities) for b in batches])
+    if records:
+        on_batch(records)
+    done = len(records)
+    for number, batch in enumerate(batches):
+        asked = [(index, sample, float(lam)) for index, sample in batch for lam in intensities]
+        if done:  # a file holds whole batches
+            done -= len(asked)
+            continue
+        torch.manual_seed(hash((seed, number)))  # of integers, so the same in every process
+        prompts = [task.questions[index].question for index, _, _ in asked]
+        answers = ask(model, tokenizer, prompts, [lam for _, _, lam in asked], **options)
+        news = [
+            Record(
+                task=task.questions[index].task or task.name,
+                index=index,
+                level=task.questions[index].level,
+                intensity=lam,
+                sample=sample,
+                score=task.score(index, answer.text),
+                tokens=answer.tokens,
+                thought=answer.thought,
+                text=answer.text,
+                finished=answer.finished,
+            )
+            for (index, sample, lam), answer in zip(asked, answers, strict=True)
+        ]
+        if path is not None:
+            with Path(path).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in news)
+        records += news
+        on_batch(news)
+    return records
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """The records of a sweep's file, whole batches or not."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()[1:]
+    return [Record(**json.loads(line)) for line in lines]
+
+
+def _resume(path: Path, settings: dict[str, Any], sizes: list[int]) -> list[Record]:
+    """The records of the file's whole batches; what follows them is cut off. A new file gets the settings."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, ensure_ascii=False) + "\n", encoding="utf-8")
+        return []
+    head, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    found = json.loads(head)
+    differ = [key for key in settings if found.get(key) != settings[key]]
+    if differ:
+        told = "; ".join(f"{key}: {found.get(key)} there, {settings[key]} now" for key in differ)
+        raise ValueError(f"path {path} holds a sweep with other settings ({told}): name another file or delete it")
+    whole = 0
+    complete = sum(line.endswith("\n") for line in lines)
+    for size in sizes:
+        if whole + size > complete:
+            break
+        whole += size
+    path.write_text("".join([head, *lines[:whole]]), encoding="utf-8")
+    return [Record(**json.loads(line)) for line in lines[:whole]]

@@ -1,0 +1,162 @@
+"""Tasks: questions, and a verifier that scores an answer."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from dami.chat import Prompt
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its answer.
+
+    Attributes:
+        question: a user's message, or a conversation as chat templates take it.
+        answer: what is right, in the words of its task.
+        task: the task's name, or its part's.
+        level: its difficulty, 0 if nothing is known of it.
+    """
+
+    question: Prompt
+    answer: str
+    task: str = ""
+    level: int = 0
+
+
+class Task(Protocol):
+    """Questions, each known by its place, and how well a text answers one of them.
+
+    Attributes:
+        name: as records and reports show it.
+        questions: in a fixed order.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def questions(self) -> Sequence[Question]: ...
+
+    def score(self, index: int, text: str) -> float:
+        """How right `text` is as the answer to `questions[index]`, from 0 to 1; thoughts are cut off already."""
+
+
+def last_word(text: str, answer: str) -> float:
+    """1 if the last number of `text` is `answer`, or its last word where that is no number."""
+    pattern = r"-?\d+" if re.fullmatch(r"-?\d+", answer) else r"\w+"
+    return float(re.findall(pattern, text.replace(",", ""))[-1:] == [answer])
+
+
+def same_math(text: str, answer: str) -> float:
+    r"""1 if math-verify finds `text` to say what `answer` says: numbers, fractions, sets, \boxed{…} and so on."""
+    math_verify: Any = _import("math_verify", "pip install math-verify")
+    gold = math_verify.parse(answer if "$" in answer or "\\" in answer else f"${answer}$")
+    return float(math_verify.verify(gold, math_verify.parse(text)))
+
+
+VERIFIERS: dict[str, Callable[[str, str], float]] = {"word": last_word, "math": same_math}
+
+
+@dataclass
+class JsonLines:
+    """Questions from a file of JSON objects, one a line, with `question` (or `problem`, or `prompt`) and `answer`.
+
+    `task` and `level` may come with them.
+
+    Args:
+        path: the file.
+        verifier: "math" (math-verify), or "word": the last number, or word, of the text must be the answer.
+
+    Raises:
+        ValueError: an unknown verifier, or a line that is no question; both are named.
+    """
+
+    path: Path
+    verifier: str = "math"
+    name: str = field(init=False)
+    questions: list[Question] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.verifier not in VERIFIERS:
+            raise ValueError(f"verifier must be one of {sorted(VERIFIERS)}, got {self.verifier!r}")
+        self.name = Path(self.path).stem
+        lines = enumerate(Path(self.path).read_text(encoding="utf-8").splitlines(), 1)
+        self.questions = [self._question(number, line) for number, line in lines if line.strip()]
+
+    def _question(self, number: int, line: str) -> Question:
+        try:
+            fields = json.loads(line)
+            asked = next(fields[key] for key in ("question", "problem", "prompt") if key in fields)
+            return Question(asked, str(fields["answer"]), fields.get("task", self.name), int(fields.get("level", 0)))
+        except (ValueError, KeyError, StopIteration, TypeError) as error:
+            raise ValueError(
+                f"{self.path}:{number} must be a JSON object with question (or problem, or prompt) and answer, got "
+                f"{line[:80]!r}"
+            ) from error
+
+    def score(self, index: int, text: str) -> float:
+        return VERIFIERS[self.verifier](text, self.questions[index].answer)
+
+
+class ReasoningGym:
+    """Questions that reasoning-gym makes up, scored by its own verifier.
+
+    Args:
+        dataset: the name of one of its datasets, such as "chain_sum".
+        count: how many questions.
+        seed: of the questions.
+        config: its other settings, such as `min_terms`.
+
+    Raises:
+        ValueError: there is no such dataset.
+    """
+
+    def __init__(self, dataset: str, count: int = 100, seed: int = 0, **config: Any) -> None:
+        reasoning_gym: Any = _import("reasoning_gym", "pip install reasoning-gym")
+        known = reasoning_gym.factory.DATASETS
+        if dataset not in known:
+            raise ValueError(f"dataset must be one of reasoning-gym's, such as 'chain_sum', got {dataset!r}")
+        self.name = dataset
+        self._dataset = reasoning_gym.create_dataset(dataset, size=count, seed=seed, **config)
+        self._entries = [self._dataset[i] for i in range(count)]
+        self.questions = [Question(entry["question"], str(entry["answer"]), dataset) for entry in self._entries]
+
+    def score(self, index: int, text: str) -> float:
+        return float(self._dataset.score_answer(text, self._entries[index]))
+
+
+def load_task(name: str, count: int | None = None, seed: int = 0, **config: Any) -> Task:
+    """The task of a name: a path that ends in `.jsonl`, or a dataset of reasoning-gym.
+
+    Args:
+        name: the path, or the dataset's name.
+        count: how many questions: of a file those that `spread` takes, all if None; of a dataset 100 if None.
+        seed: of a dataset's questions.
+        config: `verifier` of a file, or the dataset's settings.
+    """
+    if not name.endswith(".jsonl"):
+        return ReasoningGym(name, 100 if count is None else count, seed, **config)
+    task = JsonLines(Path(name), **config)
+    if count is not None:
+        task.questions = spread(task.questions, count)
+    return task
+
+
+def spread(questions: Sequence[Question], count: int) -> list[Question]:
+    """`count` questions at even distances, so that a file in order of task and level gives of each alike; by level."""
+    count = min(count, len(questions))
+    return sorted((questions[i * len(questions) // count] for i in range(count)), key=lambda q: q.level)
+
+
+def _import(name: str, remedy: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"this needs {name}: {remedy}") from error

@@ -1,0 +1,88 @@
+"""The report of a sweep: one page, one picture, one file of numbers; and `dami evaluate`, which writes them."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from dami.cli import app
+from dami.evaluation import JsonLines
+from dami.evaluation.report import write_report
+from typer.testing import CliRunner
+
+from tests.dami.evaluation.test_frontier import RISING, records
+
+
+class Text(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.open.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_a_report_shows_numbers_and_answers_and_escapes_them(tmp_path: Path) -> None:
+    questions = tmp_path / "q.jsonl"
+    line = json.dumps({"question": "Is 1 < 2 & <b>so</b>?", "answer": "x"})
+    questions.write_text("\n".join([line] * 6))
+    task = JsonLines(questions, "word")
+    frontier = write_report(task, records(*RISING, questions=6), tmp_path / "out", {"pair": "a & b"})
+    page = (tmp_path / "out" / "report.html").read_text()
+    parser = Text()
+    parser.feed(page)
+    assert "Is 1 < 2 & <b>so</b>?" in parser.text
+    assert "b" not in parser.open
+    assert "a & b" in parser.text
+    assert parser.open.count("svg") == 1
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    ).replace("https://matplotlib.org", "")
+    numbers = json.loads((tmp_path / "out" / "frontier.json").read_text())
+    assert numbers["questions"] == len(frontier) == 6
+    assert len(numbers["points"]) == 4
+    assert (tmp_path / "out" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "out" / "frontier.svg").read_text()
+
+
+def test_evaluate_asks_reports_and_goes_on(tmp_path: Path) -> None:
+    questions = tmp_path / "q.jsonl"
+    questions.write_text(
+        "\n".join(json.dumps({"question": f"What is {n} + 1 =", "answer": str(n + 1)}) for n in range(4))
+    )
+    arguments = [
+        "evaluate",
+        str(questions),
+        "--verifier",
+        "word",
+        "-l",
+        "0",
+        "-l",
+        "1",
+        "--max-tokens",
+        "8",
+        "--greedy",
+    ]
+    arguments += ["--max-tokens", "8", "-o", str(tmp_path / "out"), "--rows", "4"]
+    for _ in range(2):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        assert "report.html" in result.output
+    lines = (tmp_path / "out" / "records.jsonl").read_text().splitlines()
+    assert len(lines) == 1 + 8
+    result = CliRunner().invoke(app, [*arguments, "--seed", "5"])
+    assert result.exit_code == 2
+    assert "other settings" in result.output
+
+
+@pytest.mark.parametrize(("task", "message"), [("no/such.jsonl", "No such file"), ("sudokus", "reasoning-gym's")])
+def test_evaluate_tells_of_a_task_that_is_not_there(task: str, message: str) -> None:
+    result = CliRunner().invoke(app, ["evaluate", task])
+    assert result.exit_code == 2
+    assert message in result.output

@@ -1,0 +1,99 @@
+"""Sweeps: what is in a batch, what is on disk, and what an interruption costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import dami
+import pytest
+import torch
+from dami.chat import Answer
+from dami.evaluation import JsonLines, Record, load_task, read_records, sweep
+
+LAMS = (0.0, 0.5, 1.0)
+
+
+@pytest.fixture
+def task() -> Any:
+    return load_task(str(dami.example_pair()[0].parent / "questions.jsonl"), 5, verifier="word")
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, float]]]:
+    """Every batch that is asked of a stand-in, which answers at random."""
+    seen: list[list[tuple[str, float]]] = []
+
+    def ask(model: object, tokenizer: object, prompts: list[str], lams: list[float]) -> list[Answer]:
+        if model == "interrupted" and len(seen) == 1:
+            raise KeyboardInterrupt
+        seen.append(list(zip(prompts, lams, strict=True)))
+        numbers = torch.randint(100, (len(lams),)).tolist()
+        return [Answer(p, lam, "", str(n), n, True) for p, lam, n in zip(prompts, lams, numbers, strict=True)]
+
+    monkeypatch.setattr("dami.evaluation.sweeps.ask", ask)
+    return seen
+
+
+def test_all_intensities_of_a_question_are_in_one_batch(task: JsonLines, batches: list[Any]) -> None:
+    done: list[int] = []
+    records = sweep(None, None, task, LAMS, rows=7, on_batch=lambda news: done.append(len(news)))
+    assert done == [6, 6, 3]
+    assert [(r.index, r.intensity) for r in records] == [(i, lam) for i in range(5) for lam in LAMS]
+    for batch in batches:
+        assert all(batch.count((prompt, lam)) == 1 for prompt, _ in batch for lam in LAMS)
+    assert records[0].score == task.score(0, records[0].text)
+    assert records[0].level == task.questions[0].level
+
+
+def test_there_are_never_fewer_rows_than_intensities(task: JsonLines, batches: list[Any]) -> None:
+    sweep(None, None, task, LAMS, rows=1, samples=2)
+    assert [len(batch) for batch in batches] == [3] * 10
+
+
+@pytest.mark.parametrize("torn", [0, 10, 25])
+def test_an_interrupted_run_goes_on_where_it_ended(
+    task: JsonLines, batches: list[Any], tmp_path: Path, torn: int
+) -> None:
+    """With the very records of a run in one piece, also if the last batch is only half on disk."""
+    whole = sweep(None, None, task, LAMS, rows=6, path=tmp_path / "whole.jsonl")
+    batches.clear()
+    path = tmp_path / "a" / "run.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        sweep("interrupted", None, task, LAMS, rows=6, path=path)
+    if torn:
+        path.write_bytes((tmp_path / "whole.jsonl").read_bytes()[: len(path.read_bytes()) + 10 * torn])
+    batches.clear()
+    told: list[int] = []
+    assert sweep(None, None, task, LAMS, rows=6, path=path, on_batch=lambda news: told.append(len(news))) == whole
+    assert len(batches) == 2
+    assert told == [6, 6, 3]
+    assert read_records(path) == whole
+    assert sweep(None, None, task, LAMS, rows=6, path=path) == whole
+    assert len(batches) == 2
+
+
+def test_a_file_of_other_settings_is_not_continued(task: JsonLines, batches: list[Any], tmp_path: Path) -> None:
+    sweep(None, None, task, LAMS, path=tmp_path / "run.jsonl")
+    with pytest.raises(ValueError, match=r"holds a sweep with other settings \(seed: 0 there, 1 now\)"):
+        sweep(None, None, task, LAMS, path=tmp_path / "run.jsonl", seed=1)
+
+
+@pytest.mark.parametrize("lams", [[], [0.5, 0.5]])
+def test_intensities_must_be_distinct(task: JsonLines, lams: list[float]) -> None:
+    with pytest.raises(ValueError, match="intensities must be distinct numbers, one at least, got"):
+        sweep(None, None, task, lams)
+
+
+@pytest.fixture(scope="module")
+def shipped() -> tuple[Any, Any]:
+    return dami.load_pair(*dami.example_pair())
+
+
+def test_the_shipped_pair_thinks_more_and_knows_more(shipped: tuple[Any, Any], task: JsonLines) -> None:
+    records = sweep(*shipped, task, (0.0, 1.0), max_new_tokens=160)
+    ends: dict[float, list[Record]] = {lam: [r for r in records if r.intensity == lam] for lam in (0.0, 1.0)}
+    assert sum(r.tokens for r in ends[1.0]) > 2 * sum(r.tokens for r in ends[0.0])
+    assert sum(r.score for r in ends[1.0]) > sum(r.score for r in ends[0.0])
+    assert all(r.thought for r in ends[1.0])
+    assert all(r.well_formed for r in records)

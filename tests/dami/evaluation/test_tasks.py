@@ -1,0 +1,117 @@
+"""Questions from files and from reasoning-gym, and their verifiers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import dami
+import pytest
+from dami.evaluation import JsonLines, Question, ReasoningGym, load_task
+from dami.evaluation.tasks import last_word, same_math, spread
+
+QUESTIONS = [
+    Question(f"{task} {level} {n}", str(n), task, level)
+    for task in ("gcd", "sum")
+    for level in (1, 2, 3)
+    for n in range(4)
+]
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted", "right"),
+    [
+        ("73", "73", True),
+        ("The answer is 73.", "73", True),
+        ("it is **1,073** legs", "1073", True),
+        ("-73", "73", False),
+        ("-73", "-73", True),
+        ("73 or 74", "73", False),
+        ("730", "73", False),
+        ("", "73", False),
+        ("It was a Tuesday.", "Tuesday", True),
+        ("Monday", "Tuesday", False),
+    ],
+)
+def test_the_last_number_or_word_counts(said: str, wanted: str, right: bool) -> None:
+    assert last_word(said, wanted) == right
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted", "right"),
+    [
+        (r"So it is \boxed{\frac{1}{2}}.", "0.5", True),
+        (r"The answer is $\frac{2}{4}$.", r"\frac{1}{2}", True),
+        ("The answer is 7", "7", True),
+        (r"\boxed{8}", "7", False),
+        ("", "7", False),
+    ],
+)
+def test_math_is_compared_by_its_meaning(said: str, wanted: str, right: bool) -> None:
+    pytest.importorskip("math_verify")
+    assert same_math(said, wanted) == right
+
+
+def test_spread_takes_alike_of_every_task_and_level() -> None:
+    chosen = spread(QUESTIONS, 12)
+    assert [q.level for q in chosen] == sorted(q.level for q in chosen)
+    counts = [sum((q.task, q.level) == group for q in chosen) for group in {(q.task, q.level) for q in QUESTIONS}]
+    assert counts == [2] * 6
+    assert sorted(spread(QUESTIONS, 10**6), key=str) == sorted(QUESTIONS, key=str)
+
+
+def test_the_shipped_questions_can_be_read_and_have_every_level_of_every_task() -> None:
+    questions = load_task(str(dami.example_pair()[0].parent / "questions.jsonl"), verifier="word").questions
+    tasks, levels = {q.task for q in questions}, {q.level for q in questions}
+    assert {(q.task, q.level) for q in questions} == {(t, level) for t in tasks for level in levels}
+    assert len(tasks) >= 3
+    assert len(levels) == 5
+
+
+def test_questions_of_a_file_may_be_spelled_as_the_usual_data_sets_do(tmp_path: Path) -> None:
+    lines = [
+        {"problem": "1+1", "answer": 2},
+        {"prompt": [{"role": "user", "content": "2+2"}], "answer": "4", "level": 3},
+    ]
+    path = tmp_path / "sums.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    task = JsonLines(path, "word")
+    assert task.name == "sums"
+    assert task.questions == [
+        Question("1+1", "2", "sums"), Question([{"role": "user", "content": "2+2"}], "4", "sums", 3),
+    ]  # fmt: skip
+    assert [task.score(1, "It is 4."), task.score(1, "5")] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("line", ["no JSON", '{"question": "1+1"}', '{"answer": "2"}', "[1]"])
+def test_a_line_that_is_no_question_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "sums.jsonl"
+    path.write_text('{"question": "1", "answer": "1"}\n' + line)
+    with pytest.raises(ValueError, match=r"sums.jsonl:2 must be a JSON object with question .* and answer, got"):
+        JsonLines(path)
+
+
+def test_an_unknown_verifier_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"verifier must be one of \['math', 'word'\], got 'judge'"):
+        JsonLines(tmp_path / "none.jsonl", "judge")
+
+
+def test_reasoning_gym_makes_the_same_questions_of_a_seed_and_scores_answers() -> None:
+    task, again = (load_task("chain_sum", 5, seed=3, max_terms=2) for _ in range(2))
+    assert isinstance(task, ReasoningGym)
+    assert task.questions == again.questions
+    assert len(task.questions) == 5
+    assert [task.score(i, question.answer) for i, question in enumerate(task.questions)] == [1.0] * 5
+    assert task.score(0, "not a number") < 1
+    assert task.questions != load_task("chain_sum", 5, seed=4, max_terms=2).questions
+
+
+def test_an_unknown_data_set_is_refused() -> None:
+    with pytest.raises(ValueError, match="dataset must be one of reasoning-gym's, such as 'chain_sum', got 'sudokus'"):
+        load_task("sudokus")
+
+
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
+    with pytest.raises(ImportError, match="this needs reasoning_gym: pip install reasoning-gym"):
+        load_task("chain_sum")
