@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(native.WHY_NOT is not None, reason=str(native.WH
 FORMATS = ["pair", "int8", "int4", "w8d4"]
 CODES = FORMATS[1:]
 # Rows: one, a register tile, more than are converted in registers, several blocks. N and K: less than a group, not
-# whole groups, several blocks along K and part of one, more than one tile of outputs.
-SHAPES = [(1, 3, 5), (1, 9, 2100), (3, 33, 70), (4, 9, 1056), (9, 66, 1090), (40, 5, 600), (300, 9, 129)]
+# whole groups, several blocks along K and part of one, several pieces of blocks, more than one tile of outputs.
+SHAPES = [(1, 3, 5), (1, 9, 2100), (2, 5, 9312), (3, 33, 70), (4, 9, 1056), (9, 66, 1090), (40, 5, 600), (300, 9, 129)]
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 two_dtypes = pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)  # where no arithmetic is tested
