@@ -206,14 +206,12 @@ def commit() -> str:
 
 
 def processor() -> str:
-    """The name of the processor."""
+    """The name of the processor, with its family and model where Linux tells them: virtual machines shorten the name."""
     cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        if cpuinfo.exists()
-        else []
-    )
-    return next(iter(names), platform.processor() or platform.machine())
+    first = cpuinfo.read_text().partition("\n\n")[0] if cpuinfo.exists() else ""
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    return f"{name}, family {facts['cpu family']}, model {facts['model']}" if "cpu family" in facts else name
 
 
 def nvidia_smi(*what: str) -> list[str]:
