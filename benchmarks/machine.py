@@ -206,7 +206,7 @@ def commit() -> str:
 
 
 def processor() -> str:
-    """The name of the processor, with its family and model where Linux tells them: virtual machines shorten the name."""
+    """The processor's name, with its family and model where Linux tells them: virtual machines shorten the name."""
     cpuinfo = Path("/proc/cpuinfo")
     first = cpuinfo.read_text().partition("\n\n")[0] if cpuinfo.exists() else ""
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
