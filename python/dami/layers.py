@@ -9,7 +9,9 @@ patch off gives back the very same modules.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, TypeVar, cast
@@ -19,7 +21,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dami.dial import Dial
-from dami_kernels import LerpWeight, lerp_embedding, lerp_layer_norm, lerp_linear, lerp_rms_norm
+from dami.row_parameter import RowParameter, blend
+from dami_kernels import LerpWeight, lerp_embedding, lerp_experts, lerp_layer_norm, lerp_linear, lerp_rms_norm
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -33,6 +36,36 @@ class Stored:
 
 
 @dataclass(eq=False)
+class Pass:
+    """The forward pass that a model is in; its modules share it.
+
+    Attributes:
+        sequences: of the batch, a multiple of the number of λ (beams); 0 where it is not known, None outside a pass.
+        tokens: of each sequence; 0 where that is not known.
+        ordered: whether rows stand in the order of the sequences.
+    """
+
+    sequences: int | None = None
+    tokens: int = 0
+    ordered: bool = True
+
+    @contextmanager
+    def out_of_order(self) -> Iterator[None]:
+        """For a while rows are not in the order of the sequences, and no module may take them for it."""
+        self.ordered = False
+        try:
+            yield
+        finally:
+            self.ordered = True
+
+    def counts(self, rows: int) -> bool:
+        """Whether a dimension of this size can be the batch: one sequence, token, or part of a token after another."""
+        return self.ordered and (
+            not self.sequences or rows == self.sequences or rows % (self.sequences * (self.tokens or 1)) == 0
+        )
+
+
+@dataclass(eq=False)
 class Lerp:
     """What a patched module knows beyond the original.
 
@@ -42,7 +75,10 @@ class Lerp:
         settings: keyword arguments of its operator, such as a norm's eps, or a linear layer's `invariant`.
         layer: index of its layer, None outside the layers.
         group: one of `dial.GROUPS`.
-        stored: where the ends of every parameter that is interpolated are, by its name.
+        stored: where the ends of every parameter and buffer that is interpolated are, by its name.
+        name: the module's, in its model.
+        running: the forward pass of its model.
+        inside: whether the module's own forward runs, where it is of the kind `parameters`.
     """
 
     dial: Dial
@@ -51,6 +87,9 @@ class Lerp:
     layer: int | None
     group: str
     stored: dict[str, Stored] = field(default_factory=dict)
+    name: str = ""
+    running: Pass = field(default_factory=Pass)
+    inside: bool = False
 
 
 def placeholder(like: Tensor, shape: torch.Size) -> Tensor:
@@ -62,10 +101,15 @@ def placeholder(like: Tensor, shape: torch.Size) -> Tensor:
 
 
 class LerpModule(nn.Module):
-    """What all patched modules share. A subclass is a kind: which modules it patches, and their forward."""
+    """What all patched modules share. A subclass is a kind: which modules it patches, and their forward.
+
+    A kind's forward takes the ends of `operands` to an operator. All that a module reads beside, or another module
+    reads of it, is at λ: `module.name` is the blended tensor, or a `RowParameter` if each sequence has its own λ.
+    """
 
     kind: ClassVar[str]
     original: ClassVar[type[nn.Module] | None] = None
+    operands: ClassVar[tuple[str, ...]] = ("weight", "bias")
     lerp: Lerp
 
     @classmethod
@@ -81,12 +125,32 @@ class LerpModule(nn.Module):
     def ends(self, name: str) -> LerpWeight:
         """Both ends of a parameter as the operators take them; one tensor stands for both where they are identical."""
         stored = self.lerp.stored.get(name, Stored("pair", (name, name)))
-        parameter = self.as_operand(getattr(self, name))
-        tensors = tuple(self.as_operand(getattr(self, tensor)) for tensor in stored.names)
+        parameter = self.as_operand(self.tensor(name))
+        tensors = tuple(self.as_operand(self.tensor(tensor)) for tensor in stored.names)
         return LerpWeight(tensors, stored.format, parameter.shape, parameter.dtype)
 
+    def tensor(self, name: str) -> Tensor:
+        """A parameter or buffer as it is stored."""
+        return self._parameters[name] if name in self._parameters else self._buffers[name]  # type: ignore[return-value]
+
+    def __getattr__(self, name: str) -> Any:
+        lerp = self.__dict__.get("lerp")
+        if lerp is None or name not in lerp.stored:
+            return super().__getattr__(name)
+        if "_hf_hook" in self.__dict__ and not lerp.inside:
+            return super().__getattr__(name)  # accelerate's hooks put the stored tensors in their places and take them
+        lam, outside = lerp.dial.lam, lerp.running.sequences is None
+        if outside and (name in self.operands or (lam.dim() == 0 and lam.item() == 0)):
+            return super().__getattr__(name)  # for all who look at a model that does not run: the base, λ = 0
+        ends = self.ends(name)
+        if name in self.operands or lam.dim():
+            value: Tensor = RowParameter(f"{lerp.name}.{name}", lam.to(ends.device), lerp.running, ends)
+        else:
+            value = blend(ends, lam.to(ends.device))
+        return self.as_operand(value)
+
     def bias_ends(self) -> LerpWeight | None:
-        return None if self.bias is None else self.ends("bias")
+        return None if self._parameters.get("bias") is None else self.ends("bias")
 
     def rows(self, x: Tensor, features: int = 1) -> tuple[Tensor, dict[str, Any]]:
         """`x` with its rows in the order of the sequences, and the operator's arguments that give each row its λ.
@@ -97,15 +161,18 @@ class LerpModule(nn.Module):
             features: how many trailing dimensions are not rows.
         """
         lam = self.lerp.dial.lam.to(x.device)
+        if isinstance(x, RowParameter):
+            x = x.of_batch()
         if lam.dim() == 0:
             return x, {"lam": lam}
         if x.dim() == features:
             x = x.unsqueeze(0)
         if x.shape[0] == 1:
             x = x.expand(lam.shape[0], *x.shape[1:])
-        if x.shape[0] % lam.shape[0] != 0:
+        if x.shape[0] % lam.shape[0] != 0 or not self.lerp.running.counts(x.shape[0]):
             raise ValueError(
-                f"intensity must hold one number per sequence, got {lam.shape[0]} for an input of shape {list(x.shape)}"
+                f"intensity must hold one number per sequence, got {lam.shape[0]} for an input of shape "
+                f"{list(x.shape)} of {self.lerp.name}"
             )
         return x, {"lam": lam, "rows_per_lam": x.shape[: x.dim() - features].numel() // lam.shape[0]}
 
@@ -116,7 +183,7 @@ class LerpModule(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As any module's, for `.to()` and its like; but scales keep their dtype, and placeholders take no memory."""
         scales = {id(parameter) for name, parameter in self._parameters.items() if name.endswith("_scale")}
-        placeholders = {id(getattr(self, name)) for name in self.placeholders()}
+        placeholders = {id(self.tensor(name)) for name in self.placeholders()}
 
         def move(tensor: Tensor) -> Tensor:
             if id(tensor) in placeholders:
@@ -211,7 +278,8 @@ class LerpRMSNorm(LerpModule):
         """Finds eps and offset by running the module on random input: many classes, one formula."""
         parameters = dict(module.named_parameters())
         weight = parameters.get("weight")
-        if len(parameters) != 1 or weight is None or weight.dim() != 1:
+        takes = len(inspect.signature(type(module).forward).parameters)
+        if len(parameters) != 1 or weight is None or weight.dim() != 1 or takes != 2:  # self and x, and no gate
             return None
         generator = torch.Generator().manual_seed(0)
         w = torch.randn(weight.shape, generator=generator).to(weight.device)
@@ -234,8 +302,89 @@ class LerpRMSNorm(LerpModule):
         return lerp_rms_norm(x, self.ends("weight"), **self.lerp.settings, **rows)
 
 
-KINDS: tuple[type[LerpModule], ...] = (LerpLinear, LerpConv1D, LerpEmbedding, LerpLayerNorm, LerpRMSNorm)
-PARAMETERS = ("weight", "bias")
+class LerpExperts(LerpModule):
+    """Fused experts of transformers' interface (`transformers.integrations.moe`) at λ: weights [E, N, K].
+
+    The router is interpolated as any layer is, so a token's own λ decides which experts it goes to, and then at which λ
+    they compute for it.
+    """
+
+    kind = "experts"
+    operands = tuple(name + end for end in ("", "_bias") for name in ("gate_up_proj", "up_proj", "down_proj"))
+    transposed = False
+
+    @classmethod
+    def fit(cls, module: nn.Module) -> dict[str, Any] | None:
+        takes = len(inspect.signature(type(module).forward).parameters)  # self, hidden states, indices, weights
+        described = all(hasattr(module, name) for name in ("has_gate", "has_bias", "_apply_gate"))
+        fits = described and takes == 4
+        return {} if fits and getattr(module, "is_transposed", None) is cls.transposed else None
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        x, rows = self.rows(hidden_states)
+        up, down = "gate_up_proj" if self.has_gate else "up_proj", "down_proj"
+        k = top_k_index.shape[-1]
+        expert, pair = top_k_index.reshape(-1).sort(stable=True)  # pairs of a token and an expert, by expert
+        token = pair // k
+        each = torch.arange(len(self.tensor(up)), device=x.device)
+        where = {"expert_offsets": torch.searchsorted(expert, each, right=True, out_int32=True), "lam": rows["lam"]}
+        if "rows_per_lam" in rows:
+            where["row_to_lam"] = (token // rows["rows_per_lam"]).int()
+        x = lerp_experts(
+            x[token].to(self.tensor(up).dtype), self.ends(up), bias=self._bias(up), **where, **self.lerp.settings
+        )
+        with self.lerp.running.out_of_order():
+            x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
+        x = lerp_experts(x, self.ends(down), bias=self._bias(down), **where, **self.lerp.settings)
+        y = torch.empty_like(x)
+        y[pair] = x  # each token's k rows side by side again
+        if getattr(self, "has_post_expert_norm", False):
+            y = self.post_expert_norm(y)
+        y = y * top_k_weights.reshape(-1, 1)
+        return y.unflatten(0, (-1, k)).sum(1).to(hidden_states.dtype)
+
+    def _bias(self, name: str) -> LerpWeight | None:
+        return self.ends(f"{name}_bias") if self.has_bias else None
+
+
+class LerpTransposedExperts(LerpExperts):
+    """The same with weights [E, K, N], as GPT-OSS has them; they lie transposed in memory while patched."""
+
+    transposed = True
+
+    @staticmethod
+    def as_operand(tensor: Tensor) -> Tensor:
+        return tensor.transpose(1, 2) if tensor.dim() == 3 else tensor
+
+
+class LerpParameters(LerpModule):
+    """Any other module: its own forward, which reads its parameters and buffers at λ."""
+
+    kind = "parameters"
+    operands = ()
+
+    @classmethod
+    def fit(cls, module: nn.Module) -> dict[str, Any] | None:
+        return {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outer, self.lerp.inside = self.lerp.inside, True
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.lerp.inside = outer
+
+
+KINDS: tuple[type[LerpModule], ...] = (
+    LerpLinear,
+    LerpConv1D,
+    LerpEmbedding,
+    LerpLayerNorm,
+    LerpRMSNorm,
+    LerpExperts,
+    LerpTransposedExperts,
+    LerpParameters,  # last: it fits everything
+)
 
 
 def with_parameters(module: nn.Module, parameters: Mapping[str, Any]) -> nn.Module:
@@ -246,15 +395,37 @@ def with_parameters(module: nn.Module, parameters: Mapping[str, Any]) -> nn.Modu
     return probe
 
 
-def kind_of(module: nn.Module) -> tuple[type[LerpModule], dict[str, Any]] | None:
-    """The kind that computes what `module` does, with the operator's settings; None if there is none."""
+def kind_of(module: nn.Module) -> tuple[type[LerpModule], dict[str, Any]]:
+    """The kind that computes what `module` does, with the operator's settings."""
     if "forward" in vars(module) and "_old_forward" not in vars(module):  # it no longer asks its class
-        return None
-    for kind in KINDS:
+        return LerpParameters, {}
+    for kind in KINDS[:-1]:
         settings = kind.fit(module)
         if settings is not None and (kind.original in (None, type(module)) or _reaches(kind, module)):
             return kind, settings
-    return None
+    return LerpParameters, {}
+
+
+def own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers of a module, those of its children aside."""
+    return [(name, t) for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None]
+
+
+def readers(kinds: Mapping[nn.Module, tuple[type[LerpModule], dict[str, Any]]]) -> dict[int, type[LerpModule]]:
+    """The kind that reads a tensor, by its id: of several modules that share one, the kind whose operator does."""
+    found: dict[int, type[LerpModule]] = {}
+    for module, (kind, _) in kinds.items():
+        for name, tensor in own_tensors(module):
+            reader = kind if name in kind.operands else LerpParameters
+            if found.get(id(tensor), LerpParameters) is LerpParameters:
+                found[id(tensor)] = reader
+    return found
+
+
+def stored_format(format: str, reader: type[LerpModule], name: str, tensor: Tensor) -> str:
+    """How both ends of a tensor are stored where `format` is asked for: what no operator reads stays a pair."""
+    quantised = reader is not LerpParameters and tensor.dim() > 1 and not name.endswith("bias")
+    return format if quantised else "pair"
 
 
 def _reaches(kind: type[LerpModule], module: nn.Module) -> bool:
@@ -289,7 +460,7 @@ def patched_class(kind: type[LerpModule], original: type[nn.Module]) -> type[Ler
 
 
 def _kind_of(cls: type[LerpModule]) -> type[LerpModule]:
-    return next(kind for kind in KINDS if issubclass(cls, kind))
+    return next(base for base in cls.__mro__ if base in KINDS)
 
 
 def _rebuild(kind: type[LerpModule], original: type[nn.Module]) -> LerpModule:

@@ -13,6 +13,7 @@ from torch import Tensor, is_grad_enabled, nn
 
 from dami import dial as dials
 from dami.dial import Dial, as_lam, patch_of
+from dami.layers import Pass
 from dami.schedules import Course, course_of
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Patch:
     trainable: list[nn.Parameter]
     estimator: Estimator | None = None
     course: Course | None = None
+    running: Pass = field(default_factory=Pass)
     origin: Origin = field(default_factory=Origin)
 
 
@@ -109,11 +111,13 @@ def patched_model_class(original: Any) -> type[LerpModel]:
                 "a patched model takes no gradient checkpointing, which would run modules again after λ has changed: "
                 "call model.gradient_checkpointing_disable()"
             )
-        before, dial.lam = dial.lam, lam
+        running, (batch, tokens) = self.dami_patch.running, _batch(args, kwargs)
+        before = dial.lam, running.sequences, running.tokens
+        dial.lam, running.sequences, running.tokens = lam, batch, tokens
         try:
             return original.forward(self, *args, **kwargs)
         finally:
-            dial.lam = before
+            dial.lam, running.sequences, running.tokens = before
 
     members: dict[str, Any] = {"__module__": original.__module__, "__doc__": original.__doc__}
     members["forward"] = _with(forward, original.forward, "intensity")
@@ -181,6 +185,14 @@ def _sequences(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """Size of the batch: of the first positional argument, or of the first tensor of these names."""
     inputs = (*args[:1], *(kwargs.get(name) for name in INPUTS))
     return next((value.shape[0] for value in inputs if isinstance(value, Tensor)), None)
+
+
+def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Sequences and tokens of each that a decoder computes, where they can be told; 0 else."""
+    inputs = (*(kwargs.get(name) for name in reversed(INPUTS)), *args[:1])
+    return next(
+        ((value.shape[0], value.shape[1]) for value in inputs if isinstance(value, Tensor) and value.dim() > 1), (0, 0)
+    )
 
 
 def _check_adapters(model: Any) -> None:

@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from dami.checkpoints import Checkpoint, Match, Stored, headers_in, load_pair, with_both_templates
-from dami.layers import PARAMETERS, LerpModule
+from dami.layers import LerpModule, readers, stored_format
 from dami.model_card import write_model_card
 from dami.patching import first_names
 from dami.quantizer import PairConfig, by_pattern, kind_on_meta
 from dami.sharing import save_pair, written_whole
 from dami_kernels import LerpWeight, formats
+from dami_kernels.weight import FLOAT_DTYPES
 
 SHARD = 1 << 30  # bytes; a shard is held in memory until it is written
 CARRIED = ("*.py", "LICENSE*", "generation_config.json")  # files of the instruct end that go along as they are
@@ -87,7 +88,7 @@ def _pack(match: Match, directory: Path, format: str, shard_bytes: int) -> None:
         if kind is None or torch.equal(base, target):
             shards.add({name: base})
             continue
-        interpolated[name] = format if base.dim() > 1 else "pair"
+        interpolated[name] = stored_format(format, kind, name, base)
         operands = kind.as_operand(base).contiguous(), kind.as_operand(target).contiguous()
         weight = LerpWeight.pack(*operands, format=interpolated[name])
         error.add(weight, operands[1])
@@ -114,14 +115,10 @@ def _pack(match: Match, directory: Path, format: str, shard_bytes: int) -> None:
 
 
 def _kinds(match: Match) -> dict[str, type[LerpModule] | None]:
-    """The kind that reads a tensor, by its name; None if any module that holds it has no kind."""
-    kinds: dict[int, type[LerpModule] | None] = {}
-    for module in match.skeleton.modules():
-        kind = kind_on_meta(module)
-        for name, parameter in module._parameters.items():
-            covers = kind is not None and name in PARAMETERS and kinds.get(id(parameter), kind[0]) is not None
-            kinds[id(parameter)] = kind[0] if kind is not None and covers else None
-    return {name: kinds.get(id(tensor)) for name, tensor in match.skeleton.state_dict(keep_vars=True).items()}
+    """The kind that reads a tensor, by its name; None if it cannot be interpolated."""
+    kinds = readers({module: kind_on_meta(module) for module in match.skeleton.modules()})
+    state = match.skeleton.state_dict(keep_vars=True)
+    return {name: kinds[id(tensor)] if tensor.dtype in FLOAT_DTYPES else None for name, tensor in state.items()}
 
 
 class _Reader:

@@ -13,20 +13,24 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dami.dial import Dial, patch_of
 from dami.layers import (
-    PARAMETERS,
     Lerp,
     LerpConv1D,
+    LerpExperts,
     LerpLinear,
     LerpModule,
     Stored,
     kind_of,
+    own_tensors,
     patched_class,
     placeholder,
+    readers,
     reclass,
+    stored_format,
 )
 from dami.model import Patch, patched_model_class
 from dami.quantizer import PairQuantizer
 from dami_kernels import LerpWeight, formats
+from dami_kernels.weight import FLOAT_DTYPES
 
 Header = tuple[list[int], str]
 
@@ -99,7 +103,7 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(module, LerpModule):
             lerp = module.lerp
             for name, stored in lerp.stored.items():
-                parameter = module.get_parameter(name)
+                parameter = module.tensor(name)
                 if name not in stored.names:
                     parameter.data = module.as_operand(module.ends(name).unpack()[0].to(parameter.dtype))
                 parameter.data = parameter.data.contiguous()
@@ -152,11 +156,7 @@ def interpolate(
             "dami pack INSTRUCT THINKING -o DIRECTORY, and load what can be offloaded, dami.load_pair(DIRECTORY, …)"
         )
     kinds = {module: kind_of(module) for module in model.modules()}
-    covering: dict[int, type[LerpModule] | None] = {}  # None if any module that holds the parameter has no kind
-    for module, kind in kinds.items():
-        for name, parameter in module._parameters.items():
-            covers = kind is not None and name in PARAMETERS and covering.get(id(parameter), kind[0]) is not None
-            covering[id(parameter)] = kind[0] if kind is not None and covers else None
+    read_by = readers(kinds)
     packed: dict[int, Packed] = {}  # by the id of the base
     refused = []
     for name, tensor in thinking:
@@ -165,20 +165,21 @@ def interpolate(
             target = tensor.detach().to(base.device, base.dtype)
             if torch.equal(base, target):
                 continue
-        covered = covering.get(id(base))
-        if covered is None:
+        reader = read_by[id(base)]
+        chosen = stored_format(format, reader, name, base)
+        if base.dtype not in FLOAT_DTYPES:
             holder, _, local = name.rpartition(".")
-            refused.append(f"{holder or 'the model'} ({type(model.get_submodule(holder)).__name__}): {local}")
+            owner = f"{holder or 'the model'} ({type(model.get_submodule(holder)).__name__})"
+            refused.append(f"{owner}: {local}, as {str(base.dtype).removeprefix('torch.')}")
         else:
-            base_end = covered.as_operand(base.detach()).contiguous()
+            base_end = reader.as_operand(base.detach()).contiguous()
             if isinstance(tensor, LowRank):
-                weight = _adapted(base_end, tensor, format)
+                weight = _adapted(base_end, tensor, chosen)
             else:
-                chosen = format if base.dim() > 1 else "pair"
                 if owned and chosen == "pair":
                     target = target.clone()  # not a view of a file that may change
-                weight = LerpWeight.pack(base_end, covered.as_operand(target).contiguous(), chosen)
-            packed[id(base)] = Packed.of(weight, covered)
+                weight = LerpWeight.pack(base_end, reader.as_operand(target).contiguous(), chosen)
+            packed[id(base)] = Packed.of(weight, reader)
             if owned:
                 base.requires_grad_(False).data = packed[id(base)].base
     if refused:
@@ -191,7 +192,7 @@ def interpolate(
 
 def install(
     model: PreTrainedModel,
-    kinds: Mapping[nn.Module, tuple[type[LerpModule], dict[str, Any]] | None],
+    kinds: Mapping[nn.Module, tuple[type[LerpModule], dict[str, Any]]],
     packed: Mapping[int, Packed],
     invariant: bool = False,
 ) -> PreTrainedModel:
@@ -200,13 +201,17 @@ def install(
     patch = Patch(dial, type(model), [p for p in model.parameters() if p.requires_grad])
     reclass(model, patched_model_class(type(model))).dami_patch = patch  # type: ignore[arg-type]
     model.requires_grad_(False)
+    running = patch.running
     for name, module in list(model.named_modules()):
-        differing = {local: packed[id(base)] for local, base in module._parameters.items() if id(base) in packed}
-        kind = kinds.get(module)
-        if kind is not None and differing:
-            settings = {**kind[1], "invariant": True} if invariant and kind[0] in (LerpLinear, LerpConv1D) else kind[1]
-            lerp = Lerp(dial, type(module), settings, *_place(model, name, module, kind[0]))
-            _patch_module(module, kind[0], lerp, differing)
+        differing = {local: packed[id(base)] for local, base in own_tensors(module) if id(base) in packed}
+        if differing:
+            kind, settings = kinds[module]
+            if invariant and issubclass(kind, (LerpLinear, LerpConv1D, LerpExperts)):
+                settings = {**settings, "invariant": True}
+            place = _place(model, name, module, kind)
+            _patch_module(
+                module, kind, Lerp(dial, type(module), settings, *place, name=name, running=running), differing
+            )
     return model
 
 
@@ -244,13 +249,18 @@ class Packed:
         return cls(weight, base, beside)
 
 
-def _patch_module(module: nn.Module, kind: type[LerpModule], lerp: Lerp, differing: Mapping[str, Packed]) -> None:
-    """Changes a module's class and registers, beside each parameter that differs, what its format stores."""
-    reclass(module, patched_class(kind, lerp.original)).lerp = lerp  # type: ignore[arg-type]
+def _patch_module(original: nn.Module, kind: type[LerpModule], lerp: Lerp, differing: Mapping[str, Packed]) -> None:
+    """Changes a module's class and registers, beside each tensor that differs, what its format stores."""
+    module = reclass(original, patched_class(kind, lerp.original))  # type: ignore[arg-type]
+    module.lerp = lerp
     for name, packed in differing.items():
-        module.get_parameter(name).data = packed.base
+        base = module.tensor(name)
+        base.data = packed.base
         for suffix, parameter in packed.beside.items():
-            module.register_parameter(name + suffix, parameter)
+            if isinstance(base, nn.Parameter):
+                module.register_parameter(name + suffix, parameter)
+            else:
+                module.register_buffer(name + suffix, parameter.data)
         format = packed.weight.format
         lerp.stored[name] = Stored(format, tuple(name + suffix for suffix in formats.get(format).TENSORS))
 
@@ -383,7 +393,7 @@ class Description:
 
 
 def describe(model: PreTrainedModel) -> Description:
-    """Every parameter of a patched model: its kind, its storage format, its bytes, and whether it is interpolated.
+    """Every parameter of a patched model, and every buffer that is interpolated: its kind, its format, its bytes.
 
     `print(describe(model))` shows a table; `.rows` holds the same as data.
 
@@ -396,10 +406,10 @@ def describe(model: PreTrainedModel) -> Description:
     for prefix, module in model.named_modules(remove_duplicate=False):
         lerp = module.lerp if isinstance(module, LerpModule) else None
         added = {name for own, stored in lerp.stored.items() for name in stored.names if name != own} if lerp else set()
-        for name, parameter in module._parameters.items():
-            if parameter is None or name in added:
-                continue
+        for name, parameter in own_tensors(module):
             stored = lerp.stored.get(name) if lerp else None
+            if name in added or not (stored or isinstance(parameter, nn.Parameter)):
+                continue
             names = stored.names if stored else (name,)
             first = rows.get(id(parameter))
             row = ParameterRow(
@@ -408,7 +418,7 @@ def describe(model: PreTrainedModel) -> Description:
                 shape=tuple(parameter.shape),
                 dtype=str(parameter.dtype).removeprefix("torch."),
                 format=stored.format if stored else None,
-                nbytes=0 if first else sum(module.get_parameter(tensor).nbytes for tensor in names),
+                nbytes=0 if first else sum(dict(own_tensors(module))[tensor].nbytes for tensor in names),
                 tied_to=first.name if first else None,
             )
             if first:

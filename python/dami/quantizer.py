@@ -109,31 +109,32 @@ class PairQuantizer(HfQuantizer):
     ) -> None:
         """Patches the model on the meta device, as the headers of the files say what will come."""
         from dami.checkpoints import headers_in
+        from dami.layers import own_tensors, readers
         from dami.patching import Packed, install
 
         headers = {name: header for file in checkpoint_files or () for name, header in headers_in(Path(file)).items()}
         kinds = {module: kind_on_meta(module) for module in model.modules()}
+        read_by = readers(kinds)
         packed: dict[int, Packed] = {}
         faults = []
         for prefix, module in model.named_modules():
-            for local, parameter in module._parameters.items():
+            for local, parameter in own_tensors(module):
                 names = _stored_names(model, f"{prefix}.{local}" if prefix else local)
                 format = next(filter(None, map(self.quantization_config.format_of, names)), None)
-                if parameter is None or format is None or id(parameter) in packed:
+                if format is None or id(parameter) in packed:
                     continue
-                suffixes, kind = formats.get(format).TENSORS, kinds[module]
+                suffixes, kind = formats.get(format).TENSORS, read_by[id(parameter)]
                 found = [next((headers[n + s] for n in names if n + s in headers), None) for s in suffixes]
                 absent = [
                     suffix or "the base" for suffix, header in zip(suffixes, found, strict=True) if header is None
                 ]
-                if kind is None or absent:
-                    why = f"the files lack {', '.join(absent)}" if absent else "no kind fits it"
-                    faults.append(f"{names[0]} ({type(module).__name__}): {why}")
+                if absent:
+                    faults.append(f"{names[0]} ({type(module).__name__}): the files lack {', '.join(absent)}")
                     continue
                 tensors = [_to_come(h, parameter.dtype, s) for s, h in zip(suffixes, found, strict=True) if h]
-                operand = kind[0].as_operand(parameter)
-                weight = LerpWeight(tuple(map(kind[0].as_operand, tensors)), format, operand.shape, operand.dtype)
-                packed[id(parameter)] = Packed.of(weight, kind[0])
+                operand = kind.as_operand(parameter)
+                weight = LerpWeight(tuple(map(kind.as_operand, tensors)), format, operand.shape, operand.dtype)
+                packed[id(parameter)] = Packed.of(weight, kind)
         if faults:
             raise ValueError("\n  ".join(["the packed pair does not fit its model:", *faults]))
         install(model, kinds, packed)
@@ -150,15 +151,15 @@ class PairQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         """What could not be done on the meta device."""
-        from dami.layers import LerpConv1D, LerpModule, placeholder
+        from dami.layers import LerpConv1D, LerpModule, LerpTransposedExperts, placeholder
         from dami.model import Origin
 
         added = set()
         for module in _patched(model):
             for local, stored in module.lerp.stored.items():
-                tensors = [module.get_parameter(name) for name in stored.names]
-                added |= {id(module.get_parameter(name)) for name in _beside(module, local)}
-                if isinstance(module, LerpConv1D):
+                tensors = [module.tensor(name) for name in stored.names]
+                added |= {id(module.tensor(name)) for name in _beside(module, local)}
+                if isinstance(module, (LerpConv1D, LerpTransposedExperts)):
                     for tensor in tensors:
                         tensor.data = module.as_operand(module.as_operand(tensor.data).contiguous())
                 if local not in stored.names:
@@ -199,7 +200,7 @@ def _keep_at_hand(module: nn.Module, name: str) -> None:
             weights.dataset.state_dict[weights.prefix + name] = module.get_parameter(name)
 
 
-def kind_on_meta(module: nn.Module) -> tuple[type[LerpModule], dict[str, Any]] | None:
+def kind_on_meta(module: nn.Module) -> tuple[type[LerpModule], dict[str, Any]]:
     """`kind_of` for a module on the meta device, found on a copy on the CPU that takes no memory."""
     from dami.layers import kind_of, placeholder, with_parameters
 

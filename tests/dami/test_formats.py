@@ -24,7 +24,7 @@ def as_kept(instruct: PreTrainedModel, thinking: PreTrainedModel, format: str) -
     """The ends in float64 after a round trip through the format."""
     ends = copy.deepcopy(instruct).double(), copy.deepcopy(thinking).double()
     kinds = {
-        id(parameter): kind_of(module)[0]  # type: ignore[index]
+        id(parameter): kind_of(module)[0]
         for module in instruct.modules()
         for parameter in module._parameters.values()
         if parameter is not None

@@ -40,23 +40,23 @@ def refused(
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_all_that_differs_and_is_not_covered_is_named(family: str) -> None:
+def test_all_that_differs_and_cannot_be_interpolated_is_named(family: str) -> None:
     model, thinking = pair(family)
     block = "model.layers.0" if family == "llama" else "transformer.h.0"
-    for end, fill in ((model, 0.0), (thinking, 1.0)):
+    for end, fill in ((model, 0), (thinking, 1)):
         layer = end.get_submodule(block)
-        layer.gain = nn.Parameter(torch.full((3,), fill))
-        layer.same = nn.Parameter(torch.ones(3))
+        layer.gain = nn.Parameter(torch.full((3,), fill, dtype=torch.float64))
+        layer.same = nn.Parameter(torch.ones(3, dtype=torch.float64))
         layer.register_buffer("seen", torch.full((2,), fill))
         layer.register_buffer("scratch", torch.full((2,), fill), persistent=False)
-        end.get_submodule(block).norm = nn.LayerNorm((2, 2))
-        end.get_submodule(block).norm.weight.data.fill_(fill)
+        layer.norm = nn.BatchNorm1d(2)
+        layer.norm.num_batches_tracked.fill_(fill)
     name = type(model.get_submodule(block)).__name__
     assert refused(model, thinking, ValueError) == [
         "these tensors differ between the ends and cannot be interpolated:",
-        f"{block} ({name}): gain",
-        f"{block} ({name}): seen",
-        f"{block}.norm (LayerNorm): weight",
+        f"{block} ({name}): gain, as float64",
+        f"{block} ({name}): seen, as int64",
+        f"{block}.norm (BatchNorm1d): num_batches_tracked, as int64",
     ]
 
 

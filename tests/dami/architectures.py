@@ -1,0 +1,208 @@
+"""A tiny random pair of every causal-LM type that transformers knows, and how well a patched pair answers."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import dami
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+LAM = (0.0, 0.37, 1.0, 1.2)
+LENGTHS = (7, 8)
+TOLERANCE = 1e-4
+LAYERS = 2
+VOCABULARY = 96
+
+# sizes by the pattern of their names, first match
+SMALL: dict[str, Any] = {
+    r"n_group|num_expert_group|n_groups|topk_group": 2,
+    r"num_kv_shared_layers|num_nextn_predict_layers": 0,
+    r".*vocab_size.*|unpadded_vocab_size": VOCABULARY,
+    r"num_key_value_heads|num_kv_heads|.*_num_key_value_heads|kv_n_heads|num_query_groups": 2,
+    r"(.*_)?(num_)?(hidden_|decoder_|encoder_)?layers|n_layers?|num_.*_layers|depth": LAYERS,
+    r"(.*_)?(num_)?(attention_)?heads|n_heads?|.*_attention_heads|.*_n_heads|heads_per_ngram": 4,
+    r"hidden_size|d_model|n_embd|dim|embedding_size|.*_hidden_size|emb_dim|embed_dim|embedding_dim|lru_width": 32,
+    r"head_dim|.*_head_dim|d_kv|dim_head|d_head|head_size|attention_head_size|kv_channels": 8,
+    r".*intermediate_size.*|.*ffn_dim|ffn_hidden_size|.*intermediate_dim": 64,
+    r"d_inner|dim_ff|dff|d_ff|mlp_dim|feed_forward_size": 64,
+    r"(moe_)?(num_|n_routed_)?(local_|routed_)?experts": 4,
+    r"num_experts_per_tok(en)?|moe_top_?k|moe_k": 2,
+    r"max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|max_.*_positions|model_max_length": 64,
+}
+
+
+# what the patterns do not get right, by type
+OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
+    "codegen": {"rotary_dim": 4},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4},
+    "longcat_flash": {"qk_head_dim": 16, "head_dim": 8},
+    "nemotron": {"num_key_value_heads": 2},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "gptj": {"rotary_dim": 4},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"head_dim": 16, "n_groups": 2},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "mamba_head_dim": 16},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_embds_dim": [8, 24],
+        "axial_pos_shape": [8, 8],
+        "attn_layers": ["local", "lsh"],
+    },
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "num_hidden_layers": 3,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "num_hidden_layers": 3,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+
+def small(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """A config of a class with every size small, those of its parts too."""
+    own = OWN.get(cls.model_type, {})
+    try:
+        default = cls()
+    except Exception:
+        default = cls(**own)
+    settings: dict[str, Any] = {}
+    for name, value in vars(default).items():
+        if isinstance(value, PreTrainedConfig):
+            settings[name] = small(type(value))
+        elif re.fullmatch(".*_token_id|.*_token_index", name) and isinstance(value, int):
+            settings[name] = value if value < 3 else 3
+        elif (value is None and name == "head_dim") or (isinstance(value, int) and not isinstance(value, bool)):
+            for pattern, number in SMALL.items():
+                if re.fullmatch(pattern, name):
+                    settings[name] = number
+                    break
+    if settings.get("num_key_value_heads") and getattr(default, "kv_lora_rank", None):
+        settings["num_key_value_heads"] = settings["num_attention_heads"]
+    depth = getattr(default, "num_hidden_layers", 0)
+    per_layer = {
+        name: list(dict.fromkeys(value))
+        for name, value in vars(default).items()
+        if isinstance(value, list) and len(value) == depth > 1 and all(isinstance(v, (int, str)) for v in value)
+    }
+    if per_layer:
+        layers = max(LAYERS, *map(len, per_layer.values()))
+        settings["num_hidden_layers"] = layers
+        settings |= {name: (kinds * layers)[:layers] for name, kinds in per_layer.items()}
+    return cls(**{**settings, **own})
+
+
+def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every parameter and floating-point buffer that is stored with a model, tied ones once."""
+    state = {id(t): (name, t) for name, t in reversed(model.state_dict(keep_vars=True).items())}
+    return {name: t for name, t in state.values() if t.is_floating_point()}
+
+
+def pair(cls: type[PreTrainedConfig]) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A random model, and another at some distance from it in every tensor."""
+    torch.manual_seed(1)
+    instruct = AutoModelForCausalLM.from_config(small(cls), dtype=torch.float32).eval()
+    thinking = copy.deepcopy(instruct)
+    with torch.no_grad():
+        for name, base in tensors(instruct).items():
+            base += 0.1 * torch.randn_like(base)
+            tensors(thinking)[name].copy_(base + 0.1 * torch.randn_like(base))
+    return instruct, thinking
+
+
+def merged(instruct: PreTrainedModel, thinking: PreTrainedModel, lam: float) -> PreTrainedModel:
+    """A plain model of the weights at λ, blended in float64 and rounded once."""
+    model = copy.deepcopy(instruct)
+    ends = tensors(thinking)
+    with torch.no_grad():
+        for name, base in tensors(model).items():
+            base.copy_(torch.lerp(base.double(), ends[name].double(), lam))
+    return model
+
+
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over that of `expected`."""
+    if not expected.isfinite().all():
+        raise ArithmeticError("the plain model's own answer is not finite")
+    return ((actual - expected).norm() / expected.norm()).nan_to_num(float("inf")).item()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a patched pair of a type answers.
+
+    Attributes:
+        type: the config's `model_type`.
+        name: the model's class.
+        result: "right", "wrong", "refused" if it takes one λ for a whole batch only, or "not built" if transformers
+            does not build the model from a shrunken config, or does not run it on tokens.
+        error: the worst relative error of a row's logits; None if nothing was computed.
+        reason: what refused it, or failed.
+    """
+
+    type: str
+    name: str
+    result: str
+    error: float | None = None
+    reason: str = ""
+
+
+@torch.no_grad()
+def verdict(cls: type[PreTrainedConfig], lengths: tuple[int, ...] = LENGTHS) -> Verdict:
+    """Runs a pair of a type on a batch at four λ, of these lengths and through `generate`, against merged models."""
+    name = MODEL_FOR_CAUSAL_LM_MAPPING[cls]
+    about = cls.model_type, (name[0] if isinstance(name, tuple) else name).__name__
+    torch.manual_seed(3)
+    inputs = [torch.randint(4, VOCABULARY, (len(LAM), length)) for length in lengths]
+    try:
+        ends = pair(cls)
+        plain = [_answers(merged(*ends, lam), inputs) for lam in LAM]
+    except Exception as error:
+        return Verdict(*about, "not built", reason=_short(error))
+    model = dami.patch_model(*ends)
+    torch.manual_seed(2)
+    worst = distance(model(inputs[0], intensity=LAM[1]).logits, plain[1][0])
+    try:
+        mixed = _answers(model, inputs, intensity=LAM)
+    except ValueError as error:
+        return Verdict(*about, "refused" if worst < TOLERANCE else "wrong", worst, _short(error))
+    for row in range(len(LAM)):
+        worst = max(worst, *(distance(a[row], b[row]) for a, b in zip(mixed, plain[row], strict=True)))
+    return Verdict(*about, "right" if worst < TOLERANCE else "wrong", worst)
+
+
+def _answers(model: PreTrainedModel, inputs: list[Tensor], **intensity: Any) -> list[Tensor]:
+    """The logits for each input, and those of four tokens generated after the first."""
+    answers = []
+    for ids in inputs:
+        torch.manual_seed(2)  # some draw random numbers, for hashes
+        answers.append(model(ids, **intensity).logits)
+    if not model.can_generate():
+        return answers
+    torch.manual_seed(2)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    new = model.generate(inputs[0], output_logits=True, return_dict_in_generate=True, **options, **intensity)
+    return [*answers, torch.stack(new.logits, 1)]
+
+
+def _short(error: Exception) -> str:
+    """The first sentence of an error, without what differs from run to run."""
+    return re.sub(r"\s+", " ", str(error)).split(". ")[0][:160]
