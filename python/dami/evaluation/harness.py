@@ -1,0 +1,72 @@
+"""lm-evaluation-harness with one model more: python -m dami.evaluation.harness --model dami --model_args pair=…,…
+
+Its arguments: `pair`, a packed pair, or `instruct` and `thinking`; `intensity`, a number or "auto"; `format`; and those
+of the harness's own model "hf" that are about batches, lengths and templates.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+
+import dami
+
+
+@register_model("dami")
+class DamiLM(HFLM):
+    """A patched model at one intensity for all requests, or at each request's own with an estimator."""
+
+    def __init__(
+        self,
+        pair: str | None = None,
+        instruct: str | None = None,
+        thinking: str | None = None,
+        intensity: float | str = 0.0,
+        format: str = "pair",
+        device: str | None = None,
+        dtype: str = "auto",
+        **options: Any,
+    ) -> None:
+        """Loads the pair.
+
+        Raises:
+            ValueError: neither one packed pair nor two ends are named, or the intensity is neither a number nor "auto".
+        """
+        ends = [pair] if pair else [instruct, thinking]
+        if not all(ends) or (pair and (instruct or thinking)):
+            raise ValueError(
+                f"pair must be a packed pair, or instruct and thinking two checkpoints, got pair={pair}, "
+                f"instruct={instruct}, thinking={thinking}"
+            )
+        if intensity != "auto":
+            try:
+                intensity = float(intensity)
+            except ValueError as error:
+                raise ValueError(f'intensity must be a number or "auto", got {intensity!r}') from error
+        model, tokenizer = dami.load_pair(*ends, format=None if pair else format, device_map=device, dtype=dtype)  # type: ignore[arg-type]
+        self.intensity = intensity
+        super().__init__(pretrained=model, tokenizer=tokenizer, **options)
+
+    def _turned(self) -> AbstractContextManager[None]:
+        if isinstance(self.intensity, str):
+            raise ValueError('intensity="auto" chooses λ where text is generated; this task asks for likelihoods')
+        return dami.intensity(self.model, self.intensity)
+
+    def _model_call(self, *args: Any, **options: Any) -> Tensor:
+        with self._turned():
+            return super()._model_call(*args, **options)
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+        # The pair's own generation_config.json may have a max_new_tokens, which would go before max_length.
+        options["max_new_tokens"] = max_length - context.shape[1]
+        return super()._model_generate(context, max_length, stop, intensity=self.intensity, **options)
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
