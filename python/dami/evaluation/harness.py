@@ -36,8 +36,7 @@ class DamiLM(HFLM):
         Raises:
             ValueError: neither one packed pair nor two ends are named, or the intensity is neither a number nor "auto".
         """
-        ends = [pair] if pair else [instruct, thinking]
-        if not all(ends) or (pair and (instruct or thinking)):
+        if bool(pair) == bool(instruct and thinking) or (pair and (instruct or thinking)):
             raise ValueError(
                 f"pair must be a packed pair, or instruct and thinking two checkpoints, got pair={pair}, "
                 f"instruct={instruct}, thinking={thinking}"
@@ -47,7 +46,10 @@ class DamiLM(HFLM):
                 intensity = float(intensity)
             except ValueError as error:
                 raise ValueError(f'intensity must be a number or "auto", got {intensity!r}') from error
-        model, tokenizer = dami.load_pair(*ends, format=None if pair else format, device_map=device, dtype=dtype)  # type: ignore[arg-type]
+        loaded: dict[str, Any] = {"device_map": device, "dtype": dtype}
+        if not pair:
+            loaded["format"] = format
+        model, tokenizer = dami.load_pair(str(pair or instruct), thinking, **loaded)
         self.intensity = intensity
         super().__init__(pretrained=model, tokenizer=tokenizer, **options)
 
