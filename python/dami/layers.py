@@ -165,11 +165,13 @@ class LerpModule(nn.Module):
             x = x.of_batch()
         if lam.dim() == 0:
             return x, {"lam": lam}
-        if x.dim() == features:
-            x = x.unsqueeze(0)
-        if x.shape[0] == 1:
+        flat, running = x.dim() <= features + 1, self.lerp.running
+        if x.shape[0] == 1 and not flat:
             x = x.expand(lam.shape[0], *x.shape[1:])
-        if x.shape[0] % lam.shape[0] != 0 or not self.lerp.running.counts(x.shape[0]):
+        count = x.shape[0] if x.dim() > features else 1
+        # rows [n, K] of fewer tokens than all were gathered: nobody knows from where
+        gathered = flat and running.sequences and count % (running.sequences * (running.tokens or 1)) != 0
+        if count % lam.shape[0] != 0 or gathered or not running.counts(count):
             raise ValueError(
                 f"intensity must hold one number per sequence, got {lam.shape[0]} for an input of shape "
                 f"{list(x.shape)} of {self.lerp.name}"

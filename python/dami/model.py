@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor, is_grad_enabled, nn
 
 from dami import dial as dials
 from dami.dial import Dial, as_lam, patch_of
+from dami.independence import check_independence
 from dami.layers import Pass
 from dami.schedules import Course, course_of
 
@@ -56,6 +58,7 @@ class Patch:
     estimator: Estimator | None = None
     course: Course | None = None
     running: Pass = field(default_factory=Pass)
+    checked: bool = False
     origin: Origin = field(default_factory=Origin)
 
 
@@ -111,6 +114,9 @@ def patched_model_class(original: Any) -> type[LerpModel]:
                 "a patched model takes no gradient checkpointing, which would run modules again after λ has changed: "
                 "call model.gradient_checkpointing_disable()"
             )
+        if lam.dim() == 1 and len(lam) > 1 and not self.dami_patch.checked and not torch.compiler.is_compiling():
+            check_independence(self, original.forward)
+            self.dami_patch.checked = True
         running, (batch, tokens) = self.dami_patch.running, _batch(args, kwargs)
         before = dial.lam, running.sequences, running.tokens
         dial.lam, running.sequences, running.tokens = lam, batch, tokens

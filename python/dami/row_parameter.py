@@ -153,6 +153,9 @@ def batch_dim(tensor: Tensor, parameter: RowParameter, func: Any) -> int | None:
     size = tensor.shape[at]
     if size == 1 or size % batch != 0 or not running.counts(size):
         return None
+    flat = tensor.dim() == 2 and func is F.linear  # rows of fewer tokens than all were gathered, nobody knows where
+    if flat and running.sequences and size % (running.sequences * (running.tokens or 1)) != 0:
+        raise ValueError(f"rows of shape {list(tensor.shape)} are not those of all tokens")
     if size == running.tokens and tensor.dim() < 3 and running.sequences != 1:
         raise ValueError(f"a tensor of shape {list(tensor.shape)} may be of {size} sequences or of {size} tokens")
     return at

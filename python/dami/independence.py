@@ -1,0 +1,92 @@
+"""The check before a model runs sequences at several λ: that a λ reaches its own sequence, and no other.
+
+Modules find the λ of a row by its place, and so rely on the batch coming first in every tensor. A model that lays its
+tensors out otherwise, or gathers rows of several sequences, may pass all checks of sizes by coincidence. So the whole
+model is run once on a few tokens with λ = NaN for one of two sequences: NaN must fill that sequence's logits, and must
+not appear in the other's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from dami.dial import Dial
+from dami.layers import LerpModule
+
+LENGTHS = (3, 2)  # another than the number of sequences, and the same
+
+
+def check_independence(model: nn.Module, forward: Any) -> None:
+    """Raises ValueError if a λ reaches another sequence, and names a module where it does.
+
+    What does not run on tokens alone, or not with NaN, is not checked.
+
+    Args:
+        model: a patched model.
+        forward: its class's original forward.
+    """
+    with _undisturbed(model):
+        module = _leaking_module(model, forward)
+    if module is not None:
+        raise ValueError(
+            f"{type(model).__name__} takes one λ for a whole batch only: from {module.lerp.name} "
+            f"({module.lerp.original.__name__}) on rows of several sequences are not told apart"
+        )
+
+
+def _leaking_module(model: nn.Module, forward: Any) -> LerpModule | None:
+    modules = [module for module in model.modules() if isinstance(module, LerpModule)]
+    if not _leaks(model, forward, modules):
+        return None
+    while len(modules) > 1:  # the last of those that leak: an earlier one's NaN may pass through it
+        half = len(modules) // 2
+        modules = modules[half:] if _leaks(model, forward, modules[half:]) else modules[:half]
+    return modules[0]
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Nobody who listens to a model is to hear of the check, and no running statistics are to change."""
+    kept = [(m, m._forward_hooks, m._forward_pre_hooks, m.training) for m in model.modules()]
+    try:
+        for module, *_ in kept:
+            module._forward_hooks, module._forward_pre_hooks, module.training = OrderedDict(), OrderedDict(), False
+        yield
+    finally:
+        for module, hooks, pre_hooks, training in kept:
+            module._forward_hooks, module._forward_pre_hooks, module.training = hooks, pre_hooks, training
+
+
+@torch.no_grad()
+def _leaks(model: Any, forward: Any, modules: Sequence[LerpModule]) -> bool:
+    """Whether λ = NaN for one sequence in these modules reaches the other sequence's logits."""
+    running, everyone = model.dami_patch.running, [m for m in model.modules() if isinstance(m, LerpModule)]
+    dials, names = [module.lerp.dial for module in everyone], inspect.signature(forward).parameters
+    before = running.sequences, running.tokens
+    try:
+        for length in LENGTHS:
+            ids = 3 + torch.arange(2 * length, device=model.device).view(2, length)
+            inputs = {name: ids for name in ("input_ids", "decoder_input_ids") if name in names}
+            for lam in ([0.0, float("nan")], [float("nan"), 0.0]):
+                at_rest, poisoned = (Dial(torch.tensor(each, device=model.device)) for each in ([0.0, 0.0], lam))
+                for module in everyone:
+                    module.lerp.dial = poisoned if module in modules else at_rest
+                running.sequences, running.tokens = 2, length
+                try:
+                    logits = forward(model, **inputs, **({"use_cache": False} if "use_cache" in names else {})).logits
+                except Exception:
+                    continue
+                if logits[lam.index(0.0)].isnan().any():
+                    return True
+        return False
+    finally:
+        running.sequences, running.tokens = before
+        for module, dial in zip(everyone, dials, strict=True):
+            module.lerp.dial = dial

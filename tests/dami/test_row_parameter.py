@@ -1,0 +1,313 @@
+"""Modules of any kind inside a model: right for each row at its λ, or refused by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import dami
+import pytest
+import torch
+import torch.nn.functional as F
+from dami.row_parameter import RULES, RowParameter, rule
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tests.dami.architectures import merged
+from tests.dami.families import VOCABULARY, pair
+
+LAM = [0.0, 0.37, 1.0, 1.2]
+WIDTH = 24
+
+
+class Block(nn.Module):
+    """Computes something of [B, T, 24], with random parameters."""
+
+    def __init__(self, **shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+
+
+class Decay(Block):
+    """A parameter used as state-space models do: reshaped, in an exponent, in another dtype, on a part of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__(A_log=(4,), dt_bias=(4,), D=(4,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (4, 6))
+        decay = -torch.exp(self.A_log.float())[None, None, :, None]
+        dt = F.softplus(heads.mean(-1) + self.dt_bias)
+        return (torch.exp(decay * dt[..., None]) * heads + heads * self.D[..., None]).flatten(2)
+
+
+class Convolved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=2, groups=WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
+
+
+class Step(Block):
+    """One step of a convolution on its cached state, as decoding has it."""
+
+    def __init__(self) -> None:
+        super().__init__(kernel=(WIDTH, 1, 3), bias=(WIDTH,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x[:, :3].transpose(1, 2)
+        y = (state * self.kernel.squeeze(1)).sum(-1) + self.bias
+        return x + y[:, None]
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.group, self.batch, self.layer = nn.GroupNorm(3, WIDTH), nn.BatchNorm1d(WIDTH), nn.LayerNorm((2, 12))
+        self.batch.running_mean = torch.randn(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.batch(self.group(x.transpose(1, 2))).transpose(1, 2)
+        return self.layer(y.unflatten(-1, (2, 12))).flatten(2)
+
+
+class Sinks(Block):
+    """What is expanded to the batch, with and without a dimension for it, and what has one value only."""
+
+    def __init__(self) -> None:
+        super().__init__(sinks=(6,), token=(1, 1, WIDTH), scale=())
+
+    def forward(self, x: Tensor) -> Tensor:
+        sinks = self.sinks.reshape(1, -1, 1).expand(len(x), -1, x.shape[1]).transpose(1, 2)
+        joint = torch.cat([x, sinks, self.token.repeat(len(x), x.shape[1], 1)], -1).softmax(-1)
+        return joint[..., :WIDTH] * self.scale
+
+
+class InPlace(Block):
+    def __init__(self) -> None:
+        super().__init__(gain=(WIDTH,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.clone()
+        y *= self.gain
+        return y
+
+
+class Positions(Block):
+    """Combined with constants before it meets the batch."""
+
+    def __init__(self) -> None:
+        super().__init__(slopes=(4, 1), table=(32, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.slopes * torch.arange(x.shape[1])
+        return (x.unflatten(-1, (4, 6)) + bias.t()[..., None]).flatten(2) + self.table[torch.arange(x.shape[1])]
+
+
+class Buffers(nn.Module):
+    shift: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.randn(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift
+
+
+class Router(Block):
+    """A linear layer in all but name, on all tokens in one dimension, and the same by heads."""
+
+    def __init__(self) -> None:
+        super().__init__(weight=(WIDTH, WIDTH), heads=(4, 6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x.reshape(-1, WIDTH), self.weight)
+        heads = torch.bmm(y.view(-1, 4, 6).transpose(0, 1), self.heads)
+        return heads.transpose(0, 1).reshape(x.shape)
+
+
+class Foreign(nn.Module):
+    """Reads another module's weight, which stands at λ = 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.inner.weight.dtype), self.inner.weight) @ self.inner.weight.t()
+
+
+class Gathering(nn.Module):
+    """Experts of the old kind: a list of layers, each called on the rows of some tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 2)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, WIDTH)
+        chosen, y = self.gate(flat).argmax(-1), torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            rows = torch.where(chosen == number)[0]
+            y[rows] = expert(flat[rows])
+        return y.view(x.shape)
+
+
+class TimeFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.transpose(0, 1)).transpose(0, 1)
+
+
+class Permuted(TimeFirst):
+    """As many rows as there are tokens, in another order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = torch.arange(len(x) * x.shape[1]).flip(0)
+        return self.inner(x.reshape(-1, WIDTH)[order])[order].view(x.shape)
+
+
+class Quantile(Block):
+    """What torch cannot vmap."""
+
+    def __init__(self) -> None:
+        super().__init__(gain=(WIDTH,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain.sort().values[int(self.gain.argmax().item())]
+
+
+class Rectified(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.PReLU(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x.transpose(1, 2)).transpose(1, 2)
+
+
+def ends_with(block: Callable[[], nn.Module]) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Two models with such a block in the place of the first layer's MLP."""
+    ends = pair("llama")
+    for end in ends:
+        end.model.layers[0].mlp = block().eval()
+        with torch.no_grad():
+            for parameter in end.model.layers[0].mlp.parameters():
+                parameter += 0.3 * torch.randn_like(parameter)
+    return ends
+
+
+def assert_right(block: Callable[[], nn.Module], length: int, intensity: Any = LAM) -> None:
+    ends = ends_with(block)
+    ids = torch.randint(3, VOCABULARY, (4, length))
+    plain = [merged(*ends, lam)(ids).logits for lam in LAM]
+    model = dami.patch_model(*ends)
+    logits = model(ids, intensity=intensity).logits
+    for row, lam in enumerate(intensity if isinstance(intensity, list) else [intensity] * 4):
+        torch.testing.assert_close(logits[row], plain[LAM.index(lam)][row], rtol=1e-4, atol=1e-5)
+    dami.unpatch_model(model)
+    torch.testing.assert_close(model(ids).logits, plain[0])
+
+
+BLOCKS = [Decay, Convolved, Step, Normed, Sinks, InPlace, Positions, Buffers, Router, Foreign, Rectified]
+
+
+@pytest.mark.parametrize("length", [7, 8])
+@pytest.mark.parametrize("block", BLOCKS)
+@torch.no_grad()
+def test_each_row_is_that_of_the_model_merged_at_its_lam(block: type[nn.Module], length: int) -> None:
+    assert_right(block, length)
+
+
+@pytest.mark.parametrize("block", [*BLOCKS, Gathering, TimeFirst, Permuted, Quantile])
+@torch.no_grad()
+def test_at_one_lam_anything_is_right(block: type[nn.Module]) -> None:
+    assert_right(block, 7, 0.37)
+
+
+@pytest.mark.parametrize("length", [4, 7, 8, 12])
+@pytest.mark.parametrize("block", [Gathering, TimeFirst, Permuted])
+@torch.no_grad()
+def test_rows_out_of_order_are_refused(block: type[nn.Module], length: int) -> None:
+    model = dami.patch_model(*ends_with(block))
+    ids = torch.randint(3, VOCABULARY, (4, length))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"layers\.0\.mlp\.(inner|experts)"):
+            model(ids, intensity=LAM)
+
+
+@torch.no_grad()
+def test_what_cannot_be_run_for_each_sequence_is_named() -> None:
+    model = dami.patch_model(*ends_with(Quantile))
+    with pytest.raises(
+        ValueError, match=r"mlp\.gain cannot have one λ per sequence in .*item.* one λ for the whole batch"
+    ):
+        model(torch.randint(3, VOCABULARY, (4, 7)), intensity=LAM)
+
+
+@torch.no_grad()
+def test_sequences_and_tokens_that_cannot_be_told_apart_are_refused() -> None:
+    model = dami.patch_model(*ends_with(Positions))
+    with pytest.raises(ValueError, match=r"slopes cannot have .* shape \[4\] may be of 4 sequences or of 4 tokens"):
+        model(torch.randint(3, VOCABULARY, (4, 4)), intensity=LAM)
+
+
+@pytest.fixture
+def _rules() -> Iterator[None]:
+    before = dict(RULES)
+    yield
+    RULES.clear()
+    RULES.update(before)
+
+
+@pytest.mark.usefixtures("_rules")
+@torch.no_grad()
+def test_a_rule_takes_the_place_of_a_function() -> None:
+    called = []
+
+    @rule(F.prelu)
+    def prelu(input: Tensor, weight: Any) -> Any:
+        called.append(weight)
+        rows = weight.rows.view(len(input), -1, *[1] * (input.dim() - 2))
+        return torch.where(input > 0, input, rows * input)
+
+    assert_right(Rectified, 7)
+    assert isinstance(called[0], RowParameter)
+
+
+@torch.no_grad()
+def test_a_model_at_rest_shows_its_base() -> None:
+    ends = ends_with(Decay)
+    base = ends[0].model.layers[0].mlp.A_log
+    model = dami.patch_model(*ends)
+    block = model.model.layers[0].mlp
+    assert block.A_log is base
+    assert model.get_parameter("model.layers.0.mlp.A_log") is base
+    with dami.intensity(model, 1.0):
+        assert torch.equal(block.A_log, ends[1].model.layers[0].mlp.A_log)
+    with dami.intensity(model, LAM):
+        assert repr(block.A_log) == "RowParameter(model.layers.0.mlp.A_log, [4], λ [4])"
+        assert repr(copy.copy(model.lm_head.weight)).startswith("Parameter")
+
+
+def test_gradients_reach_intensity_through_any_parameter() -> None:
+    ends = ends_with(Decay)
+    ids = torch.randint(3, VOCABULARY, (2, 7))
+    lam = torch.tensor([0.2, 0.7], requires_grad=True)
+    states, wanted = [dict(end.named_parameters()) for end in ends], []
+    for row in range(2):
+        mine = lam[row].detach().requires_grad_()
+        weights = {name: torch.lerp(base, states[1][name], mine) for name, base in states[0].items()}
+        logits = torch.func.functional_call(ends[0], weights, (ids[row : row + 1],)).logits
+        wanted.append(torch.autograd.grad(logits.square().sum(), mine)[0])
+    dami.patch_model(*ends)(ids, intensity=lam).logits.square().sum().backward()
+    torch.testing.assert_close(lam.grad, torch.stack(wanted), rtol=1e-3, atol=0)
