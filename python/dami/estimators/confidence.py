@@ -1,0 +1,108 @@
+"""λ from confidence, nothing trained: how sure is the instruct end of a short answer, and does the other end agree?
+
+The confidence in a trial answer, as the geometric mean of its tokens' probabilities, is DEER's (arXiv 2504.15895); what
+λ is made of it is ours. The two ends are two rows of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dami.chat import end_tokens
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What the two ends say of a greedy trial answer by the instruct end: means over its tokens, float32 [B] each.
+
+    Attributes:
+        confidence: geometric mean of the tokens' probabilities at the instruct end, in (0, 1].
+        thinking_confidence: likewise at the thinking end, of the same tokens.
+        entropy: of the instruct end's next-token distribution, in nats.
+        divergence: Jensen–Shannon divergence of the ends' next-token distributions, in nats, at most ln 2.
+    """
+
+    confidence: Tensor
+    thinking_confidence: Tensor
+    entropy: Tensor
+    divergence: Tensor
+
+    @property
+    def gap(self) -> Tensor:
+        """How much likelier the tokens are to the instruct end than to the thinking end, in nats per token."""
+        return self.confidence.log() - self.thinking_confidence.log()
+
+
+@torch.no_grad()
+def signals(model: Any, batch: Mapping[str, Tensor], tokens: int) -> Signals:
+    """Generates a trial answer of at most so many tokens for every prompt, at λ=0, and reads it at both ends at once.
+
+    Args:
+        model: a patched model.
+        batch: `input_ids` [B, T], padded on the left, and `attention_mask` [B, T] if there is padding.
+        tokens: at least 1.
+
+    Raises:
+        ValueError: the batch has no `input_ids`.
+    """
+    if "input_ids" not in batch:
+        raise ValueError(f"batch must have input_ids for a trial answer, got {sorted(batch)}")
+    prompts = batch["input_ids"]
+    seen = batch.get("attention_mask", torch.ones_like(prompts))
+    trial = model.generate(
+        input_ids=prompts, attention_mask=seen, intensity=0.0, do_sample=False, max_new_tokens=tokens, num_beams=1,
+        num_return_sequences=1,
+    )  # fmt: skip
+    answer = trial[:, prompts.shape[1] :]
+    ended = torch.isin(answer, end_tokens(model).to(answer.device)).int()
+    said = ended.cumsum(1) - ended == 0  # up to the first end token, and with it
+    lam = torch.tensor([0.0, 1.0], device=prompts.device).repeat_interleave(len(prompts))
+    logits = model(
+        input_ids=trial.repeat(2, 1), attention_mask=torch.cat([seen, said.to(seen.dtype)], 1).repeat(2, 1),
+        intensity=lam, logits_to_keep=answer.shape[1] + 1,
+    ).logits.unflatten(0, (2, -1))  # fmt: skip
+    sums = torch.zeros(4, len(prompts), device=prompts.device)
+    for step in range(answer.shape[1]):  # one position at a time: float32 logits of all would take much memory
+        logs = logits[:, :, step].float().log_softmax(-1)
+        of_token = logs.gather(2, answer[None, :, step, None].expand(2, -1, 1)).squeeze(2)
+        middle = torch.logaddexp(logs[0], logs[1]) - torch.log(torch.tensor(2.0))
+        divergence = 0.5 * (logs.exp() * (logs - middle)).sum((0, 2))
+        entropy = -(logs[0].exp() * logs[0]).sum(-1)
+        sums += torch.stack([*of_token, entropy, divergence]) * said[:, step]
+    means = sums / said.sum(1)
+    return Signals(means[0].exp(), means[1].exp(), means[2], means[3])
+
+
+@dataclass(frozen=True)
+class ConfidenceEstimator:
+    """λ = low + (high − low) (1 − cᵏ), with c the instruct end's confidence in a trial answer: no training, no labels.
+
+    1 − cᵏ is the chance that of k tokens, each as sure as the trial's are on average, at least one would be another if
+    they were drawn. A sure instruct end answers itself; an unsure one is made to think.
+
+    Attributes:
+        tokens: of the trial answer, at most: what an estimate costs, beside one pass over it at both ends.
+        doubt: k. Larger means more thinking for all but the surest.
+        low, high: λ where c is 1 and where it is 0.
+    """
+
+    tokens: int = 20
+    doubt: float = 4.0
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
+            raise ValueError(f"tokens must be a positive integer, got {self.tokens!r}")
+        if not self.doubt > 0:
+            raise ValueError(f"doubt must be positive, got {self.doubt!r}")
+
+    def estimate(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """λ of every prompt, float32 [B]; as `Estimator` says."""
+        doubt = 1 - signals(model, batch, self.tokens).confidence ** self.doubt
+        return self.low + (self.high - self.low) * doubt
