@@ -9,11 +9,11 @@ patch off gives back the very same modules.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -207,7 +207,8 @@ class LerpModule(nn.Module):
         missing[:] = [name for name in missing if name.removeprefix(prefix) not in self.placeholders()]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (_kind_of(type(self)), self.lerp.original), self.__dict__
+        model = "dami_patch" in self.__dict__  # it has parameters of its own
+        return _rebuild, (_kind_of(type(self)), self.lerp.original, model), self.__dict__
 
 
 class LerpLinear(LerpModule, nn.Linear):
@@ -451,21 +452,29 @@ def _reaches(kind: type[LerpModule], module: nn.Module) -> bool:
     return False
 
 
-@cache
-def patched_class(kind: type[LerpModule], original: type[nn.Module]) -> type[LerpModule]:
+@functools.cache
+def patched_class(kind: type[LerpModule], original: Any) -> type[LerpModule]:
     """The class of a patched module: a subclass of the original's whose innermost forward is the kind's."""
     if original is kind.original:
         return kind
     # a subclass keeps its own forward, which calls its parent's; a norm's forward is replaced as a whole
     bases = (kind, original) if kind.original is None else (original, kind)
-    return type(f"Lerp{original.__name__}", bases, {"__module__": original.__module__})
+    members: dict[str, Any] = {"__module__": original.__module__}
+    if kind is LerpParameters:
+        forward = functools.wraps(original.forward)(lambda self, *args, **options: kind.forward(self, *args, **options))
+        members["forward"] = forward  # transformers reads signatures
+    return type(f"Lerp{original.__name__}", bases, members)
 
 
 def _kind_of(cls: type[LerpModule]) -> type[LerpModule]:
     return next(base for base in cls.__mro__ if base in KINDS)
 
 
-def _rebuild(kind: type[LerpModule], original: type[nn.Module]) -> LerpModule:
+def _rebuild(kind: type[LerpModule], original: Any, model: bool) -> LerpModule:
+    from dami.model import patched_model_class
+
+    if model:
+        original = patched_model_class(original)
     cls = patched_class(kind, original)  # type: ignore[arg-type]  # mypy takes a class for its instance
     return cls.__new__(cls)
 

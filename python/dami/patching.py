@@ -208,10 +208,9 @@ def install(
             kind, settings = kinds[module]
             if invariant and issubclass(kind, (LerpLinear, LerpConv1D, LerpExperts)):
                 settings = {**settings, "invariant": True}
+            original = patch.original if module is model else type(module)
             place = _place(model, name, module, kind)
-            _patch_module(
-                module, kind, Lerp(dial, type(module), settings, *place, name=name, running=running), differing
-            )
+            _patch_module(module, kind, Lerp(dial, original, settings, *place, name=name, running=running), differing)
     return model
 
 
@@ -251,7 +250,7 @@ class Packed:
 
 def _patch_module(original: nn.Module, kind: type[LerpModule], lerp: Lerp, differing: Mapping[str, Packed]) -> None:
     """Changes a module's class and registers, beside each tensor that differs, what its format stores."""
-    module = reclass(original, patched_class(kind, lerp.original))  # type: ignore[arg-type]
+    module = reclass(original, patched_class(kind, type(original)))  # type: ignore[arg-type]
     module.lerp = lerp
     for name, packed in differing.items():
         base = module.tensor(name)

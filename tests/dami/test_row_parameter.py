@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -297,6 +298,23 @@ def test_a_model_at_rest_shows_its_base() -> None:
     with dami.intensity(model, LAM):
         assert repr(block.A_log) == "RowParameter(model.layers.0.mlp.A_log, [4], λ [4])"
         assert repr(copy.copy(model.lm_head.weight)).startswith("Parameter")
+
+
+@torch.no_grad()
+def test_a_model_with_parameters_of_its_own_is_copied_generates_and_comes_back() -> None:
+    ends = pair("llama")
+    for end, value in zip(ends, (0.0, 1.0), strict=True):
+        end.bias = nn.Parameter(torch.full((1,), value))
+    model = dami.patch_model(*ends)
+    names = {row.name: row.kind for row in dami.describe(model).rows}
+    assert names["bias"] == "parameters"
+    ids = torch.randint(3, VOCABULARY, (4, 7))
+    tokens = model.generate(ids, intensity=LAM, max_new_tokens=3, do_sample=False)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other.generate(ids, intensity=LAM, max_new_tokens=3, do_sample=False), tokens)
+        with dami.intensity(other, 0.5):
+            assert other.bias == 0.5
+        assert type(dami.unpatch_model(other)) is type(ends[1])
 
 
 def test_gradients_reach_intensity_through_any_parameter() -> None:
