@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -114,9 +115,13 @@ def patched_model_class(original: Any) -> type[LerpModel]:
                 "a patched model takes no gradient checkpointing, which would run modules again after λ has changed: "
                 "call model.gradient_checkpointing_disable()"
             )
-        if lam.dim() == 1 and len(lam) > 1 and not self.dami_patch.checked and not torch.compiler.is_compiling():
-            check_independence(self, original.forward)
-            self.dami_patch.checked = True
+        if lam.dim() == 1 and len(lam) > 1:
+            media = [n for n in kwargs if MEDIA.search(n) and n != self.main_input_name and kwargs[n] is not None]
+            if media:
+                raise ValueError(f"{media[0]} takes one intensity for the batch: whose it is, its shape does not tell")
+            if not self.dami_patch.checked and not torch.compiler.is_compiling():
+                check_independence(self, original.forward)
+                self.dami_patch.checked = True
         running, (batch, tokens) = self.dami_patch.running, _batch(args, kwargs)
         before = dial.lam, running.sequences, running.tokens
         dial.lam, running.sequences, running.tokens = lam, batch, tokens
@@ -184,6 +189,7 @@ def attach(model: M, estimator: Estimator | None) -> M:
     return model
 
 
+MEDIA = re.compile("pixel|image|video|audio|input_features|input_values")
 INPUTS = ("inputs", "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from dami.row_parameter import RULES, RowParameter, rule
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GitConfig, PreTrainedModel
 
+from tests.dami import architectures
 from tests.dami.architectures import merged
 from tests.dami.families import VOCABULARY, pair
 
@@ -329,3 +330,14 @@ def test_gradients_reach_intensity_through_any_parameter() -> None:
         wanted.append(torch.autograd.grad(logits.square().sum(), mine)[0])
     dami.patch_model(*ends)(ids, intensity=lam).logits.square().sum().backward()
     torch.testing.assert_close(lam.grad, torch.stack(wanted), rtol=1e-3, atol=0)
+
+
+@torch.no_grad()
+def test_images_take_one_lam_for_the_batch() -> None:
+    """How many are of which sequence is not in their shape."""
+    model = dami.patch_model(*architectures.pair(GitConfig))
+    ids = torch.randint(4, architectures.VOCABULARY, (2, 7))
+    images = torch.randn(2, 3, 32, 32)
+    model(ids, pixel_values=images, intensity=0.5)
+    with pytest.raises(ValueError, match="pixel_values takes one intensity for the batch"):
+        model(ids, pixel_values=images, intensity=[0.0, 1.0])
