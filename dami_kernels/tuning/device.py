@@ -33,6 +33,11 @@ class Device:
         """Whether its matrix instructions work on 64 rows or more and run on their own: wgmma and tcgen05."""
         return self.arch in ("sm_90", "sm_100", "sm_103")
 
+    @property
+    def has_tensor_memory(self) -> bool:
+        """Whether sums are kept in a memory of their own, from which they come back into registers: tcgen05."""
+        return self.arch in ("sm_100", "sm_103")
+
 
 H100 = Device("sm_90", processors=132, shared=232448)
 

@@ -66,7 +66,7 @@ def linear_candidates(M: int, N: int, K: int, dtype: torch.dtype, format: str, d
         for tile in _tiles(rows, K, dtype, format, device):
             config = _config(M, N, K, dtype, format, device, [tile])
             splits = {max(1, config.split_k // 2), config.split_k, config.split_k * 2}
-            stages = {2, config.num_stages, config.num_stages + 1}
+            stages = {2, config.num_stages, min(config.num_stages + 1, 4)}
             candidates += [
                 replace(config, split_k=split_k, num_stages=num_stages)
                 for split_k in sorted(splits)
@@ -143,8 +143,15 @@ def _config(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Dev
     while split_k * programs(tile) < enough and split_k * 2 <= most:
         split_k *= 2
     aligned = K % 16 == 0
-    # Beside the registers that dequantising takes, or a sum of 256 rows, two sums of 128 by 128 would spill.
-    mixed_m = min(block_m, 64) if block_n == 128 and (block_m == 256 or format != "pair") else block_m
+    mixed_m = block_m
+    if block_n == 128 and (block_m == 256 or format != "pair" or device.has_tensor_memory):
+        # Two sums of 128 by 128 would spill beside the registers that dequantising takes, or a sum of 256 rows; or where
+        # both come back from tensor memory at once.
+        mixed_m = min(block_m, 64)
+    elif device.has_tensor_memory and not aligned:  # loads pass through registers, too
+        mixed_m = min(block_m, 128 // dtype.itemsize)
+    # Two ends to dequantise, for two sums that come back from tensor memory at once.
+    crowded = device.has_tensor_memory and format == "w8d4" and block_m == 32
     return LinearConfig(
         block_m=block_m,
         block_n=block_n,
@@ -154,7 +161,7 @@ def _config(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Dev
         # While one tile holds all rows, reading the weights takes longer than multiplying them twice; and for few rows
         # blending them does.
         use_blend=32 < block_m < M,
-        num_warps=8 if block_m * block_n * dtype.itemsize >= (128 if aligned else 64) * 64 * 2 else 4,
+        num_warps=8 if block_m * block_n * dtype.itemsize >= (128 if aligned else 64) * 64 * 2 or crowded else 4,
         num_stages=_stages(_stage_bytes(tile, dtype), device) if aligned else 2,
     )
 
