@@ -145,8 +145,8 @@ def _config(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Dev
     aligned = K % 16 == 0
     mixed_m = block_m
     if block_n == 128 and (block_m == 256 or format != "pair" or device.has_tensor_memory):
-        # Two sums of 128 by 128 would spill beside the registers that dequantising takes, or a sum of 256 rows; or where
-        # both come back from tensor memory at once.
+        # Two sums of 128 by 128 would spill beside the registers that dequantising takes, or a sum of 256 rows; or
+        # where both come back from tensor memory at once.
         mixed_m = min(block_m, 64)
     elif device.has_tensor_memory and not aligned:  # loads pass through registers, too
         mixed_m = min(block_m, 128 // dtype.itemsize)
