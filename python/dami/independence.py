@@ -20,7 +20,9 @@ from torch import nn
 from dami.dial import Dial
 from dami.layers import LerpModule
 
-LENGTHS = (3, 2)  # another than the number of sequences, and the same
+NAN = float("nan")
+# tokens, more than there are sequences, as many, and a step of decoding; and the sequence at NaN
+RUNS = tuple((length, poisoned) for length in (3, 2, 1) for poisoned in (1, 0))
 
 
 def check_independence(model: nn.Module, forward: Any) -> None:
@@ -71,20 +73,20 @@ def _leaks(model: Any, forward: Any, modules: Sequence[LerpModule]) -> bool:
     dials, names = [module.lerp.dial for module in everyone], inspect.signature(forward).parameters
     before = running.sequences, running.tokens
     try:
-        for length in LENGTHS:
+        for length, poisoned in RUNS:
             ids = 3 + torch.arange(2 * length, device=model.device).view(2, length)
             inputs = {name: ids for name in ("input_ids", "decoder_input_ids") if name in names}
-            for lam in ([0.0, float("nan")], [float("nan"), 0.0]):
-                at_rest, poisoned = (Dial(torch.tensor(each, device=model.device)) for each in ([0.0, 0.0], lam))
-                for module in everyone:
-                    module.lerp.dial = poisoned if module in modules else at_rest
-                running.sequences, running.tokens = 2, length
-                try:
-                    logits = forward(model, **inputs, **({"use_cache": False} if "use_cache" in names else {})).logits
-                except Exception:
-                    continue
-                if logits[lam.index(0.0)].isnan().any():
-                    return True
+            lam = torch.zeros(2, device=model.device)
+            at_rest, turned = Dial(lam), Dial(lam.index_fill(0, torch.tensor([poisoned], device=lam.device), NAN))
+            for module in everyone:
+                module.lerp.dial = turned if module in modules else at_rest
+            running.sequences, running.tokens = 2, length
+            try:
+                logits = forward(model, **inputs, **({"use_cache": False} if "use_cache" in names else {})).logits
+            except Exception:
+                continue
+            if logits[1 - poisoned].isnan().any():
+                return True
         return False
     finally:
         running.sequences, running.tokens = before

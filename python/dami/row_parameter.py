@@ -135,6 +135,9 @@ ALIGNED = re.compile(
     r"_*[ri]?(add|sub|rsub|mul|div|truediv|true_divide|pow|maximum|minimum|where|lerp|matmul|bmm|baddbmm)_*"
 )
 
+# where a first dimension that is split into sequences would be counted from the start of each
+ALONG = re.compile(r"_*(index_\w+|scatter\w*|gather|take\w*|put|roll|flip|sort|cumsum|cumprod)_*")
+
 
 def batch_dim(tensor: Tensor, parameter: RowParameter, func: Any) -> int | None:
     """Which dimension of an ordinary tensor is the batch: the first, as a rule; None if it is no tensor of the batch.
@@ -179,6 +182,9 @@ def _vmapped(func: Any, args: Any, kwargs: Any) -> Any:
             at = found
             mapped[index] = leaf.unflatten(at, (len(first.lam), -1)).movedim(at, 0)
             per_sequence = mapped[index].shape[1 + at]
+
+    if per_sequence and ALONG.fullmatch(func.__name__):
+        raise ValueError("it may work along the batch")
 
     def one(*tensors: Tensor) -> Any:
         inner = list(leaves)

@@ -50,7 +50,7 @@ OWN: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
-    "longcat_flash": {"qk_head_dim": 16, "head_dim": 8},
+    "longcat_flash": {"qk_head_dim": 16, "head_dim": 8, "zero_expert_num": 2},
     "nemotron": {"num_key_value_heads": 2},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
     "gptj": {"rotary_dim": 4},
