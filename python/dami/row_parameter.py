@@ -156,7 +156,8 @@ def batch_dim(tensor: Tensor, parameter: RowParameter, func: Any) -> int | None:
     size = tensor.shape[at]
     if size == 1 or size % batch != 0 or not running.counts(size):
         return None
-    flat = tensor.dim() == 2 and func is F.linear  # rows of fewer tokens than all were gathered, nobody knows where
+    # rows of fewer tokens than all were gathered, nobody knows where
+    flat = tensor.dim() == 2 and re.fullmatch("_*r?(linear|matmul|mm|addmm)_*", func.__name__) is not None
     if flat and running.sequences and size % (running.sequences * (running.tokens or 1)) != 0:
         raise ValueError(f"rows of shape {list(tensor.shape)} are not those of all tokens")
     if size == running.tokens and tensor.dim() < 3 and running.sequences != 1:

@@ -161,6 +161,19 @@ class Gathering(nn.Module):
         return y.view(x.shape)
 
 
+class Transposed(nn.Linear):
+    """A linear layer that no kind's operator takes the place of."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.t()
+
+
+class GatheringToo(Gathering):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(Transposed(WIDTH, WIDTH, bias=False) for _ in range(2))
+
+
 class TimeFirst(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -230,14 +243,14 @@ def test_each_row_is_that_of_the_model_merged_at_its_lam(block: type[nn.Module],
     assert_right(block, length)
 
 
-@pytest.mark.parametrize("block", [*BLOCKS, Gathering, TimeFirst, Permuted, Quantile])
+@pytest.mark.parametrize("block", [*BLOCKS, Gathering, GatheringToo, TimeFirst, Permuted, Quantile])
 @torch.no_grad()
 def test_at_one_lam_anything_is_right(block: type[nn.Module]) -> None:
     assert_right(block, 7, 0.37)
 
 
 @pytest.mark.parametrize("length", [4, 7, 8, 12])
-@pytest.mark.parametrize("block", [Gathering, TimeFirst, Permuted])
+@pytest.mark.parametrize("block", [Gathering, GatheringToo, TimeFirst, Permuted])
 @torch.no_grad()
 def test_rows_out_of_order_are_refused(block: type[nn.Module], length: int) -> None:
     model = dami.patch_model(*ends_with(block))
