@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,10 +104,10 @@ class RowParameter(Tensor):
         kwargs = kwargs or {}
         if func in METADATA:
             return super().__torch_function__(func, types, args, kwargs)
-        leaves, _ = tree_flatten((args, kwargs))
-        first = next(leaf for leaf in leaves if isinstance(leaf, RowParameter))
-        if first.lam.dim() == 0:
-            args, kwargs = tree_map(lambda leaf: leaf.rows if isinstance(leaf, RowParameter) else leaf, (args, kwargs))
+        blended = partial(tree_map, lambda x: x.rows if isinstance(x, RowParameter) and x.lam.dim() == 0 else x)
+        args, kwargs = blended(args), blended(kwargs)
+        first = next((leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, RowParameter)), None)
+        if first is None:
             return func(*args, **kwargs)
         try:
             result = RULES[func](*args, **kwargs) if func in RULES else NotImplemented
@@ -180,6 +181,8 @@ def _vmapped(func: Any, args: Any, kwargs: Any) -> Any:
         elif isinstance(leaf, Tensor) and (found := batch_dim(leaf, first, func)) is not None:
             if leaf.dim() < first.dim():
                 raise ValueError(f"a tensor of the batch, {list(leaf.shape)}, has fewer dimensions than the parameter")
+            if per_sequence and found != at:
+                raise ValueError("the batch is not in one place in all its arguments")
             at = found
             mapped[index] = leaf.unflatten(at, (len(first.lam), -1)).movedim(at, 0)
             per_sequence = mapped[index].shape[1 + at]

@@ -345,6 +345,30 @@ def test_gradients_reach_intensity_through_any_parameter() -> None:
     torch.testing.assert_close(lam.grad, torch.stack(wanted), rtol=1e-3, atol=0)
 
 
+class Mixed(nn.Module):
+    """Combines a parameter of one module with that of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.decay = nn.Linear(WIDTH, WIDTH), Decay()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.inner.weight[:, 0] + self.inner.bias * self.decay.D.repeat_interleave(6))
+
+
+@torch.no_grad()
+def test_parameters_at_different_dials_are_combined() -> None:
+    ends = ends_with(Mixed)
+    ids = torch.randint(3, VOCABULARY, (4, 7))
+    model = dami.patch_model(*ends)
+    for part in ("*.inner", "*.decay"):
+        with dami.intensity(model, {"*": LAM, part: 0.5}):
+            mixed = model(ids).logits
+        for row, lam in enumerate(LAM):
+            with dami.intensity(model, {"*": lam, part: 0.5}):
+                torch.testing.assert_close(mixed[row], model(ids).logits[row], rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_images_take_one_lam_for_the_batch() -> None:
     """How many are of which sequence is not in their shape."""
