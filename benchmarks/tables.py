@@ -162,6 +162,16 @@ def roundings() -> str:
     return markdown(lines)
 
 
+def loading() -> str:
+    """Packing and loading a pair: time and memory."""
+    by = latest(load(RESULTS / "loading.csv"), "model", "format", "way")
+    lines = [["model", "format", "", "seconds", "own memory, GB", "files, GB"]]
+    for (model, format, way), row in by.items():
+        name = "`dami.pack`" if way == "pack" else f"load {way}"
+        lines.append([model, f"`{format}`", name, row["seconds"], row["own_gb"], row["stored_gb"]])
+    return markdown(lines)
+
+
 def square(isa: str) -> str:
     return linear(measured("linear.csv", is_cpu, model="square", dtype="bf16", isa=isa))
 
@@ -174,6 +184,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pair": pair,
     "formats": formats,
     "roundings": roundings,
+    "loading": loading,
     "linear avx2": lambda: square("avx2"),
     "linear avx512_bf16": lambda: square("avx512_bf16"),
     "layers cpu": lambda: by_case(four_b("distinct", is_cpu), *LAYER),

@@ -379,3 +379,41 @@ def test_offloading_to_the_disk(family: str, which: str, format: str, tmp_path: 
         dami.materialize(model, 0.5)
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(seeded_logits(dami.load_pair(tmp_path / "again")[0]), seeded_logits(whole))
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = 2 * out.logits
+        return out
+"""
+
+
+def test_models_with_code_of_their_own(tmp_path: Path) -> None:
+    """The code goes along into the packed pair, and runs only where it is trusted."""
+    instruct, thinking = pair("llama")
+    ends = save(instruct, tmp_path / "a"), save(thinking, tmp_path / "b")
+    for end in ends:
+        (end / "modeling_own.py").write_text(OWN_CODE)
+        config = json.loads((end / "config.json").read_text())
+        auto = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+        config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": auto}
+        (end / "config.json").write_text(json.dumps(config))
+    expected = 2 * seeded_logits(dami.patch_model(instruct, thinking))
+    packed = dami.pack(*ends, tmp_path / "packed", "pair", trust_remote_code=True)
+    for sources in (ends, (packed,)):
+        model, _ = dami.load_pair(*sources, trust_remote_code=True)
+        assert type(model).__name__ == "OwnForCausalLM"
+        assert torch.equal(seeded_logits(model), expected)
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            dami.load_pair(*sources)
