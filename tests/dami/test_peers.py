@@ -62,6 +62,12 @@ def check_against_peers(
 
     tokens = new(model, intensity=lam)
     peers = {0.0: instruct, THIRD: merge_by_mergekit(instruct, thinking, THIRD, tmp_path / "merged"), 1.0: thinking}
+    ours, theirs = (
+        dami.materialize(model, THIRD),
+        AutoModelForCausalLM.from_pretrained(peers[THIRD], dtype=torch.float32),
+    )
+    for name, tensor in ours.state_dict().items():
+        torch.testing.assert_close(tensor, theirs.state_dict()[name], rtol=1e-6, atol=1e-8, msg=name)
     for at, path in peers.items():
         peer = new(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
         for row in (row for row, mine in enumerate(lam) if mine == at):
