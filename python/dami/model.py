@@ -50,6 +50,8 @@ class Patch:
         trainable: the parameters that required a gradient before.
         estimator: what chooses λ for `generate(intensity="auto")`.
         course: turns the dials of the `generate` that is running, if one is.
+        running: the forward pass that the model is in.
+        checked: whether `check_independence` has passed.
         origin: what it is a patch of.
     """
 
