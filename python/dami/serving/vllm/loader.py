@@ -6,7 +6,7 @@ All mapping of names, merging and sharding is vLLM's own: what stands beside a w
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,14 @@ class PairLoader(DefaultModelLoader):
         if (self.pair.interpolated is None) != (settings.thinking is not None):
             needed = "must name the λ=1 end" if settings.thinking is None else "must be left out of a packed pair"
             raise ValueError(f"thinking in --model-loader-extra-config {needed}, got {settings.thinking!r}")
+        if settings.format == "lowrank":
+            raise ValueError(
+                "format cannot be 'lowrank' for two ends: pack them first, with dami pack --format lowrank"
+            )
+        if "lowrank" in (self.pair.interpolated or {}).values():
+            found = self._find(str(model_config.model), model_config.revision)
+            down = {name: shape for name, (_, (shape, _)) in found.items() if name.endswith("_down")}
+            self.pair.ranks = {name.removesuffix("_down"): shape[0] for name, shape in down.items()}
         # what is compiled depends on these, and is kept by a hash of the config
         vllm_config.additional_config = {
             **vllm_config.additional_config,
@@ -87,6 +95,9 @@ class PairLoader(DefaultModelLoader):
                 if isinstance(method, PairMethod) and not isinstance(module.quant_method, PairMethod):
                     adopt(module, method)
             self._add_vectors(name, module, self.pair)
+        for module in model.modules():
+            if isinstance(module, VocabParallelEmbedding) and getattr(module.quant_method, "tied_to", None) is not None:
+                module.quant_method.share(module)
         runners.attach(model, vllm_config, self.pair)
         return model
 
@@ -125,17 +136,17 @@ class PairLoader(DefaultModelLoader):
         self, weights: Iterator[tuple[str, Tensor]], model_config: ModelConfig, pair: PairQuantization
     ) -> Iterator[tuple[str, Tensor]]:
         """Packs two checkpoints while the first is read; all that does not match is named before."""
-        places = [self._find(source) for source in (model_config.model, pair.settings.thinking)]
-        tied = model_config.hf_config.tie_word_embeddings
-        headers: list[dict[str, Header]] = [
-            {name: header for name, (_, header) in place.items() if not (tied and name == "lm_head.weight")}
-            for place in places
+        sources = str(model_config.model), str(pair.settings.thinking)
+        places = [
+            self._find(source, revision)
+            for source, revision in zip(sources, (model_config.revision, None), strict=True)
         ]
-        configs = [AutoConfig.from_pretrained(source) for source in (model_config.model, pair.settings.thinking)]
-        mismatches = config_mismatches(*configs) + tensor_mismatches(*headers)
+        tied = {"lm_head.weight"} if model_config.hf_config.tie_word_embeddings else set()
+        headers = [{name: place[name][1] for name in place.keys() - tied} for place in places]
+        configs = model_config.hf_config, AutoConfig.from_pretrained(sources[1])
+        mismatches = config_mismatches(configs[0], configs[1]) + tensor_mismatches(headers[0], headers[1])
         if mismatches:
-            ends = f"{model_config.model} and {pair.settings.thinking}"
-            raise ValueError("\n  ".join([f"{ends} do not match:", *mismatches]))
+            raise ValueError("\n  ".join([f"{' and '.join(sources)} do not match:", *mismatches]))
         for name, base in weights:
             if name not in headers[0]:
                 continue
@@ -149,16 +160,16 @@ class PairLoader(DefaultModelLoader):
             else:
                 raise ValueError(f"{name} differs between the ends, and vLLM keeps it where a pair cannot reach it")
 
-    def _find(self, source: str | None) -> dict[str, tuple[Path, Header]]:
+    def _find(self, source: str, revision: str | None) -> dict[str, tuple[Path, Header]]:
         """Where the tensors of a checkpoint are, by name; a checkpoint of the hub is downloaded if need be."""
-        _, files, safetensors, _ = self._prepare_weights(source, None, None, False, None)
+        _, files, safetensors, _ = self._prepare_weights(source, None, revision, False, None)
         if not safetensors:
             raise ValueError(f"{source} must be stored in safetensors to be an end of a pair, got {files}")
         return {name: (Path(file), header) for file in files for name, header in headers_in(Path(file)).items()}
 
 
 def packed_weights(weights: Iterator[tuple[str, Tensor]], pair: PairQuantization) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a packed pair under vLLM's names; what is the same in both ends becomes a pair where it is merged."""
+    """The tensors of a packed pair under vLLM's names; what is the same in both ends becomes a pair where merged."""
     for name, tensor in weights:
         own = next((name.removesuffix(s) for s in SUFFIXES if name.endswith(s) and _stores(pair, name, s)), None)
         format = pair.format_of(own or name)

@@ -5,6 +5,7 @@ Weights lie as vLLM lays them out, sharded and merged by its own loaders: q, k a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,11 +43,52 @@ def register_pair(
         dtype: of either end.
         attrs: attributes of the parameters, which vLLM's weight loaders read.
     """
-    sample = torch.zeros(*([1] * (len(shape) - 1)), shape[-1], dtype=dtype, device="cpu")
-    for suffix, like in zip(formats.get(format).TENSORS, LerpWeight.pack(sample, sample, format).tensors, strict=True):
+    row = torch.zeros(*([1] * (len(shape) - 1)), shape[-1], dtype=dtype, device="cpu")
+    for suffix, like in zip(formats.get(format).TENSORS, LerpWeight.pack(row, row, format).tensors, strict=True):
+        if format == "lowrank" and suffix:
+            continue  # see register_factors
         parameter = nn.Parameter(torch.empty(*shape[:-1], like.shape[-1], dtype=like.dtype), requires_grad=False)
         set_weight_attrs(parameter, attrs)
         layer.register_parameter(name + suffix_of(suffix), parameter)
+
+
+def register_factors(
+    layer: Any, ranks: Sequence[int], shape: Sequence[int], columns: int, dtype: torch.dtype, weight_loader: Any
+) -> None:
+    """Registers the factors of a low-rank difference: those of merged weights side by side.
+
+    up is then block-diagonal, for the products of each part go to its own outputs only.
+
+    Args:
+        layer: whose weight it is.
+        ranks: of the parts.
+        shape: [N, K] of the weight, as this process keeps it.
+        columns: K of the whole weight.
+        dtype: of the factors.
+        weight_loader: the layer's, which knows the rows of each part.
+    """
+    bounds = list(itertools.accumulate(ranks, initial=0))
+    down = nn.Parameter(torch.zeros(bounds[-1], shape[1], dtype=dtype), requires_grad=False)
+    up = nn.Parameter(torch.zeros(shape[0], bounds[-1], dtype=dtype), requires_grad=False)
+
+    def columns_of(shard: Any) -> slice:
+        part = {"q": 0, "k": 1, "v": 2, None: 0}.get(shard, shard)
+        return slice(bounds[part], bounds[part + 1])
+
+    def load_down(parameter: nn.Parameter, loaded: Tensor, shard: Any = None) -> None:
+        first = 0 if shape[1] == columns else layer.tp_rank * shape[1]
+        parameter.data[columns_of(shard)] = loaded.narrow(1, first, shape[1])
+
+    def load_up(parameter: nn.Parameter, loaded: Tensor, shard: Any = None) -> None:
+        part = nn.Parameter(parameter.new_zeros(shape[0], loaded.shape[1]), requires_grad=False)
+        set_weight_attrs(part, {"output_dim": 0})
+        weight_loader(part, loaded, *([] if shard is None else [shard]))
+        parameter.data[:, columns_of(shard)] = part.data
+
+    set_weight_attrs(down, {"weight_loader": load_down})
+    set_weight_attrs(up, {"weight_loader": load_up})
+    layer.register_parameter("weight_down", down)
+    layer.register_parameter("weight_up", up)
 
 
 def ends_of(layer: nn.Module, name: str, format: str, shape: Sequence[int], dtype: torch.dtype) -> LerpWeight:
@@ -76,8 +118,14 @@ def check_groups(layer: Any, format: str, size: int, whole: int) -> None:
 class PairMethod:
     """What linear layers and embeddings share."""
 
-    def __init__(self, config: PairQuantization, format: str) -> None:
-        self.config, self.format = config, format
+    def __init__(self, config: PairQuantization, format: str, ranks: Sequence[int]) -> None:
+        """
+        Args:
+            config: the model's.
+            format: of the weight, or of all that were merged into it.
+            ranks: of those, where the format is "lowrank".
+        """
+        self.config, self.format, self.ranks = config, format, ranks
 
     def create_weights(
         self,
@@ -93,6 +141,8 @@ class PairMethod:
         layer.pair_shape = sum(output_partition_sizes), input_size_per_partition
         layer.pair_dtype = params_dtype
         attrs = {"input_dim": 1, "output_dim": 0, **extra_weight_attrs}
+        if self.format == "lowrank":
+            register_factors(layer, self.ranks, layer.pair_shape, input_size, params_dtype, attrs["weight_loader"])
         register_pair(layer, "weight", self.format, layer.pair_shape, params_dtype, **attrs)
         layer.register_buffer(LAM, self.config.rows.tokens, persistent=False)
 
@@ -118,12 +168,16 @@ class EmbeddingMethod(PairMethod, LinearMethodBase):
         lam = self.config.rows.of_logits(x)
         return lerp_linear(x, self.ends(layer), lam, None if bias is None else vector_ends(layer, "bias"))
 
+    tied_to: Any = None
+
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
-        if not isinstance(embed_tokens.quant_method, EmbeddingMethod):
-            adopt(embed_tokens, EmbeddingMethod(self.config, self.format))
-        for suffix in formats.get(self.format).TENSORS:
-            layer._parameters["weight" + suffix_of(suffix)] = embed_tokens._parameters["weight" + suffix_of(suffix)]
+        self.tied_to = embed_tokens  # which may not be a pair yet
         return layer
+
+    def share(self, layer: Any) -> None:
+        """Ties a layer's weight to that of `tied_to`."""
+        for suffix in formats.get(self.format).TENSORS:
+            layer._parameters["weight" + suffix_of(suffix)] = self.tied_to._parameters["weight" + suffix_of(suffix)]
 
 
 def adopt(layer: Any, method: PairMethod) -> None:
@@ -198,7 +252,7 @@ class ExpertsMethod(FusedMoEMethodBase):
     ) -> Tensor:
         up, down = self.ends(layer)
         k = topk_ids.shape[-1]
-        expert, pair, offsets = by_expert(topk_ids, layer.expert_map, up.shape[0])
+        _, pair, offsets = by_expert(topk_ids, layer.expert_map, up.shape[0])
         token = pair // k
         where = {"expert_offsets": offsets, "lam": layer.intensity[: x.shape[0]], "row_to_lam": token.int()}
         gate, value = lerp_experts(x[token], up, **where).chunk(2, -1)
@@ -231,13 +285,17 @@ def by_expert(ids: Tensor, expert_map: Tensor | None, experts: int) -> tuple[Ten
 class LerpNorm(nn.Module):
     """An RMS norm at λ: a norm of vLLM's with its class changed, and the other end beside its weight."""
 
+    intensity: Tensor
+    variance_epsilon: float
+    offset: float
+
     def forward(self, x: Any, residual: Any = None) -> Any:
         if residual is not None:
             x = residual = x + residual
         heads = x.shape[1:-1].numel()  # of queries and keys, which share their token's λ
         lam = self.intensity[: x.shape[0]]
         ends: Any = vector_ends(self, "weight")
-        y = lerp_rms_norm(x, ends, lam, self.variance_epsilon, offset=self.offset, rows_per_lam=heads)  # type: ignore[arg-type]
+        y = lerp_rms_norm(x, ends, lam, self.variance_epsilon, offset=self.offset, rows_per_lam=heads)
         return y if residual is None else (y, residual)
 
 

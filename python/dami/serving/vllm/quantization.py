@@ -31,6 +31,7 @@ class PairQuantization(QuantizationConfig):
     Attributes:
         interpolated: as in `dami.quantizer.PairConfig`, None where all parameters are.
         settings: set by the loader.
+        ranks: those of the low-rank differences in the files; set by the loader.
         stored: the format of every parameter of the checkpoint that the model keeps as a pair.
     """
 
@@ -39,6 +40,7 @@ class PairQuantization(QuantizationConfig):
         support.check_installation()
         self.interpolated = interpolated
         self.settings = Settings()
+        self.ranks: dict[str, int] = {}
         self.stored: dict[str, str] = {}
         self._rows: Rows | None = None
 
@@ -92,7 +94,8 @@ class PairQuantization(QuantizationConfig):
         linear = isinstance(layer, LinearBase)
         if format is None:
             return UnquantizedLinearMethod() if linear else UnquantizedEmbeddingMethod()
-        return methods.LinearMethod(self, format) if linear else methods.EmbeddingMethod(self, format)
+        ranks = [self.ranks.get(f"{part}.weight", 0) for part in self.parts(prefix)]
+        return (methods.LinearMethod if linear else methods.EmbeddingMethod)(self, format, ranks)
 
     def parts(self, prefix: str) -> list[str]:
         """The checkpoint's names of the modules that vLLM has merged into one, or of the one."""
@@ -100,7 +103,7 @@ class PairQuantization(QuantizationConfig):
         return [f"{parent}.{part}" if parent else part for part in self.packed_modules_mapping.get(name, [name])]
 
     def keep_pair(self, names: Iterable[str]) -> bool:
-        """Whether vectors that vLLM keeps in one, norms or biases, are a pair; if so notes that they are kept as one."""
+        """Whether vectors that vLLM keeps in one, norms or biases, are a pair; it is noted if so."""
         return self._keep(names, vectors=True) is not None
 
     def _keep(self, names: Iterable[str], router: bool = False, vectors: bool = False) -> str | None:
@@ -109,7 +112,7 @@ class PairQuantization(QuantizationConfig):
         if self.interpolated is None:
             format = "pair" if router or vectors else self.settings.format or "pair"
         else:
-            found = {self.interpolated_as(name) for name in names} - {None}
+            found = set(filter(None, map(self.interpolated_as, names)))
             if len(found) > 1:
                 raise ValueError(f"{', '.join(names)} must be stored in one format to be merged, got {sorted(found)}")
             if not found:

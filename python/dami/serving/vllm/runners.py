@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from vllm.config import VllmConfig
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -55,7 +54,7 @@ def _worker_logprobs(original: Any, self: Any, logits_fn: Any, hidden_states: An
         return original(self, logits_fn, hidden_states, *args)
 
 
-def attach(model: nn.Module, config: VllmConfig, pair: PairQuantization) -> None:
+def attach(model: Any, config: VllmConfig, pair: PairQuantization) -> None:
     """Gives a model the state that vLLM's second runner asks it for."""
 
     def state_class() -> type:

@@ -72,7 +72,7 @@ def run(model: Any, config: VllmConfig) -> None:
                 )
 
 
-def added(attention: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+def added(attention: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
     """In the place of attention: each token's queries plus its keys and values."""
     heads, shared = attention.num_heads, attention.num_kv_heads
     both = (key + value).unflatten(-1, (shared, -1)).repeat_interleave(heads // shared, 1)
@@ -113,7 +113,7 @@ def plain(model: nn.Module, end: int) -> Iterator[None]:
 def _product(x: Tensor, weight: LerpWeight, end: int) -> Tensor:
     """x · W_endᵀ in float32, some rows of W at a time."""
     blocks = formats.float_blocks(weight.format, weight.tensors, weight.shape[-1])
-    return torch.cat([F.linear(x.float(), ends[end]) for _, *ends in blocks], -1)
+    return torch.cat([F.linear(x.float(), (base, target)[end]) for _, base, target in blocks], -1)
 
 
 def _linear(method: Any, layer: Any, x: Tensor, bias: Tensor | None = None, *, end: int) -> Tensor:
@@ -131,14 +131,14 @@ def _embedding(method: Any, layer: Any, ids: Tensor, *, end: int) -> Tensor:
 
 
 def _experts(
-    method: Any, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *_: Any, end: int, **__: Any
+    method: Any, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *rest: Any, end: int, **options: Any
 ) -> Tensor:
     y = x.new_zeros(x.shape, dtype=torch.float32)
     up, down = method.ends(layer)
     expert, pairs, _ = by_expert(topk_ids, layer.expert_map, up.shape[0])
-    for which, pair in zip(expert.tolist(), pairs.tolist(), strict=True):
+    for which, index in zip(expert.tolist(), pairs.tolist(), strict=True):
         if which < up.shape[0]:
-            token, slot = divmod(pair, topk_ids.shape[-1])
+            token, slot = divmod(index, topk_ids.shape[-1])
             gate, value = _product(x[token], _one(up, which), end).chunk(2, -1)
             y[token] += topk_weights[token, slot] * _product(F.silu(gate) * value, _one(down, which), end)
     return y.to(x.dtype)

@@ -1,4 +1,4 @@
-"""What of vLLM the plugin relies on, and what of vLLM a pair does not support: both are checked before a token is served."""
+"""What of vLLM the plugin relies on, and what of vLLM a pair does not support: checked before anything is served."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
 from vllm.config import VllmConfig
 
 TESTED = "0.32 and 0.33"
