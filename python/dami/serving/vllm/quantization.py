@@ -90,7 +90,11 @@ class PairQuantization(QuantizationConfig):
             return None
         if not isinstance(layer, (LinearBase, VocabParallelEmbedding)):
             return None
-        format = self._keep([f"{part}.weight" for part in self.parts(prefix)], router=isinstance(layer, GateLinear))
+        weights, biases = ([f"{part}.{name}" for part in self.parts(prefix)] for name in ("weight", "bias"))
+        format = self._keep(weights, router=isinstance(layer, GateLinear))
+        if format is None and any(map(self.interpolated_as, biases)):  # a pair's method alone can add its bias
+            self.stored.update(dict.fromkeys(weights, "pair"))
+            format = "pair"
         linear = isinstance(layer, LinearBase)
         if format is None:
             return UnquantizedLinearMethod() if linear else UnquantizedEmbeddingMethod()

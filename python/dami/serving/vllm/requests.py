@@ -9,11 +9,10 @@ from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from dami.serving.vllm.quantization import PairQuantization
-from dami.serving.vllm.settings import KEY, KEYS, Settings
+from dami.serving.vllm.settings import KEY, KEYS, RequestError, Settings
 from dami.serving.vllm.support import wrap
 
 
@@ -53,7 +52,7 @@ def _to_sampling_params(original: Any, self: Any, *args: Any, **kwargs: Any) -> 
     if KEY in extra:
         given = params.extra_args or {}
         if given.get(KEY, extra[KEY]) != extra[KEY]:
-            raise VLLMValidationError(
+            raise RequestError(
                 f"{KEY} must be given once, got {extra[KEY]!r}, and {given[KEY]!r} in vllm_xargs", parameter=KEY
             )
         params.extra_args = {**given, KEY: extra[KEY]}
@@ -64,7 +63,7 @@ def _refuse_beams(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Beams are requests of vLLM's own, made without the λ that was asked for."""
     engine = getattr(self, "llm_engine", None) or self.engine_client
     if PairQuantization.of(engine.vllm_config) is not None:
-        raise VLLMValidationError(
+        raise RequestError(
             "beam search is not supported with a pair: it drops the intensity", parameter="use_beam_search"
         )
     return original(self, *args, **kwargs)

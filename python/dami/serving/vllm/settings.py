@@ -16,6 +16,10 @@ KEY = "intensity"  # of `SamplingParams.extra_args`, of `vllm_xargs` and of a re
 KEYS = ("thinking", "format", "default_intensity", "intensity_range")
 
 
+class RequestError(VLLMValidationError, ValueError):
+    """What is wrong with a request: to vLLM's server status 400, to everyone else a ValueError."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """Our keys of `--model-loader-extra-config`.
@@ -65,7 +69,7 @@ class Settings:
         least, greatest = self.intensity_range
         if not _is_finite(value) or not least <= value <= greatest:
             hint = "; an estimator needs dami's own server" if value == "auto" else ""
-            raise VLLMValidationError(
+            raise RequestError(
                 f"{name} must be a number from {least:g} to {greatest:g}, got {value!r}{hint}", parameter=name
             )
         return float(np.float32(value)) + 0.0  # and no negative zero

@@ -35,7 +35,7 @@ _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size":
 FAMILIES = {
     "llama": lambda: transformers.LlamaConfig(**_SMALL, attention_bias=True),
     "mistral": lambda: transformers.MistralConfig(**_SMALL, sliding_window=None, tie_word_embeddings=True),
-    "qwen2": lambda: transformers.Qwen2Config(**{**_SMALL, "hidden_size": 128, "head_dim": None}),
+    "qwen2": lambda: transformers.Qwen2Config(**{**_SMALL, "hidden_size": 128, "head_dim": 32}),
     "qwen3": lambda: transformers.Qwen3Config(**_SMALL, tie_word_embeddings=True),
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**_SMALL, **_EXPERTS),
 }
@@ -100,17 +100,13 @@ def reference(packed: Path, lam: float) -> PreTrainedModel:
 
 def answer(model: PreTrainedModel, prompt: list[int], tokens: int) -> list[int]:
     """What a plain model answers greedily."""
-    out = model.generate(
-        torch.tensor([prompt]), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
-    )
+    out = model.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, eos_token_id=None)
     return out[0, len(prompt) :].tolist()
 
 
 def answers(packed: Path, prompts: list[list[int]], lams: Sequence[float], tokens: int) -> list[list[int]]:
     """What merged models answer greedily, one for each λ."""
-    return [
-        answer(reference(packed, lam), prompt, tokens) for prompt, lam in zip(prompts, lams, strict=True)
-    ]
+    return [answer(reference(packed, lam), prompt, tokens) for prompt, lam in zip(prompts, lams, strict=True)]
 
 
 def prompts_of(*lengths: int, seed: int = 3) -> list[list[int]]:
