@@ -19,6 +19,9 @@ KEYS = ("thinking", "format", "default_intensity", "intensity_range")
 class RequestError(VLLMValidationError, ValueError):
     """What is wrong with a request: to vLLM's server status 400, to everyone else a ValueError."""
 
+    def __init__(self, message: str, parameter: str) -> None:
+        super().__init__(message, parameter=parameter)
+
 
 @dataclass(frozen=True)
 class Settings:
