@@ -1,8 +1,9 @@
 """The same function at another place: a model with its neurons and attention heads in another order.
 
-The neurons between the matrices of an MLP, and the heads of an attention, can stand in any order: what is computed is the
-same, but for rounding. The straight line to a model so permuted leads through models that are neither's kin, as that between
-unrelated training runs does (Entezari et al., arXiv 2110.06296); so it is a control for a path that is said to be special.
+The neurons between the matrices of an MLP, and the heads of an attention, can stand in any order: what is computed is
+the same, but for rounding. The straight line to a model so permuted leads through models that are neither's kin, as
+that between unrelated training runs does (Entezari et al., arXiv 2110.06296). So it is a control for a path that is
+said to be special.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ TOLERANCE = 1e-4  # of what a module gives in float32 after a move, relative to 
 def permute(model: PreTrainedModel, batch: Mapping[str, Tensor], seed: int = 0) -> list[str]:
     """Brings the neurons of every MLP and the heads of every attention into a random order, in place.
 
-    Heads stay with the keys and values that they share. What a module gives for its input in `batch` is compared in float32,
-    before and after; where it would change, because heads are told apart by their number for one, nothing is moved.
+    Heads stay with the keys and values that they share. What a module gives for its input in `batch` is compared in
+    float32, before and after; where it would change, as heads that ALiBi tells apart by their number, nothing is moved.
 
     Args:
         model: an ordinary causal language model.
@@ -106,6 +107,7 @@ def _heads(
             if name not in (*inputs, out) and _is(child._parameters.get("weight"), len(index)):
                 beside.append((f"{name}.weight", 0, index))
                 break
+    orders: list[tuple[Tensor, ...]]
     if len(inputs) == 3:
         orders = [(of_queries, of_shared, of_shared)]
     else:
@@ -135,7 +137,7 @@ def _neurons(linears: Mapping[str, nn.Module], module: nn.Module, random: torch.
 
 def _expert_neurons(module: nn.Module, random: torch.Generator) -> Iterator[Move]:
     """Of experts kept as [experts, in, out] or [experts, out, in], gate and up in halves or by turns."""
-    shape, doubled = module.down_proj.shape, module.gate_up_proj.shape  # type: ignore[union-attr]
+    shape, doubled = (module.get_parameter(name).shape for name in ("down_proj", "gate_up_proj"))
     for dim in (2, 1):
         other = 3 - dim
         neurons = shape[dim]
