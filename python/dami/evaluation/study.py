@@ -9,7 +9,9 @@ read.
 
 from __future__ import annotations
 
+import re
 import subprocess
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -164,6 +166,7 @@ def answer(
     step = max(1, rows // len(settings))
     batches = [range(start, min(start + step, count)) for start in range(0, count, step)]
     told = {
+        "weights": fingerprint(model),
         "task": task.name,
         "questions": count,
         "settings": [each.name for each in settings],
@@ -200,6 +203,15 @@ def answer(
             trials += news
         on_batch(batch.stop)
     return trials
+
+
+def fingerprint(model: nn.Module) -> int:
+    """A checksum of the first numbers of every parameter, so that one pair's answers are not taken for another's."""
+    crc = 0
+    for parameter in model.parameters():
+        if parameter.device.type != "meta":
+            crc = zlib.crc32(parameter.detach().flatten()[:64].cpu().view(torch.uint8).numpy().tobytes(), crc)
+    return crc
 
 
 @dataclass(frozen=True, eq=False)
@@ -382,13 +394,15 @@ def study(
         options: passed to `model.generate`.
 
     Raises:
-        ValueError: 0 or 1 is not among the λ, or they are not distinct; fewer than 4 questions; a control does not
-            match the pair; the directory's answers belong to a run with other settings.
+        ValueError: 0 or 1 is not among the λ; λ or controls are not distinct; fewer than 4 questions; a control
+            does not match the pair; the directory's answers belong to a run with other settings.
     """
     lams = tuple(sorted(float(lam) for lam in intensities))
     if len(set(lams)) < len(lams) or not {0.0, 1.0} <= set(lams):
         raise ValueError(f"intensities must be distinct and hold 0 and 1, got {list(intensities)}")
     count = len(task.questions)
+    if len(set(controls)) < len(controls):
+        raise ValueError(f"controls must be distinct, got {list(controls)}")
     if count < FEWEST:
         raise ValueError(f"questions must be at least {FEWEST}, got {count}")
     directory = Path(directory)
@@ -418,7 +432,7 @@ def study(
     reading = look(model, settings, "pair")
     ways, permuted = {}, []
     for control in controls:
-        name = "permuted" if control == PERMUTED else f"control-{Path(control).name}"
+        name = re.sub(r"[^\w.-]+", "-", control).strip("-.")
         other, permuted_now = control_pair(model, tokenizer, control, task, seed)
         permuted += permuted_now
         ways[control] = _way(

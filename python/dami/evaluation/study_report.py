@@ -19,6 +19,7 @@ from dami.evaluation.study import Study, Way
 from dami.plots import color
 
 CONTROL_COLORS = ("#d9822b", "#7a4fa3", "#4c8c4a", "#8c564b")
+SMALLEST = 1e-6  # distance from 1 that is drawn
 TITLES = {
     "answer": "loss of the right answer",
     "instruct": "loss of the instruct end's answers",
@@ -27,17 +28,17 @@ TITLES = {
     "error": "error",
 }
 NOTES = {
-    "Path": "Loss is the cross-entropy of given texts, read teacher-forced, in nats per token: the task's answers, and "
-    "what either end said itself; “both” is the mean of these two. A barrier is the most that a loss, or the "
-    "share of wrong answers, lies above the straight line between its ends (dashed; Entezari et al.), or above "
-    "their mean (Frankle et al.); the sag is the most that it lies below. As maxima, all three are raised by "
-    "noise. λ below 0 and above 1 do not count for them.",
-    "Representations": "Similarity of a layer's states at two λ, for the same tokens: debiased linear CKA, and the mean cosine. "
-    "Any network changes continuously with λ, so what tells is how much of the change falls on one step, and "
-    "how far that is from a control.",
-    "Ablations": "“Only” a part: λ = 1 there and 0 elsewhere. “All but” a part: the other way round. What lies outside the "
-    "layers, such as embeddings and the last norm, is in no third of them. A gain is the accuracy above the "
-    "end that it starts from.",
+    "Path": "Loss is the cross-entropy of given texts, read teacher-forced, in nats per token: the task's "
+    "answers, and what either end said itself; “both” is the mean of these two. A barrier is the most that a "
+    "loss, or the share of wrong answers, lies above the straight line between its ends (dashed; Entezari et "
+    "al.), or above their mean (Frankle et al.); the sag is the most that it lies below. As maxima, all three "
+    "are raised by noise. λ below 0 and above 1 do not count for them.",
+    "Representations": "Similarity of a layer's states at two λ, for the same tokens: debiased linear CKA, and "
+    "the mean cosine. Any network changes continuously with λ, so what tells is how much of the change falls "
+    "on one step, and how far that is from a control.",
+    "Ablations": "“Only” a part: λ = 1 there and 0 elsewhere. “All but” a part: the other way round. What lies "
+    "outside the layers, such as embeddings and the last norm, is in no third of them. A gain is the accuracy "
+    "above the end that it starts from.",
 }
 
 
@@ -65,7 +66,10 @@ def write_report(study: Study, directory: str | Path, about: Mapping[str, Any]) 
 
 def ways_of(study: Study) -> dict[str, Way]:
     """All paths by name, the pair's first."""
-    return {"the pair": study.pair, **{f"control: {Path(name).name}": way for name, way in study.controls.items()}}
+    return {
+        "the pair": study.pair,
+        **{f"control: {'/'.join(Path(name).parts[-2:])}": way for name, way in study.controls.items()},
+    }
 
 
 def figures(study: Study) -> Iterator[tuple[str, Any]]:
@@ -121,7 +125,7 @@ def _shades(study: Study) -> list[str]:
 
 
 def draw_similarity(study: Study, measure: str, title: str) -> Any:
-    """A measure of `Similarity` to both ends and between neighbours, a line for each layer."""
+    """How far a measure of `Similarity` falls short of 1, to both ends and between neighbours, a line for a layer."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -142,7 +146,8 @@ def draw_similarity(study: Study, measure: str, title: str) -> Any:
             _line(axes[2, column], middles, measure, scale.to_rgba(layer))
         axes[2, column].set_xlabel("intensity λ")
     for row, what in enumerate(("with λ = 0", "with λ = 1", "from λ to the next")):
-        axes[row, 0].set_ylabel(f"{title}\n{what}")
+        axes[row, 0].set_ylabel(f"1 − {title}\n{what}")
+        axes[row, 0].set_yscale("log")
     figure.colorbar(scale, ax=axes, label="layer; 0 is the embeddings", aspect=50, shrink=0.6)
     return figure
 
@@ -155,7 +160,7 @@ def _to_end(found: Sequence[Similarity], end: float) -> dict[float, Similarity]:
 
 def _line(panel: Any, by_lam: Mapping[float, Similarity], measure: str, shade: Any) -> None:
     lams = sorted(by_lam)
-    values = np.array([getattr(by_lam[lam], measure) for lam in lams])
+    values = np.maximum(1 - np.array([getattr(by_lam[lam], measure) for lam in lams]), SMALLEST)
     panel.plot(lams, values[:, 0], ".-", color=shade, lw=1, ms=3)
     panel.fill_between(lams, values[:, 1], values[:, 2], color=shade, alpha=0.12, lw=0)
 
