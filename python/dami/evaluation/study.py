@@ -395,7 +395,7 @@ def study(
 
     Raises:
         ValueError: 0 or 1 is not among the λ; λ or controls are not distinct; fewer than 4 questions; a control
-            does not match the pair; the directory's answers belong to a run with other settings.
+            cannot be loaded or does not match the pair; the directory's answers belong to a run with other settings.
     """
     lams = tuple(sorted(float(lam) for lam in intensities))
     if len(set(lams)) < len(lams) or not {0.0, 1.0} <= set(lams):
@@ -405,6 +405,8 @@ def study(
         raise ValueError(f"controls must be distinct, got {list(controls)}")
     if count < FEWEST:
         raise ValueError(f"questions must be at least {FEWEST}, got {count}")
+    for control in set(controls) - {PERMUTED}:
+        _check_tokens(tokenizer, control)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     path = [Setting(lam) for lam in lams]
@@ -443,11 +445,20 @@ def study(
     return Study(task.name, count, pair, ways, permuted, _ablations(settings, trials, reading))
 
 
+def _check_tokens(tokenizer: Any, control: str) -> None:
+    try:
+        tokens = AutoTokenizer.from_pretrained(control).get_vocab()
+    except (OSError, ValueError) as error:  # these do not say which
+        raise ValueError(f"cannot load the control {control}: {' '.join(str(error).split())}") from error
+    if tokens != tokenizer.get_vocab():
+        raise ValueError(f"the control {control} must have the pair's tokens, and its tokenizer has others")
+
+
 def control_pair(model: Any, tokenizer: Any, control: str, task: Task, seed: int) -> tuple[Any, list[str]]:
     """A patched model from the pair's instruct end to another model; and the modules that were permuted for it.
 
     Raises:
-        ValueError: the other model does not match the pair, or its tokens are others.
+        ValueError: the other model does not match the pair, or is its instruct end.
     """
     instruct = materialize(model, 0.0).eval()
     permuted: list[str] = []
@@ -456,10 +467,11 @@ def control_pair(model: Any, tokenizer: Any, control: str, task: Task, seed: int
         _, batch = encode(tokenizer, [task.questions[0].question])
         permuted = permute(other, {name: tensor.to(model.device) for name, tensor in batch.items()}, seed)
     else:
-        if AutoTokenizer.from_pretrained(control).get_vocab() != tokenizer.get_vocab():
-            raise ValueError(f"the control {control} must have the pair's tokens, and its tokenizer has others")
         other = AutoModelForCausalLM.from_pretrained(control, dtype=instruct.dtype).to(model.device).eval()
-    return patch_model(instruct, other), permuted
+    patched = patch_model(instruct, other)
+    if not cells_of(patched):
+        raise ValueError(f"the control {control} must differ from the instruct end")
+    return patched, permuted
 
 
 def circumstances(model: Any, checkout: Path) -> dict[str, str]:
