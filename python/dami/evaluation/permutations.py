@@ -179,8 +179,9 @@ def _is_same(module: nn.Module, move: Move, args: Any, kwargs: Any) -> bool:
     if any(len(order) != module.get_parameter(name).shape[dim] for name, dim, order in move):
         return False
     exact = copy.deepcopy(module).double()
-    if hasattr(exact, "config"):
-        exact.config._experts_implementation = "eager"  # the grouped product takes no float64
+    config: Any = getattr(exact, "config", None)
+    if config is not None:
+        config._experts_implementation = "eager"  # the grouped product takes no float64
     args, kwargs = _double(args), _double(kwargs)
     before = _first(exact(*args, **kwargs))
     _apply(exact, move)

@@ -201,8 +201,8 @@ def found(shipped: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) ->
     told: list[tuple[str, int, int]] = []
     controls = ["permuted", str(dami.example_pair()[1])]
     result = study(
-        *shipped, task, tmp_path_factory.mktemp("study"), controls=controls, intensities=LAMS, do_sample=False, max_new_tokens=8,
-        progress=lambda *each: told.append(each),
+        *shipped, task, tmp_path_factory.mktemp("study"), controls=controls, intensities=LAMS, do_sample=False,
+        max_new_tokens=8, progress=lambda *each: told.append(each),
     )  # fmt: skip
     assert {stage for stage, done, total in told if done == total} >= {"pair: answers", "permuted: layers"}
     return result
