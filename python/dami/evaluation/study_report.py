@@ -148,6 +148,8 @@ def draw_similarity(study: Study, measure: str, title: str) -> Any:
     for row, what in enumerate(("with λ = 0", "with λ = 1", "from λ to the next")):
         axes[row, 0].set_ylabel(f"1 − {title}\n{what}")
         axes[row, 0].set_yscale("log")
+        for panel in axes[row]:
+            panel.minorticks_off()
     figure.colorbar(scale, ax=axes, label="layer; 0 is the embeddings", aspect=50, shrink=0.6)
     return figure
 
