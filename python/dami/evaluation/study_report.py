@@ -155,9 +155,8 @@ def draw_similarity(study: Study, measure: str, title: str) -> Any:
 
 
 def _to_end(found: Sequence[Similarity], end: float) -> dict[float, Similarity]:
-    """Similarities with an end by the other λ; a neighbour's is kept in the order of the step."""
-    to_end = {each.intensity: each for each in found if each.other == end}
-    return to_end | {each.other: each for each in found if each.intensity == end and each.other not in to_end}
+    """Similarities with an end, by the other λ."""
+    return {each.intensity: each for each in found if each.other == end}
 
 
 def _line(panel: Any, by_lam: Mapping[float, Similarity], measure: str, shade: Any) -> None:
