@@ -434,7 +434,7 @@ def study(
     reading = look(model, settings, "pair")
     ways, permuted = {}, []
     for control in controls:
-        name = control if control == PERMUTED else f"control-{re.sub(r'[^\w.-]+', '-', control).strip('-.')}"
+        name = PERMUTED if control == PERMUTED else "control-" + re.sub(r"[^\w.-]+", "-", control).strip("-.")
         other, permuted_now = control_pair(model, tokenizer, control, task, seed)
         permuted += permuted_now
         ways[control] = _way(
