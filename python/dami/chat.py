@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dami.decoding import KNOWN, end_tokens, generate_in_pieces
 from dami.thoughts import Reader
 
 Prompt = str | list[dict[str, str]]  # a user's question, or a conversation in the form chat templates take
@@ -105,12 +106,14 @@ def ask(
         options: passed to `model.generate`.
     """
     texts, batch = encode(tokenizer, prompts, chat_template, intensities)
-    if intensities is not None:
-        options["intensity"] = list(intensities)
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     with torch.inference_mode():
-        ids = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :].cpu()
-    return answers_of(model, Reader.of(tokenizer), ids, prompts, intensities, texts)
+        if options.keys() <= KNOWN:
+            ids = generate_in_pieces(model, batch, intensities, **options)
+        else:
+            lams = {} if intensities is None else {"intensity": list(intensities)}
+            ids = model.generate(**batch, **lams, **options)[:, batch["input_ids"].shape[1] :]
+    return answers_of(model, Reader.of(tokenizer), ids.cpu(), prompts, intensities, texts)
 
 
 def answers_of(
@@ -131,9 +134,3 @@ def answers_of(
         intensity = None if intensities is None else float(intensities[row])
         answers.append(Answer(prompt, intensity, said.thought, said.answer, tokens, finished))
     return answers
-
-
-def end_tokens(model: Any) -> torch.Tensor:
-    """Ids of the tokens that end an answer, int64 [any number]."""
-    ids = model.generation_config.eos_token_id
-    return torch.tensor([] if ids is None else [ids] if isinstance(ids, int) else ids, dtype=torch.int64)
