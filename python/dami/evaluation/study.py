@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dami.chat import answers_of, encode
+from dami.decoding import generate_in_pieces
 from dami.doctor import installed, machine
 from dami.evaluation.frontier import Interval, wilson
 from dami.evaluation.path import Array, Barrier, Similarity, barrier, bootstrap, similarities
@@ -160,7 +161,7 @@ def answer(
         rows: of a batch, at most; but no fewer than settings.
         seed: of the sampling, if `options` say so.
         on_batch: is told how many questions are done.
-        options: passed to `model.generate`.
+        options: of `model.generate`, those of `dami.decoding.KNOWN`.
     """
     count = len(task.questions)
     step = max(1, rows // len(settings))
@@ -185,7 +186,7 @@ def answer(
             inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
             lams = intensity_of([setting for _, setting in asked], model)
             with torch.inference_mode():
-                ids = model.generate(**inputs, intensity=lams, **options)[:, inputs["input_ids"].shape[1] :].cpu()
+                ids = generate_in_pieces(model, inputs, lams, **options).cpu()
             answers = answers_of(model, reader, ids, prompts, None, texts)
             news = [
                 Trial(
@@ -391,7 +392,7 @@ def study(
         rows: of a batch of answers, at most; but no fewer than λ and ablations together.
         seed: of the permutations, and of the sampling if `options` say so.
         progress: is told what is being done.
-        options: passed to `model.generate`.
+        options: of `model.generate`, those of `dami.decoding.KNOWN`.
 
     Raises:
         ValueError: 0 or 1 is not among the λ; λ or controls are not distinct; fewer than 4 questions; a control
