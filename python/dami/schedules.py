@@ -154,9 +154,7 @@ def course_of(
     parts: list[tuple[Any, Any, Any]] = [(None, None, intensity)]
     if isinstance(intensity, Mapping):
         parts = parts_of(intensity)
-    parts = [
-        (modules, layers, _estimated(model, named(model, value), options, prompts)) for modules, layers, value in parts
-    ]
+    parts = [(modules, layers, resolved(model, value, options, prompts)) for modules, layers, value in parts]
     prompt = None if prompt_intensity is None else as_lam(named(model, prompt_intensity), device, prompts)
     before = patch.course
     with ExitStack() as stack:
@@ -193,8 +191,19 @@ def _split(value: Any, device: torch.device, prompts: int) -> tuple[Tensor, list
     return fixed, [(values[several[0]], several) for several in places.values()]
 
 
-def _estimated(model: nn.Module, value: Any, options: Mapping[str, Any], prompts: int) -> Any:
-    """An intensity with what the estimator chooses wherever it says "auto"; it is asked about those prompts only."""
+def resolved(model: nn.Module, intensity: Any, batch: Mapping[str, Any], prompts: int) -> Any:
+    """An intensity with numbers for presets' names, and what the estimator chooses wherever it says "auto".
+
+    Args:
+        model: a patched model.
+        intensity: anything that `generate` takes.
+        batch: arguments of `generate` by name; the estimator is given the tensors, for the prompts that want it only.
+        prompts: how many there are.
+
+    Raises:
+        ValueError: there is no estimator, or no such preset.
+    """
+    value = named(model, intensity)
     values = [value] * prompts if isinstance(value, str) else value
     places = [i for i, each in enumerate(values) if isinstance(each, str)] if isinstance(values, list) else []
     if not places:
@@ -204,12 +213,12 @@ def _estimated(model: nn.Module, value: Any, options: Mapping[str, Any], prompts
     estimator = patch_of(model).estimator
     if estimator is None:
         raise ValueError('intensity="auto" needs an estimator: attach one with dami.attach(model, estimator)')
-    batch = {
+    inputs = {
         "input_ids" if name == "inputs" else name: tensor[places] if tensor.shape[:1] == (prompts,) else tensor
-        for name, tensor in options.items()
+        for name, tensor in batch.items()
         if isinstance(tensor, Tensor)
     }
-    chosen = as_lam(estimator.estimate(model, batch), torch.device("cpu"), len(places))
+    chosen = as_lam(estimator.estimate(model, inputs), torch.device("cpu"), len(places))
     for place, lam in zip(places, chosen.expand(len(places)).tolist(), strict=True):
         values[place] = lam
     return values
