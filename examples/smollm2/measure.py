@@ -1,6 +1,7 @@
-"""Measure SmolLM2 and its thinking adapter on the held-out questions: append to a CSV, print tables, plot.
+"""Measure SmolLM2 and its thinking adapter on the held-out questions: append to a CSV, and write a report.
 
     python examples/smollm2/measure.py
+    python -m benchmarks.tables             # then the tables of the docs are made anew
 
 Every batch holds all λ of its questions. A run that was interrupted goes on where it ended.
 """
@@ -20,7 +21,9 @@ from dami.evaluation.frontier import Frontier
 from dami.evaluation.report import write_report
 from dami.evaluation.sweeps import Record, sweep
 from dami.evaluation.tasks import JsonLines, Question
+from dami.terminal import point_table
 from instruct import smollm2_file
+from rich.console import Console
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -62,22 +65,6 @@ def csv_rows(frontier: Frontier, questions: list[Question], run: dict[str, objec
             }
 
 
-def table(frontier: Frontier, questions: list[Question]) -> str:
-    """Accuracy and tokens by task and λ, as Markdown."""
-    columns = {task: part for task, level, part in parts(frontier, questions) if level == "all"}
-    columns["all"] = columns.pop("all")
-    lines = ["| λ | " + " | ".join(f"{task} ({len(part)})" for task, part in columns.items()) + " | thinks % |"]
-    lines.append("|---" * (len(columns) + 2) + "|")
-    for place, lam in enumerate(frontier.intensities):
-        cells = []
-        for part in columns.values():
-            accuracy, tokens = part.points[place].accuracy, part.points[place].tokens
-            low, high = 100 * accuracy.low, 100 * accuracy.high
-            cells.append(f"{100 * accuracy.value:.0f} ({low:.0f} to {high:.0f}) / {tokens.value:.0f}")
-        lines.append(f"| {lam:g} | " + " | ".join(cells) + f" | {100 * frontier.points[place].thinking:.0f} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", type=Path, default=HERE / "adapter")
@@ -97,7 +84,6 @@ def main() -> None:
         options["temperature"] = args.temperature
     model, tokenizer = dami.load_pair(smollm2_file(), args.adapter, format="lowrank", dtype=torch.bfloat16)
     task = JsonLines(args.questions, verifier="word")
-    task.questions.sort(key=lambda question: question.level)  # answers of like length waste least of a batch
     records: list[Record] = []
     with tqdm(total=len(task.questions) * len(args.intensities), unit="answer") as bar:
 
@@ -115,7 +101,7 @@ def main() -> None:
         "max_new_tokens": args.max_new_tokens,
     }
     store(list(csv_rows(frontier, task.questions, run)), args.csv)
-    print(table(frontier, task.questions))
+    Console().print(point_table(frontier.points), f"All answers: {args.work / 'report.html'}")
 
 
 if __name__ == "__main__":

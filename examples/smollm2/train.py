@@ -190,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE, help="directory of adapter/ and questions.jsonl")
     parser.add_argument("--work", type=Path, default=Path("build/smollm2"), help="directory of the checkpoint")
-    parser.add_argument("--steps", type=int, default=400, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=250, help="(default: %(default)s)")
     parser.add_argument("--rank", type=int, default=16, help="of the adapter (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=4, help="rows of a batch (default: %(default)s)")

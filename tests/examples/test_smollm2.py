@@ -181,9 +181,6 @@ def test_rows_of_the_csv():
     assert (whole[0.0]["tokens_mean"], whole[1.0]["tokens_mean"]) == (10, 30)
     assert (whole[0.0]["thinking"], whole[1.0]["thinking"]) == (0, 1)
     assert [row["n"] for row in rows if (row["task"], row["level"]) == ("legs", "2")] == [3, 3]
-    lines = measure.table(frontier, questions).splitlines()
-    assert lines[0] == "| λ | legs (6) | sums (6) | all (12) | thinks % |"
-    assert lines[3].startswith("| 1 | 100 (61 to 100) / 30 |")
 
 
 def test_the_adapter_that_ships():
