@@ -14,7 +14,7 @@ from benchmarks.linear import BLEND, COPIES, MERGED, MERGED_FLOAT32, OURS, TWO
 from benchmarks.record import RESULTS, latest, load
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
 FORMATS = ("pair", "int8", "int4", "w8d4", "lowrank")
 LAYER = ("model", "layer", "n", "k", "m")  # what tells the cases of linear.csv apart, at one kind of λ
 NOT_MEASURED = "Not measured yet."

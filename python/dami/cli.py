@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -480,3 +481,83 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSO
     typer.echo(json.dumps(asdict(report), indent=1, ensure_ascii=False) if as_json else str(report))
     if report.problems:
         raise typer.Exit(1)
+
+
+@app.command()
+def study(
+    task: Annotated[
+        str | None,
+        typer.Argument(
+            help="A file of questions (.jsonl), or a dataset of reasoning-gym. Default: the shipped pair's."
+        ),
+    ] = None,
+    pair: PairOption = None,
+    format: FormatOption = "pair",
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--control",
+            metavar="permuted|CHECKPOINT",
+            help="Another way from the instruct end: to the thinking end with its neurons and heads permuted, or to a "
+            "checkpoint. May be given several times.",
+        ),
+    ] = None,
+    intensity: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--intensity", "-l", parser=finite, metavar="LAMBDA", help="λ of the path; −0.2 to 1.2 in tenths."
+        ),
+    ] = None,
+    questions: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
+    verifier: Annotated[str | None, typer.Option(help="Of a file: math (math-verify) or word (the last one).")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a batch, which holds all λ of a question.")] = 256,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer, at most.")] = None,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Directory.")] = Path("study"),
+    seed: SeedOption = 0,
+) -> None:
+    """Study the path between the ends: states, loss, accuracy, against controls; and each part of the model alone.
+
+    A run that was interrupted goes on where it ended.
+    """
+    from rich.progress import Progress
+
+    from dami.evaluation import load_task
+    from dami.evaluation import study as studies
+    from dami.evaluation.study_report import write_report
+
+    if task is None and pair is not None:
+        raise fail(
+            "a task is needed for a pair of your own: a file of questions (.jsonl), or a dataset of reasoning-gym"
+        )
+    model, tokenizer = load(pair, format)
+    with user_errors():
+        if task is None:
+            from dami import example_pair
+
+            task, verifier = str(example_pair()[0].parent / "questions.jsonl"), verifier or "word"
+        asked = load_task(task, questions, seed, **({"verifier": verifier} if verifier else {}))
+    options: dict[str, Any] = {"do_sample": sample}
+    if max_tokens:
+        options["max_new_tokens"] = max_tokens
+    with user_errors(), Progress(console=err, transient=True) as bars:
+        shown: dict[str, Any] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in shown:
+                shown[stage] = bars.add_task(stage, total=total)
+            bars.update(shown[stage], completed=done)
+
+        found = studies.study(
+            model, tokenizer, asked, output, controls=control or (), intensities=intensity or studies.PATH, rows=rows,
+            seed=seed, progress=progress, **options,
+        )  # fmt: skip
+    about = {
+        "pair": " and ".join(pair) if pair else "the shipped pair",
+        "format": format,
+        "answers": "sampled" if sample else "greedy",
+        **studies.circumstances(model, CHECKOUT),
+        "command": shlex.join(["dami", *sys.argv[1:]]),
+    }
+    write_report(found, output, about)
+    out.print(f"Page, pictures, numbers: {output / 'report.html'}, path.svg, study.json", style="dim")
