@@ -1,18 +1,19 @@
 """`IntensityController` turns load into λ: under load adjustable requests think less, so that answers come in time.
 
-It is told of every request twice, when it comes (`grant`) and when it has ended (`finish`), and now and then how the
-engine is doing (`observe`). Requests with a λ of their own are never changed; they only count as load.
+It is asked for the λ of every request (`grant`), told of every sequence when it comes (`start`) and when it has ended
+(`finish`), and after every step how the engine is doing (`observe`). Requests with a λ of their own are never changed;
+they only count as load.
 
-**Load.** What a request that comes now must expect, by Little's law, as a share of the target:
+**Load.** What a sequence that comes now must expect, by Little's law, as a share of the target:
 
-    rows     = min(requests in flight, rows that the engine decodes together)
+    rows     = min(sequences in flight, rows that the engine decodes together)
     latency  = max(tokens in flight / rows · seconds per token at so many rows, longest wait now)
     pressure = latency / target
 
-In flight is what has come and not ended, running or waiting. Its tokens are those that requests at their granted λ
-take of late, a running mean for each tenth of λ; seconds per token likewise, for each doubling of rows. So a grant
-counts from the moment it is made, by what was granted, and not first when its answer is there: the only delay in the
-loop is an average over the answers in flight, and an average turns no correction into its opposite. The longest wait is
+In flight is what has come and not ended, running or waiting. Its tokens are those that sequences at their granted λ
+take of late, a running mean for each tenth of λ; seconds per token likewise, for each doubling of rows. So a sequence
+counts from its start, by what was granted, and not first when its answer is there: the only delay in the loop is an
+average over the answers in flight, and an average turns no correction into its opposite. The longest wait is
 measured, not expected: it holds where the expectation is too low, as before the first answer has ended (unless the
 pair's frontier tells the tokens), or where the cache has room for fewer rows.
 
@@ -67,7 +68,7 @@ class IntensityController:
 
     Attributes:
         target: seconds that an answer may take on average, from the request to its last token.
-        rows: requests that the engine decodes together, at most.
+        rows: sequences that the engine decodes together, at most.
         floor: lowest cap.
         ceiling: cap without load, where nothing is capped.
         lowered: requests that were granted less than they asked for, so far.
@@ -86,7 +87,7 @@ class IntensityController:
 
         Args:
             target_latency: seconds.
-            rows: requests that the engine decodes together, at most.
+            rows: sequences that the engine decodes together, at most.
             floor, ceiling: λ between which the cap moves.
             tokens: of an answer by λ, where they are known beforehand.
             clock: seconds from any fixed moment.
@@ -104,7 +105,7 @@ class IntensityController:
         self.rows, self.lowered = rows, 0
         self._clock = clock
         self._lock = threading.Lock()
-        self._in_flight: Counter[int] = Counter()  # requests by tenth of λ
+        self._in_flight: Counter[int] = Counter()  # sequences by tenth of λ
         self._tokens = Means()  # of an answer, by tenth of λ
         for intensity, mean in (tokens or {}).items():
             self._tokens.add(_tenth(intensity), mean)
@@ -114,7 +115,7 @@ class IntensityController:
         self._moved = clock()
 
     def grant(self, intensity: float, adjustable: bool) -> float:
-        """λ for a request that comes now, and counts as load until `finish`.
+        """λ for a request that comes now.
 
         Args:
             intensity: what it asks for.
@@ -124,21 +125,29 @@ class IntensityController:
             cap = self._move()
             granted = min(intensity, cap) if adjustable and cap < self.ceiling else intensity
             self.lowered += granted < intensity
-            self._in_flight[_tenth(granted)] += 1
             return granted
 
-    def finish(self, granted: float, tokens: int | None) -> None:
-        """Takes a request out of the load.
+    def start(self, intensity: float) -> None:
+        """Counts a sequence as load, until `finish`.
 
         Args:
-            granted: what `grant` returned.
+            intensity: its λ, as granted.
+        """
+        with self._lock:
+            self._in_flight[_tenth(intensity)] += 1
+            self._move()
+
+    def finish(self, intensity: float, tokens: int | None) -> None:
+        """Takes a sequence out of the load.
+
+        Args:
+            intensity: its λ.
             tokens: how many it generated; None if it did not come to its end.
         """
-        tenth = _tenth(granted)
         with self._lock:
-            self._in_flight[tenth] -= 1
+            self._in_flight[_tenth(intensity)] -= 1
             if tokens is not None:
-                self._tokens.add(tenth, tokens)
+                self._tokens.add(_tenth(intensity), tokens)
             self._move()
 
     def observe(self, running: int, seconds_per_token: float, waited: float) -> None:
@@ -147,7 +156,7 @@ class IntensityController:
         Args:
             running: rows that it decodes together.
             seconds_per_token: what a token of one row takes now, which is the duration of a step.
-            waited: seconds that the request at the head of the queue has been waiting for its first token, 0 if none.
+            waited: seconds that the longest-waiting sequence has been without its first token, 0 if none waits.
         """
         with self._lock:
             self._waited = waited
@@ -168,10 +177,10 @@ class IntensityController:
             return self._move()
 
     def _pressure(self) -> float:
-        requests = self._in_flight.total()
-        if not requests:
+        sequences = self._in_flight.total()
+        if not sequences:
             return 0.0
-        rows = min(requests, self.rows)
+        rows = min(sequences, self.rows)
         tokens = sum(count * self._tokens.at(tenth) for tenth, count in self._in_flight.items())
         return max(tokens / rows * self._seconds.at(rows.bit_length()), self._waited) / self.target
 

@@ -28,6 +28,12 @@ def controller(clock: Clock | None = None, floor: float = 0.0, ceiling: float = 
     return IntensityController(TARGET, ROWS, floor, ceiling, clock=clock or Clock())
 
 
+def ask(subject: IntensityController, intensity: float, adjustable: bool = True) -> float:
+    granted = subject.grant(intensity, adjustable)
+    subject.start(granted)
+    return granted
+
+
 lams = st.floats(-2, 3, allow_nan=False)
 events = st.lists(
     st.one_of(
@@ -52,7 +58,7 @@ class History:
         for event in story:
             granted = None
             if event[0] == "grant":
-                granted = self.controller.grant(event[1], event[2])
+                granted = ask(self.controller, event[1], event[2])
                 self.open.append(granted)
             elif event[0] == "finish" and self.open:
                 self.controller.finish(self.open.pop(0), event[1])
@@ -110,7 +116,7 @@ def test_more_load_never_grants_more(story: list[tuple], more: int, asked: float
     story = LOADED + story
     calm, busy = history(story), history(story)
     for _ in range(more):
-        busy.controller.grant(calm.controller.cap, False)
+        busy.controller.start(calm.controller.cap)
     assert busy.controller.grant(asked, True) <= calm.controller.grant(asked, True)
 
 
@@ -142,7 +148,7 @@ def test_the_cap_rises_no_faster_than_it_may(story: list[tuple], seconds: float)
 
 def test_a_burst_is_granted_less_and_less_from_its_first_moment() -> None:
     subject = history(LOADED).controller
-    granted = [subject.grant(1.0, True) for _ in range(4 * ROWS)]
+    granted = [ask(subject, 1.0) for _ in range(4 * ROWS)]
     assert granted[:ROWS] == [1.0] * ROWS  # those all run together, for half of the target
     assert granted == sorted(granted, reverse=True)
     assert len(set(granted[ROWS + 1 : 2 * ROWS])) == ROWS - 1
@@ -154,10 +160,10 @@ def test_the_pressure_is_the_latency_by_littles_law_over_the_target() -> None:
     subject = history(LOADED).controller
     assert subject.pressure == 0
     for _ in range(ROWS):
-        subject.grant(1.0, False)
+        subject.start(1.0)
     assert subject.pressure == pytest.approx(100 * 0.02 / TARGET)
     for _ in range(ROWS):
-        subject.grant(1.0, False)
+        subject.start(1.0)
     assert subject.pressure == pytest.approx(2 * 100 * 0.02 / TARGET)  # as many wait as run
     subject.observe(ROWS, 0.02, waited=5.0)
     assert subject.pressure == 5.0 / TARGET
@@ -166,34 +172,37 @@ def test_the_pressure_is_the_latency_by_littles_law_over_the_target() -> None:
 def test_load_is_counted_by_the_tokens_of_the_lam_granted() -> None:
     subject = controller()
     for lam, tokens in ((0.0, 10), (1.0, 100)):
-        subject.finish(subject.grant(lam, False), tokens)
+        subject.start(lam)
+        subject.finish(lam, tokens)
     subject.observe(1, 0.02, 0.0)
-    subject.grant(0.2, False)
+    subject.start(0.2)
     assert subject.pressure == pytest.approx(10 * 0.02 / TARGET)  # the nearest λ known
-    subject.grant(0.9, False)
+    subject.start(0.9)
     assert subject.pressure == pytest.approx((10 + 100) / 2 * 0.02 / TARGET)
 
 
 def test_tokens_and_seconds_are_running_means() -> None:
     subject = controller()
     for tokens in (100, 100 + MEMORY):
-        subject.finish(subject.grant(1.0, False), tokens)
+        subject.start(1.0)
+        subject.finish(1.0, tokens)
     for seconds in (0.02, 0.02 + 0.01 * MEMORY):
         subject.observe(1, seconds, 0.0)
-    subject.grant(1.0, False)
+    subject.start(1.0)
     assert subject.pressure == pytest.approx(101 * 0.03 / TARGET)
 
 
 def test_requests_that_did_not_end_teach_no_length() -> None:
     subject = history(LOADED).controller
-    subject.finish(subject.grant(1.0, True), None)
-    subject.grant(1.0, True)
+    subject.start(1.0)
+    subject.finish(1.0, None)
+    subject.start(1.0)
     assert subject.pressure == pytest.approx(100 * 0.02 / TARGET)
 
 
 def test_before_anything_is_known_only_waiting_lowers() -> None:
     subject = controller()
-    assert [subject.grant(1.0, True) for _ in range(100)] == [1.0] * 100
+    assert [ask(subject, 1.0) for _ in range(100)] == [1.0] * 100
     subject.observe(ROWS, 0.02, waited=0.75 * TARGET)
     assert subject.grant(1.0, True) == pytest.approx(0.5)
 
@@ -201,7 +210,7 @@ def test_before_anything_is_known_only_waiting_lowers() -> None:
 def test_the_cap_holds_where_the_line_is_only_a_little_above_it() -> None:
     clock = Clock()
     subject = controller(clock)
-    subject.grant(1.0, True)
+    subject.start(1.0)
     subject.observe(1, 0.02, waited=0.8 * TARGET)
     assert subject.cap == pytest.approx(0.4)
     subject.observe(1, 0.02, waited=(0.8 - 0.4 * HYSTERESIS) * TARGET)
@@ -239,7 +248,7 @@ class Engine:
         coming, end = self.clock.now, self.clock.now + seconds
         while self.clock.now < end:
             while coming <= self.clock.now:
-                granted = self.controller.grant(1.0, adjustable)
+                granted = ask(self.controller, 1.0, adjustable)
                 spread = random_.lognormvariate(-0.125, 0.5) if random_ else 1.0
                 tokens = max(1, round((self.shortest + granted * (self.longest - self.shortest)) * spread))
                 queue.append([coming, granted, tokens, tokens])
@@ -309,7 +318,8 @@ def test_calls_from_several_threads_lose_nothing() -> None:
 
     def work() -> None:
         for _ in range(500):
-            subject.finish(subject.grant(1.0, False), 100)
+            subject.start(1.0)
+            subject.finish(1.0, 100)
             subject.observe(1, 0.02, 0.0)
 
     threads = [Thread(target=work) for _ in range(4)]
@@ -318,7 +328,7 @@ def test_calls_from_several_threads_lose_nothing() -> None:
     for thread in threads:
         thread.join()
     assert subject.pressure == 0
-    subject.grant(1.0, False)
+    subject.start(1.0)
     assert subject.pressure == pytest.approx(100 * 0.02 / TARGET)
 
 
