@@ -37,9 +37,10 @@ async function failure(response) {
 
 async function meet() {
   try {
-    const card = (await get("v1/models")).data[0];
-    model = card.id;
-    names = card.intensities ?? [];
+    const { id, intensity } = (await get("v1/models")).data[0];
+    model = id;
+    names = [...(intensity.auto ? ["auto"] : []), ...Object.keys(intensity.presets)];
+    [$("number").min, $("number").max] = intensity.range;
     $("model").textContent = `Model: ${model}`;
     $("lams-names").textContent = names.length ? ` or ${names.join(", ")}` : "";
     showNames();
@@ -136,7 +137,7 @@ function say(text, isError = false) {
 class Answer {
   constructor(lam) {
     this.lam = lam;
-    this.tokens = 0;
+    this.tokens = this.thinking = 0; // one for each event, until the server has counted
     this.title = make("span");
     this.state = make("small");
     this.summary = make("summary", {}, "Thought");
@@ -187,6 +188,7 @@ class Answer {
     if (typeof chunk.intensity === "number") this.name(chunk.intensity);
     if (chunk.usage) {
       this.tokens = chunk.usage.completion_tokens;
+      this.thinking = chunk.usage.completion_tokens_details.reasoning_tokens;
     }
     const choice = chunk.choices?.[0];
     if (!choice) return;
@@ -194,7 +196,7 @@ class Answer {
     if (thought) {
       this.details.hidden = false;
       this.thought.append(thought);
-      this.thinking = (this.thinking ?? 0) + 1;
+      this.thinking += 1;
       this.state.textContent = "thinking";
     }
     if (content) {
@@ -211,7 +213,7 @@ class Answer {
   }
 
   count() {
-    if (this.thinking) this.summary.textContent = `Thought, about ${plural(this.thinking, "token")}`;
+    if (this.thinking) this.summary.textContent = `Thought, ${plural(this.thinking, "token")}`;
     const parts = [plural(this.tokens, "token")];
     if (this.last > this.first) {
       parts.push(`${((1000 * (this.tokens - 1)) / (this.last - this.first)).toFixed(0)} tokens/s`);
