@@ -62,7 +62,9 @@ def packed_attention(
         for first in range(begin, end, 1 if invariant else max(1, end - begin)):
             rows = slice(first, first + 1 if invariant else end)
             last_key = keys_end - (end - rows.stop)
-            first_key = keys if sliding_window is None else max(keys, last_key - sliding_window - (rows.stop - first) + 1)
+            first_key = (
+                keys if sliding_window is None else max(keys, last_key - sliding_window - (rows.stop - first) + 1)
+            )
             sink = sinks[rows].t() if sinks is not None and sinks.dim() == 2 else sinks
             seen = slice(first_key, last_key)
             result[:, :, rows] = _attend(

@@ -27,7 +27,11 @@ from dami.serving.sampling import Sampler, Sampling
 NEEDED = {
     continuous_api.ContinuousBatchingManager: ("_create_batch_processor", "_generation_loop_body", "_generation_step"),
     continuous_api.ContinuousBatchProcessor: ("prepare_next_batch", "update_batch"),
-    cb_logits_processors.ContinuousBatchingLogitsProcessorList: ("check_kwargs", "fill_defaults", "prepare_tensor_args"),
+    cb_logits_processors.ContinuousBatchingLogitsProcessorList: (
+        "check_kwargs",
+        "fill_defaults",
+        "prepare_tensor_args",
+    ),
     requests.RequestState: ("create_equivalent_initial_request", "update_and_check_completion"),
 }
 
@@ -86,11 +90,11 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         lerped.logit_processor = LerpProcessors(manager.logit_processor)
         try:
             check_packed(manager.model)
-            lerped.switch_to_cb_friendly_attn(
-                manager.model, manager.continuous_batching_config.auto_switch_to_flash
-            )
+            lerped.switch_to_cb_friendly_attn(manager.model, manager.continuous_batching_config.auto_switch_to_flash)
         except BaseException:
-            manager.model.set_attn_implementation(manager._original_attn_impl or manager.model.config._attn_implementation)
+            manager.model.set_attn_implementation(
+                manager._original_attn_impl or manager.model.config._attn_implementation
+            )
             raise
         return lerped
 
@@ -100,7 +104,7 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         It is called before the start, on a manager that takes the likeliest token and batches synchronously.
         """
         self.sampler = Sampler()
-        self.logit_processor.attach(self.sampler)
+        cast(LerpProcessors, self.logit_processor).attach(self.sampler)
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         super().switch_to_cb_friendly_attn(model, auto_switch_to_flash)
@@ -112,7 +116,7 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         elif chosen == "paged|eager" and getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
             raise ValueError("attn_implementation 'eager' leaves out soft caps in continuous batching: use the default")
 
-    def add_request(  # type: ignore[override]
+    def add_request(
         self, input_ids: list[int], *args: Any, intensity: float | None = None, **options: Any
     ) -> str | None:
         """As transformers' own.
@@ -127,7 +131,7 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         options["intensity"] = one_lam(patch_of(self.model).dial.lam if intensity is None else intensity)
         return super().add_request(input_ids, *args, **options)
 
-    def add_requests(  # type: ignore[override]
+    def add_requests(
         self, inputs: list[list[int]], *args: Any, intensity: float | Sequence[float] | None = None, **options: Any
     ) -> list[str]:
         """As transformers' own, with a λ for all prompts or one for each."""
@@ -166,7 +170,7 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
                     running=len(scheduler.active_requests),
                     rows=len(states),
                     tokens=sum(state.query_length for state in states),
-                    blocks=1.0 - batch_processor.cache.compute_free_capacity(),
+                    blocks=blocks_in_use(batch_processor.cache),
                     seconds=time.perf_counter() - start if stepped else 0.0,
                 )
             )
@@ -203,7 +207,7 @@ class LerpProcessors(cb_logits_processors.ContinuousBatchingLogitsProcessorList)
             self.sampler.prepare(states, arg_storage[self.own_rows : -1])
         return arg_storage
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
         scores = super().__call__(input_ids, scores, logits_processor_args)
         if self.sampler is not None:
             scores = self.sampler(scores, logits_processor_args[self.own_rows : -1])
@@ -261,7 +265,9 @@ def check_packed(model: Any) -> None:
         model.set_attn_implementation(before)
     missing = logits[0].isnan().all(1)
     if missing.tolist() != [False] * 5 + [True] * 2 + [False] or logits[0, ~missing].isnan().any():
-        raise ValueError(f"{type(model).__name__} cannot be batched continuously at several λ: they reach other sequences")
+        raise ValueError(
+            f"{type(model).__name__} cannot be batched continuously at several λ: they reach other sequences"
+        )
     patch.packs = True
 
 
@@ -288,13 +294,19 @@ def key_blocks(processor: continuous_api.ContinuousBatchProcessor) -> None:
             state.initial_tokens = keyed(state.initial_tokens, state)
         mark(state, complete_blocks)
 
-    cache.search_prefix_match, cache.mark_complete_blocks = search_prefix_match, mark_complete_blocks
+    cache.search_prefix_match, cache.mark_complete_blocks = search_prefix_match, mark_complete_blocks  # type: ignore[method-assign]
 
 
 def keyed(tokens: list[int], state: Any) -> list[int]:
     """A prompt that equals another one's where tokens and λ are equal: an int32 of 8 bits of λ and 23 of a token."""
     bits = struct.pack("<f", state.logit_processor_kwargs.get("intensity", 0.0))
     return [token | byte << 23 for token, byte in zip(tokens, bits, strict=False)] + tokens[len(bits) :]
+
+
+def blocks_in_use(cache: Any) -> float:
+    """Share of a KV cache that requests hold, 0 to 1: blocks kept for prompts to come are not in use."""
+    kept = sum(len(each.ledger.cached_blocks) / each.num_blocks for each in cache.cache_allocators.values())
+    return max(0.0, 1.0 - cache.compute_free_capacity() - kept)
 
 
 def unblock_after_cancellations(scheduler: Any) -> None:
@@ -313,6 +325,8 @@ def unblock_after_cancellations(scheduler: Any) -> None:
 def generation_config_of(model: Any) -> GenerationConfig:
     """A model's generation config for `sample_per_request`: without what would change the logits of all requests."""
     config = GenerationConfig(
-        do_sample=False, eos_token_id=model.generation_config.eos_token_id, pad_token_id=model.generation_config.pad_token_id
+        do_sample=False,
+        eos_token_id=model.generation_config.eos_token_id,
+        pad_token_id=model.generation_config.pad_token_id,
     )
     return config

@@ -23,7 +23,7 @@ class Sampling:
         top_p: draws from the likeliest tokens that hold this probability together; 1 is all of them.
         top_k: draws from the k likeliest tokens; 0 is all of them.
         seed: any integer; equal seeds draw equal tokens.
-        logprobs: None, or of how many of the likeliest tokens the log-probabilities are wanted, beside the chosen one's.
+        logprobs: None, or how many of the likeliest tokens' log-probabilities are wanted beside the chosen one's.
     """
 
     temperature: float = 1.0
@@ -82,7 +82,9 @@ class Sampler:
         """Scores [rows, vocabulary] whose largest of each row is the token to take."""
         temperature, top_p, _, chance = arguments[:, : len(scores)].view(torch.float32).unsqueeze(2)
         chosen = torch.where(
-            temperature > 0, draw(scores, temperature, top_p, arguments[2, : len(scores)], chance), scores.argmax(1, True)
+            temperature > 0,
+            draw(scores, temperature, top_p, arguments[2, : len(scores)], chance),
+            scores.argmax(1, True),
         )
         if any(wanted is not None for wanted in self._logprobs):
             self._found = self._look_up(scores, chosen)
@@ -94,7 +96,9 @@ class Sampler:
         values, ids = (x.tolist() for x in logprobs.topk(most, 1))
         own = logprobs.gather(1, chosen).squeeze(1).tolist()
         return [
-            None if wanted is None else Logprobs(own[row], tuple(zip(ids[row][:wanted], values[row][:wanted], strict=True)))
+            None
+            if wanted is None
+            else Logprobs(own[row], tuple(zip(ids[row][:wanted], values[row][:wanted], strict=True)))
             for row, wanted in enumerate(self._logprobs)
         ]
 
