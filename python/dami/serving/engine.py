@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -37,33 +37,39 @@ class EngineDead(Exception):
 
 @dataclass(frozen=True)
 class Load:
-    """How the engine is doing, after a step or while it is idle.
+    """How the engine is doing.
 
     Attributes:
-        time: seconds of a clock that only goes forward.
-        waiting: requests that no step has taken up yet.
-        running: requests that are being generated.
+        waiting: sequences that no step has taken up yet.
+        running: sequences that hold blocks.
         kv: share of the KV cache that they hold, 0 to 1.
-        first_token: seconds from a request's arrival to its first token, of each that got it since the last look.
-        per_token: seconds that the step took, which gave each running request a token; None while idle.
     """
 
-    time: float
-    waiting: int
-    running: int
-    kv: float
-    first_token: tuple[float, ...] = ()
-    per_token: float | None = None
+    waiting: int = 0
+    running: int = 0
+    kv: float = 0.0
 
 
 class Controller(Protocol):
-    """Turns load into λ. Both methods are called on the event loop, and must be quick."""
+    """Turns load into λ. Its methods are called on the event loop, and must be quick."""
 
     def grant(self, intensity: float, adjustable: bool) -> float:
         """The λ that a request gets which asks for `intensity`; that itself unless it is `adjustable`."""
 
-    def observe(self, load: Load) -> None:
-        """Takes note of the load: after every step, and ten times a second while idle."""
+    def start(self, intensity: float) -> None:
+        """A sequence at this λ has come."""
+
+    def finish(self, intensity: float, tokens: int | None) -> None:
+        """It has gone, with so many tokens, or None if it did not come to its end."""
+
+    def observe(self, running: int, seconds_per_token: float, waited: float) -> None:
+        """After each step, and ten times a second while idle.
+
+        Args:
+            running: sequences of the step.
+            seconds_per_token: that it took.
+            waited: seconds that the longest-waiting sequence has been without its first token; 0 if none waits.
+        """
 
 
 @dataclass(frozen=True)
@@ -127,14 +133,13 @@ class Row:
         fresh = [Token(tokens[i], logprobs[i] if i < len(logprobs) else None) for i in range(self.seen, len(tokens))]
         if fresh and self.first_token is None:
             self.first_token = time.monotonic()
-            self.engine.first_tokens.append(self.first_token - self.arrival)
+            self.engine.waiting.pop(self.name, None)
         self.seen = len(tokens)
-        self.engine.generated += len(fresh)
         if fresh:
             self.news.put_nowait(fresh)
         if output.is_finished():
             self.reason = "stop" if tokens and tokens[-1] in self.ends else "length"
-            self.engine.forget(self)
+            self.engine.forget(self, complete=True)
             self.news.put_nowait(None)
 
     def fail(self, error: Exception) -> None:
@@ -156,9 +161,10 @@ class Row:
                 raise news
             goes_on = news is not None
 
-    def cancel(self) -> None:
-        """Ends it, if it has not ended, and frees its blocks."""
-        self.engine.forget(self, cancel=True)
+    def cancel(self, complete: bool = False) -> None:
+        """Ends it, if it has not ended, and frees its blocks; `complete` if its text has all that is wanted."""
+        if self.engine.forget(self, complete):
+            self.engine.manager.cancel_request(self.name)
 
 
 class Engine:
@@ -183,9 +189,8 @@ class Engine:
         self.twin = dami.twin(model) if patch.estimator is not None else None
         self.ends = frozenset(end_tokens(model).tolist())
         self.rows: dict[str, Row] = {}
-        self.first_tokens: list[float] = []
-        self.generated = 0
-        self.load = Load(time.monotonic(), 0, 0, 0.0)
+        self.waiting: dict[str, Row] = {}  # those of them without a token, the first come first
+        self.load = Load()
         self.death: BaseException | None = None
         self.dead = asyncio.Event()
         self._estimating, self._to_estimate = asyncio.Lock(), list[tuple[list[int], asyncio.Future[float]]]()
@@ -264,7 +269,9 @@ class Engine:
         self.check_room(1)
         ends = self.ends if ends is None else ends
         row = Row(self, prompt, intensity, uuid.uuid4().hex, max_tokens, ends, time.monotonic())
-        self.rows[row.name] = row
+        self.rows[row.name] = self.waiting[row.name] = row
+        if self.controller is not None:
+            self.controller.start(intensity)
         self.manager.register_result_handler(row.name, row.take)
         name = self.manager.add_request(
             prompt,
@@ -287,12 +294,17 @@ class Engine:
         if len(self.rows) + rows > self.limits.max_requests:
             raise Overloaded(f"{len(self.rows)} sequences are under way, and {self.limits.max_requests} is the most")
 
-    def forget(self, row: Row, cancel: bool = False) -> None:
-        if self.rows.pop(row.name, None) is not None and cancel:
-            self.manager.cancel_request(row.name)
+    def forget(self, row: Row, complete: bool = False) -> bool:
+        """Drops a row, and tells whether it was still there."""
+        if self.rows.pop(row.name, None) is None:
+            return False
+        self.waiting.pop(row.name, None)
         router = self.manager.output_router
         with router._lock:
             router.result_handlers.pop(row.name, None)
+        if self.controller is not None:
+            self.controller.finish(row.intensity, row.seen if complete else None)
+        return True
 
     async def estimate(self, prompt: list[int]) -> float:
         """λ that the pair's estimator chooses for a prompt; prompts that come together are estimated in one batch.
@@ -341,12 +353,11 @@ class Engine:
             self._loop.call_soon_threadsafe(self._observe, step)
 
     def _observe(self, step: Step) -> None:
-        delays, self.first_tokens = tuple(self.first_tokens), []
-        self.load = Load(
-            time.monotonic(), step.waiting, step.running, step.blocks, delays, step.seconds if step.rows else None
-        )
+        self.load = Load(step.waiting, step.running, step.blocks)
         if self.controller is not None:
-            self.controller.observe(self.load)
+            longest = next(iter(self.waiting.values()), None)
+            waited = 0.0 if longest is None else time.monotonic() - longest.arrival
+            self.controller.observe(step.rows, step.seconds, waited)
 
     async def _watch_thread(self) -> None:
         """Fails what is under way when the generation thread has ended."""
@@ -355,7 +366,7 @@ class Engine:
         self.death = self.manager.background_thread_status.fatal_error or RuntimeError(
             "the generation thread has ended"
         )
-        self.load = replace(self.load, waiting=0, running=0)
+        self.load = Load()
         for row in list(self.rows.values()):
             row.fail(EngineDead(str(self.death)))
         self.dead.set()

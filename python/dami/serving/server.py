@@ -103,7 +103,7 @@ class Choice:
                     more = self.deltas.push(token.id)
                     given = Delta(given.thought + more.thought, given.answer + more.answer)
                 if self.deltas.stopped:
-                    self.row.cancel()
+                    self.row.cancel(complete=True)
                     self.reason = "stop"
                     yield given, fresh
                     return
