@@ -43,11 +43,16 @@ class Pass:
         sequences: of the batch, a multiple of the number of λ (beams); 0 where it is not known, None outside a pass.
         tokens: of each sequence; 0 where that is not known.
         ordered: whether rows stand in the order of the sequences.
+        packed: whether tokens of all sequences stand in one row, as in continuous batching. Then there is a λ for each
+            token: sequences are its tokens.
+        kept: float32 [rows], λ of those tokens of a packed row whose logits are wanted, where not all are.
     """
 
     sequences: int | None = None
     tokens: int = 0
     ordered: bool = True
+    packed: bool = False
+    kept: Tensor | None = None
 
     @contextmanager
     def out_of_order(self) -> Iterator[None]:
@@ -160,12 +165,14 @@ class LerpModule(nn.Module):
                 1 for what all sequences share, such as the positions [1, T]: it is then expanded to B.
             features: how many trailing dimensions are not rows.
         """
-        lam = self.lerp.dial.lam.to(x.device)
+        lam, running = self.lerp.dial.lam.to(x.device), self.lerp.running
+        if lam.dim() and running.packed:
+            return x, self._packed_rows(x, lam, features)
         if isinstance(x, RowParameter):
             x = x.of_batch()
         if lam.dim() == 0:
             return x, {"lam": lam}
-        flat, running = x.dim() <= features + 1, self.lerp.running
+        flat = x.dim() <= features + 1
         if x.shape[0] == 1 and not flat:
             x = x.expand(lam.shape[0], *x.shape[1:])
         count = x.shape[0] if x.dim() > features else 1
@@ -177,6 +184,18 @@ class LerpModule(nn.Module):
                 f"{list(x.shape)} of {self.lerp.name}"
             )
         return x, {"lam": lam, "rows_per_lam": x.shape[: x.dim() - features].numel() // lam.shape[0]}
+
+    def _packed_rows(self, x: Tensor, lam: Tensor, features: int) -> dict[str, Any]:
+        """The operator's arguments for `x` of a packed row: [1, tokens, …] or [tokens, …], before the features."""
+        if self.lerp.group == "head" and self.lerp.running.kept is not None:
+            lam = self.lerp.running.kept
+        lead = x.shape[: x.dim() - features]
+        if lead[:2] != (1, len(lam)) and lead[:1] != (len(lam),):
+            raise ValueError(
+                f"a packed row of {len(lam)} tokens, each at its own λ, must come to {self.lerp.name} with the tokens "
+                f"first, got an input of shape {list(x.shape)}"
+            )
+        return {"lam": lam, "rows_per_lam": lead.numel() // len(lam)}
 
     def placeholders(self) -> list[str]:
         """Names of the parameters that are placeholders."""
