@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import dami
 import gevent
 import locust
 from locust.env import Environment
-
-import dami
 
 Body = dict[str, Any]
 

@@ -1,6 +1,6 @@
 """What clients can do to a server, and whether those beside them notice.
 
-    storm     several hundred clients ask for long answers and leave, at moments of chance, before and after the first text
+    storm     clients ask for long answers and leave within a second, some before the first text
     silent    clients ask for long answers and never read
     refused   requests that are wrong in many ways
 
@@ -93,7 +93,9 @@ def storm(url: str, clients: int) -> None:
                 while connection.recv(1 << 16):
                     pass
 
-    gevent.joinall([gevent.spawn(leave, chance.random(), chance.random() < 0.7) for _ in range(clients)], raise_error=True)
+    gevent.joinall(
+        [gevent.spawn(leave, chance.random(), chance.random() < 0.7) for _ in range(clients)], raise_error=True
+    )
 
 
 def silent(url: str, clients: int) -> None:

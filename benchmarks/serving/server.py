@@ -59,7 +59,9 @@ class Server:
         start = time.perf_counter()
         while time.perf_counter() - start < seconds:
             found = self.metrics()
-            if not any(found[f"dami_{name}"] for name in ("requests_waiting", "requests_running", "kv_cache_usage_ratio")):
+            if not any(
+                found[f"dami_{name}"] for name in ("requests_waiting", "requests_running", "kv_cache_usage_ratio")
+            ):
                 return time.perf_counter() - start
             time.sleep(0.1)
         raise TimeoutError(f"the server is still busy after {seconds} s: {found}")
@@ -88,27 +90,27 @@ def serving(*arguments: str, threads: int | None = None, seconds: float = 120) -
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
-    log = tempfile.TemporaryFile()  # a pipe that nobody reads would stop the server when it is full
-    process = subprocess.Popen(
-        [sys.executable, "-c", DAMI, "serve", "--port", str(port), *arguments], env=environment, stderr=log
-    )
-    server = Server(f"http://127.0.0.1:{port}", process)
-    try:
-        end = time.perf_counter() + seconds
-        while not _answers(server):
-            if process.poll() is not None:
+    # Into a file: a pipe that nobody reads would stop the server when it is full.
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", DAMI, "serve", "--port", str(port), *arguments], env=environment, stderr=log
+        )
+        server = Server(f"http://127.0.0.1:{port}", process)
+        try:
+            end = time.perf_counter() + seconds
+            while not _answers(server):
+                if process.poll() is not None:
+                    raise RuntimeError(f"dami serve ended with {process.returncode}: {_end_of(log)}")
+                if time.perf_counter() > end:
+                    raise TimeoutError(f"dami serve does not answer after {seconds} s")
+                time.sleep(0.2)
+            yield server
+            process.send_signal(signal.SIGTERM)
+            if process.wait(60) != 0:
                 raise RuntimeError(f"dami serve ended with {process.returncode}: {_end_of(log)}")
-            if time.perf_counter() > end:
-                raise TimeoutError(f"dami serve does not answer after {seconds} s")
-            time.sleep(0.2)
-        yield server
-        process.send_signal(signal.SIGTERM)
-        if process.wait(60) != 0:
-            raise RuntimeError(f"dami serve ended with {process.returncode}: {_end_of(log)}")
-    finally:
-        process.kill()
-        process.wait()
-        log.close()
+        finally:
+            process.kill()
+            process.wait()
 
 
 def _answers(server: Server) -> bool:

@@ -1,9 +1,9 @@
 """A thousand streams at once, each answer compared with that to the same question asked alone, greedily.
 
-    lost      answers that did not come whole
-    crossed   answers that are another request's: of another λ, or with the thought of another question
-    other     answers that are neither that nor their own: where rounding decides, unless the server is --invariant
-    distinct  different answers among those asked alone
+lost      answers that did not come whole
+crossed   answers that are another request's: of another λ, or with the thought of another question
+other     answers that are neither that nor their own: where rounding decides, unless the server is --invariant
+distinct  different answers among those asked alone
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(mode: str, streams: int, count: int) -> dict[str, object]:
     bodies = [
-        chat(question.text, intensity=lam, temperature=0, max_tokens=256) for question in questions(count) for lam in LAMS
+        chat(question.text, intensity=lam, temperature=0, max_tokens=256)
+        for question in questions(count)
+        for lam in LAMS
     ]
     asked = [i % len(bodies) for i in range(streams)]
     random.Random(0).shuffle(asked)

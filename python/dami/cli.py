@@ -383,6 +383,23 @@ def serve(
     invariant: Annotated[
         bool, typer.Option("--invariant", help="Make an answer's bits independent of other requests, at some cost.")
     ] = False,
+    target_latency: Annotated[
+        float | None,
+        typer.Option(
+            parser=finite,
+            metavar="SECONDS",
+            help="Let requests with auto or max_intensity think less under load, so that answers take no longer.",
+        ),
+    ] = None,
+    intensity_floor: Annotated[
+        float, typer.Option(parser=finite, metavar="λ", help="How far --target-latency may go down.")
+    ] = 0.0,
+    frontier: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="Of the pair, by dami evaluate. Default: the packed pair's, if any."
+        ),
+    ] = None,
     drain: Annotated[
         int | None, typer.Option(min=0, help="Seconds that requests have to end after SIGTERM. Default: no limit.")
     ] = None,
@@ -398,6 +415,18 @@ def serve(
         raise fail(f"dami serve needs {error.name}: pip install 'dami-kernels[serve]'") from error
     if not intensity_range[0] <= intensity_range[1] or not all(map(math.isfinite, intensity_range)):
         raise fail(f"--intensity-range must be two finite numbers, the lower first, got {intensity_range}")
+    import dami
+    from dami.serving.controller import IntensityController
+    from dami.serving.playground import read_frontier
+
+    if frontier is None and len(ends or [""]) == 1:
+        frontier = (Path(ends[0]) if ends else dami.example_pair()[0].parent) / "frontier.json"
+    controller = None
+    with user_errors():
+        known = read_frontier(frontier) if frontier and frontier.exists() else None
+        if target_latency is not None:
+            tokens = {point["intensity"]: point["tokens"][0] for point in known["points"]} if known else {}
+            controller = IntensityController(target_latency, max_batch_rows, intensity_floor, tokens=tokens)
     model, tokenizer = load(tuple(ends) if ends else None, format, invariant)
     from dami.serving.engine import Engine, Limits
     from dami.serving.server import Settings, create_app, run
@@ -411,8 +440,9 @@ def serve(
             "default" if chat_template is None else chat_template,
             tuple(api_key or ()),
             max_body,
+            known,
         )
-        served = create_app(Engine(model, limits), tokenizer, settings)
+        served = create_app(Engine(model, limits, controller), tokenizer, settings)
     if host not in ("127.0.0.1", "::1", "localhost") and not api_key:
         err.print(f"anyone who reaches {host} may use this server: see --api-key", style="yellow")
     raise typer.Exit(run(served, host, port, drain))

@@ -35,7 +35,6 @@ the target as long as the server can carry the load at the floor at all.
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -64,14 +63,13 @@ class Means:
 
 
 class IntensityController:
-    """A cap on the λ of adjustable requests that follows the load. All methods may be called from any thread.
+    """A cap on the λ of adjustable requests that follows the load.
 
     Attributes:
         target: seconds that an answer may take on average, from the request to its last token.
         rows: sequences that the engine decodes together, at most.
         floor: lowest cap.
         ceiling: cap without load, where nothing is capped.
-        lowered: requests that were granted less than they asked for, so far.
     """
 
     def __init__(
@@ -102,9 +100,8 @@ class IntensityController:
         if not -math.inf < floor < ceiling < math.inf:
             raise ValueError(f"floor and ceiling must be finite, the floor below, got {floor} and {ceiling}")
         self.target, self.floor, self.ceiling = float(target_latency), float(floor), float(ceiling)
-        self.rows, self.lowered = rows, 0
+        self.rows = rows
         self._clock = clock
-        self._lock = threading.Lock()
         self._in_flight: Counter[int] = Counter()  # sequences by tenth of λ
         self._tokens = Means()  # of an answer, by tenth of λ
         for intensity, mean in (tokens or {}).items():
@@ -121,11 +118,8 @@ class IntensityController:
             intensity: what it asks for.
             adjustable: whether it may get less.
         """
-        with self._lock:
-            cap = self._move()
-            granted = min(intensity, cap) if adjustable and cap < self.ceiling else intensity
-            self.lowered += granted < intensity
-            return granted
+        cap = self._move()
+        return min(intensity, cap) if adjustable and cap < self.ceiling else intensity
 
     def start(self, intensity: float) -> None:
         """Counts a sequence as load, until `finish`.
@@ -133,9 +127,8 @@ class IntensityController:
         Args:
             intensity: its λ, as granted.
         """
-        with self._lock:
-            self._in_flight[_tenth(intensity)] += 1
-            self._move()
+        self._in_flight[_tenth(intensity)] += 1
+        self._move()
 
     def finish(self, intensity: float, tokens: int | None) -> None:
         """Takes a sequence out of the load.
@@ -144,11 +137,10 @@ class IntensityController:
             intensity: its λ.
             tokens: how many it generated; None if it did not come to its end.
         """
-        with self._lock:
-            self._in_flight[_tenth(intensity)] -= 1
-            if tokens is not None:
-                self._tokens.add(_tenth(intensity), tokens)
-            self._move()
+        self._in_flight[_tenth(intensity)] -= 1
+        if tokens is not None:
+            self._tokens.add(_tenth(intensity), tokens)
+        self._move()
 
     def observe(self, running: int, seconds_per_token: float, waited: float) -> None:
         """Tells how the engine is doing; best after every step.
@@ -158,25 +150,14 @@ class IntensityController:
             seconds_per_token: what a token of one row takes now, which is the duration of a step.
             waited: seconds that the longest-waiting sequence has been without its first token, 0 if none waits.
         """
-        with self._lock:
-            self._waited = waited
-            if running > 0:
-                self._seconds.add(running.bit_length(), seconds_per_token)
-            self._move()
+        self._waited = waited
+        if running > 0:
+            self._seconds.add(running.bit_length(), seconds_per_token)
+        self._move()
 
     @property
     def pressure(self) -> float:
-        """Latency that a request must expect now, as a share of the target."""
-        with self._lock:
-            return self._pressure()
-
-    @property
-    def cap(self) -> float:
-        """Highest λ that an adjustable request is granted now; at the ceiling there is no cap."""
-        with self._lock:
-            return self._move()
-
-    def _pressure(self) -> float:
+        """Latency that a sequence must expect now, as a share of the target."""
         sequences = self._in_flight.total()
         if not sequences:
             return 0.0
@@ -184,10 +165,15 @@ class IntensityController:
         tokens = sum(count * self._tokens.at(tenth) for tenth, count in self._in_flight.items())
         return max(tokens / rows * self._seconds.at(rows.bit_length()), self._waited) / self.target
 
+    @property
+    def cap(self) -> float:
+        """Highest λ that an adjustable request is granted now; at the ceiling there is no cap."""
+        return self._move()
+
     def _move(self) -> float:
         """Brings the cap up to now."""
         now, span = self._clock(), self.ceiling - self.floor
-        relief = min(max((FULL - self._pressure()) / (FULL - EASE), 0.0), 1.0)
+        relief = min(max((FULL - self.pressure) / (FULL - EASE), 0.0), 1.0)
         wanted = self.ceiling if relief == 1 else self.floor + span * relief
         if wanted < self._cap:
             self._cap = wanted
