@@ -631,6 +631,7 @@ def create_app(engine: Engine, tokenizer: Any, settings: Settings | None = None)
                 "range": list(settings.intensity_range),
                 "presets": engine.presets,
                 "auto": engine.twin is not None,
+                "frontier": settings.frontier is not None,
             },
         }
 

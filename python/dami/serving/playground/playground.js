@@ -44,15 +44,10 @@ async function meet() {
     $("model").textContent = `Model: ${model}`;
     $("lams-names").textContent = names.length ? ` or ${names.join(", ")}` : "";
     showNames();
+    if (intensity.frontier) drawFrontier((await get("v1/frontier")).points);
     say("");
   } catch (error) {
     say(error.message, true);
-    return;
-  }
-  try {
-    drawFrontier((await get("v1/frontier")).points);
-  } catch {
-    // no frontier of this pair is known
   }
 }
 
