@@ -199,7 +199,6 @@ class Answer {
       this.state.textContent = "answering";
     }
     if (thought || content) {
-      this.first ??= performance.now();
       this.last = performance.now();
       this.tokens += 1;
     }
@@ -210,10 +209,10 @@ class Answer {
   count() {
     if (this.thinking) this.summary.textContent = `Thought, ${plural(this.thinking, "token")}`;
     const parts = [plural(this.tokens, "token")];
-    if (this.last > this.first) {
-      parts.push(`${((1000 * (this.tokens - 1)) / (this.last - this.first)).toFixed(0)} tokens/s`);
+    if (this.last) {
+      const seconds = (this.last - this.began) / 1000;
+      parts.push(`${seconds.toFixed(1)} s`, `${(this.tokens / seconds).toFixed(0)} tokens/s`);
     }
-    if (this.last) parts.push(`${((this.last - this.began) / 1000).toFixed(1)} s`);
     this.counts.textContent = parts.join(" · ");
   }
 }
