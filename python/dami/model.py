@@ -184,7 +184,7 @@ def _packed_forward(model: Any, forward: Any, args: tuple[Any, ...], kwargs: dic
     running, dial = patch.running, patch.dial
     before = dial.lam, running.sequences, running.tokens, running.packed, running.kept
     dial.lam, kept = packed_lam(kwargs)
-    running.sequences, running.tokens, running.packed, running.kept = len(dial.lam), 1, True, kept
+    running.sequences, running.tokens, running.packed, running.kept = len(dial.lam), 1, dial.lam, kept
     try:
         return forward(model, *args, **kwargs)
     finally:

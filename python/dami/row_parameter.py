@@ -110,7 +110,7 @@ class RowParameter(Tensor):
         if first is None:
             return func(*args, **kwargs)
         try:
-            if first.running.packed and func is not F.linear:
+            if first.running.packed is not None and func is not F.linear:
                 raise ValueError("tokens of several sequences stand in one row")
             result = RULES[func](*args, **kwargs) if func in RULES else NotImplemented
             return _vmapped(func, args, kwargs) if result is NotImplemented else result
@@ -172,7 +172,7 @@ def _vmapped(func: Any, args: Any, kwargs: Any) -> Any:
     """`func`, sequence by sequence: a `RowParameter`, or an ordinary tensor if a tensor of the batch went in."""
     leaves, spec = tree_flatten((args, kwargs))
     first = next(leaf for leaf in leaves if isinstance(leaf, RowParameter))
-    if first.running.packed:
+    if first.running.packed is not None:
         raise ValueError("its input is not one row of all tokens")
     inplace = func.__name__.endswith("_") and not func.__name__.endswith("__")
     if func is Tensor.__setitem__ or (inplace and isinstance(args[0], RowParameter)):
@@ -252,9 +252,10 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """A linear layer in all but name, such as a router: both ends go to the operator, and no copy is blended."""
     if not isinstance(weight, RowParameter) or weight.ends is None or isinstance(input, RowParameter):
         return NotImplemented
-    if weight.running.packed and input.shape[:-1].numel() == len(weight.lam) and input.dtype == weight.dtype:
-        y = lerp_linear(input, weight.ends, weight.lam, rows_per_lam=1)
-        return y if bias is None else y + bias
+    if weight.running.packed is not None and input.shape[:-1].numel() == len(weight.lam) and input.dtype == weight.dtype:
+        ends = bias.ends if isinstance(bias, RowParameter) else None
+        y = lerp_linear(input, weight.ends, weight.lam, bias=ends, rows_per_lam=1)
+        return y if bias is None or ends is not None else y + bias
     if batch_dim(input, weight, F.linear) != 0 or input.dtype != weight.dtype:
         return NotImplemented
     y = lerp_linear(input, weight.ends, weight.lam, rows_per_lam=input.shape[:-1].numel() // len(weight.lam))
