@@ -46,6 +46,7 @@ class Pass:
         packed: where tokens of all sequences stand in one row, as in continuous batching, float32 [tokens], λ of each;
             tokens are then taken for sequences.
         kept: float32 [rows], λ of those tokens of a packed row whose logits are wanted, where not all are.
+        invariant: whether the bits of a row are to be independent of the others.
     """
 
     sequences: int | None = None
@@ -53,6 +54,7 @@ class Pass:
     ordered: bool = True
     packed: Tensor | None = None
     kept: Tensor | None = None
+    invariant: bool = False
 
     @contextmanager
     def out_of_order(self) -> Iterator[None]:

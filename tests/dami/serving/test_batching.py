@@ -9,8 +9,18 @@ from typing import Any
 import dami
 import pytest
 import torch
+import transformers
 from dami.serving.batching import LerpManager, keyed
-from transformers import ContinuousBatchingConfig, GenerationConfig, GptOssConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import (
+    AfmoeConfig,
+    CohereConfig,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    Glm4MoeConfig,
+    GptOssConfig,
+    MixtralConfig,
+    Qwen3MoeConfig,
+)
 from transformers.generation.continuous_batching.requests import RequestState
 
 from tests.dami import architectures
@@ -57,7 +67,9 @@ def patched(name: Any, **options: Any) -> Any:
 
 
 # softcaps and windows; biases and a window; tied embeddings; learned positions; routers and experts; attention sinks
-FAMILIES = ["gemma2", "llama", "mistral", "qwen3", "gpt2", MixtralConfig, Qwen3MoeConfig, GptOssConfig]
+# routers that read their weight in float32, norms of their own, gates after attention
+OTHERS = [Glm4MoeConfig, CohereConfig, AfmoeConfig]
+FAMILIES = ["gemma2", "llama", "mistral", "qwen3", "gpt2", MixtralConfig, Qwen3MoeConfig, GptOssConfig, *OTHERS]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -214,12 +226,18 @@ def test_generate_batch_refuses_another_number_of_lam() -> None:
         patched("qwen3").generate_batch(prompts([4, 5]), GREEDY, SMALL, intensity=[0.1, 0.2, 0.3])
 
 
-def test_models_that_cannot_be_packed_are_refused() -> None:
-    from transformers import PersimmonConfig
-
-    model = dami.patch_model(*architectures.pair(PersimmonConfig))
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("BloomConfig", "BloomForCausalLM cannot be batched continuously at several λ: one reaches other sequences"),
+        ("FalconConfig", "query_key_value.weight cannot have one λ per sequence in .*matmul"),
+        ("BertConfig", r"cls.predictions.transform.dense cannot tell the 9 tokens of a packed row"),
+    ],
+)
+def test_models_that_cannot_be_packed_are_refused(name: str, message: str) -> None:
+    model = patched(getattr(transformers, name))
     before = model.config._attn_implementation
-    with pytest.raises(ValueError, match=r"must come to model\.layers\.0\.self_attn\.q_layernorm with the tokens first"):
+    with pytest.raises(ValueError, match=message):
         model.init_continuous_batching(GREEDY, SMALL)
     assert model.config._attn_implementation == before
 
