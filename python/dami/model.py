@@ -7,6 +7,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -179,14 +180,16 @@ def patched_model_class(original: Any) -> type[LerpModel]:
 def _packed_forward(model: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A forward pass of continuous batching: tokens of all sequences in one row, each at its sequence's λ."""
     from dami.serving.batching import packed_lam
+    from dami.serving.rowwise import Rowwise
 
     patch = model.dami_patch
     running, dial = patch.running, patch.dial
     before = dial.lam, running.sequences, running.tokens, running.packed, running.kept
     dial.lam, kept = packed_lam(kwargs)
-    running.sequences, running.tokens, running.packed, running.kept = len(dial.lam), 1, True, kept
+    running.sequences, running.tokens, running.packed, running.kept = len(dial.lam), 1, dial.lam, kept
     try:
-        return forward(model, *args, **kwargs)
+        with Rowwise() if running.invariant else nullcontext():
+            return forward(model, *args, **kwargs)
     finally:
         dial.lam, running.sequences, running.tokens, running.packed, running.kept = before
 

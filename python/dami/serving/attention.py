@@ -55,7 +55,7 @@ def packed_attention(
     Returns:
         [1, queries, heads, head size], and None in the place of weights.
     """
-    result = torch.empty_like(query)
+    result = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
     sinks = s_aux.rows if isinstance(s_aux, RowParameter) else s_aux
     of_queries, of_keys = (pairwise(lengths.tolist()) for lengths in (cu_seq_lens_q, cu_seq_lens_k))
     for (begin, end), (keys, keys_end) in zip(of_queries, of_keys, strict=True):
@@ -67,10 +67,10 @@ def packed_attention(
             )
             sink = sinks[rows].t() if sinks is not None and sinks.dim() == 2 else sinks
             seen = slice(first_key, last_key)
-            result[:, :, rows] = _attend(
+            result[:, rows] = _attend(
                 query[:, :, rows], key[:, :, seen], value[:, :, seen], scaling, sliding_window, softcap, sink
-            )
-    return result.transpose(1, 2), None
+            ).transpose(1, 2)
+    return result, None
 
 
 def _attend(
@@ -87,7 +87,7 @@ def _attend(
     plain = softcap is None and sinks is None
     if plain and queries == 1:  # all heads of a group are queries of one key head
         grouped = query.view(1, key.shape[1], -1, query.shape[3])
-        return F.scaled_dot_product_attention(grouped, key, value, scale=scaling).view(query.shape)
+        return F.scaled_dot_product_attention(grouped, key, value, scale=scaling).view(*query.shape[:3], -1)
     key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
     if plain and queries == keys and (sliding_window is None or keys <= sliding_window):
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)

@@ -12,6 +12,7 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from numbers import Real
 from typing import Any, cast
 
@@ -111,7 +112,7 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         chosen = model.config._attn_implementation
         if auto_switch_to_flash and chosen in ("sdpa", "paged|eager"):
             original = self._original_attn_impl or chosen
-            model.set_attn_implementation(attention.INVARIANT if _invariant(model) else attention.NAME)
+            model.set_attn_implementation(attention.INVARIANT if patch_of(model).running.invariant else attention.NAME)
             self._original_attn_impl = original
         elif chosen == "paged|eager" and getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
             raise ValueError("attn_implementation 'eager' leaves out soft caps in continuous batching: use the default")
@@ -248,32 +249,34 @@ def check_packed(model: Any) -> None:
     if patch.packs:
         return
     before = model.config._attn_implementation
-    lengths = torch.tensor([0, 5, 7, 8], dtype=torch.int32, device=model.device)
-    places = [place for length in (5, 2, 1) for place in range(length)]
+    sizes = {value for value in model.config.get_text_config().to_dict().values() if isinstance(value, int)}
+    tokens = next(number for number in count(9) if number not in sizes)  # for `LerpModule._packed_rows`
+    lengths = (tokens - 3, 2, 1)
+    begins = torch.tensor([0, tokens - 3, tokens - 1, tokens], dtype=torch.int32, device=model.device)
     lam = torch.tensor([0.0, float("nan"), 1.0], device=model.device)
+    last = {"logits_to_keep": begins[1:].long() - 1} if model._supports_logits_to_keep() else {}
     model.set_attn_implementation(attention.NAME)
     try:
         logits = model(
-            input_ids=torch.arange(3, 3 + len(places), device=model.device).unsqueeze(0),
-            position_ids=torch.tensor([places], device=model.device),
-            cu_seq_lens_q=lengths,
-            cu_seq_lens_k=lengths,
+            input_ids=torch.arange(3, 3 + tokens, device=model.device).unsqueeze(0),
+            position_ids=torch.tensor([[place for length in lengths for place in range(length)]], device=model.device),
+            cu_seq_lens_q=begins,
+            cu_seq_lens_k=begins,
             logits_processor_args=lam.view(torch.int32).unsqueeze(0),
             use_cache=False,
+            **last,
         ).logits
     finally:
         model.set_attn_implementation(before)
-    missing = logits[0].isnan().all(1)
-    if missing.tolist() != [False] * 5 + [True] * 2 + [False] or logits[0, ~missing].isnan().any():
+    missing = logits[0].isnan()
+    reached = torch.tensor([False, True, False], device=model.device)
+    if not last:
+        reached = reached.repeat_interleave(begins.diff())
+    if not torch.equal(missing.all(1), reached) or not torch.equal(missing.any(1), reached):
         raise ValueError(
-            f"{type(model).__name__} cannot be batched continuously at several λ: they reach other sequences"
+            f"{type(model).__name__} cannot be batched continuously at several λ: one reaches other sequences"
         )
     patch.packs = True
-
-
-def _invariant(model: Any) -> bool:
-    """Whether a patched model computes each row independently of its neighbours, bit for bit."""
-    return any(module.lerp.settings.get("invariant") for module in model.modules() if hasattr(module, "lerp"))
 
 
 def key_blocks(processor: continuous_api.ContinuousBatchProcessor) -> None:

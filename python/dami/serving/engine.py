@@ -212,6 +212,11 @@ class Engine:
         with torch.inference_mode():
             self.manager.start()
         self._watch = asyncio.create_task(self._watch_thread())
+        try:
+            await self._try_out()
+        except BaseException:
+            await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *_: Any) -> None:
@@ -222,6 +227,18 @@ class Engine:
         await asyncio.to_thread(functools.partial(self.manager.stop, block=True, hard_stop=True))
         self.manager.destroy()
         self._estimator_thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _try_out(self) -> None:
+        """Generates a token at both ends: what transformers cannot batch fails here, and not at the first request."""
+        controller, self.controller = self.controller, None
+        try:
+            for row in [self.submit([0, 1], intensity, Sampling(temperature=0), 1) for intensity in (0.0, 1.0)]:
+                async for _ in row:
+                    pass
+        except EngineDead as dead:
+            raise ValueError(f"{type(self.model).__name__} cannot be batched continuously: {dead}") from dead
+        finally:
+            self.controller = controller
 
     def submit(
         self,

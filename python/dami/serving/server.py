@@ -273,7 +273,11 @@ class Service:
         if value == "auto":
             self._check_length(prompt, 1)
             low, high = self.settings.intensity_range
-            value = min(max(await self.engine.estimate(prompt), low), high)
+            try:
+                value = min(max(await self.engine.estimate(prompt), low), high)
+            except Exception as problem:
+                logger.exception("the estimator failed")
+                raise BadRequest(f"the estimator failed: {problem}", code="estimator_failed", status=500) from problem
         value = float(value) if body.max_intensity is None else min(float(value), body.max_intensity)
         granted = self.engine.grant(value, adjustable=asked == "auto" or body.max_intensity is not None)
         self.metrics.lowered.inc(granted < value)
@@ -749,4 +753,4 @@ def run(app: FastAPI, host: str, port: int, drain: int | None = None) -> int:
     )
     app.state.on_death = lambda: setattr(server, "should_exit", True)
     server.run()
-    return 1 if app.state.engine.death is not None else 0
+    return 1 if app.state.engine.death is not None or not server.started else 0
