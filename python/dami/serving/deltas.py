@@ -80,7 +80,7 @@ class Part:
         keep = max((n for stop in self.stop for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
         end = len(self.held) - keep
         if self.strip:
-            end = min(end, len(self.held.rstrip()))
+            end = len(self.held[:end].rstrip())
         return self._give(end)
 
     def flush(self) -> str:
@@ -147,7 +147,9 @@ class Deltas:
             rest = self.answer.push(self.detokenizer.rest())
             return Delta(answer=rest + self.answer.flush())
         said = self.reader.read(self.ids, inside=self.given_inside, finished=finished)
-        return Delta(_complete(self.thought, said.thought), _complete(self.answer, said.answer))
+        taken_back = not said.answer.startswith(self.answer.text)  # what an end tag alone made a thought was an answer
+        thought = self.thought.flush() if taken_back else _complete(self.thought, said.thought)
+        return Delta(thought, _complete(self.answer, said.answer))
 
     def _part(self) -> Part:
         return self.thought if self.inside else self.answer

@@ -116,26 +116,29 @@ class Sampler:
 def draw(scores: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, chance: Tensor) -> Tensor:
     """One token for each row, int64 [rows, 1]: the first whose cumulated probability exceeds the row's chance.
 
+    Tokens are cumulated in the order of the vocabulary, or from the likeliest on in a row that leaves some out.
+
     Args:
         scores: float32 [rows, vocabulary].
         temperature, top_p, chance: [rows, 1]; a temperature of 0 gives any token.
         top_k: int32 [rows]; 0 for all tokens.
     """
-    scores = scores / torch.where(temperature > 0, temperature, 1.0)
-    if scores.device.type == "cpu" and not bool(((top_p.squeeze(1) < 1) | (top_k > 0)).any()):
-        order, probabilities = None, scores.softmax(1)
-    else:
-        scores, order = scores.sort(1, descending=True)
-        probabilities = scores.softmax(1)
-        place = torch.arange(scores.shape[1], device=scores.device)
-        k = torch.where(top_k > 0, top_k, scores.shape[1]).unsqueeze(1)
-        probabilities = probabilities.masked_fill(place >= k, 0.0)
-        before = probabilities.cumsum(1) - probabilities
-        kept = before < top_p * probabilities.sum(1, True)
-        kept[:, 0] = True
-        probabilities = probabilities.masked_fill(~kept, 0.0)
+    scores, top_k = scores / torch.where(temperature > 0, temperature, 1.0), top_k.unsqueeze(1)
+    probabilities, cut = scores.softmax(1), (top_p < 1) | (top_k > 0)
+    drawn = _first_beyond(probabilities, chance)
+    if scores.device.type == "cpu" and not bool(cut.any()):
+        return drawn  # sorting is what takes time
+    probabilities, order = probabilities.sort(1, descending=True)
+    place = torch.arange(scores.shape[1], device=scores.device)
+    probabilities = probabilities.masked_fill((top_k > 0) & (place >= top_k), 0.0)
+    before = probabilities.cumsum(1) - probabilities
+    left_out = (before >= top_p * probabilities.sum(1, True)) & (place > 0)
+    place = _first_beyond(probabilities.masked_fill(left_out, 0.0), chance)
+    return torch.where(cut, order.gather(1, place), drawn)
+
+
+def _first_beyond(probabilities: Tensor, chance: Tensor) -> Tensor:
+    """Where the sum of a row's probabilities [rows, tokens] first exceeds this share of them all, int64 [rows, 1]."""
     cumulated = probabilities.cumsum(1)
     place = torch.searchsorted(cumulated, chance * cumulated[:, -1:], right=True)
-    last = (probabilities > 0).sum(1, True) - 1 if order is not None else scores.shape[1] - 1
-    place = place.clamp(max=last) if isinstance(last, int) else torch.minimum(place, last)
-    return place if order is None else order.gather(1, place)
+    return torch.minimum(place, cumulated.argmax(1, True))  # rounding: not beyond the last that is possible
