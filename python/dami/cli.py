@@ -114,7 +114,7 @@ FormatOption = Annotated[
 SeedOption = Annotated[int, typer.Option(help="Seed of the sampling.")]
 
 
-def load(pair: tuple[str, ...] | None, format: str | None = None) -> tuple[Any, Any]:
+def load(pair: tuple[str, ...] | None, format: str | None = None, invariant: bool = False) -> tuple[Any, Any]:
     """Loads a packed pair or two checkpoints, onto the GPU if there is one; progress goes to stderr."""
     if pair is None or not err.is_terminal:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
@@ -127,7 +127,8 @@ def load(pair: tuple[str, ...] | None, format: str | None = None) -> tuple[Any, 
     with user_errors():
         try:
             device = "cuda" if torch.cuda.is_available() else None
-            return load_pair(ends[0], *ends[1:], format=format, device_map=device)  # type: ignore[misc]
+            options: dict[str, Any] = {"format": format, "device_map": device, "invariant": invariant}
+            return load_pair(*ends, **options)
         except OSError as error:  # the hub's do not say which
             raise OSError(f"cannot load {' and '.join(ends)}: {' '.join(str(error).split())}") from error
 
@@ -340,6 +341,121 @@ def merge(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
     out.print(f"{output}: an ordinary checkpoint at λ={intensity:g}.")
+
+
+def asked_intensity(text: str) -> float | str:
+    """Reads a λ, a preset or auto."""
+    return text if text in ("auto", "low", "medium", "high") else finite(text)
+
+
+@app.command()
+def serve(
+    ends: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PAIR | INSTRUCT THINKING]", help="A packed pair or two checkpoints. Default: shipped."
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen. Another address than this lets others in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="DAMI_API_KEY", help="Requests must bring it; may be given several times."),
+    ] = None,
+    name: Annotated[str | None, typer.Option("--served-model-name", help="Default: the instruct end's.")] = None,
+    default_intensity: Annotated[
+        Any,
+        typer.Option(parser=asked_intensity, metavar="λ|PRESET|auto", help="Of requests that name none."),
+    ] = "0.5",
+    intensity_range: Annotated[
+        tuple[float, float], typer.Option(metavar="LOWEST HIGHEST", help="λ that requests may ask for.")
+    ] = (-1.0, 2.0),
+    format: FormatOption = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            parser=template,
+            metavar="NAME|λ",
+            help="instruct or thinking; or the λ from which on it is thinking's. Default: the pair's.",
+        ),
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of prompt and answer. Default: as many as fit.")
+    ] = None,
+    kv_memory: Annotated[float, typer.Option(min=0.0, help="GiB of the KV cache.")] = 1.0,
+    max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 512,
+    max_batch_rows: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 64,
+    max_requests: Annotated[int, typer.Option(min=1, help="Sequences at once, waiting ones included.")] = 4096,
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 1 << 20,
+    prefix_cache: Annotated[
+        bool, typer.Option(help="Let requests of one λ share the KV cache of equal prompt beginnings.")
+    ] = True,
+    invariant: Annotated[
+        bool, typer.Option("--invariant", help="Make an answer's bits independent of other requests, at some cost.")
+    ] = False,
+    target_latency: Annotated[
+        float | None,
+        typer.Option(
+            parser=finite,
+            metavar="SECONDS",
+            help="Let requests with auto or max_intensity think less under load, so that answers take no longer.",
+        ),
+    ] = None,
+    intensity_floor: Annotated[
+        float, typer.Option(parser=finite, metavar="λ", help="How far --target-latency may go down.")
+    ] = 0.0,
+    frontier: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="Of the pair, by dami evaluate. Default: the packed pair's, if any."
+        ),
+    ] = None,
+    drain: Annotated[
+        int | None, typer.Option(min=0, help="Seconds that requests have to end after SIGTERM. Default: no limit.")
+    ] = None,
+) -> None:
+    """Serve a pair over HTTP, as OpenAI does, each request at its own λ."""
+    if ends and len(ends) > 2:
+        raise fail(f"a pair is one packed directory or two checkpoints, got {len(ends)}")
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise fail(f"dami serve needs {error.name}: pip install 'dami-kernels[serve]'") from error
+    if not intensity_range[0] <= intensity_range[1] or not all(map(math.isfinite, intensity_range)):
+        raise fail(f"--intensity-range must be two finite numbers, the lower first, got {intensity_range}")
+    import dami
+    from dami.serving.controller import IntensityController
+    from dami.serving.playground import read_frontier
+
+    if frontier is None and len(ends or [""]) == 1:
+        frontier = (Path(ends[0]) if ends else dami.example_pair()[0].parent) / "frontier.json"
+    controller = None
+    with user_errors():
+        known = read_frontier(frontier) if frontier and frontier.exists() else None
+        if target_latency is not None:
+            tokens = {point["intensity"]: point["tokens"][0] for point in known["points"]} if known else {}
+            controller = IntensityController(target_latency, max_batch_rows, intensity_floor, tokens=tokens)
+    model, tokenizer = load(tuple(ends) if ends else None, format, invariant)
+    from dami.serving.engine import Engine, Limits
+    from dami.serving.server import Settings, create_app, run
+
+    with user_errors():
+        limits = Limits(kv_memory, max_model_len, max_batch_tokens, max_batch_rows, max_requests, prefix_cache)
+        settings = Settings(
+            name or (Path(ends[0]).name if ends and Path(ends[0]).exists() else ends[0] if ends else "shipped"),
+            default_intensity,
+            intensity_range,
+            "default" if chat_template is None else chat_template,
+            tuple(api_key or ()),
+            max_body,
+            known,
+        )
+        served = create_app(Engine(model, limits, controller), tokenizer, settings)
+    if host not in ("127.0.0.1", "::1", "localhost") and not api_key:
+        err.print(f"anyone who reaches {host} may use this server: see --api-key", style="yellow")
+    raise typer.Exit(run(served, host, port, drain))
 
 
 @app.command()

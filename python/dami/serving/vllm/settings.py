@@ -20,7 +20,7 @@ class RequestError(VLLMValidationError, ValueError):
     """What is wrong with a request: to vLLM's server status 400, to everyone else a ValueError."""
 
     def __init__(self, message: str, parameter: str) -> None:
-        super().__init__(message, parameter=parameter)
+        VLLMValidationError.__init__(self, message, parameter=parameter)
 
 
 @dataclass(frozen=True)
