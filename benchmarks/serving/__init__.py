@@ -5,5 +5,5 @@
     faults       cancellation storms, clients that leave, clients that do not read
     control      a fixed λ against one that follows the load
 
-The clients are locust's (`pip install locust`). Servers are started on the loopback interface, and stopped.
+The clients are locust's (`pip install 'dami-kernels[load,serve]'`). Servers listen on the loopback interface.
 """

@@ -406,9 +406,7 @@ def serve(
     ] = 0.0,
     frontier: Annotated[
         Path | None,
-        typer.Option(
-            exists=True, dir_okay=False, help="Of the pair, by dami evaluate. Default: the packed pair's, if any."
-        ),
+        typer.Option(exists=True, dir_okay=False, help="By dami evaluate. Default: its estimator's."),
     ] = None,
     drain: Annotated[
         int | None, typer.Option(min=0, help="Seconds that requests have to end after SIGTERM. Default: no limit.")
@@ -425,23 +423,19 @@ def serve(
         raise fail(f"dami serve needs {error.name}: pip install 'dami-kernels[serve]'") from error
     if not intensity_range[0] <= intensity_range[1] or not all(map(math.isfinite, intensity_range)):
         raise fail(f"--intensity-range must be two finite numbers, the lower first, got {intensity_range}")
-    import dami
-    from dami.serving.controller import IntensityController
-    from dami.serving.playground import read_frontier
-
-    if frontier is None and len(ends or [""]) == 1:
-        frontier = (Path(ends[0]) if ends else dami.example_pair()[0].parent) / "frontier.json"
-    controller = None
-    with user_errors():
-        known = read_frontier(frontier) if frontier and frontier.exists() else None
-        if target_latency is not None:
-            tokens = {point["intensity"]: point["tokens"][0] for point in known["points"]} if known else {}
-            controller = IntensityController(target_latency, max_batch_rows, intensity_floor, tokens=tokens)
     model, tokenizer = load(tuple(ends) if ends else None, format, invariant)
+    from dami.dial import patch_of
+    from dami.serving.controller import IntensityController
     from dami.serving.engine import Engine, Limits
+    from dami.serving.playground import read_frontier
     from dami.serving.server import Settings, create_app, run
 
+    controller = None
     with user_errors():
+        known = read_frontier(frontier) if frontier else dict(patch_of(model).frontier)
+        if target_latency is not None:
+            tokens = {point["intensity"]: point["tokens"][0] for point in known.get("points", [])}
+            controller = IntensityController(target_latency, max_batch_rows, intensity_floor, tokens=tokens)
         limits = Limits(kv_memory, max_model_len, max_batch_tokens, max_batch_rows, max_requests, prefix_cache)
         settings = Settings(
             name or (Path(ends[0]).name if ends and Path(ends[0]).exists() else ends[0] if ends else "shipped"),

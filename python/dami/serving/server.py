@@ -18,7 +18,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from dami import __version__
@@ -45,7 +45,7 @@ class Settings:
         chat_template: which template conversations go through, as in `dami.chat.render`.
         api_keys: a request must bring one of them; none if there are none.
         max_body: bytes of a request at most.
-        frontier: of the pair, as `playground.read_frontier` gives it; None if none is known.
+        frontier: of the pair, as `playground.read_frontier` gives it; {} if none is known.
     """
 
     name: str = "dami"
@@ -54,7 +54,7 @@ class Settings:
     chat_template: ChatTemplate = "default"
     api_keys: tuple[str, ...] = ()
     max_body: int = 1 << 20
-    frontier: dict[str, Any] | None = None
+    frontier: dict[str, Any] = field(default_factory=dict)
 
 
 class BadRequest(Exception):
@@ -635,7 +635,7 @@ def create_app(engine: Engine, tokenizer: Any, settings: Settings | None = None)
                 "range": list(settings.intensity_range),
                 "presets": engine.presets,
                 "auto": engine.twin is not None,
-                "frontier": settings.frontier is not None,
+                "frontier": bool(settings.frontier),
             },
         }
 
@@ -660,7 +660,7 @@ def create_app(engine: Engine, tokenizer: Any, settings: Settings | None = None)
             return JSONResponse(state | {"status": f"the engine has died: {engine.death}"}, 503)
         return JSONResponse(state)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

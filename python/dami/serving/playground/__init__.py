@@ -18,11 +18,11 @@ HEADERS = {
 }
 
 
-def routes(frontier: dict[str, Any] | None) -> APIRouter:
+def routes(frontier: dict[str, Any]) -> APIRouter:
     """The page's files, and what it draws.
 
     Args:
-        frontier: as `read_frontier` gives it, if one is known.
+        frontier: as `read_frontier` gives it; {} if none is known.
     """
     router = APIRouter()
 
@@ -37,7 +37,7 @@ def routes(frontier: dict[str, Any] | None) -> APIRouter:
     @router.get("/v1/frontier", responses={404: {"description": "None is known."}})
     async def get_frontier() -> dict[str, Any]:
         """Accuracy and tokens of the pair by λ, as `dami evaluate` measured them."""
-        if frontier is None:
+        if not frontier:
             raise HTTPException(404, "no frontier of this pair is known: see dami evaluate and --frontier")
         return frontier
 
