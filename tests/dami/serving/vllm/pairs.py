@@ -21,7 +21,7 @@ LAMS = (0.0, 0.3, 0.5, 1.0, -0.4)
 _SMALL = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
