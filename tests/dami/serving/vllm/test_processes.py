@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.dami.serving.vllm.processes import answers_of
 from tests.dami.serving.vllm.pairs import LAMS, answers, prompts_of
+from tests.dami.serving.vllm.processes import answers_of
 
 PROMPTS = prompts_of(5, 17, 33, 9, 21)
 
