@@ -61,7 +61,7 @@ $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 # mergekit is a peer to compare with; of all it asks for, a linear merge needs no more than this.
 $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	$(PIP) install -q -e '.[test,train]'
-	$(PIP) install -q --no-deps mergekit==0.1.5 immutables peft
+	$(PIP) install -q --no-deps mergekit==0.1.5 immutables
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -q 'triton==3.6.*'
 	@touch $(VENV)/.package $@
 

@@ -1,1 +1,1 @@
-"""Serving: one file or package for each engine. None of them is imported before it is used."""
+"""Serving a pair to many requests at once, each at its own λ: one file or package per engine, and `dami serve`."""
