@@ -199,9 +199,22 @@ def four_b(kind: str, is_wanted: Callable[[Row], bool]) -> list[Row]:
     return measured("linear.csv", is_wanted, model="Qwen3-4B", dtype="bf16", lam=kind)
 
 
+def estimators() -> str:
+    """Policies on the shipped pair against static λ at equal tokens."""
+    lines = [["λ by", "accuracy, %", "tokens", "static λ with as many, %", "gain, points"]]
+    for row in newest(RESULTS / "estimators.csv"):
+        accuracy, low, high = (100 * float(row[f"accuracy{end}"]) for end in ("", "_low", "_high"))
+        gain = [100 * float(row[f"gain{end}"]) for end in ("", "_low", "_high")]
+        static = 100 * float(row["static"])
+        cells = [row["policy"], f"{accuracy:.1f} ({low:.1f} to {high:.1f})", f"{float(row['tokens']):.1f}"]
+        lines.append([*cells, f"{static:.1f}", "{:+.1f} ({:+.1f} to {:+.1f})".format(*gain)])
+    return markdown(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "pair": pair,
     "smollm2": smollm2,
+    "estimators": estimators,
     "formats": formats,
     "roundings": roundings,
     "loading": loading,

@@ -36,6 +36,25 @@ def encode(
 ) -> tuple[list[str], dict[str, torch.Tensor]]:
     """The prompts' full texts and their batch, `input_ids` and `attention_mask` [rows, length], padded on the left.
 
+    The arguments are those of `render`, which makes the texts.
+    """
+    texts = render(tokenizer, prompts, chat_template, intensities)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # A chat template writes its own special tokens.
+    raw = chat_template is None
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=raw)
+    return texts, {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def render(
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    chat_template: ChatTemplate | None = "default",
+    intensities: Sequence[float] | None = None,
+) -> list[str]:
+    """The prompts' full texts.
+
     Args:
         tokenizer: of a pair, which knows the chat templates of both ends by name where they differ.
         prompts: one per row.
@@ -51,23 +70,17 @@ def encode(
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         if len(texts) < len(prompts):
             raise ValueError("a list of messages needs the chat template: drop chat_template=None (--raw)")
-    else:
-        lams = [None] * len(prompts) if intensities is None else intensities
-        texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
-                chat_template=_template(tokenizer, chat_template, lam),
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-            for prompt, lam in zip(prompts, lams, strict=True)
-        ]
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    # A chat template writes its own special tokens.
-    raw = chat_template is None
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=raw)
-    return texts, {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return texts
+    lams = [None] * len(prompts) if intensities is None else intensities
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
+            chat_template=_template(tokenizer, chat_template, lam),
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        for prompt, lam in zip(prompts, lams, strict=True)
+    ]
 
 
 def _template(tokenizer: Any, wanted: ChatTemplate, lam: float | None) -> str:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from dami import adapters
 from dami.dial import patch_of
 from dami.estimators.storage import FOLDER, SETTINGS
-from dami.layers import LerpConv1D, LerpLinear
+from dami.layers import LerpConv1D, LerpExperts, LerpLinear
 from dami.model import Origin, attach
 from dami.patching import (
     Header,
@@ -137,8 +137,9 @@ def _load_packed(
     if tokenizer is not None and isinstance(tokenizer.chat_template, dict):
         templates = tokenizer.chat_template
         templates["default"] = templates.get(chat_template, templates["default"])
+    patch_of(model).running.invariant = invariant
     for module in model.modules():
-        if isinstance(module, (LerpLinear, LerpConv1D)) and invariant:
+        if isinstance(module, (LerpLinear, LerpConv1D, LerpExperts)) and invariant:
             module.lerp.settings["invariant"] = True
     patch_of(model).origin.tokenizer = tokenizer
     return _with_estimator(model, pair), tokenizer

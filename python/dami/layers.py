@@ -43,11 +43,18 @@ class Pass:
         sequences: of the batch, a multiple of the number of λ (beams); 0 where it is not known, None outside a pass.
         tokens: of each sequence; 0 where that is not known.
         ordered: whether rows stand in the order of the sequences.
+        packed: where tokens of all sequences stand in one row, as in continuous batching, float32 [tokens], λ of each;
+            tokens are then taken for sequences.
+        kept: float32 [rows], λ of those tokens of a packed row whose logits are wanted, where not all are.
+        invariant: whether the bits of a row are to be independent of the others.
     """
 
     sequences: int | None = None
     tokens: int = 0
     ordered: bool = True
+    packed: Tensor | None = None
+    kept: Tensor | None = None
+    invariant: bool = False
 
     @contextmanager
     def out_of_order(self) -> Iterator[None]:
@@ -79,6 +86,7 @@ class Lerp:
         name: the module's, in its model.
         running: the forward pass of its model.
         inside: whether the module's own forward runs, where it is of the kind `parameters`.
+        tokens_at: which dimension of its input the tokens of a packed row are, once it has met one.
     """
 
     dial: Dial
@@ -90,6 +98,15 @@ class Lerp:
     name: str = ""
     running: Pass = field(default_factory=Pass)
     inside: bool = False
+    tokens_at: int | None = None
+
+    @property
+    def lam(self) -> Tensor:
+        """λ where its dial stands; ValueError if that is one for each sequence of a packed row."""
+        lam, packed = self.dial.lam, self.running.packed
+        if packed is not None and lam.dim() and lam is not packed:
+            raise ValueError(f"{self.name} takes one intensity for all requests of a continuous batch, got {len(lam)}")
+        return lam
 
 
 def placeholder(like: Tensor, shape: torch.Size) -> Tensor:
@@ -139,7 +156,7 @@ class LerpModule(nn.Module):
             return super().__getattr__(name)
         if "_hf_hook" in self.__dict__ and not lerp.inside:
             return super().__getattr__(name)  # accelerate's hooks put the stored tensors in their places and take them
-        lam, outside = lerp.dial.lam, lerp.running.sequences is None
+        lam, outside = lerp.lam, lerp.running.sequences is None
         if outside and (name in self.operands or (lam.dim() == 0 and lam.item() == 0)):
             return super().__getattr__(name)  # for all who look at a model that does not run: the base, λ = 0
         ends = self.ends(name)
@@ -160,12 +177,14 @@ class LerpModule(nn.Module):
                 1 for what all sequences share, such as the positions [1, T]: it is then expanded to B.
             features: how many trailing dimensions are not rows.
         """
-        lam = self.lerp.dial.lam.to(x.device)
+        lam, running = self.lerp.lam.to(x.device), self.lerp.running
+        if lam.dim() and running.packed is not None:
+            return x, self._packed_rows(x, lam, features)
         if isinstance(x, RowParameter):
             x = x.of_batch()
         if lam.dim() == 0:
             return x, {"lam": lam}
-        flat, running = x.dim() <= features + 1, self.lerp.running
+        flat = x.dim() <= features + 1
         if x.shape[0] == 1 and not flat:
             x = x.expand(lam.shape[0], *x.shape[1:])
         count = x.shape[0] if x.dim() > features else 1
@@ -177,6 +196,29 @@ class LerpModule(nn.Module):
                 f"{list(x.shape)} of {self.lerp.name}"
             )
         return x, {"lam": lam, "rows_per_lam": x.shape[: x.dim() - features].numel() // lam.shape[0]}
+
+    def _packed_rows(self, x: Tensor, lam: Tensor, features: int) -> dict[str, Any]:
+        """The operator's arguments for `x` of a packed row, whose tokens are one of the dimensions before the features.
+
+        Which one is seen at the first row, by `dami.serving.batching.check_packed`, whose number of tokens is no other
+        dimension's.
+        """
+        if self.lerp.group == "head" and self.lerp.running.kept is not None:
+            lam = self.lerp.running.kept
+        lead, tokens = x.shape[: x.dim() - features], len(lam)
+        if self.lerp.tokens_at is None and lead.count(tokens) == 1:
+            self.lerp.tokens_at = lead.index(tokens)
+        at = self.lerp.tokens_at
+        if at is None or at >= len(lead) or lead[at] != tokens:
+            raise ValueError(
+                f"{self.lerp.name} cannot tell the {tokens} tokens of a packed row, each at its own intensity, in an "
+                f"input of shape {list(x.shape)}"
+            )
+        outer, inner = lead[:at].numel(), lead[at + 1 :].numel()
+        if outer == 1:
+            return {"lam": lam, "rows_per_lam": inner}
+        rows = torch.arange(tokens, dtype=torch.int32, device=x.device)
+        return {"lam": lam, "row_to_lam": rows.repeat_interleave(inner).repeat(outer)}
 
     def placeholders(self) -> list[str]:
         """Names of the parameters that are placeholders."""

@@ -7,6 +7,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -55,6 +56,7 @@ class Patch:
         course: turns the dials of the `generate` that is running, if one is.
         running: the forward pass that the model is in.
         checked: whether `check_independence` has passed.
+        packs: whether the check of packed rows has, which is continuous batching's.
         origin: what it is a patch of.
     """
 
@@ -67,6 +69,7 @@ class Patch:
     course: Course | None = None
     running: Pass = field(default_factory=Pass)
     checked: bool = False
+    packs: bool = False
     origin: Origin = field(default_factory=Origin)
 
 
@@ -110,6 +113,8 @@ def patched_model_class(original: Any) -> type[LerpModel]:
                 return forward(self, *args, **kwargs)
         if self.dami_patch.course is None:
             _check_adapters(self)
+        if "logits_processor_args" in kwargs:
+            return _packed_forward(self, original.forward, args, kwargs)
         sequences = _sequences(args, kwargs)
         dial = self.dami_patch.dial
         lam = dial.lam.to(self.device) if intensity is None else as_lam(named(self, intensity), self.device, sequences)
@@ -155,9 +160,43 @@ def patched_model_class(original: Any) -> type[LerpModel]:
                 self.dami_patch.course.turn(input_ids, prompt=bool(kwargs.get("is_first_iteration")))
             return original.prepare_inputs_for_generation(self, input_ids, *args, **kwargs)
 
+        @functools.wraps(original.init_continuous_batching)
+        def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+            from dami.serving.batching import LerpManager
+
+            _check_adapters(self)
+            return LerpManager.of(original.init_continuous_batching(self, *args, **kwargs))
+
+        @functools.wraps(original.generate_batch)
+        def generate_batch(self: Any, inputs: Any, *args: Any, intensity: Any = None, **kwargs: Any) -> Any:
+            from dami.serving.batching import Prompts
+
+            lam = self.dami_patch.dial.lam if intensity is None else intensity
+            lam = as_lam(lam, torch.device("cpu"), len(inputs)).expand(len(inputs))
+            return original.generate_batch(self, Prompts(inputs, lam.tolist()), *args, **kwargs)
+
+        members["init_continuous_batching"] = init_continuous_batching
+        members["generate_batch"] = _with(generate_batch, original.generate_batch, "intensity")
         members["generate"] = _with(generate, original.generate, "intensity", "prompt_intensity")
         members["prepare_inputs_for_generation"] = prepare_inputs_for_generation
     return type(original.__name__, (LerpModel, original), members)
+
+
+def _packed_forward(model: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A forward pass of continuous batching: tokens of all sequences in one row, each at its sequence's λ."""
+    from dami.serving.batching import packed_lam
+    from dami.serving.rowwise import Rowwise
+
+    patch = model.dami_patch
+    running, dial = patch.running, patch.dial
+    before = dial.lam, running.sequences, running.tokens, running.packed, running.kept
+    dial.lam, kept = packed_lam(kwargs)
+    running.sequences, running.tokens, running.packed, running.kept = len(dial.lam), 1, dial.lam, kept
+    try:
+        with Rowwise() if running.invariant else nullcontext():
+            return forward(model, *args, **kwargs)
+    finally:
+        dial.lam, running.sequences, running.tokens, running.packed, running.kept = before
 
 
 def twin(model: M, intensity: Any = 0.0) -> M:

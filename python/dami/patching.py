@@ -202,6 +202,7 @@ def install(
     reclass(model, patched_model_class(type(model))).dami_patch = patch  # type: ignore[arg-type]
     model.requires_grad_(False)
     running = patch.running
+    running.invariant = invariant
     for name, module in list(model.named_modules()):
         differing = {local: packed[id(base)] for local, base in own_tensors(module) if id(base) in packed}
         if differing:

@@ -110,6 +110,8 @@ class RowParameter(Tensor):
         if first is None:
             return func(*args, **kwargs)
         try:
+            if first.running.packed is not None:
+                return _packed(func, args, kwargs, first)
             result = RULES[func](*args, **kwargs) if func in RULES else NotImplemented
             return _vmapped(func, args, kwargs) if result is NotImplemented else result
         except Exception as error:
@@ -208,6 +210,52 @@ def _vmapped(func: Any, args: Any, kwargs: Any) -> Any:
 
     results = tree_map(result, torch.vmap(one)(*mapped.values()))
     return args[0] if inplace else results
+
+
+ELEMENTWISE = re.compile(r"_*[ri]?(add|sub|mul|div|truediv|true_divide|pow|maximum|minimum)_*")
+CASTS = {Tensor.to, Tensor.type, Tensor.float, Tensor.type_as}
+
+
+def _packed(func: Any, args: Any, kwargs: Any, first: RowParameter) -> Any:
+    """`func` in a packed row, where each token has its own λ: what is known to go token by token, and nothing else."""
+    name, tokens = func.__name__, len(first.lam)
+    operands = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and not isinstance(x, RowParameter)]
+    in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+    if func is F.linear:
+        return _packed_linear(*args, **kwargs)
+    if func in CASTS and first.ends is not None and first.ends.format == "pair":
+        dtype = func(torch.empty(0, dtype=first.dtype), *args[1:], **kwargs).dtype
+        ends = LerpWeight(tuple(end.to(dtype) for end in first.ends.tensors), "pair", first.ends.shape, dtype)
+        return RowParameter(first.label, first.lam, first.running, ends)
+    if not operands and not in_place:
+        return _vmapped(func, args, kwargs)
+    if not ELEMENTWISE.fullmatch(name) or (in_place and isinstance(args[0], RowParameter)):
+        raise ValueError("tokens of several sequences stand in one row")
+    of_tokens = [x for x in operands if x.dim()]
+    lead = {2 if x.shape[:2] == (1, tokens) else 1 if x.shape[:1] == (tokens,) else 0 for x in of_tokens}
+    features = max(x.dim() for x in of_tokens) - max(lead) if of_tokens else first.dim()
+    outer = first.shape[: max(0, first.dim() - features)]  # must be dimensions of 1, which broadcast over tokens
+    if len(lead) > 1 or 0 in lead or outer.numel() != 1:
+        raise ValueError(f"operands {[list(x.shape) for x in operands]} do not begin with the {tokens} tokens")
+
+    def aligned(x: Any) -> Any:
+        """A parameter's values for each token, with as many dimensions after it as the operands have."""
+        if not isinstance(x, RowParameter):
+            return x
+        shape = x.shape[x.dim() - features :] if x.dim() > features else (*[1] * (features - x.dim()), *x.shape)
+        return x.rows.view(tokens, *shape)
+
+    return func(*tree_map(aligned, args), **tree_map(aligned, kwargs))
+
+
+def _packed_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer in all but name, such as a router."""
+    ends = [each.ends if isinstance(each, RowParameter) else None for each in (weight, bias)]
+    if not isinstance(weight, RowParameter) or ends[0] is None or (bias is not None and ends[1] is None):
+        raise ValueError("its weight or bias is not a parameter as it was stored")
+    if input.shape[:-1].numel() != len(weight.lam):
+        raise ValueError(f"its input {list(input.shape)} is not one row of {len(weight.lam)} tokens")
+    return lerp_linear(input, ends[0], weight.lam, bias=ends[1], rows_per_lam=1, invariant=weight.running.invariant)
 
 
 def _sizes(sizes: tuple[Any, ...]) -> tuple[int, ...]:

@@ -241,9 +241,16 @@ def _refuse(model: Any, options: Mapping[str, Any], changing: bool, mixed: bool)
             f"{several} takes one intensity for all steps, as it checks tokens of several steps in one forward pass: "
             "got a schedule or a prompt_intensity"
         )
-    if (changing or mixed) and option("cache_implementation") == "paged":
-        raise ValueError(
-            "cache_implementation='paged' takes one intensity for all prompts, as it packs them into one row"
-        )
+    if option("cache_implementation") == "paged":
+        if changing:
+            raise ValueError(
+                "cache_implementation='paged' takes one intensity for all steps, got a schedule or a prompt_intensity"
+            )
+        mask = options.get("attention_mask")
+        if isinstance(mask, Tensor) and not bool(mask.all()):
+            raise ValueError(
+                "cache_implementation='paged' takes prompts of equal length, as it reads padding as text: "
+                "call model.generate_batch with a list of prompts"
+            )
     if (changing or mixed) and option("token_healing"):
         raise ValueError("token_healing takes one intensity for all prompts, as it generates for each alone")

@@ -133,11 +133,12 @@ class Reader:
             inside: whether its prompt ends inside a thought.
             finished: whether it came to its end by itself.
         """
-        texts = [self._text(token) for token in ids]
+        texts = [self.text(token) for token in ids]
         spans, closed = _spans("".join(texts), self.tags, inside, finished)
         return Reading(tuple(self._segments(ids, texts, spans)), closed)
 
-    def _text(self, token: int) -> str:
+    def text(self, token: int) -> str:
+        """A token's own text, special tokens and all."""
         if token not in self._texts:
             self._texts[token] = self.tokenizer.decode([token])
         return self._texts[token]

@@ -1,0 +1,335 @@
+"""λ in transformers' continuous batching: what `init_continuous_batching` of a patched model returns.
+
+A request's λ is one of its `logit_processor_kwargs`, which transformers keeps for it wherever it goes (queue, fork,
+eviction, ranks of a tensor-parallel group). In each step λ of every request is written beside the arguments of the
+logits processors, in static storage; `packed_lam` expands it, on the device, to the tokens of the packed row.
+"""
+
+from __future__ import annotations
+
+import copy
+import struct
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from numbers import Real
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.generation import GenerationConfig
+from transformers.generation.continuous_batching import cb_logits_processors, continuous_api, requests
+
+from dami.dial import as_lam, patch_of
+from dami.serving import attention
+from dami.serving.sampling import Sampler, Sampling
+
+NEEDED = {
+    continuous_api.ContinuousBatchingManager: ("_create_batch_processor", "_generation_loop_body", "_generation_step"),
+    continuous_api.ContinuousBatchProcessor: ("prepare_next_batch", "update_batch"),
+    cb_logits_processors.ContinuousBatchingLogitsProcessorList: (
+        "check_kwargs",
+        "fill_defaults",
+        "prepare_tensor_args",
+    ),
+    requests.RequestState: ("create_equivalent_initial_request", "update_and_check_completion"),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the generation loop, or a look at it while it has nothing to do.
+
+    Attributes:
+        waiting: requests that no step has taken up yet.
+        running: requests that hold blocks.
+        rows: requests of this step.
+        tokens: that it computed.
+        blocks: share of the KV cache that requests hold, 0 to 1.
+        seconds: that it took.
+    """
+
+    waiting: int
+    running: int
+    rows: int
+    tokens: int
+    blocks: float
+    seconds: float
+
+
+class Prompts(list[Any]):
+    """Prompts on their way through transformers' `generate_batch`, with an intensity for each."""
+
+    def __init__(self, prompts: Sequence[Any], intensities: Sequence[float]) -> None:
+        super().__init__(prompts)
+        self.intensities = intensities
+
+
+class LerpManager(continuous_api.ContinuousBatchingManager):
+    """transformers' manager, each of whose requests has its own λ."""
+
+    sampler: Sampler | None
+    on_step: Callable[[Step], None] | None
+
+    @classmethod
+    def of(cls, manager: continuous_api.ContinuousBatchingManager) -> LerpManager:
+        """Makes a manager of a patched model one of this class.
+
+        Raises:
+            ValueError: this version of transformers lacks something that is needed, or the model cannot run packed
+                rows at several λ.
+        """
+        if isinstance(manager, cls):
+            return manager
+        for owner, names in NEEDED.items():
+            if missing := [name for name in names if not hasattr(owner, name)]:
+                raise ValueError(f"continuous batching of a patched model needs another transformers: no {missing}")
+        manager.__class__ = cls
+        lerped = cast(LerpManager, manager)
+        lerped.sampler = lerped.on_step = None
+        lerped.logit_processor = LerpProcessors(manager.logit_processor)
+        try:
+            check_packed(manager.model)
+            lerped.switch_to_cb_friendly_attn(manager.model, manager.continuous_batching_config.auto_switch_to_flash)
+        except BaseException:
+            manager.model.set_attn_implementation(
+                manager._original_attn_impl or manager.model.config._attn_implementation
+            )
+            raise
+        return lerped
+
+    def sample_per_request(self) -> None:
+        """Lets requests bring a `Sampling`, as `add_request(…, sampling=…)`, and ask for log-probabilities.
+
+        It is called before the start, on a manager that takes the likeliest token and batches synchronously.
+        """
+        self.sampler = Sampler()
+        cast(LerpProcessors, self.logit_processor).attach(self.sampler)
+
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
+        super().switch_to_cb_friendly_attn(model, auto_switch_to_flash)
+        chosen = model.config._attn_implementation
+        if auto_switch_to_flash and chosen in ("sdpa", "paged|eager"):
+            original = self._original_attn_impl or chosen
+            model.set_attn_implementation(attention.INVARIANT if patch_of(model).running.invariant else attention.NAME)
+            self._original_attn_impl = original
+        elif chosen == "paged|eager" and getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+            raise ValueError("attn_implementation 'eager' leaves out soft caps in continuous batching: use the default")
+
+    def add_request(
+        self, input_ids: list[int], *args: Any, intensity: float | None = None, **options: Any
+    ) -> str | None:
+        """As transformers' own.
+
+        Args:
+            intensity: λ of the request, one finite number; by default where the model's dial stands.
+            args, options: as there.
+
+        Raises:
+            TypeError, ValueError: `intensity` is not one finite number.
+        """
+        options["intensity"] = one_lam(patch_of(self.model).dial.lam if intensity is None else intensity)
+        return super().add_request(input_ids, *args, **options)
+
+    def add_requests(
+        self, inputs: list[list[int]], *args: Any, intensity: float | Sequence[float] | None = None, **options: Any
+    ) -> list[str]:
+        """As transformers' own, with a λ for all prompts or one for each."""
+        if intensity is None and isinstance(inputs, Prompts):
+            intensity = inputs.intensities
+        if intensity is None or isinstance(intensity, Real) or (isinstance(intensity, Tensor) and not intensity.dim()):
+            return super().add_requests(list(inputs), *args, intensity=intensity, **options)
+        lam = as_lam(intensity, torch.device("cpu"), len(inputs)).tolist()
+        ids = [""] * len(inputs)
+        for value in dict.fromkeys(lam):
+            places = [place for place, each in enumerate(lam) if each == value]
+            alike = super().add_requests([inputs[place] for place in places], *args, intensity=value, **options)
+            for place, name in zip(places, alike, strict=True):
+                ids[place] = name
+        return ids
+
+    def _create_batch_processor(self) -> continuous_api.ContinuousBatchProcessor:
+        before = self.batch_processor
+        processor = super()._create_batch_processor()
+        if processor is not before:
+            key_blocks(processor)
+            unblock_after_cancellations(processor.scheduler)
+            if self.sampler is not None:
+                self.sampler.report_through(processor.inputs_and_outputs)
+        return processor
+
+    def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
+        start, before = time.perf_counter(), self.current_batch
+        goes_on = super()._generation_loop_body(batch_processor, bootstrapping)
+        if self.on_step is not None:
+            scheduler, stepped = batch_processor.scheduler, self.current_batch > before
+            states = batch_processor.inputs_and_outputs.requests_in_batch if stepped else []
+            self.on_step(
+                Step(
+                    waiting=self.input_queue.qsize() + len(scheduler.waiting_requests),
+                    running=len(scheduler.active_requests),
+                    rows=len(states),
+                    tokens=sum(state.query_length for state in states),
+                    blocks=blocks_in_use(batch_processor.cache),
+                    seconds=time.perf_counter() - start if stepped else 0.0,
+                )
+            )
+        return goes_on
+
+
+class LerpProcessors(cb_logits_processors.ContinuousBatchingLogitsProcessorList):
+    """transformers' list of logits processors, the last row of whose arguments is λ of every request of the step."""
+
+    def __init__(self, processors: cb_logits_processors.ContinuousBatchingLogitsProcessorList) -> None:
+        self.__dict__.update(processors.__dict__)
+        self.sampler: Sampler | None = None
+        self.own_rows = processors.tensors_required
+        self.tensors_required += 1
+        self.supported_keys = {**self.supported_keys, "intensity": float}
+
+    def attach(self, sampler: Sampler) -> None:
+        """Before any storage is made for the arguments."""
+        self.sampler = sampler
+        self.tensors_required += sampler.rows
+        self.supported_keys["sampling"] = Sampling
+        self.do_processing = True
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        super().fill_defaults(int32_tensor)
+        int32_tensor[self.own_rows :].zero_()
+
+    def prepare_tensor_args(self, requests_in_batch: list[Any], arg_storage: Tensor) -> Tensor:
+        super().prepare_tensor_args(requests_in_batch, arg_storage)
+        lam = [request.state.logit_processor_kwargs.get("intensity", 0.0) for request in requests_in_batch]
+        arg_storage[-1, : len(lam)] = torch.tensor(lam).view(torch.int32).to(arg_storage.device)
+        if self.sampler is not None:
+            states = [request.state for request in requests_in_batch if request.has_new_token]
+            self.sampler.prepare(states, arg_storage[self.own_rows : -1])
+        return arg_storage
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
+        scores = super().__call__(input_ids, scores, logits_processor_args)
+        if self.sampler is not None:
+            scores = self.sampler(scores, logits_processor_args[self.own_rows : -1])
+        return scores
+
+
+def one_lam(intensity: Any) -> float:
+    """The λ that a request's `intensity` means, as float32 holds it; TypeError or ValueError if it is not one."""
+    lam = as_lam(intensity, torch.device("cpu"))
+    if lam.dim():
+        raise ValueError(f"intensity must be one number for a request, got {len(lam)}")
+    return lam.item() + 0.0  # −0 is 0
+
+
+def packed_lam(inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """λ of every token of a packed row, float32 [tokens], and of those whose logits are wanted, where not all are.
+
+    Args:
+        inputs: what continuous batching gives the model's forward pass.
+    """
+    lam = inputs["logits_processor_args"][-1].view(torch.float32)
+    ends = inputs["cu_seq_lens_q"][1:].contiguous()
+    tokens = torch.arange(inputs["input_ids"].shape[1], dtype=ends.dtype, device=ends.device)
+    sequence = torch.searchsorted(ends, tokens, right=True).clamp(max=len(ends) - 1)  # the clamp is for padding
+    lam = lam[sequence]
+    kept = inputs.get("logits_to_keep")
+    return lam, lam[kept] if isinstance(kept, Tensor) else None
+
+
+@torch.no_grad()
+def check_packed(model: Any) -> None:
+    """Runs three sequences as one packed row, λ = NaN for the second: it must reach its logits, and no others.
+
+    Raises:
+        ValueError: it does not, or a module does not take tokens of several sequences in one row.
+    """
+    patch = patch_of(model)
+    if patch.packs:
+        return
+    before = model.config._attn_implementation
+    sizes = {value for value in model.config.get_text_config().to_dict().values() if isinstance(value, int)}
+    tokens = next(number for number in count(9) if number not in sizes)  # for `LerpModule._packed_rows`
+    lengths = (tokens - 3, 2, 1)
+    begins = torch.tensor([0, tokens - 3, tokens - 1, tokens], dtype=torch.int32, device=model.device)
+    lam = torch.tensor([0.0, float("nan"), 1.0], device=model.device)
+    last = {"logits_to_keep": begins[1:].long() - 1} if model._supports_logits_to_keep() else {}
+    model.set_attn_implementation(attention.NAME)
+    try:
+        logits = model(
+            input_ids=torch.arange(3, 3 + tokens, device=model.device).unsqueeze(0),
+            position_ids=torch.tensor([[place for length in lengths for place in range(length)]], device=model.device),
+            cu_seq_lens_q=begins,
+            cu_seq_lens_k=begins,
+            logits_processor_args=lam.view(torch.int32).unsqueeze(0),
+            use_cache=False,
+            **last,
+        ).logits
+    finally:
+        model.set_attn_implementation(before)
+    missing = logits[0].isnan()
+    reached = torch.tensor([False, True, False], device=model.device)
+    if not last:
+        reached = reached.repeat_interleave(begins.diff())
+    if not torch.equal(missing.all(1), reached) or not torch.equal(missing.any(1), reached):
+        raise ValueError(
+            f"{type(model).__name__} cannot be batched continuously at several λ: one reaches other sequences"
+        )
+    patch.packs = True
+
+
+def key_blocks(processor: continuous_api.ContinuousBatchProcessor) -> None:
+    """Makes requests share blocks of the KV cache at equal λ only.
+
+    transformers finds blocks by the tokens from the prompt's first on. Here the bits of λ are in the first four of
+    them, above those of the token ids: no page holds less than four tokens.
+    """
+    cache, scheduler = processor.cache, processor.scheduler
+    search, mark = cache.search_prefix_match, cache.mark_complete_blocks
+
+    def search_prefix_match(request_id: str, prompt_ids: list[int]) -> int:
+        return search(request_id, keyed(prompt_ids, scheduler.waiting_requests[request_id]))
+
+    def mark_complete_blocks(state: Any, complete_blocks: dict[str, int]) -> None:
+        if complete_blocks and cache.allow_block_sharing:
+            state = copy.copy(state)
+            state.initial_tokens = keyed(state.initial_tokens, state)
+        mark(state, complete_blocks)
+
+    cache.search_prefix_match, cache.mark_complete_blocks = search_prefix_match, mark_complete_blocks  # type: ignore[method-assign]
+
+
+def keyed(tokens: list[int], state: Any) -> list[int]:
+    """A prompt that equals another one's where tokens and λ are equal: an int32 of 8 bits of λ and 23 of a token."""
+    bits = struct.pack("<f", state.logit_processor_kwargs.get("intensity", 0.0))
+    return [token | byte << 23 for token, byte in zip(tokens, bits, strict=False)] + tokens[len(bits) :]
+
+
+def blocks_in_use(cache: Any) -> float:
+    """Share of a KV cache that requests hold, 0 to 1: blocks kept for prompts to come are not in use."""
+    kept = sum(len(each.ledger.cached_blocks) / each.num_blocks for each in cache.cache_allocators.values())
+    return round(1.0 - cache.compute_free_capacity() - kept, 6)
+
+
+def unblock_after_cancellations(scheduler: Any) -> None:
+    """Lets waiting requests in when blocks become free by cancellation, as transformers does when a request ends."""
+    clear = scheduler.clear_cancelled_requests
+
+    def clear_cancelled_requests() -> list[Any]:
+        cancelled = clear()
+        if cancelled:
+            scheduler.block_new_requests = False
+        return cancelled
+
+    scheduler.clear_cancelled_requests = clear_cancelled_requests
+
+
+def generation_config_of(model: Any) -> GenerationConfig:
+    """A model's generation config for `sample_per_request`: without what would change the logits of all requests."""
+    config = GenerationConfig(
+        do_sample=False,
+        eos_token_id=model.generation_config.eos_token_id,
+        pad_token_id=model.generation_config.pad_token_id,
+    )
+    return config

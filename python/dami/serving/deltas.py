@@ -1,0 +1,207 @@
+"""What each new token adds to a row's thought and answer, as text, while the row is still being generated.
+
+It follows the rule of `dami.thoughts` as far as that can be done without looking ahead: what has been given out cannot
+be taken back. At the end the row is read as a whole, and what the answer still lacks is given out then. So only where
+an end tag comes without a start tag does the answer begin with what turns out to have been a thought.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from dami.thoughts import Reader
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # stands at the end of a text whose last character is not complete
+
+
+class Delta(NamedTuple):
+    """Text that came to a row's thought and to its answer."""
+
+    thought: str = ""
+    answer: str = ""
+
+
+class Detokenizer:
+    """Text of tokens that come one after another, without special tokens, in whole characters."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.given = 0  # tokens whose text has been given out; those before them are needed for the spaces between
+        self.start = 0
+
+    def push(self, token: int) -> str:
+        self.ids.append(token)
+        return self.rest(whole=True)
+
+    def rest(self, whole: bool = False) -> str:
+        """The text not given out yet; with `whole`, none as long as its last character is not complete."""
+        before = self._decode(self.ids[self.start : self.given])
+        text = self._decode(self.ids[self.start :])
+        if whole and text.endswith(REPLACEMENT):
+            return ""
+        self.start, self.given = self.given, len(self.ids)
+        return text[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
+
+
+class Part:
+    """The text of a row's thought, or of its answer, up to a stop string."""
+
+    def __init__(self, stop: Sequence[str], strip: bool) -> None:
+        self.stop, self.strip = stop, strip
+        self.text = ""  # all that was given out
+        self.held = ""  # may be the beginning of a stop string, or space at the end
+        self.stopped = False
+        self.fresh = True  # nothing has come yet of this segment
+
+    def new_segment(self) -> None:
+        if self.strip:
+            self.held, self.fresh = self.held.rstrip(), True
+
+    def push(self, text: str) -> str:
+        """Takes text and returns what can be given out."""
+        if self.strip and self.fresh:
+            text = text.lstrip()
+            if text and (self.text or self.held):
+                text = "\n" + text
+        if not text or self.stopped:
+            return ""
+        self.fresh = False
+        self.held += text
+        found = [at for at in (self.held.find(stop) for stop in self.stop) if at >= 0]
+        if found:
+            self.stopped, self.held = True, self.held[: min(found)]
+            return self.flush()
+        keep = max((n for stop in self.stop for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
+        end = len(self.held) - keep
+        if self.strip:
+            end = len(self.held[:end].rstrip())
+        return self._give(end)
+
+    def flush(self) -> str:
+        """What is held back, at the end."""
+        return self._give(len(self.held.rstrip() if self.strip else self.held))
+
+    def _give(self, end: int) -> str:
+        given, self.held = self.held[:end], self.held[end:]
+        self.text += given
+        return given
+
+
+class Deltas:
+    """Turns the tokens of a row into text.
+
+    Args:
+        tokenizer: of the model.
+        reader: tells thoughts from answers; None if all is answer, as it stands.
+        inside: whether the prompt ends inside a thought.
+        stop: strings, before the first of which the row ends.
+    """
+
+    def __init__(self, tokenizer: Any, reader: Reader | None, inside: bool = False, stop: Sequence[str] = ()) -> None:
+        self.tokenizer, self.reader = tokenizer, reader
+        self.given_inside = self.inside = inside
+        self.ids: list[int] = []
+        self.thought, self.answer = (Part(stop, strip=reader is not None) for _ in range(2))
+        self.detokenizer = Detokenizer(tokenizer)
+        self.held: list[tuple[int, str]] = []  # tokens that may be part of a tag, with their texts
+        if reader is not None:
+            tags = sorted((reader.tags.start, *reader.tags.ends), key=len, reverse=True)
+            self.tags, self.tag = tags, re.compile("|".join(map(re.escape, tags)))
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come."""
+        return self.thought.stopped or self.answer.stopped
+
+    def push(self, token: int) -> Delta:
+        """What can be given out now that this token has come."""
+        self.ids.append(token)
+        if self.reader is None:
+            return Delta(answer=self.answer.push(self.detokenizer.push(token)))
+        self.held.append((token, self.reader.text(token)))
+        given = Delta()
+        while self.held and not self.stopped:
+            text = "".join(text for _, text in self.held)
+            match = self.tag.search(text)
+            if match is None:
+                return _sum(given, self._give_tokens(len(text) - self._tag_prefix(text)))
+            given = _sum(given, self._give_tokens(match.start()))
+            given = _sum(given, self._change_side(match[0]))
+        return given
+
+    def finish(self, finished: bool) -> Delta:
+        """What is left at the end of the row.
+
+        Args:
+            finished: whether it came to its end by itself.
+        """
+        if self.stopped:
+            return Delta()
+        if self.reader is None:
+            rest = self.answer.push(self.detokenizer.rest())
+            return Delta(answer=rest + self.answer.flush())
+        said = self.reader.read(self.ids, inside=self.given_inside, finished=finished)
+        taken_back = not said.answer.startswith(self.answer.text)  # what an end tag alone made a thought was an answer
+        thought = self.thought.flush() if taken_back else _complete(self.thought, said.thought)
+        return Delta(thought, _complete(self.answer, said.answer))
+
+    def _part(self) -> Part:
+        return self.thought if self.inside else self.answer
+
+    def _give_text(self, text: str) -> Delta:
+        given = self._part().push(text)
+        return Delta(thought=given) if self.inside else Delta(answer=given)
+
+    def _give_tokens(self, length: int) -> Delta:
+        """Gives out the first `length` characters of what is held, but for a token that goes on and holds no tag."""
+        given, at = Delta(), 0
+        while self.held and at + len(self.held[0][1]) <= length:
+            token, text = self.held.pop(0)
+            at += len(text)
+            whole = token >= 0
+            given = _sum(given, self._give_text(self.detokenizer.push(token) if whole else text))
+        if at < length and self.held:
+            match = self.tag.match("".join(text for _, text in self.held), length - at)
+            if match is not None:  # it holds text and the beginning of a tag
+                token, text = self.held[0]
+                given = _sum(given, self._give_text(self.detokenizer.rest() + text[: length - at]))
+                self.held[0] = (-1, text[length - at :])
+        return given
+
+    def _change_side(self, tag: str) -> Delta:
+        """Drops a tag from the beginning of what is held, and goes on on its other side."""
+        given = self._give_text(self.detokenizer.rest())
+        self.detokenizer = Detokenizer(self.tokenizer)
+        left = len(tag)
+        while left:
+            _, text = self.held.pop(0)
+            if len(text) > left:
+                self.held.insert(0, (-1, text[left:]))
+                break
+            left -= len(text)
+        assert self.reader is not None
+        self.inside = tag == self.reader.tags.start
+        self._part().new_segment()
+        return given
+
+    def _tag_prefix(self, text: str) -> int:
+        """How many characters at the end of a text may be the beginning of a tag."""
+        return max((n for tag in self.tags for n in range(1, len(tag)) if text.endswith(tag[:n])), default=0)
+
+
+def _sum(first: Delta, second: Delta) -> Delta:
+    return Delta(first.thought + second.thought, first.answer + second.answer)
+
+
+def _complete(part: Part, whole: str) -> str:
+    """What a part still lacks of its whole text, if that begins with what was given out."""
+    if not whole.startswith(part.text):
+        return ""
+    rest, part.held, part.fresh, part.strip = whole[len(part.text) :], "", False, False
+    return part.push(rest) + part.flush()

@@ -1,0 +1,366 @@
+"""The engine behind the server: requests of an event loop in, their tokens out, on continuous batching in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation import ContinuousBatchingConfig
+
+import dami
+from dami.chat import end_tokens
+from dami.dial import patch_of
+from dami.schedules import resolved
+from dami.serving.batching import LerpManager, Step
+from dami.serving.controller import IntensityController
+from dami.serving.sampling import Logprobs, Sampling
+
+GIB = 1 << 30
+PAGE = 16  # tokens of a block: prompts share whole blocks only
+
+
+class Overloaded(Exception):
+    """More requests than the engine takes at once."""
+
+
+class EngineDead(Exception):
+    """The generation thread has ended by an error; nothing will be generated any more."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """How the engine is doing.
+
+    Attributes:
+        waiting: sequences that no step has taken up yet.
+        running: sequences that hold blocks.
+        kv: share of the KV cache that they hold, 0 to 1.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    kv: float = 0.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the engine takes.
+
+    Attributes:
+        kv_memory: GiB of the KV cache.
+        max_model_len: tokens of prompt and answer together; None for as many as the model or the cache has room for.
+        max_batch_tokens: tokens of a step at most; longer prompts are read in several steps.
+        max_batch_rows: requests of a step at most.
+        max_requests: requests at once, waiting ones included.
+        share_prefixes: whether requests of one λ share the KV blocks of equal prompt beginnings.
+    """
+
+    kv_memory: float = 1.0
+    max_model_len: int | None = None
+    max_batch_tokens: int = 512
+    max_batch_rows: int = 64
+    max_requests: int = 4096
+    share_prefixes: bool = True
+
+
+@dataclass(frozen=True)
+class Token:
+    """A generated token, and its log-probabilities if they were asked for."""
+
+    id: int
+    logprobs: Logprobs | None
+
+
+@dataclass(eq=False)
+class Row:
+    """One sequence that is being generated: an asynchronous iterator over its tokens, as many at once as have come.
+
+    Attributes:
+        prompt: ids.
+        intensity: its λ.
+        name: of its request in the manager.
+        reason: "stop" at an end token, "length" at the end of the room it had; None while it runs.
+    """
+
+    engine: Engine
+    prompt: list[int]
+    intensity: float
+    name: str
+    max_tokens: int
+    ends: frozenset[int]
+    arrival: float
+    reason: str | None = None
+    first_token: float | None = None
+    seen: int = 0
+    news: asyncio.Queue[list[Token] | Exception | None] = field(default_factory=asyncio.Queue)
+
+    def take(self, output: Any) -> None:
+        """Called on the event loop with all that the request has come to."""
+        if output.error is not None:
+            self.fail(EngineDead(output.error))
+            return
+        tokens, logprobs = output.generated_tokens, output.logprobs
+        fresh = [Token(tokens[i], logprobs[i] if i < len(logprobs) else None) for i in range(self.seen, len(tokens))]
+        if fresh and self.first_token is None:
+            self.first_token = time.monotonic()
+            self.engine.waiting.pop(self.name, None)
+        self.seen = len(tokens)
+        if fresh:
+            self.news.put_nowait(fresh)
+        if output.is_finished():
+            self.reason = "stop" if tokens and tokens[-1] in self.ends else "length"
+            self.engine.forget(self, complete=True)
+            self.news.put_nowait(None)
+
+    def fail(self, error: Exception) -> None:
+        self.engine.forget(self)
+        self.news.put_nowait(error)
+
+    async def __aiter__(self) -> AsyncIterator[list[Token]]:
+        goes_on = True
+        while goes_on:
+            news, tokens = await self.news.get(), list[Token]()
+            while isinstance(news, list):
+                tokens += news
+                news = [] if self.news.empty() else self.news.get_nowait()
+                if not news:
+                    break
+            if tokens:
+                yield tokens
+            if isinstance(news, Exception):
+                raise news
+            goes_on = news is not None
+
+    def cancel(self, complete: bool = False) -> None:
+        """Ends it, if it has not ended, and frees its blocks; `complete` if its text has all that is wanted."""
+        if self.engine.forget(self, complete):
+            self.engine.manager.cancel_request(self.name)
+
+
+class Engine:
+    """Generates for many requests at once, each at its own λ.
+
+    It is made anywhere, and lives on the event loop that enters it: `async with engine: …`.
+
+    Args:
+        model: a patched model, which nothing else may run from then on.
+        limits: what it takes.
+        controller: turns load into λ; None leaves λ as asked for.
+
+    Raises:
+        TypeError, ValueError: the model is not patched or cannot be batched at several λ, or the cache cannot hold a
+            sequence of `max_model_len`.
+    """
+
+    def __init__(self, model: Any, limits: Limits | None = None, controller: IntensityController | None = None) -> None:
+        self.model, self.limits, self.controller = model, limits or Limits(), controller
+        patch = patch_of(model)
+        self.presets = dict(patch.presets)
+        self.twin = dami.twin(model) if patch.estimator is not None else None
+        self.ends = frozenset(end_tokens(model).tolist())
+        self.rows: dict[str, Row] = {}
+        self.waiting: dict[str, Row] = {}  # those of them without a token, the first come first
+        self.load = Load()
+        self.death: BaseException | None = None
+        self.dead = asyncio.Event()
+        self._estimating, self._to_estimate = asyncio.Lock(), list[tuple[list[int], asyncio.Future[float]]]()
+        self._estimator_thread = ThreadPoolExecutor(1, "estimator")
+        self.manager: LerpManager = model.init_continuous_batching(
+            GenerationConfig(do_sample=False, eos_token_id=sorted(self.ends) or -1), self._batching_config()
+        )
+        self.manager.sample_per_request()
+        self.manager.warmup()
+        cache = self.manager.batch_processor.cache
+        self.capacity = cache.num_blocks * PAGE
+        room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or self.capacity
+        wanted = self.limits.max_model_len
+        if wanted is not None and wanted > min(self.capacity, room):
+            self.manager.destroy()
+            raise ValueError(
+                f"max_model_len must be at most {min(self.capacity, room)}, got {wanted}: the model takes "
+                f"{room} tokens, and the cache holds {self.capacity} tokens"
+            )
+        self.max_model_len = wanted or min(self.capacity, room)
+
+    def _batching_config(self) -> ContinuousBatchingConfig:
+        limits = self.limits
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        nbytes = 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize * PAGE
+        return ContinuousBatchingConfig(
+            page_size=PAGE,
+            num_blocks=max(1, int(limits.kv_memory * GIB / nbytes)),
+            max_batch_tokens=limits.max_batch_tokens,
+            max_requests_per_batch=min(limits.max_batch_rows, limits.max_batch_tokens),
+            allow_block_sharing=limits.share_prefixes,
+            use_async_batching=False,  # log-probabilities are read after the step that they belong to
+            use_cuda_graph=False,
+        )
+
+    async def __aenter__(self) -> Engine:
+        self._loop = asyncio.get_running_loop()
+        self.manager.on_step = self._hand_over
+        with torch.inference_mode():
+            self.manager.start()
+        self._watch = asyncio.create_task(self._watch_thread())
+        try:
+            await self._try_out()
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        self._watch.cancel()
+        for row in list(self.rows.values()):
+            row.cancel()
+        self.manager.on_step = None
+        await asyncio.to_thread(functools.partial(self.manager.stop, block=True, hard_stop=True))
+        self.manager.destroy()
+        self._estimator_thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _try_out(self) -> None:
+        """Generates a token at both ends: what transformers cannot batch fails here, and not at the first request."""
+        controller, self.controller = self.controller, None
+        try:
+            for row in [self.submit([0, 1], intensity, Sampling(temperature=0), 1) for intensity in (0.0, 1.0)]:
+                async for _ in row:
+                    pass
+        except EngineDead as dead:
+            raise ValueError(f"{type(self.model).__name__} cannot be batched continuously: {dead}") from dead
+        finally:
+            self.controller = controller
+
+    def submit(
+        self,
+        prompt: list[int],
+        intensity: float,
+        sampling: Sampling,
+        max_tokens: int,
+        ends: frozenset[int] | None = None,
+    ) -> Row:
+        """Takes a sequence in.
+
+        Args:
+            prompt: ids, at least one.
+            intensity: its λ.
+            sampling: how its tokens are drawn.
+            max_tokens: of the answer; with the prompt at most `max_model_len`.
+            ends: ids of the tokens that end it; the model's own if None.
+
+        Raises:
+            Overloaded: there are too many.
+            EngineDead: the generation thread is not running.
+        """
+        self.check_room(1)
+        ends = self.ends if ends is None else ends
+        row = Row(self, prompt, intensity, uuid.uuid4().hex, max_tokens, ends, time.monotonic())
+        self.rows[row.name] = self.waiting[row.name] = row
+        if self.controller is not None:
+            self.controller.start(intensity)
+        self.manager.register_result_handler(row.name, row.take)
+        name = self.manager.add_request(
+            prompt,
+            row.name,
+            max_tokens,
+            streaming=True,
+            eos_token_id=sorted(ends) or -1,
+            intensity=intensity,
+            sampling=sampling,
+        )
+        if name is None:
+            self.forget(row)
+            raise EngineDead(str(self.manager.background_thread_status.can_accept_new_requests()))
+        return row
+
+    def check_room(self, rows: int) -> None:
+        """Raises what `submit` would, for several sequences."""
+        if self.death is not None:
+            raise EngineDead(str(self.death))
+        if len(self.rows) + rows > self.limits.max_requests:
+            raise Overloaded(f"{len(self.rows)} sequences are under way, and {self.limits.max_requests} is the most")
+
+    def forget(self, row: Row, complete: bool = False) -> bool:
+        """Drops a row, and tells whether it was still there."""
+        if self.rows.pop(row.name, None) is None:
+            return False
+        self.waiting.pop(row.name, None)
+        router = self.manager.output_router
+        with router._lock:
+            router.result_handlers.pop(row.name, None)
+        if self.controller is not None:
+            self.controller.finish(row.intensity, row.seen if complete else None)
+        return True
+
+    async def estimate(self, prompt: list[int]) -> float:
+        """λ that the pair's estimator chooses for a prompt; prompts that come together are estimated in one batch.
+
+        Raises:
+            ValueError: the model has no estimator.
+        """
+        if self.twin is None:
+            raise ValueError("the pair has no estimator")
+        future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        self._to_estimate.append((prompt, future))
+        async with self._estimating:
+            if not future.done():
+                taken, self._to_estimate = self._to_estimate[:16], self._to_estimate[16:]
+                try:
+                    prompts = [prompt for prompt, _ in taken]
+                    found = await self._loop.run_in_executor(self._estimator_thread, self._estimate, prompts)
+                    for (_, each), value in zip(taken, found, strict=True):
+                        if not each.cancelled():
+                            each.set_result(value)
+                except Exception as error:
+                    for _, each in taken:
+                        if not each.done():
+                            each.set_exception(error)
+        return await future
+
+    @torch.inference_mode()
+    def _estimate(self, prompts: Sequence[list[int]]) -> list[float]:
+        length = max(map(len, prompts))
+        mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
+        ids = torch.tensor([[0] * (length - len(p)) + p for p in prompts])
+        batch = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
+        return resolved(self.twin, ["auto"] * len(prompts), batch, len(prompts))  # type: ignore[arg-type]
+
+    def grant(self, intensity: float, adjustable: bool) -> float:
+        """The λ that a request is admitted at."""
+        if self.controller is None:
+            return intensity
+        return self.controller.grant(intensity, adjustable)
+
+    def _hand_over(self, step: Step) -> None:
+        """Called in the generation thread after each step."""
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
+            self._loop.call_soon_threadsafe(self._observe, step)
+
+    def _observe(self, step: Step) -> None:
+        self.load = Load(step.waiting, step.running, step.blocks)
+        if self.controller is not None:
+            longest = next(iter(self.waiting.values()), None)
+            waited = 0.0 if longest is None else time.monotonic() - longest.arrival
+            self.controller.observe(step.rows, step.seconds, waited)
+
+    async def _watch_thread(self) -> None:
+        """Fails what is under way when the generation thread has ended."""
+        while self.manager.is_running():
+            await asyncio.sleep(0.2)
+        self.death = self.manager.background_thread_status.fatal_error or RuntimeError(
+            "the generation thread has ended"
+        )
+        self.load = Load()
+        for row in list(self.rows.values()):
+            row.fail(EngineDead(str(self.death)))
+        self.dead.set()

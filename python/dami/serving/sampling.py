@@ -1,0 +1,144 @@
+"""The next token of each row by its request's own rule: greedy or sampled, seeded, with log-probabilities on request.
+
+A row's chance comes from its request's seed and the length of its sequence, so neither its neighbours nor an eviction
+in between change what it draws.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a request's tokens are drawn.
+
+    Attributes:
+        temperature: 0 takes the likeliest token.
+        top_p: draws from the likeliest tokens that hold this probability together; 1 is all of them.
+        top_k: draws from the k likeliest tokens; 0 is all of them.
+        seed: any integer; equal seeds draw equal tokens.
+        logprobs: None, or how many of the likeliest tokens' log-probabilities are wanted beside the chosen one's.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Natural log-probabilities of one step, before temperature and truncation.
+
+    Attributes:
+        chosen: of the token that was taken.
+        top: of the likeliest tokens, best first, by id.
+    """
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1), the same for the same arguments."""
+    digest = blake2b(f"{seed} {position}".encode(), digest_size=4).digest()
+    return (int.from_bytes(digest, "little") >> 8) / (1 << 24)  # as many bits as a float32 holds
+
+
+class Sampler:
+    """Draws the next tokens of a step, of which some rows may be greedy and others not."""
+
+    rows = 4  # of the arguments of logits processors, one number for a request: temperature, top_p, top_k, chance
+
+    def __init__(self) -> None:
+        self._logprobs: list[int | None] = []
+        self._found: list[Logprobs | None] | None = None
+
+    def prepare(self, states: list[Any], storage: Tensor) -> None:
+        """Writes what the requests of a step ask for into `storage`, int32 [rows, requests at most]."""
+        asked = [state.logit_processor_kwargs.get("sampling", Sampling()) for state in states]
+        lengths = [len(state.initial_tokens) + len(state.generated_tokens) for state in states]
+        numbers = torch.tensor(
+            [
+                [s.temperature for s in asked],
+                [s.top_p for s in asked],
+                [0.0] * len(asked),
+                [uniform(s.seed, length) for s, length in zip(asked, lengths, strict=True)],
+            ]
+        ).view(torch.int32)
+        numbers[2] = torch.tensor([s.top_k for s in asked], dtype=torch.int32)
+        storage[:, : len(asked)] = numbers.to(storage.device)
+        self._logprobs = [s.logprobs for s in asked]
+        self._found = None
+
+    def __call__(self, scores: Tensor, arguments: Tensor) -> Tensor:
+        """Scores [rows, vocabulary] whose largest of each row is the token to take."""
+        temperature, top_p, _, chance = arguments[:, : len(scores)].view(torch.float32).unsqueeze(2)
+        chosen = torch.where(
+            temperature > 0,
+            draw(scores, temperature, top_p, arguments[2, : len(scores)], chance),
+            scores.argmax(1, True),
+        )
+        if any(wanted is not None for wanted in self._logprobs):
+            self._found = self._look_up(scores, chosen)
+        return scores.scatter(1, chosen, torch.inf)
+
+    def _look_up(self, scores: Tensor, chosen: Tensor) -> list[Logprobs | None]:
+        logprobs = scores.log_softmax(1)
+        most = max(wanted or 0 for wanted in self._logprobs)
+        values, ids = (x.tolist() for x in logprobs.topk(most, 1))
+        own = logprobs.gather(1, chosen).squeeze(1).tolist()
+        return [
+            None
+            if wanted is None
+            else Logprobs(own[row], tuple(zip(ids[row][:wanted], values[row][:wanted], strict=True)))
+            for row, wanted in enumerate(self._logprobs)
+        ]
+
+    def report_through(self, outputs: Any) -> None:
+        """Hands the log-probabilities of a step to transformers' requests, which keep them beside their tokens."""
+        prepare = outputs.prepare_batch_update
+
+        def prepare_batch_update() -> tuple[Any, Any, Any]:
+            requests, tokens, _ = prepare()
+            return requests, tokens, self._found
+
+        outputs.prepare_batch_update = prepare_batch_update
+
+
+def draw(scores: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, chance: Tensor) -> Tensor:
+    """One token for each row, int64 [rows, 1]: the first whose cumulated probability exceeds the row's chance.
+
+    Tokens are cumulated in the order of the vocabulary, or from the likeliest on in a row that leaves some out.
+
+    Args:
+        scores: float32 [rows, vocabulary].
+        temperature, top_p, chance: [rows, 1]; a temperature of 0 gives any token.
+        top_k: int32 [rows]; 0 for all tokens.
+    """
+    scores, top_k = scores / torch.where(temperature > 0, temperature, 1.0), top_k.unsqueeze(1)
+    probabilities, cut = scores.softmax(1), (top_p < 1) | (top_k > 0)
+    drawn = _first_beyond(probabilities, chance)
+    if scores.device.type == "cpu" and not bool(cut.any()):
+        return drawn  # sorting is what takes time
+    probabilities, order = probabilities.sort(1, descending=True)
+    place = torch.arange(scores.shape[1], device=scores.device)
+    probabilities = probabilities.masked_fill((top_k > 0) & (place >= top_k), 0.0)
+    before = probabilities.cumsum(1) - probabilities
+    left_out = (before >= top_p * probabilities.sum(1, True)) & (place > 0)
+    place = _first_beyond(probabilities.masked_fill(left_out, 0.0), chance)
+    return torch.where(cut, order.gather(1, place), drawn)
+
+
+def _first_beyond(probabilities: Tensor, chance: Tensor) -> Tensor:
+    """Where the sum of a row's probabilities [rows, tokens] first exceeds this share of them all, int64 [rows, 1]."""
+    cumulated = probabilities.cumsum(1)
+    place = torch.searchsorted(cumulated, chance * cumulated[:, -1:], right=True)
+    return torch.minimum(place, cumulated.argmax(1, True))  # rounding: not beyond the last that is possible

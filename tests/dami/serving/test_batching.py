@@ -1,0 +1,335 @@
+"""Continuous batching: every request, token for token, against `generate` of the same model at its λ alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import dami
+import pytest
+import torch
+import transformers
+from dami.serving.batching import LerpManager, keyed
+from transformers import (
+    AfmoeConfig,
+    CohereConfig,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    Glm4MoeConfig,
+    GptOssConfig,
+    MixtralConfig,
+    Qwen3MoeConfig,
+)
+from transformers.generation.continuous_batching.requests import RequestState
+
+from tests.dami import architectures
+from tests.dami.architectures import VOCABULARY
+from tests.dami.families import pair
+
+LAM = [0.0, 0.37, 1.0, 1.2, -0.4]
+LENGTHS = (5, 12, 3, 9, 17)
+NEW = 8
+GREEDY = GenerationConfig(do_sample=False, max_new_tokens=NEW, eos_token_id=-1)
+SMALL = ContinuousBatchingConfig(page_size=4, num_blocks=64, max_batch_tokens=64)
+
+
+def config(**changes: Any) -> ContinuousBatchingConfig:
+    return dataclasses.replace(SMALL, **changes)
+
+
+def prompts(lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
+    return [torch.randint(4, VOCABULARY, (length,)).tolist() for length in lengths]
+
+
+def alone(model: Any, asked: Sequence[list[int]], lams: Sequence[float], new: int = NEW) -> list[list[int]]:
+    """What `generate` answers to each prompt by itself."""
+    options = {"do_sample": False, "max_new_tokens": new}
+    rows = []
+    for prompt, lam in zip(asked, lams, strict=True):
+        ids = torch.tensor([prompt])
+        full = model.generate(ids, attention_mask=torch.ones_like(ids), intensity=lam, **options)
+        rows.append(full[0, len(prompt) :].tolist())
+    return rows
+
+
+def batched(model: Any, asked: list[list[int]], batching: ContinuousBatchingConfig, **options: Any) -> list[list[int]]:
+    outputs = model.generate_batch(asked, GREEDY, batching, **options)
+    assert [output.error for output in outputs.values()] == [None] * len(asked)
+    return [output.generated_tokens for output in outputs.values()]
+
+
+def patched(name: Any, **options: Any) -> Any:
+    ends = pair(name) if isinstance(name, str) else architectures.pair(name)
+    model = dami.patch_model(*ends, **options)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+# softcaps and windows; biases and a window; tied embeddings; learned positions; routers and experts; attention sinks
+# routers that read their weight in float32, norms of their own, gates after attention
+OTHERS = [Glm4MoeConfig, CohereConfig, AfmoeConfig]
+FAMILIES = ["gemma2", "llama", "mistral", "qwen3", "gpt2", MixtralConfig, Qwen3MoeConfig, GptOssConfig, *OTHERS]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_requests_at_their_own_lam_answer_as_alone(family: Any) -> None:
+    """In one step for all prompts, and in steps of a few tokens, which cut prompts in pieces."""
+    model, asked = patched(family), prompts()
+    wanted = alone(model, asked, LAM)
+    before = model.config._attn_implementation
+    for tokens in (64, 7):
+        assert batched(model, asked, config(max_batch_tokens=tokens), intensity=LAM) == wanted
+    assert model.config._attn_implementation == before
+    assert alone(model, asked[:1], LAM[:1]) == wanted[:1]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_transformers_own_attention_may_be_kept(family: str, implementation: str) -> None:
+    model, asked = patched(family), prompts()
+    model.set_attn_implementation(implementation)
+    kept = config(auto_switch_to_flash=False, max_batch_tokens=7)
+    assert batched(model, asked, kept, intensity=LAM) == alone(model, asked, LAM)
+
+
+def test_attention_that_forgets_soft_caps_is_refused() -> None:
+    model = patched("gemma2")
+    with pytest.raises(ValueError, match="'eager' leaves out soft caps in continuous batching: use the default"):
+        batched(model, prompts(), config(auto_switch_to_flash=False), intensity=LAM)
+    assert model.config._attn_implementation == "eager"
+    assert batched(model, prompts()[:1], SMALL, intensity=0.5)
+
+
+@pytest.mark.parametrize("format", ["int8", "w8d4"])
+def test_packed_formats(format: str) -> None:
+    model, asked = patched(MixtralConfig, format=format), prompts()
+    assert batched(model, asked, config(max_batch_tokens=7), intensity=LAM) == alone(model, asked, LAM)
+
+
+def test_shipped_pair() -> None:
+    model, tokenizer = dami.load_pair(*dami.example_pair(), dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    asked = tokenizer([f"<|user|>What is {n} + 69 - 18?<|assistant|>" for n in range(40, 45)])["input_ids"]
+    assert batched(model, asked, config(max_batch_tokens=16), intensity=LAM) == alone(model, asked, LAM)
+
+
+def test_requests_evicted_from_a_full_cache_come_back_at_their_lam(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = patched("qwen3"), prompts([9, 10, 11, 12, 13])
+    evicted = []
+    original = RequestState.create_equivalent_initial_request
+    monkeypatch.setattr(
+        RequestState, "create_equivalent_initial_request", lambda self: evicted.append(1) or original(self)
+    )
+    tight = config(num_blocks=12, safety_margin=0.0)
+    assert batched(model, asked, tight, intensity=LAM) == alone(model, asked, LAM)
+    assert evicted
+
+
+def test_prompts_share_blocks_at_equal_lam_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, [asked] = patched("qwen3"), prompts([21])
+    lams = [0.0, 1.0, 1.0, 0.0, 0.3]
+    wanted = alone(model, [asked] * 5, lams)
+    manager = model.init_continuous_batching(GREEDY, SMALL)
+    manager.warmup()
+    found = []
+    search = manager.batch_processor.cache.search_prefix_match
+    monkeypatch.setattr(
+        manager.batch_processor.cache, "search_prefix_match", lambda *a: found.append(search(*a)) or found[-1]
+    )
+    manager.start()
+    try:
+        answers = []
+        for lam in lams:  # each when the one before has ended
+            manager.add_request(asked, intensity=lam)
+            answers.append(manager.get_result(timeout=30).generated_tokens)
+    finally:
+        manager.stop(hard_stop=True)
+    assert answers == wanted
+    assert found == [0, 0, 20, 20, 0]
+
+
+def test_keys_of_blocks_tell_lam_and_tokens_apart() -> None:
+    def key(lam: float, *tokens: int) -> tuple[int, ...]:
+        return tuple(keyed(list(tokens), RequestState("", [], logit_processor_kwargs={"intensity": lam})))
+
+    keys = {key(lam, a, b, 5, 6, 7) for lam in (0.0, 0.5, -0.5, 1e-9, 1.0) for a in (0, 1 << 22) for b in (3, 4)}
+    assert len(keys) == 20
+    assert all(-(1 << 31) <= token < 1 << 31 for each in keys for token in each)
+    assert key(0.3, 1, 2) == key(0.3, 1, 2)
+
+
+def test_several_answers_to_a_prompt_have_its_lam() -> None:
+    model, asked = patched("qwen3"), prompts([6, 9])
+    several = GenerationConfig(do_sample=True, top_k=1, max_new_tokens=NEW, eos_token_id=-1, num_return_sequences=3)
+    outputs = model.generate_batch(asked, several, SMALL, intensity=[0.2, 0.9])
+    first, second = alone(model, asked, [0.2, 0.9])
+    assert [output.generated_tokens for output in outputs.values()] == [first] * 3 + [second] * 3
+
+
+def test_lam_is_that_of_the_dial_where_none_is_given() -> None:
+    model, asked = patched("qwen3"), prompts([6, 9])
+    with dami.intensity(model, 0.7):
+        assert batched(model, asked, SMALL) == alone(model, asked, [0.7, 0.7])
+    with dami.intensity(model, [0.7, 0.1]):
+        assert batched(model, asked, SMALL) == alone(model, asked, [0.7, 0.1])
+
+
+def test_a_part_of_the_model_may_stand_at_one_lam() -> None:
+    model, asked = patched("qwen3"), prompts([6, 9])
+    with dami.intensity(model, 1.0, modules="mlp"):
+        assert batched(model, asked, SMALL, intensity=[0.2, 0.9]) == alone(model, asked, [0.2, 0.9])
+    with dami.intensity(model, [0.1, 0.2], modules="mlp"):
+        outputs = model.generate_batch(asked, GREEDY, SMALL, intensity=[0.2, 0.9])
+    assert all("mlp" in o.error and "takes one intensity for all requests" in o.error for o in outputs.values())
+
+
+def test_generate_with_a_paged_cache_takes_a_lam_for_each_prompt() -> None:
+    model = patched("qwen3")
+    ids = torch.randint(4, VOCABULARY, (3, 9))
+    options = {"do_sample": False, "max_new_tokens": NEW}
+    plain = model.generate(ids, intensity=LAM[:3], **options)
+    paged = model.generate(ids, intensity=LAM[:3], cache_implementation="paged", **options)
+    assert torch.equal(paged[0] if paged.dim() == 3 else paged, plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"intensity": lambda step, tokens: 0.5}, "takes one intensity for all steps, got a schedule"),
+        ({"attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}, "takes prompts of equal length"),
+    ],
+)
+def test_generate_with_a_paged_cache_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"cache_implementation='paged' {message}"):
+        patched("qwen3").generate(torch.full((2, 3), 5), cache_implementation="paged", **{"intensity": 0.5, **options})
+
+
+@pytest.mark.parametrize(
+    ("intensity", "error", "message"),
+    [
+        (float("nan"), ValueError, "intensity must be finite, got nan"),
+        ("0.5", TypeError, "intensity must be a real number, or one per sequence, got str"),
+        (True, TypeError, "intensity must be a real number, or one per sequence, got True"),
+        ([0.1, 0.2], ValueError, "intensity must be one number for a request, got 2"),
+    ],
+)
+def test_add_request_refuses(intensity: Any, error: type[Exception], message: str) -> None:
+    manager = patched("qwen3").init_continuous_batching(GREEDY, SMALL)
+    with pytest.raises(error, match=message):
+        manager.add_request([5, 6], intensity=intensity)
+    assert manager.input_queue.empty()
+
+
+def test_generate_batch_refuses_another_number_of_lam() -> None:
+    with pytest.raises(ValueError, match="intensity must be a real number, or one per sequence, got 3 for 2 sequences"):
+        patched("qwen3").generate_batch(prompts([4, 5]), GREEDY, SMALL, intensity=[0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("BloomConfig", "BloomForCausalLM cannot be batched continuously at several λ: one reaches other sequences"),
+        ("FalconConfig", "query_key_value.weight cannot have one λ per sequence in .*matmul"),
+        ("BertConfig", r"cls.predictions.transform.dense cannot tell the 9 tokens of a packed row"),
+    ],
+)
+def test_models_that_cannot_be_packed_are_refused(name: str, message: str) -> None:
+    model = patched(getattr(transformers, name))
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match=message):
+        model.init_continuous_batching(GREEDY, SMALL)
+    assert model.config._attn_implementation == before
+
+
+def test_a_manager_that_lives_on_is_found_again() -> None:
+    model, asked = patched("qwen3"), prompts([6, 9])
+    wanted = alone(model, asked, [0.2, 0.9])
+    for _ in range(2):
+        assert batched(model, asked, SMALL, intensity=[0.2, 0.9], persistent_manager=True) == wanted
+    model.destroy_cached_continuous_batching_manager()
+
+
+def test_cancelled_requests_free_their_blocks_and_let_others_in() -> None:
+    """A request that was let in alone holds the cache; others wait until it is cancelled."""
+    model, asked = patched("qwen3"), prompts([9, 10, 11])
+    [wanted] = alone(model, asked[2:], [0.5], 32)
+    long = GenerationConfig(do_sample=False, max_new_tokens=32, eos_token_id=-1)
+    manager = model.init_continuous_batching(long, config(num_blocks=14, allow_block_sharing=False, safety_margin=0.0))
+    manager.warmup()
+    cache, scheduler = manager.batch_processor.cache, manager.batch_processor.scheduler
+    manager.start()
+    try:
+        for name, prompt in zip("abc", asked, strict=True):
+            manager.add_request(prompt, name, intensity=0.5)
+        for name in "ab":
+            manager.cancel_request(name)
+        answer = manager.get_result(timeout=30)
+        assert (answer.request_id, answer.error) == ("c", None)
+        assert answer.generated_tokens == wanted
+    finally:
+        manager.stop()
+    assert not scheduler.active_requests
+    assert not scheduler.waiting_requests
+    assert cache.compute_free_capacity() == 1
+
+
+def test_waiting_requests_go_on_when_the_one_that_blocks_them_is_cancelled() -> None:
+    """transformers lets nobody in after an eviction until a request has ended; a cancelled one must count as that."""
+    manager = patched("qwen3").init_continuous_batching(GREEDY, SMALL)
+    manager.warmup()
+    scheduler = manager.batch_processor.scheduler
+    scheduler.add_waiting_request(RequestState("a", [5]))
+    scheduler.block_new_requests = True
+    scheduler.set_request_cancellation("b")
+    scheduler.clear_cancelled_requests()
+    assert scheduler.block_new_requests
+    scheduler.set_request_cancellation("a")
+    scheduler.clear_cancelled_requests()
+    assert not scheduler.block_new_requests
+
+
+def test_another_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(LerpManager.__mro__[1], "_generation_step")
+    with pytest.raises(ValueError, match=r"needs another transformers: no \['_generation_step'\]"):
+        patched("qwen3").init_continuous_batching(GREEDY, SMALL)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_with_invariant_no_bit_depends_on_the_others(family: str) -> None:
+    """Logits of each step, bit for bit: alone in one step, and with neighbours at other λ in steps of a few tokens."""
+    model = patched(family, invariant=True)
+    asked = prompts()
+
+    def logits(batching: ContinuousBatchingConfig, *rows: int) -> list[torch.Tensor]:
+        seen: dict[int, list[torch.Tensor]] = {row: [] for row in rows}
+        manager = model.init_continuous_batching(GREEDY, batching)
+        manager.sample_per_request()
+        sample, sampler = type(manager.sampler).__call__, manager.sampler
+        states: list[Any] = []
+        prepare = sampler.prepare
+        sampler.prepare = lambda new, storage: states.__setitem__(slice(None), new) or prepare(new, storage)
+
+        class Seeing(type(sampler)):  # type: ignore[misc]
+            def __call__(self, scores: torch.Tensor, arguments: torch.Tensor) -> torch.Tensor:
+                for state, row in zip(states, scores, strict=False):
+                    seen[int(state.request_id)].append(row.clone())
+                return sample(self, scores, arguments)
+
+        sampler.__class__ = Seeing
+        manager.start()
+        try:
+            from dami.serving.sampling import Sampling
+
+            for row in rows:
+                manager.add_request(asked[row], str(row), intensity=LAM[row], sampling=Sampling(temperature=0))
+            for _ in rows:
+                assert manager.get_result(timeout=60).error is None
+        finally:
+            manager.stop()
+        return [torch.stack(seen[row]) for row in rows]
+
+    together = logits(config(max_batch_tokens=7), *range(5))
+    for row in range(5):
+        [by_itself] = logits(SMALL, row)
+        assert torch.equal(by_itself, together[row])

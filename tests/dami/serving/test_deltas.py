@@ -1,0 +1,127 @@
+"""Pieces of a stream put together give what `dami.thoughts` reads in the whole."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import dami
+import pytest
+from dami.serving.deltas import Deltas, Detokenizer
+from dami.thoughts import Reader
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+
+@cache
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(dami.example_pair()[0])
+
+
+@cache
+def reader() -> Reader:
+    return Reader.of(tokenizer())
+
+
+def ids_of(text: str) -> list[int]:
+    return tokenizer()(text, add_special_tokens=False)["input_ids"]
+
+
+def streamed(ids: list[int], inside: bool = False, finished: bool = True, **options: Any) -> tuple[str, str]:
+    deltas = Deltas(tokenizer(), reader(), inside, **options)
+    pieces = [deltas.push(token) for token in ids] + [deltas.finish(finished)]
+    thought, answer = ("".join(part) for part in zip(*pieces, strict=True))
+    assert (thought, answer) == (deltas.thought.text, deltas.answer.text)
+    return thought, answer
+
+
+words = st.sampled_from(
+    [" a", "b ", "\n", " ", "<", "think", "<th", "ink>", "</", "é", "日本", "🙂", "7", "<tool_call>"]
+)
+text = st.lists(words, max_size=6).map("".join)
+thoughts = st.tuples(text, text).map(lambda pair: f"<think>{pair[0]}</think>{pair[1]}")
+rows = st.lists(st.one_of(text, thoughts), max_size=4).map("".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows, st.booleans(), st.booleans(), st.randoms())
+def test_a_stream_says_what_the_whole_row_says(row: str, inside: bool, finished: bool, random: Any) -> None:
+    """Wherever every end tag has a start tag before it, and however the text is cut into tokens."""
+    ids = [id_ for piece in _cut(row, random) for id_ in ids_of(piece)]
+    texts = "".join(reader().text(token) for token in ids)
+    prefix, _, _ = texts.partition("</think>")
+    if "</think>" in texts and not inside and "<think>" not in prefix:
+        return
+    said = reader().read(ids, inside=inside, finished=finished)
+    if inside and not said.thought and said.answer:  # the thought was never taken up: it is known at the end only
+        assert streamed(ids, inside, finished)[1] == said.answer
+    elif "<tool_call>" in texts:
+        assert streamed(ids, inside, finished)[1].endswith(said.answer[-1:])
+    else:
+        assert streamed(ids, inside, finished) == (said.thought, said.answer)
+
+
+def _cut(row: str, random: Any) -> list[str]:
+    places = sorted(random.sample(range(len(row) + 1), min(len(row), 3)))
+    return [row[a:b] for a, b in zip([0, *places], [*places, len(row)], strict=True)]
+
+
+def test_an_end_tag_alone_cannot_take_back_what_was_said() -> None:
+    assert streamed(ids_of("so it is 7</think>7")) == ("", "so it is 7\n7")
+    assert reader().read(ids_of("so it is 7</think>7"), finished=True).thought == "so it is 7"
+
+
+def test_a_thought_that_was_never_taken_up_becomes_the_answer_at_its_end() -> None:
+    deltas = Deltas(tokenizer(), reader(), inside=True)
+    pieces = [deltas.push(token) for token in ids_of("it is 7")]
+    assert "".join(piece.thought for piece in pieces) == "it is 7"
+    assert deltas.finish(finished=True) == ("", "it is 7")
+    cut_off = Deltas(tokenizer(), reader(), inside=True)
+    for token in ids_of("it is 7"):
+        cut_off.push(token)
+    assert cut_off.finish(finished=False) == ("", "")
+
+
+def test_pieces_come_as_soon_as_they_are_sure() -> None:
+    deltas = Deltas(tokenizer(), reader())
+    said = [deltas.push(token) for token in ids_of("<think>ab</think>c<")]
+    assert said[0] == ("", "")
+    assert "".join(piece.thought for piece in said) == "ab"
+    assert "".join(piece.answer for piece in said) == "c"
+    assert deltas.finish(True) == ("", "<")
+
+
+@pytest.mark.parametrize(
+    ("row", "stop", "wanted"),
+    [
+        ("one two three", ["two"], ("", "one")),
+        ("one two three", ["four", "e two"], ("", "on")),
+        ("<think>one two</think>three", ["two"], ("one", "")),
+        ("<think>one</think>two three", [" three"], ("one", "two")),
+        ("<think>one</think>two", ["onetwo", "zzz"], ("one", "two")),
+        ("one tw", ["two"], ("", "one tw")),
+        ("one two", ["o", "one"], ("", "")),
+        ("aab", ["ab"], ("", "a")),
+    ],
+)
+def test_stop_strings(row: str, stop: list[str], wanted: tuple[str, str]) -> None:
+    assert streamed(ids_of(row), stop=stop) == wanted
+
+
+def test_without_a_reader_text_stands_as_it_is() -> None:
+    deltas = Deltas(tokenizer(), None, stop=["zz"])
+    row = " <think>a b</think> z "
+    answer = "".join(deltas.push(token).answer for token in ids_of(row)) + deltas.finish(True).answer
+    assert answer == tokenizer().decode(ids_of(row), skip_special_tokens=True)
+
+
+def test_characters_come_whole() -> None:
+    detokenizer = Detokenizer(tokenizer())
+    ids = ids_of("日🙂é")
+    assert len(ids) > 3
+    pieces = [detokenizer.push(token) for token in ids]
+    assert "".join(pieces) == "日🙂é"
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+    detokenizer.push(ids[0])
+    assert "\N{REPLACEMENT CHARACTER}" in detokenizer.rest()  # at the end, an incomplete one is what it is
