@@ -79,6 +79,25 @@ def pair() -> str:
     return markdown(lines)
 
 
+def smollm2() -> str:
+    """Accuracy and tokens of SmolLM2 and its thinking adapter over λ, by task."""
+    rows = [row for row in newest(RESULTS / "smollm2_curve.csv") if row["level"] == "all"]
+    by = {(row["intensity"], row["task"]): row for row in rows}
+    tasks = sorted({row["task"] for row in rows}, key=lambda task: (task == "all", task))
+    lams = sorted({row["intensity"] for row in rows}, key=float)
+    heads = [f"{task if task == 'all' else f'`{task}`'} ({by[lams[0], task]['n']})" for task in tasks]
+    lines = [["λ", *heads, "thinks, %", "comes to its end, %"]]
+    for lam in lams:
+        cells = [f"{float(lam):g}"]
+        for task in tasks:
+            row = by[lam, task]
+            right, low, high = (100 * float(row[key]) for key in ("accuracy", "acc_low", "acc_high"))
+            cells.append(f"{right:.0f} ({low:.0f} to {high:.0f}), {float(row['tokens_mean']):.0f}")
+        shares = (f"{100 * float(by[lam, 'all'][key]):.0f}" for key in ("thinking", "well_formed"))
+        lines.append([*cells, *shares])
+    return markdown(lines)
+
+
 def cell(rows: dict[tuple[str, ...], Row], key: tuple[str, ...], unit: tuple[str, ...], bold: bool) -> str:
     """Ratio to the row `unit` and, for ours, the share of the limit in brackets."""
     if key not in rows or unit not in rows or rows[key]["date"] != rows[unit]["date"]:
@@ -195,6 +214,7 @@ def estimators() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "pair": pair,
     "estimators": estimators,
+    "smollm2": smollm2,
     "formats": formats,
     "roundings": roundings,
     "loading": loading,

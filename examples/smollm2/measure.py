@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import transformers
 from dami.evaluation.frontier import Frontier
 from dami.evaluation.report import write_report
 from dami.evaluation.sweeps import Record, sweep
-from dami.evaluation.tasks import JsonLines, Question
+from dami.evaluation.tasks import Question, load_task
 from dami.terminal import point_table
 from instruct import smollm2_file
 from rich.console import Console
@@ -35,7 +35,7 @@ ROOT = HERE.parents[1]
 INTENSITIES = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
 
 
-def parts(frontier: Frontier, questions: list[Question]) -> Iterator[tuple[str, str, Frontier]]:
+def parts(frontier: Frontier, questions: Sequence[Question]) -> Iterator[tuple[str, str, Frontier]]:
     """The frontier of every task and level, of every task, and of all, with the names of both."""
     groups: dict[tuple[str, str], list[int]] = {}
     for place, question in enumerate(questions):
@@ -45,7 +45,7 @@ def parts(frontier: Frontier, questions: list[Question]) -> Iterator[tuple[str, 
         yield task, level, frontier.select(places)
 
 
-def csv_rows(frontier: Frontier, questions: list[Question], run: dict[str, object]) -> Iterator[dict[str, object]]:
+def csv_rows(frontier: Frontier, questions: Sequence[Question], run: dict[str, object]) -> Iterator[dict[str, object]]:
     """A row for every part and λ; intervals are Wilson's for the accuracy, a bootstrap's for tokens."""
     for task, level, part in parts(frontier, questions):
         for point in part.points:
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/results/smollm2_curve.csv")
     parser.add_argument("--work", type=Path, default=Path("build/smollm2/evaluation"), help="answers and their report")
     parser.add_argument("--intensities", type=float, nargs="+", default=INTENSITIES)
+    parser.add_argument("--count", type=int, help="questions, at even distances in the file (default: all)")
     parser.add_argument("--rows", type=int, default=60, help="rows of a batch (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="(default: %(default)s)")
     parser.add_argument("--temperature", type=float, help="sample at this temperature (default: the likeliest token)")
@@ -83,7 +84,7 @@ def main() -> None:
     if args.temperature is not None:
         options["temperature"] = args.temperature
     model, tokenizer = dami.load_pair(smollm2_file(), args.adapter, format="lowrank", dtype=torch.bfloat16)
-    task = JsonLines(args.questions, verifier="word")
+    task = load_task(str(args.questions), args.count, verifier="word")
     records: list[Record] = []
     with tqdm(total=len(task.questions) * len(args.intensities), unit="answer") as bar:
 
