@@ -420,9 +420,11 @@ class Service:
     def chat_response(self, answering: Answering) -> dict[str, Any]:
         choices = []
         for choice in answering.choices:
-            message = {"role": "assistant", "content": choice.deltas.answer.text}
-            if choice.deltas.thought.text:
-                message["reasoning_content"] = choice.deltas.thought.text
+            said = choice.deltas.said  # None where a stop string ended it
+            thought = choice.deltas.thought.text if said is None else said.thought
+            message = {"role": "assistant", "content": choice.deltas.answer.text if said is None else said.answer}
+            if thought:
+                message["reasoning_content"] = thought
             logprobs = None if answering.body.wanted_logprobs is None else self.chat_logprobs(choice.tokens)
             choices.append(
                 {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.reason}
