@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from dami.decoding import KNOWN, end_tokens, generate_in_pieces
+from dami.schedules import resolved
 from dami.thoughts import Reader
 
 Prompt = str | list[dict[str, str]]  # a user's question, or a conversation in the form chat templates take
@@ -103,7 +105,7 @@ def ask(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Prompt],
-    intensities: Sequence[float] | None,
+    intensities: Sequence[float | str] | None,
     chat_template: ChatTemplate | None = "default",
     **options: Any,
 ) -> list[Answer]:
@@ -113,17 +115,36 @@ def ask(
         model: a patched model; or an ordinary one, with `intensities` None.
         tokenizer: its tokenizer.
         prompts: one per row.
-        intensities: one per row.
-        chat_template: as in `encode`.
+        intensities: one per row: a number, a preset's name, or "auto".
+        chat_template: as in `encode`. Where it depends on λ, an estimator is shown the instruct end's.
         options: passed to `model.generate`.
     """
-    texts, batch = encode(tokenizer, prompts, chat_template, intensities)
-    if intensities is not None:
-        options["intensity"] = list(intensities)
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     with torch.inference_mode():
-        ids = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :].cpu()
-    return answers_of(model, Reader.of(tokenizer), ids, prompts, intensities, texts)
+        lams = None if intensities is None else numbers_of(model, tokenizer, prompts, intensities, chat_template)
+        texts, batch = encode(tokenizer, prompts, chat_template, lams)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        if options.keys() <= KNOWN:
+            ids = generate_in_pieces(model, batch, lams, **options)
+        else:
+            given = {} if lams is None else {"intensity": lams}
+            ids = model.generate(**batch, **given, **options)[:, batch["input_ids"].shape[1] :]
+    return answers_of(model, Reader.of(tokenizer), ids.cpu(), prompts, lams, texts)
+
+
+def numbers_of(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    intensities: Sequence[float | str],
+    chat_template: ChatTemplate | None = "default",
+) -> list[float]:
+    """λ of every row, with the presets' and the estimator's in place of names."""
+    batch: dict[str, Any] = {}
+    if "auto" in intensities:
+        fixed = chat_template if chat_template is None or isinstance(chat_template, str) else "instruct"
+        _, batch = encode(tokenizer, prompts, fixed)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    return [float(lam) for lam in resolved(model, list(intensities), batch, len(prompts))]
 
 
 def answers_of(
@@ -144,9 +165,3 @@ def answers_of(
         intensity = None if intensities is None else float(intensities[row])
         answers.append(Answer(prompt, intensity, said.thought, said.answer, tokens, finished))
     return answers
-
-
-def end_tokens(model: Any) -> torch.Tensor:
-    """Ids of the tokens that end an answer, int64 [any number]."""
-    ids = model.generation_config.eos_token_id
-    return torch.tensor([] if ids is None else [ids] if isinstance(ids, int) else ids, dtype=torch.int64)

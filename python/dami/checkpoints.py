@@ -18,8 +18,9 @@ from transformers.utils import logging
 
 from dami import adapters
 from dami.dial import patch_of
+from dami.estimators.storage import FOLDER, SETTINGS
 from dami.layers import LerpConv1D, LerpExperts, LerpLinear
-from dami.model import Origin
+from dami.model import Origin, attach
 from dami.patching import (
     Header,
     config_mismatches,
@@ -33,6 +34,7 @@ from dami.quantizer import METHOD
 from dami_kernels import formats
 
 FILES = ["model*.safetensors", adapters.WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md"]
+FILES.append(f"{FOLDER}/*")
 LEGACY_FILES = ["pytorch_model*.bin"]
 
 logger = logging.get_logger(__name__)
@@ -63,6 +65,9 @@ def load_pair(
     from the configs, the tokenizers and the headers of the weight files, before any weight is read.
 
     One argument is a packed pair, as `dami.pack` and `dami.save_pair` write it: what is stored is loaded as it is.
+
+    An estimator and presets that `dami train-estimator` has put into the folder `intensity` of the packed pair, or of
+    the thinking end, are attached.
 
     Args:
         instruct: directory, GGUF file or hub name of the λ=0 end; or directory or hub name of a packed pair.
@@ -110,7 +115,13 @@ def load_pair(
             patch_model(model, ends[1].model(dtype=model.dtype, **options), format or "pair", invariant=invariant)
     tokenizer = with_both_templates(tokenizers, chat_template)
     patch_of(model).origin = Origin([end.parent() for end in ends], tokenizer=tokenizer)
-    return model, tokenizer
+    return _with_estimator(model, ends[1]), tokenizer
+
+
+def _with_estimator(model: Any, where: Checkpoint) -> Any:
+    """The model with the estimator and presets that lie beside its weights, if any do."""
+    directory = where.directory / FOLDER
+    return attach(model, directory) if (directory / SETTINGS).exists() else model
 
 
 def _load_packed(
@@ -131,7 +142,7 @@ def _load_packed(
         if isinstance(module, (LerpLinear, LerpConv1D, LerpExperts)) and invariant:
             module.lerp.settings["invariant"] = True
     patch_of(model).origin.tokenizer = tokenizer
-    return model, tokenizer
+    return _with_estimator(model, pair), tokenizer
 
 
 def _load_adapted(

@@ -77,6 +77,11 @@ def finite(text: str) -> float:
     return value
 
 
+def number_or_name(text: str) -> float | str:
+    """Reads a λ, or the name of a preset, or "auto"."""
+    return text if text.isidentifier() and text.lower() not in ("nan", "inf", "infinity") else finite(text)
+
+
 def positive(text: str) -> float:
     """Reads a temperature."""
     value = finite(text)
@@ -162,9 +167,13 @@ def generate(
         typer.Option("--file", "-f", exists=True, dir_okay=False, readable=True, help="Prompts, one a line."),
     ] = None,
     intensity: Annotated[
-        list[float] | None,
+        list[str] | None,
         typer.Option(
-            "--intensity", "-l", parser=finite, metavar="λ", help="May be given several times. Default: 0, 0.5 and 1."
+            "--intensity",
+            "-l",
+            parser=number_or_name,
+            metavar="λ|NAME",
+            help="A number, a preset (low, medium, high) or auto. May be given several times. Default: 0, 0.5 and 1.",
         ),
     ] = None,
     pair: PairOption = None,
@@ -209,7 +218,7 @@ def generate(
         raise fail("--raw excludes --chat-template")
     put_through = None if raw else "default" if chat_template is None else chat_template
     asked = read_prompts(prompts or [], file)
-    lams = intensity or [0.0, 0.5, 1.0]
+    lams: list[Any] = intensity or [0.0, 0.5, 1.0]
     model, tokenizer = load(pair, format)
 
     import torch
@@ -443,6 +452,8 @@ def evaluate(
     from rich.live import Live
     from rich.text import Text
 
+    from dami.chat import numbers_of
+    from dami.dial import patch_of
     from dami.evaluation.frontier import Frontier
     from dami.evaluation.report import write_report
     from dami.evaluation.sweeps import Record, sweep
@@ -470,9 +481,71 @@ def evaluate(
             path=output / "records.jsonl", samples=samples, rows=rows, seed=seed, on_batch=show, **options,
         )  # fmt: skip
         about = {"pair": " and ".join(pair) if pair else "the shipped pair", "format": format, "samples": samples}
-        frontier = write_report(asked, records, output, about)
+        prompts = [question.question for question in asked.questions]
+        chosen: list[float] | None = None
+        if patch_of(model).estimator is not None:
+            pieces = [prompts[start : start + rows] for start in range(0, len(prompts), rows)]
+            chosen = [lam for some in pieces for lam in numbers_of(model, tokenizer, some, ["auto"] * len(some))]
+        frontier = write_report(asked, records, output, about, chosen)
     out.print(point_table(frontier.points))
     out.print(f"Page, picture, numbers: {output / 'report.html'}, frontier.svg, frontier.json", style="dim")
+
+
+@app.command("train-estimator")
+def train_estimator(
+    task: Annotated[
+        str, typer.Argument(help="Questions like those to come: a file (.jsonl) or a reasoning-gym dataset.")
+    ],
+    output: OutputOption,
+    pair: PairOption = None,
+    format: FormatOption = None,
+    intensity: Annotated[
+        list[float] | None,
+        typer.Option("--intensity", "-l", parser=finite, metavar="LAMBDA", help="λ to ask at; 0 to 1 in fifths."),
+    ] = None,
+    router: Annotated[bool, typer.Option("--router", help="Choose between the two ends only.")] = False,
+    trial: Annotated[int, typer.Option(min=0, help="Tokens of a trial answer to read too.")] = 0,
+    price: Annotated[
+        float, typer.Option(min=0, help="Accuracy that as many tokens as the thinking end takes must bring.")
+    ] = 0.2,
+    questions: Annotated[int | None, typer.Option(min=1, help="How many. Default: all of a file, 100 else.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to a question at one λ.")] = 2,
+    verifier: Annotated[str | None, typer.Option(help="Of a file: math (math-verify) or word (the last one).")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a batch, which holds all λ of a question.")] = 64,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer, at most.")] = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Answer questions at several λ, learn from that which λ a prompt deserves, and measure it on questions held out.
+
+    dami.attach(model, OUTPUT) then lets intensity="auto" choose. Named `intensity` inside a packed pair or a thinking
+    end, OUTPUT is loaded with it. A run that was interrupted goes on where it ended.
+    """
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from dami.estimators.training import train_estimator
+    from dami.evaluation.tasks import load_task
+
+    if router and intensity:
+        raise fail("--router asks at the two ends: leave --intensity out")
+    with user_errors():
+        asked = load_task(task, questions, seed, **({"verifier": verifier} if verifier else {}))
+    model, tokenizer = load(pair, format)
+    lams = [0.0, 1.0] if router else intensity or [fifth / 5 for fifth in range(6)]
+    with user_errors(), Progress(console=err, transient=True) as progress:
+        bar = progress.add_task("answers", total=len(asked.questions) * samples * len(lams))
+        trained = train_estimator(
+            model, tokenizer, asked, output, lams, samples=samples, trial=trial, price=price, rows=rows, seed=seed,
+            on_batch=lambda news: progress.advance(bar, len(news)),
+            **({"max_new_tokens": max_tokens} if max_tokens else {}),
+        )  # fmt: skip
+    table = Table("price", "accuracy", "tokens", "best static λ with as many", "gain")
+    for each, outcome in trained.outcomes.items():
+        cells = map(str, (outcome.accuracy, outcome.tokens, outcome.static, outcome.gain))
+        table.add_row(f"{each:g}", *cells, style="bold" if each == price else None)
+    out.print(table)
+    presets = ", ".join(f"{name} λ={lam:g}" for name, lam in trained.stored.presets.items())
+    out.print(f"{output}: an estimator at price {price:g}; {presets}.", style="dim")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from dami.layers import LerpModule
 
-Intensity = float | Sequence[float] | Tensor
+Intensity = float | str | Sequence[float | str] | Tensor  # a string is the name of a preset, or "auto"
 Part = str | tuple[str, int | Iterable[int]]  # a group or pattern of modules, in all layers or in some
 
 GROUPS = ("attn", "embed", "experts", "head", "mlp", "norm", "other")
@@ -83,6 +83,24 @@ def as_lam(intensity: Any, device: torch.device, sequences: int | None = None) -
     return lam
 
 
+def named(model: nn.Module, intensity: Any) -> Any:
+    """An intensity with the model's presets, such as "low", in place of their names; "auto" and all else are left.
+
+    Raises:
+        TypeError: the model is not patched.
+        ValueError: it has no preset of that name.
+    """
+    if isinstance(intensity, (list, tuple)):
+        return [named(model, each) if isinstance(each, str) else each for each in intensity]
+    if not isinstance(intensity, str) or intensity == "auto":
+        return intensity
+    presets = patch_of(model).presets
+    if intensity not in presets:
+        there = f"one of {sorted(presets)}" if presets else "a preset, of which the model has none,"
+        raise ValueError(f"intensity must be a number, {there} or 'auto', got {intensity!r}")
+    return presets[intensity]
+
+
 @contextmanager
 def intensity(
     model: nn.Module,
@@ -98,9 +116,9 @@ def intensity(
     Args:
         model: a patched model.
         intensity: a finite real number, or one per sequence of the batches run inside the block. 0 is the instruct end,
-            1 the thinking end, and any other real number lies on the line through both. Or a mapping of parts of the
-            model to these, such as {"*": 0.2, "mlp": 0.5, ("mlp", range(4, 8)): [0.1, 0.9]}; of two that name one
-            module the later holds.
+            1 the thinking end, and any other real number lies on the line through both; a preset's name stands for its
+            number. Or a mapping of parts of the model to these, such as
+            {"*": 0.2, "mlp": 0.5, ("mlp", range(4, 8)): [0.1, 0.9]}; of two that name one module the later holds.
         layers: indices of the layers meant; all, and what lies outside the layers too, if None.
         modules: what is meant in them: "attn", "mlp", "experts", "norm", "embed", "head", "other", or patterns of
             qualified module names such as "*.q_proj"; one or several. All if None.
@@ -116,7 +134,7 @@ def intensity(
         parts = parts_of(intensity)
     with ExitStack() as stack:
         for names, indices, value in parts:
-            lam = as_lam(value, device)
+            lam = as_lam(named(model, value), device)
             stack.enter_context(separate(model, names, indices)).lam = lam
         yield
 

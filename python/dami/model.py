@@ -9,13 +9,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
 
 from dami import dial as dials
-from dami.dial import Dial, as_lam, patch_of
+from dami.dial import Dial, as_lam, named, patch_of
 from dami.independence import check_independence
 from dami.layers import Pass
 from dami.schedules import Course, course_of
@@ -50,6 +51,8 @@ class Patch:
         original: the model's class before.
         trainable: the parameters that required a gradient before.
         estimator: what chooses λ for `generate(intensity="auto")`.
+        presets: λ by name, such as "low".
+        frontier: what both were measured on, as `dami.evaluation.report.summary` says it; {} if nothing was.
         course: turns the dials of the `generate` that is running, if one is.
         running: the forward pass that the model is in.
         checked: whether `check_independence` has passed.
@@ -61,6 +64,8 @@ class Patch:
     original: type[nn.Module]
     trainable: list[nn.Parameter]
     estimator: Estimator | None = None
+    presets: Mapping[str, float] = field(default_factory=dict)
+    frontier: Mapping[str, Any] = field(default_factory=dict)
     course: Course | None = None
     running: Pass = field(default_factory=Pass)
     checked: bool = False
@@ -112,7 +117,7 @@ def patched_model_class(original: Any) -> type[LerpModel]:
             return _packed_forward(self, original.forward, args, kwargs)
         sequences = _sequences(args, kwargs)
         dial = self.dami_patch.dial
-        lam = dial.lam.to(self.device) if intensity is None else as_lam(intensity, self.device, sequences)
+        lam = dial.lam.to(self.device) if intensity is None else as_lam(named(self, intensity), self.device, sequences)
         if sequences is not None and lam.dim() == 1 and sequences % lam.shape[0] != 0:
             raise ValueError(
                 f"intensity must hold one number per sequence, got {lam.shape[0]} for {sequences} sequences"
@@ -217,15 +222,35 @@ def twin(model: M, intensity: Any = 0.0) -> M:
     return other
 
 
-def attach(model: M, estimator: Estimator | None) -> M:
+def attach(
+    model: M, estimator: Estimator | str | PathLike[str] | None, presets: Mapping[str, float] | None = None
+) -> M:
     """Gives a patched model the estimator that `generate(intensity="auto")` asks, or takes it off; returns the model.
 
+    Args:
+        model: a patched model.
+        estimator: any object with `estimate(model, batch) -> λ of each prompt`; or a directory that `dami
+            train-estimator` wrote, with its presets; or None.
+        presets: λ by name, for `generate(intensity="low")`; None leaves those that are there.
+
     Raises:
-        TypeError: the model is not patched, or the estimator has no method `estimate`.
+        TypeError: the model is not patched, the estimator has no method `estimate`, or a preset is no number.
+        ValueError: a preset is called "auto", or is not finite; or the directory holds no estimator.
+        OSError: there is no such directory.
     """
     patch = patch_of(model)
+    if isinstance(estimator, (str, PathLike)):
+        from dami.estimators.storage import Stored
+
+        stored = Stored.load(estimator)
+        patch.frontier = stored.frontier
+        return attach(model, stored.estimator, stored.presets if presets is None else presets)
     if estimator is not None and not callable(getattr(estimator, "estimate", None)):
         raise TypeError(f"estimator must have a method estimate(model, batch), got {type(estimator).__name__}")
+    if presets is not None:
+        if "auto" in presets:
+            raise ValueError('presets must have names other than "auto", which is what the estimator chooses')
+        patch.presets = {name: as_lam(lam, torch.device("cpu")).item() for name, lam in presets.items()}
     patch.estimator = estimator
     return model
 

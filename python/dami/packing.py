@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from dami.checkpoints import Checkpoint, Match, Stored, headers_in, load_pair, with_both_templates
+from dami.estimators.storage import copy_estimator
 from dami.layers import LerpModule, readers, stored_format
 from dami.model_card import write_model_card
 from dami.patching import first_names
@@ -104,6 +105,7 @@ def _pack(match: Match, directory: Path, format: str, shard_bytes: int) -> None:
     for pattern in CARRIED:
         for file in instruct.glob(pattern):
             shutil.copy(file, directory)
+    copy_estimator(match.ends[1].directory, directory)
     tokenizer = with_both_templates(match.tokenizers, "instruct")
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dami.dial import Dial, Intensity, as_lam, device_of, parts_of, patch_of, separate
+from dami.dial import Dial, as_lam, device_of, named, parts_of, patch_of, separate
 
 Schedule = Callable[[int, Tensor], float | Tensor]
 
@@ -138,8 +138,8 @@ def course_of(
 
     Args:
         model: a patched model.
-        intensity: a number, a schedule, or one of them per prompt; a mapping of parts of the model to these; "auto"; an
-            iterator, of which the first are taken; or None, for λ as it is.
+        intensity: a number, a preset's name, "auto", a schedule, or one of them per prompt; a mapping of parts of the
+            model to these; an iterator, of which the first are taken; or None, for λ as it is.
         prompt_intensity: a number, or one per prompt, for reading the prompts; or None.
         prompts: how many there are.
         options: arguments of `generate` by name.
@@ -149,14 +149,13 @@ def course_of(
     """
     patch = patch_of(model)
     device = device_of(model)
-    if isinstance(intensity, str) and intensity == "auto":
-        intensity = _estimated(model, options, prompts)
-    elif isinstance(intensity, Iterator):
+    if isinstance(intensity, Iterator):
         intensity = list(islice(intensity, prompts))
     parts: list[tuple[Any, Any, Any]] = [(None, None, intensity)]
     if isinstance(intensity, Mapping):
         parts = parts_of(intensity)
-    prompt = None if prompt_intensity is None else as_lam(prompt_intensity, device, prompts)
+    parts = [(modules, layers, resolved(model, value, options, prompts)) for modules, layers, value in parts]
+    prompt = None if prompt_intensity is None else as_lam(named(model, prompt_intensity), device, prompts)
     before = patch.course
     with ExitStack() as stack:
         lines = []
@@ -192,14 +191,37 @@ def _split(value: Any, device: torch.device, prompts: int) -> tuple[Tensor, list
     return fixed, [(values[several[0]], several) for several in places.values()]
 
 
-def _estimated(model: nn.Module, options: Mapping[str, Any], prompts: int) -> Intensity:
+def resolved(model: nn.Module, intensity: Any, batch: Mapping[str, Any], prompts: int) -> Any:
+    """An intensity with numbers for presets' names, and what the estimator chooses wherever it says "auto".
+
+    Args:
+        model: a patched model.
+        intensity: anything that `generate` takes.
+        batch: arguments of `generate` by name; the estimator is given the tensors, for the prompts that want it only.
+        prompts: how many there are.
+
+    Raises:
+        ValueError: there is no estimator, or no such preset.
+    """
+    value = named(model, intensity)
+    values = [value] * prompts if isinstance(value, str) else value
+    places = [i for i, each in enumerate(values) if isinstance(each, str)] if isinstance(values, list) else []
+    if not places:
+        return value
+    if len(values) != prompts:
+        raise ValueError(f"intensity must be a real number, or one per sequence, got {len(values)} for {prompts}")
     estimator = patch_of(model).estimator
     if estimator is None:
         raise ValueError('intensity="auto" needs an estimator: attach one with dami.attach(model, estimator)')
-    batch = {name: value for name, value in options.items() if isinstance(value, Tensor)}
-    if "inputs" in batch:
-        batch["input_ids"] = batch.pop("inputs")
-    return as_lam(estimator.estimate(model, batch), device_of(model), prompts)
+    inputs = {
+        "input_ids" if name == "inputs" else name: tensor[places] if tensor.shape[:1] == (prompts,) else tensor
+        for name, tensor in batch.items()
+        if isinstance(tensor, Tensor)
+    }
+    chosen = as_lam(estimator.estimate(model, inputs), torch.device("cpu"), len(places))
+    for place, lam in zip(places, chosen.expand(len(places)).tolist(), strict=True):
+        values[place] = lam
+    return values
 
 
 SEVERAL_STEPS_IN_ONE = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")

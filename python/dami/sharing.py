@@ -17,6 +17,7 @@ from torch import distributed as dist
 from transformers import PreTrainedModel
 
 from dami.dial import as_lam, patch_of
+from dami.estimators.storage import FOLDER, Stored
 from dami.layers import LerpModule
 from dami.model_card import write_model_card
 from dami.patching import describe
@@ -77,6 +78,9 @@ def save(
         weights = sum(torch.Size(row.shape).numel() for row in rows if row.interpolated and not row.tied_to)
         nbytes = sum(row.nbytes for row in rows)
         write_model_card(directory, config, nbytes, weights, model.dami_patch.origin.tokenizer)
+        patch = model.dami_patch
+        if patch.estimator is not None or patch.presets:
+            Stored(patch.estimator, patch.presets, patch.frontier).save(Path(directory) / FOLDER)
 
 
 def push(

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TextStreamer
 
-from dami.chat import Answer, ChatTemplate, Prompt, answers_of, ask, encode
+from dami.chat import Answer, ChatTemplate, Prompt, answers_of, ask, encode, numbers_of
 from dami.evaluation.frontier import Point
 from dami.patching import Description, ParameterRow
 from dami.plots import color
@@ -105,27 +105,28 @@ def stream(
     model: Any,
     tokenizer: Any,
     prompt: Prompt,
-    intensities: Sequence[float],
+    intensities: Sequence[float | str],
     chat_template: ChatTemplate | None,
     console: Console,
     **options: Any,
 ) -> None:
     """Answers one prompt, tokens shown as they come: of one λ as plain text, of several in columns."""
     prompts = [prompt] * len(intensities)
+    lams = numbers_of(model, tokenizer, prompts, intensities, chat_template)
     if len(intensities) == 1:
         written = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        ask(model, tokenizer, prompts, intensities, chat_template, streamer=written, **options)
+        ask(model, tokenizer, prompts, lams, chat_template, streamer=written, **options)
         return
     rows, reader = Rows(), Reader.of(tokenizer)
-    texts, _ = encode(tokenizer, prompts, chat_template, intensities)
+    texts, _ = encode(tokenizer, prompts, chat_template, lams)
 
     def columns() -> RenderableType:
         ids = torch.stack(rows.steps[1:], 1) if len(rows.steps) > 1 else torch.empty(len(prompts), 0, dtype=torch.int64)
-        answers = answers_of(model, reader, ids, prompts, intensities, texts)
+        answers = answers_of(model, reader, ids, prompts, lams, texts)
         return side_by_side(answers, console, lines=max(4, console.height - 12), tail=True)
 
     with Live(get_renderable=columns, console=console, refresh_per_second=8):
-        ask(model, tokenizer, prompts, intensities, chat_template, streamer=rows, **options)
+        ask(model, tokenizer, prompts, lams, chat_template, streamer=rows, **options)
 
 
 class Rows:

@@ -51,8 +51,8 @@ BAD = [
     (torch.zeros(4, 1), ValueError, r"intensity must be a real number, or one per sequence, got shape \[4, 1\]"),
     (torch.zeros(4, dtype=torch.long), TypeError, "as a floating-point tensor, got torch.int64"),
     (torch.zeros(4, dtype=torch.complex64), TypeError, "as a floating-point tensor, got torch.complex64"),
-    ("0.5", TypeError, "intensity must be a real number, or one per sequence, got str"),
-    ([0.0, "1", 0.5, 1.0], TypeError, "intensity must be a real number, or one per sequence, got"),
+    ("0.5", ValueError, "intensity must be a number, a preset, of which the model has none, or 'auto', got '0.5'"),
+    ([0.0, "1", 0.5, 1.0], ValueError, "intensity must be a number, a preset, of which the model has none, or 'auto'"),
     (True, TypeError, "intensity must be a real number, or one per sequence, got True"),
     (1j, TypeError, "intensity must be a real number, or one per sequence, got complex"),
 ]

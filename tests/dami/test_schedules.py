@@ -273,3 +273,37 @@ def test_auto_asks_the_estimator(model: PreTrainedModel) -> None:
     )
     with pytest.raises(TypeError, match=r"estimator must have a method estimate\(model, batch\), got int"):
         dami.attach(model, 3)
+
+
+def test_auto_is_asked_about_the_prompts_that_want_it(model: PreTrainedModel) -> None:
+    inputs = prompts()
+    dami.attach(model, ByLength())
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    lams = [0.2, *(n / 10 for n in lengths[1:])]
+    found = model.generate(**inputs, intensity=[0.2, *["auto"] * (len(lams) - 1)], **GREEDY)
+    assert torch.equal(found, model.generate(**inputs, intensity=lams, **GREEDY))
+    with pytest.raises(ValueError, match="intensity must be a real number, or one per sequence, got 2 for"):
+        model.generate(**inputs, intensity=["auto"] * 2, **GREEDY)
+
+
+def test_a_preset_stands_for_its_number_wherever_a_number_does(model: PreTrainedModel) -> None:
+    inputs = prompts()
+    rows = len(inputs["input_ids"])
+    dami.attach(model, None, {"low": 0.25, "high": 1})
+    for name, lam in (("low", 0.25), (["high", 0.1, *["low"] * (rows - 2)], [1.0, 0.1, *[0.25] * (rows - 2)])):
+        wanted = model.generate(**inputs, intensity=lam, **GREEDY)
+        assert torch.equal(model.generate(**inputs, intensity=name, **GREEDY), wanted)
+        assert torch.equal(model.generate(**inputs, intensity={"*": name}, **GREEDY), wanted)
+        with dami.intensity(model, name):
+            assert torch.equal(model(**inputs).logits, model(**inputs, intensity=lam).logits)
+        assert torch.equal(model(**inputs, intensity=name).logits, model(**inputs, intensity=lam).logits)
+    dami.attach(model, StaticIntensity(0.5))  # leaves the presets
+    with pytest.raises(ValueError, match=r"intensity must be a number, one of \['high', 'low'\] or 'auto', got 'lo'"):
+        model.generate(**inputs, intensity="lo", **GREEDY)
+    dami.attach(model, None, {})
+    with pytest.raises(ValueError, match="a preset, of which the model has none, or 'auto', got 'low'"):
+        model(**inputs, intensity="low")
+    with pytest.raises(ValueError, match='presets must have names other than "auto"'):
+        dami.attach(model, None, {"auto": 0.5})
+    with pytest.raises(ValueError, match="intensity must be finite"):
+        dami.attach(model, None, {"low": float("inf")})

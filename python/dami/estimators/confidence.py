@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dami.chat import end_tokens
+from dami.decoding import end_tokens
 
 
 @dataclass(frozen=True)
@@ -80,21 +80,24 @@ def signals(model: Any, batch: Mapping[str, Tensor], tokens: int) -> Signals:
 
 @dataclass(frozen=True)
 class ConfidenceEstimator:
-    """λ = low + (high − low) (1 − cᵏ), with c the instruct end's confidence in a trial answer: no training, no labels.
+    """λ = (1 − cᵏ) (apart + (alike − apart) a): no training, no labels.
 
-    1 − cᵏ is the chance that of k tokens, each as sure as the trial's are on average, at least one would be another if
-    they were drawn. A sure instruct end answers itself; an unsure one is made to think.
+    c is the instruct end's confidence in a trial answer. 1 − cᵏ is the chance that of k tokens, each as sure as the
+    trial's are on average, at least one would be another if they were drawn: a sure instruct end answers itself.
+    a = min(1, e^−gap) says how far the thinking end would have begun likewise: where it would, thinking is short, and
+    more of it costs little; where it would set out on a way of its own, it is long.
 
     Attributes:
         tokens: of the trial answer, at most: what an estimate costs, beside one pass over it at both ends.
         doubt: k. Larger means more thinking for all but the surest.
-        low, high: λ where c is 1 and where it is 0.
+        apart, alike: λ of an unsure prompt, where a is 0 and where it is 1. The default 0.8 is the λ beyond which
+            published pairs gain nothing (arXiv 2510.10977).
     """
 
     tokens: int = 20
-    doubt: float = 4.0
-    low: float = 0.0
-    high: float = 1.0
+    doubt: float = 8.0
+    apart: float = 0.5
+    alike: float = 0.8
 
     def __post_init__(self) -> None:
         if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
@@ -104,5 +107,9 @@ class ConfidenceEstimator:
 
     def estimate(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """λ of every prompt, float32 [B]; as `Estimator` says."""
-        doubt = 1 - signals(model, batch, self.tokens).confidence ** self.doubt
-        return self.low + (self.high - self.low) * doubt
+        return self.choose(signals(model, batch, self.tokens))
+
+    def choose(self, found: Signals) -> Tensor:
+        """λ that the signals of a trial answer stand for, float32 [B]."""
+        agreement = found.gap.neg().exp().clamp(max=1)
+        return (1 - found.confidence**self.doubt) * (self.apart + (self.alike - self.apart) * agreement)

@@ -184,18 +184,19 @@ class Frontier:
         there = scored_on.points[int(best)]
         return Choice(there.intensity, there.accuracy, there.tokens)
 
-    def oracle(self, exchange: float = 0.0) -> tuple[float, float]:
-        """Accuracy and tokens if each question had its own best λ: the best score, then the fewest tokens.
+    def best_each(self, price: float = 0.0) -> Array:
+        """λ of the greatest score − price · tokens for every question, [questions]; of equals the cheapest.
 
-        With one sample per λ it also picks lucky ones, so it is a bound, not an aim.
-
-        Args:
-            exchange: score that a token costs.
+        On the answers it was chosen on it has picked lucky ones, and bounds what any estimator could do. On other
+        answers to the same questions it tells what can be known of a question from so many answers.
         """
-        utility = self.scores - exchange * self.tokens - 1e-12 * self.tokens
-        best = utility.argmax(1)
-        rows = np.arange(len(self))
-        return float(self.scores[rows, best].mean()), float(self.tokens[rows, best].mean())
+        worth = self.scores - (price + 1e-12) * self.tokens
+        return np.asarray(self.intensities)[worth.argmax(1)]
+
+    def oracle(self, price: float = 0.0) -> tuple[float, float]:
+        """Accuracy and tokens if each question had its own best λ, as `best_each` has it: a bound, not an aim."""
+        here = np.equal.outer(self.best_each(price), np.asarray(self.intensities))
+        return float(self.scores[here].mean()), float(self.tokens[here].mean())
 
     def monotone_accuracy(self) -> list[Step]:
         """Change of the accuracy from every λ to the next."""

@@ -10,7 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dami.evaluation.frontier import Frontier, Step
+from dami.evaluation.policies import play
 from dami.evaluation.sweeps import Record
 from dami.evaluation.tasks import Task
 from dami.plots import color, save_curve
@@ -28,7 +32,13 @@ svg { max-width: 100%; height: auto; }
 """
 
 
-def write_report(task: Task, records: Sequence[Record], directory: Path, about: dict[str, Any]) -> Frontier:
+def write_report(
+    task: Task,
+    records: Sequence[Record],
+    directory: Path,
+    about: dict[str, Any],
+    chosen: Sequence[float] | None = None,
+) -> Frontier:
     """Writes frontier.json, frontier.png, frontier.svg and report.html, which needs no other file.
 
     Args:
@@ -36,6 +46,7 @@ def write_report(task: Task, records: Sequence[Record], directory: Path, about: 
         records: of its sweep.
         directory: made if need be.
         about: settings to show, such as the pair and the format.
+        chosen: λ that an estimator gives every question of the task, if there is one.
     """
     directory.mkdir(parents=True, exist_ok=True)
     frontier = Frontier.of(records)
@@ -43,8 +54,10 @@ def write_report(task: Task, records: Sequence[Record], directory: Path, about: 
     for suffix in ("png", "svg"):
         save_curve(frontier, directory / f"frontier.{suffix}", title)
     found = about | summary(frontier)
+    if chosen is not None:
+        found["estimator"] = asdict(play(frontier, _within(frontier, chosen)))
     (directory / "frontier.json").write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
-    (directory / "report.html").write_text(page(task, records, frontier, about), encoding="utf-8")
+    (directory / "report.html").write_text(page(task, records, frontier, about, chosen), encoding="utf-8")
     return frontier
 
 
@@ -72,7 +85,13 @@ def verdict(steps: Sequence[Step]) -> str:
     return f"{up} of {len(steps)} surely up, " + (f"surely down: {', '.join(down)}" if down else "none surely down")
 
 
-def page(task: Task, records: Sequence[Record], frontier: Frontier, about: dict[str, Any]) -> str:
+def page(
+    task: Task,
+    records: Sequence[Record],
+    frontier: Frontier,
+    about: dict[str, Any],
+    chosen: Sequence[float] | None = None,
+) -> str:
     """The report as HTML."""
     picture = io.StringIO()
     save_curve(frontier, picture, f"{task.name}: {len(frontier)} questions, 95 % intervals")
@@ -96,11 +115,20 @@ def page(task: Task, records: Sequence[Record], frontier: Frontier, about: dict[
         "tokens rise with λ": verdict(frontier.monotone_tokens()),
         "accuracy above its neighbours' chord": verdict(frontier.convexity()),
     }
+    if chosen is not None:
+        outcome = play(frontier, _within(frontier, chosen))
+        facts["estimator"] = (
+            f"{_percent(outcome.accuracy)} right, {outcome.tokens.value:.0f} tokens; static λ reach "
+            f"{_percent(outcome.static)} with as many: gain {outcome.gain}"
+        )
     listed = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
     by_question: dict[int, list[Record]] = {}
     for record in records:
         by_question.setdefault(record.index, []).append(record)
-    questions = "".join(_question(task, index, answers) for index, answers in sorted(by_question.items()))
+    questions = "".join(
+        _question(task, index, answers, None if chosen is None else chosen[index])
+        for index, answers in sorted(by_question.items())
+    )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(task.name)} over λ</title>'
         f"<style>{STYLE}</style><h1>{html.escape(task.name)} over λ</h1>{svg[svg.index('<svg') :]}"
@@ -109,7 +137,12 @@ def page(task: Task, records: Sequence[Record], frontier: Frontier, about: dict[
     )
 
 
-def _question(task: Task, index: int, answers: Sequence[Record]) -> str:
+def _within(frontier: Frontier, chosen: Sequence[float]) -> NDArray[np.float64]:
+    """λ that an estimator chose, of every question of a frontier, no further out than was measured."""
+    return np.clip(np.asarray(chosen)[: len(frontier)], frontier.intensities[0], frontier.intensities[-1])
+
+
+def _question(task: Task, index: int, answers: Sequence[Record], chosen: float | None) -> str:
     question = task.questions[index]
     asked = question.question if isinstance(question.question, str) else question.question[-1]["content"]
     marks = " ".join(_badge(record.intensity, record.score) for record in answers)
@@ -119,9 +152,10 @@ def _question(task: Task, index: int, answers: Sequence[Record]) -> str:
         f"<pre>{html.escape(record.thought)}</pre><pre>{html.escape(record.text)}</pre></details>"
         for record in answers
     )
+    choice = "" if chosen is None else f"<p>The estimator's choice: {_badge(round(chosen, 2))}</p>"
     return (
         f"<details><summary>{marks} {html.escape(asked[:100])}</summary><pre>{html.escape(asked)}</pre>"
-        f"<p>Wanted: {html.escape(question.answer)}</p>{said}</details>"
+        f"<p>Wanted: {html.escape(question.answer)}</p>{choice}{said}</details>"
     )
 
 

@@ -71,12 +71,14 @@ def test_ends_that_agree_diverge_nowhere() -> None:
     assert (found.gap.abs() < 1e-3).all()
 
 
-def test_a_sure_answer_gets_the_low_end_and_an_unsure_one_the_high(monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing = torch.zeros(3)
-    known = Signals(torch.tensor([1.0, 0.5, 1e-9]), nothing, nothing, nothing)
-    monkeypatch.setattr("dami.estimators.confidence.signals", lambda *_: known)
-    assert ConfidenceEstimator().estimate(None, {}).tolist() == pytest.approx([0, 1 - 0.5**4, 1])
-    assert ConfidenceEstimator(doubt=1, low=0.2, high=0.8).estimate(None, {}).tolist() == pytest.approx([0.2, 0.5, 0.8])
+def test_a_sure_end_answers_itself_and_an_unsure_one_thinks_more_where_the_other_begins_alike() -> None:
+    nothing = torch.zeros(5)
+    sure = torch.tensor([1.0, 0.5, 0.5, 1e-9, 0.25])
+    known = Signals(sure, torch.tensor([0.1, 0.5, 0.9, 0.0, 0.125]), nothing, nothing)
+    assert ConfidenceEstimator().choose(known).tolist() == pytest.approx(
+        [0, 0.8 * (1 - 0.5**8), 0.8 * (1 - 0.5**8), 0.5, 0.65 * (1 - 0.25**8)]
+    )
+    assert ConfidenceEstimator(doubt=1, apart=0.2, alike=1.0).choose(known)[4] == pytest.approx(0.75 * 0.6)
 
 
 def test_generate_asks_it_for_every_prompt() -> None:

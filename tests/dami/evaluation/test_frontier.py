@@ -116,7 +116,7 @@ def test_the_oracle_takes_the_cheapest_of_the_right_ones() -> None:
     score, tokens = frontier.oracle()
     assert score == pytest.approx(0.7)
     assert tokens == pytest.approx(0.2 * 10 + 0.3 * 20 + 0.2 * 30 + 0.3 * 10, abs=1)
-    assert frontier.oracle(exchange=1)[1] == pytest.approx(10, abs=1)
+    assert frontier.oracle(price=1)[1] == pytest.approx(10, abs=1)
 
 
 def test_two_lam_by_lot_reach_what_lies_between() -> None:

@@ -1,0 +1,49 @@
+"""What is known of a prompt before it is answered: the instruct end's states, and its doubts about a trial answer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dami.estimators.confidence import Signals, signals
+
+
+@torch.no_grad()
+def prompt_states(model: Any, batch: Mapping[str, Tensor], layers: Sequence[int]) -> Tensor:
+    """The instruct end's hidden states at each prompt's last token, of several layers side by side: one forward pass.
+
+    Args:
+        model: a patched model.
+        batch: `input_ids` [B, T] or `inputs_embeds` [B, T, D], and `attention_mask` [B, T] where there is padding.
+        layers: indices into transformers' `hidden_states`: 0 is the embedding, -1 what the head reads.
+
+    Returns:
+        float32 [B, D · layers] on the CPU.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
+    inputs = {name: batch[name] for name in ("input_ids", "inputs_embeds", "attention_mask") if name in batch}
+    seen = inputs.get("attention_mask")
+    if seen is not None and "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)
+    states = model(**inputs, intensity=0.0, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
+    wrong = [layer for layer in layers if not -len(states) <= layer < len(states)]
+    if wrong:
+        raise ValueError(f"layers must be from {-len(states)} to {len(states) - 1} for this model, got {wrong}")
+    length = states[0].shape[1]
+    last = torch.full((len(states[0]),), length - 1) if seen is None else length - 1 - seen.flip(1).argmax(1)
+    rows = torch.arange(len(last), device=states[0].device)
+    return torch.cat([states[layer][rows, last.to(rows.device)].float().cpu() for layer in layers], 1)
+
+
+def trial_signals(model: Any, batch: Mapping[str, Tensor], tokens: int) -> Tensor:
+    """`confidence.signals` as float32 [B, 4] on the CPU, probabilities as logarithms."""
+    found: Signals = signals(model, batch, tokens)
+    columns = {field.name: getattr(found, field.name) for field in fields(found)}
+    return torch.stack([c.log() if "confidence" in name else c for name, c in columns.items()], 1).float().cpu()

@@ -1,0 +1,192 @@
+"""λ by preference: a utility of every λ for every prompt, fitted to which of two λ did better on it.
+
+A question answered at two λ prefers the one of higher worth, score − price · tokens: the more accurate one, and of
+equally accurate ones the cheaper. The utility has the same form, u(q, λ) = gain(q, λ) − price · cost(q, λ), with gain
+and cost from a small network that reads what the instruct end makes of the prompt. It is fitted at all prices at once,
+by the Bradley–Terry likelihood of the preferences, each weighted by the worth at stake: with that weight, and only
+with it, what is likelier to be preferred is what is worth more on average. The price stays a number to be set when λ
+is chosen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dami.estimators.features import prompt_states, trial_signals
+
+DEGREE = 3  # of the utility in λ: enough for any shape that has been seen, and so smooth that neighbouring λ share data
+PRICES = (0.005, 2.0)  # that utilities are fitted at: their logarithms are uniform
+WIDTH, EPOCHS, BATCH, RATE, DECAY, DROPOUT = 64, 60, 256, 2e-3, 1e-2, 0.2
+SHARPNESS = 4.0  # of the likelihood: utilities come out of the size of scores
+
+
+@dataclass(frozen=True)
+class Features:
+    """Which numbers of a prompt are read.
+
+    Attributes:
+        layers: whose states at the prompt's last token, as `prompt_states` takes them; one pass at λ=0.
+        trial: tokens of a trial answer, whose `signals` are read too; 0 for none.
+    """
+
+    layers: tuple[int, ...]
+    trial: int = 0
+
+    @classmethod
+    def of(cls, model: Any, trial: int = 0) -> Features:
+        """Those of a layer two thirds up, where a model knows most of a prompt, and of the last one."""
+        depth = model.config.get_text_config().num_hidden_layers
+        return cls((round(depth * 2 / 3), depth), trial)
+
+    def __call__(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """float32 [B, features] on the CPU."""
+        found = [prompt_states(model, batch, self.layers)]
+        if self.trial:
+            found.append(trial_signals(model, batch, self.trial))
+        return torch.cat(found, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class PreferenceEstimator:
+    """The λ of the greatest utility, for each prompt.
+
+    Attributes:
+        intensities: λ to choose from.
+        features: what is read of a prompt.
+        weights: of the network, by name.
+        price: what as many tokens as the thinking end takes on average have to bring in accuracy, at least. At 0 tokens
+            are free; at 0.5 they must turn every second wrong answer into a right one.
+        budgets: mean tokens of an answer that the prices have led to on questions held out from the fit, by price.
+    """
+
+    intensities: tuple[float, ...]
+    features: Features
+    weights: Mapping[str, Tensor]
+    price: float = 0.2
+    budgets: Mapping[float, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.price >= 0:
+            raise ValueError(f"price must be a number of at least 0, got {self.price!r}")
+
+    def at(self, price: float) -> PreferenceEstimator:
+        """The same at another price."""
+        return replace(self, price=price)
+
+    def within(self, tokens: float) -> PreferenceEstimator:
+        """The same at the lowest price at which answers to questions like those of the fit keep to a mean of `tokens`.
+
+        Raises:
+            ValueError: no price has led to so few, or none has been measured.
+        """
+        fitting = [price for price, mean in self.budgets.items() if mean <= tokens]
+        if not fitting:
+            least = f"at least {min(self.budgets.values()):.1f}" if self.budgets else "measured, and no budget has been"
+            raise ValueError(f"tokens must be {least}, got {tokens}")
+        return self.at(min(fitting))
+
+    def utilities(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Gain and cost of every λ, float32 [B, L] each, for features [B, F]; they mean something as differences.
+
+        Raises:
+            ValueError: features of another model.
+        """
+        known = self.weights["scale"].shape[0]
+        if features.shape[1] != known:
+            raise ValueError(
+                f"the estimator reads {known} features of a prompt, got {features.shape[1]}: it was fitted to another "
+                "model"
+            )
+        gain, cost = _network(self.weights, features, torch.tensor(self.intensities))
+        return gain, cost
+
+    def choose(self, features: Tensor) -> Tensor:
+        """λ for every row of features, float32 [B]."""
+        gain, cost = self.utilities(features)
+        return torch.tensor(self.intensities)[(gain - self.price * cost).argmax(1)]
+
+    def estimate(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """λ of every prompt, float32 [B]; as `Estimator` says."""
+        return self.choose(self.features(model, batch))
+
+
+def fit(
+    features: Tensor,
+    scores: NDArray[np.float64],
+    tokens: NDArray[np.float64],
+    intensities: Sequence[float],
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """The weights of a `PreferenceEstimator`, from answers to Q questions at L λ.
+
+    Minimises Σ |w_a − w_b| · softplus(−sign(w_a − w_b) · s (u_a − u_b)) over questions, pairs (a, b) of λ and prices,
+    with w the worth of an answer and u its utility, both at the price.
+
+    Args:
+        features: float32 [Q, F].
+        scores: [Q, L], in [0, 1].
+        tokens: [Q, L].
+        intensities: L λ, two at least.
+        seed: of the initial weights and the order of questions; torch's own generator is left as it was.
+
+    Raises:
+        ValueError: sizes that do not agree, or fewer than two λ.
+    """
+    shape = (len(features), len(intensities))
+    if shape[1] < 2 or scores.shape != shape or tokens.shape != shape:
+        raise ValueError(
+            f"scores and tokens must be [{shape[0]} questions, 2 λ or more], as features and intensities, got "
+            f"{list(scores.shape)} and {list(tokens.shape)} for {shape[1]} intensities"
+        )
+    right = torch.tensor(scores, dtype=torch.float32)
+    cost = torch.tensor(tokens / tokens[:, int(np.argmax(intensities))].mean(), dtype=torch.float32)
+    lams = torch.tensor(intensities, dtype=torch.float32)
+    low, high = map(math.log, PRICES)
+    with torch.random.fork_rng(devices=()), torch.enable_grad():
+        torch.manual_seed(seed)
+        hidden, out = nn.Linear(features.shape[1], WIDTH), nn.Linear(WIDTH, 2 * DEGREE)
+        trained = {
+            "hidden.weight": hidden.weight, "hidden.bias": hidden.bias, "out.weight": out.weight, "out.bias": out.bias,
+        }  # fmt: skip
+        scaling = {"mean": features.mean(0), "scale": features.std(0) + 1e-6}
+        optimizer = torch.optim.AdamW(trained.values(), weight_decay=DECAY)
+        batches = -(-len(features) // BATCH)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=EPOCHS * batches)
+        for _ in range(EPOCHS):
+            for rows in torch.randperm(len(features)).chunk(batches):
+                price = torch.empty(len(rows), 1).uniform_(low, high).exp()
+                gained, spent = _network({**trained, **scaling}, features[rows], lams, DROPOUT)
+                worth = _differences(right[rows] - price * cost[rows])
+                utility = _differences(gained - price * spent)
+                loss = (worth.abs() * F.softplus(-worth.sign() * SHARPNESS * utility)).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    return {name: weight.detach() for name, weight in {**trained, **scaling}.items()}
+
+
+def _network(
+    weights: Mapping[str, Tensor], features: Tensor, lams: Tensor, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Gain and cost, [B, L] each: polynomials in λ without a constant, their coefficients from one hidden layer."""
+    hidden = F.linear((features - weights["mean"]) / weights["scale"], weights["hidden.weight"], weights["hidden.bias"])
+    hidden = F.dropout(F.gelu(hidden), dropout, training=dropout > 0)
+    coefficients = F.linear(hidden, weights["out.weight"], weights["out.bias"]).unflatten(1, (2, DEGREE))
+    powers = lams ** torch.arange(1, DEGREE + 1)[:, None]
+    gain, cost = (coefficients @ powers).unbind(1)
+    return gain, cost
+
+
+def _differences(values: Tensor) -> Tensor:
+    """[B, L] → [B, L, L]: each less each."""
+    return values[:, :, None] - values[:, None]
