@@ -329,7 +329,6 @@ def test_gradient_checkpointing_is_refused(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cache_implementation": "paged"}, "cache_implementation='paged' takes one intensity for all prompts"),
         ({"token_healing": True}, "token_healing takes one intensity for all prompts"),
     ],
 )

@@ -20,7 +20,8 @@ from transformers.generation import ContinuousBatchingConfig
 import dami
 from dami.chat import end_tokens
 from dami.dial import patch_of
-from dami.serving.batching import LerpManager, Step
+from dami.schedules import resolved
+from dami.serving.batching import LerpManager, Step, padded
 from dami.serving.sampling import Logprobs, Sampling
 
 GIB = 1 << 30
@@ -185,7 +186,7 @@ class Engine:
     def __init__(self, model: Any, limits: Limits | None = None, controller: Controller | None = None) -> None:
         self.model, self.limits, self.controller = model, limits or Limits(), controller
         patch = patch_of(model)
-        self.presets = dict(getattr(patch, "presets", {}))
+        self.presets = dict(patch.presets)
         self.twin = dami.twin(model) if patch.estimator is not None else None
         self.ends = frozenset(end_tokens(model).tolist())
         self.rows: dict[str, Row] = {}
@@ -350,12 +351,8 @@ class Engine:
 
     @torch.inference_mode()
     def _estimate(self, prompts: Sequence[list[int]]) -> list[float]:
-        length = max(map(len, prompts))
-        mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
-        ids = torch.tensor([[0] * (length - len(p)) + p for p in prompts])
-        batch = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
-        found = patch_of(self.twin).estimator.estimate(self.twin, batch)  # type: ignore[arg-type]
-        return torch.as_tensor(found, dtype=torch.float32).expand(len(prompts)).tolist()
+        assert self.twin is not None
+        return resolved(self.twin, ["auto"] * len(prompts), padded(prompts, self.model.device), len(prompts))
 
     def grant(self, intensity: float, adjustable: bool) -> float:
         """The λ that a request is admitted at."""

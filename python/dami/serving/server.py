@@ -249,7 +249,7 @@ class Service:
             )
         presets = self.engine.presets
         if isinstance(body.intensity, str) and body.intensity != "auto" and body.intensity not in presets:
-            known = f"it has {', '.join(presets)}" if presets else "it has none"
+            known = f"it has {', '.join(sorted(presets))}" if presets else "it has none"
             raise BadRequest(f"intensity {body.intensity!r} is not a preset of this pair: {known}", "intensity")
         if body.intensity == "auto" and self.engine.twin is None:
             raise BadRequest("intensity 'auto' needs an estimator, and this pair has none", "intensity")
