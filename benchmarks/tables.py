@@ -14,7 +14,7 @@ from benchmarks.linear import BLEND, COPIES, MERGED, MERGED_FLOAT32, OURS, TWO
 from benchmarks.record import RESULTS, latest, load
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
 FORMATS = ("pair", "int8", "int4", "w8d4", "lowrank")
 LAYER = ("model", "layer", "n", "k", "m")  # what tells the cases of linear.csv apart, at one kind of λ
 NOT_MEASURED = "Not measured yet."
@@ -76,6 +76,25 @@ def pair() -> str:
             _, accuracy, tokens = summary(level)
             cells.append(f"{100 * accuracy:.0f}, {tokens:.0f}")
         lines.append(cells)
+    return markdown(lines)
+
+
+def smollm2() -> str:
+    """Accuracy and tokens of SmolLM2 and its thinking adapter over λ, by task."""
+    rows = [row for row in newest(RESULTS / "smollm2_curve.csv") if row["level"] == "all"]
+    by = {(row["intensity"], row["task"]): row for row in rows}
+    tasks = sorted({row["task"] for row in rows}, key=lambda task: (task == "all", task))
+    lams = sorted({row["intensity"] for row in rows}, key=float)
+    heads = [f"{task if task == 'all' else f'`{task}`'} ({by[lams[0], task]['n']})" for task in tasks]
+    lines = [["λ", *heads, "thinks, %", "comes to its end, %"]]
+    for lam in lams:
+        cells = [f"{float(lam):g}"]
+        for task in tasks:
+            row = by[lam, task]
+            right, low, high = (100 * float(row[key]) for key in ("accuracy", "acc_low", "acc_high"))
+            cells.append(f"{right:.0f} ({low:.0f} to {high:.0f}), {float(row['tokens_mean']):.0f}")
+        shares = (f"{100 * float(by[lam, 'all'][key]):.0f}" for key in ("thinking", "well_formed"))
+        lines.append([*cells, *shares])
     return markdown(lines)
 
 
@@ -180,8 +199,22 @@ def four_b(kind: str, is_wanted: Callable[[Row], bool]) -> list[Row]:
     return measured("linear.csv", is_wanted, model="Qwen3-4B", dtype="bf16", lam=kind)
 
 
+def estimators() -> str:
+    """Policies on the shipped pair against static λ at equal tokens."""
+    lines = [["λ by", "accuracy, %", "tokens", "static λ with as many, %", "gain, points"]]
+    for row in newest(RESULTS / "estimators.csv"):
+        accuracy, low, high = (100 * float(row[f"accuracy{end}"]) for end in ("", "_low", "_high"))
+        gain = [100 * float(row[f"gain{end}"]) for end in ("", "_low", "_high")]
+        static = 100 * float(row["static"])
+        cells = [row["policy"], f"{accuracy:.1f} ({low:.1f} to {high:.1f})", f"{float(row['tokens']):.1f}"]
+        lines.append([*cells, f"{static:.1f}", "{:+.1f} ({:+.1f} to {:+.1f})".format(*gain)])
+    return markdown(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "pair": pair,
+    "estimators": estimators,
+    "smollm2": smollm2,
     "formats": formats,
     "roundings": roundings,
     "loading": loading,

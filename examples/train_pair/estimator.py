@@ -22,7 +22,8 @@ SEED = 3_000_000_000
 def draw_unseen(count: int) -> list[dict]:
     """Up to `count` questions of each task and level that neither train.py nor questions.jsonl has; by level.
 
-    There are only so many questions for two small numbers, so of `gcd` few are left, and none of its first level.
+    There are only so many questions for two small numbers, so of `gcd` few are left, and none of its first level: it
+    gets half as many more of its last.
     """
     seen = {json.loads(line)["question"] for line in (PAIR / "questions.jsonl").read_text().splitlines()}
     for task in TASKS:
@@ -32,7 +33,7 @@ def draw_unseen(count: int) -> list[dict]:
     for task in TASKS:
         for level in LEVELS:
             drawn = {q.text: q for q in draw(task, level, 3000, SEED + level * 10_000_000) if q.text not in seen}
-            unseen += list(drawn.values())[:count]
+            unseen += list(drawn.values())[: count + count // 2 * (task == "gcd")]
     return [
         {"task": q.task, "level": q.level, "question": q.text, "answer": q.answer}
         for q in sorted(unseen, key=lambda q: q.level)

@@ -215,6 +215,9 @@ def main() -> None:
     parser.add_argument(
         "--held-out", type=int, default=40, help="held-out questions of each task and level (default: %(default)s)"
     )
+    parser.add_argument(
+        "--tokenizer", type=Path, help="directory of another pair's end, to share its tokens (default: train one)"
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -240,7 +243,10 @@ def main() -> None:
         ]
         for task in TASKS
     }
-    tokenizer = train_tokenizer([question for task in TASKS for question in questions[task][::50]])
+    if args.tokenizer:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.tokenizer)
+    else:
+        tokenizer = train_tokenizer([question for task in TASKS for question in questions[task][::50]])
     model = new_model(tokenizer).to(device)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, on {device}", flush=True)
 

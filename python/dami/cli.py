@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -389,6 +390,21 @@ def serve(
     invariant: Annotated[
         bool, typer.Option("--invariant", help="Make an answer's bits independent of other requests, at some cost.")
     ] = False,
+    target_latency: Annotated[
+        float | None,
+        typer.Option(
+            parser=finite,
+            metavar="SECONDS",
+            help="Let requests with auto or max_intensity think less under load, so that answers take no longer.",
+        ),
+    ] = None,
+    intensity_floor: Annotated[
+        float, typer.Option(parser=finite, metavar="λ", help="How far --target-latency may go down.")
+    ] = 0.0,
+    frontier: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="By dami evaluate. Default: its estimator's."),
+    ] = None,
     drain: Annotated[
         int | None, typer.Option(min=0, help="Seconds that requests have to end after SIGTERM. Default: no limit.")
     ] = None,
@@ -405,10 +421,18 @@ def serve(
     if not intensity_range[0] <= intensity_range[1] or not all(map(math.isfinite, intensity_range)):
         raise fail(f"--intensity-range must be two finite numbers, the lower first, got {intensity_range}")
     model, tokenizer = load(tuple(ends) if ends else None, format, invariant)
+    from dami.dial import patch_of
+    from dami.serving.controller import IntensityController
     from dami.serving.engine import Engine, Limits
+    from dami.serving.playground import read_frontier
     from dami.serving.server import Settings, create_app, run
 
+    controller = None
     with user_errors():
+        known = read_frontier(frontier) if frontier else dict(patch_of(model).frontier)
+        if target_latency is not None:
+            tokens = {point["intensity"]: point["tokens"][0] for point in known.get("points", [])}
+            controller = IntensityController(target_latency, max_batch_rows, intensity_floor, tokens=tokens)
         limits = Limits(kv_memory, max_model_len, max_batch_tokens, max_batch_rows, max_requests, prefix_cache)
         settings = Settings(
             name or (Path(ends[0]).name if ends and Path(ends[0]).exists() else ends[0] if ends else "shipped"),
@@ -417,8 +441,9 @@ def serve(
             "default" if chat_template is None else chat_template,
             tuple(api_key or ()),
             max_body,
+            known,
         )
-        served = create_app(Engine(model, limits), tokenizer, settings)
+        served = create_app(Engine(model, limits, controller), tokenizer, settings)
     if host not in ("127.0.0.1", "::1", "localhost") and not api_key:
         err.print(f"anyone who reaches {host} may use this server: see --api-key", style="yellow")
     raise typer.Exit(run(served, host, port, drain))
@@ -563,3 +588,83 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSO
     typer.echo(json.dumps(asdict(report), indent=1, ensure_ascii=False) if as_json else str(report))
     if report.problems:
         raise typer.Exit(1)
+
+
+@app.command()
+def study(
+    task: Annotated[
+        str | None,
+        typer.Argument(
+            help="A file of questions (.jsonl), or a dataset of reasoning-gym. Default: the shipped pair's."
+        ),
+    ] = None,
+    pair: PairOption = None,
+    format: FormatOption = "pair",
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--control",
+            metavar="permuted|CHECKPOINT",
+            help="Another way from the instruct end: to the thinking end with its neurons and heads permuted, or to a "
+            "checkpoint. May be given several times.",
+        ),
+    ] = None,
+    intensity: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--intensity", "-l", parser=finite, metavar="LAMBDA", help="λ of the path; −0.2 to 1.2 in tenths."
+        ),
+    ] = None,
+    questions: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
+    verifier: Annotated[str | None, typer.Option(help="Of a file: math (math-verify) or word (the last one).")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a batch, which holds all λ of a question.")] = 256,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer, at most.")] = None,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Directory.")] = Path("study"),
+    seed: SeedOption = 0,
+) -> None:
+    """Study the path between the ends: states, loss, accuracy, against controls; and each part of the model alone.
+
+    A run that was interrupted goes on where it ended.
+    """
+    from rich.progress import Progress
+
+    from dami.evaluation import load_task
+    from dami.evaluation import study as studies
+    from dami.evaluation.study_report import write_report
+
+    if task is None and pair is not None:
+        raise fail(
+            "a task is needed for a pair of your own: a file of questions (.jsonl), or a dataset of reasoning-gym"
+        )
+    model, tokenizer = load(pair, format)
+    with user_errors():
+        if task is None:
+            from dami import example_pair
+
+            task, verifier = str(example_pair()[0].parent / "questions.jsonl"), verifier or "word"
+        asked = load_task(task, questions, seed, **({"verifier": verifier} if verifier else {}))
+    options: dict[str, Any] = {"do_sample": sample}
+    if max_tokens:
+        options["max_new_tokens"] = max_tokens
+    with user_errors(), Progress(console=err, transient=True) as bars:
+        shown: dict[str, Any] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in shown:
+                shown[stage] = bars.add_task(stage, total=total)
+            bars.update(shown[stage], completed=done)
+
+        found = studies.study(
+            model, tokenizer, asked, output, controls=control or (), intensities=intensity or studies.PATH, rows=rows,
+            seed=seed, progress=progress, **options,
+        )  # fmt: skip
+    about = {
+        "pair": " and ".join(pair) if pair else "the shipped pair",
+        "format": format,
+        "answers": "sampled" if sample else "greedy",
+        **studies.circumstances(model, CHECKOUT),
+        "command": shlex.join(["dami", *sys.argv[1:]]),
+    }
+    write_report(found, output, about)
+    out.print(f"Page, pictures, numbers: {output / 'report.html'}, path.svg, study.json", style="dim")

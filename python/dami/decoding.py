@@ -16,7 +16,10 @@ KNOWN = {"do_sample", "max_new_tokens", "min_p", "repetition_penalty", "temperat
 
 
 def generate_in_pieces(
-    model: Any, batch: Mapping[str, Tensor], intensities: Sequence[float] | None = None, **options: Any
+    model: Any,
+    batch: Mapping[str, Tensor],
+    intensities: Sequence[float] | Mapping[Any, Sequence[float]] | None = None,
+    **options: Any,
 ) -> Tensor:
     """What `model.generate` generates, at a price that goes by the tokens and not by the longest answer.
 
@@ -25,7 +28,7 @@ def generate_in_pieces(
     Args:
         model: a patched model, or an ordinary one with `intensities` None.
         batch: `input_ids` and `attention_mask`, int64 [rows, length], padded on the left.
-        intensities: λ, one per row.
+        intensities: λ, one per row; or a mapping of parts of the model to these.
         options: of `generate`, none but those in `KNOWN`.
 
     Returns:
@@ -42,11 +45,13 @@ def generate_in_pieces(
     ends = end_tokens(model).to(ids.device)
     out = ids.new_full((len(ids), limit), config.pad_token_id or 0)
     rows, cache, told = torch.arange(len(ids), device=ids.device), None, 0
-    lam = None if intensities is None else torch.tensor(intensities, dtype=torch.float32, device=ids.device)
+    parts = intensities if isinstance(intensities, Mapping) else {} if intensities is None else {None: intensities}
+    lams = {part: torch.tensor(values, dtype=torch.float32, device=ids.device) for part, values in parts.items()}
     most = PIECE if _can_shrink(model) else limit
     while told < limit:
-        if lam is not None:
-            options["intensity"] = lam[rows]
+        if lams:
+            of_rows = {part: lam[rows] for part, lam in lams.items()}
+            options["intensity"] = of_rows.get(None, of_rows)
         piece = model.generate(
             input_ids=ids, attention_mask=seen, max_new_tokens=min(most, limit - told), return_dict_in_generate=True,
             num_beams=1, num_return_sequences=1, **{CACHE: cache}, **options,

@@ -66,7 +66,7 @@ def save_curve(frontier: Frontier, to: Path | TextIO, title: str) -> None:
 
     levels = sorted(set(frontier.levels.tolist()))
     for place, level in enumerate(levels):
-        shade = 0.8 - 0.8 * place / max(1, len(levels) - 1)
+        shade = 0.8 * (1 - place / max(1, len(levels) - 1))
         right.plot(
             frontier.intensities, 100 * frontier.of_level(level).scores.mean(0), "o-", ms=3.5, lw=1.4,
             color=(shade, shade, shade), label=f"level {level}",

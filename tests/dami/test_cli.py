@@ -191,7 +191,7 @@ def test_bench_outside_a_checkout_says_what_to_do(monkeypatch: pytest.MonkeyPatc
     [
         (["no-such-command"], "No such command"),
         (["generate", "hi", "--no-such-option"], "No such option"),
-        (["generate", "hi", "-l", "abc"], "must be a finite number such as 0.5, got 'abc'"),
+        (["evaluate", "x.jsonl", "-l", "abc"], "must be a finite number such as 0.5, got 'abc'"),
         (["generate", "hi", "-l", "nan"], "must be a finite number such as 0.5, got 'nan'"),
         (["generate", "hi", "-l", "inf"], "must be a finite number such as 0.5, got 'inf'"),
         (["generate"], "no prompts: stdin is empty"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import dami
 import pytest
 import torch
@@ -19,15 +21,16 @@ def prompts() -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(3, VOCABULARY, (5, 7)), "attention_mask": mask.long()}
 
 
+@pytest.mark.parametrize("lams", [LAMS, {"*": LAMS, "mlp": LAMS[::-1], ("attn", (1,)): LAMS[2:] + LAMS[:2]}])
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "gpt2"])
-def test_pieces_say_what_one_generate_says(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_say_what_one_generate_says(family: str, lams: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With global and sliding attention, with and without rotary positions, where rows end in different pieces."""
     monkeypatch.setattr(decoding, "PIECE", 3)
     model = dami.patch_model(*pair(family))
     batch, options = prompts(), {"do_sample": False, "max_new_tokens": 11}
-    whole = model.generate(**batch, intensity=LAMS, **options, eos_token_id=[])[:, 7:]
+    whole = model.generate(**batch, intensity=lams, **options, eos_token_id=[])[:, 7:]
     model.generation_config.eos_token_id = [int(whole[0, 1]), int(whole[3, 4]), int(whole[2, 7])]
-    found = generate_in_pieces(model, batch, LAMS, **options)
+    found = generate_in_pieces(model, batch, lams, **options)
     for row, wanted in zip(found.tolist(), whole.tolist(), strict=True):
         at = [i for i, token in enumerate(wanted) if token in model.generation_config.eos_token_id]
         end = at[0] + 1 if at else len(wanted)

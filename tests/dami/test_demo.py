@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import dami
@@ -86,6 +87,13 @@ def test_the_picture_is_a_png_of_a_readable_size(tmp_path: Path) -> None:
     width, height = (int.from_bytes(content[place : place + 4], "big") for place in (16, 20))
     assert width >= 1200
     assert height >= 500
+
+
+@pytest.mark.parametrize("levels", range(1, 8))
+def test_the_picture_has_a_shade_for_any_number_of_levels(tmp_path: Path, levels: int) -> None:
+    of_levels = [replace(record, level=record.index % levels) for record in records(*RISING)]
+    plots.save_curve(Frontier.of(of_levels), tmp_path / "curve.svg", "title")
+    assert (tmp_path / "curve.svg").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

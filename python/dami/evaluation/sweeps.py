@@ -93,7 +93,8 @@ def sweep(
         "seed": seed,
         "options": {key: repr(value) for key, value in sorted(options.items())},
     }
-    records = [] if path is None else _resume(Path(path), settings, [len(b) * len(intensities) for b in batches])
+    sizes = [len(batch) * len(intensities) for batch in batches]
+    records = [] if path is None else [Record(**found) for found in resume(Path(path), settings, sizes)]
     if records:
         on_batch(records)
     done = len(records)
@@ -121,8 +122,7 @@ def sweep(
             for (index, sample, lam), answer in zip(asked, answers, strict=True)
         ]
         if path is not None:
-            with Path(path).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in news)
+            append(Path(path), [asdict(record) for record in news])
         records += news
         on_batch(news)
     return records
@@ -134,8 +134,23 @@ def read_records(path: str | Path) -> list[Record]:
     return [Record(**json.loads(line)) for line in lines]
 
 
-def _resume(path: Path, settings: dict[str, Any], sizes: list[int]) -> list[Record]:
-    """The records of the file's whole batches; what follows them is cut off. A new file gets the settings."""
+def append(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Adds a batch to a file of JSON lines."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def resume(path: Path, settings: dict[str, Any], sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """What a file of JSON lines holds of whole batches; the rest is cut off. A new file gets the settings.
+
+    Args:
+        path: the file, made if need be.
+        settings: of the run, ready for JSON.
+        sizes: lines of each of its batches.
+
+    Raises:
+        ValueError: the file belongs to a run with other settings; they are named.
+    """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -153,4 +168,4 @@ def _resume(path: Path, settings: dict[str, Any], sizes: list[int]) -> list[Reco
             break
         whole += size
     path.write_text("".join([head, *lines[:whole]]), encoding="utf-8")
-    return [Record(**json.loads(line)) for line in lines[:whole]]
+    return [json.loads(line) for line in lines[:whole]]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -22,6 +21,7 @@ from dami.chat import end_tokens
 from dami.dial import patch_of
 from dami.schedules import resolved
 from dami.serving.batching import LerpManager, Step, padded
+from dami.serving.controller import IntensityController
 from dami.serving.sampling import Logprobs, Sampling
 
 GIB = 1 << 30
@@ -49,28 +49,6 @@ class Load:
     waiting: int = 0
     running: int = 0
     kv: float = 0.0
-
-
-class Controller(Protocol):
-    """Turns load into λ. Its methods are called on the event loop, and must be quick."""
-
-    def grant(self, intensity: float, adjustable: bool) -> float:
-        """The λ that a request gets which asks for `intensity`; that itself unless it is `adjustable`."""
-
-    def start(self, intensity: float) -> None:
-        """A sequence at this λ has come."""
-
-    def finish(self, intensity: float, tokens: int | None) -> None:
-        """It has gone, with so many tokens, or None if it did not come to its end."""
-
-    def observe(self, running: int, seconds_per_token: float, waited: float) -> None:
-        """After each step, and ten times a second while idle.
-
-        Args:
-            running: sequences of the step.
-            seconds_per_token: that it took.
-            waited: seconds that the longest-waiting sequence has been without its first token; 0 if none waits.
-        """
 
 
 @dataclass(frozen=True)
@@ -183,7 +161,7 @@ class Engine:
             sequence of `max_model_len`.
     """
 
-    def __init__(self, model: Any, limits: Limits | None = None, controller: Controller | None = None) -> None:
+    def __init__(self, model: Any, limits: Limits | None = None, controller: IntensityController | None = None) -> None:
         self.model, self.limits, self.controller = model, limits or Limits(), controller
         patch = patch_of(model)
         self.presets = dict(patch.presets)
@@ -358,8 +336,7 @@ class Engine:
         """The λ that a request is admitted at."""
         if self.controller is None:
             return intensity
-        granted = self.controller.grant(intensity, adjustable)
-        return granted if math.isfinite(granted) else intensity
+        return self.controller.grant(intensity, adjustable)
 
     def _hand_over(self, step: Step) -> None:
         """Called in the generation thread after each step."""

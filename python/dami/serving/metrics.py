@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from dami.serving.controller import IntensityController
 from dami.serving.engine import Load
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -18,16 +19,25 @@ class Metrics:
     Args:
         load: tells the engine's load when Prometheus asks.
         alive: tells whether it generates.
+        controller: of λ, if there is one.
     """
 
-    def __init__(self, load: Callable[[], Load], alive: Callable[[], bool]) -> None:
+    def __init__(
+        self, load: Callable[[], Load], alive: Callable[[], bool], controller: IntensityController | None = None
+    ) -> None:
         self.registry = CollectorRegistry()
-        for name, text, value in (
+        gauges: list[tuple[str, str, Callable[[], float]]] = [
             ("dami_requests_waiting", "Sequences that no step has taken up yet.", lambda: load().waiting),
             ("dami_requests_running", "Sequences that are being generated.", lambda: load().running),
             ("dami_kv_cache_usage_ratio", "Share of the KV cache in use.", lambda: load().kv),
             ("dami_engine_alive", "1 while the engine generates, 0 when it has died.", alive),
-        ):
+        ]
+        if controller is not None:
+            gauges += [
+                ("dami_intensity_cap", "Highest λ that an adjustable request is granted now.", lambda: controller.cap),
+                ("dami_pressure_ratio", "Expected latency as a share of the target.", lambda: controller.pressure),
+            ]
+        for name, text, value in gauges:
             Gauge(name, text, registry=self.registry).set_function(value)
         self.requests = Counter(
             "dami_http_requests", "Answered HTTP requests.", ["path", "status"], registry=self.registry
@@ -39,6 +49,9 @@ class Metrics:
         self.per_token = self._seconds("dami_time_per_output_token_seconds", "Per token after the first.")
         self.whole = self._seconds("dami_request_seconds", "From arrival to the last token.")
         self.intensity = Histogram("dami_intensity", "λ granted.", buckets=LAMBDAS, registry=self.registry)
+        self.lowered = Counter(
+            "dami_requests_lowered", "Requests granted less than they asked for.", registry=self.registry
+        )
 
     def _seconds(self, name: str, text: str) -> Histogram:
         return Histogram(name, text, buckets=SECONDS, registry=self.registry)

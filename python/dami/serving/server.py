@@ -18,11 +18,12 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from dami import __version__
 from dami.chat import ChatTemplate, render
+from dami.serving import playground
 from dami.serving.deltas import Delta, Deltas
 from dami.serving.engine import Engine, EngineDead, Overloaded, Row, Token
 from dami.serving.metrics import Metrics
@@ -44,6 +45,7 @@ class Settings:
         chat_template: which template conversations go through, as in `dami.chat.render`.
         api_keys: a request must bring one of them; none if there are none.
         max_body: bytes of a request at most.
+        frontier: of the pair, as `playground.read_frontier` gives it; {} if none is known.
     """
 
     name: str = "dami"
@@ -52,6 +54,7 @@ class Settings:
     chat_template: ChatTemplate = "default"
     api_keys: tuple[str, ...] = ()
     max_body: int = 1 << 20
+    frontier: dict[str, Any] = field(default_factory=dict)
 
 
 class BadRequest(Exception):
@@ -219,7 +222,7 @@ class Service:
 
     def __init__(self, engine: Engine, tokenizer: Any, settings: Settings) -> None:
         self.engine, self.tokenizer, self.settings = engine, tokenizer, settings
-        self.metrics = Metrics(lambda: engine.load, lambda: engine.death is None)
+        self.metrics = Metrics(lambda: engine.load, lambda: engine.death is None, engine.controller)
         self.reader = Reader.of(tokenizer)
         self.vocabulary = engine.model.get_input_embeddings().num_embeddings
         self.tokenizing = ThreadPoolExecutor(1, "tokenizer")  # one: tokenizers mind being used by two at once
@@ -276,7 +279,9 @@ class Service:
                 logger.exception("the estimator failed")
                 raise BadRequest(f"the estimator failed: {problem}", code="estimator_failed", status=500) from problem
         value = float(value) if body.max_intensity is None else min(float(value), body.max_intensity)
-        return self.engine.grant(value, adjustable=asked == "auto" or body.max_intensity is not None)
+        granted = self.engine.grant(value, adjustable=asked == "auto" or body.max_intensity is not None)
+        self.metrics.lowered.inc(granted < value)
+        return granted
 
     async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.tokenizing, function, *arguments)
@@ -618,6 +623,8 @@ def create_app(engine: Engine, tokenizer: Any, settings: Settings | None = None)
         """Continues a text."""
         return await answer(request, await service.complete(body), service.completion_response)
 
+    app.include_router(playground.routes(settings.frontier))
+
     def model_object() -> dict[str, Any]:
         return {
             "id": settings.name,
@@ -630,6 +637,7 @@ def create_app(engine: Engine, tokenizer: Any, settings: Settings | None = None)
                 "range": list(settings.intensity_range),
                 "presets": engine.presets,
                 "auto": engine.twin is not None,
+                "frontier": bool(settings.frontier),
             },
         }
 
@@ -654,7 +662,7 @@ def create_app(engine: Engine, tokenizer: Any, settings: Settings | None = None)
             return JSONResponse(state | {"status": f"the engine has died: {engine.death}"}, 503)
         return JSONResponse(state)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

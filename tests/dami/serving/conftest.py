@@ -1,11 +1,21 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers.generation.continuous_batching import continuous_api
+
+from benchmarks.serving.server import Server, serving
+
+KEY = "a-key-of-these-tests"
+POINTS = [
+    {"intensity": lam, "accuracy": [share, share - 0.06, share + 0.06], "tokens": [tokens, tokens - 1, tokens + 2]}
+    for lam, share, tokens in ((0.0, 0.4, 6), (0.25, 0.58, 18.5), (0.5, 0.7, 31), (0.75, 0.8, 40), (1.0, 0.83, 56))
+]
 
 
 @pytest.fixture(autouse=True)
@@ -16,3 +26,13 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A `dami serve` of the shipped pair, whose answers do not depend on their neighbours. Requests must bring KEY."""
+    frontier: Path = tmp_path_factory.mktemp("pair") / "frontier.json"
+    frontier.write_text(json.dumps({"points": POINTS}))
+    options = ["--invariant", "--api-key", KEY, "--frontier", str(frontier), "--target-latency", "60"]
+    with serving(*options, threads=1) as running:
+        yield running

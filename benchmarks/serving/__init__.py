@@ -1,0 +1,9 @@
+"""How `dami serve` does under load, on this machine: python -m benchmarks.serving.PART --help.
+
+    throughput   sequences at many λ in one process, at one λ, and in one process per λ
+    streams      a thousand streams at once, each answer against the same question asked alone
+    faults       cancellation storms, clients that leave, clients that do not read
+    control      a fixed λ against one that follows the load
+
+The clients are locust's (`pip install 'dami-kernels[load,serve]'`). Servers listen on the loopback interface.
+"""

@@ -1,0 +1,145 @@
+"""Locust users who ask a server for chat completions, as streams, and what it said to each."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dami
+import gevent
+import locust
+from locust.env import Environment
+
+Body = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One of the shipped pair's own. It is answered rightly by exactly `answer`."""
+
+    text: str
+    answer: str
+
+
+def questions(count: int, seed: int = 0) -> list[Question]:
+    """Held-out questions of the shipped pair, of all tasks and levels by turns of chance."""
+    lines = (Path(dami.__file__).parent / "data" / "pair" / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    records = random.Random(seed).sample([json.loads(line) for line in lines], count)
+    return [Question(record["question"], record["answer"]) for record in records]
+
+
+def chat(question: str, **options: Any) -> Body:
+    """The body of a request."""
+    return {"messages": [{"role": "user", "content": question}], **options}
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a server answered.
+
+    Attributes:
+        intensity: λ granted.
+        thought, text: of the answer.
+        tokens: that were generated.
+        first: seconds from the request to the first text.
+        seconds: from the request to the end.
+        error: why there is no whole answer; empty if there is.
+    """
+
+    intensity: float
+    thought: str
+    text: str
+    tokens: int
+    first: float
+    seconds: float
+    error: str = ""
+
+
+def ask(
+    url: str, bodies: Sequence[Body], users: int | None = None, rate: float | None = None, seconds: float = 300
+) -> tuple[list[Said], float]:
+    """Asks a server, and gives what it said to each and the seconds from the first request to the last answer.
+
+    Args:
+        url: of the server.
+        bodies: of the requests.
+        users: how many ask at once, each one question after the other; all by default.
+        rate: requests that come each second, whether or not those before have been answered. It excludes `users`.
+        seconds: that all of it may take.
+
+    Raises:
+        TimeoutError: it takes longer.
+    """
+    todo = deque(enumerate(bodies))
+    said: dict[int, Said] = {}
+
+    class Asker(locust.FastHttpUser):
+        host = url
+        network_timeout = connection_timeout = seconds
+        wait_time = locust.constant(0)
+
+        @locust.task
+        def ask(self) -> None:
+            if todo:
+                place, body = todo.popleft()
+                said[place] = stream(self.client, body)
+            if rate or not todo:
+                raise locust.exception.StopUser
+
+    environment = Environment(user_classes=[Asker])
+    runner = environment.create_local_runner()
+    start = time.perf_counter()
+    runner.start(users or len(bodies), spawn_rate=rate or users or len(bodies))
+    try:
+        with gevent.Timeout(seconds, TimeoutError(f"{len(bodies)} requests were not answered in {seconds} s")):
+            while len(said) < len(bodies):
+                gevent.sleep(0.02)
+    finally:
+        took = time.perf_counter() - start
+        runner.quit()
+    return [said[place] for place in range(len(bodies))], took
+
+
+def stream(client: Any, body: Body) -> Said:
+    """Asks for one answer as a stream, and reads it to its end."""
+    start = time.perf_counter()
+    found: dict[str, Any] = {"intensity": float("nan"), "thought": "", "text": "", "tokens": 0}
+    first, error = float("nan"), ""
+    body = body | {"stream": True, "stream_options": {"include_usage": True}}
+    with client.post("/v1/chat/completions", json=body, stream=True, catch_response=True) as response:
+        try:
+            if response.status_code != 200:
+                raise ConnectionError(f"status {response.status_code}: {response.text}")
+            for chunk in events(response):
+                if "error" in chunk:
+                    raise ConnectionError(chunk["error"]["message"])
+                found["intensity"] = chunk["intensity"]
+                if "usage" in chunk:
+                    found["tokens"] = chunk["usage"]["completion_tokens"]
+                for choice in chunk["choices"]:
+                    for key, name in (("thought", "reasoning_content"), ("text", "content")):
+                        found[key] += choice["delta"].get(name, "")
+                if first != first and (found["thought"] or found["text"]):
+                    first = time.perf_counter() - start
+            response.success()
+        except (ConnectionError, OSError) as problem:
+            error = str(problem) or type(problem).__name__
+            response.failure(error)
+    return Said(**found, first=first, seconds=time.perf_counter() - start, error=error)
+
+
+def events(response: Any) -> Iterator[dict[str, Any]]:
+    """The JSON of each server-sent event, up to the last; ConnectionError if that does not come."""
+    while line := response.stream.readline(b"\n"):
+        if line.startswith(b"data: [DONE]"):
+            response.stream.read()
+            return
+        if line.startswith(b"data: "):
+            yield json.loads(line[6:])
+    raise ConnectionError("the stream broke off")

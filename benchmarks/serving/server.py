@@ -1,0 +1,142 @@
+"""A server on the loopback interface for the time of a measurement, and what is said of the measurement."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+from benchmarks.machine import commit, processor
+
+ROOT = Path(__file__).resolve().parents[2]
+DAMI = "from dami.cli import app; app()"
+
+
+@dataclass
+class Server:
+    """A running `dami serve`, with the shipped pair unless its arguments say otherwise."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=30) as response:
+            return json.load(response)
+
+    def metrics(self) -> dict[str, float]:
+        """Values by name, with labels as they stand there."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as response:
+            lines = response.read().decode().splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
+
+    def memory(self) -> int:
+        """Bytes that the process has for itself: what it shares with others is counted by its part."""
+        text = Path(f"/proc/{self.process.pid}/smaps_rollup").read_text()
+        return 1024 * int(re.search(r"^Pss:\s+(\d+)", text, re.MULTILINE)[1])  # type: ignore[index]
+
+    def wait_until_idle(self, seconds: float = 60) -> float:
+        """Waits until nothing is under way, and gives the seconds that took.
+
+        Raises:
+            TimeoutError: it takes longer.
+        """
+        start = time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            found = self.metrics()
+            if not any(
+                found[f"dami_{name}"] for name in ("requests_waiting", "requests_running", "kv_cache_usage_ratio")
+            ):
+                return time.perf_counter() - start
+            time.sleep(0.1)
+        raise TimeoutError(f"the server is still busy after {seconds} s: {found}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def serving(*arguments: str, threads: int | None = None, seconds: float = 120) -> Iterator[Server]:
+    """Starts `dami serve` with these arguments, waits until it answers, and ends it afterwards as SIGTERM does.
+
+    Args:
+        arguments: beside --port.
+        threads: of its kernels; the system's number by default.
+        seconds: that the start may take.
+
+    Raises:
+        RuntimeError: it does not start, or ends with an error.
+        TimeoutError: it takes longer.
+    """
+    port = free_port()
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    # Into a file: a pipe that nobody reads would stop the server when it is full.
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", DAMI, "serve", "--port", str(port), *arguments], env=environment, stderr=log
+        )
+        server = Server(f"http://127.0.0.1:{port}", process)
+        try:
+            end = time.perf_counter() + seconds
+            while not _answers(server):
+                if process.poll() is not None:
+                    raise RuntimeError(f"dami serve ended with {process.returncode}: {_end_of(log)}")
+                if time.perf_counter() > end:
+                    raise TimeoutError(f"dami serve does not answer after {seconds} s")
+                time.sleep(0.2)
+            yield server
+            process.send_signal(signal.SIGTERM)
+            if process.wait(60) not in (0, -signal.SIGTERM):  # uvicorn hands the signal on when it has shut down
+                raise RuntimeError(f"dami serve ended with {process.returncode}: {_end_of(log)}")
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _answers(server: Server) -> bool:
+    try:
+        return server.get("/health")["status"] == "ok"
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+def _end_of(log: IO[bytes]) -> str:
+    log.seek(0)
+    return log.read()[-2000:].decode(errors="replace")
+
+
+def about(threads: int | None = None) -> dict[str, object]:
+    """What every row of results says of where it was measured."""
+    packages = ("torch", "transformers", "locust")
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "device": processor(),
+        "threads": threads or os.environ.get("OMP_NUM_THREADS") or os.cpu_count(),
+        "versions": ", ".join(f"{name} {version(name)}" for name in packages),
+    }
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value below which a share of the others lies."""
+    return sorted(values)[min(int(share * len(values)), len(values) - 1)]

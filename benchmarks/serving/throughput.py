@@ -1,0 +1,86 @@
+"""Answers and tokens a second at many λ in one process, at one λ, and with one process for each λ, and the memory.
+
+The same questions are asked greedily, by so many users at once. In `mixed` and `processes` each is asked at five λ, in
+`one λ` five times at λ=0.5. Of `processes`, each serves one λ, has a fifth of the users and of the KV cache, and its
+part of the cores.
+
+    memory_gb  of all server processes after the last answer; what they share is counted once
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import gevent
+
+from benchmarks.record import RESULTS, store, text_table
+from benchmarks.serving.client import Said, ask, chat, questions
+from benchmarks.serving.server import about, quantile, serving
+
+LAMS = (0.0, 0.25, 0.5, 0.75, 1.0)
+MODES = ("mixed", "one λ", "processes")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--users", type=int, default=50)
+    parser.add_argument("--questions", type=int, default=60, help="each asked five times")
+    parser.add_argument("--kv-memory", type=float, default=0.5, help="GiB of the KV cache, of all processes together")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args(argv)
+    rows = [measure(mode, options.users, options.questions, options.kv_memory) for mode in options.modes]
+    columns = ("mode", "processes", "answers_per_second", "tokens_per_second", "tokens", "p50", "p95", "memory_gb")
+    print(text_table([columns, *([row[column] for column in columns] for row in rows)]))
+    store(rows, options.results / "serving_throughput.csv")
+    return 0
+
+
+def measure(mode: str, users: int, count: int, kv_memory: float) -> dict[str, object]:
+    cores = os.cpu_count() or 1
+    shares = len(LAMS) if mode == "processes" else 1
+    threads = max(1, cores // shares)
+    lams = [0.5] * len(LAMS) if mode == "one λ" else LAMS
+    bodies = [
+        [chat(question.text, intensity=lam, temperature=0, max_tokens=256) for question in questions(count)]
+        for lam in lams
+    ]
+    if shares == 1:  # the λ of a question come one after the other, as those of strangers would
+        bodies = [[body for group in zip(*bodies, strict=True) for body in group]]
+    with ExitStack() as stack:
+        options = ("--kv-memory", str(kv_memory / shares))
+        servers = [stack.enter_context(serving(*options, threads=threads)) for _ in range(shares)]
+        for server in servers:
+            ask(server.url, [chat("2 + 2 =", max_tokens=1)])
+        start = time.perf_counter()
+        jobs = [
+            gevent.spawn(ask, server.url, part, users // shares) for server, part in zip(servers, bodies, strict=True)
+        ]
+        said: list[Said] = [answer for job in gevent.joinall(jobs, raise_error=True) for answer in job.value[0]]
+        seconds = time.perf_counter() - start
+        memory = sum(server.memory() for server in servers)
+    if lost := [answer.error for answer in said if answer.error]:
+        raise RuntimeError(f"{len(lost)} of {len(said)} answers did not come: {lost[0]}")
+    tokens = sum(answer.tokens for answer in said)
+    return {
+        **about(threads),
+        "mode": mode,
+        "processes": shares,
+        "users": users,
+        "answers": len(said),
+        "answers_per_second": f"{len(said) / seconds:.2f}",
+        "tokens_per_second": f"{tokens / seconds:.0f}",
+        "tokens": f"{tokens / len(said):.1f}",
+        "p50": f"{quantile([answer.seconds for answer in said], 0.5):.2f}",
+        "p95": f"{quantile([answer.seconds for answer in said], 0.95):.2f}",
+        "memory_gb": f"{memory / 1e9:.2f}",
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,192 @@
+"""Measures of a path between two models: how alike representations stay along it, and how high its barrier is.
+
+Similarity of representations is linear CKA (Kornblith et al., arXiv 1905.00414) and the mean cosine. CKA is debiased
+with the unbiased estimator of HSIC (Song et al., JMLR 2012): of unrelated states plain CKA tends to 1 where there are
+no more of them than features. A barrier is what a loss rises above the straight line between its values at the ends
+(Entezari et al., arXiv 2110.06296), or above their mean (Frankle et al., arXiv 1912.05671). Intervals hold 95 %: of
+similarities by a jackknife that leaves out a twentieth of the questions at a time, for drawing a state twice would
+make all representations alike; of everything else by a bootstrap over questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dami.evaluation.frontier import RESAMPLES, Z95, Interval
+
+Array = NDArray[np.float64]
+FOLDS = 20
+
+
+def cka(x: Any, y: Any) -> float:
+    """Debiased linear CKA of the same N states in two representations: 1 if they are alike but for rotation and scale.
+
+    ⟨U(xxᵀ), U(yyᵀ)⟩ / (‖U(xxᵀ)‖ ‖U(yyᵀ)‖), where U takes off rows' and columns' means and the diagonal. About 0 if they
+    are independent, and then may be negative.
+
+    Args:
+        x, y: [N, D] and [N, E], N at least 4.
+
+    Raises:
+        ValueError: the shapes do not fit, or N is below 4.
+    """
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or len(x) < 4:
+        raise ValueError(f"x and y must be [N, D] and [N, E] with N at least 4, got {x.shape} and {y.shape}")
+    a, b = _directions([_gram(x), _gram(y)], np.arange(len(x)))
+    return float(a @ b)
+
+
+def _gram(x: Array) -> Array:
+    x = x - x.mean(0)
+    return x @ x.T
+
+
+def _directions(grams: Sequence[Array], rows: NDArray[np.int64]) -> Array:
+    """The Gram matrices of some of the states, U-centred, of length 1, as vectors: [len(grams), n²]."""
+    n = len(rows)
+    flat = []
+    for gram in grams:
+        k = gram[np.ix_(rows, rows)]
+        np.fill_diagonal(k, 0.0)
+        mean = k.sum(0) / (n - 2)
+        k = k - mean - mean[:, None] + k.sum() / ((n - 1) * (n - 2))
+        np.fill_diagonal(k, 0.0)
+        length = np.linalg.norm(k)
+        flat.append(k.ravel() / (length if length > 0 else 1.0))
+    return np.stack(flat)
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """How alike a layer's states are at two λ.
+
+    Attributes:
+        layer: 0 is the embeddings; the last is what the head reads.
+        intensity, other: the two λ.
+        cka, cosine: 1 if they are the same; over states.
+    """
+
+    layer: int
+    intensity: float
+    other: float
+    cka: Interval
+    cosine: Interval
+
+
+def compared(intensities: Sequence[float]) -> list[tuple[int, int]]:
+    """Which λ are compared, by their places: neighbours, and each with both ends."""
+    pairs = [(i, i + 1) for i in range(len(intensities) - 1)]
+    for end in (0.0, 1.0):
+        at = list(intensities).index(end)
+        pairs += [(i, at) for i in range(len(intensities)) if i != at]
+    return list(dict.fromkeys(pairs))
+
+
+def similarities(
+    layer: int, states: Array, questions: NDArray[np.int64], intensities: Sequence[float]
+) -> list[Similarity]:
+    """Similarity of a layer's states between the λ of `compared`.
+
+    Args:
+        layer: its number.
+        states: [L, N, D], the same N states at every λ.
+        questions: [N], which question each belongs to.
+        intensities: L rising λ, 0 and 1 among them.
+    """
+    pairs = compared(intensities)
+    first, second = (np.array(places) for places in zip(*pairs, strict=True))
+    lengths = np.linalg.norm(states, axis=2)
+    unit = states / np.where(lengths > 0, lengths, 1.0)[:, :, None]
+    cosines = np.stack([(unit[i] * unit[j]).sum(1) for i, j in pairs])
+    grams = [_gram(x) for x in states]
+
+    def measure(rows: NDArray[np.int64]) -> Array:
+        directions = _directions(grams, rows)
+        return np.stack([(directions @ directions.T)[first, second], cosines[:, rows].mean(1)])
+
+    value = measure(np.arange(len(questions)))
+    folds = np.unique(questions, return_inverse=True)[1] % FOLDS
+    left = np.stack([measure(np.flatnonzero(folds != fold)) for fold in np.unique(folds)])
+    half = Z95 * np.sqrt((len(left) - 1) / len(left) * ((left - left.mean(0)) ** 2).sum(0))
+    low, high = value - half, np.minimum(value + half, 1.0)
+    return [
+        Similarity(
+            layer, float(intensities[i]), float(intensities[j]),
+            *(Interval(float(value[m, p]), float(low[m, p]), float(high[m, p])) for m in (0, 1)),
+        )
+        for p, (i, j) in enumerate(pairs)
+    ]  # fmt: skip
+
+
+def between_neighbours(found: Sequence[Similarity], intensities: Sequence[float]) -> list[Similarity]:
+    """Those of neighbours in [0, 1]."""
+    steps = set(pairwise(lam for lam in intensities if 0 <= lam <= 1))
+    return [each for each in found if (each.intensity, each.other) in steps]
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """What stands between λ = 0 and 1, where a lower value is better.
+
+    Attributes:
+        height: the most that the value lies above the straight line between the ends, no less than 0. As it is a
+            maximum, noise raises it.
+        at: λ where that is.
+        above_mean: the most that the value lies above the mean of the ends.
+        sag: the most that it lies below the straight line, no less than 0.
+    """
+
+    height: Interval
+    at: float
+    above_mean: Interval
+    sag: Interval
+
+
+def above_chord(intensities: Sequence[float], values: Any) -> Array:
+    """How far values [..., L] lie above the straight line through those at λ = 0 and λ = 1.
+
+    Raises:
+        ValueError: 0 or 1 is not among the λ.
+    """
+    lams, values = np.asarray(intensities, np.float64), np.asarray(values, np.float64)
+    if not {0.0, 1.0} <= set(lams.tolist()):
+        raise ValueError(f"intensities must hold 0 and 1, got {lams.tolist()}")
+    at0, at1 = (values[..., lams.tolist().index(end), None] for end in (0.0, 1.0))
+    return values - (1 - lams) * at0 - lams * at1
+
+
+def barrier(intensities: Sequence[float], means: Callable[[NDArray[np.int64]], Array], questions: int) -> Barrier:
+    """The barrier of a value, [L] for any questions that are drawn.
+
+    Args:
+        intensities: L λ, 0 and 1 among them; those beyond do not count.
+        means: from places of questions to the value at every λ, [L].
+        questions: how many there are.
+    """
+    lams = np.asarray(intensities, np.float64)
+    inside = (lams >= 0) & (lams <= 1)
+    ends = [lams.tolist().index(end) for end in (0.0, 1.0)]
+
+    def three(rows: NDArray[np.int64]) -> Array:
+        values = means(rows)
+        above = above_chord(intensities, values)[inside]
+        return np.array([above.max(), values[inside].max() - values[ends].mean(), (-above).max()])
+
+    above = above_chord(intensities, means(np.arange(questions)))
+    height, above_mean, sag = bootstrap(three, questions)
+    return Barrier(height, float(lams[inside][above[inside].argmax()]), above_mean, sag)
+
+
+def bootstrap(statistic: Callable[[NDArray[np.int64]], Array], questions: int, seed: int = 0) -> list[Interval]:
+    """Intervals of statistics, [any number], of questions drawn with replacement, by their places."""
+    draws = np.random.default_rng(seed).integers(0, questions, (RESAMPLES, questions))
+    value = statistic(np.arange(questions))
+    low, high = np.percentile(np.stack([statistic(rows) for rows in draws]), [2.5, 97.5], axis=0)
+    return [Interval(*map(float, triple)) for triple in zip(value, low, high, strict=True)]

@@ -1,0 +1,200 @@
+"""The same function at another place: a model with its neurons and attention heads in another order.
+
+The neurons between the matrices of an MLP, and the heads of an attention, can stand in any order: what is computed is
+the same, but for rounding. The straight line to a model so permuted leads through models that are neither's kin, as
+that between unrelated training runs does (Entezari et al., arXiv 2110.06296). So it is a control for a path that is
+said to be special.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+Move = list[tuple[str, int, Tensor]]  # a parameter's name, a dimension of it, and the new order along it
+
+SEPARATE = ("q_proj", "k_proj", "v_proj")
+FUSED = ("qkv_proj", "c_attn", "query_key_value", "Wqkv")
+OUTPUT = ("o_proj", "out_proj", "c_proj", "dense", "Wo")
+TOLERANCE = 1e-6  # of what a module gives in float64 after a move, relative to its largest value
+
+
+@torch.no_grad()
+def permute(model: PreTrainedModel, batch: Mapping[str, Tensor], seed: int = 0) -> list[str]:
+    """Brings the neurons of every MLP and the heads of every attention into a random order, in place.
+
+    Heads stay with the keys and values that they share. What a module gives for its input in `batch` is compared in
+    float64, before and after; where it would change, as heads that ALiBi tells apart by their number, nothing is moved.
+
+    Args:
+        model: an ordinary causal language model.
+        batch: `input_ids` and whatever else its forward takes.
+        seed: of the orders.
+
+    Returns:
+        The names of the modules that were permuted.
+
+    Raises:
+        ValueError: in none of its modules can the order be changed.
+    """
+    random = torch.Generator().manual_seed(seed)
+    moves = {name: list(_moves(module, model.config, random)) for name, module in model.named_modules()}
+    calls: dict[str, tuple[Any, Any]] = {}
+
+    def remember(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            calls[name] = args, kwargs
+
+        return model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+
+    hooks = [remember(name) for name, candidates in moves.items() if candidates]
+    try:
+        model(**batch, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    permuted = []
+    for name, (args, kwargs) in calls.items():
+        module = model.get_submodule(name)
+        move = next((move for move in moves[name] if _is_same(module, move, args, kwargs)), None)
+        if move is not None:
+            _apply(module, move)
+            permuted.append(name)
+    if not permuted:
+        raise ValueError(f"model must have MLPs or attention heads whose order is free, got {type(model).__name__}")
+    return permuted
+
+
+def _moves(module: nn.Module, config: Any, random: torch.Generator) -> Iterator[Move]:
+    """Orders that could leave what a module computes as it is; it has to be tried."""
+    linears = {name: child for name, child in module.named_children() if isinstance(child, (nn.Linear, Conv1D))}
+    out = next((name for name in OUTPUT if name in linears), None)
+    if out and all(name in linears for name in SEPARATE):
+        yield from _heads(module, SEPARATE, out, config, random)
+    elif out and any(name in linears for name in FUSED):
+        yield from _heads(module, tuple(name for name in FUSED if name in linears), out, config, random)
+    elif len(linears) > 1:
+        yield from _neurons(linears, module, random)
+    elif {"gate_up_proj", "down_proj"} <= module._parameters.keys():
+        yield from _expert_neurons(module, random)
+
+
+def _heads(
+    module: nn.Module, inputs: tuple[str, ...], out: str, config: Any, random: torch.Generator
+) -> Iterator[Move]:
+    queries = getattr(config, "num_attention_heads", 1)
+    shared = getattr(config, "num_key_value_heads", None) or queries
+    width = _features(module.get_submodule(out))[0] // queries
+    groups = torch.randperm(shared, generator=random)
+    members = torch.stack([torch.randperm(queries // shared, generator=random) for _ in range(shared)])
+    heads = (groups[:, None] * (queries // shared) + members).flatten()
+
+    def rows(order: Tensor, size: int) -> Tensor:
+        return (order[:, None] * size + torch.arange(size)).flatten()
+
+    if torch.equal(heads, torch.arange(queries)):
+        return
+    of_queries, of_shared = rows(heads, width), rows(groups, width)
+    beside = [(name, 0, heads) for name, parameter in module._parameters.items() if _is(parameter, queries)]
+    for name, child in module.named_children():
+        for index in (of_queries, of_shared):
+            if name not in (*inputs, out) and _is(child._parameters.get("weight"), len(index)):
+                beside.append((f"{name}.weight", 0, index))
+                break
+    orders: list[tuple[Tensor, ...]]
+    if len(inputs) == 3:
+        orders = [(of_queries, of_shared, of_shared)]
+    else:
+        whole = torch.cat([of_queries, queries * width + of_shared, (queries + shared) * width + of_shared])
+        orders = [(whole,), *([(rows(heads, 3 * width),)] if queries == shared else [])]
+    for order in orders:
+        move = [each for name, index in zip(inputs, order, strict=True) for each in _outputs(module, name, index)]
+        yield [*move, *_inputs(module, out, of_queries), *beside]
+
+
+def _neurons(linears: Mapping[str, nn.Module], module: nn.Module, random: torch.Generator) -> Iterator[Move]:
+    for down, matrix in linears.items():
+        neurons, width = _features(matrix)
+        ups = {n: out for n, (into, out) in ((n, _features(m)) for n, m in linears.items()) if into == width != out}
+        if n_ups := [name for name, out in ups.items() if out in (neurons, 2 * neurons)]:
+            order = torch.randperm(neurons, generator=random)
+            both = torch.cat([order, neurons + order])
+            move = [e for n in n_ups for e in _outputs(module, n, order if ups[n] == neurons else both)]
+            between = [
+                (f"{name}.{local}", 0, order)
+                for name, child in module.named_children()
+                for local, parameter in child._parameters.items()
+                if name not in linears and _is(parameter, neurons)
+            ]
+            yield [*move, *_inputs(module, down, order), *between]
+
+
+def _expert_neurons(module: nn.Module, random: torch.Generator) -> Iterator[Move]:
+    """Of experts kept as [experts, in, out] or [experts, out, in], gate and up in halves or by turns."""
+    shape, doubled = (module.get_parameter(name).shape for name in ("down_proj", "gate_up_proj"))
+    for dim in (2, 1):
+        other = 3 - dim
+        neurons = shape[dim]
+        if doubled[other] == 2 * neurons:
+            order = torch.randperm(neurons, generator=random)
+            for both in (torch.cat([order, neurons + order]), torch.stack([2 * order, 2 * order + 1], 1).flatten()):
+                biases = [(n, 1, both) for n in module._parameters if n.startswith("gate_up_proj_bias")]
+                yield [("gate_up_proj", other, both), ("down_proj", dim, order), *biases]
+
+
+def _is(parameter: Tensor | None, size: int) -> bool:
+    return parameter is not None and parameter.shape == (size,)
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    """Of the input and of the output of a linear module."""
+    shape: Any = module.weight.shape
+    return (shape[0], shape[1]) if isinstance(module, Conv1D) else (shape[1], shape[0])
+
+
+def _outputs(module: nn.Module, name: str, order: Tensor) -> Move:
+    linear = module.get_submodule(name)
+    move: Move = [(f"{name}.weight", 1 if isinstance(linear, Conv1D) else 0, order)]
+    return move if linear.bias is None else [*move, (f"{name}.bias", 0, order)]
+
+
+def _inputs(module: nn.Module, name: str, order: Tensor) -> Move:
+    return [(f"{name}.weight", 0 if isinstance(module.get_submodule(name), Conv1D) else 1, order)]
+
+
+def _apply(module: nn.Module, move: Move) -> None:
+    for name, dim, order in move:
+        parameter = module.get_parameter(name)
+        parameter.data = parameter.data.index_select(dim, order.to(parameter.device))
+
+
+def _is_same(module: nn.Module, move: Move, args: Any, kwargs: Any) -> bool:
+    """Whether a module gives in float64 what it gave, once its parameters are moved."""
+    if any(len(order) != module.get_parameter(name).shape[dim] for name, dim, order in move):
+        return False
+    exact = copy.deepcopy(module).double()
+    config: Any = getattr(exact, "config", None)
+    if config is not None:
+        config._experts_implementation = "eager"  # the grouped product takes no float64
+    args, kwargs = _double(args), _double(kwargs)
+    before = _first(exact(*args, **kwargs))
+    _apply(exact, move)
+    return bool((_first(exact(*args, **kwargs)) - before).abs().max() <= TOLERANCE * before.abs().max())
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _double(each) for key, each in value.items()}
+    return type(value)(map(_double, value)) if isinstance(value, (tuple, list)) else value

@@ -1,0 +1,65 @@
+"""The playground, a page on which one prompt is answered at several λ side by side, and the frontier that it draws."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, HTTPException
+from fastapi.responses import FileResponse
+
+FILES = Path(__file__).parent
+HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def routes(frontier: dict[str, Any]) -> APIRouter:
+    """The page's files, and what it draws.
+
+    Args:
+        frontier: as `read_frontier` gives it; {} if none is known.
+    """
+    router = APIRouter()
+
+    def page(path: str, name: str) -> None:
+        @router.get(path, include_in_schema=False)
+        async def file() -> FileResponse:
+            return FileResponse(FILES / name, headers=HEADERS)
+
+    for path, name in (("/", "index.html"), ("/playground.js", "playground.js"), ("/playground.css", "playground.css")):
+        page(path, name)
+
+    @router.get("/v1/frontier", responses={404: {"description": "None is known."}})
+    async def get_frontier() -> dict[str, Any]:
+        """Accuracy and tokens of the pair by λ, as `dami evaluate` measured them."""
+        if not frontier:
+            raise HTTPException(404, "no frontier of this pair is known: see dami evaluate and --frontier")
+        return frontier
+
+    return router
+
+
+def read_frontier(path: Path) -> dict[str, Any]:
+    """What `dami evaluate` wrote to its frontier.json.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    wanted = f"{path} must be a frontier.json of dami evaluate"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        points = found["points"]
+        for point in points:
+            numbers = [point["intensity"], *point["accuracy"], *point["tokens"]]
+            if len(numbers) != 7 or not all(isinstance(number, (int, float)) for number in numbers):
+                raise ValueError(f"{wanted}, got the point {point}")
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{wanted}: {type(error).__name__}: {error}") from error
+    if not points:
+        raise ValueError(f"{wanted}, got one without points")
+    return found

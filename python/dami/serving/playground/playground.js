@@ -1,0 +1,338 @@
+"use strict";
+
+const MOST = 6; // answers side by side: a browser opens no more connections to one server
+const COLORS = [[59, 76, 192], [170, 130, 190], [180, 4, 38]]; // λ = 0, 0.5, 1: cool to warm
+const $ = (id) => document.getElementById(id);
+
+let model = null;
+let names = []; // of intensities that the server knows besides numbers
+let asking = null; // what aborts the requests that run
+
+// ---------------------------------------------------------------- what the server has
+
+async function get(path) {
+  const response = await fetch(path, { headers: headers() });
+  if (!response.ok) throw await failure(response);
+  return response.json();
+}
+
+function headers() {
+  const key = $("key").value;
+  return key ? { Authorization: `Bearer ${key}` } : {};
+}
+
+async function failure(response) {
+  let message = "";
+  try {
+    message = (await response.json()).error.message;
+  } catch {
+    // no JSON, or another: the status has to do
+  }
+  if (response.status === 401) {
+    document.querySelector(".settings").open = true;
+    $("key").focus();
+  }
+  return new Error(message || `the server answered ${response.status} ${response.statusText}`);
+}
+
+async function meet() {
+  try {
+    const { id, intensity } = (await get("v1/models")).data[0];
+    model = id;
+    names = [...(intensity.auto ? ["auto"] : []), ...Object.keys(intensity.presets)];
+    [$("number").min, $("number").max] = intensity.range;
+    $("model").textContent = `Model: ${model}`;
+    $("lams-names").textContent = names.length ? ` or ${names.join(", ")}` : "";
+    showNames();
+    if (intensity.frontier) drawFrontier((await get("v1/frontier")).points);
+    say("");
+  } catch (error) {
+    say(error.message, true);
+  }
+}
+
+function showNames() {
+  const choice = (value, text, checked) => {
+    const radio = make("input", { type: "radio", name: "name", value, checked });
+    const label = make("label", {}, radio, ` ${text}`);
+    return label;
+  };
+  $("names").replaceChildren(
+    $("names").querySelector("legend"), choice("", "as the slider says", true), ...names.map((name) => choice(name, name, false)),
+  );
+  $("names").hidden = !names.length;
+}
+
+// ---------------------------------------------------------------- asking
+
+function wanted() {
+  if (view() === "one") {
+    return [$("ask").elements.name?.value || Number($("number").value)];
+  }
+  const given = $("lams").value.split(",").map((part) => part.trim()).filter(Boolean);
+  for (const part of given) {
+    if (!names.includes(part) && !(Math.abs(Number(part)) < Infinity)) {
+      throw new RangeError(`"${part}" is neither a number${names.length ? ` nor one of ${names.join(", ")}` : ""}`);
+    }
+  }
+  const lams = [...new Set(given.map((part) => (names.includes(part) ? part : Number(part))))];
+  if (!lams.length || lams.length > MOST) throw new RangeError(`one to six intensities, please, not ${lams.length}`);
+  return lams;
+}
+
+function body(lam) {
+  const number = (id) => ($(id).value === "" ? {} : { [id.replace("-", "_")]: Number($(id).value) });
+  return {
+    model,
+    messages: [{ role: "user", content: $("prompt").value }],
+    intensity: lam,
+    stream: true,
+    stream_options: { include_usage: true },
+    ...number("max-tokens"), ...number("temperature"), ...number("seed"),
+  };
+}
+
+async function ask(event) {
+  event.preventDefault();
+  if (asking) return;
+  if (!model) await meet(); // the server was not there, or wanted a key
+  if (!model) return;
+  let lams;
+  try {
+    lams = wanted();
+  } catch (error) {
+    say(error.message, true);
+    $("lams").focus();
+    return;
+  }
+  asking = new AbortController();
+  busy(true);
+  say(lams.length > 1 ? `${lams.length} answers on their way` : "The answer is on its way");
+  const answers = lams.map((lam) => new Answer(lam));
+  $("answers").replaceChildren(...answers.map((answer) => answer.card));
+  const ends = await Promise.all(answers.map((answer) => answer.stream(asking.signal)));
+  asking = null;
+  busy(false);
+  const done = ends.filter(Boolean).length;
+  say(done === ends.length ? "Done" : `${done} of ${ends.length} answers came to their end`, done < ends.length);
+}
+
+function busy(yes) {
+  $("run").disabled = yes;
+  $("stop").disabled = !yes;
+  $("answers").setAttribute("aria-busy", yes);
+}
+
+function say(text, isError = false) {
+  $("status").textContent = text;
+  $("status").classList.toggle("error", isError);
+}
+
+/** One λ's answer: its card, and the stream that fills it. */
+class Answer {
+  constructor(lam) {
+    this.lam = lam;
+    this.tokens = this.thinking = 0; // one for each event, until the server has counted
+    this.title = make("span");
+    this.state = make("small");
+    this.summary = make("summary", {}, "Thought");
+    this.thought = make("div", { className: "text thought", tabIndex: 0 });
+    this.details = make("details", { hidden: true }, this.summary, this.thought);
+    this.text = make("div", { className: "text" });
+    this.counts = make("p", { className: "counts" });
+    this.card = make(
+      "article", { className: "answer" },
+      make("h2", {}, this.title, this.state), this.details, this.text, this.counts,
+    );
+    this.name(lam);
+    this.state.textContent = "waiting";
+  }
+
+  name(lam) {
+    const asked = typeof this.lam === "string" ? `${this.lam}: ` : "";
+    const given = typeof lam === "number" ? `λ = ${round(lam)}` : "";
+    const lowered = typeof this.lam === "number" && lam !== this.lam ? `, asked for ${round(this.lam)}` : "";
+    this.title.textContent = (asked + given + lowered).replace(/: $/, "");
+    this.card.style.setProperty("--lam", typeof lam === "number" ? color(lam) : "var(--muted)");
+    this.card.setAttribute("aria-label", `Answer, ${this.title.textContent}`);
+  }
+
+  /** Whether the answer came to its end. */
+  async stream(signal) {
+    this.began = performance.now();
+    try {
+      const response = await fetch("v1/chat/completions", {
+        method: "POST", signal,
+        headers: { "Content-Type": "application/json", ...headers() },
+        body: JSON.stringify(body(this.lam)),
+      });
+      if (!response.ok) throw await failure(response);
+      for await (const chunk of events(response.body)) this.take(chunk);
+      this.state.textContent = this.reason === "length" ? "cut off" : "done";
+      this.count();
+      return true;
+    } catch (error) {
+      this.state.textContent = signal.aborted ? "stopped" : "failed";
+      if (!signal.aborted) this.text.append(make("p", { className: "error" }, error.message));
+      return false;
+    }
+  }
+
+  take(chunk) {
+    if (chunk.error) throw new Error(chunk.error.message);
+    if (typeof chunk.intensity === "number") this.name(chunk.intensity);
+    if (chunk.usage) {
+      this.tokens = chunk.usage.completion_tokens;
+      this.thinking = chunk.usage.completion_tokens_details.reasoning_tokens;
+    }
+    const choice = chunk.choices?.[0];
+    if (!choice) return;
+    const { reasoning_content: thought, content } = choice.delta;
+    if (thought) {
+      this.details.hidden = false;
+      this.thought.append(thought);
+      this.thinking += 1;
+      this.state.textContent = "thinking";
+    }
+    if (content) {
+      this.text.append(content);
+      this.state.textContent = "answering";
+    }
+    if (thought || content) {
+      this.last = performance.now();
+      this.tokens += 1;
+    }
+    this.reason = choice.finish_reason ?? this.reason;
+    this.count();
+  }
+
+  count() {
+    if (this.thinking) this.summary.textContent = `Thought, ${plural(this.thinking, "token")}`;
+    const parts = [plural(this.tokens, "token")];
+    if (this.last) {
+      const seconds = (this.last - this.began) / 1000;
+      parts.push(`${seconds.toFixed(1)} s`, `${(this.tokens / seconds).toFixed(0)} tokens/s`);
+    }
+    this.counts.textContent = parts.join(" · ");
+  }
+}
+
+/** The JSON of every server-sent event, up to [DONE]. */
+async function* events(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) throw new Error("the connection broke off");
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      if (!line.startsWith("data:")) continue;
+      const data = line.slice(5).trim();
+      if (data === "[DONE]") return;
+      yield JSON.parse(data);
+    }
+  }
+}
+
+// ---------------------------------------------------------------- the frontier
+
+function drawFrontier(points) {
+  const [left, right, top, bottom] = [52, 620, 16, 290];
+  const most = Math.max(...points.map((point) => point.tokens[2]));
+  const x = (tokens) => left + ((right - left) * tokens) / (1.08 * most);
+  const y = (accuracy) => bottom - (bottom - top) * accuracy;
+  const picture = $("picture");
+  const draw = (tag, attributes, text = "") => {
+    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+    element.textContent = text;
+    picture.append(element);
+    return element;
+  };
+
+  for (const share of [0, 0.25, 0.5, 0.75, 1]) {
+    draw("line", { class: share ? "grid" : "axis", x1: left, x2: right, y1: y(share), y2: y(share) });
+    draw("text", { x: left - 8, y: y(share) + 4, "text-anchor": "end" }, `${100 * share} %`);
+  }
+  for (const tokens of ticks(1.08 * most)) {
+    draw("line", { class: "axis", x1: x(tokens), x2: x(tokens), y1: bottom, y2: bottom + 5 });
+    draw("text", { x: x(tokens), y: bottom + 20, "text-anchor": "middle" }, tokens);
+  }
+  draw("text", { x: (left + right) / 2, y: 332, "text-anchor": "middle" }, "tokens per answer");
+  draw("text", { x: left + 8, y: top + 12 }, "right answers");
+  const way = points.map((point) => `${x(point.tokens[0])},${y(point.accuracy[0])}`).join(" ");
+  draw("polyline", { class: "way", points: way });
+  for (const [i, { intensity, tokens, accuracy }] of points.entries()) {
+    const [cx, cy] = [x(tokens[0]), y(accuracy[0])];
+    const ink = { stroke: color(intensity), "stroke-width": 1.5, opacity: 0.6 };
+    draw("line", { ...ink, x1: x(tokens[1]), x2: x(tokens[2]), y1: cy, y2: cy });
+    draw("line", { ...ink, x1: cx, x2: cx, y1: y(accuracy[1]), y2: y(accuracy[2]) });
+    draw("circle", { cx, cy, r: 5.5, fill: color(intensity) });
+    draw("text", { x: cx, y: i % 2 ? cy - 12 : cy + 22, "text-anchor": i % 2 ? "end" : "start" }, round(intensity));
+    $("points").append(make(
+      "tr", {}, make("td", {}, round(intensity)),
+      make("td", {}, span(tokens, 1, 1)), make("td", {}, `${span(accuracy, 100, 0)} %`),
+    ));
+  }
+  $("frontier-caption").textContent =
+    `Each point is a fixed λ, from ${round(points[0].intensity)} to ${round(points.at(-1).intensity)}; bars hold 95 %.`;
+  $("frontier").hidden = false;
+}
+
+function ticks(end) {
+  const raw = end / 5;
+  const power = 10 ** Math.floor(Math.log10(raw));
+  const step = power * [1, 2, 5, 10].find((factor) => factor * power >= raw);
+  return Array.from({ length: Math.floor(end / step) + 1 }, (_, i) => i * step);
+}
+
+function span([value, low, high], scale, digits) {
+  const text = (number) => (scale * number).toFixed(digits);
+  return `${text(value)} (${text(low)}–${text(high)})`;
+}
+
+// ---------------------------------------------------------------- pieces
+
+function make(tag, properties = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+
+function color(lam) {
+  const place = 2 * Math.min(Math.max(lam, 0), 1);
+  const low = Math.min(Math.floor(place), 1);
+  const mixed = COLORS[low].map((channel, i) => Math.round(channel + (COLORS[low + 1][i] - channel) * (place - low)));
+  return `rgb(${mixed.join(" ")})`;
+}
+
+function plural(count, word) {
+  return `${count} ${word}${count === 1 ? "" : "s"}`;
+}
+
+function round(number) {
+  return String(Number(number.toFixed(3)));
+}
+
+function view() {
+  return $("ask").elements.view.value;
+}
+
+function showView() {
+  $("one").hidden = view() !== "one";
+  $("several").hidden = view() !== "compare";
+  $("number").disabled = view() !== "one"; // a hidden field cannot hold the form up
+}
+
+$("ask").addEventListener("submit", ask);
+$("stop").addEventListener("click", () => asking?.abort());
+$("slider").addEventListener("input", () => ($("number").value = $("slider").value));
+$("number").addEventListener("input", () => ($("slider").value = $("number").value));
+$("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
+});
+for (const radio of document.getElementsByName("view")) radio.addEventListener("change", showView);
+
+showView();
+meet();

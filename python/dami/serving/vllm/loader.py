@@ -1,0 +1,193 @@
+"""Loads a pair into a model of vLLM's: a packed one, or two checkpoints that are packed while they are read.
+
+All mapping of names, merging and sharding is vLLM's own: what stands beside a weight goes through the same loaders.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig
+from vllm.config import ModelConfig, VllmConfig
+from vllm.config.load import LoadConfig
+from vllm.model_executor import model_loader
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.utils import set_weight_attrs
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from dami import __version__
+from dami.checkpoints import headers_in
+from dami.patching import Header, config_mismatches, tensor_mismatches
+from dami.quantizer import SUFFIXES
+from dami.serving.vllm import runners, self_test, support
+from dami.serving.vllm.methods import LAM, NORMS, LinearMethod, PairMethod, adopt, suffix_of
+from dami.serving.vllm.quantization import METHOD, PairQuantization
+from dami.serving.vllm.settings import KEYS, Settings
+from dami_kernels import LerpWeight, formats
+
+LOAD_FORMATS = ("auto", "hf", "safetensors")
+
+
+def install() -> None:
+    """Puts our loader in the place of vLLM's for the load formats that pairs come in."""
+    for load_format in LOAD_FORMATS:
+        model_loader._LOAD_FORMAT_TO_MODEL_LOADER[load_format] = PairLoader
+
+
+class PairLoader(DefaultModelLoader):
+    """vLLM's loader, which also knows pairs."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        extra = load_config.model_loader_extra_config
+        self.own = {key: extra[key] for key in KEYS if key in extra} if isinstance(extra, dict) else {}
+        if self.own:
+            load_config = copy.copy(load_config)
+            load_config.model_loader_extra_config = {key: extra[key] for key in extra.keys() - self.own.keys()}
+        super().__init__(load_config)
+        self.pair: PairQuantization | None = None
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        self.pair = PairQuantization.of(vllm_config) if model_config.quantization == METHOD else None
+        if self.pair is None:
+            if self.own:
+                raise ValueError(
+                    f"{', '.join(self.own)} of the loader's extra config need a pair: --quantization {METHOD}"
+                )
+            return super().load_model(vllm_config, model_config, prefix)
+        support.check_features(vllm_config)
+        self.enable_weights_track = True  # every parameter has to come from the files
+        model = super().load_model(vllm_config, model_config, prefix)
+        with set_default_torch_dtype(model_config.dtype):
+            self_test.run(model, vllm_config)
+        return model
+
+    def create_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        if self.pair is None:
+            return super().create_model(vllm_config, model_config, prefix)
+        self.pair.settings = settings = Settings.of(self.own)
+        if (self.pair.interpolated is None) != (settings.thinking is not None):
+            needed = "must name the λ=1 end" if settings.thinking is None else "must be left out of a packed pair"
+            raise ValueError(f"thinking in --model-loader-extra-config {needed}, got {settings.thinking!r}")
+        if settings.format == "lowrank":
+            raise ValueError(
+                "format cannot be 'lowrank' for two ends: pack them first, with dami pack --format lowrank"
+            )
+        if "lowrank" in (self.pair.interpolated or {}).values():
+            found = self._find(str(model_config.model), model_config.revision)
+            down = {name: shape for name, (_, (shape, _)) in found.items() if name.endswith("_down")}
+            self.pair.ranks = {name.removesuffix("_down"): shape[0] for name, shape in down.items()}
+        # what is compiled depends on these, and is kept by a hash of the config
+        vllm_config.additional_config = {
+            **vllm_config.additional_config,
+            METHOD: [__version__, settings.thinking, settings.format],
+        }
+        model = super().create_model(vllm_config, model_config, prefix)
+        for name, module in model.named_modules():
+            if isinstance(module, (LinearBase, VocabParallelEmbedding)):
+                method = self.pair.get_quant_method(module, name)
+                if isinstance(method, PairMethod) and not isinstance(module.quant_method, PairMethod):
+                    adopt(module, method)
+            self._add_vectors(name, module, self.pair)
+        for module in model.modules():
+            if isinstance(module, VocabParallelEmbedding) and getattr(module.quant_method, "tied_to", None) is not None:
+                module.quant_method.share(module)
+        runners.attach(model, vllm_config, self.pair)
+        return model
+
+    def _add_vectors(self, name: str, module: Any, pair: PairQuantization) -> None:
+        """Gives norms, and linear layers with biases, the other end of their vectors."""
+        if type(module) in NORMS and getattr(module, "has_weight", True):
+            if not pair.keep_pair([f"{name}.weight"]):
+                return
+            if getattr(module, "variance_size_override", None) is not None:
+                raise ValueError(f"{name} norms a part of its input only, which a pair cannot")
+            module.__class__ = NORMS[type(module)]
+            module.register_buffer(LAM, pair.rows.tokens, persistent=False)
+            vector = "weight"
+        elif isinstance(module, LinearBase) and module._parameters.get("bias") is not None:
+            if not pair.keep_pair([f"{part}.bias" for part in pair.parts(name)]):
+                return
+            if not isinstance(module.quant_method, LinearMethod) or module.skip_bias_add:
+                raise ValueError(f"{name} has a bias that differs between the ends and is not added to its own product")
+            vector = "bias"
+        else:
+            return
+        base = module._parameters[vector]
+        target = nn.Parameter(base.detach().clone(), requires_grad=False)
+        set_weight_attrs(target, dict(vars(base)))
+        module.register_parameter(f"{vector}_target", target)
+
+    def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        weights = super().get_all_weights(model_config, model)
+        if self.pair is None:
+            return weights
+        if self.pair.settings.thinking is None:
+            return packed_weights(weights, self.pair)
+        return self._two_ends(weights, model_config, self.pair)
+
+    def _two_ends(
+        self, weights: Iterator[tuple[str, Tensor]], model_config: ModelConfig, pair: PairQuantization
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Packs two checkpoints while the first is read; all that does not match is named before."""
+        sources = str(model_config.model), str(pair.settings.thinking)
+        places = [
+            self._find(source, revision)
+            for source, revision in zip(sources, (model_config.revision, None), strict=True)
+        ]
+        tied = {"lm_head.weight"} if model_config.hf_config.tie_word_embeddings else set()
+        headers = [{name: place[name][1] for name in place.keys() - tied} for place in places]
+        configs = model_config.hf_config, AutoConfig.from_pretrained(sources[1])
+        mismatches = config_mismatches(configs[0], configs[1]) + tensor_mismatches(headers[0], headers[1])
+        if mismatches:
+            raise ValueError("\n  ".join([f"{' and '.join(sources)} do not match:", *mismatches]))
+        for name, base in weights:
+            if name not in headers[0]:
+                continue
+            with safe_open(places[1][name][0], framework="pt") as file:
+                target = file.get_tensor(name)
+            format = pair.format_of(name)
+            if format is not None:
+                yield from named(name, LerpWeight.pack(base.contiguous(), target, format))
+            elif base.equal(target):
+                yield name, base
+            else:
+                raise ValueError(f"{name} differs between the ends, and vLLM keeps it where a pair cannot reach it")
+
+    def _find(self, source: str, revision: str | None) -> dict[str, tuple[Path, Header]]:
+        """Where the tensors of a checkpoint are, by name; a checkpoint of the hub is downloaded if need be."""
+        _, files, safetensors, _ = self._prepare_weights(source, None, revision, False, None)
+        if not safetensors:
+            raise ValueError(f"{source} must be stored in safetensors to be an end of a pair, got {files}")
+        return {name: (Path(file), header) for file in files for name, header in headers_in(Path(file)).items()}
+
+
+def packed_weights(weights: Iterator[tuple[str, Tensor]], pair: PairQuantization) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a packed pair under vLLM's names; what is the same in both ends becomes a pair where merged."""
+    for name, tensor in weights:
+        own = next((name.removesuffix(s) for s in SUFFIXES if name.endswith(s) and _stores(pair, name, s)), None)
+        format = pair.format_of(own or name)
+        if own is not None:
+            yield own + suffix_of(name.removeprefix(own)), tensor
+        elif format is None or _stores(pair, name, ""):
+            yield name, tensor
+        else:
+            yield from named(name, LerpWeight.pack(tensor, tensor, format))
+
+
+def _stores(pair: PairQuantization, name: str, suffix: str) -> bool:
+    """Whether a tensor of the files is that of a suffix of an interpolated parameter."""
+    format = pair.interpolated_as(name.removesuffix(suffix))
+    return format is not None and suffix in formats.get(format).TENSORS
+
+
+def named(name: str, weight: LerpWeight) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a packed weight under vLLM's names."""
+    for suffix, tensor in zip(formats.get(weight.format).TENSORS, weight.tensors, strict=True):
+        yield name + suffix_of(suffix), tensor

@@ -1,0 +1,138 @@
+"""The quantisation method "dami" in vLLM: which parameters of a model are a pair, and in which format."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+
+from dami.quantizer import any_layer
+from dami.serving.vllm import support
+from dami.serving.vllm.rows import Rows
+from dami.serving.vllm.settings import Settings
+
+METHOD = "dami"
+EXPERTS = re.compile(r"(.*\.experts)\.(?:\d+\.)?(gate_up_proj|gate_proj|up_proj|down_proj)(?:\.weight)?")
+
+
+class PairQuantization(QuantizationConfig):
+    """The `quantization_config` of a packed pair; without one, all parameters are pairs, made of two checkpoints.
+
+    Attributes:
+        interpolated: as in `dami.quantizer.PairConfig`, None where all parameters are.
+        settings: set by the loader.
+        ranks: those of the low-rank differences in the files; set by the loader.
+        stored: the format of every parameter of the checkpoint that the model keeps as a pair.
+    """
+
+    def __init__(self, interpolated: Mapping[str, str] | None = None) -> None:
+        super().__init__()
+        support.check_installation()
+        self.interpolated = interpolated
+        self.settings = Settings()
+        self.ranks: dict[str, int] = {}
+        self.stored: dict[str, str] = {}
+        self._rows: Rows | None = None
+
+    @staticmethod
+    def register() -> None:
+        """Registers the method, once."""
+        if METHOD not in QUANTIZATION_METHODS:
+            register_quantization_config(METHOD)(PairQuantization)
+
+    @staticmethod
+    def of(config: VllmConfig) -> PairQuantization | None:
+        """The pair that an engine serves, None if it serves a model of vLLM's own."""
+        return config.quant_config if isinstance(config.quant_config, PairQuantization) else None
+
+    @property
+    def rows(self) -> Rows:
+        """The λ of a step; made while the model is."""
+        if self._rows is None:
+            self._rows = Rows(get_current_vllm_config())
+        return self._rows
+
+    def get_name(self) -> Any:
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.float32, torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80  # the oldest that the Triton kernels are compiled for in tests
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> PairQuantization:
+        return cls(config["interpolated"])
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        from dami.serving.vllm import methods  # which imports this file's class
+
+        if isinstance(layer, RoutedExperts):
+            formats = {name: self._keep([f"{prefix}.{name}"]) for name in ("gate_up_proj", "down_proj")}
+            if any(formats.values()):
+                return methods.ExpertsMethod(layer.moe_config, self, formats)
+            return None
+        if not isinstance(layer, (LinearBase, VocabParallelEmbedding)):
+            return None
+        weights, biases = ([f"{part}.{name}" for part in self.parts(prefix)] for name in ("weight", "bias"))
+        format = self._keep(weights, router=isinstance(layer, GateLinear))
+        if format is None and any(map(self.interpolated_as, biases)):  # a pair's method alone can add its bias
+            self.stored.update(dict.fromkeys(weights, "pair"))
+            format = "pair"
+        linear = isinstance(layer, LinearBase)
+        if format is None:
+            return UnquantizedLinearMethod() if linear else UnquantizedEmbeddingMethod()
+        ranks = [self.ranks.get(f"{part}.weight", 0) for part in self.parts(prefix)]
+        return (methods.LinearMethod if linear else methods.EmbeddingMethod)(self, format, ranks)
+
+    def parts(self, prefix: str) -> list[str]:
+        """The checkpoint's names of the modules that vLLM has merged into one, or of the one."""
+        parent, _, name = prefix.rpartition(".")
+        return [f"{parent}.{part}" if parent else part for part in self.packed_modules_mapping.get(name, [name])]
+
+    def keep_pair(self, names: Iterable[str]) -> bool:
+        """Whether vectors that vLLM keeps in one, norms or biases, are a pair; it is noted if so."""
+        return self._keep(names, vectors=True) is not None
+
+    def _keep(self, names: Iterable[str], router: bool = False, vectors: bool = False) -> str | None:
+        """The format in which parameters that vLLM keeps in one are stored, and notes it; None if their ends agree."""
+        names = list(names)
+        if self.interpolated is None:
+            format = "pair" if router or vectors else self.settings.format or "pair"
+        else:
+            found = set(filter(None, map(self.interpolated_as, names)))
+            if len(found) > 1:
+                raise ValueError(f"{', '.join(names)} must be stored in one format to be merged, got {sorted(found)}")
+            if not found:
+                return None
+            format = found.pop()
+        self.stored.update(dict.fromkeys(names, format))
+        return format
+
+    def interpolated_as(self, name: str) -> str | None:
+        """The format of a parameter in a packed pair's files, None if it is the same in both ends."""
+        interpolated = self.interpolated or {}
+        return interpolated.get(name) or interpolated.get(any_layer(name))
+
+    def format_of(self, name: str) -> str | None:
+        """The format in which vLLM keeps a parameter of the checkpoint, None if as one tensor."""
+        experts = EXPERTS.fullmatch(name)
+        if experts:
+            name = f"{experts[1]}.{'down_proj' if experts[2] == 'down_proj' else 'gate_up_proj'}"
+        return self.stored.get(name)

@@ -1,0 +1,82 @@
+"""What a user may set of a pair in vLLM, and what a request may ask for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from vllm.exceptions import VLLMValidationError
+
+from dami_kernels import formats
+
+KEY = "intensity"  # of `SamplingParams.extra_args`, of `vllm_xargs` and of a request's body
+KEYS = ("thinking", "format", "default_intensity", "intensity_range")
+
+
+class RequestError(VLLMValidationError, ValueError):
+    """What is wrong with a request: to vLLM's server status 400, to everyone else a ValueError."""
+
+    def __init__(self, message: str, parameter: str) -> None:
+        VLLMValidationError.__init__(self, message, parameter=parameter)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Our keys of `--model-loader-extra-config`.
+
+    Attributes:
+        thinking: directory or hub name of the λ=1 end; None for a packed pair.
+        format: how two ends are stored, a name of `dami_kernels.formats.names()`; None for a packed pair.
+        default_intensity: λ of a request that asks for none.
+        intensity_range: least and greatest λ that a request may ask for.
+    """
+
+    thinking: str | None = None
+    format: str | None = None
+    default_intensity: float = 0.0
+    intensity_range: tuple[float, float] = (-1.0, 2.0)
+
+    @classmethod
+    def of(cls, extra: dict[str, Any]) -> Settings:
+        """The settings in a loader's extra config, whose other keys are vLLM's.
+
+        Raises:
+            ValueError: a value is of another type, or unfit; the message names the key.
+        """
+        own = {key: extra[key] for key in KEYS if key in extra}
+        if "thinking" in own and not isinstance(own["thinking"], str):
+            raise ValueError(f"thinking must be a directory or a hub name, got {own['thinking']!r}")
+        if "format" in own:
+            formats.get(own["format"])
+            if "thinking" not in own:
+                raise ValueError("format is a packed pair's own: give it together with thinking only")
+        if "intensity_range" in own:
+            ends = own["intensity_range"]
+            fits = isinstance(ends, (list, tuple)) and len(ends) == 2 and all(map(_is_finite, ends))
+            if not fits or not ends[0] <= ends[1]:
+                raise ValueError(f"intensity_range must be two finite numbers [least, greatest], got {ends!r}")
+            own["intensity_range"] = float(ends[0]), float(ends[1])
+        settings = cls(**own)
+        settings.checked(settings.default_intensity, "default_intensity")
+        return settings
+
+    def checked(self, value: Any, name: str = KEY) -> float:
+        """λ as the kernels take it: a float32 number.
+
+        Raises:
+            ValueError: not a number, not finite, or out of range; the server answers with status 400.
+        """
+        least, greatest = self.intensity_range
+        if not _is_finite(value) or not least <= value <= greatest:
+            hint = "; an estimator needs dami's own server" if value == "auto" else ""
+            raise RequestError(
+                f"{name} must be a number from {least:g} to {greatest:g}, got {value!r}{hint}", parameter=name
+            )
+        return float(np.float32(value)) + 0.0  # and no negative zero
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and (isinstance(value, int) or math.isfinite(value))

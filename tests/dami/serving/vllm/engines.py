@@ -1,0 +1,60 @@
+"""Engines for tests: the least that vLLM starts with, and what to ask of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.dami.serving.vllm.pairs import LAMS
+
+OPTIONS = {
+    "skip_tokenizer_init": True,
+    "dtype": "float32",
+    "enforce_eager": True,
+    "distributed_executor_backend": "uni",
+    "max_model_len": 128,
+    "max_num_batched_tokens": 128,
+    "max_num_seqs": 8,
+    "block_size": 32,
+    "enable_prefix_caching": False,
+}
+
+
+@contextmanager
+def engine(model: Path, thinking: Path | None = None, format: str | None = None, **options: Any) -> Iterator[Any]:
+    """An engine that serves a packed pair, or two ends; it is gone after the block."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    extra = {key: options.pop(key) for key in ("default_intensity", "intensity_range") if key in options}
+    if thinking is not None:
+        options["quantization"] = "dami"
+        extra |= {"thinking": str(thinking)} | ({"format": format} if format else {})
+    llm = LLM(str(model), **{**OPTIONS, **options}, model_loader_extra_config=extra)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+
+
+def ask(llm: Any, prompts: list[list[int]], lams: Sequence[Any] = LAMS, tokens: int = 16, **params: Any) -> list[Any]:
+    """Greedy answers of so many tokens to prompts, each at its λ; None for one that names none."""
+    from vllm import SamplingParams
+
+    asked = [
+        SamplingParams(
+            **{"temperature": 0, "max_tokens": tokens, "ignore_eos": True, "detokenize": False, **params},
+            extra_args=None if lam is None else {"intensity": lam},
+        )
+        for lam in lams
+    ]
+    return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked, use_tqdm=False)
+
+
+def tokens_of(outputs: list[Any]) -> list[list[int]]:
+    """The first answer to each prompt."""
+    return [list(output.outputs[0].token_ids) for output in outputs]

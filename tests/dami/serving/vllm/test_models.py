@@ -1,0 +1,88 @@
+"""Every architecture and every format, packed or from two ends, against merged models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import dami
+import pytest
+from transformers import AutoTokenizer
+
+from tests.dami.serving.vllm import pairs
+from tests.dami.serving.vllm.engines import ask, engine, tokens_of
+from tests.dami.serving.vllm.pairs import LAMS, answers, prompts_of
+
+PROMPTS = prompts_of(5, 17, 33, 9, 21)
+
+
+@pytest.mark.parametrize(
+    ("family", "format"),
+    [("llama", "pair"), ("qwen3", "int8"), ("mistral", "w8d4"), ("qwen3_moe", "int4"), ("adapted", "lowrank")],
+)
+def test_a_packed_pair(packed: Any, family: str, format: str) -> None:
+    with engine(packed(family, format)) as llm:
+        assert tokens_of(ask(llm, PROMPTS)) == answers(packed(family, format), PROMPTS, LAMS, 16)
+
+
+@pytest.mark.parametrize(("family", "format"), [("qwen2", "int8"), ("qwen3_moe", "pair")])
+def test_two_ends(ends: Any, packed: Any, family: str, format: str) -> None:
+    with engine(*ends(family), format=None if format == "pair" else format) as llm:
+        assert tokens_of(ask(llm, PROMPTS)) == answers(packed(family, format), PROMPTS, LAMS, 16)
+
+
+def test_what_is_the_same_in_both_ends(tmp_path: Any) -> None:
+    """Parts of merged weights and biases, norms, whole layers: alone in the files, and found in their places."""
+    same = ("k_proj", "up_proj", "q_proj.bias", "layers.0.input_layernorm", "o_proj.weight", "embed_tokens")
+    pair = pairs.pack(pairs.write_ends("llama", tmp_path, same), "int4")
+    with engine(pair) as llm:
+        assert tokens_of(ask(llm, PROMPTS)) == answers(pair, PROMPTS, LAMS, 16)
+
+
+def test_the_shipped_pair(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(dami.example_pair()[0])
+    chats = [[{"role": "user", "content": question}] for question in ("47 + 38 - 12 =", "gcd(84, 36)") for _ in LAMS]
+    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats]
+    pair = dami.pack(*dami.example_pair(), tmp_path / "pair", format="pair")
+    wanted = answers(pair, prompts, LAMS * 2, 48)
+    with engine(pair) as llm:
+        assert tokens_of(ask(llm, prompts, LAMS * 2, 48)) == wanted
+    with engine(*dami.example_pair(), default_intensity=1) as llm:
+        assert tokens_of(ask(llm, prompts[:1], [None], 48)) == wanted[3:4]
+
+
+def test_requests_that_are_preempted(packed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of 13 blocks cannot hold all requests: some are thrown out and begin anew."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempted = []
+    preempt = Scheduler._preempt_request
+
+    def counted(*args: Any, **options: Any) -> Any:
+        preempted.append(args)
+        return preempt(*args, **options)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", counted)
+    prompts, lams = prompts_of(*[60] * 6), [*LAMS, 0.7]
+    with engine(packed("qwen3", "int8"), num_gpu_blocks_override=13) as llm:
+        assert tokens_of(ask(llm, prompts, lams, 48)) == answers(packed("qwen3", "int8"), prompts, lams, 48)
+    assert preempted
+
+
+def test_speculation_by_ngrams(packed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers that repeat themselves: drafts are found, and verified at the request's own λ."""
+    from vllm.v1.spec_decode.metrics import SpecDecodingStats
+
+    accepted = []
+    observe = SpecDecodingStats.observe_draft
+
+    def counted(self: Any, **drafts: Any) -> None:
+        accepted.append(drafts["num_accepted_tokens"])
+        observe(self, **drafts)
+
+    monkeypatch.setattr(SpecDecodingStats, "observe_draft", counted)
+    prompts = [prompt * 4 for prompt in prompts_of(5, 7, 6, 4, 8)]
+    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    with engine(packed("qwen3", "int8"), speculative_config=speculation, disable_log_stats=False) as llm:
+        assert tokens_of(ask(llm, prompts, tokens=48)) == answers(packed("qwen3", "int8"), prompts, LAMS, 48)
+    assert any(accepted)

@@ -1,0 +1,49 @@
+"""What is decided when vLLM is imported or takes several processes: the second model runner, splitting, compiling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.dami.serving.vllm.pairs import LAMS, answers, prompts_of
+from tests.dami.serving.vllm.processes import answers_of
+
+PROMPTS = prompts_of(5, 17, 33, 9, 21)
+
+
+def check(packed: Any, family: str, format: str, options: dict[str, Any], **environment: str) -> None:
+    model = packed(family, format)
+    job = {"engine": {"model": str(model), **options}, "ask": {"prompts": PROMPTS}}
+    assert answers_of(job, **environment) == answers(model, PROMPTS, LAMS, 16)
+
+
+def test_the_second_model_runner(packed: Any) -> None:
+    """Which is the default on GPUs; here Triton's interpreter runs its kernels. Prompts come in pieces."""
+    environment = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    check(packed, "qwen3", "int4", {"max_num_batched_tokens": 32}, **environment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "format"), [("llama", "int4"), ("mistral", "w8d4"), ("qwen3_moe", "int8"), ("adapted", "lowrank")]
+)
+def test_tensor_parallelism(packed: Any, family: str, format: str) -> None:
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "max_num_batched_tokens": 32}
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    check(packed, family, format, options, **environment)
+
+
+@pytest.mark.slow
+def test_experts_in_two_processes(packed: Any) -> None:
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "enable_expert_parallel": True}
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    check(packed, "qwen3_moe", "int4", options, **environment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "format"), [("qwen3", "int4"), ("qwen3_moe", "pair")])
+def test_compiled(packed: Any, family: str, format: str, tmp_path: Any) -> None:
+    """Once more from what the first run has kept."""
+    for _ in range(2):
+        check(packed, family, format, {"enforce_eager": False}, VLLM_CACHE_ROOT=str(tmp_path))

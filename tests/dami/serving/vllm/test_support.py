@@ -1,0 +1,218 @@
+"""What the plugin checks before it serves: vLLM itself, its options, the files, and the model it has loaded."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.dami.serving.vllm import pairs
+from tests.dami.serving.vllm.engines import engine
+
+vllm = pytest.importorskip("vllm")
+
+from dami.serving.vllm import register, support  # noqa: E402
+from dami.serving.vllm.settings import Settings  # noqa: E402
+
+
+def test_this_vllm_fits() -> None:
+    assert support.FAULTS == []
+
+
+def test_what_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        support,
+        "RELIED_ON",
+        {
+            "vllm.no_such_module:x": (),
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner.no_such": (),
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs": ("self", "no_such_parameter"),
+            "vllm.v1.core.sched.output:NewRequestData": ("no_such_field", "sampling_params"),
+        },
+    )
+    module, method, parameter, field = support.faults()
+    assert "No module named 'vllm.no_such_module'" in module
+    assert "has no attribute 'no_such'" in method
+    assert "GPUModelRunner._prepare_inputs has no no_such_parameter, but self, scheduler_output" in parameter
+    assert "NewRequestData has no no_such_field, but" in field
+
+
+def test_another_vllm_serves_no_pair_and_all_else(packed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    register()  # for the tests that come after
+    monkeypatch.setattr(support, "FAULTS", ["vllm.somewhere:something: is gone"])
+    register()  # does nothing, and raises nothing
+    with (
+        pytest.raises(
+            Exception, match=r"dami's plugin fits vLLM 0.32 and 0.33, and this is vllm.*\n.*something: is gone"
+        ),
+        engine(packed("qwen3", "int8")),
+    ):
+        pass
+
+
+def config(**changed: Any) -> Any:
+    """As much of a config as is checked, with some of it changed: `parallel_config__pipeline_parallel_size=2`."""
+    made = SimpleNamespace(
+        model_config=SimpleNamespace(
+            architectures=["Qwen3MoeForCausalLM"],
+            runner_type="generate",
+            is_moe=True,
+            enable_prompt_embeds=False,
+            head_dtype=torch.float32,
+            dtype=torch.float32,
+        ),
+        parallel_config=SimpleNamespace(
+            pipeline_parallel_size=1,
+            data_parallel_size=1,
+            use_sequence_parallel_moe=False,
+            enable_eplb=False,
+            use_ubatching=False,
+            enable_batch_sharded_sampling=False,
+            prefill_context_parallel_size=1,
+            decode_context_parallel_size=1,
+        ),
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
+        speculative_config=None,
+        lora_config=None,
+    )
+    for path, value in changed.items():
+        *parents, name = path.split("__")
+        owner = made
+        for parent in parents:
+            owner = getattr(owner, parent)
+        setattr(owner, name, value)
+    return made
+
+
+def test_plain_options_pass() -> None:
+    support.check_features(config())
+    support.check_features(config(speculative_config=SimpleNamespace(method="ngram")))
+    support.check_features(config(model_config__is_moe=False, parallel_config__data_parallel_size=2))
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"model_config__architectures": ["DeepseekV4ForCausalLM"]}, "the architecture DeepseekV4ForCausalLM"),
+        ({"model_config__runner_type": "pooling"}, "the runner pooling"),
+        ({"model_config__enable_prompt_embeds": True}, "prompt embeddings"),
+        ({"model_config__head_dtype": torch.float64}, "an output layer in torch.float64"),
+        ({"lora_config": object()}, "LoRA"),
+        ({"speculative_config": SimpleNamespace(method="eagle3")}, "speculation by eagle3"),
+        ({"speculative_config": SimpleNamespace(method="mtp")}, "speculation by mtp"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"parallel_config__data_parallel_size": 2}, "data-parallel experts"),
+        ({"parallel_config__use_sequence_parallel_moe": True}, "sequence-parallel experts"),
+        ({"parallel_config__enable_eplb": True}, "EPLB"),
+        ({"parallel_config__use_ubatching": True}, "DBO"),
+        ({"parallel_config__enable_batch_sharded_sampling": True}, "batch-sharded sampling"),
+        ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
+        ({"cache_config__kv_sharing_fast_prefill": True}, "fast prefill by shared KV"),
+    ],
+)
+def test_what_is_not_supported_is_named(changed: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=f"a pair in vLLM does not support .*{named}"):
+        support.check_features(config(**changed))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"thinking": 3}, "thinking must be a directory or a hub name, got 3"),
+        ({"thinking": "x", "format": "int3"}, "format must be one of"),
+        ({"format": "int4"}, "format is a packed pair's own"),
+        ({"intensity_range": [0, "1"]}, "intensity_range must be two finite numbers"),
+        ({"intensity_range": [1, 0]}, "intensity_range must be two finite numbers"),
+        ({"intensity_range": 1}, "intensity_range must be two finite numbers"),
+        ({"default_intensity": 3}, "default_intensity must be a number from -1 to 2, got 3"),
+        ({"default_intensity": "auto"}, "default_intensity must be a number from -1 to 2, got 'auto'"),
+    ],
+)
+def test_settings_that_are_wrong(extra: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings.of(extra)
+
+
+def test_one_intensity_has_one_key() -> None:
+    checked = Settings().checked
+    assert checked(0.1) == checked(float(torch.tensor(0.1)))  # as the kernels take it
+    assert str(checked(-0.0)) == "0.0"
+
+
+def test_ends_that_do_not_match(ends: Any) -> None:
+    with (
+        pytest.raises(
+            Exception, match=r"do not match:\n(.|\n)*config.model_type: 'qwen3' in the instruct end, 'llama'"
+        ),
+        engine(ends("qwen3")[0], ends("llama")[1]),
+    ):
+        pass
+
+
+def test_an_end_that_is_missing(ends: Any, packed: Any) -> None:
+    with (
+        pytest.raises(Exception, match="must name the λ=1 end, got None"),
+        engine(ends("qwen3")[0], quantization="dami"),
+    ):
+        pass
+    with (
+        pytest.raises(Exception, match="need a pair: --quantization dami"),
+        engine(ends("qwen3")[0], default_intensity=0.5),
+    ):
+        pass
+    with (
+        pytest.raises(Exception, match="must be left out of a packed pair"),
+        engine(packed("qwen3", "int8"), ends("qwen3")[1]),
+    ):
+        pass
+
+
+def test_a_tensor_that_is_missing(packed: Any, tmp_path: Path) -> None:
+    shutil.copytree(packed("qwen3", "int8"), tmp_path, dirs_exist_ok=True)
+    (file,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight_delta_scale"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(Exception, match=r"not initialized|gate_up_proj.weight_delta_step"), engine(tmp_path):
+        pass
+
+
+def test_the_self_test_sees_a_layer_that_is_wrong(packed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dami.serving.vllm.methods import LinearMethod
+
+    apply = LinearMethod.apply
+
+    def wrong(self: Any, layer: Any, x: Any, bias: Any = None) -> Any:
+        """One layer stays at λ=0 whatever is asked."""
+        before = layer.intensity
+        if layer.prefix.endswith("1.mlp.down_proj"):
+            layer.intensity = torch.zeros_like(before)
+        try:
+            return apply(self, layer, x, bias)
+        finally:
+            layer.intensity = before
+
+    monkeypatch.setattr(LinearMethod, "apply", wrong)
+    with (
+        pytest.raises(Exception, match="the pair fails its self-test: at λ=1 a token's output is off by"),
+        engine(packed("qwen3", "int8")),
+    ):
+        pass
+
+
+def test_a_plain_model_is_served_as_ever(ends: Any) -> None:
+    from vllm import SamplingParams
+
+    prompts = pairs.prompts_of(5, 9)
+    instruct = ends("qwen3")[0]
+    model = pairs.AutoModelForCausalLM.from_pretrained(instruct)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False, extra_args={"intensity": 7})
+    with engine(instruct) as llm:
+        found = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+        assert [list(o.outputs[0].token_ids) for o in found] == [pairs.answer(model, prompt, 8) for prompt in prompts]
