@@ -343,11 +343,6 @@ def merge(
     out.print(f"{output}: an ordinary checkpoint at λ={intensity:g}.")
 
 
-def asked_intensity(text: str) -> float | str:
-    """Reads a λ, a preset or auto."""
-    return text if text in ("auto", "low", "medium", "high") else finite(text)
-
-
 @app.command()
 def serve(
     ends: Annotated[
@@ -365,7 +360,9 @@ def serve(
     name: Annotated[str | None, typer.Option("--served-model-name", help="Default: the instruct end's.")] = None,
     default_intensity: Annotated[
         Any,
-        typer.Option(parser=asked_intensity, metavar="λ|PRESET|auto", help="Of requests that name none."),
+        typer.Option(
+            parser=number_or_name, metavar="λ|NAME", help="Of requests that name none: a number, a preset or auto."
+        ),
     ] = "0.5",
     intensity_range: Annotated[
         tuple[float, float], typer.Option(metavar="LOWEST HIGHEST", help="λ that requests may ask for.")

@@ -13,13 +13,15 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, is_grad_enabled, nn
 
 from dami import dial as dials
 from dami.dial import Dial, as_lam, named, patch_of
 from dami.independence import check_independence
 from dami.layers import Pass
-from dami.schedules import Course, course_of
+from dami.schedules import Course, course_of, resolved
 
 if TYPE_CHECKING:
     from dami.estimators import Estimator
@@ -162,6 +164,9 @@ def patched_model_class(original: Any) -> type[LerpModel]:
 
         @functools.wraps(original.init_continuous_batching)
         def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if Version(transformers.__version__) < Version(BATCHING):
+                got = transformers.__version__
+                raise ImportError(f"continuous batching of a pair needs transformers>={BATCHING}, got {got}")
             from dami.serving.batching import LerpManager
 
             _check_adapters(self)
@@ -169,9 +174,11 @@ def patched_model_class(original: Any) -> type[LerpModel]:
 
         @functools.wraps(original.generate_batch)
         def generate_batch(self: Any, inputs: Any, *args: Any, intensity: Any = None, **kwargs: Any) -> Any:
-            from dami.serving.batching import Prompts
+            from dami.serving.batching import Prompts, padded
 
-            lam = self.dami_patch.dial.lam if intensity is None else intensity
+            lam = self.dami_patch.dial.lam
+            if intensity is not None:
+                lam = resolved(self, intensity, padded(inputs, self.device), len(inputs))
             lam = as_lam(lam, torch.device("cpu"), len(inputs)).expand(len(inputs))
             return original.generate_batch(self, Prompts(inputs, lam.tolist()), *args, **kwargs)
 
@@ -255,6 +262,7 @@ def attach(
     return model
 
 
+BATCHING = "5.24"  # from which on transformers updates a paged cache before it calls the attention
 MEDIA = re.compile("pixel|image|video|audio|input_features|input_values")
 INPUTS = ("inputs", "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 

@@ -29,7 +29,7 @@ def records(result: Result) -> list[dict[str, object]]:
 def test_help_names_every_command(arguments: list[str]) -> None:
     result = run(*arguments)
     assert result.exit_code == 0
-    for command in ("demo", "generate", "describe", "pack", "merge", "bench", "doctor"):
+    for command in ("demo", "generate", "describe", "pack", "merge", "serve", "bench", "doctor"):
         assert f" {command} " in result.stdout
 
 
@@ -245,3 +245,27 @@ def test_prompts_are_wanted_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(cli.sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
     with pytest.raises(cli.typer.Exit):
         cli.read_prompts([], None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a", "b", "c"], "a pair is one packed directory or two checkpoints, got 3"),
+        (["--intensity-range", "1", "0"], "--intensity-range must be two finite numbers, the lower first"),
+        (["--default-intensity", "1e999"], "must be a finite number such as 0.5, got '1e999'"),
+        (["--default-intensity", "high"], "default_intensity must be a number, a preset of the pair []"),
+        (["--max-model-len", "100000"], "max_model_len must be at most 512, got 100000"),
+        (["--kv-memory", "-1"], "should be greater than or equal to 0"),
+    ],
+)
+def test_serve_refuses(arguments: list[str], message: str) -> None:
+    result = run("serve", "--kv-memory", "0.01", *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
+def test_serve_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    result = run("serve")
+    assert result.exit_code == 2
+    assert "dami serve needs uvicorn: pip install 'dami-kernels[serve]'" in result.output

@@ -18,10 +18,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.generation import GenerationConfig
 from transformers.generation.continuous_batching import cb_logits_processors, continuous_api, requests
 
-from dami.dial import as_lam, patch_of
+from dami.dial import as_lam, named, patch_of
 from dami.serving import attention
 from dami.serving.sampling import Sampler, Sampling
 
@@ -118,18 +117,19 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
             raise ValueError("attn_implementation 'eager' leaves out soft caps in continuous batching: use the default")
 
     def add_request(
-        self, input_ids: list[int], *args: Any, intensity: float | None = None, **options: Any
+        self, input_ids: list[int], *args: Any, intensity: float | str | None = None, **options: Any
     ) -> str | None:
         """As transformers' own.
 
         Args:
-            intensity: λ of the request, one finite number; by default where the model's dial stands.
+            intensity: λ of the request, one finite number or a preset's name; by default where the model's dial stands.
             args, options: as there.
 
         Raises:
             TypeError, ValueError: `intensity` is not one finite number.
         """
-        options["intensity"] = one_lam(patch_of(self.model).dial.lam if intensity is None else intensity)
+        lam = patch_of(self.model).dial.lam if intensity is None else named(self.model, intensity)
+        options["intensity"] = one_lam(lam)
         return super().add_request(input_ids, *args, **options)
 
     def add_requests(
@@ -213,6 +213,14 @@ class LerpProcessors(cb_logits_processors.ContinuousBatchingLogitsProcessorList)
         if self.sampler is not None:
             scores = self.sampler(scores, logits_processor_args[self.own_rows : -1])
         return scores
+
+
+def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
+    """Prompts as `generate` takes them, `input_ids` and `attention_mask` [prompts, length], padded on the left."""
+    length = max(map(len, prompts), default=0)
+    ids = [[0] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
 
 def one_lam(intensity: Any) -> float:
@@ -323,13 +331,3 @@ def unblock_after_cancellations(scheduler: Any) -> None:
         return cancelled
 
     scheduler.clear_cancelled_requests = clear_cancelled_requests
-
-
-def generation_config_of(model: Any) -> GenerationConfig:
-    """A model's generation config for `sample_per_request`: without what would change the logits of all requests."""
-    config = GenerationConfig(
-        do_sample=False,
-        eos_token_id=model.generation_config.eos_token_id,
-        pad_token_id=model.generation_config.pad_token_id,
-    )
-    return config

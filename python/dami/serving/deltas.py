@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from dami.thoughts import Reader
+from dami.thoughts import Reader, Reading
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # stands at the end of a text whose last character is not complete
 
@@ -109,6 +109,7 @@ class Deltas:
         self.ids: list[int] = []
         self.thought, self.answer = (Part(stop, strip=reader is not None) for _ in range(2))
         self.detokenizer = Detokenizer(tokenizer)
+        self.said: Reading | None = None  # the whole row, at its end
         self.held: list[tuple[int, str]] = []  # tokens that may be part of a tag, with their texts
         if reader is not None:
             tags = sorted((reader.tags.start, *reader.tags.ends), key=len, reverse=True)
@@ -146,10 +147,10 @@ class Deltas:
         if self.reader is None:
             rest = self.answer.push(self.detokenizer.rest())
             return Delta(answer=rest + self.answer.flush())
-        said = self.reader.read(self.ids, inside=self.given_inside, finished=finished)
-        taken_back = not said.answer.startswith(self.answer.text)  # what an end tag alone made a thought was an answer
-        thought = self.thought.flush() if taken_back else _complete(self.thought, said.thought)
-        return Delta(thought, _complete(self.answer, said.answer))
+        said = self.said = self.reader.read(self.ids, inside=self.given_inside, finished=finished)
+        if not said.answer.startswith(self.answer.text):  # an end tag alone has made a thought of it
+            return Delta(self.thought.flush(), self.answer.flush())
+        return Delta(_complete(self.thought, said.thought), _complete(self.answer, said.answer))
 
     def _part(self) -> Part:
         return self.thought if self.inside else self.answer

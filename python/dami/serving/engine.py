@@ -20,7 +20,7 @@ import dami
 from dami.chat import end_tokens
 from dami.dial import patch_of
 from dami.schedules import resolved
-from dami.serving.batching import LerpManager, Step
+from dami.serving.batching import LerpManager, Step, padded
 from dami.serving.controller import IntensityController
 from dami.serving.sampling import Logprobs, Sampling
 
@@ -329,11 +329,8 @@ class Engine:
 
     @torch.inference_mode()
     def _estimate(self, prompts: Sequence[list[int]]) -> list[float]:
-        length = max(map(len, prompts))
-        mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
-        ids = torch.tensor([[0] * (length - len(p)) + p for p in prompts])
-        batch = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
-        return resolved(self.twin, ["auto"] * len(prompts), batch, len(prompts))  # type: ignore[arg-type]
+        assert self.twin is not None
+        return resolved(self.twin, ["auto"] * len(prompts), padded(prompts, self.model.device), len(prompts))
 
     def grant(self, intensity: float, adjustable: bool) -> float:
         """The λ that a request is admitted at."""

@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, 
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Count = Annotated[StrictInt, Field(ge=1, le=1 << 30)]
-Preset = Literal["auto", "low", "medium", "high"]
+Preset = Annotated[StrictStr, Field(max_length=64)]  # or "auto"
 Intensity = Number | Preset
 TokenId = Annotated[StrictInt, Field(ge=0, lt=1 << 31)]
 

@@ -252,7 +252,7 @@ class Service:
             )
         presets = self.engine.presets
         if isinstance(body.intensity, str) and body.intensity != "auto" and body.intensity not in presets:
-            known = f"it has {', '.join(presets)}" if presets else "it has none"
+            known = f"it has {', '.join(sorted(presets))}" if presets else "it has none"
             raise BadRequest(f"intensity {body.intensity!r} is not a preset of this pair: {known}", "intensity")
         if body.intensity == "auto" and self.engine.twin is None:
             raise BadRequest("intensity 'auto' needs an estimator, and this pair has none", "intensity")
@@ -425,9 +425,11 @@ class Service:
     def chat_response(self, answering: Answering) -> dict[str, Any]:
         choices = []
         for choice in answering.choices:
-            message = {"role": "assistant", "content": choice.deltas.answer.text}
-            if choice.deltas.thought.text:
-                message["reasoning_content"] = choice.deltas.thought.text
+            said = choice.deltas.said  # None where a stop string ended it
+            thought = choice.deltas.thought.text if said is None else said.thought
+            message = {"role": "assistant", "content": choice.deltas.answer.text if said is None else said.answer}
+            if thought:
+                message["reasoning_content"] = thought
             logprobs = None if answering.body.wanted_logprobs is None else self.chat_logprobs(choice.tokens)
             choices.append(
                 {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.reason}

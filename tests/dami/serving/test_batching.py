@@ -175,6 +175,15 @@ def test_lam_is_that_of_the_dial_where_none_is_given() -> None:
         assert batched(model, asked, SMALL) == alone(model, asked, [0.7, 0.1])
 
 
+def test_names_stand_for_lam() -> None:
+    class ByLength:
+        def estimate(self, model: Any, batch: Any) -> Any:
+            return batch["attention_mask"].sum(1) / 10
+
+    model, asked = dami.attach(patched("qwen3"), ByLength(), {"low": 0.2}), prompts([6, 9, 4])
+    assert batched(model, asked, SMALL, intensity=["low", "auto", 0.7]) == alone(model, asked, [0.2, 0.9, 0.7])
+
+
 def test_a_part_of_the_model_may_stand_at_one_lam() -> None:
     model, asked = patched("qwen3"), prompts([6, 9])
     with dami.intensity(model, 1.0, modules="mlp"):
@@ -209,7 +218,8 @@ def test_generate_with_a_paged_cache_refuses(options: dict[str, Any], message: s
     ("intensity", "error", "message"),
     [
         (float("nan"), ValueError, "intensity must be finite, got nan"),
-        ("0.5", TypeError, "intensity must be a real number, or one per sequence, got str"),
+        ("low", ValueError, "intensity must be a number, a preset, of which the model has none"),
+        ("auto", TypeError, "intensity must be a real number, or one per sequence, got str"),
         (True, TypeError, "intensity must be a real number, or one per sequence, got True"),
         ([0.1, 0.2], ValueError, "intensity must be one number for a request, got 2"),
     ],
@@ -287,6 +297,12 @@ def test_waiting_requests_go_on_when_the_one_that_blocks_them_is_cancelled() -> 
     scheduler.set_request_cancellation("a")
     scheduler.clear_cancelled_requests()
     assert not scheduler.block_new_requests
+
+
+def test_an_old_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dami.model.BATCHING", "99.0")
+    with pytest.raises(ImportError, match=r"continuous batching of a pair needs transformers>=99.0, got 5"):
+        patched("qwen3").init_continuous_batching(GREEDY, SMALL)
 
 
 def test_another_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -301,7 +301,7 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
     (CHAT, asked(model="other"), 404, "model", "model must be 'pair', got 'other'"),
     (CHAT, asked(intensity="high"), 400, "intensity", "is not a preset of this pair: it has none"),
     (CHAT, asked(intensity="auto"), 400, "intensity", "needs an estimator, and this pair has none"),
-    (CHAT, asked(intensity="0.5"), 400, "intensity", "should be 'auto', 'low', 'medium' or 'high'"),
+    (CHAT, asked(intensity="0.5"), 400, "intensity", "'0.5' is not a preset of this pair"),
     (CHAT, asked(intensity=2.5), 400, "intensity", "intensity must be in -1 to 2 on this server, got 2.5"),
     (CHAT, asked(intensity=True), 400, "intensity", "valid number"),
     (CHAT, asked(intensity=[0.1]), 400, "intensity", "valid number"),
@@ -450,7 +450,7 @@ def test_presets_and_a_controller(monkeypatch: pytest.MonkeyPatch) -> None:
         ):
             response = server.post(CHAT, asked(max_tokens=2, ignore_eos=True, **options)).json()
             assert response["intensity"] == granted
-        assert "it has low, high" in server.post(CHAT, asked(intensity="medium")).text
+        assert "it has high, low" in server.post(CHAT, asked(intensity="medium")).text
         until(lambda: ("finish", 0.5, 2) in controller.calls)
     assert [call[1] for call in controller.calls if call[0] == "start"] == [0.9, 0.1, 0.25, 0.25, 0.5]
     assert ("observe", 1, True, True) in controller.calls
