@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,8 @@ class PairLoader(DefaultModelLoader):
         if self.pair is None:
             return weights
         if self.pair.settings.thinking is None:
-            return packed_weights(weights, self.pair)
+            tied = {"lm_head.weight"} if model_config.hf_config.tie_word_embeddings else set()
+            return packed_weights(weights, self.pair, tied)
         return self._two_ends(weights, model_config, self.pair)
 
     def _two_ends(
@@ -168,9 +170,21 @@ class PairLoader(DefaultModelLoader):
         return {name: (Path(file), header) for file in files for name, header in headers_in(Path(file)).items()}
 
 
-def packed_weights(weights: Iterator[tuple[str, Tensor]], pair: PairQuantization) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a packed pair under vLLM's names; what is the same in both ends becomes a pair where merged."""
+def packed_weights(
+    weights: Iterator[tuple[str, Tensor]], pair: PairQuantization, tied: AbstractSet[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a packed pair under vLLM's names; what is the same in both ends becomes a pair where merged.
+
+    Raises:
+        ValueError: at the end, if parameters that are kept as pairs, but for the `tied`, did not come; vLLM would not
+            notice, where another part of the same merged weight did.
+    """
+    awaited = set()
+    for name in pair.stored.keys() - tied:
+        format = pair.interpolated_as(name)
+        awaited |= {name + suffix for suffix in (formats.get(format).TENSORS if format else ("",))}
     for name, tensor in weights:
+        awaited.discard(name)
         own = next((name.removesuffix(s) for s in SUFFIXES if name.endswith(s) and _stores(pair, name, s)), None)
         format = pair.format_of(own or name)
         if own is not None:
@@ -179,6 +193,8 @@ def packed_weights(weights: Iterator[tuple[str, Tensor]], pair: PairQuantization
             yield name, tensor
         else:
             yield from named(name, LerpWeight.pack(tensor, tensor, format))
+    if awaited:
+        raise ValueError(f"the packed pair lacks {', '.join(sorted(awaited))}")
 
 
 def _stores(pair: PairQuantization, name: str, suffix: str) -> bool:

@@ -15,8 +15,8 @@ from typing import Any
 ROOT = Path(__file__).parents[4]
 
 
-def answers_of(job: dict[str, Any], **environment: str) -> list[list[int]]:
-    """Runs a job in a new process with these environment variables; the answers' tokens."""
+def answers_of(job: dict[str, Any], **environment: str) -> tuple[list[list[int]], dict[str, int]]:
+    """Runs a job in a new process with these environment variables; the answers' tokens, and what vLLM has counted."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
     done = subprocess.run(
         [sys.executable, "-m", __name__],
@@ -27,7 +27,8 @@ def answers_of(job: dict[str, Any], **environment: str) -> list[list[int]]:
         timeout=400,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    tokens, counted = json.loads(done.stdout.splitlines()[-1])
+    return tokens, counted
 
 
 def interpret_triton() -> None:
@@ -49,4 +50,6 @@ if __name__ == "__main__":
 
     job = json.load(sys.stdin)
     with engine(**job["engine"]) as llm:
-        print(json.dumps(tokens_of(ask(llm, **job["ask"]))))
+        tokens = tokens_of(ask(llm, **job["ask"]))
+        metrics = [] if job["engine"].get("disable_log_stats", True) else llm.get_metrics()
+        print(json.dumps([tokens, {metric.name: metric.value for metric in metrics if hasattr(metric, "value")}]))

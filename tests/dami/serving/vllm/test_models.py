@@ -67,22 +67,3 @@ def test_requests_that_are_preempted(packed: Any, monkeypatch: pytest.MonkeyPatc
     with engine(packed("qwen3", "int8"), num_gpu_blocks_override=13) as llm:
         assert tokens_of(ask(llm, prompts, lams, 48)) == answers(packed("qwen3", "int8"), prompts, lams, 48)
     assert preempted
-
-
-def test_speculation_by_ngrams(packed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers that repeat themselves: drafts are found, and verified at the request's own λ."""
-    from vllm.v1.spec_decode.metrics import SpecDecodingStats
-
-    accepted = []
-    observe = SpecDecodingStats.observe_draft
-
-    def counted(self: Any, **drafts: Any) -> None:
-        accepted.append(drafts["num_accepted_tokens"])
-        observe(self, **drafts)
-
-    monkeypatch.setattr(SpecDecodingStats, "observe_draft", counted)
-    prompts = [prompt * 4 for prompt in prompts_of(5, 7, 6, 4, 8)]
-    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    with engine(packed("qwen3", "int8"), speculative_config=speculation, disable_log_stats=False) as llm:
-        assert tokens_of(ask(llm, prompts, tokens=48)) == answers(packed("qwen3", "int8"), prompts, LAMS, 48)
-    assert any(accepted)

@@ -15,13 +15,27 @@ PROMPTS = prompts_of(5, 17, 33, 9, 21)
 def check(packed: Any, family: str, format: str, options: dict[str, Any], **environment: str) -> None:
     model = packed(family, format)
     job = {"engine": {"model": str(model), **options}, "ask": {"prompts": PROMPTS}}
-    assert answers_of(job, **environment) == answers(model, PROMPTS, LAMS, 16)
+    tokens, _ = answers_of(job, **environment)
+    assert tokens == answers(model, PROMPTS, LAMS, 16)
 
 
 def test_the_second_model_runner(packed: Any) -> None:
     """Which is the default on GPUs; here Triton's interpreter runs its kernels. Prompts come in pieces."""
     environment = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
     check(packed, "qwen3", "int4", {"max_num_batched_tokens": 32}, **environment)
+
+
+def test_speculation_by_ngrams(packed: Any) -> None:
+    """Answers that repeat themselves: drafts are found, and verified at the request's own λ.
+
+    In a process of its own, as vLLM cannot start another engine once this one has loaded numba.
+    """
+    prompts, model = [prompt * 4 for prompt in prompts_of(5, 7, 6, 4, 8)], packed("qwen3", "int8")
+    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    options = {"model": str(model), "speculative_config": speculation, "disable_log_stats": False}
+    tokens, counted = answers_of({"engine": options, "ask": {"prompts": prompts, "tokens": 48}})
+    assert tokens == answers(model, prompts, LAMS, 48)
+    assert counted["vllm:spec_decode_num_accepted_tokens"] > 0
 
 
 @pytest.mark.slow
