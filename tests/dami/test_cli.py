@@ -253,7 +253,7 @@ def test_prompts_are_wanted_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> No
         (["a", "b", "c"], "a pair is one packed directory or two checkpoints, got 3"),
         (["--intensity-range", "1", "0"], "--intensity-range must be two finite numbers, the lower first"),
         (["--default-intensity", "1e999"], "must be a finite number such as 0.5, got '1e999'"),
-        (["--default-intensity", "high"], "default_intensity must be a number, a preset of the pair []"),
+        (["--default-intensity", "huge"], "default_intensity must be a number, a preset of the pair ['high'"),
         (["--max-model-len", "100000"], "max_model_len must be at most 512, got 100000"),
         (["--kv-memory", "-1"], "should be greater than or equal to 0"),
     ],

@@ -178,7 +178,9 @@ class IntensityController:
         if wanted < self._cap:
             self._cap = wanted
         elif wanted == self.ceiling or wanted > self._cap + HYSTERESIS * span:
-            self._cap = min(wanted, self._cap + span * (now - self._moved) / (RISE * self.target))
+            self._cap += span * (now - self._moved) / (RISE * self.target)
+            if self._cap > wanted - 1e-9 * span:  # a sum of many small rises comes out a little lower
+                self._cap = wanted
         self._moved = now
         return self._cap
 

@@ -144,6 +144,7 @@ class Row:
         """Ends it, if it has not ended, and frees its blocks; `complete` if its text has all that is wanted."""
         if self.engine.forget(self, complete):
             self.engine.manager.cancel_request(self.name)
+            self.news.put_nowait(None)
 
 
 class Engine:

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -166,10 +167,7 @@ class Answering:
             async for _ in choice.news():
                 pass
 
-        try:
-            await asyncio.gather(*map(drain, self.choices))
-        finally:
-            self.cancel()
+        await asyncio.gather(*map(drain, self.choices))
 
     async def news(self) -> AsyncIterator[tuple[Choice, Delta, list[Token]]]:
         """What comes to any choice; no faster than it is taken."""
@@ -194,21 +192,20 @@ class Answering:
         finally:
             for task in pumps:
                 task.cancel()
-            self.cancel()
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of an answer, which is cancelled when they end in whatever way."""
+    """Server-sent events of an answer, and what is to be done when they end in whatever way."""
 
-    def __init__(self, events: AsyncIterator[str], answering: Answering) -> None:
+    def __init__(self, events: AsyncIterator[str], ended: Callable[[], None]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self.answering = answering
+        self.ended = ended
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.answering.cancel()
+            self.ended()
 
 
 class Service:
@@ -363,8 +360,9 @@ class Service:
         value = self.defaults[name] if value is None else value
         return max(value, 0)  # a top_k of −1 is vLLM's word for none
 
-    def count(self, answering: Answering) -> None:
-        """Counts an answer that has come to its end, or has been cut off."""
+    def end(self, answering: Answering) -> None:
+        """Counts an answer that has come to its end, or cuts it off."""
+        answering.cancel()
         now = time.monotonic()
         for choice in answering.choices:
             row, tokens = choice.row, len(choice.tokens)
@@ -419,8 +417,6 @@ class Service:
             yield "data: [DONE]\n\n"
         except EngineDead as dead:
             yield f"data: {bytes(error(500, f'the engine has died: {dead}').body).decode()}\n\n"
-        finally:
-            self.count(answering)
 
     def chat_response(self, answering: Answering) -> dict[str, Any]:
         choices = []
@@ -605,12 +601,12 @@ def create_app(engine: Engine, tokenizer: Any, settings: Settings | None = None)
 
     async def answer(request: Request, answering: Answering, whole: Callable[[Answering], dict[str, Any]]) -> Response:
         if answering.body.stream:
-            return EventStream(service.events(answering), answering)
+            return EventStream(service.events(answering), partial(service.end, answering))
         try:
             if not await unless_gone(request, answering.collect()):
                 return Response(status_code=499)
         finally:
-            service.count(answering)
+            service.end(answering)
         return JSONResponse(whole(answering))
 
     @app.post("/v1/chat/completions", responses=RESPONSES)

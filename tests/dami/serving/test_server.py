@@ -369,15 +369,15 @@ def test_a_body_that_is_not_called_json(server: Running) -> None:
     assert response.status_code == 400
 
 
-@pytest.mark.slow  # on a busy machine it failed now and then; whether that is the test or the server is not known
 def test_clients_that_leave_free_their_blocks(server: Running) -> None:
     """In the middle of a stream, before its first piece, and while they wait for a whole answer."""
     endless = asked(ignore_eos=True, intensity=1.0, max_tokens=480)
     before = server.metric('dami_sequences_total{reason="cancelled"}')
     for pieces in (3, 0):
         with httpx.stream("POST", server.url + CHAT, json=endless | {"stream": True}) as response:
-            for _, _line in zip(range(pieces), response.iter_lines(), strict=False):
-                pass
+            lines = response.iter_lines()  # kept: httpx closes the connection when it is dropped
+            for _ in range(pieces):
+                next(lines)
             until(lambda: len(server.engine.rows) > 0)
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(server.url + CHAT, json=endless | {"n": 3}, timeout=0.3)
