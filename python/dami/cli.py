@@ -112,6 +112,9 @@ FormatOption = Annotated[
     typer.Option("--format", metavar="NAME", help="How the pair is kept: pair, int8, int4, w8d4 or lowrank."),
 ]
 SeedOption = Annotated[int, typer.Option(help="Seed of the sampling.")]
+VerifierOption = Annotated[str | None, typer.Option(help="Of a file: math (math-verify) or word (the last one).")]
+RowsOption = Annotated[int, typer.Option(min=1, help="Rows of a batch, which holds all λ of a question.")]
+MaxTokensOption = Annotated[int | None, typer.Option(min=1, help="Tokens of an answer, at most.")]
 
 
 def load(pair: tuple[str, ...] | None, format: str | None = None, invariant: bool = False) -> tuple[Any, Any]:
@@ -460,9 +463,9 @@ def evaluate(
     ] = None,
     questions: Annotated[int | None, typer.Option(min=1, help="How many. Default: all of a file, 100 else.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Answers to a question at one λ.")] = 1,
-    verifier: Annotated[str | None, typer.Option(help="Of a file: math (math-verify) or word (the last one).")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of a batch, which holds all λ of a question.")] = 64,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer, at most.")] = None,
+    verifier: VerifierOption = None,
+    rows: RowsOption = 64,
+    max_tokens: MaxTokensOption = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token.")] = False,
     output: Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Directory.")] = Path("evaluation"),
     seed: SeedOption = 0,
@@ -532,9 +535,9 @@ def train_estimator(
     ] = 0.2,
     questions: Annotated[int | None, typer.Option(min=1, help="How many. Default: all of a file, 100 else.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Answers to a question at one λ.")] = 2,
-    verifier: Annotated[str | None, typer.Option(help="Of a file: math (math-verify) or word (the last one).")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of a batch, which holds all λ of a question.")] = 64,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer, at most.")] = None,
+    verifier: VerifierOption = None,
+    rows: RowsOption = 64,
+    max_tokens: MaxTokensOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Answer questions at several λ, learn from that which λ a prompt deserves, and measure it on questions held out.
@@ -616,9 +619,9 @@ def study(
         ),
     ] = None,
     questions: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
-    verifier: Annotated[str | None, typer.Option(help="Of a file: math (math-verify) or word (the last one).")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of a batch, which holds all λ of a question.")] = 256,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer, at most.")] = None,
+    verifier: VerifierOption = None,
+    rows: RowsOption = 256,
+    max_tokens: MaxTokensOption = None,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
     output: Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Directory.")] = Path("study"),
     seed: SeedOption = 0,

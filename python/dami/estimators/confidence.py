@@ -90,8 +90,9 @@ class ConfidenceEstimator:
     Attributes:
         tokens: of the trial answer, at most: what an estimate costs, beside one pass over it at both ends.
         doubt: k. Larger means more thinking for all but the surest.
-        apart, alike: λ of an unsure prompt, where a is 0 and where it is 1. The default 0.8 is the λ beyond which
-            published pairs gain nothing (arXiv 2510.10977).
+        apart, alike: λ of an unsure prompt, where a is 0 and where it is 1.
+
+    The form and the defaults were chosen on answers of the pair that ships with dami: docs/intensity.md says how.
     """
 
     tokens: int = 20

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def train_estimator(
     measured, unseen = frontier.select(np.flatnonzero(held)), features[torch.tensor(held)]
     outcomes = {p: play(measured, estimator.at(p).choose(unseen).double().numpy().round(6)) for p in PRICES}
     budgets = {p: outcome.tokens.value for p, outcome in outcomes.items()}
-    estimator = PreferenceEstimator(choices, read, weights, price, budgets)
+    estimator = replace(estimator, budgets=budgets)
     about = {"task": task.name, **summary(frontier), "estimator, on questions held out": {
         str(p): asdict(outcome) for p, outcome in outcomes.items()
     }}  # fmt: skip
