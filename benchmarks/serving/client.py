@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class Said:
     """What a server answered.
 
     Attributes:
+        question: that was asked.
         intensity: λ granted.
         thought, text: of the answer.
         tokens: that were generated.
@@ -52,6 +54,7 @@ class Said:
         error: why there is no whole answer; empty if there is.
     """
 
+    question: str
     intensity: float
     thought: str
     text: str
@@ -70,12 +73,15 @@ def ask(
         url: of the server.
         bodies: of the requests.
         users: how many ask at once, each one question after the other; all by default.
-        rate: requests that come each second, whether or not those before have been answered. It excludes `users`.
+        rate: requests that come each second on average, at random moments (a Poisson process, of seed 0), whether or
+            not those before have been answered. It excludes `users`.
         seconds: that all of it may take.
 
     Raises:
         TimeoutError: it takes longer.
     """
+    chance = random.Random(0)
+    moments = list(accumulate(chance.expovariate(rate) if rate else 0.0 for _ in bodies))
     todo = deque(enumerate(bodies))
     said: dict[int, Said] = {}
 
@@ -88,6 +94,7 @@ def ask(
         def ask(self) -> None:
             if todo:
                 place, body = todo.popleft()
+                gevent.sleep(max(0.0, start + moments[place] - time.perf_counter()))
                 said[place] = stream(self.client, body)
             if rate or not todo:
                 raise locust.exception.StopUser
@@ -95,7 +102,7 @@ def ask(
     environment = Environment(user_classes=[Asker])
     runner = environment.create_local_runner()
     start = time.perf_counter()
-    runner.start(users or len(bodies), spawn_rate=rate or users or len(bodies))
+    runner.start(users or len(bodies), spawn_rate=users or len(bodies))
     try:
         with gevent.Timeout(seconds, TimeoutError(f"{len(bodies)} requests were not answered in {seconds} s")):
             while len(said) < len(bodies):
@@ -110,7 +117,7 @@ def stream(client: Any, body: Body) -> Said:
     """Asks for one answer as a stream, and reads it to its end."""
     start = time.perf_counter()
     found: dict[str, Any] = {"intensity": float("nan"), "thought": "", "text": "", "tokens": 0}
-    first, error = float("nan"), ""
+    question, first, error = body["messages"][-1]["content"], float("nan"), ""
     body = body | {"stream": True, "stream_options": {"include_usage": True}}
     with client.post("/v1/chat/completions", json=body, stream=True, catch_response=True) as response:
         try:
@@ -131,7 +138,7 @@ def stream(client: Any, body: Body) -> Said:
         except (ConnectionError, OSError) as problem:
             error = str(problem) or type(problem).__name__
             response.failure(error)
-    return Said(**found, first=first, seconds=time.perf_counter() - start, error=error)
+    return Said(question, **found, first=first, seconds=time.perf_counter() - start, error=error)
 
 
 def events(response: Any) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """A thousand streams at once, each answer compared with that to the same question asked alone, greedily.
 
 lost      answers that did not come whole
-crossed   answers that are another request's: of another λ, or with the thought of another question
+crossed   answers that are another request's: of another λ, or those of another question
 other     answers that are neither that nor their own: where rounding decides, unless the server is --invariant
 distinct  different answers among those asked alone
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -81,14 +82,18 @@ def compare(said: Sequence[Said], wanted: Sequence[Said], alone: Sequence[Said])
     """
     if missing := [answer.error for answer in alone if answer.error]:
         raise RuntimeError(f"{len(missing)} of {len(alone)} answers did not come when asked alone: {missing[0]}")
-    known = {content(answer) for answer in alone if answer.thought}
+    askers: dict[tuple[str, str], set[str]] = defaultdict(set)  # without a thought an answer is nobody's own
+    for answer in alone:
+        askers[content(answer)].add(answer.question if answer.thought else "")
     lost = crossed = other = 0
     for answer, right in zip(said, wanted, strict=True):
         if answer.error:
             lost += 1
-        elif answer.intensity != right.intensity or (content(answer) != content(right) and content(answer) in known):
+        elif content(answer) == content(right) and answer.intensity == right.intensity:
+            continue
+        elif answer.intensity != right.intensity or not {"", answer.question} & askers.get(content(answer), {""}):
             crossed += 1
-        elif content(answer) != content(right):
+        else:
             other += 1
     return lost, crossed, other
 

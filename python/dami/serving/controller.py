@@ -46,14 +46,16 @@ MEMORY = 32  # measurements over which means run
 
 
 class Means:
-    """Running means of measurements by a whole number that they depend on."""
+    """Running means by a whole number: of all that has been measured, and from `MEMORY` measurements on of so many."""
 
     def __init__(self) -> None:
         self._means: dict[int, float] = {}
+        self._counts: Counter[int] = Counter()
 
     def add(self, key: int, value: float) -> None:
+        self._counts[key] += 1
         mean = self._means.get(key, value)
-        self._means[key] = mean + (value - mean) / MEMORY
+        self._means[key] = mean + (value - mean) / min(self._counts[key], MEMORY)
 
     def at(self, key: int) -> float:
         """The mean at the nearest key known, the lower of two; 0 if nothing has been measured."""

@@ -26,6 +26,7 @@ from dami.serving.sampling import Logprobs, Sampling
 
 GIB = 1 << 30
 PAGE = 16  # tokens of a block: prompts share whole blocks only
+WARMUP = 32  # tokens that are generated before the first request, after a prompt of twice as many
 
 
 class Overloaded(Exception):
@@ -231,16 +232,26 @@ class Engine:
         self._estimator_thread.shutdown(wait=False, cancel_futures=True)
 
     async def _try_out(self) -> None:
-        """Generates a token at both ends: what transformers cannot batch fails here, and not at the first request."""
+        """Generates tokens at both ends: what transformers cannot batch fails here, and not at the first request.
+
+        The controller learns from the second time on how long a step takes: first steps are slow, and no load.
+        """
+        tokens = max(1, min(WARMUP, self.max_model_len // 4))
         controller, self.controller = self.controller, None
         try:
-            for row in [self.submit([0, 1], intensity, Sampling(temperature=0), 1) for intensity in (0.0, 1.0)]:
-                async for _ in row:
-                    pass
+            await self._warm_up(tokens)
         except EngineDead as dead:
             raise ValueError(f"{type(self.model).__name__} cannot be batched continuously: {dead}") from dead
         finally:
             self.controller = controller
+        await self._warm_up(tokens)
+
+    async def _warm_up(self, tokens: int) -> None:
+        prompt = [0, 1] * tokens
+        for row in [self.submit(prompt, lam, Sampling(), tokens + 1, frozenset()) for lam in (0.0, 1.0)]:
+            async for _ in row:
+                if row.seen >= tokens:
+                    row.cancel()  # before its end, so that no length is learned
 
     def submit(
         self,

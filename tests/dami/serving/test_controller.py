@@ -180,13 +180,17 @@ def test_load_is_counted_by_the_tokens_of_the_lam_granted() -> None:
 
 def test_tokens_and_seconds_are_running_means() -> None:
     subject = controller()
-    for tokens in (100, 100 + MEMORY):
+    for tokens in (100, 300, *[200] * MEMORY):
         subject.start(1.0)
         subject.finish(1.0, tokens)
-    for seconds in (0.02, 0.02 + 0.01 * MEMORY):
+    for seconds in (0.02, 0.06, *[0.04] * MEMORY):
         subject.observe(1, seconds, 0.0)
     subject.start(1.0)
-    assert subject.pressure == pytest.approx(101 * 0.03 / TARGET)
+    assert subject.pressure == pytest.approx(200 * 0.04 / TARGET)  # of all so far
+    subject.finish(1.0, 200 + MEMORY)
+    subject.start(1.0)
+    subject.observe(1, 0.04 + 0.01 * MEMORY, 0.0)
+    assert subject.pressure == pytest.approx(201 * 0.05 / TARGET)  # each counts by a share of the memory
 
 
 def test_requests_that_did_not_end_teach_no_length() -> None:

@@ -452,7 +452,12 @@ def test_presets_and_a_controller(monkeypatch: pytest.MonkeyPatch) -> None:
             assert response["intensity"] == granted
         assert "it has high, low" in server.post(CHAT, asked(intensity="medium")).text
         until(lambda: ("finish", 0.5, 2) in controller.calls)
-    assert [call[1] for call in controller.calls if call[0] == "start"] == [0.9, 0.1, 0.25, 0.25, 0.5]
+    started = [call[1] for call in controller.calls if call[0] == "start"]
+    assert started == [0.0, 1.0, 0.9, 0.1, 0.25, 0.25, 0.5]  # the first two by the engine, before any request
+    assert [call for call in controller.calls if call[0] == "finish"][:2] == [
+        ("finish", 0.0, None),
+        ("finish", 1.0, None),
+    ]
     assert ("observe", 1, True, True) in controller.calls
 
 
