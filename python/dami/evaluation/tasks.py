@@ -22,12 +22,14 @@ class Question:
         answer: what is right, in the words of its task.
         task: the task's name, or its part's.
         level: its difficulty, 0 if nothing is known of it.
+        verifier: by name, of a question from a file.
     """
 
     question: Prompt
     answer: str
     task: str = ""
     level: int = 0
+    verifier: str = ""
 
 
 class Task(Protocol):
@@ -54,6 +56,11 @@ def last_word(text: str, answer: str) -> float:
     return float(re.findall(pattern, text.replace(",", ""))[-1:] == [answer])
 
 
+def contains(text: str, answer: str) -> float:
+    """1 if `answer` stands anywhere in `text`, as whole words."""
+    return float(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text) is not None)
+
+
 def same_math(text: str, answer: str) -> float:
     r"""1 if math-verify finds `text` to say what `answer` says: numbers, fractions, sets, \boxed{…} and so on."""
     math_verify: Any = _import("math_verify", "pip install math-verify")
@@ -61,18 +68,19 @@ def same_math(text: str, answer: str) -> float:
     return float(math_verify.verify(gold, math_verify.parse(text)))
 
 
-VERIFIERS: dict[str, Callable[[str, str], float]] = {"word": last_word, "math": same_math}
+VERIFIERS: dict[str, Callable[[str, str], float]] = {"word": last_word, "contains": contains, "math": same_math}
 
 
 @dataclass
 class JsonLines:
     """Questions from a file of JSON objects, one a line, with `question` (or `problem`, or `prompt`) and `answer`.
 
-    `task` and `level` may come with them.
+    `task`, `level` and a `verifier` of its own may come with each.
 
     Args:
         path: the file.
-        verifier: "math" (math-verify), or "word": the last number, or word, of the text must be the answer.
+        verifier: "math" (math-verify), "word" (the last number, or word, of the text must be the answer), or "contains"
+            (the answer must stand anywhere in the text).
 
     Raises:
         ValueError: an unknown verifier, or a line that is no question; both are named.
@@ -85,7 +93,7 @@ class JsonLines:
 
     def __post_init__(self) -> None:
         if self.verifier not in VERIFIERS:
-            raise ValueError(f"verifier must be one of {sorted(VERIFIERS)}, got {self.verifier!r}")
+            raise ValueError(_unknown(self.verifier))
         self.name = Path(self.path).stem
         lines = enumerate(Path(self.path).read_text(encoding="utf-8").splitlines(), 1)
         self.questions = [self._question(number, line) for number, line in lines if line.strip()]
@@ -94,15 +102,29 @@ class JsonLines:
         try:
             fields = json.loads(line)
             asked = next(fields[key] for key in ("question", "problem", "prompt") if key in fields)
-            return Question(asked, str(fields["answer"]), fields.get("task", self.name), int(fields.get("level", 0)))
+            question = Question(
+                asked,
+                str(fields["answer"]),
+                fields.get("task", self.name),
+                int(fields.get("level", 0)),
+                fields.get("verifier", self.verifier),
+            )
         except (ValueError, KeyError, StopIteration, TypeError) as error:
             raise ValueError(
                 f"{self.path}:{number} must be a JSON object with question (or problem, or prompt) and answer, got "
                 f"{line[:80]!r}"
             ) from error
+        if question.verifier not in VERIFIERS:
+            raise ValueError(f"{self.path}:{number}: {_unknown(question.verifier)}")
+        return question
 
     def score(self, index: int, text: str) -> float:
-        return VERIFIERS[self.verifier](text, self.questions[index].answer)
+        question = self.questions[index]
+        return VERIFIERS[question.verifier](text, question.answer)
+
+
+def _unknown(verifier: Any) -> str:
+    return f"verifier must be one of {sorted(VERIFIERS)}, got {verifier!r}"
 
 
 class ReasoningGym:
