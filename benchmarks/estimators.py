@@ -1,16 +1,25 @@
-"""What estimators of λ are worth on the shipped pair: python -m benchmarks.estimators
+"""What estimators of λ are worth on a pair: python -m benchmarks.estimators PAIR --training DIRECTORY
 
-Its held-out questions are answered at eleven λ, several times each, and every policy is played on these answers,
-against the static λ that do best on the very same ones. Rows go to `results/estimators.csv`.
+Held-out questions are answered at several λ, and every policy is played on these answers, against the static λ that do
+best on the very same ones. Rows go to `results/estimators_PAIR.csv` and `results/estimator_signals_PAIR.csv`.
+
+    shipped   the shipped pair and its questions, at eleven λ, four samples of each; the directory is that of
+              python examples/train_pair/estimator.py
+    smollm2   SmolLM2-135M and its thinking adapter, sums and facts by halves, at six λ, greedily; the directory is
+              that of python examples/smollm2/estimator.py
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
+import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import dami
 import numpy as np
@@ -23,41 +32,73 @@ from dami.estimators.training import features_of
 from dami.evaluation import Frontier, load_task, sweep
 from dami.evaluation.policies import at_random, auroc, play
 from dami.evaluation.sweeps import read_records
+from dami.evaluation.tasks import Task
 from rich.progress import Progress
 
 from benchmarks.machine import commit
 from benchmarks.record import RESULTS, store
 
-LAMS = [tenth / 10 for tenth in range(11)]
 PRICES = (0.1, 0.2, 0.3, 0.5, 1.0)
 TRIALS = (1, 3, 20)  # tokens
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A pair whose thinking end brings an estimator, and how it is asked."""
+
+    model: Any
+    tokenizer: Any
+    task: Task
+    lams: list[float]
+    samples: int
+    rows: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def shipped() -> Subject:
+    task = load_task(str(example_pair()[0].parent / "questions.jsonl"), verifier="word")
+    task.questions = sorted(task.questions, key=lambda question: question.level)
+    return Subject(*dami.load_pair(*example_pair()), task, [tenth / 10 for tenth in range(11)], samples=4, rows=440)
+
+
+def smollm2() -> Subject:
+    example = Path(__file__).resolve().parents[1] / "examples" / "smollm2"
+    sys.path.append(str(example))
+    from instruct import smollm2_file
+
+    pair = dami.load_pair(smollm2_file(), example / "adapter", format="lowrank", dtype=torch.bfloat16)
+    options = {"do_sample": False, "max_new_tokens": 128}
+    task = load_task(str(example / "mixed.jsonl"))
+    return Subject(*pair, task, [fifth / 5 for fifth in range(6)], samples=1, rows=120, options=options)
+
+
+SUBJECTS: dict[str, Callable[[], Subject]] = {"shipped": shipped, "smollm2": smollm2}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=4, help="answers to a question at one λ (default: %(default)s)")
-    parser.add_argument("--training", type=Path, required=True, help="work directory of train_pair/estimator.py")
+    parser.add_argument("pair", choices=SUBJECTS)
+    parser.add_argument("--training", type=Path, required=True, help="directory of the estimator's training")
     parser.add_argument("--work", type=Path, default=Path("estimators-run"), help="where answers go (%(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     options = parser.parse_args()
-    model, tokenizer = dami.load_pair(*example_pair())
-    task = load_task(str(example_pair()[0].parent / "questions.jsonl"), verifier="word")
-    task.questions = sorted(task.questions, key=lambda question: question.level)
+    subject = SUBJECTS[options.pair]()
+    model, tokenizer, task, lams = subject.model, subject.tokenizer, subject.task, subject.lams
+    options.work.mkdir(parents=True, exist_ok=True)
     with Progress() as progress:
-        bar = progress.add_task("answers", total=len(task.questions) * len(LAMS) * options.samples)
+        bar = progress.add_task("answers", total=len(task.questions) * len(lams) * subject.samples)
         records = sweep(
-            model, tokenizer, task, LAMS, path=options.work / "records.jsonl", samples=options.samples, rows=440,
-            seed=7, on_batch=lambda news: progress.advance(bar, len(news)),
+            model, tokenizer, task, lams, path=options.work / "records.jsonl", samples=subject.samples,
+            rows=subject.rows, seed=7, on_batch=lambda news: progress.advance(bar, len(news)), **subject.options,
         )  # fmt: skip
     frontier = Frontier.of(records)
-    half = [Frontier.of([record for record in records if record.sample % 2 == side]) for side in (0, 1)]
     known = Frontier.of(read_records(options.training / "records.jsonl"))
     thinking = float(frontier.tokens[:, -1].mean())
 
     preference = patch_of(model).estimator
-    features = features_of(model, tokenizer, task, preference.features, rows=256)
+    features = features_of(model, tokenizer, task, preference.features, subject.rows)
     taught = load_task(str(options.training / "unseen.jsonl"), verifier="word")
-    seen = features_of(model, tokenizer, taught, preference.features, rows=256)
+    seen = features_of(model, tokenizer, taught, preference.features, subject.rows)
     ends = [0, len(known.intensities) - 1]
     weights = fit(seen, known.scores[:, ends], known.tokens[:, ends], (0.0, 1.0))
     router = PreferenceEstimator((0.0, 1.0), preference.features, weights)
@@ -68,33 +109,41 @@ def main() -> None:
     best = known.best_static(known, tokens=float(known.tokens[:, -1].mean())).intensity
     policies[f"best static λ of the training questions: {best:g}"] = frontier, np.full(len(frontier), best), 0.0
     for price in PRICES:
-        lams = preference.at(price).choose(features).double().numpy().round(6)
-        policies[f"preference, price {price:g}"] = frontier, lams, 0.0
-        policies[f"its λ at random, price {price:g}"] = frontier, at_random(frontier, lams), 0.0
+        chosen = preference.at(price).choose(features).double().numpy().round(6)
+        policies[f"preference, price {price:g}"] = frontier, chosen, 0.0
+        policies[f"its λ at random, price {price:g}"] = frontier, at_random(frontier, chosen), 0.0
     for price in PRICES:
         policies[f"router, price {price:g}"] = frontier, router.at(price).choose(features).double().numpy(), 0.0
-    batches = [task.questions[start : start + 256] for start in range(0, len(task.questions), 256)]
+    size = min(256, subject.rows)
+    batches = [task.questions[start : start + size] for start in range(0, len(task.questions), size)]
     prompts = [dami.chat.encode(tokenizer, [q.question for q in batch])[1] for batch in batches]
     studied: dict[str, float] = {}
     for tokens in TRIALS:
         said = [signals(model, batch, tokens) for batch in prompts]
-        lams = np.concatenate([ConfidenceEstimator(tokens).choose(each).double().numpy() for each in said])
-        policies[f"confidence, trial of {tokens}"] = frontier, lams, 0.0
-        policies[f"confidence, trial of {tokens}, its tokens counted"] = frontier, lams, trial_tokens(frontier, tokens)
+        chosen = np.concatenate([ConfidenceEstimator(tokens).choose(each).double().numpy() for each in said])
+        policies[f"confidence, trial of {tokens}"] = frontier, chosen, 0.0
+        policies[f"confidence, trial of {tokens}, its tokens counted"] = (
+            frontier,
+            chosen,
+            trial_tokens(frontier, tokens),
+        )
         helped = frontier.scores[:, -1] - frontier.scores[:, 0] > 0.5
         for name in ("confidence", "thinking_confidence", "entropy", "divergence", "gap"):
             value = np.concatenate([getattr(each, name).numpy() for each in said])
             studied[f"AUROC of {name} for the benefit of thinking, trial of {tokens}"] = auroc(value, helped)
     for price in PRICES:
         policies[f"oracle on its own answers, price {price:g}"] = frontier, frontier.best_each(price / thinking), 0.0
-        policies[f"oracle on other answers, price {price:g}"] = half[1], half[0].best_each(price / thinking), 0.0
+    if subject.samples > 1:
+        half = [Frontier.of([record for record in records if record.sample % 2 == side]) for side in (0, 1)]
+        for price in PRICES:
+            policies[f"oracle on other answers, price {price:g}"] = half[1], half[0].best_each(price / thinking), 0.0
 
     about = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, dami {dami.__version__}",
         "questions": len(frontier),
-        "samples": options.samples,
+        "samples": subject.samples,
     }
     rows: list[dict[str, object]] = []
     for name, (answers, lots, extra) in policies.items():
@@ -106,12 +155,12 @@ def main() -> None:
         }
         rows.append(about | {"policy": name} | intervals)
         print(f"{name:50} {outcome.accuracy} right, {outcome.tokens} tokens, gain {outcome.gain}")
-    store(rows, options.results / "estimators.csv")
-    studied |= overhead(model, prompts, preference)
+    store(rows, options.results / f"estimators_{options.pair}.csv")
+    studied |= overhead(subject, prompts, preference)
     for name, value in studied.items():
         print(f"{name:70} {value:.3f}")
     signal_rows: list[dict[str, object]] = [about | {"what": n, "value": round(v, 4)} for n, v in studied.items()]
-    store(signal_rows, options.results / "estimator_signals.csv")
+    store(signal_rows, options.results / f"estimator_signals_{options.pair}.csv")
 
 
 def trial_tokens(frontier: Frontier, tokens: int) -> float:
@@ -120,7 +169,7 @@ def trial_tokens(frontier: Frontier, tokens: int) -> float:
 
 
 def overhead(
-    model: object, prompts: list[dict[str, torch.Tensor]], preference: PreferenceEstimator
+    subject: Subject, prompts: list[dict[str, torch.Tensor]], preference: PreferenceEstimator
 ) -> dict[str, float]:
     """Time of each estimate over that of the answers at its λ: medians of three."""
     shares = {}
@@ -128,9 +177,9 @@ def overhead(
         ratios = []
         for batch in prompts[:3]:
             start = time.perf_counter()
-            lams = estimator.estimate(model, batch).tolist()
+            lams = estimator.estimate(subject.model, batch).tolist()
             middle = time.perf_counter()
-            dami.decoding.generate_in_pieces(model, batch, lams)
+            dami.decoding.generate_in_pieces(subject.model, batch, lams, **subject.options)
             ratios.append((middle - start) / (time.perf_counter() - middle))
         shares[f"time of the estimate over that of the answers: {name}"] = float(np.median(ratios))
     return shares

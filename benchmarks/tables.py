@@ -6,7 +6,7 @@ python -m benchmarks.tables
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from benchmarks.lams import KINDS, SEQUENCE
@@ -191,6 +191,12 @@ def loading() -> str:
     return markdown(lines)
 
 
+def load_test(name: str, keys: tuple[str, ...], columns: Mapping[str, str]) -> str:
+    """The newest row of each combination of `keys`, with these columns under other names."""
+    rows = latest(load(RESULTS / f"serving_{name}.csv"), *keys).values()
+    return markdown([[*keys, *columns.values()], *([row[column] for column in (*keys, *columns)] for row in rows)])
+
+
 def square(isa: str) -> str:
     return linear(measured("linear.csv", is_cpu, model="square", dtype="bf16", isa=isa))
 
@@ -199,10 +205,10 @@ def four_b(kind: str, is_wanted: Callable[[Row], bool]) -> list[Row]:
     return measured("linear.csv", is_wanted, model="Qwen3-4B", dtype="bf16", lam=kind)
 
 
-def estimators() -> str:
-    """Policies on the shipped pair against static λ at equal tokens."""
+def estimators(pair: str) -> str:
+    """Policies on a pair against static λ at equal tokens."""
     lines = [["λ by", "accuracy, %", "tokens", "static λ with as many, %", "gain, points"]]
-    for row in newest(RESULTS / "estimators.csv"):
+    for row in newest(RESULTS / f"estimators_{pair}.csv"):
         accuracy, low, high = (100 * float(row[f"accuracy{end}"]) for end in ("", "_low", "_high"))
         gain = [100 * float(row[f"gain{end}"]) for end in ("", "_low", "_high")]
         static = 100 * float(row["static"])
@@ -213,7 +219,55 @@ def estimators() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "pair": pair,
-    "estimators": estimators,
+    "load throughput": lambda: load_test(
+        "throughput",
+        ("model", "mode"),
+        {
+            "answers_per_second": "answers/s",
+            "tokens_per_second": "tokens/s",
+            "p50": "median latency, s",
+            "p95": "95th percentile",
+            "memory_gb": "memory, GB",
+        },
+    ),
+    "load streams": lambda: load_test(
+        "streams",
+        ("mode", "streams"),
+        {
+            "lost": "lost",
+            "crossed": "crossed",
+            "other": "rounded otherwise",
+            "tokens_per_second": "tokens/s",
+            "whole_p50": "median latency, s",
+            "whole_p99": "99th percentile",
+        },
+    ),
+    "load faults": lambda: load_test(
+        "faults",
+        ("fault", "faulty"),
+        {
+            "beside": "answers beside",
+            "lost": "lost",
+            "other": "changed",
+            "server_errors": "5xx",
+            "slowest": "slowest beside, s",
+            "alone_slowest": "without faults",
+        },
+    ),
+    "load control": lambda: load_test(
+        "control",
+        ("rate", "mode"),
+        {
+            "intensity": "mean λ",
+            "accuracy": "accuracy",
+            "right": "right answers/s",
+            "mean": "mean latency, s",
+            "p95": "95th percentile",
+            "late": "share later than the target",
+        },
+    ),
+    "estimators shipped": lambda: estimators("shipped"),
+    "estimators smollm2": lambda: estimators("smollm2"),
     "smollm2": smollm2,
     "formats": formats,
     "roundings": roundings,

@@ -2,7 +2,9 @@
 
 The same questions are asked greedily, by so many users at once. In `mixed` and `processes` each is asked at five λ, in
 `one λ` five times at λ=0.5. Of `processes`, each serves one λ, has a fifth of the users and of the KV cache, and its
-part of the cores.
+part of the cores. The pair is the shipped one, or as `--serve` says:
+
+    python -m benchmarks.serving.throughput --questions 10 --serve INSTRUCT.gguf ADAPTER --format lowrank
 
     memory_gb  of all server processes after the last answer; what they share is counted once
 """
@@ -33,15 +35,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, default=60, help="each asked five times")
     parser.add_argument("--kv-memory", type=float, default=0.5, help="GiB of the KV cache, of all processes together")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="all that follows is for dami serve")
     options = parser.parse_args(argv)
-    rows = [measure(mode, options.users, options.questions, options.kv_memory) for mode in options.modes]
-    columns = ("mode", "processes", "answers_per_second", "tokens_per_second", "tokens", "p50", "p95", "memory_gb")
+    rows = [measure(mode, options.users, options.questions, options.kv_memory, options.serve) for mode in options.modes]
+    columns = (
+        "model",
+        "mode",
+        "processes",
+        "answers_per_second",
+        "tokens_per_second",
+        "tokens",
+        "p50",
+        "p95",
+        "memory_gb",
+    )
     print(text_table([columns, *([row[column] for column in columns] for row in rows)]))
     store(rows, options.results / "serving_throughput.csv")
     return 0
 
 
-def measure(mode: str, users: int, count: int, kv_memory: float) -> dict[str, object]:
+def measure(mode: str, users: int, count: int, kv_memory: float, serve: Sequence[str]) -> dict[str, object]:
     cores = os.cpu_count() or 1
     shares = len(LAMS) if mode == "processes" else 1
     threads = max(1, cores // shares)
@@ -53,7 +66,7 @@ def measure(mode: str, users: int, count: int, kv_memory: float) -> dict[str, ob
     if shares == 1:  # the λ of a question come one after the other, as those of strangers would
         bodies = [[body for group in zip(*bodies, strict=True) for body in group]]
     with ExitStack() as stack:
-        options = ("--kv-memory", str(kv_memory / shares))
+        options = (*serve, "--kv-memory", str(kv_memory / shares))
         servers = [stack.enter_context(serving(*options, threads=threads)) for _ in range(shares)]
         for server in servers:
             ask(server.url, [chat("2 + 2 =", max_tokens=1)])
@@ -64,11 +77,13 @@ def measure(mode: str, users: int, count: int, kv_memory: float) -> dict[str, ob
         said: list[Said] = [answer for job in gevent.joinall(jobs, raise_error=True) for answer in job.value[0]]
         seconds = time.perf_counter() - start
         memory = sum(server.memory() for server in servers)
+        model = servers[0].get("/v1/models")["data"][0]["id"]
     if lost := [answer.error for answer in said if answer.error]:
         raise RuntimeError(f"{len(lost)} of {len(said)} answers did not come: {lost[0]}")
     tokens = sum(answer.tokens for answer in said)
     return {
         **about(threads),
+        "model": model,
         "mode": mode,
         "processes": shares,
         "users": users,
