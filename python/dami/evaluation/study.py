@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -32,7 +31,7 @@ from dami.doctor import installed, machine
 from dami.evaluation.frontier import Interval, wilson
 from dami.evaluation.path import Array, Barrier, Similarity, barrier, bootstrap, similarities
 from dami.evaluation.permutations import permute
-from dami.evaluation.sweeps import append, resume
+from dami.evaluation.sweeps import append, fingerprint, resume
 from dami.evaluation.tasks import Task
 from dami.layers import LerpModule
 from dami.patching import patch_model
@@ -204,15 +203,6 @@ def answer(
             trials += news
         on_batch(batch.stop)
     return trials
-
-
-def fingerprint(model: nn.Module) -> int:
-    """A checksum of the first numbers of every parameter, so that one pair's answers are not taken for another's."""
-    crc = 0
-    for parameter in model.parameters():
-        if parameter.device.type != "meta":
-            crc = zlib.crc32(parameter.detach().flatten()[:64].cpu().view(torch.uint8).numpy().tobytes(), crc)
-    return crc
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dami.chat import ask
 from dami.evaluation.tasks import Task
@@ -69,7 +71,8 @@ def sweep(
         model, tokenizer: a patched model and its tokenizer.
         task: questions and verifier.
         intensities: distinct λ.
-        path: a file of JSON lines that each batch is appended to. If it is there, the run goes on where it ended.
+        path: a file of JSON lines that each batch is appended to. If it is there, and of this pair with these settings,
+            the run goes on where it ended.
         samples: answers to a question at one λ.
         rows: of a batch, at most; but no fewer than λ.
         seed: of the sampling.
@@ -77,7 +80,7 @@ def sweep(
         options: passed to `dami.chat.ask`, and so to `model.generate`.
 
     Raises:
-        ValueError: the file belongs to a run with other settings; they are named.
+        ValueError: the file belongs to a run with another pair or other settings; they are named.
     """
     if len(set(intensities)) < len(intensities) or not intensities:
         raise ValueError(f"intensities must be distinct numbers, one at least, got {list(intensities)}")
@@ -85,6 +88,7 @@ def sweep(
     step = max(1, rows // len(intensities))
     batches = [units[start : start + step] for start in range(0, len(units), step)]
     settings = {
+        "weights": fingerprint(model),
         "task": task.name,
         "questions": len(task.questions),
         "intensities": [float(lam) for lam in intensities],
@@ -134,6 +138,16 @@ def read_records(path: str | Path) -> list[Record]:
     return [Record(**json.loads(line)) for line in lines]
 
 
+def fingerprint(model: nn.Module) -> int:
+    """A checksum of the first numbers of every parameter, so that one pair's answers are not taken for another's."""
+    crc = 0
+    for parameter in model.parameters():
+        if parameter.device.type != "meta" and parameter.numel():
+            first = parameter.detach()[(0,) * (parameter.dim() - 1)].reshape(-1)[:64]  # copies no whole parameter
+            crc = zlib.crc32(first.cpu().contiguous().view(torch.uint8).numpy().tobytes(), crc)
+    return crc
+
+
 def append(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     """Adds a batch to a file of JSON lines."""
     with path.open("a", encoding="utf-8") as file:
@@ -159,7 +173,7 @@ def resume(path: Path, settings: dict[str, Any], sizes: Sequence[int]) -> list[d
     found = json.loads(head)
     differ = [key for key in settings if found.get(key) != settings[key]]
     if differ:
-        told = "; ".join(f"{key}: {found.get(key)} there, {settings[key]} now" for key in differ)
+        told = "; ".join(f"{key}: {found.get(key, 'not told')} there, {settings[key]} now" for key in differ)
         raise ValueError(f"path {path} holds a sweep with other settings ({told}): name another file or delete it")
     whole = 0
     complete = sum(line.endswith("\n") for line in lines)

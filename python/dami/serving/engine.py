@@ -277,10 +277,7 @@ class Engine:
         self.check_room(1)
         ends = self.ends if ends is None else ends
         row = Row(self, prompt, intensity, uuid.uuid4().hex, max_tokens, ends, time.monotonic())
-        self.rows[row.name] = self.waiting[row.name] = row
-        if self.controller is not None:
-            self.controller.start(intensity)
-        self.manager.register_result_handler(row.name, row.take)
+        self.manager.register_result_handler(row.name, row.take)  # what comes of it comes after this method
         name = self.manager.add_request(
             prompt,
             row.name,
@@ -291,8 +288,12 @@ class Engine:
             sampling=sampling,
         )
         if name is None:
-            self.forget(row)
-            raise EngineDead(str(self.manager.background_thread_status.can_accept_new_requests()))
+            self._unregister(row)
+            status = self.manager.background_thread_status
+            raise EngineDead(str(status.fatal_error or status.can_accept_new_requests()))
+        self.rows[row.name] = self.waiting[row.name] = row
+        if self.controller is not None:
+            self.controller.start(intensity)
         return row
 
     def check_room(self, rows: int) -> None:
@@ -307,12 +308,15 @@ class Engine:
         if self.rows.pop(row.name, None) is None:
             return False
         self.waiting.pop(row.name, None)
-        router = self.manager.output_router
-        with router._lock:
-            router.result_handlers.pop(row.name, None)
+        self._unregister(row)
         if self.controller is not None:
             self.controller.finish(row.intensity, row.seen if complete else None)
         return True
+
+    def _unregister(self, row: Row) -> None:
+        router = self.manager.output_router
+        with router._lock:
+            router.result_handlers.pop(row.name, None)
 
     async def estimate(self, prompt: list[int]) -> float:
         """λ that the pair's estimator chooses for a prompt; prompts that come together are estimated in one batch.

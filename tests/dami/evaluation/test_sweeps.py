@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,13 @@ import pytest
 import torch
 from dami.chat import Answer
 from dami.evaluation import JsonLines, Record, load_task, read_records, sweep
+from dami.evaluation.sweeps import fingerprint
+from torch import nn
+
+from tests.dami.families import pair
 
 LAMS = (0.0, 0.5, 1.0)
+MODEL = nn.Linear(3, 2)
 
 
 @pytest.fixture
@@ -25,7 +31,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, float]]]:
     seen: list[list[tuple[str, float]]] = []
 
     def ask(model: object, tokenizer: object, prompts: list[str], lams: list[float]) -> list[Answer]:
-        if model == "interrupted" and len(seen) == 1:
+        if tokenizer == "interrupted" and len(seen) == 1:
             raise KeyboardInterrupt
         seen.append(list(zip(prompts, lams, strict=True)))
         numbers = torch.randint(100, (len(lams),)).tolist()
@@ -37,7 +43,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, float]]]:
 
 def test_all_intensities_of_a_question_are_in_one_batch(task: JsonLines, batches: list[Any]) -> None:
     done: list[int] = []
-    records = sweep(None, None, task, LAMS, rows=7, on_batch=lambda news: done.append(len(news)))
+    records = sweep(MODEL, None, task, LAMS, rows=7, on_batch=lambda news: done.append(len(news)))
     assert done == [6, 6, 3]
     assert [(r.index, r.intensity) for r in records] == [(i, lam) for i in range(5) for lam in LAMS]
     for batch in batches:
@@ -47,7 +53,7 @@ def test_all_intensities_of_a_question_are_in_one_batch(task: JsonLines, batches
 
 
 def test_there_are_never_fewer_rows_than_intensities(task: JsonLines, batches: list[Any]) -> None:
-    sweep(None, None, task, LAMS, rows=1, samples=2)
+    sweep(MODEL, None, task, LAMS, rows=1, samples=2)
     assert [len(batch) for batch in batches] == [3] * 10
 
 
@@ -56,33 +62,66 @@ def test_an_interrupted_run_goes_on_where_it_ended(
     task: JsonLines, batches: list[Any], tmp_path: Path, torn: int
 ) -> None:
     """With the very records of a run in one piece, also if the last batch is only half on disk."""
-    whole = sweep(None, None, task, LAMS, rows=6, path=tmp_path / "whole.jsonl")
+    whole = sweep(MODEL, None, task, LAMS, rows=6, path=tmp_path / "whole.jsonl")
     batches.clear()
     path = tmp_path / "a" / "run.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        sweep("interrupted", None, task, LAMS, rows=6, path=path)
+        sweep(MODEL, "interrupted", task, LAMS, rows=6, path=path)
     if torn:
         path.write_bytes((tmp_path / "whole.jsonl").read_bytes()[: len(path.read_bytes()) + 10 * torn])
     batches.clear()
     told: list[int] = []
-    assert sweep(None, None, task, LAMS, rows=6, path=path, on_batch=lambda news: told.append(len(news))) == whole
+    assert sweep(MODEL, None, task, LAMS, rows=6, path=path, on_batch=lambda news: told.append(len(news))) == whole
     assert len(batches) == 2
     assert told == [6, 6, 3]
     assert read_records(path) == whole
-    assert sweep(None, None, task, LAMS, rows=6, path=path) == whole
+    assert sweep(MODEL, None, task, LAMS, rows=6, path=path) == whole
     assert len(batches) == 2
 
 
-def test_a_file_of_other_settings_is_not_continued(task: JsonLines, batches: list[Any], tmp_path: Path) -> None:
-    sweep(None, None, task, LAMS, path=tmp_path / "run.jsonl")
-    with pytest.raises(ValueError, match=r"holds a sweep with other settings \(seed: 0 there, 1 now\)"):
-        sweep(None, None, task, LAMS, path=tmp_path / "run.jsonl", seed=1)
+def test_a_file_of_another_pair_or_other_settings_is_not_continued(
+    task: JsonLines, batches: list[Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "run.jsonl"
+    sweep(MODEL, None, task, LAMS, path=path)
+    before = path.read_text()
+    other = nn.Linear(3, 2)
+    here, there = fingerprint(other), fingerprint(MODEL)
+    for model, seed, told in (
+        (MODEL, 1, "seed: 0 there, 1 now"),
+        (other, 0, f"weights: {there} there, {here} now"),
+        (other, 1, f"weights: {there} there, {here} now; seed: 0 there, 1 now"),
+    ):
+        with pytest.raises(ValueError, match=rf"other settings \({told}\): name another file or delete it"):
+            sweep(model, None, task, LAMS, path=path, seed=seed)
+    assert path.read_text() == before
+    head, *rest = before.splitlines()
+    settings = json.loads(head)
+    del settings["weights"]
+    path.write_text("\n".join([json.dumps(settings), *rest]) + "\n")  # nobody knows whose answers these are
+    with pytest.raises(ValueError, match=rf"\(weights: not told there, {there} now\)"):
+        sweep(MODEL, None, task, LAMS, path=path)
+
+
+@pytest.mark.parametrize("format", ["pair", "int8", "int4", "w8d4"])
+def test_a_fingerprint_is_that_of_both_ends(format: str) -> None:
+    def found(instruct: float, thinking: float) -> int:
+        """Of a pair whose ends have been moved by so much."""
+        ends = pair("qwen3")
+        with torch.no_grad():
+            for end, distance in zip(ends, (instruct, thinking), strict=True):
+                for parameter in end.parameters():
+                    parameter += distance * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7))
+        return fingerprint(dami.patch_model(*ends, format=format))
+
+    assert found(0, 0) == found(0, 0)
+    assert len({found(0, 0), found(0.1, 0), found(0, 0.1)}) == 3
 
 
 @pytest.mark.parametrize("lams", [[], [0.5, 0.5]])
 def test_intensities_must_be_distinct(task: JsonLines, lams: list[float]) -> None:
     with pytest.raises(ValueError, match="intensities must be distinct numbers, one at least, got"):
-        sweep(None, None, task, lams)
+        sweep(MODEL, None, task, lams)
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import httpx
 import pytest
+from dami.serving.engine import Load
 from dami.serving.playground import FILES, read_frontier
 
 from benchmarks.serving.server import Server
 from tests.dami.serving.conftest import KEY, POINTS
+from tests.dami.serving.test_server import running
 
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 in_chromium = pytest.mark.skipif(
@@ -39,13 +43,13 @@ def browser() -> Iterator[Any]:
 class Page:
     """The page as a person sees it."""
 
-    def __init__(self, browser: Any, server: Server) -> None:
+    def __init__(self, browser: Any, url: str) -> None:
         from selenium.webdriver.common.keys import Keys
         from selenium.webdriver.support.ui import WebDriverWait
 
         self.browser, self.keys = browser, Keys
-        self.wait = WebDriverWait(browser, SECONDS)
-        browser.get(server.url)
+        self.wait = WebDriverWait(browser, SECONDS, poll_frequency=0.05)
+        browser.get(url)
 
     def one(self, selector: str) -> Any:
         return self.browser.find_element("css selector", selector)
@@ -85,7 +89,7 @@ class Page:
 
 @pytest.fixture
 def page(browser: Any, server: Server) -> Iterator[Page]:
-    page = Page(browser, server)
+    page = Page(browser, server.url)
     page.bring_key()
     yield page
     assert page.complaints() == []
@@ -159,7 +163,7 @@ def test_what_cannot_be_compared_is_said_and_not_asked(page: Page, lams: str, co
 
 @in_chromium
 def test_what_the_server_refuses_is_shown_in_the_answers_place(browser: Any, server: Server) -> None:
-    page = Page(browser, server)
+    page = Page(browser, server.url)
     page.bring_key()
     page.fill("#lams", "0, 99")
     page.one("#run").click()
@@ -168,19 +172,30 @@ def test_what_the_server_refuses_is_shown_in_the_answers_place(browser: Any, ser
     assert all("400" in line for line in page.complaints())
 
 
-@pytest.mark.slow  # a race: on a quick machine the answers have ended before they are stopped
 @in_chromium
-def test_stopping_ends_all_answers_here_and_on_the_server(page: Page, server: Server) -> None:
-    page.fill("#prompt", HARD)
-    page.fill("#lams", "1, 1.1, 1.2, 1.3, 1.4, 1.5")
-    page.one("#run").click()
-    page.until(lambda: page.all(".answer"))
-    page.one("#stop").click()
-    page.until(lambda: page.one("#run").is_enabled())
-    states = [card.find_element("css selector", "small").text for card in page.all(".answer")]
-    assert "stopped" in states
-    assert set(states) <= {"stopped", "done", "cut off"}
-    server.wait_until_idle(SECONDS)
+def test_stopping_ends_all_answers_here_and_on_the_server(browser: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a server that takes ten steps, and the next when they have been stopped: before these answers' ends."""
+    with running() as server:
+        stopped, steps, forward = Event(), count(), server.engine.model.lm_head.forward
+
+        def slowed(*arguments: Any, **options: Any) -> Any:
+            assert next(steps) < 10 or stopped.wait(SECONDS)
+            return forward(*arguments, **options)
+
+        monkeypatch.setattr(server.engine.model.lm_head, "forward", slowed)
+        page = Page(browser, server.url)
+        page.fill("#prompt", HARD)
+        page.fill("#lams", "1, 1.1, 1.2, 1.3, 1.4, 1.5")
+        page.one("#run").click()
+        page.until(lambda: page.all(".answer details:not([hidden])"))
+        page.until(lambda: len(server.engine.rows) == 6)
+        page.one("#stop").click()
+        page.until(lambda: page.one("#run").is_enabled())
+        assert [card.text for card in page.all(".answer small")] == ["stopped"] * 6
+        page.until(lambda: not server.engine.rows)
+        stopped.set()
+        page.until(lambda: server.engine.load == Load())
+        assert page.complaints() == []
 
 
 @in_chromium

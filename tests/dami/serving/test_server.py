@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import re
 import signal
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -508,34 +510,57 @@ def test_a_failing_estimator_is_an_error_of_its_request_only() -> None:
         assert server.post(CHAT, asked(max_tokens=1)).status_code == 200
 
 
-def test_a_dead_engine_is_told_to_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def burning(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Running, threading.Event]]:
+    """A server whose engine takes five steps, then none until the event is set, and dies of the next."""
     with running() as server:
-        told = []
-        server.app.state.on_death = lambda: told.append(1)
-        endless = asked(ignore_eos=True, max_tokens=400)
-        results: list[Any] = []
-        threads = [
-            threading.Thread(target=lambda body=body: results.append(server.post(CHAT, body)))  # type: ignore[misc]
-            for body in (endless, endless | {"stream": True})
-        ]
-        for thread in threads:
-            thread.start()
-        until(lambda: len(server.engine.rows) == 2)
+        lit, steps, forward = threading.Event(), itertools.count(), server.engine.model.lm_head.forward
 
-        def fail(*_: Any, **__: Any) -> Any:
+        def burn(*arguments: Any, **options: Any) -> Any:
+            if next(steps) < 5:
+                return forward(*arguments, **options)
+            lit.wait(30)
             raise RuntimeError("the memory is on fire")
 
-        monkeypatch.setattr(server.engine.model.lm_head, "forward", fail)
-        for thread in threads:
-            thread.join(30)
-        whole, streamed = sorted(results, key=lambda response: response.status_code, reverse=True)
-        assert (whole.status_code, whole.json()["error"]["code"]) == (503, "engine_dead")
-        assert "the memory is on fire" in whole.text
-        assert "the memory is on fire" in streamed.text.split("data: ")[-1]
-        until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
-        assert server.post(CHAT, asked()).status_code == 503
-        assert server.metric("dami_engine_alive") == 0
-        until(lambda: told == [1])
+        monkeypatch.setattr(server.engine.model.lm_head, "forward", burn)
+        yield server, lit
+
+
+def test_a_dead_engine_is_told_to_everybody(burning: tuple[Running, threading.Event]) -> None:
+    server, lit = burning
+    told = []
+    server.app.state.on_death = lambda: told.append(1)
+    endless = asked(ignore_eos=True, max_tokens=400)
+    with ThreadPoolExecutor() as clients:
+        streamed = clients.submit(server.post, CHAT, endless | {"stream": True})
+        until(lambda: len(server.engine.rows) == 1)
+        whole = clients.submit(server.post, CHAT, endless)
+        until(lambda: len(server.engine.rows) == 2)
+        lit.set()
+        response = whole.result(30)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_dead")
+        assert "the memory is on fire" in response.text
+        response = streamed.result(30)
+        assert response.status_code == 200
+        assert "the memory is on fire" in response.text.split("data: ")[-1]
+    until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
+    assert server.post(CHAT, asked()).status_code == 503
+    assert server.metric("dami_engine_alive") == 0
+    until(lambda: told == [1])
+
+
+def test_who_comes_before_the_engine_s_death_is_noticed_is_told_its_cause(
+    burning: tuple[Running, threading.Event],
+) -> None:
+    server, lit = burning
+    server.engine._loop.call_soon_threadsafe(server.engine._watch.cancel)
+    lit.set()
+    server.post(CHAT, asked(ignore_eos=True))
+    until(lambda: not server.engine.manager.is_running())
+    response = server.post(CHAT, asked())
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_dead")
+    assert "the memory is on fire" in response.text
+    assert not server.engine.rows
 
 
 def test_what_is_under_way_ends_before_the_server_does() -> None:
