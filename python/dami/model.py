@@ -16,6 +16,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, is_grad_enabled, nn
+from torch.utils.hooks import RemovableHandle
 
 from dami import dial as dials
 from dami.dial import Dial, as_lam, named, patch_of
@@ -60,6 +61,7 @@ class Patch:
         checked: whether `check_independence` has passed.
         packs: whether the check of packed rows has, which is continuous batching's.
         origin: what it is a patch of.
+        head: the hook of a head that is no part of the patch.
     """
 
     dial: Dial
@@ -73,6 +75,7 @@ class Patch:
     checked: bool = False
     packs: bool = False
     origin: Origin = field(default_factory=Origin)
+    head: RemovableHandle | None = None
 
 
 class LerpModel(nn.Module):

@@ -117,6 +117,8 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, PairQuantizer):
         quantizer.remove_quantization_config(model)
+    if patch.head is not None:
+        patch.head.remove()
     del model.dami_patch
     reclass(model, patch.original)
     return model
@@ -212,7 +214,16 @@ def install(
             original = patch.original if module is model else type(module)
             place = _place(model, name, module, kind)
             _patch_module(module, kind, Lerp(dial, original, settings, *place, name=name, running=running), differing)
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        patch.head = head.register_forward_pre_hook(_contiguous)
     return model
+
+
+def _contiguous(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Before a plain head: the last states of a batch of prompts are a slice, which `F.linear` takes as one product for
+    each row, with a copy of the weight for each: gigabytes and seconds for a vocabulary of 50,000 and 100 rows."""
+    return inputs[0].contiguous(), *inputs[1:]
 
 
 def _adapted(base: Tensor, difference: LowRank, format: str) -> LerpWeight:

@@ -238,3 +238,25 @@ def test_generates_with_a_compiled_forward_and_a_static_cache() -> None:
         assert torch.equal(tokens, wanted)
         counts.append(len(graphs))
     assert 0 < counts[0] == counts[1]
+
+
+def test_a_head_that_is_no_part_of_the_patch_is_given_states_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`F.linear` would copy its weight for each row of a slice: the last states of prompts are one."""
+    model, thinking = pair("llama")
+    thinking.lm_head.load_state_dict(model.lm_head.state_dict())
+    inputs = batch("left")
+    expected = model(**inputs, logits_to_keep=2).logits
+    model = dami.patch_model(model, thinking)
+    assert type(model.lm_head) is nn.Linear
+    given: list[torch.Tensor] = []
+    linear = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda x, *rest: (given.append(x), linear(x, *rest))[1])
+    for kept in (1, 2):
+        found = model(**inputs, logits_to_keep=kept, intensity=0.0).logits
+        assert given[-1].shape[:2] == (4, kept)
+        assert given[-1].is_contiguous()
+    torch.testing.assert_close(found, expected)
+    twin = copy.deepcopy(model)
+    assert len(twin.lm_head._forward_pre_hooks) == 1
+    assert not dami.unpatch_model(model).lm_head._forward_pre_hooks
+    assert not dami.unpatch_model(twin).lm_head._forward_pre_hooks
