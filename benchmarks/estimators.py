@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from dami.checkpoints import example_pair
 from dami.dial import patch_of
-from dami.estimators.confidence import ConfidenceEstimator, signals
+from dami.estimators.confidence import ConfidenceEstimator, ConfidenceRouter, signals
 from dami.estimators.preference import PreferenceEstimator, fit
 from dami.estimators.training import features_of
 from dami.evaluation import Frontier, load_task, sweep
@@ -173,7 +173,8 @@ def overhead(
 ) -> dict[str, float]:
     """Time of each estimate over that of the answers at its λ: medians of three."""
     shares = {}
-    for name, estimator in (("preference", preference), ("confidence, trial of 3", ConfidenceEstimator(3))):
+    estimators = {"preference": preference, "confidence, trial of 3": ConfidenceEstimator(3)}
+    for name, estimator in (estimators | {"confidence router, trial of 3": ConfidenceRouter(3)}).items():
         ratios = []
         for batch in prompts[:3]:
             start = time.perf_counter()

@@ -50,17 +50,8 @@ def signals(model: Any, batch: Mapping[str, Tensor], tokens: int) -> Signals:
     Raises:
         ValueError: the batch has no `input_ids`.
     """
-    if "input_ids" not in batch:
-        raise ValueError(f"batch must have input_ids for a trial answer, got {sorted(batch)}")
-    prompts = batch["input_ids"]
-    seen = batch.get("attention_mask", torch.ones_like(prompts))
-    trial = model.generate(
-        input_ids=prompts, attention_mask=seen, intensity=0.0, do_sample=False, max_new_tokens=tokens, num_beams=1,
-        num_return_sequences=1,
-    )  # fmt: skip
-    answer = trial[:, prompts.shape[1] :]
-    ended = torch.isin(answer, end_tokens(model).to(answer.device)).int()
-    said = ended.cumsum(1) - ended == 0  # up to the first end token, and with it
+    trial, seen, said = _trial(model, batch, tokens)[:3]
+    prompts, answer = trial[:, : -said.shape[1]], trial[:, -said.shape[1] :]
     lam = torch.tensor([0.0, 1.0], device=prompts.device).repeat_interleave(len(prompts))
     logits = model(
         input_ids=trial.repeat(2, 1), attention_mask=torch.cat([seen, said.to(seen.dtype)], 1).repeat(2, 1),
@@ -76,6 +67,37 @@ def signals(model: Any, batch: Mapping[str, Tensor], tokens: int) -> Signals:
         sums += torch.stack([*of_token, entropy, divergence]) * said[:, step]
     means = sums / said.sum(1)
     return Signals(means[0].exp(), means[1].exp(), means[2], means[3])
+
+
+@torch.no_grad()
+def confidence(model: Any, batch: Mapping[str, Tensor], tokens: int) -> Tensor:
+    """`Signals.confidence` by itself, float32 [B]: what generating the trial answer has computed anyway.
+
+    Args:
+        model, batch, tokens: as for `signals`.
+
+    Raises:
+        ValueError: the batch has no `input_ids`.
+    """
+    trial, _, said, logits = _trial(model, batch, tokens)
+    chosen = trial[:, -said.shape[1] :, None]
+    logs = torch.cat([step.float().log_softmax(1).gather(1, chosen[:, i]) for i, step in enumerate(logits)], 1)
+    return ((logs * said).sum(1) / said.sum(1)).exp()
+
+
+def _trial(model: Any, batch: Mapping[str, Tensor], tokens: int) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """Prompts with greedy trial answers [B, T + tokens], the prompts' mask [B, T], the answers' up to their first end
+    token and with it [B, tokens], and the logits of each of their tokens, [B, vocabulary]."""
+    if "input_ids" not in batch:
+        raise ValueError(f"batch must have input_ids for a trial answer, got {sorted(batch)}")
+    prompts = batch["input_ids"]
+    seen = batch.get("attention_mask", torch.ones_like(prompts))
+    trial = model.generate(
+        input_ids=prompts, attention_mask=seen, intensity=0.0, do_sample=False, max_new_tokens=tokens, num_beams=1,
+        num_return_sequences=1, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    ended = torch.isin(trial.sequences[:, prompts.shape[1] :], end_tokens(model).to(prompts.device)).int()
+    return trial.sequences, seen, ended.cumsum(1) - ended == 0, trial.logits
 
 
 @dataclass(frozen=True)
@@ -101,8 +123,7 @@ class ConfidenceEstimator:
     alike: float = 0.8
 
     def __post_init__(self) -> None:
-        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
-            raise ValueError(f"tokens must be a positive integer, got {self.tokens!r}")
+        _check_tokens(self.tokens)
         if not self.doubt > 0:
             raise ValueError(f"doubt must be positive, got {self.doubt!r}")
 
@@ -114,3 +135,37 @@ class ConfidenceEstimator:
         """λ that the signals of a trial answer stand for, float32 [B]."""
         agreement = found.gap.neg().exp().clamp(max=1)
         return (1 - found.confidence**self.doubt) * (self.apart + (self.alike - self.apart) * agreement)
+
+
+@dataclass(frozen=True)
+class ConfidenceRouter:
+    """λ = 0 where the instruct end is sure of a trial answer, λ = 1 where it is not: no training, no labels.
+
+    For pairs whose middle is worse than their ends, which `ConfidenceEstimator` cannot know: `dami evaluate` shows it
+    without labels too, as thoughts that do not come to their end.
+
+    Attributes:
+        tokens: of the trial answer, at most.
+        sure: the confidence in it from which on it is believed, in (0, 1).
+    """
+
+    tokens: int = 3
+    sure: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_tokens(self.tokens)
+        if not 0 < self.sure < 1:
+            raise ValueError(f"sure must be between 0 and 1, got {self.sure!r}")
+
+    def estimate(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """λ of every prompt, float32 [B]; as `Estimator` says."""
+        return self.choose(confidence(model, batch, self.tokens))
+
+    def choose(self, found: Tensor) -> Tensor:
+        """λ that a confidence stands for, float32 [B]."""
+        return (found < self.sure).float()
+
+
+def _check_tokens(tokens: Any) -> None:
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise ValueError(f"tokens must be a positive integer, got {tokens!r}")

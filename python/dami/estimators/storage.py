@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dami.estimators import Estimator, StaticIntensity
-from dami.estimators.confidence import ConfidenceEstimator
+from dami.estimators.confidence import ConfidenceEstimator, ConfidenceRouter
 from dami.estimators.preference import Features, PreferenceEstimator
 
 FOLDER = "intensity"  # of a pair's directory
@@ -26,6 +26,7 @@ SETTINGS, WEIGHTS, FRONTIER = "intensity.json", "estimator.safetensors", "fronti
 KINDS: dict[str, type[Any]] = {
     "static": StaticIntensity,
     "confidence": ConfidenceEstimator,
+    "confidence router": ConfidenceRouter,
     "preference": PreferenceEstimator,
 }
 

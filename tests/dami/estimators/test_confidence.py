@@ -7,7 +7,7 @@ import math
 import dami
 import pytest
 import torch
-from dami.estimators.confidence import ConfidenceEstimator, Signals, signals
+from dami.estimators.confidence import ConfidenceEstimator, ConfidenceRouter, Signals, confidence, signals
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -92,6 +92,27 @@ def test_generate_asks_it_for_every_prompt() -> None:
     options = {"max_new_tokens": 5, "do_sample": False}
     auto = model.generate(**batch, intensity="auto", **options)
     assert torch.equal(auto, model.generate(**batch, intensity=lams, **options))
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_the_router_believes_what_the_instruct_end_is_sure_of(tokens: int) -> None:
+    model = dami.patch_model(*pair("qwen3"))
+    batch = {"input_ids": torch.randint(3, VOCABULARY, (5, 6)), "attention_mask": torch.ones(5, 6, dtype=torch.long)}
+    batch["attention_mask"][0, :2] = 0
+    found = confidence(model, batch, tokens)
+    torch.testing.assert_close(found, signals(model, batch, tokens).confidence)
+    sure = found.median().item()
+    lams = ConfidenceRouter(tokens, sure).estimate(model, batch)
+    assert lams.tolist() == [float(c < sure) for c in found.tolist()]
+    assert 0 < lams.sum() < 5
+
+
+@pytest.mark.parametrize(("settings", "message"), [({"tokens": 0}, "tokens must be"), ({"sure": 1.0}, "sure must be")])
+def test_a_router_that_makes_no_sense_is_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ConfidenceRouter(**settings)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"batch must have input_ids for a trial answer, got \['inputs_embeds'\]"):
+        ConfidenceRouter().estimate(dami.patch_model(*pair("qwen3")), {"inputs_embeds": torch.zeros(1, 3, 24)})
 
 
 @pytest.mark.parametrize(

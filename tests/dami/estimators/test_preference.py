@@ -146,7 +146,13 @@ def test_what_is_trained_comes_with_the_pair(trained: tuple[Any, Any, Path], tmp
 
 
 @pytest.mark.parametrize(
-    "estimator", [None, dami.estimators.StaticIntensity(0.3), dami.estimators.confidence.ConfidenceEstimator(tokens=3)]
+    "estimator",
+    [
+        None,
+        dami.estimators.StaticIntensity(0.3),
+        dami.estimators.confidence.ConfidenceEstimator(tokens=3),
+        dami.estimators.confidence.ConfidenceRouter(sure=0.7),
+    ],
 )
 def test_every_kind_is_stored(estimator: Any, tmp_path: Path) -> None:
     Stored(estimator, {"low": 0.2}).save(tmp_path)
