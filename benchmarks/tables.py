@@ -85,16 +85,16 @@ def smollm2() -> str:
     by = {(row["intensity"], row["task"]): row for row in rows}
     tasks = sorted({row["task"] for row in rows}, key=lambda task: (task == "all", task))
     lams = sorted({row["intensity"] for row in rows}, key=float)
-    heads = [f"{task if task == 'all' else f'`{task}`'} ({by[lams[0], task]['n']})" for task in tasks]
-    lines = [["λ", *heads, "thinks, %", "comes to its end, %"]]
-    for lam in lams:
-        cells = [f"{float(lam):g}"]
-        for task in tasks:
+    lines = [["questions", *(f"λ = {float(lam):g}" for lam in lams)]]
+    for task in tasks:
+        cells = [f"{task if task == 'all' else f'`{task}`'} ({by[lams[0], task]['n']})"]
+        for lam in lams:
             row = by[lam, task]
             right, low, high = (100 * float(row[key]) for key in ("accuracy", "acc_low", "acc_high"))
             cells.append(f"{right:.0f} ({low:.0f} to {high:.0f}), {float(row['tokens_mean']):.0f}")
-        shares = (f"{100 * float(by[lam, 'all'][key]):.0f}" for key in ("thinking", "well_formed"))
-        lines.append([*cells, *shares])
+        lines.append(cells)
+    for name, key in (("thinks, %", "thinking"), ("comes to its end, %", "well_formed")):
+        lines.append([name, *(f"{100 * float(by[lam, 'all'][key]):.0f}" for lam in lams)])
     return markdown(lines)
 
 

@@ -1,10 +1,11 @@
 """Answers and tokens a second at many λ in one process, at one λ, and with one process for each λ, and the memory.
 
-The same questions are asked greedily, by so many users at once. In `mixed` and `processes` each is asked at five λ, in
-`one λ` five times at λ=0.5. Of `processes`, each serves one λ, has a fifth of the users and of the KV cache, and its
-part of the cores. The pair is the shipped one, or as `--serve` says:
+The same questions are asked greedily, by so many users at once: in `mixed` and `processes` at five λ by turns, in
+`one λ` at λ=0.5. None is asked twice, so that no prompt is cached but for its beginning. Of `processes`, each serves
+one λ, has a fifth of the users and of the KV cache, and its part of the cores. The pair is the shipped one, or as
+`--serve` says:
 
-    python -m benchmarks.serving.throughput --questions 10 --serve INSTRUCT.gguf ADAPTER --format lowrank
+    python -m benchmarks.serving.throughput --questions 100 --serve INSTRUCT.gguf ADAPTER --format lowrank
 
     memory_gb  of all server processes after the last answer; what they share is counted once
 """
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--users", type=int, default=50)
-    parser.add_argument("--questions", type=int, default=60, help="each asked five times")
+    parser.add_argument("--questions", type=int, default=300)
     parser.add_argument("--kv-memory", type=float, default=0.5, help="GiB of the KV cache, of all processes together")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="all that follows is for dami serve")
@@ -58,13 +59,11 @@ def measure(mode: str, users: int, count: int, kv_memory: float, serve: Sequence
     cores = os.cpu_count() or 1
     shares = len(LAMS) if mode == "processes" else 1
     threads = max(1, cores // shares)
-    lams = [0.5] * len(LAMS) if mode == "one λ" else LAMS
-    bodies = [
-        [chat(question.text, intensity=lam, temperature=0, max_tokens=256) for question in questions(count)]
-        for lam in lams
+    asked = [
+        chat(question.text, intensity=0.5 if mode == "one λ" else LAMS[i % len(LAMS)], temperature=0, max_tokens=256)
+        for i, question in enumerate(questions(count))
     ]
-    if shares == 1:  # the λ of a question come one after the other, as those of strangers would
-        bodies = [[body for group in zip(*bodies, strict=True) for body in group]]
+    bodies = [asked[i::shares] for i in range(shares)]
     with ExitStack() as stack:
         options = (*serve, "--kv-memory", str(kv_memory / shares))
         servers = [stack.enter_context(serving(*options, threads=threads)) for _ in range(shares)]

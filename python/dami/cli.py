@@ -111,16 +111,28 @@ FormatOption = Annotated[
     str | None,
     typer.Option("--format", metavar="NAME", help="How the pair is kept: pair, int8, int4, w8d4 or lowrank."),
 ]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="auto|NAME",
+        help="Of what is computed: bfloat16, float16 or float32. Default: the checkpoints'; of a GGUF file float32.",
+    ),
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of the sampling.")]
 VerifierOption = Annotated[str | None, typer.Option(help="Of a file: math (math-verify) or word (the last one).")]
 RowsOption = Annotated[int, typer.Option(min=1, help="Rows of a batch, which holds all λ of a question.")]
 MaxTokensOption = Annotated[int | None, typer.Option(min=1, help="Tokens of an answer, at most.")]
 
 
-def load(pair: tuple[str, ...] | None, format: str | None = None, invariant: bool = False) -> tuple[Any, Any]:
+def load(
+    pair: tuple[str, ...] | None, format: str | None = None, dtype: str = "auto", invariant: bool = False
+) -> tuple[Any, Any]:
     """Loads a packed pair or two checkpoints, onto the GPU if there is one; progress goes to stderr."""
     if pair is None or not err.is_terminal:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+    if dtype not in ("auto", "bfloat16", "float16", "float32"):
+        raise fail(f"--dtype must be auto, bfloat16, float16 or float32, got {dtype!r}")
     with err.status("loading torch and transformers"):
         import torch
 
@@ -130,7 +142,7 @@ def load(pair: tuple[str, ...] | None, format: str | None = None, invariant: boo
     with user_errors():
         try:
             device = "cuda" if torch.cuda.is_available() else None
-            options: dict[str, Any] = {"format": format, "device_map": device, "invariant": invariant}
+            options: dict[str, Any] = {"format": format, "device_map": device, "dtype": dtype, "invariant": invariant}
             return load_pair(*ends, **options)
         except OSError as error:  # the hub's do not say which
             raise OSError(f"cannot load {' and '.join(ends)}: {' '.join(str(error).split())}") from error
@@ -182,6 +194,7 @@ def generate(
     ] = None,
     pair: PairOption = None,
     format: FormatOption = None,
+    dtype: DtypeOption = "auto",
     stream: Annotated[bool, typer.Option("--stream", help="Show tokens as they come.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line for every answer.")] = False,
     chat_template: Annotated[
@@ -223,7 +236,7 @@ def generate(
     put_through = None if raw else "default" if chat_template is None else chat_template
     asked = read_prompts(prompts or [], file)
     lams: list[Any] = intensity or [0.0, 0.5, 1.0]
-    model, tokenizer = load(pair, format)
+    model, tokenizer = load(pair, format, dtype)
 
     import torch
 
@@ -292,11 +305,12 @@ def describe(
         ),
     ] = None,
     format: FormatOption = None,
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Show every parameter of a pair: its kind, its format, its bytes; and the sum against merged copies."""
     if ends and len(ends) > 2:
         raise fail(f"a pair is one packed directory or two checkpoints, got {len(ends)}")
-    model, _ = load(tuple(ends) if ends else None, format)
+    model, _ = load(tuple(ends) if ends else None, format, dtype)
     import dami
     from dami.terminal import parameters
 
@@ -371,6 +385,7 @@ def serve(
         tuple[float, float], typer.Option(metavar="LOWEST HIGHEST", help="λ that requests may ask for.")
     ] = (-1.0, 2.0),
     format: FormatOption = None,
+    dtype: DtypeOption = "auto",
     chat_template: Annotated[
         str | None,
         typer.Option(
@@ -423,7 +438,7 @@ def serve(
         raise fail(f"dami serve needs {error.name}: pip install 'dami-kernels[serve]'") from error
     if not intensity_range[0] <= intensity_range[1] or not all(map(math.isfinite, intensity_range)):
         raise fail(f"--intensity-range must be two finite numbers, the lower first, got {intensity_range}")
-    model, tokenizer = load(tuple(ends) if ends else None, format, invariant)
+    model, tokenizer = load(tuple(ends) if ends else None, format, dtype, invariant)
     from dami.dial import patch_of
     from dami.serving.controller import IntensityController
     from dami.serving.engine import Engine, Limits
@@ -457,6 +472,7 @@ def evaluate(
     task: Annotated[str, typer.Argument(help="A file of questions (.jsonl), or a dataset of reasoning-gym.")],
     pair: PairOption = None,
     format: FormatOption = "pair",
+    dtype: DtypeOption = "auto",
     intensity: Annotated[
         list[float] | None,
         typer.Option("--intensity", "-l", parser=finite, metavar="LAMBDA", help="λ to ask at; 0 to 1 in tenths."),
@@ -487,7 +503,7 @@ def evaluate(
 
     with user_errors():
         asked = load_task(task, questions, seed, **({"verifier": verifier} if verifier else {}))
-    model, tokenizer = load(pair, format)
+    model, tokenizer = load(pair, format, dtype)
     lams = intensity or [tenth / 10 for tenth in range(11)]
     options: dict[str, Any] = {"do_sample": False} if greedy else {}
     if max_tokens:
@@ -524,6 +540,7 @@ def train_estimator(
     output: OutputOption,
     pair: PairOption = None,
     format: FormatOption = None,
+    dtype: DtypeOption = "auto",
     intensity: Annotated[
         list[float] | None,
         typer.Option("--intensity", "-l", parser=finite, metavar="LAMBDA", help="λ to ask at; 0 to 1 in fifths."),
@@ -555,7 +572,7 @@ def train_estimator(
         raise fail("--router asks at the two ends: leave --intensity out")
     with user_errors():
         asked = load_task(task, questions, seed, **({"verifier": verifier} if verifier else {}))
-    model, tokenizer = load(pair, format)
+    model, tokenizer = load(pair, format, dtype)
     lams = [0.0, 1.0] if router else intensity or [fifth / 5 for fifth in range(6)]
     with user_errors(), Progress(console=err, transient=True) as progress:
         bar = progress.add_task("answers", total=len(asked.questions) * samples * len(lams))
@@ -603,6 +620,7 @@ def study(
     ] = None,
     pair: PairOption = None,
     format: FormatOption = "pair",
+    dtype: DtypeOption = "auto",
     control: Annotated[
         list[str] | None,
         typer.Option(
@@ -640,7 +658,7 @@ def study(
         raise fail(
             "a task is needed for a pair of your own: a file of questions (.jsonl), or a dataset of reasoning-gym"
         )
-    model, tokenizer = load(pair, format)
+    model, tokenizer = load(pair, format, dtype)
     with user_errors():
         if task is None:
             from dami import example_pair

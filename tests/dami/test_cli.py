@@ -137,6 +137,8 @@ def test_describe_accounts_for_every_parameter() -> None:
     for name in ("q_proj", "gate_proj", "input_layernorm", "embed_tokens", "lm_head"):
         assert name in result.stdout
     assert result.stdout == run("describe", *map(str, dami.example_pair())).stdout
+    assert "float32" not in result.stdout
+    assert "float32" in run("describe", "--dtype", "float32").stdout
 
 
 def test_demo_leaves_a_picture_and_numbers(tmp_path: Path) -> None:
@@ -215,6 +217,7 @@ def test_bench_outside_a_checkout_says_what_to_do(monkeypatch: pytest.MonkeyPatc
         ),
         (["merge", "one", "-o", "there"], "Missing option '--intensity'"),
         (["describe", "./no/such", "./directory"], "no/such"),
+        (["describe", "--dtype", "int8"], "--dtype must be auto, bfloat16, float16 or float32, got 'int8'"),
         (["demo", "--output", __file__], "is a file"),
         (["demo", "--questions", "0"], "--questions"),
     ],

@@ -17,7 +17,7 @@ import torch
 from dami.chat import ask
 from dami.evaluation.frontier import Frontier
 from dami.evaluation.sweeps import Record
-from dami.evaluation.tasks import Question, last_word
+from dami.evaluation.tasks import Question, last_word, load_task
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -189,7 +189,7 @@ def test_the_adapter_that_ships():
     tensors = load_file(ADAPTER / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert len(tensors) == 2 * 7 * 30
-    assert sum(path.stat().st_size for path in ADAPTER.iterdir()) <= 15e6
+    assert sum(path.stat().st_size for path in ADAPTER.rglob("*.*")) <= 15e6
 
 
 def test_its_held_out_questions(train):
@@ -197,6 +197,34 @@ def test_its_held_out_questions(train):
     assert [q["question"] for q in kept] == [q.text for q in train.held_out()]
     groups = {(q["task"], q["level"]) for q in kept}
     assert groups == {(task, level) for task, levels in train.LEVEL_WEIGHTS.items() for level in levels}
+
+
+def lines_of(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (EXAMPLE / name).read_text(encoding="utf-8").splitlines()]
+
+
+def test_held_out_facts_are_about_other_countries_and_cities():
+    sums, facts, mixed = lines_of("questions.jsonl"), lines_of("facts.jsonl"), lines_of("mixed.jsonl")
+    assert mixed[: len(sums)] == [line | {"verifier": "word"} for line in sums]
+    held_out = mixed[len(sums) :]
+    assert len(held_out) == len(sums)
+    asked = {line["question"].rstrip("?").split(" is ")[-1].removeprefix("the city of ") for line in facts}
+    kept_apart = {line["question"].rstrip("?").split(" is ")[-1].removeprefix("the city of ") for line in held_out}
+    assert not asked & kept_apart
+    assert len(kept_apart) > 100
+    assert {line["verifier"] for line in facts + held_out} == {"contains"}
+    task = load_task(str(EXAMPLE / "mixed.jsonl"))
+    assert all(task.score(i, f"It is {question.answer}.") for i, question in enumerate(task.questions))
+
+
+def test_the_estimator_is_trained_on_other_sums():
+    pytest.importorskip("reasoning_gym")
+    held_out = lines_of("questions.jsonl")
+    sums = script("estimator").draw_sums(3, held_out)
+    assert not {line["question"] for line in sums} & {line["question"] for line in held_out}
+    groups = [(line["task"], line["level"]) for line in sums]
+    assert groups == [group for group in dict.fromkeys(groups) for _ in range(3)]
+    assert {*groups} == {(line["task"], line["level"]) for line in held_out}
 
 
 @pytest.mark.slow

@@ -90,7 +90,7 @@ def sweep(
     settings = {
         "weights": fingerprint(model),
         "task": task.name,
-        "questions": len(task.questions),
+        "questions": f"{len(task.questions)} ({zlib.crc32(repr(task.questions).encode()):08x})",
         "intensities": [float(lam) for lam in intensities],
         "samples": samples,
         "rows": rows,

@@ -94,6 +94,11 @@ def test_a_file_of_another_pair_or_other_settings_is_not_continued(
     ):
         with pytest.raises(ValueError, match=rf"other settings \({told}\): name another file or delete it"):
             sweep(model, None, task, LAMS, path=path, seed=seed)
+    asked = list(task.questions)
+    task.questions = [*asked[1:], asked[0]]
+    with pytest.raises(ValueError, match=r"questions: \d \(\w{8}\) there, \d \(\w{8}\) now"):
+        sweep(MODEL, None, task, LAMS, path=path)
+    task.questions = asked
     assert path.read_text() == before
     head, *rest = before.splitlines()
     settings = json.loads(head)

@@ -77,7 +77,8 @@ def test_questions_of_a_file_may_be_spelled_as_the_usual_data_sets_do(tmp_path: 
     task = JsonLines(path, "word")
     assert task.name == "sums"
     assert task.questions == [
-        Question("1+1", "2", "sums"), Question([{"role": "user", "content": "2+2"}], "4", "sums", 3),
+        Question("1+1", "2", "sums", verifier="word"),
+        Question([{"role": "user", "content": "2+2"}], "4", "sums", 3, "word"),
     ]  # fmt: skip
     assert [task.score(1, "It is 4."), task.score(1, "5")] == [1.0, 0.0]
 
@@ -91,8 +92,23 @@ def test_a_line_that_is_no_question_is_named(tmp_path: Path, line: str) -> None:
 
 
 def test_an_unknown_verifier_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"verifier must be one of \['math', 'word'\], got 'judge'"):
+    with pytest.raises(ValueError, match=r"verifier must be one of \['contains', 'math', 'word'\], got 'judge'"):
         JsonLines(tmp_path / "none.jsonl", "judge")
+    path = tmp_path / "judged.jsonl"
+    path.write_text('\n{"question": "1+1", "answer": 2, "verifier": "judge"}')
+    with pytest.raises(ValueError, match=r"judged.jsonl:2: verifier must be one of .*, got 'judge'"):
+        JsonLines(path)
+
+
+def test_a_question_may_have_a_verifier_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "mixed.jsonl"
+    lines = [{"question": "3 + 4 =", "answer": 7}, {"question": "Where?", "answer": "Peru", "verifier": "contains"}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    task = load_task(str(path), verifier="word")
+    assert [task.score(0, text) for text in ("3 + 4 = 7", "7, as 3 + 4")] == [1.0, 0.0]
+    assert [task.score(1, text) for text in ("In Peru, I think.", "Peruvian")] == [1.0, 0.0]
+    task.questions = task.questions[::-1]
+    assert task.score(0, "In Peru, I think.") == 1.0  # the verifier goes with its question
 
 
 def test_reasoning_gym_makes_the_same_questions_of_a_seed_and_scores_answers() -> None:
