@@ -44,8 +44,12 @@ def test_an_unfit_python_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "venv").exists()
 
 
-def test_continuous_integration_runs_make_test() -> None:
+def test_continuous_integration_runs_all_tests_that_need_no_gpu() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert script.read_text().endswith("exec make test\n")
+    assert script.read_text().endswith("exec make -j2 --output-sync=target test test-serving\n")
     assert subprocess.run(["bash", "-n", script]).returncode == 0
+    named = re.findall(r"\.venv\S+", script.read_text())
+    assert named
+    plan = make("-n", *named)
+    assert plan.returncode == 0, plan.stderr
