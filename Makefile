@@ -25,7 +25,7 @@ test: lint ## Check the style and run the tests; ARGS="-k linear" chooses, ARGS=
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-serving: .venv-serving/.test ## Run the tests of the vLLM plugin, in .venv-serving
-	.venv-serving/bin/python -m pytest tests/dami/serving/vllm $(ARGS)
+	OMP_NUM_THREADS=1 .venv-serving/bin/python -m pytest tests/dami/serving/vllm $(ARGS)
 
 lint: $(VENV)/.test ## Check the style and the types
 	$(BIN)/ruff check
