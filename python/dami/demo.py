@@ -202,7 +202,7 @@ def run(
         "copies": asdict(copies),
     }
     (output / "demo.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-    console.print(f"Picture and numbers: {output / 'curve.png'}, {output / 'demo.json'}", style="dim")
+    console.print(f"Picture and numbers: {output / 'curve.png'}, {output / 'demo.json'}", style="dim", soft_wrap=True)
 
 
 def price_table(patched: Cost, copies: Cost, count: int) -> Table:

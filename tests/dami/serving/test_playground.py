@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from threading import Event
@@ -175,11 +176,13 @@ def test_what_the_server_refuses_is_shown_in_the_answers_place(browser: Any, ser
 @in_chromium
 def test_stopping_ends_all_answers_here_and_on_the_server(browser: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a server that takes ten steps, and the next when they have been stopped: before these answers' ends."""
-    with running() as server:
-        stopped, steps, forward = Event(), count(), server.engine.model.lm_head.forward
+    stopped, steps = Event(), count()
+    with running() as server, ExitStack() as after:
+        after.callback(stopped.set)
+        forward = server.engine.model.lm_head.forward
 
         def slowed(*arguments: Any, **options: Any) -> Any:
-            assert next(steps) < 10 or stopped.wait(SECONDS)
+            assert next(steps) < 10 or stopped.wait(3 * SECONDS)
             return forward(*arguments, **options)
 
         monkeypatch.setattr(server.engine.model.lm_head, "forward", slowed)
@@ -193,6 +196,7 @@ def test_stopping_ends_all_answers_here_and_on_the_server(browser: Any, monkeypa
         page.until(lambda: page.one("#run").is_enabled())
         assert [card.text for card in page.all(".answer small")] == ["stopped"] * 6
         page.until(lambda: not server.engine.rows)
+        assert next(steps) <= 11  # all this before another step
         stopped.set()
         page.until(lambda: server.engine.load == Load())
         assert page.complaints() == []
