@@ -121,12 +121,10 @@ def main() -> None:
     for tokens in TRIALS:
         said = [signals(model, batch, tokens) for batch in prompts]
         chosen = np.concatenate([ConfidenceEstimator(tokens).choose(each).double().numpy() for each in said])
-        policies[f"confidence, trial of {tokens}"] = frontier, chosen, 0.0
-        policies[f"confidence, trial of {tokens}, its tokens counted"] = (
-            frontier,
-            chosen,
-            trial_tokens(frontier, tokens),
-        )
+        ends = np.concatenate([ConfidenceRouter(tokens).choose(each.confidence).double().numpy() for each in said])
+        for name, lots in (("confidence", chosen), ("confidence router", ends)):
+            policies[f"{name}, trial of {tokens}"] = frontier, lots, 0.0
+            policies[f"{name}, trial of {tokens}, its tokens counted"] = frontier, lots, trial_tokens(frontier, tokens)
         helped = frontier.scores[:, -1] - frontier.scores[:, 0] > 0.5
         for name in ("confidence", "thinking_confidence", "entropy", "divergence", "gap"):
             value = np.concatenate([getattr(each, name).numpy() for each in said])
