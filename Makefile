@@ -21,9 +21,10 @@ help: ## Show this list
 demo: $(VENV)/.package ## Set up, then see the idea work: two minutes
 	$(BIN)/dami demo $(ARGS)
 
-# Two processes of one thread each: most of what is tested is Python. A file's tests share what it has set up.
+# Two processes of one thread each: most of what is tested is Python. A file's tests share what it has set up. A test that
+# ends its process is told once, and not tried again in a new one.
 test: lint ## Check the style and run the tests; ARGS="-k linear" chooses, ARGS="-m slow" runs the long ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
 
 test-serving: .venv-serving-$(VLLM)/.test ## Run the tests of the vLLM plugin, VLLM=0.33 on that version
 	OMP_NUM_THREADS=1 .venv-serving-$(VLLM)/bin/python -m pytest tests/dami/serving/vllm $(ARGS)
