@@ -120,7 +120,7 @@ DtypeOption = Annotated[
     ),
 ]
 SeedOption = Annotated[int, typer.Option(help="Seed of the sampling.")]
-VerifierOption = Annotated[str | None, typer.Option(help="Of a file: math (math-verify) or word (the last one).")]
+VerifierOption = Annotated[str | None, typer.Option(help="Of a file: math (math-verify), word (the last), contains.")]
 RowsOption = Annotated[int, typer.Option(min=1, help="Rows of a batch, which holds all λ of a question.")]
 MaxTokensOption = Annotated[int | None, typer.Option(min=1, help="Tokens of an answer, at most.")]
 
