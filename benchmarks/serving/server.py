@@ -106,7 +106,7 @@ def serving(*arguments: str, threads: int | None = None, seconds: float = 120) -
                 time.sleep(0.2)
             yield server
             process.send_signal(signal.SIGTERM)
-            if process.wait(60) not in (0, -signal.SIGTERM):  # uvicorn hands the signal on when it has shut down
+            if process.wait(60):
                 raise RuntimeError(f"dami serve ended with {process.returncode}: {_end_of(log)}")
         finally:
             process.kill()

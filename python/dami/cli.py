@@ -372,7 +372,15 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     api_key: Annotated[
         list[str] | None,
-        typer.Option(envvar="DAMI_API_KEY", help="Requests must bring it; may be given several times."),
+        typer.Option(help="Requests must bring it; may be given several times. Default: DAMI_API_KEY, if it is set."),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A name by which clients call the server, beside localhost; may be given several times. "
+            "Default: any, but only localhost while there is no API key and --host is local.",
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option("--served-model-name", help="Default: the instruct end's.")] = None,
     default_intensity: Annotated[
@@ -402,6 +410,9 @@ def serve(
     max_batch_rows: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 64,
     max_requests: Annotated[int, typer.Option(min=1, help="Sequences at once, waiting ones included.")] = 4096,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 1 << 20,
+    read_timeout: Annotated[
+        int, typer.Option(min=1, metavar="SECONDS", help="For a request's headers, and again for its body.")
+    ] = 30,
     prefix_cache: Annotated[
         bool, typer.Option(help="Let requests of one λ share the KV cache of equal prompt beginnings.")
     ] = True,
@@ -424,8 +435,8 @@ def serve(
         typer.Option(exists=True, dir_okay=False, help="By dami evaluate. Default: its estimator's."),
     ] = None,
     drain: Annotated[
-        int | None, typer.Option(min=0, help="Seconds that requests have to end after SIGTERM. Default: no limit.")
-    ] = None,
+        int, typer.Option(min=0, help="Seconds that requests have to end after SIGTERM; then they are cut off.")
+    ] = 25,
 ) -> None:
     """Serve a pair over HTTP, as OpenAI does, each request at its own λ."""
     if ends and len(ends) > 2:
@@ -438,12 +449,20 @@ def serve(
         raise fail(f"dami serve needs {error.name}: pip install 'dami-kernels[serve]'") from error
     if not intensity_range[0] <= intensity_range[1] or not all(map(math.isfinite, intensity_range)):
         raise fail(f"--intensity-range must be two finite numbers, the lower first, got {intensity_range}")
+    from dami.serving.gate import LOOPBACK, check_key
+
+    local = host in LOOPBACK
+    keys = api_key if api_key is not None else [os.environ["DAMI_API_KEY"]] if "DAMI_API_KEY" in os.environ else []
+    with user_errors():
+        for key in keys:
+            check_key(key, "DAMI_API_KEY" if api_key is None else "--api-key")
     model, tokenizer = load(tuple(ends) if ends else None, format, dtype, invariant)
     from dami.dial import patch_of
     from dami.serving.controller import IntensityController
     from dami.serving.engine import Engine, Limits
+    from dami.serving.listening import run
     from dami.serving.playground import read_frontier
-    from dami.serving.server import Settings, create_app, run
+    from dami.serving.server import Settings, create_app
 
     controller = None
     with user_errors():
@@ -457,14 +476,17 @@ def serve(
             default_intensity,
             intensity_range,
             "default" if chat_template is None else chat_template,
-            tuple(api_key or ()),
+            tuple(keys),
+            (*LOOPBACK, *(allowed_host or ())) if allowed_host or (local and not keys) else (),
             max_body,
+            read_timeout,
             known,
         )
         served = create_app(Engine(model, limits, controller), tokenizer, settings)
-    if host not in ("127.0.0.1", "::1", "localhost") and not api_key:
+    if not local and not keys:
         err.print(f"anyone who reaches {host} may use this server: see --api-key", style="yellow")
-    raise typer.Exit(run(served, host, port, drain))
+    with user_errors():
+        raise typer.Exit(run(served, host, port, drain))
 
 
 @app.command()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
 import logging
 import math
@@ -16,8 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import uvicorn
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -27,8 +25,10 @@ from dami.chat import ChatTemplate, render
 from dami.serving import playground
 from dami.serving.deltas import Delta, Deltas
 from dami.serving.engine import Engine, EngineDead, Overloaded, Row, Token
+from dami.serving.gate import Gate, check_key
 from dami.serving.metrics import Metrics
 from dami.serving.protocol import ChatRequest, CompletionRequest
+from dami.serving.responses import error
 from dami.serving.sampling import Sampling
 from dami.thoughts import Reader
 
@@ -45,8 +45,13 @@ class Settings:
         intensity_range: the lowest and the highest λ that requests may ask for.
         chat_template: which template conversations go through, as in `dami.chat.render`.
         api_keys: a request must bring one of them; none if there are none.
+        allowed_hosts: names that a request's `Host` may have; any if there are none.
         max_body: bytes of a request at most.
+        read_timeout: seconds that a client has for a request's headers, and again for its body.
         frontier: of the pair, as `playground.read_frontier` gives it; {} if none is known.
+
+    Raises:
+        ValueError: an API key is empty, or holds what a header cannot carry.
     """
 
     name: str = "dami"
@@ -54,8 +59,14 @@ class Settings:
     intensity_range: tuple[float, float] = (-1.0, 2.0)
     chat_template: ChatTemplate = "default"
     api_keys: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     max_body: int = 1 << 20
+    read_timeout: float = 30.0
     frontier: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key in self.api_keys:
+            check_key(key, "api_keys")
 
 
 class BadRequest(Exception):
@@ -64,17 +75,6 @@ class BadRequest(Exception):
     def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
         super().__init__(message)
         self.param, self.code, self.status = param, code, status
-
-
-def error(
-    status: int, message: str, param: str | None = None, code: str | None = None, headers: Any = None
-) -> JSONResponse:
-    """An error in OpenAI's shape."""
-    kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(status)
-    kind = kind or ("invalid_request_error" if status < 500 else "server_error")
-    message = message.encode("utf-8", "replace").decode()  # it may quote halves of surrogate pairs
-    content = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-    return JSONResponse(content, status, headers)
 
 
 @dataclass(eq=False)
@@ -517,55 +517,6 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, None]) -> bool
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class Gate:
-    """Lets in requests that are small enough and bring an API key where one is wanted."""
-
-    def __init__(self, app: Any, settings: Settings, count: Callable[[str, int], None]) -> None:
-        self.app, self.settings, self.count = app, settings, count
-        self.keys = [key.encode() for key in settings.api_keys]
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-
-        async def counted(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                self.count(getattr(scope.get("route"), "path", "other"), message["status"])
-            await send(message)
-
-        refusal = self._refuse(scope["path"], headers)
-        if refusal is not None:
-            await refusal(scope, receive, counted)
-            return
-        received = 0
-
-        async def limited() -> Any:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.settings.max_body:
-                raise HTTPException(413, self._too_large())
-            return message
-
-        await self.app(scope, limited, counted)
-
-    def _too_large(self) -> str:
-        return f"the body must be at most {self.settings.max_body} bytes"
-
-    def _refuse(self, path: str, headers: dict[bytes, bytes]) -> Response | None:
-        if self.keys and path.startswith("/v1/"):
-            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-            known = [hmac.compare_digest(key.strip(), each) for each in self.keys]
-            if scheme.lower() != b"bearer" or not any(known):
-                return error(401, "a valid API key is needed, as Authorization: Bearer KEY", code="invalid_api_key")
-        length = headers.get(b"content-length", b"")
-        if length.isdigit() and int(length[:20]) > self.settings.max_body:
-            return error(413, self._too_large())
-        return None
-
-
 def create_app(engine: Engine, tokenizer: Any, settings: Settings | None = None) -> FastAPI:
     """The server as an ASGI application, which starts and stops the engine.
 
@@ -593,10 +544,21 @@ def create_app(engine: Engine, tokenizer: Any, settings: Settings | None = None)
             yield
             dying.cancel()
 
-    app = FastAPI(title="dami serve", version=__version__, lifespan=lifespan)
-    app.state.engine, app.state.service = engine, service
+    # The pages that FastAPI draws of the schema load scripts from elsewhere.
+    app = FastAPI(title="dami serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.engine, app.state.service, app.state.cut_off = engine, service, 0
+
+    def cut_off() -> None:
+        app.state.cut_off += 1
+
     app.add_middleware(
-        Gate, settings=settings, count=lambda path, status: service.metrics.requests.labels(path, status).inc()
+        Gate,
+        api_keys=settings.api_keys,
+        allowed_hosts=settings.allowed_hosts,
+        max_body=settings.max_body,
+        read_timeout=settings.read_timeout,
+        count=lambda path, status: service.metrics.requests.labels(path, status).inc(),
+        cut_off=cut_off,
     )
 
     async def answer(request: Request, answering: Answering, whole: Callable[[Answering], dict[str, Any]]) -> Response:
@@ -730,25 +692,11 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     },
     400: {"description": "The request is not valid.", "content": ERROR},
     401: {"description": "An API key is needed.", "content": ERROR},
+    403: {"description": "The request's Host is none of the server's.", "content": ERROR},
     **NOT_FOUND,
+    408: {"description": "The body did not come in time.", "content": ERROR},
     413: {"description": "The body is too large.", "content": ERROR},
     422: {"description": "Not used: see 400.", "content": ERROR},
     429: {"description": "There are too many requests.", "content": ERROR},
     503: {"description": "The engine has died.", "content": ERROR},
 }
-
-
-def run(app: FastAPI, host: str, port: int, drain: int | None = None) -> int:
-    """Serves until SIGINT or SIGTERM, then takes nothing more and lets what is under way end; the exit status.
-
-    Args:
-        app: of `create_app`.
-        host, port: where it listens.
-        drain: seconds that what is under way has to end; None for as long as it takes.
-    """
-    server = uvicorn.Server(
-        uvicorn.Config(app, host, port, timeout_graceful_shutdown=drain, log_level="info", access_log=False)
-    )
-    app.state.on_death = lambda: setattr(server, "should_exit", True)
-    server.run()
-    return 1 if app.state.engine.death is not None or not server.started else 0
