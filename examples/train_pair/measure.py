@@ -7,6 +7,7 @@ python examples/train_pair/measure.py --plot-only    # plot the CSV's latest run
 import argparse
 import csv
 import datetime
+import itertools
 import json
 import math
 import platform
@@ -137,38 +138,67 @@ def print_table(csv_path: Path) -> None:
             print(f"| {intensity:g} | " + " | ".join(cells) + f" | {100 * pools[-1]['well_formed']:.0f} |")
 
 
-def plot(csv_path: Path, image_path: Path) -> None:
-    """Plot accuracy and tokens over the intensity by level, and accuracy over tokens, with 95 % intervals."""
+def plot(csv_path: Path, estimators_path: Path, image_path: Path) -> None:
+    """Plot accuracy against tokens: a point for every λ, and what the pair's estimator reaches at three prices.
+
+    Bands and bars are 95 % intervals.
+    """
     curve = latest(csv_path, greedy=False)
-    intensities = list(curve)
-    levels = sorted({int(row["level"]) for rows in curve.values() for row in rows})
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    for level in levels:
-        colour = plt.get_cmap("viridis")(0.92 - 0.86 * (level - 1) / (len(levels) - 1))
-        pools = [pool([row for row in rows if int(row["level"]) == level]) for rows in curve.values()]
-        for axes, name, low, high, scale in (
-            (left, "accuracy", "acc_low", "acc_high", 100),
-            (middle, "tokens", "tokens_low", "tokens_high", 1),
-        ):
-            axes.plot(intensities, [scale * p[name] for p in pools], "o-", color=colour, ms=4, label=f"level {level}")
-            bounds = [[scale * p[bound] for p in pools] for bound in (low, high)]
-            axes.fill_between(intensities, *bounds, color=colour, alpha=0.15, lw=0)
-    left.set(xlabel="intensity λ", ylabel="accuracy, %", ylim=(0, 102), title="Accuracy")
-    middle.set(xlabel="intensity λ", ylabel="tokens per answer", title="Length")
-    middle.set_ylim(bottom=0)
-    left.legend(frameon=False, loc="lower right")
     pools = [pool(rows) for rows in curve.values()]
-    tokens, accuracy = [p["tokens"] for p in pools], [100 * p["accuracy"] for p in pools]
-    errors = [[100 * abs(p[bound] - p["accuracy"]) for p in pools] for bound in ("acc_low", "acc_high")]
-    right.errorbar(tokens, accuracy, errors, color="0.75", fmt="-", capsize=2, zorder=1)
-    points = right.scatter(tokens, accuracy, c=intensities, cmap="plasma", s=36, zorder=2)
-    figure.colorbar(points, ax=right, label="intensity λ", pad=0.02)
-    right.set(xlabel="tokens per answer", ylabel="accuracy, %", title="All levels: accuracy against length")
-    sampling = next(iter(curve.values()))[0]["sampling"]
-    figure.suptitle(f"The shipped pair on {pools[0]['n']} held-out questions ({sampling}; bands: 95 % intervals)")
+    tokens = [p["tokens"] for p in pools]
+    accuracy, low, high = ([100 * p[name] for p in pools] for name in ("accuracy", "acc_low", "acc_high"))
+    static, auto = "#1f6f8b", "#d1495b"  # apart for the colour-blind too, on white and in grey
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 13})
+    figure, axes = plt.subplots(figsize=(9, 5.4), layout="constrained")
+    axes.fill_between(tokens, low, high, color=static, alpha=0.18, lw=0)
+    axes.plot(tokens, accuracy, "o-", color=static, lw=2, ms=7, label="one λ for every question")
+    names = {0.0: "λ = 0, Instruct", 1.0: "λ = 1, Thinking"}
+    gaps = [after - before for before, after in itertools.pairwise(tokens)] + [math.inf]
+    for intensity, x, y, gap in zip(curve, tokens, accuracy, gaps, strict=True):
+        crowded = gap < 0.05 * tokens[-1]  # the next label is to be to the right of this one
+        axes.annotate(
+            names.get(intensity, f"{intensity:g}"),
+            (x, y),
+            xytext={0.0: (-8, -24), 1.0: (0, 12)}.get(intensity, (3 if crowded else 6, -18)),
+            textcoords="offset points",
+            ha="right" if intensity == 1 or (crowded and intensity) else "left",
+            color=static,
+            weight="bold" if intensity in names else None,
+            fontsize=12,
+        )
+    with open(estimators_path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    newest = max(row["date"] for row in rows)
+    prices = {
+        "preference, price 1": "tokens dear",
+        "preference, price 0.5": "",
+        "preference, price 0.2": "default price",
+    }
+    found = [row for row in rows if row["date"] == newest and row["policy"] in prices]
+    points = [[100 * float(row[name]) for name in ("accuracy", "accuracy_low", "accuracy_high")] for row in found]
+    x = [float(row["tokens"]) for row in found]
+    y = [point[0] for point in points]
+    errors = [[point[0] - point[1] for point in points], [point[2] - point[0] for point in points]]
+    axes.errorbar(
+        x,
+        y,
+        errors,
+        fmt="D",
+        color=auto,
+        ms=8,
+        capsize=3,
+        label='intensity="auto": a λ for each question, by the price of a token',
+    )
+    for row, *at in zip(found, x, y, strict=True):
+        axes.annotate(
+            prices[row["policy"]], at, xytext=(-10, 6), textcoords="offset points", ha="right", color=auto, fontsize=12
+        )
+    axes.set(xlabel="tokens per answer", ylabel="right answers, %", xlim=(0, 1.06 * tokens[-1]), ylim=(0, 100))
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, loc="lower right")
+    axes.set_title(f"The shipped pair, {pools[0]['n']} held-out questions", loc="left", fontsize=13)
     image_path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(image_path, dpi=150)
+    figure.savefig(image_path, dpi=130)
 
 
 def main() -> None:
@@ -176,6 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", type=Path, default=ROOT / "python/dami/data/pair")
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/results/pair_curve.csv")
+    parser.add_argument("--estimators", type=Path, default=ROOT / "benchmarks/results/estimators_shipped.csv")
     parser.add_argument("--image", type=Path, default=ROOT / "docs/images/pair-curve.png")
     parser.add_argument("--intensities", type=float, nargs="+", default=[i / 10 for i in range(11)])
     parser.add_argument("--batch-size", type=int, default=440, help="rows (default: %(default)s)")
@@ -187,7 +218,7 @@ def main() -> None:
     if not args.plot_only:
         measure(args.pair, args.csv, args.intensities, args.batch_size, args.limit)
     print_table(args.csv)
-    plot(args.csv, args.image)
+    plot(args.csv, args.estimators, args.image)
 
 
 if __name__ == "__main__":
