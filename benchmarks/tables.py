@@ -217,7 +217,32 @@ def estimators(pair: str) -> str:
     return markdown(lines)
 
 
+def summary() -> str:
+    """N λ in one batch against N merged copies: bytes, time, accuracy."""
+    stored = latest(newest(RESULTS / "formats.csv"), "stored")
+    rows = measured("linear.csv", is_cpu, model="square", dtype="bf16", isa="avx512_bf16", lam="distinct")
+    by = latest(rows, "method", "format", "m")
+    asked = {row["format"]: row for row in newest(RESULTS / "format_quality.csv") if row["lam"] == "0.5"}
+    sizes = ("1", "4", "16")
+    lines: list[list[str]] = [["weights", "bytes per weight", *(f"time, M = {m}" for m in sizes), "accuracy, %"]]
+
+    def times(method: str, format: str) -> list[str]:
+        return [cell(by, (method, format, m), (MERGED, "", m), False) for m in sizes]
+
+    lines.append(["a merged bfloat16 copy per λ", "2 N", *times(COPIES, ""), "as `pair`"])
+    for format in ("pair", "int4", "w8d4"):
+        accuracy, low, high = (
+            f"{float(asked[format][key]):.0%}" for key in ("accuracy", "accuracy_low", "accuracy_high")
+        )
+        interval = f"{accuracy} ({low} to {high})".replace("%", "")
+        lines.append(
+            [f"`{format}`", f"{float(stored[format,]['bytes_per_weight']) + 1e-9:.2f}", *times(OURS, format), interval]
+        )
+    return about(rows) + markdown(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "summary": summary,
     "pair": pair,
     "load throughput": lambda: load_test(
         "throughput",

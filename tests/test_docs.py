@@ -76,15 +76,22 @@ def fault(words: list[str]) -> str | None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python blocks of a page run in order, in one namespace, in an empty directory."""
+def test_code_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python blocks of a page run in order, in one namespace, in an empty directory; `text` blocks are their output."""
     text = page.read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
+    printed = ""
     for block in blocks(text):
         if block.language == "python" and block.run:
+            capsys.readouterr()
             # Blank lines before the code make a traceback name the page's own lines.
             exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), namespace)
+            printed = capsys.readouterr().out
+        elif block.language == "text" and block.run:
+            assert block.code == printed, f"{page.name}:{block.line} is not what the code before it prints"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
