@@ -45,6 +45,12 @@ def test_version() -> None:
     assert run("--version").stdout == f"dami {dami.__version__}\n"
 
 
+def test_the_package_is_the_command() -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    shown = subprocess.run([sys.executable, "-m", "dami", "--version"], env=environment, capture_output=True, text=True)
+    assert (shown.returncode, shown.stdout) == (0, f"dami {dami.__version__}\n")
+
+
 def test_formats() -> None:
     exact, small = (
         records(run("generate", "What is 2 + 3?", "-l", "0.5", "--greedy", "--json", "--format", format))

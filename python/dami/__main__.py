@@ -1,0 +1,5 @@
+"""`python -m dami` is `dami`."""
+
+from dami.cli import app
+
+app()
