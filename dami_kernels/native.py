@@ -1,5 +1,8 @@
 """Thin calls into the compiled CPU kernels (csrc/cpu): the operators, with their torch schemas' arguments.
 
+Addresses are all that the kernels get. So arguments must be as `ops.library` has checked them: λ, its map, ids and
+offsets dense, and weights what their format says.
+
 Which instruction set they use is decided when this module is loaded: the best the CPU has, or the one that the
 environment variable DAMI_CPU_ISA names.
 """
@@ -105,7 +108,7 @@ def lerp_embedding(
 ) -> Tensor:
     """y_i = W(λ_i)[id_i]: ids [rows] int64 or int32, weight [V, D] as `format` stores it. IndexError for a bad id."""
     _tensors_of(format)
-    ids, weight = ids.contiguous(), _in_place(weight)
+    weight = _in_place(weight)
     y = torch.empty(ids.shape[0], columns, dtype=dtype)
     _C.embedding(
         _TYPES[dtype], ids.data_ptr(), ids.dtype == torch.int64, ids.shape[0], format,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +62,13 @@ def dequantize(codes: Tensor, scales: Tensor, columns: int) -> Tensor:
     group = codes.shape[-1] // max(1, scales.shape[-1])
     values = codes.float().unflatten(-1, (scales.shape[-1], group)) * scales.float().unsqueeze(-1)
     return values.flatten(-2)[..., :columns]
+
+
+def code_layout(shape: Sequence[int], bits: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Shape and dtype of the codes, two to a byte if of 4 bits, and of the scales of values of this shape."""
+    groups = -(-shape[-1] // GROUP)
+    codes = torch.int8 if bits == 8 else torch.uint8
+    return ((*shape[:-1], groups * GROUP * bits // 8), codes), ((*shape[:-1], groups), SCALE)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:

@@ -42,17 +42,17 @@ def lam_map(
             raise ValueError(f"row_to_lam must be on {device} as the input is, got {row_to_lam.device}")
         if row_to_lam.dim() != 1 or row_to_lam.shape[0] != rows:
             raise ValueError(f"row_to_lam must have shape [{rows}], one index per row, got {list(row_to_lam.shape)}")
-        return lam.contiguous(), 1
+        return lam, 1
     if rows_per_lam is None:
         if lam.shape[0] != rows:
             raise ValueError(
                 f"lam must have shape [] or [{rows}], one λ per row, got {list(lam.shape)}; "
                 "for one λ per sequence pass rows_per_lam or row_to_lam"
             )
-        return lam.contiguous(), 1
+        return lam, 1
     if rows_per_lam < 1 or lam.shape[0] * rows_per_lam != rows:
         raise ValueError(f"len(lam) * rows_per_lam must equal the {rows} rows, got {lam.shape[0]} * {rows_per_lam}")
-    return lam.contiguous(), rows_per_lam
+    return lam, rows_per_lam
 
 
 def lam_per_row(lam: Tensor, rows_per_lam: int, row_to_lam: Tensor | None) -> Tensor:

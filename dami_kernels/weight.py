@@ -16,7 +16,8 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class LerpWeight:
     """Two ends of one weight, W(λ) = base + λ (target − base), in a storage format.
 
-    Build it with `LerpWeight.pack`. It holds no third tensor: `pair` shares memory with what it was packed from.
+    Build it with `LerpWeight.pack`. It holds no third tensor: `pair` shares memory with what it was packed from. One
+    that is built of stored tensors is checked against its format: a ValueError or TypeError says what does not fit.
 
     Attributes:
         tensors: the stored tensors, as the format lays them out.
@@ -29,6 +30,9 @@ class LerpWeight:
     format: str
     shape: torch.Size
     dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        formats.check(self.format, self.tensors, self.shape, self.dtype)
 
     @classmethod
     def pack(cls, base: Tensor, target: Tensor, format: str = "pair") -> LerpWeight:

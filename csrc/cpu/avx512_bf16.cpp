@@ -32,6 +32,7 @@ struct Bf16Dot {
     return Vec::zero();
   }
   static Vec scaled(Vec sum, const bf16*) { return sum; }
+  static const bf16* second(const bf16*, int64_t, int) { return nullptr; }
   static __m512bh round(dami::Two<Vec> v) { return _mm512_cvtne2ps_pbh(v.b.v, v.a.v); }
   template <class Row>
   static __m512bh operand(const Row& row, int64_t i, const dami::AsItIs<Vec>&) {

@@ -7,19 +7,24 @@
 
 namespace dami {
 
-// Codes are multiplied as integers, which takes a fraction of the instructions of making them floating point numbers. x is
-// rounded to 16 bits, relative to the largest of its block; that is a quarter of what the rounding of a bfloat16 weight by
-// that element would add, at the very most. A group's sum is exact, and takes its scale as a float32. Codes of `parts` in a
-// word are taken apart, so of every `step` elements of x those that are `parts` apart lie together. Nibbles are
-// multiplied as they are, 8 above their code, which makes a group's sum too large by 8 times the scale and the sum of x; so
-// sums begin below zero.
+// Codes are multiplied as integers, which takes a fraction of the instructions of making them floating point numbers. Of a
+// block of x each element becomes a number of 16 bits times one power of two, which is exact from 1/128 of the largest on, as
+// bfloat16 has 8 bits. Where what the smaller ones lose could be told beside the rounding of a bfloat16 weight, as beside an
+// outlier, it is kept as a second digit of 16 bits, and the block is multiplied twice: that is exact from 2⁻²² of the largest
+// on. A block's own numbers decide it, so a row has the same bits in any company. A group's sum is exact, and takes its
+// scale as a float32. Codes of `parts` in a word are taken apart, so of every `step` elements of x those that are `parts`
+// apart lie together. Nibbles are multiplied as they are, 8 above their code, which makes a group's sum too large by 8
+// times the scale and the sum of x; so sums begin below zero.
 template <class V, int elements, int parts>
 struct IntBlocks {
   using X = int16_t;
   static constexpr int step = elements;
-  static constexpr int64_t block = block_bytes / 4, head = 64;  // before a block its scale, and on a line of its own `sums`
-  static int64_t at_block(int64_t k) { return k / block * (head + block) + head; }
+  static constexpr int64_t block = block_bytes / 4;
+  // A block lies there as two digits, each behind its scale, that of the digit after it or 0, and on a line of its own `sums`.
+  static constexpr int64_t head = 64, digit = head + block;
+  static int64_t at_block(int64_t k) { return k / block * 2 * digit + head; }
   static const float* sums(const X* x) { return reinterpret_cast<const float*>(x - head / 2); }  // of x, in each group
+  static const float* scales(const X* x) { return reinterpret_cast<const float*>(x - head); }
 
   template <class Row>
   static V begin(const Row& row, int64_t i, int64_t count, const X* x) {
@@ -29,10 +34,13 @@ struct IntBlocks {
         above = fma(V::load(sums(x) + g), V::load(row.scales + i / group_size + g), above);
     return above * V::set1(-8);
   }
-  static V scaled(V sum, const X* x) {
-    float scale;
-    std::memcpy(&scale, x - head, sizeof scale);
-    return sum * V::set1(scale);
+  static V scaled(V sum, const X* x) { return sum * V::set1(scales(x)[0]); }
+
+  // The second digit of rows of x, `stride` apart, if any of them needs it; it is 0 in the others.
+  static const X* second(const X* x, int64_t stride, int rows) {
+    for (int m = 0; m < rows; m++)
+      if (scales(x + m * stride)[1] != 0) return x + digit;
+    return nullptr;
   }
 
   static void prepare_block(const bf16* x, int64_t count, X* to) {
@@ -44,16 +52,48 @@ struct IntBlocks {
       most = max(most, max(v, V::zero() - v));
       none = fma(v, V::zero(), none);
     }
-    float lanes[V::W], poison[V::W], largest = 0;
+    float lanes[V::W], poison[V::W], largest = 0x1p-97f;  // below it the second scale would be subnormal
     most.store(lanes);
     none.store(poison);
     for (float lane : lanes) largest = std::max(largest, lane);
-    float scale = largest / 32767;
-    for (float lane : poison) scale += lane;
-    std::memcpy(to - head, &scale, sizeof scale);
-    const V inverse = V::set1(largest > 1e-30f ? 32767 / largest : 0);
+    uint32_t bits;
+    std::memcpy(&bits, &largest, sizeof bits);
+    bits &= 0x7f800000;  // the power of two in it
+    float power, nothing = 0;
+    std::memcpy(&power, &bits, sizeof power);
+    for (float lane : poison) nothing += lane;
+
+    // In units of the scale. To add and take off 1.5 · 2²³ is to round to a whole number.
+    const V inverse = V::set1(0x1p14f / power), to_whole = V::set1(0x1.8p23f), most_counted = V::set1(-0x1p11f);
+    alignas(64) float rest[block];
     alignas(64) X whole[block];
-    for (int64_t i = 0; i < block; i += V::W) (V::load(padded + i) * inverse).store(whole + i);
+    V lost = V::zero(), kept = V::zero();
+    for (int64_t i = 0; i < block; i += V::W) {
+      const V v = V::load(padded + i) * inverse, rounded = v + to_whole - to_whole, left = v - rounded;
+      rounded.store(whole + i);
+      left.store(rest + i);
+      lost = fma(left, left, lost);
+      const V counted = max(V::zero() - max(v, V::zero() - v), most_counted);
+      kept = fma(counted, counted, kept);
+    }
+    float energy[2][V::W], sum_lost = 0, sum_kept = 0;
+    lost.store(energy[0]);
+    kept.store(energy[1]);
+    for (float lane : energy[0]) sum_lost += lane;
+    for (float lane : energy[1]) sum_kept += lane;
+    const bool exact = !(sum_lost > 0x1p-26f * sum_kept);
+    store_digit(whole, power * 0x1p-14f + nothing, exact ? 0 : power * 0x1p-29f, to);
+    if (exact) {
+      std::memset(to + digit - head, 0, digit * sizeof(X));
+    } else {
+      for (int64_t i = 0; i < block; i += V::W) (V::load(rest + i) * V::set1(0x1p15f)).store(whole + i);
+      store_digit(whole, power * 0x1p-29f, 0, to + digit);
+    }
+  }
+
+  static void store_digit(const X* whole, float scale, float next, X* to) {
+    std::memcpy(to - head, &scale, sizeof scale);
+    std::memcpy(to - head + 2, &next, sizeof next);
     for (int64_t i = 0; i < block; i += step)
       for (int part = 0; part < parts; part++)
         for (int j = 0; j < step / parts; j++) to[i + part * (step / parts) + j] = whole[i + j * parts + part];

@@ -10,7 +10,8 @@
 //         sums in vectors, and at_block(k), where a block of x begins; tile_m, the height of a register tile; any_rows,
 //         whether it is good for more rows than `few`; loader and operand, what makes `step` numbers of a weight as stored
 //         (some, as many as there are, if a step is more than a group), and multiply_add of these and x; begin and scaled,
-//         what a sum over a block begins with and ends as; store, an operand as X. One that multiplies dense weights too has
+//         what a sum over a block begins with and ends as; second, what else a block of rows of x is to be multiplied as, or
+//         null; store, an operand as X. One that multiplies dense weights too has
 //         load<part> and multiply_add for X in `parts`, widen, `step` numbers in float32, and their store
 #pragma once
 
@@ -209,6 +210,7 @@ struct FloatDot {
     return V::zero();
   }
   static V scaled(V sum, const float*) { return sum; }
+  static const float* second(const float*, int64_t, int) { return nullptr; }
 };
 
 // Writes f's vectors for a whole number of groups: f(i, j, left) gives what belongs at i + j.
@@ -307,26 +309,32 @@ template <class V, class Dot, int M, class Row>
 void stream(const typename Dot::X* x, int64_t stride, const Row* w, const Ahead& ahead, int64_t k, float* sums) {
   constexpr int N = M <= Dot::tile_m ? tile_n : tile_n / 2;
   constexpr int64_t chunk = std::max<int64_t>(group_size, Dot::step);
-  for (int64_t begin = 0; begin < k; begin += Dot::block, x += Dot::at_block(Dot::block) - Dot::at_block(0))
-    for (int first = 0; first < tile_n; first += N) {
-      const int64_t end = std::min(k, begin + Dot::block);
-      const auto rows = [&](int n) { return Row::beside(w, first + n); };
-      V total[M][N];
-      for (int n = 0; n < N; n++)
-        for (int m = 0; m < M; m++) total[m][n] = Dot::begin(rows(n), begin, end - begin, x + m * stride);
-      int64_t i = begin;
-      for (; i + chunk <= end; i += chunk) {
-        if (Row::bytes(i) % 64 == 0)
-          for (int64_t line = 0; line < Row::bytes(chunk); line += 64) ahead.fetch<N>(first, Row::bytes(i) + line);
-        multiply_add<V, Dot, true>(x + i - begin, stride, rows, i, chunk, total);
-      }
-      if constexpr (chunk > group_size)
-        if (i < end) multiply_add<V, Dot, false>(x + i - begin, stride, rows, i, end - i, total);
+  for (int64_t begin = 0; begin < k; begin += Dot::block, x += Dot::at_block(Dot::block) - Dot::at_block(0)) {
+    const int64_t end = std::min(k, begin + Dot::block);
+    const auto add_block = [&](const typename Dot::X* x, auto fetches) {
+      for (int first = 0; first < tile_n; first += N) {
+        const auto rows = [&](int n) { return Row::beside(w, first + n); };
+        V total[M][N];
+        for (int n = 0; n < N; n++)
+          for (int m = 0; m < M; m++) total[m][n] = Dot::begin(rows(n), begin, end - begin, x + m * stride);
+        int64_t i = begin;
+        for (; i + chunk <= end; i += chunk) {
+          if constexpr (fetches)
+            if (Row::bytes(i) % 64 == 0)
+              for (int64_t line = 0; line < Row::bytes(chunk); line += 64) ahead.fetch<N>(first, Row::bytes(i) + line);
+          multiply_add<V, Dot, true>(x + i - begin, stride, rows, i, chunk, total);
+        }
+        if constexpr (chunk > group_size)
+          if (i < end) multiply_add<V, Dot, false>(x + i - begin, stride, rows, i, end - i, total);
 #pragma GCC unroll 4
-      for (int m = 0; m < M; m++)
-        for (V& sum : total[m]) sum = Dot::scaled(sum, x + m * stride);
-      add_sums(total, sums + first);
-    }
+        for (int m = 0; m < M; m++)
+          for (V& sum : total[m]) sum = Dot::scaled(sum, x + m * stride);
+        add_sums(total, sums + first);
+      }
+    };
+    add_block(x, std::true_type{});
+    if (const auto* second = Dot::second(x, stride, M)) add_block(second, std::false_type{});
+  }
 }
 
 // Dot multiplies dense weights and blended ones, CodesDot codes.

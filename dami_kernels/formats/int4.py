@@ -1,10 +1,12 @@
 """`int4`: the base as it is and the difference in 4 bits. Exact at λ=0; 2.56 bytes for each bfloat16 weight."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from dami_kernels.formats import ALL, Rows
-from dami_kernels.quantize import dequantize, pack_in_blocks, pack_nibbles, quantize, unpack_nibbles
+from dami_kernels.formats import ALL, Layout, Rows
+from dami_kernels.quantize import code_layout, dequantize, pack_in_blocks, pack_nibbles, quantize, unpack_nibbles
 
 TENSORS = ("", "_delta", "_delta_scale")
 
@@ -23,3 +25,7 @@ def unpack(*tensors: Tensor, columns: int, rows: Rows = ALL) -> tuple[Tensor, Te
     """The base as it is; the target in float32."""
     base, delta, scale = (tensor[rows] for tensor in tensors)
     return base, base.to(torch.float32) + dequantize(unpack_nibbles(delta), scale, columns)
+
+
+def layout(shape: Sequence[int], dtype: torch.dtype, *_: Tensor) -> Sequence[Layout]:
+    return (shape, dtype), *code_layout(shape, bits=4)

@@ -1,10 +1,12 @@
 """`int8`: the base as it is and the difference in 8 bits. Exact at λ=0; 3.06 bytes for each bfloat16 weight."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from dami_kernels.formats import ALL, Rows
-from dami_kernels.quantize import dequantize, pack_in_blocks, quantize
+from dami_kernels.formats import ALL, Layout, Rows
+from dami_kernels.quantize import code_layout, dequantize, pack_in_blocks, quantize
 
 TENSORS = ("", "_delta", "_delta_scale")
 
@@ -18,3 +20,7 @@ def unpack(*tensors: Tensor, columns: int, rows: Rows = ALL) -> tuple[Tensor, Te
     """The base as it is; the target in float32."""
     base, delta, scale = (tensor[rows] for tensor in tensors)
     return base, base.to(torch.float32) + dequantize(delta, scale, columns)
+
+
+def layout(shape: Sequence[int], dtype: torch.dtype, *_: Tensor) -> Sequence[Layout]:
+    return (shape, dtype), *code_layout(shape, bits=8)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dami_kernels.formats import ALL, Rows
+from dami_kernels.formats import ALL, Layout, Rows
 
 TENSORS = ("", "_down", "_up")
 
@@ -44,6 +46,12 @@ def unpack(*tensors: Tensor, columns: int, rows: Rows = ALL) -> tuple[Tensor, Te
     """The base as it is; the target in float32."""
     base, down, up = tensors
     return base[rows], torch.addmm(base[rows].float(), up[rows].float(), down.float())
+
+
+def layout(shape: Sequence[int], dtype: torch.dtype, *tensors: Tensor) -> Sequence[Layout]:
+    """Of a matrix; the rank is that of the second tensor."""
+    (*rows, columns), rank = shape, tensors[1].shape[0] if tensors[1].dim() else 1
+    return (shape, dtype), ((rank, columns), dtype), ((*rows, rank), dtype)
 
 
 def linear(x: Tensor, lam: Tensor, *tensors: Tensor) -> Tensor:

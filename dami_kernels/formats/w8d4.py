@@ -4,10 +4,13 @@ The difference is taken from the base as it is stored, not from the one that cam
 rounding too, and the error is least at λ=1.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from dami_kernels.formats import ALL, Rows
-from dami_kernels.quantize import dequantize, pack_in_blocks, pack_nibbles, quantize, unpack_nibbles
+from dami_kernels.formats import ALL, Layout, Rows
+from dami_kernels.quantize import code_layout, dequantize, pack_in_blocks, pack_nibbles, quantize, unpack_nibbles
 
 TENSORS = ("_base", "_base_scale", "_delta", "_delta_scale")
 
@@ -28,3 +31,7 @@ def unpack(*tensors: Tensor, columns: int, rows: Rows = ALL) -> tuple[Tensor, Te
     base, scale, delta, delta_scale = (tensor[rows] for tensor in tensors)
     unpacked = dequantize(base, scale, columns)
     return unpacked, unpacked + dequantize(unpack_nibbles(delta), delta_scale, columns)
+
+
+def layout(shape: Sequence[int], dtype: torch.dtype, *_: Tensor) -> Sequence[Layout]:
+    return *code_layout(shape, bits=8), *code_layout(shape, bits=4)

@@ -59,6 +59,22 @@ def lerp_embedding(
     return y.reshape(*ids.shape, weight.shape[1])
 
 
+def _check_operands(
+    ids: Tensor,
+    weight: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    format: str,
+    dtype: torch.dtype,
+    columns: int,
+) -> None:
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"ids must be an int64 or int32 Tensor, got {ids.dtype}")
+    library.check_rows(ids, 1, lam, row_to_lam, rows_per_lam)
+    library.check_stored(format, weight, (weight[0].shape[0], columns), dtype, ids.device)
+
+
 def _fake(
     ids: Tensor,
     weight: list[Tensor],
@@ -109,6 +125,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 library.define(
     "lerp_embedding(Tensor ids, Tensor[] weight, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, str format, "
     "ScalarType dtype, SymInt columns) -> Tensor",
+    check=_check_operands,
     fake=_fake,
     plain=_plain,
     setup_context=_setup_context,

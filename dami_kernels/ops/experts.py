@@ -73,10 +73,29 @@ def lerp_experts(
         lam,
         row_to_lam,
         rows_per_lam,
-        expert_offsets.contiguous(),
+        expert_offsets,
         weight.format,
         invariant,
     )
+
+
+def _check_operands(
+    x: Tensor,
+    weight: list[Tensor],
+    bias: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    offsets: Tensor,
+    format: str,
+    invariant: bool,
+) -> None:
+    library.check_rows(x, 2, lam, row_to_lam, rows_per_lam)
+    experts, outputs = weight[0].shape[:2]
+    library.check_vector("expert_offsets", offsets, experts, x.device)
+    library.check_stored(format, weight, (experts, outputs, x.shape[1]), x.dtype, x.device)
+    if bias:
+        library.check_stored("pair", bias, (experts, outputs), x.dtype, x.device)
 
 
 def _fake(x: Tensor, weight: list[Tensor], *_: Any) -> Tensor:
@@ -162,6 +181,7 @@ def _gradients(
 library.define(
     "lerp_experts(Tensor x, Tensor[] weight, Tensor[] bias, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, "
     "Tensor offsets, str format, bool invariant) -> Tensor",
+    check=_check_operands,
     fake=_fake,
     plain=_plain,
     setup_context=_setup_context,

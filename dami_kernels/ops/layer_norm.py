@@ -54,6 +54,20 @@ def lerp_layer_norm(
     return y.reshape(x.shape)
 
 
+def _check_operands(
+    x: Tensor,
+    weight: list[Tensor],
+    bias: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    eps: float,
+) -> None:
+    library.check_rows(x, 2, lam, row_to_lam, rows_per_lam)
+    for ends in filter(None, (weight, bias)):
+        library.check_stored("pair", ends, x.shape[1:], x.dtype, x.device)
+
+
 def _fake(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -100,6 +114,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 library.define(
     "lerp_layer_norm(Tensor x, Tensor[] weight, Tensor[] bias, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, "
     "float eps) -> Tensor",
+    check=_check_operands,
     fake=_fake,
     plain=_plain,
     setup_context=_setup_context,

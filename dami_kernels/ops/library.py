@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dami_kernels import native
+from dami_kernels import formats, native
 from dami_kernels.weight import LerpWeight
 
 LIBRARY = torch.library.Library("dami", "DEF")
@@ -34,6 +34,7 @@ def kernel_of(name: str, device: str) -> Callable[..., Any] | str:
 def define(
     schema: str,
     *,
+    check: Callable[..., None],
     fake: Callable[..., Any],
     plain: Callable[..., Any],
     setup_context: Callable[..., None],
@@ -46,6 +47,7 @@ def define(
 
     Args:
         schema: its torch schema.
+        check: raises ValueError or TypeError where the arguments would have a kernel read beside a tensor.
         fake: computes the output's shape and dtype only, for torch.compile.
         plain: the same in plain torch, for any device.
         setup_context, backward: as in `torch.library.register_autograd`.
@@ -54,6 +56,9 @@ def define(
     PLAIN[name] = plain
 
     def run(*args: Any) -> Any:
+        check(*args)
+        # Of λ, its map, ids and offsets kernels take the numbers to lie side by side.
+        args = tuple([x.contiguous() if isinstance(x, Tensor) and x.dim() == 1 else x for x in args])
         kernel = kernel_of(name, args[0].device.type)
         if isinstance(kernel, str):
             return slowly(kernel, *args)
@@ -80,6 +85,48 @@ def _warn_once(message: str) -> None:
 @cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def check_rows(x: Tensor, dim: int, lam: Tensor, row_to_lam: Tensor | None, rows_per_lam: int) -> None:
+    """Checks an operator's input of `dim` dimensions, and that each of its rows has a λ."""
+    rows, device = x.shape[0] if x.dim() else 1, x.device
+    if x.dim() != dim:
+        raise ValueError(f"the input must have {dim} dimensions, got shape {list(x.shape)}")
+    if lam.dtype != torch.float32 or lam.dim() != 1 or lam.device != device:
+        raise ValueError(
+            f"lam must be torch.float32 [L] on {device}, got {lam.dtype} {list(lam.shape)} on {lam.device}"
+        )
+    if row_to_lam is None:
+        if lam.shape[0] * rows_per_lam != rows:
+            raise ValueError(f"len(lam) * rows_per_lam must equal the {rows} rows, got {lam.shape[0]} * {rows_per_lam}")
+    else:
+        check_vector("row_to_lam", row_to_lam, rows, device)
+
+
+def check_vector(name: str, vector: Tensor, size: int, device: torch.device) -> None:
+    """Checks a vector of indices."""
+    if vector.dtype != torch.int32 or vector.shape != (size,) or vector.device != device:
+        raise ValueError(
+            f"{name} must be torch.int32 [{size}] on {device}, "
+            f"got {vector.dtype} {list(vector.shape)} on {vector.device}"
+        )
+
+
+def check_stored(
+    format: str, tensors: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Checks that a weight's tensors are what its format says, where the input is, and all there."""
+    formats.check(format, tensors, shape, dtype)
+    if tensors[0].device != device:
+        raise ValueError(f"the weight must be on {device} as the input is, got {tensors[0].device}")
+    for tensor in tensors:
+        last = sum([(n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)])
+        needed = (tensor.storage_offset() + last + 1) * tensor.itemsize if tensor.numel() else 0
+        if needed > tensor.untyped_storage().nbytes():
+            raise ValueError(
+                f"a weight's tensor of shape {list(tensor.shape)} must have {needed} bytes of memory, "
+                f"got {tensor.untyped_storage().nbytes()}: its storage was resized"
+            )
 
 
 def check_weight(name: str, weight: LerpWeight, x: Tensor | None = None, dim: int | None = None) -> None:

@@ -137,6 +137,25 @@ def _check(
             raise ValueError(f"{bias_name} must have format 'pair', got {bias.format!r}")
 
 
+def _check_operands(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    format: str,
+    invariant: bool,
+) -> None:
+    library.check_rows(x, 2, lam, row_to_lam, rows_per_lam)
+    for i, weight in enumerate(split := _split(weights, format)):
+        library.check_stored(format, weight, (weight[0].shape[0], x.shape[1]), x.dtype, x.device)
+        if biases:
+            library.check_stored("pair", biases[2 * i : 2 * i + 2], weight[0].shape[:1], x.dtype, x.device)
+    if not split:
+        raise ValueError("there must be one weight at least, got none")
+
+
 def _split(tensors: list[Tensor], format: str) -> list[list[Tensor]]:
     """The tensors of each of several weights."""
     each = len(formats.get(format).TENSORS)
@@ -216,6 +235,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 library.define(
     "lerp_linear(Tensor x, Tensor[] weight, Tensor[] bias, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, "
     "str format, bool invariant) -> Tensor",
+    check=_check_operands,
     fake=_fake,
     plain=_plain,
     setup_context=_setup_context,
@@ -224,6 +244,7 @@ library.define(
 library.define(
     "lerp_linears(Tensor x, Tensor[] weights, Tensor[] biases, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, "
     "str format, bool invariant) -> Tensor",
+    check=_check_operands,
     fake=_fakes,
     plain=_plains,
     setup_context=_setup_context,

@@ -47,6 +47,19 @@ def lerp_rms_norm(
     return y.reshape(x.shape)
 
 
+def _check_operands(
+    x: Tensor,
+    weight: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    eps: float,
+    offset: float,
+) -> None:
+    library.check_rows(x, 2, lam, row_to_lam, rows_per_lam)
+    library.check_stored("pair", weight, x.shape[1:], x.dtype, x.device)
+
+
 def _fake(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -88,6 +101,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 library.define(
     "lerp_rms_norm(Tensor x, Tensor[] weight, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, float eps, "
     "float offset) -> Tensor",
+    check=_check_operands,
     fake=_fake,
     plain=_plain,
     setup_context=_setup_context,

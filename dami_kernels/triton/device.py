@@ -126,7 +126,7 @@ def load_int4(codes, scale, codes_strides, scale_strides, rows, wanted, k, K, BL
 def _scaled(codes, scale, strides, rows, wanted, k, K, BLOCK_K: tl.constexpr):
     GROUPS: tl.constexpr = BLOCK_K // GROUP
     if K is None and GROUPS % 2 == 0:
-        # Two at a time, for what is narrower than 32 bits is not copied ahead of time.
+        # Two at a time, as `host.is_even` allows, for what is narrower than 32 bits is not copied ahead of time.
         words = scale.to(tl.pointer_type(tl.int32), bitcast=True)
         words = load_float(words, (strides[0] // 2, 1), rows, wanted, k // (2 * GROUP), None, GROUPS // 2)
         low, high = (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)

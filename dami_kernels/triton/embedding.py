@@ -64,7 +64,7 @@ def lerp_embedding(
     config = row_config(D)
     with on_device_of(ids):
         _lerp_embedding_kernel[cdiv(M, config.block_m), cdiv(D, config.block_d)](
-            ids.contiguous(),
+            ids,
             tuple(weight),
             lam,
             row_to_lam,

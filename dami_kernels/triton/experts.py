@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dami_kernels.triton.host import cdiv, check_format, on_device_of, with_rows_in_one_piece
+from dami_kernels.triton.host import cdiv, check_format, is_even, on_device_of, with_rows_in_one_piece
 from dami_kernels.triton.linear import _sum_splits_kernel, linear_tile
 from dami_kernels.tuning import device_of, experts_config
 
@@ -128,7 +128,7 @@ def lerp_experts(
             tuple(tensor.stride()[1:] for tensor in weight),
             SEGMENTS=1 << E.bit_length(),
             FORMAT=format,
-            EVEN_K=K % config.block_k == 0 and K > 0,
+            EVEN_K=is_even([weight], format, K, config.block_k),
             USE_BLEND=config.use_blend,
             BLOCK_M=config.block_m,
             MIXED_M=config.mixed_m,

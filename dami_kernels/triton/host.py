@@ -8,6 +8,9 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from dami_kernels import formats
+from dami_kernels.quantize import GROUP
+
 TENSORS = {"pair": 2, "int8": 3, "int4": 3, "w8d4": 4}  # of a weight in each format that `device.load_end` reads
 
 
@@ -31,6 +34,20 @@ def cdiv(a: int, b: int) -> int:
 def on_device_of(x: Tensor) -> AbstractContextManager[None]:
     """Makes x's GPU the current one, where Triton launches."""
     return torch.cuda.device_of(x)
+
+
+def is_even(weights: Sequence[Sequence[Tensor]], format: str, K: int, block_k: int) -> bool:
+    """Whether every step along K is whole, and its scales can be read two at a time, as words of 32 bits."""
+    if K % block_k or K == 0:
+        return False
+    suffixes = formats.get(format).TENSORS
+    scales = [
+        tensor for weight in weights for tensor, suffix in zip(weight, suffixes, strict=True) if "scale" in suffix
+    ]
+    return block_k == GROUP or all(
+        scale.stride(-1) == 1 and not any(stride % 2 for stride in scale.stride()[:-1]) and scale.data_ptr() % 4 == 0
+        for scale in scales
+    )
 
 
 def strides_of(weight: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:

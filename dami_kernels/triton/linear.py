@@ -15,7 +15,15 @@ from torch import Tensor
 
 from dami_kernels import cuda
 from dami_kernels.triton.device import BASE, SECOND, blend, combine, lerp, load_end, row_lam
-from dami_kernels.triton.host import cdiv, on_device_of, strides_of, vectors, weights_of, with_rows_in_one_piece
+from dami_kernels.triton.host import (
+    cdiv,
+    is_even,
+    on_device_of,
+    strides_of,
+    vectors,
+    weights_of,
+    with_rows_in_one_piece,
+)
 from dami_kernels.tuning import device_of, linear_config, row_span
 
 BLEND = tl.constexpr(2)
@@ -300,7 +308,7 @@ def lerp_linears(
             x.stride(0),
             strides,
             FORMAT=format,
-            EVEN_K=K % config.block_k == 0 and K > 0,
+            EVEN_K=is_even(groups, format, K, config.block_k),
             USE_BLEND=config.use_blend,
             BLOCK_M=config.block_m,
             MIXED_M=config.mixed_m,

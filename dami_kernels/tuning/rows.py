@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+from dami_kernels.quantize import GROUP
+
 
 @dataclass(frozen=True)
 class RowConfig:
@@ -17,7 +19,10 @@ class RowConfig:
 
 @cache
 def row_config(D: int) -> RowConfig:
-    """Launch parameters for rows of D columns: at least 1024 numbers a program, eight a thread, which are 16 bytes."""
-    block_d = min(1 << (D - 1).bit_length(), 4096)
+    """Launch parameters for rows of D columns: at least 1024 numbers a program, eight a thread, which are 16 bytes.
+
+    Columns are handled by whole groups of those that share a scale.
+    """
+    block_d = min(max(1 << (D - 1).bit_length(), GROUP), 4096)
     block_m = max(1, 1024 // block_d)
     return RowConfig(block_m, block_d, num_warps=block_m * block_d // 256)

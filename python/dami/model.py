@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from dami import dial as dials
 from dami.dial import Dial, as_lam, named, patch_of
 from dami.independence import check_independence
-from dami.layers import Pass
+from dami.layers import LerpModule, Pass
 from dami.schedules import Course, course_of, resolved
 
 if TYPE_CHECKING:
@@ -100,6 +100,25 @@ class LerpModel(nn.Module):
         from dami.sharing import push
 
         return push(self, repo_id, **options)  # type: ignore[arg-type]
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> Any:
+        """As transformers' own where it changes no size; ValueError where it would resize one of two ends."""
+        ends: list[Any] = [self.get_input_embeddings(), self.get_output_embeddings()]  # type: ignore[operator]
+        now = wanted = ends[0].weight.shape[0]
+        if new_num_tokens is not None:
+            wanted = new_num_tokens
+        if pad_to_multiple_of is not None:
+            wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+        if wanted != now and any(isinstance(module, LerpModule) for module in ends):
+            raise ValueError(
+                f"new_num_tokens must be {now}, as many as both ends of the pair have, got {wanted}: call "
+                "resize_token_embeddings on both models, and patch them then"
+            )
+        return super().resize_token_embeddings(  # type: ignore[misc]  # of the other parent
+            new_num_tokens, pad_to_multiple_of, mean_resizing
+        )
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # a compiled call belongs to the object it was made for

@@ -14,7 +14,7 @@ from dami.patching import config_mismatches
 from torch import nn
 from transformers import CompileConfig, LlamaConfig, PreTrainedModel
 
-from tests.dami.families import FAMILIES, batch, pair
+from tests.dami.families import FAMILIES, VOCABULARY, batch, pair
 
 
 def refused(
@@ -260,3 +260,59 @@ def test_a_head_that_is_no_part_of_the_patch_is_given_states_of_its_own(monkeypa
     assert len(twin.lm_head._forward_pre_hooks) == 1
     assert not dami.unpatch_model(model).lm_head._forward_pre_hooks
     assert not dami.unpatch_model(twin).lm_head._forward_pre_hooks
+
+
+RESIZES = {
+    "much": {"new_num_tokens": VOCABULARY + 60_000},
+    "by 8": {"new_num_tokens": VOCABULARY + 8},
+    "smaller": {"new_num_tokens": VOCABULARY - 20},
+    "padded": {"pad_to_multiple_of": 8},
+}
+
+
+@pytest.mark.parametrize("wanted", RESIZES.values(), ids=RESIZES.keys())
+@pytest.mark.parametrize(
+    ("family", "format"), [("llama", "pair"), ("qwen3", "pair"), ("qwen3", "w8d4"), ("gpt2", "int4")]
+)
+def test_resizing_one_end_is_refused_before_anything_changes(family: str, format: str, wanted: dict[str, int]) -> None:
+    """With a head of its own and a tied one, in formats that keep the base and in one that does not."""
+    model = dami.patch_model(*pair(family), format)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    inputs, lam = batch("left"), [0.0, 0.4, 1.0, 0.7]
+    logits = model(**inputs, intensity=lam).logits
+    size = -(-wanted.get("new_num_tokens", VOCABULARY) // wanted.get("pad_to_multiple_of", 1))
+    size *= wanted.get("pad_to_multiple_of", 1)
+    message = f"new_num_tokens must be {VOCABULARY}, as many as both ends of the pair have, got {size}: call"
+    with pytest.raises(ValueError, match=message):
+        model.resize_token_embeddings(**wanted)
+    assert model.config.vocab_size == VOCABULARY
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(**inputs, intensity=lam).logits, logits)
+
+
+def test_resizing_to_the_same_size_is_not_refused() -> None:
+    model = dami.patch_model(*pair("llama"))
+    assert model.resize_token_embeddings(VOCABULARY) is model.get_input_embeddings()
+    assert model.resize_token_embeddings() is model.get_input_embeddings()
+
+
+def test_embeddings_that_the_ends_share_can_be_resized() -> None:
+    model, thinking = pair("llama")
+    for name in ("model.embed_tokens", "lm_head"):
+        thinking.get_submodule(name).load_state_dict(model.get_submodule(name).state_dict())
+    inputs = batch("left")
+    before = dami.patch_model(model, thinking)(**inputs, intensity=0.6).logits
+    model.resize_token_embeddings(VOCABULARY + 8)
+    after = model(**inputs, intensity=0.6).logits
+    torch.testing.assert_close(after[..., :VOCABULARY], before)
+    assert after.shape[-1] == VOCABULARY + 8
+
+
+@pytest.mark.parametrize("size", [VOCABULARY - 20, VOCABULARY + 60_000])
+def test_an_end_that_was_resized_all_the_same_is_refused_when_it_is_read(size: int) -> None:
+    """transformers' inner model knows nothing of the pair."""
+    model = dami.patch_model(*pair("qwen3"))
+    model.model.resize_token_embeddings(size)
+    with pytest.raises(ValueError, match=rf"must be torch.float32 of shape \[{size}, 24\] on cpu, got .*\[101, 24\]"):
+        model(**batch("left"), intensity=0.5)

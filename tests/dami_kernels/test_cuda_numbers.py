@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import shlex
 import shutil
@@ -15,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dami_kernels import cuda, formats, reference
+from dami_kernels import LerpWeight, cuda, formats, lerp_linear, native, reference
 from dami_kernels.tuning import cuda as tuning
 from tests.dami_kernels.cuda_on_cpu import DECODE, FORMATS, Module
+from tests.dami_kernels.test_views import view, view_of
 from tests.tolerance import assert_as_accurate
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -230,6 +232,38 @@ def test_rows_that_are_not_aligned(kernel: Module, format: str) -> None:
         assert torch.equal(linear(x, [apart(tensor) for tensor in weight], lam, format), expected)
     columns = torch.empty(M, 2 * K, dtype=x.dtype)[:, ::2].copy_(x)
     assert torch.equal(linear(columns, weight, lam, format), expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    format=st.sampled_from(FORMATS),
+    dtype=st.sampled_from(DTYPES),
+    sizes=st.tuples(st.integers(1, 8), st.integers(1, 40), st.sampled_from([1, 30, 128, 264, 576])),
+    ragged=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_views_give_the_bits_of_their_copies(
+    compiled: Module, format: str, dtype: torch.dtype, sizes: tuple[int, int, int], ragged: bool, seed: int
+) -> None:
+    """Of all operands, through the operator; weights must be dense along K."""
+    M, N, K = sizes
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
+    shape = torch.Size((N, K))
+    weight = LerpWeight(tuple(pack(format, N, K, dtype)), format, shape, dtype)
+    bias = LerpWeight(ends(N, dtype=dtype), "pair", shape[:1], dtype)
+    x, lam = torch.randn(M, K).to(dtype), torch.rand(M)
+    index = torch.randint(M, (M,), dtype=torch.int32) if ragged else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_cuda", compiled, raising=False)
+        patch.setattr(cuda, "WHY_NOT", None)
+        patch.setattr(cuda, "_stream_of", lambda x: 0)
+        patch.setattr(native, "WHY_NOT", None)
+        patch.setattr(native, "lerp_linear", cuda.lerp_linear)
+        expected = lerp_linear(x, weight, lam, bias, row_to_lam=index)
+        views = view_of(weight, draw, dense=True), view(lam, draw), view_of(bias, draw)
+        y = lerp_linear(view(x, draw), *views, row_to_lam=None if index is None else view(index, draw))
+    assert torch.equal(y, expected)
 
 
 @every_format

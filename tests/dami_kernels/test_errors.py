@@ -11,6 +11,7 @@ import torch
 
 from dami_kernels import (
     LerpWeight,
+    formats,
     lerp_embedding,
     lerp_experts,
     lerp_layer_norm,
@@ -26,7 +27,8 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", 
 
 
 def as_int4(weight: LerpWeight) -> LerpWeight:
-    return replace(weight, format="int4")
+    layout = formats.get("int4").layout(weight.shape, weight.dtype)
+    return replace(weight, tensors=tuple(torch.zeros(*size, dtype=dtype) for size, dtype in layout), format="int4")
 
 
 X, W, V, LAM = torch.zeros(2, 3, 8), zeros(4, 8), zeros(8), torch.tensor(0.5)

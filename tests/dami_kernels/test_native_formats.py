@@ -63,16 +63,62 @@ def test_linear_is_as_accurate_as_a_merged_copy(isa: str, format: str, dtype: to
             assert_as_accurate(y[seen], oracle, plain(x[seen], weight, lam[seen], bias))
 
 
+# Features that are larger in every row, as language models have them, and the massive activations of some.
+OUTLIERS = [(60.0,) * 6, (1000.0,), (1e4,), (2e4,), (1e4, -300.0, 2e4), (1e6,)]
+
+
 @pytest.mark.parametrize("format", CODES)
-@pytest.mark.parametrize("rows", [1, 7])
-def test_an_outlier_in_x_costs_no_accuracy(isa: str, rows: int, format: str) -> None:
-    """Where x is rounded to integers, the largest element decides how finely."""
-    x, weight = torch.randn(rows, 1600), pack(64, 1600, dtype=torch.bfloat16, format=format)
-    x[:, 77] = 1000
-    x, bias = x.bfloat16(), pack(64, dtype=torch.bfloat16, format="pair")
-    lam = torch.rand(rows)
-    oracle = reference.lerp_linear(x, weight.unpack(), lam, bias.unpack())
-    assert_as_accurate(lerp_linear(x, weight, lam, bias), oracle, plain(x, weight, lam, bias))
+@pytest.mark.parametrize("outliers", OUTLIERS, ids=str)
+def test_outliers_in_x_cost_no_accuracy(isa: str, outliers: tuple[float, ...], format: str) -> None:
+    """Where x is rounded to integers, the largest element decides how finely: also where its weights are 0."""
+    rows, n, k = 7, 192, 1600
+    columns = torch.tensor([77, 208, 339, 470, 601, 732])[: len(outliers)]
+    x = torch.randn(rows, k)
+    x[:, columns] = torch.tensor(outliers)
+    x, bias, lam = x.bfloat16(), pack(n, dtype=torch.bfloat16, format="pair"), torch.rand(rows)
+    lam[0], lam[5] = 0, 1
+    for is_heard in (True, False):
+        base, target = pair(n, k, dtype=torch.bfloat16)
+        base[:, columns] *= is_heard
+        target[:, columns] *= is_heard
+        weight = LerpWeight.pack(base, target, format)
+        oracle = reference.lerp_linear(x, weight.unpack(), lam, bias.unpack())
+        merged = plain(x, weight, lam, bias)
+        for some in (slice(0, 1), slice(3), slice(rows)):
+            y = lerp_linear(x[some], weight, lam[some], bias)
+            assert_as_accurate(y, oracle[some], merged[some])
+
+
+@pytest.mark.parametrize("format", CODES)
+def test_numbers_of_any_size_in_a_row_cost_no_accuracy(isa: str, format: str) -> None:
+    """From 2⁻²⁰ to 1 of a very small or very large unit; weights of the large ones are 0."""
+    n, k = 192, 1100
+    base, target = pair(n, k, dtype=torch.bfloat16)
+    for factor in (2.0**-90, 1.0, 2.0**90):
+        exponents = -20 * torch.rand(k)
+        x, large = torch.randn(3, k) * torch.exp2(exponents), exponents > -10
+        base[:, large], target[:, large] = 0, 0
+        weight, bias = LerpWeight.pack(base, target, format), pack(n, dtype=torch.bfloat16, format="pair")
+        bias = LerpWeight.pack(*(0 * end for end in bias.tensors))
+        x, lam = (factor * x).bfloat16(), torch.tensor([0.0, 0.4, 1.0])
+        oracle = reference.lerp_linear(x, weight.unpack(), lam, bias.unpack())
+        assert_as_accurate(lerp_linear(x, weight, lam, bias), oracle, plain(x, weight, lam, bias))
+
+
+@pytest.mark.parametrize("format", CODES)
+def test_a_row_with_outliers_changes_no_bit_of_others(isa: str, format: str) -> None:
+    x, weight = torch.randn(40, 1100), pack(37, 1100, dtype=torch.bfloat16, format=format)
+    x[::3, 500] = 1e4
+    x, lam = x.bfloat16(), torch.rand(40)
+    alone = torch.cat([lerp_linear(x[[i]], weight, lam[[i]], invariant=True) for i in range(40)])
+    for rows in (2, 3, 4, 5, 40):
+        assert torch.equal(lerp_linear(x[:rows], weight, lam[:rows], invariant=True), alone[:rows])
+    calm = x.clone()
+    calm[::3, 500] = 1
+    for rows in (2, 4, 40):
+        y, expected = (lerp_linear(each[:rows], weight, lam[:rows]) for each in (x, calm))
+        others = torch.arange(rows) % 3 != 0
+        assert torch.equal(y[others], expected[others])
 
 
 @every_dtype

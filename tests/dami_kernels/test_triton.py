@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
     "files",
     [
         "test_ops.py test_triton_numbers.py",
+        "test_views.py",
         "test_triton_experts.py",
         pytest.param("test_experts.py", marks=pytest.mark.slow),
     ],

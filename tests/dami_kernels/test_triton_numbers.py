@@ -415,6 +415,27 @@ def test_embedding_in_every_format(kernels: dict[str, Kernel], format: str, dtyp
     assert_as_accurate(y, oracle, oracle.to(dtype), factor=1.0)
 
 
+def test_scales_are_read_in_pairs_where_pairs_are_aligned() -> None:
+    """The interpreter reads words at any address, a GPU at multiples of four."""
+    from dami_kernels.triton.host import is_even
+
+    base, scale = torch.zeros(8, 256), torch.zeros(9, 24, dtype=torch.bfloat16)
+
+    def even(scale: Tensor, K: int = 256, block_k: int = 64) -> bool:
+        return is_even([[base, base, scale]], "int8", K, block_k)
+
+    assert even(scale[:8, :8])
+    assert even(scale[1:, 2:10])
+    assert not even(scale[:8, 1:9])
+    assert not even(scale[:8, ::3])
+    assert not even(scale.flatten()[: 8 * 23].view(8, 23)[:, :8])
+    assert not even(scale.t()[:8, :8])
+    assert even(scale[:8, 1:9], block_k=32)
+    assert not even(scale[:8, :8], K=250)
+    assert is_even([[base, base]], "pair", 256, 64)
+    assert not is_even([[base, base, scale[:8, :8]], [base, base, scale[:8, 1:9]]], "int8", 256, 64)
+
+
 def test_unknown_formats_are_left_to_the_plain_version(kernels: dict[str, Kernel]) -> None:
     with pytest.raises(NotImplementedError, match="no kernel reads the format 'lowrank'"):
         kernels["lerp_linear"](torch.ones(1, 8), [torch.ones(1, 8)] * 3, [], torch.ones(1), None, 1, "lowrank", False)
