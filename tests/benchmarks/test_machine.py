@@ -6,6 +6,7 @@ import itertools
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 
 from benchmarks import machine
 from dami_kernels import native
+
+FRACTIONS: list[float] = []
 
 
 class Graph:
@@ -68,6 +71,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> machine.Gpu:
         "empty_cache": lambda: None,
         "get_device_name": lambda: "a GPU",
         "get_device_capability": lambda: (9, 0),
+        "get_device_properties": lambda device: SimpleNamespace(total_memory=66 * 10**9),
+        "set_per_process_memory_fraction": FRACTIONS.append,
     }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
@@ -95,6 +100,20 @@ def test_bandwidth_and_peak_count_bytes_and_operations(gpu: machine.Gpu, monkeyp
     monkeypatch.setattr(machine.Gpu, "_best", lambda self, work: 1.0)
     assert gpu.bandwidth() == 2 * 2**30
     assert gpu.peak(torch.bfloat16) == 2 * 8192**3
+
+
+def test_a_process_takes_a_part_of_the_memory(gpu: machine.Gpu) -> None:
+    assert FRACTIONS[-1] == pytest.approx(0.5)
+
+
+def test_a_device_is_lost_when_nothing_runs_on_it(gpu: machine.Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    assert not gpu.is_lost()
+    assert not machine.Cpu.is_lost(machine.Cpu)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch, "randn", fails)
+    assert gpu.is_lost()
 
 
 def test_facts_of_a_gpu(gpu: machine.Gpu, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, linear, measure, operators, shapes, step
+from benchmarks import __main__, lams, linear, measure, operators, shapes, step
 from benchmarks.machine import Cpu
 from benchmarks.record import load
 from benchmarks.weights import FORMATS
@@ -39,9 +39,10 @@ def run(part: str, tmp_path: Path, *arguments: str) -> tuple[int, list[dict[str,
 
 
 def test_linear(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, rows = run("linear", tmp_path, "-m", "3", "--lams", "distinct", "zero")
+    code, rows = run("linear", tmp_path, "-m", "3", "--lams", *lams.KINDS)
     assert code == 0
-    assert [row["format"] for row in rows if row["lam"] == "zero" and row["method"] == linear.OURS] == FORMATS
+    for kind in lams.KINDS:
+        assert [row["format"] for row in rows if row["lam"] == kind and row["method"] == linear.OURS] == FORMATS
     rivals = {linear.MERGED, linear.TWO, linear.BLEND, linear.COPIES, linear.MERGED_FLOAT32}
     assert {row["method"] for row in rows} == {linear.OURS, *rivals}
     for row in rows:
@@ -108,7 +109,7 @@ def test_operators(tmp_path: Path) -> None:
 
 
 def test_rows_of_a_routing_are_sorted_by_expert() -> None:
-    offsets, token = operators.routing(5, torch.device("cpu"))
+    offsets, token = operators.routing(5)
     assert offsets.shape == (128,)
     assert offsets[-1] == len(token) == 40
     assert bool((offsets.diff() >= 0).all())

@@ -13,6 +13,7 @@ from benchmarks.machine import Cpu
 from dami_kernels import native, tuning
 
 pytest.importorskip("triton")
+from triton.runtime.errors import OutOfResources
 
 
 class StandIn(Cpu):
@@ -37,9 +38,12 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.skipif(native.WHY_NOT is not None, reason="the compiled part is missing")
 @pytest.mark.usefixtures("_stand_in")
 def test_the_fastest_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    code = __main__.main(["--tune", "--models", "Qwen3-4B", "--rows", "1", "512", "--formats", "int4"])
+    journal = ["--journal", str(tmp_path / "journal"), "--results", str(tmp_path)]
+    code = __main__.main(["--tune", "--rows", "512", "1", "--formats", "int4", *journal])
     assert code == 0
+    assert (tmp_path / "GPU.json").read_text() == (tmp_path / "tables" / "GPU.json").read_text()
     monkeypatch.setattr(tuning.tables, "TABLES", tmp_path / "tables")
+    tuning.load_table.cache_clear()
     table = tuning.load_table("GPU")
     assert {key: [entry.M for entry in entries] for key, entries in table.items()} == {
         (64, 512, torch.bfloat16, "int4"): [1, 512],
@@ -58,11 +62,11 @@ def test_candidates_that_fail_are_passed_over(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(*_: object, **__: object) -> None:
-        raise RuntimeError("out of resource: shared memory")
+        raise OutOfResources(300_000, 232_448, "shared memory")
 
     monkeypatch.setattr(tune, "lerp_linear", fails)
-    assert tune.main(["--models", "Qwen3-4B", "--rows", "1", "--formats", "pair"]) == 0
-    assert "RuntimeError: out of resource: shared memory" in capsys.readouterr().out
+    assert tune.main(["--rows", "1", "--formats", "pair", "--journal", str(tmp_path / "journal")]) == 0
+    assert "OutOfResources: out of resource: shared memory" in capsys.readouterr().out
     assert not (tmp_path / "tables").exists()
 
 
