@@ -62,4 +62,4 @@ def prefers_cuda(M: int, N: int, K: int, dtype: torch.dtype, format: str, device
     As this GPU's table has it for the nearest M; without one, not.
     """
     measured = load_table(device.name).get((N, K, dtype, format)) if device.name else None
-    return bool(measured) and nearest(measured, M).prefers_cuda
+    return measured is not None and nearest(measured, M).prefers_cuda
