@@ -96,6 +96,11 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
                     yield Case(model, layer, rows, kind)
 
 
+def has_cuda_kernel(x: Tensor) -> bool:
+    """Whether the kernel in CUDA C++ takes x."""
+    return x.is_cuda and len(x) <= MAX_ROWS and cuda.WHY_NOT is None
+
+
 def ours(x: Tensor, batch: Lams, copies: Copies) -> Iterator[Method]:
     """The operator in every format; on a GPU, for few rows, beside the kernel that it does not choose."""
     lam, rows_per_lam, row_to_lam = batch.to(x.device)
@@ -125,7 +130,7 @@ def ours(x: Tensor, batch: Lams, copies: Copies) -> Iterator[Method]:
 
     for format, weights in copies.weights.items():
         yield method(OURS, format, partial(operator, weights=weights))
-        if x.is_cuda and format != "lowrank" and len(x) <= MAX_ROWS and cuda.WHY_NOT is None:
+        if format != "lowrank" and has_cuda_kernel(x):
             from dami_kernels import triton
 
             is_cuda = cuda.takes(x, [*weights[0].tensors], format, False, device_of(x.device))

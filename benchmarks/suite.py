@@ -190,13 +190,13 @@ class Run:
             new = file.read()
         new = new[: new.rfind(b"\n") + 1]
         self.shown += len(new)
-        with suppress(OSError):  # whoever read it is gone
+        with suppress(OSError, UnicodeError):  # whoever read it is gone, or cannot be told of λ
             sys.stdout.write(new.decode(errors="replace"))
             sys.stdout.flush()
 
     def start(self, command: Sequence[str], log: Path | None = None) -> subprocess.Popen[bytes]:
         """A process in a group of its own, which a signal to ours does not reach, with its output in the log."""
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
         with (log or self.log).open("ab") as out:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
@@ -254,13 +254,13 @@ class Run:
 
     def build_cuda(self, log: Path) -> subprocess.Popen[bytes] | None:
         """Builds dami_kernels._cuda where it is imported from, if there is nvcc."""
-        from torch.utils.cpp_extension import CUDA_HOME
-
-        if not (CUDA_HOME and shutil.which("nvcc", path=str(Path(CUDA_HOME) / "bin"))):
+        home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+        if nvcc is None:
             self.say("\nthe kernels in CUDA C++: left out, there is no nvcc")
             return None
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        return self.start(["env", f"CUDA_HOME={CUDA_HOME}", *command], log)
+        return self.start(["env", f"CUDA_HOME={Path(nvcc).parents[1]}", *command], log)
 
     def tests(self) -> None:
         """The tests that need a GPU, as many as there is time for."""

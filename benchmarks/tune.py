@@ -28,6 +28,7 @@ from benchmarks import lams, suite
 from benchmarks.ahead import META, PROCESSES, attempt, compiling, described, share
 from benchmarks.check import check_linear
 from benchmarks.journal import WHOLE, Journal
+from benchmarks.linear import has_cuda_kernel
 from benchmarks.machine import Call, Gpu
 from benchmarks.measure import DTYPES, LOST, Kept
 from benchmarks.shapes import HEAD_ROWS, LAYERS
@@ -43,7 +44,6 @@ from dami_kernels.tuning import (
     save_table,
     table_path,
 )
-from dami_kernels.tuning.cuda import MAX_ROWS
 
 ROWS = [1, 16, 64, 4096, 8, 4, 32, 256, 1024]
 SLOW = 1.3  # times the fastest: such candidates are timed no further
@@ -224,7 +224,7 @@ class Tuner:
             except Exception as error:  # too many registers or too much shared memory, or worse
                 self.passed_over(str(candidate), error)
 
-        if x.is_cuda and case.rows <= MAX_ROWS and cuda.WHY_NOT is None:
+        if has_cuda_kernel(x):
             consider(CUDA, cuda_call)
         for config in candidates:
             if stopwatches and self.budget.is_spent():

@@ -205,19 +205,22 @@ def test_on_a_gpu_numbers_come_before_the_tests(
 def test_without_nvcc_the_cuda_kernels_are_left_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from torch.utils import cpp_extension
-
     run, started = run_of(tmp_path), []
     monkeypatch.setattr(suite.Run, "start", lambda self, command, log: started.append(command))
-    for home in (None, str(tmp_path)):
-        monkeypatch.setattr(cpp_extension, "CUDA_HOME", home)
-        assert run.build_cuda(tmp_path / "compile.txt") is None
-    assert capsys.readouterr().out.count("the kernels in CUDA C++: left out, there is no nvcc") == 2
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    assert run.build_cuda(tmp_path / "compile.txt") is None
+    assert "the kernels in CUDA C++: left out, there is no nvcc" in capsys.readouterr().out
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
     nvcc.touch(mode=0o755)
     run.build_cuda(tmp_path / "compile.txt")
-    assert started == [["env", f"CUDA_HOME={tmp_path}", sys.executable, "setup.py", "build_ext", "--inplace"]]
+    monkeypatch.setenv("PATH", str(nvcc.parent))
+    monkeypatch.delenv("CUDA_HOME")
+    run.build_cuda(tmp_path / "compile.txt")
+    assert (
+        started == [["env", f"CUDA_HOME={tmp_path / 'cuda'}", sys.executable, "setup.py", "build_ext", "--inplace"]] * 2
+    )
 
 
 def test_without_a_gpu_its_run_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
