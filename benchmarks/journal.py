@@ -20,7 +20,7 @@ class Journal:
         lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
         self._known = Counter(lines)
         self._fatal = Counter(line.rpartition(" | ")[2] for line in self._known if line.startswith(FATAL))
-        self._file = path.open("a", encoding="utf-8", buffering=1) if path else None
+        self._path = path
 
     def is_done(self, case: object) -> bool:
         return f"{DONE}{case}" in self._known
@@ -36,8 +36,9 @@ class Journal:
         self._write(f"{DONE}{case}")
 
     def _write(self, line: str) -> None:
-        if self._file:
-            self._file.write(line + "\n")
+        if self._path:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
 
 def blame(path: Path) -> str | None:

@@ -92,7 +92,7 @@ def supervise(options: argparse.Namespace, argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         kept = options.results.resolve() if options.results else Path(scratch)
         kept.mkdir(parents=True, exist_ok=True)
-        run = suite.Run(kept, kept / "tune.txt", Path(scratch), options.budget)
+        run = suite.Run(kept, kept / "tune.txt", Path(scratch), options.budget, on_gpu=True)
         part = suite.Part("tune", " ".join(argv), 0)
         with run.ending():
             for i in range(PROCESSES):

@@ -54,7 +54,7 @@ class Fake(suite.Part):
 
 
 def run_of(tmp_path: Path, seconds: float = 300) -> suite.Run:
-    return suite.Run(tmp_path, tmp_path / "suite.txt", tmp_path, seconds)
+    return suite.Run(tmp_path, tmp_path / "suite.txt", tmp_path, seconds, on_gpu=True)
 
 
 def measured(tmp_path: Path) -> set[tuple[str, str]]:
