@@ -13,7 +13,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-serving lint bench bench-gpu gpu-test clean
+.PHONY: help demo test test-serving lint bench bench-gpu tune-gpu gpu-test clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,8 +38,13 @@ bench: $(VENV)/.package ## Time the operators against plain PyTorch: four minute
 	$(BIN)/dami bench $(ARGS)
 
 # Nothing is installed here, so that a machine without a network will do, if its python has torch, Triton and pytest.
-bench-gpu: ## Run the GPU tests, then every benchmark: 8 minutes; OUT=DIRECTORY says where the files go
-	PYTHONPATH=.:python $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks suite --gpu --results $(OUT) $(ARGS)
+GPU_PYTHON := PYTHONPATH=.:python $(or $(wildcard $(BIN)/python),$(PYTHON))
+
+bench-gpu: ## Run every benchmark, then the GPU tests: 8 minutes; OUT=DIRECTORY says where the files go
+	$(GPU_PYTHON) -m benchmarks suite --gpu --results $(OUT) $(ARGS)
+
+tune-gpu: ## Measure the launch parameters of this GPU, which bench-gpu then uses: 3 minutes; OUT as above
+	$(GPU_PYTHON) -m benchmarks tune --results $(OUT) $(ARGS)
 
 gpu-test: $(VENV)/.test ## Run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)

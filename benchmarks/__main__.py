@@ -5,7 +5,7 @@ parts:
   operators  the embedding, the norms and the experts as a share of the memory's bandwidth
   step       one decoder step of a whole model
   tune       measure the launch parameters of this GPU and write its table; also: --tune
-  suite      all but tune, a few minutes (on a GPU: its tests first, at most 8 minutes)
+  suite      all but tune, a few minutes (on a GPU: its tests last, at most 8 minutes)
 
 python -m benchmarks PART --help tells what a part can be asked.
 """

@@ -18,6 +18,7 @@ POPULARITY = 1.5  # exponent of `zipf`
 KINDS = {
     "distinct": "every row its own λ",
     "uniform": "sequences of one λ each; in decode √M different λ",
+    "ragged": "sequences of one λ each, of unequal lengths; in decode √M of them",
     "zipf": "eleven λ, some far more popular than others",
     "ends": "0 or 1 at random",
     "identical": "one λ for all",
@@ -26,13 +27,20 @@ KINDS = {
 
 
 class Lams(NamedTuple):
-    """λ as the operators take it: float32 [L], and the rows of each."""
+    """λ as the operators take it: float32 [L], and the rows of each, or the λ of each row: int32 [rows]."""
 
     lam: Tensor
     rows_per_lam: int
+    row_to_lam: Tensor | None = None
 
     def per_row(self) -> Tensor:
+        if self.row_to_lam is not None:
+            return self.lam[self.row_to_lam]
         return self.lam.repeat_interleave(self.rows_per_lam)
+
+    def to(self, device: torch.device) -> Lams:
+        row_to_lam = None if self.row_to_lam is None else self.row_to_lam.to(device)
+        return Lams(self.lam.to(device), self.rows_per_lam, row_to_lam)
 
 
 def make(kind: str, rows: int, generator: torch.Generator | None = None) -> Lams:
@@ -41,6 +49,11 @@ def make(kind: str, rows: int, generator: torch.Generator | None = None) -> Lams
         raise ValueError(f"kind must be one of {list(KINDS)}, got {kind!r}")
     if kind == "distinct":
         return Lams(torch.rand(rows, generator=generator) * 0.98 + 0.01, 1)
+    if kind == "ragged":
+        count = round(rows**0.5 if rows <= SEQUENCE else rows / SEQUENCE)
+        starts = torch.randperm(rows - 1, generator=generator)[: count - 1] + 1
+        row_to_lam = torch.zeros(rows, dtype=torch.int32).index_fill_(0, starts, 1).cumsum(0, dtype=torch.int32)
+        return Lams(torch.rand(count, generator=generator) * 0.98 + 0.01, 1, row_to_lam)
     length = SEQUENCE if rows > SEQUENCE else 1
     if rows % length:
         raise ValueError(f"rows beyond {SEQUENCE} must be a multiple of it, got {rows}")

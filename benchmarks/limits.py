@@ -23,18 +23,17 @@ def bytes_read(weight: LerpWeight, lam: Tensor) -> int:
     return base + rest
 
 
-def operations(weight: LerpWeight, lam: Tensor, rows_per_lam: int) -> int:
-    """Operations of a product with `weight` [N, K] at these λ, a multiply-add being two.
+def operations(weight: LerpWeight, lam: Tensor) -> int:
+    """Operations of a product with `weight` [N, K] at the λ of each row, a multiply-add being two.
 
     Rows at an end take one product. Rows that share another λ take two products, or a blend of the weight (two
     multiply-adds each) and one product, whichever is less. `lowrank` takes a product with each of its tensors.
     """
     if weight.format == "lowrank":
-        return 2 * len(lam) * rows_per_lam * sum(tensor.numel() for tensor in weight.tensors)
+        return 2 * len(lam) * sum(tensor.numel() for tensor in weight.tensors)
     values, counts = lam.unique(return_counts=True)
     total = 0
-    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
-        rows = count * rows_per_lam
+    for value, rows in zip(values.tolist(), counts.tolist(), strict=True):
         total += 2 * rows if value in (0, 1) else min(4 * rows, 2 * rows + 4)
     return total * weight.shape.numel()
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,12 @@ from benchmarks.machine import Call, Machine
 from benchmarks.measure import DTYPES, Method
 from benchmarks.shapes import HEAD_ROWS, LAYERS
 from benchmarks.weights import Copies, count_of
-from dami_kernels import lerp_linear
+from dami_kernels import LerpWeight, cuda, lerp_linear
+from dami_kernels.tuning import device_of
+from dami_kernels.tuning.cuda import MAX_ROWS
 
 OURS = "lerp_linear"
+CUDA, TRITON = "lerp_linear, CUDA C++", "lerp_linear, Triton"  # the kernel that the operator does not choose
 MERGED = "F.linear, one merged"
 MERGED_FLOAT32 = "F.linear, one merged, fp32"
 TWO = "two F.linear + lerp"
@@ -75,8 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     def prepare(case: Case, here: Machine) -> tuple[list[Method], int]:
         of = copies(case.shape, here)
         x = torch.randn(case.rows, case.shape[1], device=here.device).to(DTYPES[options.dtype])
-        lam, rows_per_lam = lams.make(case.kind, case.rows)
-        batch = Lams(lam.to(here.device), rows_per_lam)
+        batch = lams.make(case.kind, case.rows)
         return [*ours(x, batch, of), *rivals(x, batch, of, here.has_fast_float32)], len(of.ends)
 
     return measure.run("linear.csv", options, cases(options), prepare)
@@ -93,24 +96,46 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
                     yield Case(model, layer, rows, kind)
 
 
+def has_cuda_kernel(x: Tensor) -> bool:
+    """Whether the kernel in CUDA C++ takes x."""
+    return x.is_cuda and len(x) <= MAX_ROWS and cuda.WHY_NOT is None
+
+
 def ours(x: Tensor, batch: Lams, copies: Copies) -> Iterator[Method]:
-    lam, rows_per_lam = batch
+    """The operator in every format; on a GPU, for few rows, beside the kernel that it does not choose."""
+    lam, rows_per_lam, row_to_lam = batch.to(x.device)
+    per_row = batch.per_row()
     n, k = copies.ends[0][0].shape
 
-    def method(format: str) -> Method:
-        weights = copies.weights[format]
+    def method(name: str, format: str, call: Call) -> Method:
+        weight = copies.weights[format][0]
         return Method(
-            OURS,
+            name,
             format,
-            lambda i: lerp_linear(x, weights[i % len(weights)], lam, rows_per_lam=rows_per_lam),
-            limits.bytes_read(weights[0], lam) + limits.activation_bytes(len(x), n, k, x.dtype),
-            limits.operations(weights[0], lam, rows_per_lam),
+            call,
+            limits.bytes_read(weight, per_row) + limits.activation_bytes(len(x), n, k, x.dtype),
+            limits.operations(weight, per_row),
             x.dtype,
-            check=lambda y: check_linear(y, x, weights[0], batch.per_row()),
+            check=lambda y: check_linear(y, x, weight, per_row.to(x.device)),
             is_eager=len(x) <= DECODE,
         )
 
-    return map(method, copies.weights)
+    def operator(i: int, weights: list[LerpWeight]) -> Tensor:
+        given = {"rows_per_lam": rows_per_lam} if row_to_lam is None else {"row_to_lam": row_to_lam}
+        return lerp_linear(x, weights[i % len(weights)], lam, **given)
+
+    def kernel(i: int, weights: list[LerpWeight], function: Callable[..., Tensor]) -> Tensor:
+        weight = weights[i % len(weights)]
+        return function(x, [*weight.tensors], [], lam, row_to_lam, rows_per_lam, weight.format, False)
+
+    for format, weights in copies.weights.items():
+        yield method(OURS, format, partial(operator, weights=weights))
+        if format != "lowrank" and has_cuda_kernel(x):
+            from dami_kernels import triton
+
+            is_cuda = cuda.takes(x, [*weights[0].tensors], format, False, device_of(x.device))
+            name, function = (TRITON, triton.lerp_linears) if is_cuda else (CUDA, cuda.lerp_linear)
+            yield method(name, format, partial(kernel, weights=weights, function=function))
 
 
 def rivals(x: Tensor, batch: Lams, copies: Copies, with_float32: bool) -> Iterator[Method]:
@@ -118,7 +143,9 @@ def rivals(x: Tensor, batch: Lams, copies: Copies, with_float32: bool) -> Iterat
     n, k = merged[0].shape
     per_row = batch.per_row()
     each = per_row.unique().tolist()
-    members = [(per_row == value).nonzero().squeeze(1) for value in each]  # of every λ, its rows
+    # Of every λ, its rows; for the methods that are left out below, it would take seconds.
+    members = [(per_row == value).nonzero().squeeze(1).to(x.device) for value in each[: MOST_LAMS + 1]]
+    column = per_row.unsqueeze(1).to(x)
     scratch = torch.empty_like(merged[0])
 
     def rows_of(j: int) -> Tensor:
@@ -134,7 +161,7 @@ def rivals(x: Tensor, batch: Lams, copies: Copies, with_float32: bool) -> Iterat
 
     def two(i: int) -> Tensor:
         base, target = (F.linear(x, end) for end in ends[i % len(ends)])
-        return torch.lerp(base, target, per_row.unsqueeze(1).to(x.dtype))
+        return torch.lerp(base, target, column)
 
     def blend(i: int) -> Tensor:
         pair = ends[i % len(ends)]

@@ -70,16 +70,23 @@ class Cpu:
     def forget(self) -> None:
         """Nothing to give back between cases."""
 
+    def is_lost(self) -> bool:
+        """Whether an error has left the device of no use to this process."""
+        return False
+
 
 class Gpu:
     device = torch.device("cuda")
     cold_bytes = 320 * 2**20  # several times the L2 of any GPU of today
     has_fast_float32 = False
     replays_at_least = 16  # calls in a graph, so that the launch of the graph counts little
+    most_bytes = 33 * 10**9  # of the device's memory: 40 GB less what processes need that only compile, and a context
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():
             raise SystemExit("this needs a GPU, and torch finds none: torch.cuda.is_available() is false")
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, self.most_bytes / total))
         self._warm()
 
     def _warm(self) -> None:
@@ -170,6 +177,15 @@ class Gpu:
         """Gives the memory of the last graphs back."""
         gc.collect()
         torch.cuda.empty_cache()
+
+    def is_lost(self) -> bool:
+        """Whether an error has left the device of no use to this process: most errors of CUDA do, and a capture that
+        ended in one leaves torch's generator of random numbers as if it were still under way."""
+        try:
+            torch.randn(1, device=self.device).item()
+        except RuntimeError:
+            return True
+        return False
 
 
 Machine = Cpu | Gpu

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import argparse
 import math
+import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from benchmarks.ahead import Ahead, attempt, described
 from benchmarks.check import WrongResult
+from benchmarks.journal import WHOLE, Journal
 from benchmarks.machine import Call, Machine, about, machine
 from benchmarks.record import RESULTS, store, text_table
 from benchmarks.timing import Budget, Times, interleaved
 from benchmarks.weights import FORMATS
 
+LOST = 70  # exit status of a part whose device was lost
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -65,6 +71,8 @@ def parser(part: str, about: str | None) -> argparse.ArgumentParser:
     add("--seconds", type=float, default=seconds, help="of timing for each case, about")
     add("--budget", type=float, default=math.inf, metavar="SECONDS", help="for everything; what does not fit is named")
     add("--check-only", action="store_true", help="compile and check, without timing anything")
+    add("--compile-only", action="store_true", help=argparse.SUPPRESS)  # of `suite`: within `ahead.compiling`
+    add("--journal", type=Path, help=argparse.SUPPRESS)  # of `suite`: where to tell what is under way
     add("--results", type=Path, default=RESULTS, metavar="DIRECTORY", help="of the CSV file that rows are appended to")
     return parser
 
@@ -75,7 +83,7 @@ def run(
     cases: Iterable[Case],
     prepare: Callable[[Case, Machine], tuple[list[Method], int]],
 ) -> int:
-    """Measures cases, most important first, within the budget.
+    """Measures cases, most important first, within the budget. Whatever fails costs itself and nothing else.
 
     Args:
         file: name of the CSV file.
@@ -84,7 +92,13 @@ def run(
 
     Returns:
         1 if a result had to be refused or a method failed, else 0.
+
+    Raises:
+        SystemExit: with LOST, if an error has left the device of no use: another process may go on.
     """
+    if options.compile_only:
+        compile_ahead(cases, prepare)
+        return 0
     if options.threads:
         torch.set_num_threads(options.threads)
     warnings.filterwarnings("error", "dami: ", UserWarning)  # a format without a kernel is not worth timing
@@ -93,74 +107,147 @@ def run(
     here = machine()
     facts = about(here) | {"dtype": options.dtype}
     print(f"{facts['device']}, {facts['isa']}, torch {facts['torch']}, {facts['dtype']}", flush=True)
-    missing: set[tuple[str, str]] = set()  # methods and formats without a kernel
-    ceilings: dict[object, float] = {}
-    refused = False
-
-    def rows_of(case: Case) -> list[dict[str, object]]:
-        nonlocal refused
-        methods, copies = prepare(case, here)
-        right = []
-        for method in methods:
-            kernel = method.name, method.format
-            wrong = UserWarning if kernel in missing else fault(method)
-            if wrong is None:
-                right.append(method)
-            elif wrong is UserWarning:
-                missing.add(kernel)
-            else:
-                refused = True
-        return [] if options.check_only else timed(right, copies, here, options.seconds, ceilings)
-
+    part = Part(here, Journal(options.journal), options.seconds)
     for case in budget.spend(cases):
-        print(f"\n{case}", flush=True)
-        try:
-            with torch.inference_mode():
-                rows = rows_of(case)
-        except torch.OutOfMemoryError:
-            print("left out: not enough memory")
+        if part.journal.is_done(case):
             continue
-        store([facts | case.columns() | row for row in rows], options.results / file)
-        show(rows)
-    for case in budget.left_out:
-        print(f"left out, no time: {case}")
-    return int(refused)
+        print(f"\n{case}", flush=True)
+        if part.journal.is_fatal(case, WHOLE):
+            print("left out: it ended the process before", flush=True)
+            continue
+        part.journal.at(case, WHOLE)
+        with torch.inference_mode(), part.failing(WHOLE):
+            methods, copies = prepare(case, here)
+            right = [method for method in methods if part.is_right(case, method)]
+            if options.check_only:
+                print(f"right: {', '.join(f'{method.name} {method.format}'.strip() for method in right)}", flush=True)
+            elif rows := part.timed(case, right, copies):
+                store([facts | case.columns() | row for row in rows], options.results / file)
+                show(rows)
+        part.journal.done(case)
+    for left_out in budget.left_out:
+        print(f"left out, no time: {left_out}", flush=True)
+    return int(part.failed)
 
 
-def fault(method: Method) -> type[Exception] | None:
-    """Why a method must not be timed, which is printed; None if it may be."""
-    try:
-        result = method.call(0)
-        if method.check is not None:
-            method.check(result)
-    except UserWarning as warning:
-        print(f"left out: {method.name} {method.format}: {warning}")
-        return UserWarning
-    except WrongResult as wrong:
-        print(f"REFUSED: {method.name} {method.format}: {wrong}")
-        return WrongResult
-    except (RuntimeError, AttributeError) as error:  # it does not compile, or this torch does not have it
-        print(f"FAILED: {method.name} {method.format}: {type(error).__name__}: {error}")
-        return RuntimeError
-    return None
+def compile_ahead(cases: Iterable[Case], prepare: Callable[[Case, Any], tuple[list[Method], int]]) -> None:
+    """Calls what is ours of every case, within `ahead.compiling`."""
+    here = Ahead()
+
+    def compile(case: Case) -> None:
+        for method in prepare(case, here)[0]:
+            if method.format:
+                attempt(f"{case}, {method.name} {method.format}", partial(method.call, 0))
+
+    for case in cases:
+        attempt(case, partial(compile, case))
 
 
-def timed(
-    methods: list[Method], copies: int, here: Machine, seconds: float, ceilings: dict[object, float]
-) -> list[dict[str, object]]:
-    """A row for each method. `ceilings` keeps the best bandwidth and peaks of the run, whatever a slow minute has."""
-    stopwatches = {method: here.stopwatch(method.call, copies) for method in methods}
-    times = interleaved(stopwatches, seconds)
-    eager = {method: here.eager(method.call) for method in methods if method.is_eager}
-    stopwatches.clear()
-    here.forget()
-    ceilings["bandwidth"] = max(here.bandwidth(), ceilings.get("bandwidth", 0))
-    for dtype in {method.dtype for method in methods}:
-        ceilings[dtype] = max(here.peak(dtype), ceilings.get(dtype, 0))
-    return [
-        row(method, times[method], eager.get(method), ceilings["bandwidth"], ceilings[method.dtype])
-        for method in methods
-    ]
+class Part:
+    """A run of one part: what is missing or has failed, and where it is."""
+
+    def __init__(self, here: Machine, journal: Journal, seconds: float) -> None:
+        self.here, self.journal, self.seconds = here, journal, seconds
+        self.missing: set[tuple[str, str]] = set()  # methods and formats without a kernel
+        self.ceilings: dict[object, float] = {}
+        self.failed = False
+
+    @contextmanager
+    def failing(self, what: str) -> Iterator[None]:
+        """Prints an error and ends it here, unless the device is lost with it."""
+        try:
+            yield
+        except Exception as error:  # of torch, of Triton's compiler, of the driver: none may cost what comes after
+            self.failed = True
+            is_wrong = isinstance(error, WrongResult)
+            print(f"REFUSED: {what}: {error}" if is_wrong else f"FAILED: {what}: {described(error)}", flush=True)
+            if self.here.is_lost():
+                print("the device is lost to this process", flush=True)
+                raise SystemExit(LOST) from error
+            traceback.clear_frames(error.__traceback__)  # which keep tensors alive
+            self.here.forget()
+
+    def is_right(self, case: Case, method: Method) -> bool:
+        """Whether a method computes what it should, and may be timed; if not, why is printed."""
+        kernel, name = (method.name, method.format), f"{method.name} {method.format}"
+        if kernel in self.missing:
+            return False
+        if self.journal.is_fatal(case, name):
+            print(f"left out: {name}: it ended the process before", flush=True)
+            return False
+        self.journal.at(case, name)
+        right = False
+        with self.failing(name):
+            try:
+                result = method.call(0)
+                if method.check is not None:
+                    method.check(result)
+                right = True
+            except UserWarning as warning:
+                print(f"left out: {name}: {warning}", flush=True)
+                self.missing.add(kernel)
+        return right
+
+    def timed(self, case: Case, methods: list[Method], copies: int) -> list[dict[str, object]]:
+        """A row for each method; less those that fail on the way."""
+        stopwatches: dict[Method, Callable[[], float]] = {}
+        times: dict[Method, Times] = {}
+        eager: dict[Method, float | None] = {}
+        for method in methods:
+            name = f"{method.name} {method.format}"
+            self.journal.at(case, name)
+            with self.failing(name):
+                stopwatches[method] = self._watched(case, method, self.here.stopwatch(method.call, copies))
+        while stopwatches and not times:
+            times = self._in_turn(stopwatches)
+        for method in times:
+            if method.is_eager:
+                name = f"{method.name} {method.format}"
+                self.journal.at(case, name)
+                with self.failing(f"{name}, eager"):
+                    eager[method] = self.here.eager(method.call)
+        stopwatches.clear()
+        self.here.forget()
+        self._raise_ceilings({method.dtype for method in times})
+        bandwidth, peaks = self.ceilings.get("bandwidth", math.nan), self.ceilings
+        return [
+            row(method, taken, eager.get(method), bandwidth, peaks.get(method.dtype, math.nan))
+            for method, taken in times.items()
+        ]
+
+    def _in_turn(self, stopwatches: dict[Method, Callable[[], float]]) -> dict[Method, Times]:
+        """The times of all; or none, and less the one that failed."""
+        try:
+            return interleaved(stopwatches, self.seconds)
+        except Failure as failure:
+            del stopwatches[failure.method]
+            with self.failing(f"{failure.method.name} {failure.method.format}"):
+                raise failure.error from None
+        return {}
+
+    def _watched(self, case: Case, method: Method, stopwatch: Callable[[], float]) -> Callable[[], float]:
+        def seconds() -> float:
+            self.journal.at(case, f"{method.name} {method.format}")
+            try:
+                return stopwatch()
+            except Exception as error:
+                raise Failure(method, error) from error
+
+        return seconds
+
+    def _raise_ceilings(self, dtypes: set[torch.dtype]) -> None:
+        """Keeps the best bandwidth and peaks of the run, whatever a slow minute has."""
+        measures = {"bandwidth": self.here.bandwidth, **{dtype: partial(self.here.peak, dtype) for dtype in dtypes}}
+        for what, measure in measures.items():
+            with suppress(torch.OutOfMemoryError):  # then what was measured before must do
+                self.ceilings[what] = max(measure(), self.ceilings.get(what, 0))
+
+
+class Failure(Exception):
+    """A method that failed while several are timed in turn."""
+
+    def __init__(self, method: Method, error: Exception) -> None:
+        self.method, self.error = method, error
 
 
 def row(method: Method, times: Times, eager: float | None, bandwidth: float, peak: float) -> dict[str, object]:
@@ -203,6 +290,7 @@ class Kept:
 
     def __call__(self, *key: Any) -> Any:
         if key != self.key:
-            self.value, self.key = None, key
+            self.value = self.key = None
             self.value = self.make(*key)
+            self.key = key
         return self.value

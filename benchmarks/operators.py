@@ -153,10 +153,11 @@ def experts(
     """Every token takes eight experts at random, so it has eight rows."""
     count, n, k = case.shape
     of = weights(case.shape, here)
-    routings = [routing(case.tokens, here.device) for _ in range(COPIES)]
+    routings = [routing(case.tokens) for _ in range(COPIES)]
+    hit = sum(int((offsets.diff(prepend=offsets.new_zeros(1)) > 0).sum()) for offsets, _ in routings) / COPIES
+    routings = [(offsets.to(here.device), token.to(here.device)) for offsets, token in routings]
     rows = case.tokens * EXPERTS_PER_TOKEN
     x = torch.randn(rows, k, device=here.device).to(dtype)
-    hit = sum(int((routing[0].diff(prepend=routing[0].new_zeros(1)) > 0).sum()) for routing in routings) / COPIES
     activations = rows * (n + k) * dtype.itemsize
     product = 2 * rows * n * k
 
@@ -195,12 +196,12 @@ def experts(
     yield Method("two F.grouped_mm + lerp", "", two, 2 * one_weight + activations, 2 * product, dtype)
 
 
-def routing(tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def routing(tokens: int) -> tuple[Tensor, Tensor]:
     """Experts chosen at random: the end of each expert's rows, int32 [E], and the token of each row, int32 [rows]."""
     chosen = torch.rand(tokens, EXPERTS).argsort(1)[:, :EXPERTS_PER_TOKEN].flatten()
     offsets = chosen.bincount(minlength=EXPERTS).cumsum(0)
     token = chosen.argsort(stable=True) // EXPERTS_PER_TOKEN
-    return offsets.int().to(device), token.int().to(device)
+    return offsets.int(), token.int()
 
 
 PREPARE = {"experts": experts, "embedding": embedding, "rms_norm": norm, "layer_norm": norm}

@@ -1,27 +1,41 @@
 """Runs the parts that suit this machine, most important first, each in a process of its own, within a time.
 
-On a GPU its tests come first, and what fails in them is not timed. Meanwhile every part compiles its kernels and checks
-their results, so that the timing finds them compiled.
+Numbers come first: a smoke check, the layers and the step that matter most, then the rest, and on a GPU its tests last.
+Meanwhile other processes compile the kernels that later parts need. A part that crashes or hangs is started again and
+passes over what it was at. A signal ends the run; every row measured by then is in its file, and a summary tells what
+there is.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import re
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
-from benchmarks.record import RESULTS
+from benchmarks.ahead import PROCESSES, compiling, share
+from benchmarks.journal import FATAL, blame
+from benchmarks.record import RESULTS, load
 
 ROOT = Path(__file__).resolve().parents[1]
 STARTING = 15  # seconds that a part may take beyond its budget: loading, and its last case
-TEST_SECONDS = 140
+LOADING = 60  # seconds within which a part on a GPU must give its first sign of life
+STALLED = 45  # seconds without another, after which it is taken to hang; no kernel takes a third to compile
+LEAST = 5  # seconds that are worth starting a part for
+BUILDING = 60  # seconds from the beginning that the first numbers wait for the kernels in CUDA C++
+TEST_SECONDS = 110  # kept for the tests
+BAD = ("REFUSED", "FAILED", "CRASHED", "ERROR")  # how lines begin that tell of a fault
 
 
 @dataclass(frozen=True)
@@ -47,20 +61,22 @@ CPU = [
     Part("operators", "--operators experts --rows 1 16", 25),
     Part("operators", f"{ROW_BY_ROW} --rows 16 4096 --seconds 0.5", 25),
 ]
-DECODE, PREFILL = "--rows 1 4 16 64", "--rows 2048 4096 16384"
+FOUR_B = "--models Qwen3-4B --layers"
+SMOKE = Part("linear", f"{FOUR_B} gate_up --rows 1 --lams distinct --check-only", 20)
 GPU = [
-    Part("linear", f"--models Qwen3-4B --layers qkv o gate_up down {DECODE} --lams distinct zero", 75),
-    Part("linear", f"--models Qwen3-4B --layers o gate_up down {PREFILL} --lams uniform distinct", 60),
-    Part("step", "--rows 1 16 64 --seconds 3", 60),
-    Part(
-        "linear", "--models Qwen3-4B --layers gate_up --rows 2 8 32 128 256 512 1024 8192 --lams uniform distinct", 45
-    ),
-    Part("linear", "--models tiny --rows 1 --lams distinct", 10),
+    Part("linear", f"{FOUR_B} gate_up --rows 1 16 64 --lams distinct", 30),
+    Part("step", "--rows 1 --seconds 2", 40),
+    Part("linear", f"{FOUR_B} gate_up --rows 4096 --lams uniform ragged", 25),
+    Part("linear", "--models tiny Qwen3-4B --layers 64 qkv o down --rows 1 16 64 --lams distinct", 35),
+    Part("linear", f"{FOUR_B} qkv o gate_up down --rows 2 4 8 --lams distinct", 30),
+    Part("step", "--rows 16 64 --seconds 2", 40),
+    Part("linear", f"{FOUR_B} o gate_up down --rows 4096 2048 16384 --lams uniform distinct ragged", 50),
+    Part("linear", f"{FOUR_B} gate_up --rows 1 16 64 4096 --lams zero identical ends zipf", 30),
     Part("operators", "--operators experts --rows 1 16 64 4096", 30),
-    Part("operators", f"{ROW_BY_ROW} --rows 1 64 4096", 25),
-    Part("linear", "--models Qwen3-4B --layers gate_up --rows 16 64 4096 --lams identical zipf ends", 30),
-    Part("linear", "--models Qwen3-8B Llama-3.1-8B Qwen3-30B-A3B --rows 1 16 64 4096 --lams uniform", 90),
-    Part("linear", "--models Qwen3-4B --layers lm_head --rows 1 16 64 --lams distinct", 20),
+    Part("operators", f"{ROW_BY_ROW} --rows 1 64 4096", 20),
+    Part("linear", f"{FOUR_B} gate_up --rows 32 128 256 512 1024 8192 --lams uniform distinct", 30),
+    Part("linear", "--models Qwen3-8B Llama-3.1-8B Qwen3-30B-A3B --rows 1 16 64 4096 --lams uniform", 60),
+    Part("linear", f"{FOUR_B} lm_head --rows 1 16 64 --lams distinct", 20),
 ]
 
 
@@ -69,7 +85,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpu", action="store_true", help="refuse to run without a GPU")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIRECTORY")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="default: 225 on a CPU, 465 on a GPU")
+    parser.add_argument("--compile", type=share, metavar="I/N", help=argparse.SUPPRESS)  # see `compile_ahead`
     options = parser.parse_args(argv)
+    if options.compile:
+        return compile_ahead(options.compile)
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -77,60 +96,213 @@ def main(argv: list[str] | None = None) -> int:
         raise SystemExit("this needs a GPU, and torch finds none: torch.cuda.is_available() is false")
     results = options.results.resolve()
     results.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + (options.budget or (465 if on_gpu else 225))
-    failed = prepare_gpu(results) if on_gpu else []
-    code = run(without(GPU if on_gpu else CPU, failed), end, results)
-    print(f"\nresults: {', '.join(str(path) for path in sorted(results.glob('*.csv')))}")
-    return int(bool(failed) or code)
+    with tempfile.TemporaryDirectory() as scratch:
+        kept = results if on_gpu else Path(scratch)
+        run = Run(results, kept / "suite.txt", Path(scratch), options.budget or (465 if on_gpu else 225), on_gpu)
+        with run.ending():
+            if on_gpu:
+                run_on_gpu(run, kept / "compile.txt")
+            else:
+                run.parts(CPU, run.end)
+    return run.code
 
 
-def run(
-    parts: list[Part],
-    end: float,
-    results: Path,
-    call: Callable[..., int] = subprocess.call,
-    clock: Callable[[], float] = time.monotonic,
-) -> int:
-    """Runs parts one after the other until the time `end`; returns 1 if one of them failed or refused something."""
-    code = 0
-    for part in parts:
-        left = end - clock() - STARTING
-        if left < 5:
-            print(f"\nleft out, no time: {part}")
-            continue
-        budget = min(part.seconds, left)
-        print(f"\n== {part}", flush=True)
+def run_on_gpu(run: Run, compile_log: Path) -> None:
+    """The kernels in CUDA C++ first, the smoke check while they are built, the parts, and the tests."""
+    building = run.build_cuda(compile_log)
+    for i in range(PROCESSES):
+        run.start([sys.executable, "-m", "benchmarks", "suite", "--compile", f"{i}/{PROCESSES}"], compile_log)
+    run.say("\n== smoke check")
+    run.part(SMOKE, SMOKE.seconds)
+    if building is not None:
+        run.wait(building, run.began + BUILDING)
+        run.say(f"\nthe kernels in CUDA C++: {built(building)}; {compile_log}")
+    run.parts(GPU, run.end - TEST_SECONDS)
+    run.tests()
+
+
+def built(building: subprocess.Popen[bytes]) -> str:
+    """What has come of building dami_kernels._cuda."""
+    if building.returncode is None:
+        return "still being built, so the first parts are without"
+    there = any((ROOT / "dami_kernels").glob("_cuda.*"))
+    return "built" if there and building.returncode == 0 else "FAILED to be built, so all parts are without"
+
+
+def compile_ahead(share: tuple[int, int]) -> int:
+    """Compiles a share of the Triton kernels of all parts, in their order."""
+    os.nice(10)
+    with compiling(share):
+        for part in GPU:
+            importlib.import_module(f"benchmarks.{part.name}").main([*part.arguments.split(), "--compile-only"])
+    return 0
+
+
+class Cut(BaseException):
+    """A signal asks for the end."""
+
+
+class Run:
+    """One run of the suite: its processes, its log, which is shown as it grows, and how it went.
+
+    Args:
+        results: directory of the CSV files.
+        log: file for all that is printed.
+        scratch: directory for what is of no use afterwards.
+        seconds: for everything.
+        on_gpu: whether what gives no sign of life is ended. A slow processor may have much to do in silence.
+    """
+
+    def __init__(self, results: Path, log: Path, scratch: Path, seconds: float, on_gpu: bool) -> None:
+        self.results, self.log, self.scratch, self.on_gpu = results, log, scratch, on_gpu
+        self.began = time.monotonic()
+        self.end = self.began + seconds
+        self.code = 0
+        self.fatal: list[str] = []  # what has ended a process, as a journal tells it
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.rows_before = {path.name: len(load(path)) for path in results.glob("*.csv")}
+        log.touch()
+        self.log_before = self.shown = log.stat().st_size
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """However it ends, no process is left, and the summary is told."""
+
+        def cut(number: int, frame: FrameType | None) -> None:
+            for other in before:
+                signal.signal(other, signal.SIG_IGN)  # a second one would cut the summary
+            raise Cut(signal.Signals(number).name)
+
+        before = {number: signal.signal(number, cut) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            command = part.command("--budget", int(budget), "--results", results)
-            code |= bool(call(command, cwd=ROOT, timeout=budget + STARTING))
-        except subprocess.TimeoutExpired:
-            print(f"\nstopped: {part} took longer than {budget + STARTING:.0f} s")
-            code = 1
-    return code
+            yield
+        except Cut as why:
+            self.say(f"\nCUT OFF by {why}")
+            self.code = 1
+        finally:
+            for process in self.processes:
+                stop(process)
+            self.say(summary(self))
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def say(self, text: str) -> None:
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+        self.show()
+
+    def show(self) -> None:
+        """Prints what is new in the log, in whole lines."""
+        with self.log.open("rb") as file:
+            file.seek(self.shown)
+            new = file.read()
+        new = new[: new.rfind(b"\n") + 1]
+        self.shown += len(new)
+        with suppress(OSError, UnicodeError):  # whoever read it is gone, or cannot be told of λ
+            sys.stdout.write(new.decode(errors="replace"))
+            sys.stdout.flush()
+
+    def start(self, command: Sequence[str], log: Path | None = None) -> subprocess.Popen[bytes]:
+        """A process in a group of its own, which a signal to ours does not reach, with its output in the log."""
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+        with (log or self.log).open("ab") as out:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
+            )
+        self.processes.append(process)
+        return process
+
+    def wait(self, process: subprocess.Popen[bytes], end: float, life: Path | None = None) -> str | None:
+        """Waits until the time `end`, or until the file `life` has not grown for long; why the process was not over."""
+        alive, size = time.monotonic(), life.stat().st_size if life else 0
+        first = size
+        while process.poll() is None:
+            now, grown = time.monotonic(), life.stat().st_size if life else 0
+            if grown != size:
+                alive, size = now, grown
+            if now >= end:
+                return "it took too long"
+            if life and now - alive > (limit := STALLED if size > first else LOADING):
+                return f"no sign of life for {limit} s"
+            self.show()
+            time.sleep(0.05)
+        self.show()
+        return None
+
+    def parts(self, parts: list[Part], end: float) -> None:
+        """One part after the other until the time `end`."""
+        for part in parts:
+            left = end - time.monotonic() - STARTING
+            if left < LEAST:
+                self.say(f"\nleft out, no time: {part}")
+                continue
+            self.say(f"\n== {part}")
+            self.part(part, min(part.seconds, left))
+
+    def part(self, part: Part, seconds: float) -> None:
+        """Runs one part; and again, without what ended its process, while there is time."""
+        journal = self.scratch / "journal"
+        journal.write_bytes(b"")
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) >= min(LEAST, seconds):
+            with journal.open("a", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in self.fatal)
+            process = self.start(part.command("--budget", int(left), "--results", self.results, "--journal", journal))
+            why = self.wait(process, end + STARTING, journal if self.on_gpu else None)
+            if why is None and process.returncode in (0, 1):
+                self.code |= process.returncode
+                return
+            stop(process, signal.SIGKILL)
+            self.code, culprit = 1, blame(journal)
+            at = culprit.removeprefix(FATAL) if culprit else "nothing known"
+            self.say(f"CRASHED: {part}: {why or ended(process.returncode)}; it was at: {at}")
+            if culprit is None:
+                return
+            self.fatal.append(culprit)
+
+    def build_cuda(self, log: Path) -> subprocess.Popen[bytes] | None:
+        """Builds dami_kernels._cuda where it is imported from, if there is nvcc."""
+        home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+        if nvcc is None:
+            self.say("\nthe kernels in CUDA C++: left out, there is no nvcc")
+            return None
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        return self.start(["env", f"CUDA_HOME={Path(nvcc).parents[1]}", *command], log)
+
+    def tests(self) -> None:
+        """The tests that need a GPU, as many as there is time for."""
+        left = self.end - time.monotonic()
+        if left < LEAST:
+            self.say("\nleft out, no time: the tests")
+            return
+        self.say("\n== tests")
+        # Files that lack a module here must not keep the others from running.
+        options = "-m gpu -rfE --tb=short -p no:cacheprovider --continue-on-collection-errors"
+        if importlib.util.find_spec("xdist"):
+            options += " -n 4"
+        process = self.start([sys.executable, "-m", "pytest", *options.split(), *gpu_tests()])
+        why = self.wait(process, self.end)
+        stop(process, signal.SIGINT)  # pytest then tells what has failed so far
+        self.show()
+        if why or process.returncode:
+            self.code = 1
+            self.say(f"FAILED: the tests: {why or ended(process.returncode)}")
 
 
-def prepare_gpu(results: Path) -> list[str]:
-    """Runs the tests and, beside them, compiles what the parts need; returns the names of the tests that failed."""
-    end = time.monotonic() + TEST_SECONDS
-    log = results / "gpu-tests.txt"
-    tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-rfE", "--tb=short", "-p", "no:cacheprovider", *gpu_tests()]
-    if importlib.util.find_spec("xdist"):
-        tests += ["-n", "4"]
-    print(f"== tests, while the kernels are compiled: {log}", flush=True)
-    with log.open("w") as out, (results / "gpu-compile.txt").open("w") as compiled:
-        running = [subprocess.Popen(tests, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)]
-        running += [
-            subprocess.Popen(part.command("--check-only"), cwd=ROOT, stdout=compiled, stderr=subprocess.STDOUT)
-            for part in GPU
-        ]
-        for process in running:
-            finish(process, end)
-    text = log.read_text()
-    print("\n".join(text.splitlines()[-15:]), flush=True)
-    failed = failures(text)
-    if not failed and running[0].returncode not in (0, 2):  # 2: interrupted
-        raise SystemExit(f"the tests did not run, so nothing is timed: {log}")
-    return failed
+def stop(process: subprocess.Popen[bytes], how: signal.Signals = signal.SIGTERM) -> None:
+    """Ends a process and what it has started, if it still runs."""
+    for number, seconds in ((how, 5), (signal.SIGKILL, 5)):
+        if process.poll() is not None:
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):  # stuck in the driver: no signal helps
+            process.wait(seconds)
+
+
+def ended(code: int) -> str:
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
 def gpu_tests() -> list[str]:
@@ -139,50 +311,32 @@ def gpu_tests() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
 
 
-def finish(process: subprocess.Popen[bytes], end: float) -> None:
-    """Waits until the time `end`, then stops the process and says so."""
-    try:
-        process.wait(max(1, end - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        print(f"stopped after {TEST_SECONDS} s: {process.args}")
-        process.send_signal(signal.SIGINT)  # pytest then tells what has failed so far
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def summary(run: Run) -> str:
+    """What this run has measured, as ratios to one merged weight, and what went wrong."""
+    lines = ["\n== summary"]
+    for path in sorted(run.results.glob("*.csv")):
+        rows = load(path)[run.rows_before.get(path.name, 0) :]
+        if rows:
+            lines += [f"{path}: {len(rows)} rows", *ratios(rows)]
+    with run.log.open("rb") as file:
+        file.seek(run.log_before)
+        told = file.read().decode(errors="replace").splitlines()
+    lines += dict.fromkeys(line for line in told if line.startswith(BAD))
+    return "\n".join(lines)
 
 
-def failures(log: str) -> list[str]:
-    """Names of the tests that failed, of pytest's short summary."""
-    return re.findall(r"^(?:FAILED|ERROR) (\S+)", log, re.MULTILINE)
-
-
-def without(parts: list[Part], failed: list[str]) -> list[Part]:
-    """The parts, less what a failed test names: a format, else an operator. `step` needs several operators.
-
-    A test that names neither takes nothing away: every result is checked again where it is timed.
-    """
-    if not failed:
-        return parts
-    from benchmarks.operators import PREPARE
-    from benchmarks.weights import FORMATS
-
-    formats = {format for test in failed for format in FORMATS if format in test.lower()}
-    others = [test for test in failed if not any(format in test.lower() for format in FORMATS)]
-    operators = {name for test in others for name in ("linear", *PREPARE) if name in test.lower()}
-    kept = []
-    for part in parts:
-        if part.name == "linear" and "linear" in operators:
-            continue
-        if part.name == "step" and operators & {"linear", "embedding", "rms_norm"}:
-            continue
-        arguments = " ".join(word for word in part.arguments.split() if word not in operators)
-        if "--operators --" in arguments:
-            continue  # none is left
-        if formats:
-            arguments += f" --formats {' '.join(format for format in FORMATS if format not in formats)}"
-        kept.append(replace(part, arguments=arguments))
-    for name in sorted({*formats, *operators}):
-        print(f"REFUSED, for its tests fail: {name}")
-    return kept
+def ratios(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """A line for each case: the time of one merged weight, and those of ours over it."""
+    names = ("model", "operator", "layer", "layers", "shape", "m", "lam")
+    cases: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        cases.setdefault((row["date"], *(row[name] for name in names if name in row)), []).append(row)
+    for (_, *case), methods in cases.items():
+        plain = [row for row in methods if "one merged" in row["method"]]
+        unit = float(plain[0]["median_ms"]) if plain else float("nan")
+        ours = (
+            f"{row['format']}{' (CUDA)' if 'CUDA' in row['method'] else ''} {float(row['median_ms']) / unit:.2f}"
+            for row in methods
+            if row["format"]
+        )
+        yield f"  {' '.join(case)}: one merged {unit:.4f} ms; {', '.join(ours)}"

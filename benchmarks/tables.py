@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from benchmarks.lams import KINDS, SEQUENCE
-from benchmarks.linear import BLEND, COPIES, MERGED, MERGED_FLOAT32, OURS, TWO
+from benchmarks.linear import BLEND, COPIES, CUDA, MERGED, MERGED_FLOAT32, OURS, TRITON, TWO
 from benchmarks.record import RESULTS, latest, load
+from dami_kernels.tuning.cuda import MAX_ROWS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
@@ -141,13 +142,33 @@ def by_case(rows: list[Row], *keys: str) -> str:
     for (*case, method, _), row in by.items():
         if method.endswith("one merged") or method == "one merged model":
             unit = (*case, method, "")
-            ours = {key[-1]: cell(by, key, unit, True) for key in by if [*key[:-2]] == case and key[-1]}
+            ours = {
+                key[-1]: cell(by, key, unit, True)
+                for key in by
+                if [*key[:-2]] == case and key[-1] and key[-2] not in (CUDA, TRITON)
+            }
             two = [cell(by, key, unit, False) for key in by if [*key[:-2]] == case and key[-2].startswith("two")]
             cells = [*(ours.get(format, "–") for format in FORMATS), *(two or ["–"])]
             lines.append([*case, f"{float(row['median_ms']):.3g} ms", *cells])
     titles = ({"m": "M", "n": "N", "k": "K"}.get(key, key) for key in keys)
     head = [*titles, "one merged", *(f"`{format}`" for format in FORMATS), "two"]
     return about(rows) + markdown([head, *lines])
+
+
+def kernels(rows: list[Row]) -> str:
+    """A line for each case of few rows: what the operator chose and the kernel that it did not, in microseconds."""
+    by = latest(
+        [row for row in rows if row["format"] in FORMATS and int(row["m"]) <= MAX_ROWS], *LAYER, "format", "method"
+    )
+    lines = []
+    for key, row in by.items():
+        for other in (CUDA, TRITON):
+            if key[-1] == OURS and (beside := by.get((*key[:-1], other))) and beside["date"] == row["date"]:
+                times = [f"{1e3 * float(each['median_ms']):.1f} µs" for each in (row, beside)]
+                lines.append([*key[1:-1], *(times if other == CUDA else times[::-1])])
+    if not lines:
+        return NOT_MEASURED
+    return about(rows) + markdown([["layer", "N", "K", "M", "format", "Triton", "CUDA C++"], *lines])
 
 
 def formats() -> str:
@@ -305,6 +326,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "linear gpu": lambda: linear(measured("linear.csv", is_gpu, model="Qwen3-4B", layer="gate_up", dtype="bf16")),
     "layers gpu": lambda: by_case(four_b("distinct", is_gpu), *LAYER),
     "prefill gpu": lambda: by_case([row for row in four_b("uniform", is_gpu) if int(row["m"]) > SEQUENCE], *LAYER),
+    "ragged gpu": lambda: by_case([row for row in four_b("ragged", is_gpu) if int(row["m"]) > SEQUENCE], *LAYER),
+    "kernels gpu": lambda: kernels(four_b("distinct", is_gpu)),
     "operators gpu": lambda: by_case(measured("operators.csv", is_gpu), "operator", "shape", "m"),
     "step gpu": lambda: by_case(measured("step.csv", is_gpu), "layers", "m"),
 }

@@ -60,9 +60,12 @@ class Budget:
         self.end = clock() + seconds
         self.left_out: list[object] = []
 
+    def is_spent(self) -> bool:
+        return self.clock() >= self.end
+
     def spend(self, cases: Iterable[Case]) -> Iterator[Case]:
         for case in cases:
-            if self.clock() < self.end:
-                yield case
-            else:
+            if self.is_spent():
                 self.left_out.append(case)
+            else:
+                yield case

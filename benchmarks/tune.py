@@ -1,7 +1,8 @@
 """Measures launch parameters of `lerp_linear` on this GPU and writes its table into dami_kernels/tuning/tables.
 
-For each shape the candidates of `dami_kernels.tuning` are compiled, checked and timed in CUDA graphs; the
-fastest goes into the table. What the table has already and is not measured now stays.
+For each shape the candidates of `dami_kernels.tuning` are compiled, checked and timed in CUDA graphs; the fastest goes
+into the table, and for few rows also whether the kernel in CUDA C++ is faster still. What the table has already and is
+not measured now stays. The rows that matter most come first; what does not fit into the time is named.
 """
 
 from __future__ import annotations
@@ -9,22 +10,31 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
-import math
-from collections.abc import Iterator
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
-from benchmarks import lams
-from benchmarks.check import WrongResult, check_linear
+from benchmarks import lams, suite
+from benchmarks.ahead import META, PROCESSES, attempt, compiling, described, share
+from benchmarks.check import check_linear
+from benchmarks.journal import WHOLE, Journal
+from benchmarks.linear import has_cuda_kernel
 from benchmarks.machine import Call, Gpu
-from benchmarks.measure import DTYPES, Kept
+from benchmarks.measure import DTYPES, LOST, Kept
 from benchmarks.shapes import HEAD_ROWS, LAYERS
 from benchmarks.timing import Budget, Times, interleaved
 from benchmarks.weights import FORMATS, Copies, count_of
-from dami_kernels import LerpWeight, lerp_linear
+from dami_kernels import LerpWeight, cuda, lerp_linear
 from dami_kernels.tuning import (
     LinearConfig,
     LinearEntry,
@@ -34,6 +44,11 @@ from dami_kernels.tuning import (
     save_table,
     table_path,
 )
+
+ROWS = [1, 16, 64, 4096, 8, 4, 32, 256, 1024]
+SLOW = 1.3  # times the fastest: such candidates are timed no further
+CUDA = "the kernel in CUDA C++"
+Candidate = LinearConfig | str  # parameters of Triton's kernel, or CUDA
 
 
 @dataclass(frozen=True)
@@ -50,22 +65,64 @@ class Case:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser("python -m benchmarks tune", description=__doc__)
     add = parser.add_argument
     models = [model for model in LAYERS if model != "square"]
     kernels = [format for format in FORMATS if format != "lowrank"]
-    add("--models", nargs="+", choices=models, default=models, metavar="MODEL", help=", ".join(models))
+    add("--models", nargs="+", choices=models, default=["Qwen3-4B"], metavar="MODEL", help=", ".join(models))
     add("--formats", nargs="+", choices=kernels, default=kernels, metavar="FORMAT", help=", ".join(kernels))
-    add("--rows", "-m", type=int, nargs="+", default=[1, 16, 32, 64, 128, 512, 2048, 8192], metavar="M")
+    add("--rows", "-m", type=int, nargs="+", default=ROWS, metavar="M")
     add("--dtype", choices=DTYPES, default="bf16")
-    add("--seconds", type=float, default=0.3, help="of timing for each shape, about")
-    add("--budget", type=float, default=math.inf, metavar="SECONDS", help="for everything")
-    add("--table", type=Path, metavar="FILE", help="default: where the kernels look for this GPU's")
+    add("--seconds", type=float, default=0.15, help="of timing for each shape, about")
+    add("--budget", type=float, default=165, metavar="SECONDS", help="for everything, but for 15 more at the most")
+    add("--results", type=Path, metavar="DIRECTORY", help="for a copy of the table, and the log")
+    add("--compile", type=share, metavar="I/N", help=argparse.SUPPRESS)  # this share of the kernels, and time nothing
+    add("--journal", type=Path, help=argparse.SUPPRESS)  # of `supervise`
     options = parser.parse_args(argv)
-    here = Gpu()
+    if options.compile:
+        return compile_ahead(options)
+    return tune(options) if options.journal else supervise(options, argv)
+
+
+def supervise(options: argparse.Namespace, argv: list[str]) -> int:
+    """Tunes in a process of its own, as the suite runs its parts, while others compile."""
+    if not torch.cuda.is_available():
+        raise SystemExit("this needs a GPU, and torch finds none: torch.cuda.is_available() is false")
+    with tempfile.TemporaryDirectory() as scratch:
+        kept = options.results.resolve() if options.results else Path(scratch)
+        kept.mkdir(parents=True, exist_ok=True)
+        run = suite.Run(kept, kept / "tune.txt", Path(scratch), options.budget, on_gpu=True)
+        part = suite.Part("tune", " ".join(argv), 0)
+        with run.ending():
+            for i in range(PROCESSES):
+                run.start(part.command("--compile", f"{i}/{PROCESSES}"), Path(scratch) / "compile.txt")
+            run.part(part, options.budget)
+    return run.code
+
+
+def compile_ahead(options: argparse.Namespace) -> int:
+    """Compiles a share of the candidates' kernels, in the order of the cases."""
+    os.nice(10)
+    dtype = DTYPES[options.dtype]
+    copies = Kept(lambda n, k: Copies((n, k), dtype, META, options.formats, 1))
+    with compiling(options.compile):
+        device = device_of(META)
+        for case in cases(options):
+            (weight,) = copies(case.n, case.k).weights[case.format]
+            x = torch.empty(case.rows, case.k, dtype=dtype, device=META)
+            lam = lams.make("distinct", case.rows).to(META).lam
+            for config in linear_candidates(case.rows, case.n, case.k, dtype, case.format, device):
+                with forced(config):
+                    attempt(config, partial(lerp_linear, x, weight, lam))
+    return 0
+
+
+def tune(options: argparse.Namespace) -> int:
+    here, journal = Gpu(), Journal(options.journal)
     dtype = DTYPES[options.dtype]
     device = device_of(here.device)
-    path = options.table or table_path(device.name)
+    path = table_path(device.name)
     table = {
         (entry.M, entry.N, entry.K, entry.dtype, entry.format): entry
         for entries in load_table(device.name).values()
@@ -74,74 +131,128 @@ def main(argv: list[str] | None = None) -> int:
     copies = Kept(lambda n, k: Copies((n, k), dtype, here.device, options.formats, count_of((n, k), here.cold_bytes)))
     budget = Budget(options.budget)
     for case in budget.spend(cases(options)):
-        candidates = linear_candidates(case.rows, case.n, case.k, dtype, case.format, device)
-        with torch.inference_mode():
-            times = measured(case, candidates, copies(case.n, case.k).weights[case.format], here, options.seconds)
-        here.forget()
-        if not times:
-            print(f"{case}: none of {len(candidates)} candidates runs", flush=True)
+        if journal.is_done(case) or journal.is_fatal(case, WHOLE):
             continue
-        best = min(times, key=lambda config: times[config].median)
-        by_rule = f"{times[candidates[0]].median * 1e6:.1f} µs by rule" if candidates[0] in times else "rule fails"
-        print(f"{case}: {times[best].median * 1e6:.1f} µs, {by_rule}, of {len(times)}: {best}", flush=True)
-        table[case.rows, case.n, case.k, dtype, case.format] = LinearEntry(
-            case.rows, case.n, case.k, dtype, case.format, best
-        )
-        save_table(path, table.values())  # at once, so that a run that is stopped leaves what it found
+        journal.at(case, WHOLE)
+        candidates = linear_candidates(case.rows, case.n, case.k, dtype, case.format, device)
+        tuner = Tuner(case, here, journal, budget)
+        try:
+            with torch.inference_mode():
+                times = tuner.times(candidates, copies(case.n, case.k).weights[case.format], options.seconds)
+        except Exception as error:
+            tuner.passed_over(str(case), error)
+            times = {}
+        here.forget()
+        by_triton = {config: taken.median for config, taken in times.items() if isinstance(config, LinearConfig)}
+        if by_triton:
+            best = min(by_triton, key=by_triton.__getitem__)
+            prefers_cuda = CUDA in times and times[CUDA].median < by_triton[best]
+            print(f"{case}: {told(times, candidates[0])}: {best}", flush=True)
+            table[case.rows, case.n, case.k, dtype, case.format] = LinearEntry(
+                case.rows, case.n, case.k, dtype, case.format, best, prefers_cuda
+            )
+            save_table(path, table.values())  # at once, so that a run that is stopped leaves what it found
+            if options.results:
+                shutil.copy(path, options.results)
+        else:
+            print(f"{case}: none of {len(candidates)} candidates runs", flush=True)
+        journal.done(case)
     for case in budget.left_out:
-        print(f"left out, no time: {case}")
-    print(f"wrote {path}")
+        print(f"left out, no time: {case}", flush=True)
+    print(f"wrote {path}" if table else f"nothing to write into {path}", flush=True)
     return 0
 
 
+def told(times: dict[Candidate, Times], by_rule: LinearConfig) -> str:
+    """The fastest time of Triton's kernel, and what else is worth knowing."""
+
+    def microseconds(candidate: Candidate) -> str:
+        return f"{times[candidate].median * 1e6:.1f} µs"
+
+    fastest = min((candidate for candidate in times if candidate != CUDA), key=lambda config: times[config].median)
+    more = [f"{microseconds(by_rule)} by rule" if by_rule in times else "the rule's is far slower, or fails"]
+    more += [f"{microseconds(CUDA)} by {CUDA}"] if CUDA in times else []
+    return f"{microseconds(fastest)}, {', '.join(more)}"
+
+
 def cases(options: argparse.Namespace) -> Iterator[Case]:
-    """Every shape once, in the order of the models."""
-    shapes = {(*LAYERS[model][layer], layer): None for model in options.models for layer in LAYERS[model]}
-    seen = set()
-    for n, k, layer in shapes:
-        for rows, format in itertools.product(options.rows, options.formats):
-            case = Case(n, k, rows, format)
-            if case not in seen and (layer != "lm_head" or rows <= HEAD_ROWS):
-                seen.add(case)
-                yield case
+    """Every shape once, for the rows in their order."""
+    layers = {(*LAYERS[model][layer], layer): None for model in options.models for layer in LAYERS[model]}
+    found = {
+        Case(n, k, rows, format): None
+        for rows, (n, k, layer), format in itertools.product(options.rows, layers, options.formats)
+        if layer != "lm_head" or rows <= HEAD_ROWS
+    }
+    return iter(found)
 
 
-def measured(
-    case: Case, candidates: list[LinearConfig], weights: list[LerpWeight], here: Gpu, seconds: float
-) -> dict[LinearConfig, Times]:
-    """The time of each candidate that compiles and computes what it should."""
-    x = torch.randn(case.rows, case.k, device=here.device).to(weights[0].dtype)
-    batch = lams.make("uniform" if case.rows > lams.SEQUENCE else "distinct", case.rows)
-    lam, rows_per_lam = batch.lam.to(here.device), batch.rows_per_lam
+class Tuner:
+    """Times the candidates for one case."""
 
-    def call(i: int) -> torch.Tensor:
-        return lerp_linear(x, weights[i % len(weights)], lam, rows_per_lam=rows_per_lam)
+    def __init__(self, case: Case, here: Gpu, journal: Journal, budget: Budget) -> None:
+        self.case, self.here, self.journal, self.budget = case, here, journal, budget
 
-    stopwatches = {}
-    for config in candidates:
-        with forced(config):
-            if runs(call, x, weights[0], lam.repeat_interleave(rows_per_lam), config):
-                stopwatches[config] = here.stopwatch(call, len(weights))
-    return interleaved(stopwatches, seconds) if stopwatches else {}
+    def times(
+        self, candidates: list[LinearConfig], weights: list[LerpWeight], seconds: float
+    ) -> dict[Candidate, Times]:
+        """The time of each candidate that compiles and computes what it should; not of those that are far slower."""
+        case = self.case
+        x = torch.randn(case.rows, case.k, device=self.here.device).to(weights[0].dtype)
+        batch = lams.make("uniform" if case.rows > lams.SEQUENCE else "distinct", case.rows)
+        lam, rows_per_lam, _ = batch.to(self.here.device)
+        per_row = batch.per_row().to(self.here.device)
 
+        def triton_call(i: int) -> Tensor:
+            return lerp_linear(x, weights[i % len(weights)], lam, rows_per_lam=rows_per_lam)
 
-def runs(call: Call, x: torch.Tensor, weight: LerpWeight, per_row: torch.Tensor, config: LinearConfig) -> bool:
-    """Whether the kernel compiles with the parameters forced on it, and is right."""
-    try:
-        check_linear(call(0), x, weight, per_row)
-    except (RuntimeError, WrongResult) as error:  # too many registers or too much shared memory, or worse
-        print(f"{config}: {type(error).__name__}: {error}")
-        return False
-    return True
+        def cuda_call(i: int) -> Tensor:
+            tensors = [*weights[i % len(weights)].tensors]
+            return cuda.lerp_linear(x, tensors, [], lam, None, rows_per_lam, case.format, False)
+
+        stopwatches: dict[Candidate, Callable[[], float]] = {}
+        once: dict[Candidate, float] = {}
+
+        def consider(candidate: Candidate, call: Call) -> None:
+            if self.journal.is_fatal(case, str(candidate)):
+                return
+            self.journal.at(case, str(candidate))
+            try:
+                check_linear(call(0), x, weights[0], per_row)
+                stopwatch = self.here.stopwatch(call, len(weights))
+                once[candidate] = min(stopwatch() for _ in range(2))
+                stopwatches[candidate] = stopwatch
+            except Exception as error:  # too many registers or too much shared memory, or worse
+                self.passed_over(str(candidate), error)
+
+        if has_cuda_kernel(x):
+            consider(CUDA, cuda_call)
+        for config in candidates:
+            if stopwatches and self.budget.is_spent():
+                break
+            with forced(config):
+                consider(config, triton_call)
+        fastest = min((once[config] for config in stopwatches if config != CUDA), default=0)
+        kept = {
+            candidate: partial(self.timed, candidate, stopwatch)
+            for candidate, stopwatch in stopwatches.items()
+            if candidate == CUDA or once[candidate] <= SLOW * fastest
+        }
+        return interleaved(kept, seconds) if kept else {}
+
+    def timed(self, candidate: Candidate, stopwatch: Callable[[], float]) -> float:
+        self.journal.at(self.case, str(candidate))
+        return stopwatch()
+
+    def passed_over(self, what: str, error: Exception) -> None:
+        print(f"passed over: {what}: {described(error)}", flush=True)
+        if self.here.is_lost():
+            print("the device is lost to this process", flush=True)
+            raise SystemExit(LOST) from error
 
 
 @contextmanager
 def forced(config: LinearConfig) -> Iterator[None]:
-    """Makes the kernel take these parameters, whatever the shape."""
+    """Makes the kernel in Triton run, with these parameters, whatever the shape."""
     kernel = importlib.import_module("dami_kernels.triton.linear")
-    chosen = kernel.linear_config
-    kernel.linear_config = lambda *_: config
-    try:
+    with patch.object(kernel, "linear_config", lambda *_: config), patch.object(cuda, "takes", lambda *_: False):
         yield
-    finally:
-        kernel.linear_config = chosen

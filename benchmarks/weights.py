@@ -27,15 +27,18 @@ class Copies:
     ) -> None:
         rows, *rest = shape
         block = min(rows, BLOCK if len(shape) == 2 else 11)
+        source = device
+        if device.type == "meta":  # shapes are all that is asked for, but packing wants numbers
+            source, block = torch.device("cpu"), 1
 
         def repeat(part: Tensor) -> Tensor:
-            whole = part.new_empty(rows, *part.shape[1:])
-            for start in range(0, rows, block):
+            whole = torch.empty(rows, *part.shape[1:], dtype=part.dtype, device=device)
+            for start in range(0, 0 if whole.is_meta else rows, block):
                 whole[start : start + block] = part[: rows - start]
             return whole
 
-        base = torch.randn(block, *rest, device=device) / rest[-1] ** 0.5
-        target = torch.randn(block, *rest, device=device).mul_(DISTANCE / rest[-1] ** 0.5).add_(base).to(dtype)
+        base = torch.randn(block, *rest, device=source) / rest[-1] ** 0.5
+        target = torch.randn(block, *rest, device=source).mul_(DISTANCE / rest[-1] ** 0.5).add_(base).to(dtype)
         base = base.to(dtype)
         self.ends = [(repeat(base), repeat(target)) for _ in range(count)]
         self.weights: dict[str, list[LerpWeight]] = {}

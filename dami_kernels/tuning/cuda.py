@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 
 from dami_kernels.tuning.device import Device
+from dami_kernels.tuning.tables import load_table, nearest
 
 MAX_ROWS = 8  # of x
 MAX_WARPS = 16  # of a block
@@ -54,10 +55,11 @@ def decode_warps(N: int, K: int, format: str, device: Device) -> int:
     return min(range(1, min(MAX_WARPS, max(steps, 1)) + 1), key=time)
 
 
-# (arch, format, dtype, M, N, K) of the calls on which it was measured to be faster. None has been measured yet.
-FASTER: frozenset[tuple[str, str, torch.dtype, int, int, int]] = frozenset()
-
-
+@lru_cache(1 << 14)
 def prefers_cuda(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Device) -> bool:
-    """Whether the CUDA kernel was measured to be faster than Triton's on x [M, K] and a weight [N, K]."""
-    return (device.arch, format, dtype, M, N, K) in FASTER
+    """Whether the CUDA kernel was measured to be faster than Triton's on x [M, K] and a weight [N, K].
+
+    As this GPU's table has it for the nearest M; without one, not.
+    """
+    measured = load_table(device.name).get((N, K, dtype, format)) if device.name else None
+    return measured is not None and nearest(measured, M).prefers_cuda

@@ -22,7 +22,12 @@ LOG = logging.getLogger("dami_kernels")
 
 @dataclass(frozen=True)
 class LinearEntry:
-    """The fastest configuration that was found for x [M, K] and weights with N features in all."""
+    """The fastest configuration that was found for x [M, K] and weights with N features in all.
+
+    Attributes:
+        config: of Triton's kernel.
+        prefers_cuda: whether the kernel in CUDA C++ was faster still.
+    """
 
     M: int
     N: int
@@ -30,6 +35,7 @@ class LinearEntry:
     dtype: torch.dtype
     format: str
     config: LinearConfig
+    prefers_cuda: bool = False
 
 
 def table_path(device_name: str) -> Path:

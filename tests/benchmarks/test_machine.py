@@ -6,13 +6,20 @@ import itertools
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import machine
-from dami_kernels import native
+from benchmarks import __main__, machine, measure, step, suite
+from benchmarks.record import load
+from benchmarks.shapes import LAYERS
+from benchmarks.weights import FORMATS, Copies, count_of
+from dami_kernels import LerpWeight, native
+
+FRACTIONS: list[float] = []
 
 
 class Graph:
@@ -68,6 +75,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> machine.Gpu:
         "empty_cache": lambda: None,
         "get_device_name": lambda: "a GPU",
         "get_device_capability": lambda: (9, 0),
+        "get_device_properties": lambda device: SimpleNamespace(total_memory=66 * 10**9),
+        "set_per_process_memory_fraction": FRACTIONS.append,
     }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
@@ -95,6 +104,68 @@ def test_bandwidth_and_peak_count_bytes_and_operations(gpu: machine.Gpu, monkeyp
     monkeypatch.setattr(machine.Gpu, "_best", lambda self, work: 1.0)
     assert gpu.bandwidth() == 2 * 2**30
     assert gpu.peak(torch.bfloat16) == 2 * 8192**3
+
+
+def test_a_process_takes_a_part_of_the_memory(gpu: machine.Gpu) -> None:
+    assert FRACTIONS[-1] == pytest.approx(0.5)
+
+
+def test_nothing_takes_more_than_40_gb() -> None:
+    """The parts by addition, on tensors without memory; and that with what runs beside them."""
+    meta = torch.device("meta")
+    step_tensors = [
+        tensor
+        for model in step.random_models(step.LAYERS, torch.bfloat16, meta, FORMATS).values()
+        for weight in [model.embedding, model.norm, *itertools.chain(*map(all_of, model.layers))]
+        for tensor in weight.tensors
+    ]
+    needed = [bytes_of(step_tensors)]
+    for shape in LAYERS["Qwen3-8B"].values():
+        copies = Copies(shape, torch.bfloat16, meta, FORMATS, count_of(shape, machine.Gpu.cold_bytes))
+        weights = [weight for weights in copies.weights.values() for weight in weights]
+        needed.append(bytes_of([tensor for weight in weights for tensor in weight.tensors]))
+    assert max(needed) == needed[0] > 25 * 10**9
+    assert max(needed) + 2 * 2**30 < machine.Gpu.most_bytes  # beside them bandwidth is measured
+    assert machine.Gpu.most_bytes + 13 * 0.5e9 < 40 * 10**9  # a context each, and of up to 12 processes that compile
+
+
+def all_of(layer: step.Layer) -> list[LerpWeight]:
+    return [*layer.qkv, layer.o, *layer.gate_up, layer.down, *layer.norms]
+
+
+def bytes_of(tensors: list[torch.Tensor]) -> int:
+    """Of their memory, what is shared once."""
+    return sum({storage._cdata: storage.nbytes() for storage in (each.untyped_storage() for each in tensors)}.values())
+
+
+@pytest.mark.skipif(native.WHY_NOT is not None, reason="the compiled part is missing")
+@pytest.mark.filterwarnings("default")
+def test_the_first_parts_of_the_suite(
+    gpu: machine.Gpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a GPU, with small layers, and the CPU's kernels within the graphs."""
+    for name, value in {"peak": lambda self, dtype: 1e12, "bandwidth": lambda self: 1e12, "cold_bytes": 2**18}.items():
+        monkeypatch.setattr(machine.Gpu, name, value)
+    monkeypatch.setattr(measure, "machine", lambda: gpu)
+    monkeypatch.setitem(LAYERS, "Qwen3-4B", {"gate_up": (96, 64)})
+    for part in (suite.SMOKE, suite.GPU[0], suite.GPU[2]):
+        arguments = part.command("--results", tmp_path, "--journal", tmp_path / f"{part.seconds}.journal")[3:]
+        assert __main__.main([*arguments, "--seconds", "0.01"]) == 0
+    assert "right: lerp_linear pair, lerp_linear int4" in capsys.readouterr().out
+    rows = [row for row in load(tmp_path / "linear.csv") if row["method"] == "lerp_linear"]
+    cases = [("1", "distinct"), ("16", "distinct"), ("64", "distinct"), ("4096", "uniform"), ("4096", "ragged")]
+    assert [(row["m"], row["lam"], row["format"]) for row in rows] == [(*case, f) for case in cases for f in FORMATS]
+    assert all(float(row["eager_ms"]) > 0 for row in rows if int(row["m"]) <= 64)
+
+
+def test_a_device_is_lost_when_nothing_runs_on_it(gpu: machine.Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    assert not gpu.is_lost()
+    assert not machine.Cpu.is_lost(machine.Cpu)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch, "randn", fails)
+    assert gpu.is_lost()
 
 
 def test_facts_of_a_gpu(gpu: machine.Gpu, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, linear, measure, operators, shapes, step
+from benchmarks import __main__, lams, linear, measure, operators, shapes, step
 from benchmarks.machine import Cpu
 from benchmarks.record import load
 from benchmarks.weights import FORMATS
-from dami_kernels import lerp_linear, native
+from dami_kernels import cuda, lerp_linear, native
 
 pytestmark = [
     pytest.mark.skipif(native.WHY_NOT is not None, reason="the compiled part is missing"),
@@ -39,9 +39,10 @@ def run(part: str, tmp_path: Path, *arguments: str) -> tuple[int, list[dict[str,
 
 
 def test_linear(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, rows = run("linear", tmp_path, "-m", "3", "--lams", "distinct", "zero")
+    code, rows = run("linear", tmp_path, "-m", "3", "--lams", *lams.KINDS)
     assert code == 0
-    assert [row["format"] for row in rows if row["lam"] == "zero" and row["method"] == linear.OURS] == FORMATS
+    for kind in lams.KINDS:
+        assert [row["format"] for row in rows if row["lam"] == kind and row["method"] == linear.OURS] == FORMATS
     rivals = {linear.MERGED, linear.TWO, linear.BLEND, linear.COPIES, linear.MERGED_FLOAT32}
     assert {row["method"] for row in rows} == {linear.OURS, *rivals}
     for row in rows:
@@ -49,6 +50,23 @@ def test_linear(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert float(row["limit_ms"]) > 0
         assert (row["model"], row["n"], row["k"], row["m"], row["dtype"]) == ("square", "96", "64", "3", "bf16")
     assert "of the limit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_few_rows_are_timed_with_the_kernel_that_is_not_chosen(
+    chosen: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a GPU; here the CPU's kernels stand in for both."""
+    kernels = pytest.importorskip("dami_kernels.triton")
+    monkeypatch.setattr(linear, "has_cuda_kernel", lambda x: True)
+    monkeypatch.setattr(cuda, "takes", lambda *_: chosen)
+    monkeypatch.setattr(kernels if chosen else cuda, "lerp_linears" if chosen else "lerp_linear", native.lerp_linear)
+    code, rows = run("linear", tmp_path, "-m", "3", "--lams", "distinct")
+    assert code == 0
+    other = linear.TRITON if chosen else linear.CUDA
+    for method in (linear.OURS, other):
+        assert {row["format"] for row in rows if row["method"] == method} >= {*KERNELS}
+    assert {row["method"] for row in rows if row["format"]} == {linear.OURS, other}
 
 
 def test_many_lams_are_not_asked_of_what_launches_each(tmp_path: Path) -> None:
@@ -108,7 +126,7 @@ def test_operators(tmp_path: Path) -> None:
 
 
 def test_rows_of_a_routing_are_sorted_by_expert() -> None:
-    offsets, token = operators.routing(5, torch.device("cpu"))
+    offsets, token = operators.routing(5)
     assert offsets.shape == (128,)
     assert offsets[-1] == len(token) == 40
     assert bool((offsets.diff() >= 0).all())

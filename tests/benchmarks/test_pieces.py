@@ -29,12 +29,16 @@ def test_every_row_has_its_lam(kind: str, rows: int) -> None:
     assert per_row.dtype == torch.float32
     different = len(per_row.unique())
     assert different <= {"distinct": rows, "ends": 2, "identical": 1, "zero": 1, "zipf": 11}.get(kind, rows)
-    if kind == "uniform":
+    if kind in ("uniform", "ragged"):
         assert different == (round(rows**0.5) if rows <= 1024 else rows // 1024) or rows in (2, 7)
     if kind in ("zero", "ends"):
         assert set(per_row.tolist()) <= {0.0, 1.0}
     if kind == "distinct":
         assert different > 0.99 * rows
+    elif kind == "ragged":
+        assert bool((batch.row_to_lam.diff() >= 0).all())  # a sequence lies in one piece
+        if rows > 1024:
+            assert len(batch.row_to_lam.bincount().unique()) > 1
     elif rows > 1024:
         assert batch.rows_per_lam == 1024
 
@@ -69,7 +73,7 @@ def test_operations() -> None:
     one = 2 * 3 * 5  # a row's product
 
     def operations(lam: list[float], rows_per_lam: int = 1) -> float:
-        return limits.operations(weight, torch.tensor(lam), rows_per_lam) / one
+        return limits.operations(weight, torch.tensor(lam).repeat_interleave(rows_per_lam)) / one
 
     assert operations([0, 1, 0]) == 3
     assert operations([0.2, 0.4, 0.6]) == 6  # two products each
@@ -80,7 +84,7 @@ def test_operations() -> None:
 
 def test_a_low_rank_is_multiplied_in_two_steps() -> None:
     (weight,) = Copies((30, 50), torch.bfloat16, CPU, ["lowrank"], 1).weights["lowrank"]
-    assert limits.operations(weight, torch.rand(7), 1) == 2 * 7 * (30 * 50 + 64 * 30 + 64 * 50)
+    assert limits.operations(weight, torch.rand(7)) == 2 * 7 * (30 * 50 + 64 * 30 + 64 * 50)
 
 
 def test_quantiles() -> None:

@@ -52,4 +52,16 @@ def test_only_the_device_measured_last_is_shown(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert [found["method"] for found in tables.measured("linear.csv", tables.is_cpu)] == ["b"]
     assert tables.measured("linear.csv", tables.is_gpu) == tables.measured("step.csv", tables.is_cpu) == []
-    assert tables.by_case([], "m") == tables.linear([]) == "Not measured yet."
+    assert tables.by_case([], "m") == tables.linear([]) == tables.kernels([]) == "Not measured yet."
+
+
+def test_both_kernels_of_few_rows_are_told_beside_each_other() -> None:
+    rows = [row(tables.OURS, "int4", 2e-3), row(tables.CUDA, "int4", 1.5e-3), row(tables.MERGED, "", 1e-3)]
+    rows += [row(tables.OURS, "pair", 4e-3), row(tables.TRITON, "pair", 5e-3)]  # the operator chose the other one
+    rows += [row(tables.OURS, "int8", 1e-3)]
+    told = tables.kernels(rows)
+    assert "| layer | N | K | M | format | Triton | CUDA C++ |" in told
+    assert "| o | 8 | 9 | 4 | int4 | 2.0 µs | 1.5 µs |" in told
+    assert "| o | 8 | 9 | 4 | pair | 5.0 µs | 4.0 µs |" in told
+    assert "int8" not in told
+    assert "**2.00**" in tables.by_case(rows, "layer", "m")  # what the operator does

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import __main__, shapes, tune
+from benchmarks.journal import blame
 from benchmarks.machine import Cpu
-from dami_kernels import native, tuning
+from benchmarks.measure import LOST
+from benchmarks.timing import Budget
+from dami_kernels import lerp_linear, native, tuning
 
 pytest.importorskip("triton")
+from triton.runtime.errors import OutOfResources
 
 
 class StandIn(Cpu):
@@ -20,11 +27,18 @@ class StandIn(Cpu):
 
     cold_bytes = 2**18
 
+    lost = False
+
     def stopwatch(self, call: Callable[[int], object], copies: int) -> Callable[[], float]:
         from dami_kernels.triton import linear
 
+        if linear.linear_config is tuning.linear_config:  # nothing is forced on Triton's kernel: it is the other one
+            return lambda: 1e-6 if call(0).shape[0] == 1 else 1.0  # type: ignore[attr-defined]
         config = linear.linear_config()  # type: ignore[call-arg]
         return lambda: 1e-4 * abs(config.split_k - 2) + 1e-6 * config.num_stages
+
+    def is_lost(self) -> bool:
+        return StandIn.lost
 
 
 @pytest.fixture
@@ -37,9 +51,12 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.skipif(native.WHY_NOT is not None, reason="the compiled part is missing")
 @pytest.mark.usefixtures("_stand_in")
 def test_the_fastest_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    code = __main__.main(["--tune", "--models", "Qwen3-4B", "--rows", "1", "512", "--formats", "int4"])
+    journal = ["--journal", str(tmp_path / "journal"), "--results", str(tmp_path)]
+    code = __main__.main(["--tune", "--rows", "512", "1", "--formats", "int4", *journal])
     assert code == 0
+    assert (tmp_path / "GPU.json").read_text() == (tmp_path / "tables" / "GPU.json").read_text()
     monkeypatch.setattr(tuning.tables, "TABLES", tmp_path / "tables")
+    tuning.load_table.cache_clear()
     table = tuning.load_table("GPU")
     assert {key: [entry.M for entry in entries] for key, entries in table.items()} == {
         (64, 512, torch.bfloat16, "int4"): [1, 512],
@@ -53,16 +70,109 @@ def test_the_fastest_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
             assert entry.config.num_stages == 2
 
 
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], dict[int, tuning.LinearEntry]]:
+    """The entries of the table that was written, by their rows."""
+
+    def entries() -> dict[int, tuning.LinearEntry]:
+        monkeypatch.setattr(tuning.tables, "TABLES", tmp_path / "tables")
+        tuning.load_table.cache_clear()
+        found = tuning.load_table("GPU")[64, 512, torch.bfloat16, "int4"]
+        tuning.load_table.cache_clear()
+        return {entry.M: entry for entry in found}
+
+    return entries
+
+
+TUNE = ["--models", "Qwen3-4B", "--formats", "int4", "--rows"]
+
+
+@pytest.mark.skipif(native.WHY_NOT is not None, reason="the compiled part is missing")
+@pytest.mark.usefixtures("_stand_in")
+def test_the_kernel_in_cuda_is_preferred_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, table: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tune, "has_cuda_kernel", lambda x: len(x) <= 8)
+    monkeypatch.setattr(tune.cuda, "lerp_linear", native.lerp_linear)
+    journal = ["--journal", str(tmp_path / "journal")]
+    assert tune.main([*TUNE, "1", "4", "64", *journal]) == 0
+    assert {M: entry.prefers_cuda for M, entry in table().items()} == {1: True, 4: False, 64: False}
+    assert "µs by the kernel in CUDA C++" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(native.WHY_NOT is not None, reason="the compiled part is missing")
+@pytest.mark.usefixtures("_stand_in")
+def test_a_candidate_that_loses_the_device_is_passed_over_by_the_next_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, table: Any
+) -> None:
+    monkeypatch.setitem(shapes.LAYERS, "Qwen3-4B", {"o": (64, 512)})
+    config = tuning.linear_candidates(1, 64, 512, torch.bfloat16, "int4", tuning.H100)[1]
+
+    def kills(*args: Any, **options: Any) -> torch.Tensor:
+        from dami_kernels.triton import linear
+
+        if linear.linear_config() == config:  # type: ignore[call-arg]
+            monkeypatch.setattr(StandIn, "lost", True)
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return lerp_linear(*args, **options)
+
+    monkeypatch.setattr(tune, "lerp_linear", kills)
+    journal = tmp_path / "journal"
+    with pytest.raises(SystemExit) as ended:
+        tune.main([*TUNE, "1", "--journal", str(journal)])
+    assert ended.value.code == LOST
+    monkeypatch.setattr(StandIn, "lost", False)
+    with journal.open("a") as file:
+        file.write(f"{blame(journal)}\n")
+    assert tune.main([*TUNE, "1", "--journal", str(journal)]) == 0
+    assert 1 in table()
+
+
+@pytest.mark.skipif(native.WHY_NOT is not None, reason="the compiled part is missing")
+@pytest.mark.usefixtures("_stand_in")
+def test_no_case_takes_longer_than_there_is_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, table: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spent = iter([False, True])  # between cases; then within the first, which has one candidate by then
+    monkeypatch.setattr(Budget, "is_spent", lambda self: next(spent, True))
+    assert tune.main([*TUNE, "1", "16", "--journal", str(tmp_path / "journal")]) == 0
+    assert [*table()] == [1]
+    out = capsys.readouterr().out
+    assert "left out, no time: N=64, K=512, int4, M=16" in out
+    assert "µs by rule" in out
+
+
+def test_it_tunes_in_a_process_of_its_own_beside_those_that_compile(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune, "PROCESSES", 2)
+
+    def start(self: Any, command: list[str], log: Path | None = None) -> subprocess.Popen[bytes]:
+        started.append(command[3:])
+        process = subprocess.Popen([sys.executable, "-c", ""])
+        self.processes.append(process)
+        return process
+
+    monkeypatch.setattr(tune.suite.Run, "start", start)
+    assert tune.main(["--rows", "1", "--results", str(tmp_path)]) == 0
+    assert [command[: command.index("tune") + 1] for command in started] == [["tune"]] * 3
+    assert [command[-2:] for command in started[:2]] == [["--compile", "0/2"], ["--compile", "1/2"]]
+    assert "--journal" in started[2]
+    assert started[2][1:3] == ["--rows", "1"]
+
+
 @pytest.mark.usefixtures("_stand_in")
 def test_candidates_that_fail_are_passed_over(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(*_: object, **__: object) -> None:
-        raise RuntimeError("out of resource: shared memory")
+        raise OutOfResources(300_000, 232_448, "shared memory")
 
     monkeypatch.setattr(tune, "lerp_linear", fails)
-    assert tune.main(["--models", "Qwen3-4B", "--rows", "1", "--formats", "pair"]) == 0
-    assert "RuntimeError: out of resource: shared memory" in capsys.readouterr().out
+    assert tune.main(["--rows", "1", "--formats", "pair", "--journal", str(tmp_path / "journal")]) == 0
+    assert "OutOfResources: out of resource: shared memory" in capsys.readouterr().out
     assert not (tmp_path / "tables").exists()
 
 

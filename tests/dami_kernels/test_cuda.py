@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 
 from dami_kernels import cuda
 from dami_kernels.tuning import cuda as tuning
+from dami_kernels.tuning import linear_config, tables
 from dami_kernels.tuning.cuda import MAX_WARPS, SHARED, STEP, TILE, decode_warps, prefers_cuda, warps_at_once
 from tests.dami_kernels.cuda_on_cpu import FORMATS
 from tests.dami_kernels.test_triton_plan import DEVICES, MODELS, SHAPES
@@ -56,31 +59,43 @@ def test_examples_of_the_plan() -> None:
     assert decode_warps(6144, 2560, "pair", h100) == 2
 
 
-def test_nothing_unmeasured_is_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
-    h100 = DEVICES["sm_90"]
-    call = (4, 2560, 4096, torch.bfloat16, "pair", h100)
-    assert not prefers_cuda(*call)
-    monkeypatch.setattr(tuning, "FASTER", {("sm_90", "pair", torch.bfloat16, 4, 2560, 4096)})
-    assert prefers_cuda(*call)
-    assert not prefers_cuda(5, *call[1:])
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuning.Device]:
+    """A GPU with a made-up table: the CUDA kernel is faster on 4 rows, Triton's on 16."""
+    device = replace(DEVICES["sm_90"], name="Some GPU")
+    monkeypatch.setattr(tables, "TABLES", tmp_path)
+    config = linear_config(4, 32, 64, torch.bfloat16, "pair", DEVICES["sm_90"])
+    entries = [tables.LinearEntry(M, 32, 64, torch.bfloat16, "pair", config, prefers_cuda=M == 4) for M in (4, 16)]
+    tables.save_table(tables.table_path(device.name), entries)
+    yield device
+    for function in (tables.load_table, prefers_cuda):
+        function.cache_clear()
 
 
-def test_triton_hands_over_what_is_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_unmeasured_is_preferred(measured: tuning.Device) -> None:
+    call = (32, 64, torch.bfloat16, "pair")
+    assert not prefers_cuda(4, *call, DEVICES["sm_90"])  # has no table
+    assert [prefers_cuda(M, *call, measured) for M in (1, 4, 7, 8, 16)] == [True, True, True, False, False]
+    assert not prefers_cuda(4, 32, 64, torch.float16, "pair", measured)
+
+
+def test_triton_hands_over_what_is_preferred(monkeypatch: pytest.MonkeyPatch, measured: tuning.Device) -> None:
     pytest.importorskip("triton")
     from dami_kernels import triton
+    from dami_kernels.triton import linear
 
-    h100, lam = DEVICES["sm_90"], torch.rand(4)
+    lam = torch.rand(4)
+    monkeypatch.setattr(linear, "device_of", lambda _: measured)
     x, weight = torch.randn(4, 64).bfloat16(), [torch.randn(32, 64).bfloat16()] * 2
     monkeypatch.setattr(cuda, "WHY_NOT", None)
-    monkeypatch.setattr(tuning, "FASTER", {("sm_90", "pair", torch.bfloat16, 4, 32, 64)})
     monkeypatch.setattr(cuda, "lerp_linear", lambda *args: args)
     args = (x, weight, [], lam, None, 1, "pair", False)
     assert all(got is given for got, given in zip(triton.lerp_linear(*args), args, strict=True))
-    assert not cuda.takes(x, weight, "pair", invariant=True, device=h100)
-    assert not cuda.takes(x[:3], weight, "pair", invariant=False, device=h100)
-    assert not cuda.takes(x, [end.t().contiguous().t() for end in weight], "pair", invariant=False, device=h100)
+    assert not cuda.takes(x, weight, "pair", invariant=True, device=measured)
+    assert not cuda.takes(torch.cat((x, x)), weight, "pair", invariant=False, device=measured)
+    assert not cuda.takes(x, [end.t().contiguous().t() for end in weight], "pair", invariant=False, device=measured)
     monkeypatch.setattr(cuda, "WHY_NOT", "missing")
-    assert not cuda.takes(x, weight, "pair", invariant=False, device=h100)
+    assert not cuda.takes(x, weight, "pair", invariant=False, device=measured)
 
 
 def test_what_it_does_not_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

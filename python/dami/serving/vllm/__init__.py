@@ -8,13 +8,27 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Makes pairs known to vLLM; models that are not pairs are left as they were. May be called again."""
-    from dami.serving.vllm import loader, requests, runners, support
+    """Makes pairs known to vLLM; models that are not pairs are left as they were. May be called again.
+
+    Where vLLM is not as the plugin needs it, a pair is refused when it is to be served, and nothing else is touched:
+    vLLM calls this for every model, and what it raised would keep all of them from starting.
+    """
+    from dami.serving.vllm import support  # which imports nothing of vLLM unguarded
+
+    if not support.FAULTS:
+        try:
+            _install()
+        except Exception as error:
+            support.FAULTS.append(f"{type(error).__name__}: {error}")
+    if support.FAULTS:
+        support.refuse_pairs()
+
+
+def _install() -> None:
+    from dami.serving.vllm import loader, requests, runners
     from dami.serving.vllm.quantization import PairQuantization
 
-    PairQuantization.register()
-    if support.FAULTS:
-        return  # said when a pair is to be served: vLLM's own models are none of our business
     loader.install()
     requests.install()
     runners.install()
+    PairQuantization.register()

@@ -16,12 +16,11 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, regist
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
-from dami.quantizer import any_layer
+from dami.quantizer import METHOD, any_layer
 from dami.serving.vllm import support
 from dami.serving.vllm.rows import Rows
 from dami.serving.vllm.settings import Settings
 
-METHOD = "dami"
 EXPERTS = re.compile(r"(.*\.experts)\.(?:\d+\.)?(gate_up_proj|gate_proj|up_proj|down_proj)(?:\.weight)?")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Any
 
 from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
@@ -12,7 +14,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
 from dami.serving.vllm.quantization import PairQuantization
-from dami.serving.vllm.settings import KEY, KEYS, RequestError, Settings
+from dami.serving.vllm.settings import KEY, KEYS, RequestError, Settings, check_arguments, resembles_key
 from dami.serving.vllm.support import wrap
 
 
@@ -31,6 +33,12 @@ def settings_of(config: Any) -> Settings:
     return Settings.of({key: extra[key] for key in KEYS if key in extra})
 
 
+@cache
+def _has_processors() -> bool:
+    """Whether a package has brought logits processors, which may read any argument of a request."""
+    return bool(entry_points(group="vllm.logits_processors"))
+
+
 def _process_inputs(original: Any, self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
     """A request with its λ in `extra_args` and, where blocks of other requests are looked up, in `cache_salt`.
 
@@ -40,6 +48,7 @@ def _process_inputs(original: Any, self: InputProcessor, *args: Any, **kwargs: A
     if PairQuantization.of(self.vllm_config) is not None and request.sampling_params is not None:
         settings, params = settings_of(self.vllm_config), request.sampling_params
         given = params.extra_args or {}
+        check_arguments(given, bool(self.vllm_config.model_config.logits_processors) or _has_processors())
         intensity = settings.checked(given.get(KEY, settings.default_intensity))
         params.extra_args = {**given, KEY: intensity}  # the request's own copy of its parameters
         request.cache_salt = f"{request.cache_salt or ''}|{KEY}={intensity.hex()}"
@@ -47,8 +56,11 @@ def _process_inputs(original: Any, self: InputProcessor, *args: Any, **kwargs: A
 
 
 def _to_sampling_params(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """`intensity` in a request's body means what it means in its `vllm_xargs`."""
+    """`intensity` in a request's body means what it means in its `vllm_xargs`; so does what it was misspelt as."""
     params, extra = original(self, *args, **kwargs), self.model_extra or {}
+    misspelt = {name: value for name, value in extra.items() if resembles_key(name)}
+    if misspelt:
+        params.extra_args = {**(params.extra_args or {}), **misspelt}
     if KEY in extra:
         given = params.extra_args or {}
         if given.get(KEY, extra[KEY]) != extra[KEY]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from dami.serving.vllm.methods import EmbeddingMethod, ExpertsMethod, LerpNorm, LinearMethod, by_expert, vector_ends
 from dami.serving.vllm.quantization import PairQuantization
@@ -30,7 +31,8 @@ def run(model: Any, config: VllmConfig) -> None:
     """Compares the model at λ = 0, 1, 0, 1, … with the ends.
 
     Raises:
-        RuntimeError: rows at λ=0 are not the instruct end's, or rows at λ=1 not the thinking end's.
+        RuntimeError: rows at λ=0 are not the instruct end's, or rows at λ=1 not the thinking end's; or the model has
+            an attention that is not replaced, which without a cache gives zeros: what comes before it would not count.
     """
     pair: Any = PairQuantization.of(config)
     device = pair.rows.tokens.device
@@ -45,8 +47,13 @@ def run(model: Any, config: VllmConfig) -> None:
         return [states.float()] if logits is None else [states.float(), logits.float()]  # one process has logits
 
     with ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, Attention):
+        for name, module in model.named_modules():
+            if isinstance(module, AttentionLayerBase):
+                if getattr(type(module), "forward", None) is not Attention.forward:
+                    raise RuntimeError(
+                        f"the pair cannot be tested: {name} is a {type(module).__name__}, an attention of a kind that "
+                        "the self-test does not know; it is not served"
+                    )
                 stack.enter_context(attribute(module, "forward", partial(added, module)))
             if hasattr(module, "do_not_compile"):
                 stack.enter_context(attribute(module, "do_not_compile", True))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -13,6 +15,8 @@ from vllm.exceptions import VLLMValidationError
 from dami_kernels import formats
 
 KEY = "intensity"  # of `SamplingParams.extra_args`, of `vllm_xargs` and of a request's body
+# of `extra_args` that vLLM reads itself
+VLLM_ARGUMENTS = frozenset({"kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode"})
 KEYS = ("thinking", "format", "default_intensity", "intensity_range")
 
 
@@ -76,6 +80,30 @@ class Settings:
                 f"{name} must be a number from {least:g} to {greatest:g}, got {value!r}{hint}", parameter=name
             )
         return float(np.float32(value)) + 0.0  # and no negative zero
+
+
+def resembles_key(name: str) -> bool:
+    """Whether an argument that nobody knows was meant to be λ: `intensty`, `Intensity`, `prompt_intensity`."""
+    return name != KEY and bool(difflib.get_close_matches(name.lower(), [KEY], cutoff=0.7))
+
+
+def check_arguments(given: Iterable[str], others_may_read: bool) -> None:
+    """Refuses arguments of a request that nobody reads: a misspelt λ would run at the default without a word.
+
+    Args:
+        given: names in `extra_args`, or in `vllm_xargs`.
+        others_may_read: whether the engine has logits processors of the user's, whose arguments we do not know. Then
+            only what looks like λ is refused.
+
+    Raises:
+        RequestError: which names it; the server answers with status 400.
+    """
+    for name in given:
+        if name == KEY or name in VLLM_ARGUMENTS or (others_may_read and not resembles_key(name)):
+            continue
+        raise RequestError(
+            f"extra arguments of a request to a pair must be {KEY!r} alone, got {name!r}", parameter=name
+        )
 
 
 def _is_finite(value: Any) -> bool:

@@ -1,4 +1,7 @@
-"""What of vLLM the plugin relies on, and what of vLLM a pair does not support: checked before anything is served."""
+"""What of vLLM the plugin relies on, and what of vLLM a pair does not support: checked before anything is served.
+
+Nothing of vLLM is imported here unguarded: on a vLLM where it has moved, this file is what says so.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,12 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm.config import VllmConfig
+from dami.quantizer import METHOD
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 TESTED = "0.32 and 0.33"  # on the CPU; of 0.33 its Python code over the compiled operators of 0.32
 ARCHITECTURES = (
@@ -66,6 +72,7 @@ RELIED_ON: dict[str, tuple[str, ...]] = {
     "vllm.model_executor.layers.fused_moe:RoutedExperts.forward_modular": ("self", "x", "topk_weights", "topk_ids"),
     "vllm.model_executor.layers.fused_moe:RoutedExperts.expert_map": (),
     "vllm.model_executor.layers.attention:Attention.forward": ("self", "query", "key", "value"),
+    "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase": (),
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs": ("self", "request_id", "prompt", "params"),
     "vllm.v1.engine:EngineCoreRequest": ("sampling_params", "cache_salt"),
     "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_sampling_params": ("self",),
@@ -116,7 +123,7 @@ def faults() -> Iterator[str]:
         module, _, path = place.partition(":")
         try:
             found: Any = functools.reduce(getattr, path.split("."), importlib.import_module(module))
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # what a module raises while it is imported can be anything
             yield f"{place}: {error}"
             continue
         if not wanted:
@@ -143,6 +150,47 @@ def check_installation() -> None:
         raise RuntimeError(
             "\n  ".join([f"dami's plugin fits vLLM {TESTED}, and this is {found}, in which it does not find:", *FAULTS])
         )
+
+
+def refuse_pairs() -> None:
+    """Registers a method "dami" that tells the faults to whoever wants to serve a pair.
+
+    Where even that has moved, vLLM itself refuses a method that it does not know.
+    """
+    try:
+        from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+        from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+    except Exception:
+        return
+    if METHOD in QUANTIZATION_METHODS:
+        return  # the plugin's own, which tells them too
+
+    class Refusal(QuantizationConfig):
+        def __init__(self) -> None:
+            check_installation()
+
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> Refusal:
+            return cls()
+
+        @staticmethod
+        def get_config_filenames() -> list[str]:
+            return []
+
+        @classmethod
+        def get_min_capability(cls) -> int:
+            return 0
+
+        def get_name(self) -> Any:
+            return METHOD
+
+        def get_supported_act_dtypes(self) -> list[Any]:
+            return []
+
+        def get_quant_method(self, layer: Any, prefix: str) -> None:
+            return None
+
+    register_quantization_config(METHOD)(Refusal)
 
 
 def _version(name: str) -> str | None:

@@ -95,6 +95,24 @@ def test_what_is_no_intensity_is_refused(llm: Any, value: Any) -> None:
         llm.generate([{"prompt_token_ids": PROMPTS[0]}], params, use_tqdm=False)
 
 
+@pytest.mark.parametrize("name", ["intensty", "Intensity", "prompt_intensity", "lambda"])
+def test_arguments_that_nobody_reads_are_refused(llm: Any, name: str) -> None:
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, detokenize=False, extra_args={name: 1.0})
+    message = f"extra arguments of a request to a pair must be 'intensity' alone, got '{name}'"
+    with pytest.raises(ValueError, match=message):
+        llm.generate([{"prompt_token_ids": PROMPTS[0]}], params, use_tqdm=False)
+
+
+def test_arguments_that_somebody_reads_pass(llm: Any) -> None:
+    from vllm import SamplingParams
+
+    args = {"intensity": 0.5, "kv_cache_report_mode": "incremental"}
+    params = SamplingParams(max_tokens=1, detokenize=False, extra_args=args)
+    assert llm.generate([{"prompt_token_ids": PROMPTS[0]}], params, use_tqdm=False)
+
+
 def test_what_was_refused_leaves_the_engine_running(llm: Any, pair: Path) -> None:
     assert tokens_of(ask(llm, PROMPTS[:1], [0.7])) == answers(pair, PROMPTS[:1], [0.7], 16)
 

@@ -121,6 +121,15 @@ def test_what_is_no_intensity_is_the_client_s_error(url: str, path: str, value: 
         assert "intensity must be a number from 0 to 1, got" in answer["error"]["message"]
 
 
+@pytest.mark.parametrize("body", [{"vllm_xargs": {"intensty": 1}}, {"intensty": 1}, {"prompt_intensity": 1}])
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_a_misspelt_intensity_is_the_client_s_error(url: str, path: str, body: dict[str, Any]) -> None:
+    prompt = {"prompt": PROMPT} if path == "completions" else {"messages": [{"role": "user", "content": "hi"}]}
+    status, answer = post(f"{url}/{path}", {**prompt, "max_tokens": 1, **body})
+    assert status == 400
+    assert "extra arguments of a request to a pair must be 'intensity' alone, got " in answer["error"]["message"]
+
+
 def test_two_intensities_are_the_client_s_error(url: str) -> None:
     body = {"prompt": PROMPT, "max_tokens": 1, "intensity": 0.1, "vllm_xargs": {"intensity": 0.2}}
     status, answer = post(f"{url}/completions", body)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,7 @@ from tests.dami.serving.vllm.engines import engine
 vllm = pytest.importorskip("vllm")
 
 from dami.serving.vllm import register, support  # noqa: E402
-from dami.serving.vllm.settings import Settings  # noqa: E402
+from dami.serving.vllm.settings import Settings, check_arguments  # noqa: E402
 
 
 def test_this_vllm_fits() -> None:
@@ -53,6 +55,23 @@ def test_another_vllm_serves_no_pair_and_all_else(packed: Any, monkeypatch: pyte
         engine(packed("qwen3", "int8")),
     ):
         pass
+
+
+def test_a_module_that_has_moved_breaks_no_other_model() -> None:
+    """Each module of vLLM that the plugin imports anywhere, in turn: vLLM is loaded, and then the module is gone."""
+    done = subprocess.run([sys.executable, "-m", "tests.dami.serving.vllm.moved"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    tried = done.stdout.splitlines()
+    assert len(tried) > 20
+    assert not [line for line in tried if not line.endswith(": refused")], done.stdout
+
+
+def test_arguments_of_processors_of_the_user_s_are_theirs() -> None:
+    check_arguments(["intensity", "kv_transfer_params"], others_may_read=False)
+    check_arguments(["their_own"], others_may_read=True)
+    for name, others_may_read in (("their_own", False), ("intensty", True)):
+        with pytest.raises(ValueError, match=f"must be 'intensity' alone, got '{name}'"):
+            check_arguments([name], others_may_read)
 
 
 def config(**changed: Any) -> Any:
@@ -204,6 +223,35 @@ def test_the_self_test_sees_a_layer_that_is_wrong(packed: Any, monkeypatch: pyte
         engine(packed("qwen3", "int8")),
     ):
         pass
+
+
+def test_an_attention_that_the_self_test_does_not_know_is_refused(packed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As DeepSeek's (MLA): it stands beside vLLM's ordinary one, and without a cache gives zeros."""
+    from vllm.model_executor.layers.attention import Attention
+
+    class OtherAttention(Attention):
+        def forward(self, query: Any, *rest: Any, **options: Any) -> Any:
+            return torch.zeros_like(query)
+
+    monkeypatch.setattr("vllm.model_executor.models.qwen3.Attention", OtherAttention)
+    with (
+        pytest.raises(
+            Exception, match=r"model\.layers\.0\.self_attn\.attn is a OtherAttention, an attention of a kind"
+        ),
+        engine(packed("qwen3", "int8")),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("base", ["MLAAttention", "MambaMixer2"])
+def test_the_self_test_knows_every_attention_of_vllm(base: str) -> None:
+    from vllm.model_executor.layers.attention import Attention, MLAAttention
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
+
+    kind = {"MLAAttention": MLAAttention, "MambaMixer2": MambaMixer2}[base]
+    assert issubclass(kind, AttentionLayerBase)
+    assert kind.forward is not Attention.forward
 
 
 def test_a_plain_model_is_served_as_ever(ends: Any) -> None:
