@@ -164,7 +164,7 @@ def demo(
         Path, typer.Option("--output", "-o", file_okay=False, help="Directory of the picture and the numbers.")
     ] = Path("demo-output"),
     pair: PairOption = None,
-    questions: Annotated[int, typer.Option(min=1, help="Questions of the sweep, each asked at 11 λ.")] = 200,
+    questions: Annotated[int, typer.Option(min=1, help="Questions of the sweep, each asked at 11 λ.")] = 120,
     seed: SeedOption = 0,
 ) -> None:
     """See the idea work: a batch at three λ, the accuracy-tokens curve, and the price against merged copies."""

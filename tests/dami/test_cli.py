@@ -152,6 +152,9 @@ def test_demo_leaves_a_picture_and_numbers(tmp_path: Path) -> None:
     # One pair against eleven copies.
     assert record["copies"]["weights"] / record["patched"]["weights"] == pytest.approx(5.5, rel=0.01)
     assert len(record["copies"]["texts"]) == len(record["patched"]["texts"]) == 55
+    both = zip(record["copies"]["answers"], record["patched"]["answers"], strict=True)
+    assert len(record["gaps"]) == sum(ours != theirs for ours, theirs in both)
+    assert f"{55 - len(record['gaps'])} of 55 greedy answers agree" in " ".join(result.output.split())
 
 
 def test_a_pair_is_packed_described_and_merged(tmp_path: Path) -> None:
