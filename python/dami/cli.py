@@ -435,7 +435,9 @@ def serve(
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise fail(f"dami serve needs {error.name}: pip install 'dami-kernels[serve]'") from error
+        from dami_kernels.installation import needs
+
+        raise fail(needs("dami serve", str(error.name), "serve")) from error
     if not intensity_range[0] <= intensity_range[1] or not all(map(math.isfinite, intensity_range)):
         raise fail(f"--intensity-range must be two finite numbers, the lower first, got {intensity_range}")
     model, tokenizer = load(tuple(ends) if ends else None, format, dtype, invariant)

@@ -274,4 +274,4 @@ def test_serve_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     result = run("serve")
     assert result.exit_code == 2
-    assert "dami serve needs uvicorn: pip install 'dami-kernels[serve]'" in result.output
+    assert "dami serve needs uvicorn: pip install 'fastapi>=0.115' 'uvicorn>=0.34'" in " ".join(result.output.split())
