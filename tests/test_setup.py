@@ -1,4 +1,4 @@
-"""Building the compiled parts: what is built, what is said of it, and what DAMI_CUDA changes. The compilers are shams."""
+"""Building the compiled parts: what is built, what is said of it, what DAMI_CUDA changes. The compilers are shams."""
 
 from __future__ import annotations
 
