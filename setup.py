@@ -1,5 +1,6 @@
 """Builds the compiled parts with ninja, no torch needed: dami_kernels._C, one set of flags per instruction set, in a
-few seconds; where there is CUDA's compiler nvcc also dami_kernels._cuda, in half a minute.
+few seconds; where there is CUDA's compiler nvcc also dami_kernels._cuda, which takes minutes on a small machine.
+DAMI_CUDA=0 leaves that out, DAMI_CUDA=1 makes it a fault if it cannot be built.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
+from typing import TextIO
 
 import pybind11
 from ninja.ninja_syntax import Writer
@@ -48,7 +51,25 @@ def find_nvcc() -> str | None:
     return (home and shutil.which("nvcc", path=str(Path(home) / "bin"))) or shutil.which("nvcc")
 
 
+def wants_cuda() -> bool:
+    """Whether to build the CUDA kernels: as DAMI_CUDA says, else where there is a compiler for them."""
+    if CUDA_WISH not in ("", "0", "1"):
+        sys.exit(f"DAMI_CUDA must be 0 (without the CUDA kernels) or 1 (not without them), got {CUDA_WISH!r}")
+    if CUDA_WISH == "1" and NVCC is None:
+        sys.exit("DAMI_CUDA=1 asks for the CUDA kernels, and there is no nvcc in CUDA_HOME/bin or in PATH")
+    return NVCC is not None and CUDA_WISH != "0"
+
+
 NVCC = find_nvcc()
+CUDA_WISH = os.environ.get("DAMI_CUDA", "")
+
+
+def shown() -> AbstractContextManager[TextIO]:
+    """Where to say what goes on: the output; but pip hides that of a build, so the terminal where there is one."""
+    if not sys.stdout.isatty():
+        with suppress(OSError):
+            return open("/dev/tty", "w")
+    return nullcontext(sys.stdout)
 
 
 class BuildWithNinja(build_ext):
@@ -61,30 +82,36 @@ class BuildWithNinja(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         includes = [f"-isystem {shlex.quote(path)}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
         write = write_cuda if ext.name.endswith("._cuda") else write_cpu
-        try:
-            with open(build / "build.ninja", "w") as file:
-                write(Writer(file, width=120), str(target), includes)
-            subprocess.run([sys.executable, "-m", "ninja", "-C", str(build)], check=True)
-        except subprocess.CalledProcessError as error:
-            raise CompileError(f"{ext.name} could not be built ({error})") from error
+        with shown() as output:
+            try:
+                with open(build / "build.ninja", "w") as file:
+                    how = write(Writer(file, width=120), str(target), includes)
+                print(f"\nBuilding {ext.name} {how}", file=output, flush=True)
+                subprocess.run([sys.executable, "-m", "ninja", "-C", str(build)], check=True, stdout=output)
+            except (CompileError, subprocess.CalledProcessError) as error:
+                print(f"{ext.name} could not be built: {error}", file=output)
+                raise CompileError(f"{ext.name} could not be built ({error})") from error
 
 
-def write_cpu(ninja: Writer, target: str, includes: list[str]) -> None:
+def write_cpu(ninja: Writer, target: str, includes: list[str]) -> str:
+    """Writes what ninja is to do, and says it in words."""
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None:
         raise CompileError("there is no C++ compiler (c++, g++ or clang++; or name one in CXX)")
     ninja.variable("flags", [FLAGS, *includes])
     compile = f"{compiler} $flags $isa {os.environ.get('CXXFLAGS', '')} -MMD -MF $out.d -c $in -o $out"
-    ninja.rule("compile", compile, depfile="$out.d", deps="gcc")
-    ninja.rule("link", f"{compiler} $in -o $out {LINK} {os.environ.get('LDFLAGS', '')}")
+    ninja.rule("compile", compile, "compiling $out", depfile="$out.d", deps="gcc")
+    ninja.rule("link", f"{compiler} $in -o $out {LINK} {os.environ.get('LDFLAGS', '')}", "linking")
     objects = [
         ninja.build(f"{source.stem}.o", "compile", str(source.resolve()), variables={"isa": flags})[0]
         for source, flags in SOURCES.items()
     ]
     ninja.build(target, "link", objects)
+    return f"with {compiler}"
 
 
-def write_cuda(ninja: Writer, target: str, includes: list[str]) -> None:
+def write_cuda(ninja: Writer, target: str, includes: list[str]) -> str:
+    """Writes what ninja is to do, and says it in words."""
     listed = subprocess.run(
         [str(NVCC), "--list-gpu-arch"], check=True, stdout=subprocess.PIPE, text=True
     ).stdout.split()
@@ -95,23 +122,26 @@ def write_cuda(ninja: Writer, target: str, includes: list[str]) -> None:
     code = " ".join(f"-gencode arch=compute_{arch},code={code}" for arch, code in targets)
     nvcc = shlex.quote(str(NVCC)) + (f" -ccbin {os.environ['CXX']}" if "CXX" in os.environ else "")
     ninja.variable("flags", ["-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --threads 0", code, *includes])
-    ninja.rule("compile", f"{nvcc} $flags -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+    compile = f"{nvcc} $flags -MMD -MF $out.d -c $in -o $out"
+    ninja.rule("compile", compile, "compiling $out", depfile="$out.d", deps="gcc")
     # CUDA's runtime goes in and its names stay inside: torch has loaded another one.
-    ninja.rule("link", f"{nvcc} -shared -cudart static -Xlinker --exclude-libs=ALL $in -o $out")
+    ninja.rule("link", f"{nvcc} -shared -cudart static -Xlinker --exclude-libs=ALL $in -o $out", "linking")
     objects = [ninja.build(f"{source.stem}.o", "compile", str(source.resolve()))[0] for source in CUDA_SOURCES]
     ninja.build(target, "link", objects)
+    names = ", ".join(f"sm_{arch}" for arch in known)
+    return f"with {NVCC} for {names} and what comes after: this can take minutes; DAMI_CUDA=0 leaves it out"
 
 
-def extension(name: str, folder: str, sources: Iterable[Path]) -> Extension:
+def extension(name: str, folder: str, sources: Iterable[Path], optional: bool = True) -> Extension:
     """Optional: without a compiler the package installs as pure Python and says so when it runs."""
     depends = [*CSRC.glob("*.*"), *(CSRC / folder).glob("*.*")]
-    return Extension(name, [str(path) for path in sources], depends=[str(path) for path in depends], optional=True)
+    return Extension(name, [str(path) for path in sources], depends=[str(path) for path in depends], optional=optional)
 
 
 setup(
     ext_modules=[
         extension("dami_kernels._C", "cpu", SOURCES),
-        *([extension("dami_kernels._cuda", "cuda", CUDA_SOURCES)] if NVCC else []),
+        *([extension("dami_kernels._cuda", "cuda", CUDA_SOURCES, CUDA_WISH != "1")] if wants_cuda() else []),
     ],
     cmdclass={"build_ext": BuildWithNinja},
 )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dami_kernels.installation import AGAIN
 from dami_kernels.tuning.cuda import MAX_ROWS, decode_warps, prefers_cuda
 from dami_kernels.tuning.device import Device, device_of
 
@@ -16,8 +17,7 @@ try:
 except ImportError as error:
     WHY_NOT: str | None = (
         f"the compiled CUDA part is missing ({error}): install CUDA's compiler nvcc, in PATH or in CUDA_HOME/bin, then "
-        "pip install --no-cache-dir --force-reinstall --no-deps dami-kernels, or pip install -e . in a "
-        "checkout"
+        f"{AGAIN}, and with DAMI_CUDA=1, which says why if it cannot be built"
     )
 else:
     WHY_NOT = None

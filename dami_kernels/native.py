@@ -16,12 +16,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from dami_kernels.installation import AGAIN
+
 try:
     _C = importlib.import_module("dami_kernels._C")
 except ImportError as error:
     WHY_NOT: str | None = (
-        f"the compiled part is missing ({error}): install a C++ compiler, then "
-        "pip install --no-cache-dir --force-reinstall --no-deps dami-kernels, or pip install -e . in a checkout"
+        f"the compiled part is missing ({error}): install a C++ compiler, then {AGAIN}"
     )
 else:
     WHY_NOT = None

@@ -5,5 +5,5 @@
     faults       cancellation storms, clients that leave, clients that do not read
     control      a fixed λ against one that follows the load
 
-The clients are locust's (`pip install 'dami-kernels[load,serve]'`). Servers listen on the loopback interface.
+The clients are locust's (`pip install '.[load,serve]'`). Servers listen on the loopback interface.
 """

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dami_kernels import formats, native
+from dami_kernels.installation import needs
 from dami_kernels.weight import LerpWeight
 
 LIBRARY = torch.library.Library("dami", "DEF")
@@ -26,7 +27,7 @@ def kernel_of(name: str, device: str) -> Callable[..., Any] | str:
         return native.WHY_NOT or getattr(native, name)
     if device == "cuda":
         if not _has_triton():
-            return "Triton is missing: pip install triton"
+            return needs("a GPU", "triton", "triton")
         return getattr(importlib.import_module("dami_kernels.triton"), name)
     return f"there is no kernel for {device}"
 

@@ -164,7 +164,7 @@ def demo(
         Path, typer.Option("--output", "-o", file_okay=False, help="Directory of the picture and the numbers.")
     ] = Path("demo-output"),
     pair: PairOption = None,
-    questions: Annotated[int, typer.Option(min=1, help="Questions of the sweep, each asked at 11 λ.")] = 200,
+    questions: Annotated[int, typer.Option(min=1, help="Questions of the sweep, each asked at 11 λ.")] = 120,
     seed: SeedOption = 0,
 ) -> None:
     """See the idea work: a batch at three λ, the accuracy-tokens curve, and the price against merged copies."""
@@ -446,7 +446,9 @@ def serve(
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise fail(f"dami serve needs {error.name}: pip install 'dami-kernels[serve]'") from error
+        from dami_kernels.installation import needs
+
+        raise fail(needs("dami serve", str(error.name), "serve")) from error
     if not intensity_range[0] <= intensity_range[1] or not all(map(math.isfinite, intensity_range)):
         raise fail(f"--intensity-range must be two finite numbers, the lower first, got {intensity_range}")
     from dami.serving.gate import LOOPBACK, check_key

@@ -10,7 +10,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,13 +24,15 @@ from rich.text import Text
 from torch import nn
 
 from dami import __version__
-from dami.chat import ask
+from dami.chat import answers_of, ask, encode
 from dami.checkpoints import Checkpoint, example_pair
+from dami.decoding import generate_in_pieces
 from dami.evaluation.frontier import Frontier
 from dami.evaluation.sweeps import sweep
 from dami.evaluation.tasks import JsonLines, Question, last_word, spread
 from dami.plots import draw_curve, save_curve
 from dami.terminal import point_table, side_by_side, size
+from dami.thoughts import Reader
 
 SHOWN = (0.0, 0.5, 1.0)
 SWEPT = tuple(tenth / 10 for tenth in range(11))
@@ -44,7 +46,7 @@ class Cost:
     weights: int  # bytes
     peak: int | None  # bytes beyond the weights at the highest point, None where the system does not tell
     seconds: float
-    tokens: int
+    answers: list[list[int]]  # the tokens of each row, its end token included
     texts: list[str]
 
 
@@ -70,34 +72,48 @@ def merged_copy(instruct: nn.Module, thinking: nn.Module, intensity: float) -> n
     return merged
 
 
-def cost_of_patched(
-    model: Any, tokenizer: Any, prompts: Sequence[str], intensities: Sequence[float], **options: Any
+def cost_of(
+    model: Any, tokenizer: Any, prompts: Sequence[str], intensities: Sequence[float] | None = None, **options: Any
 ) -> Cost:
-    """Every prompt at every λ, greedily, in one batch of one patched model."""
-    rows = [(prompt, lam) for lam in intensities for prompt in prompts]
-    return _cost(model, tokenizer, [p for p, _ in rows], [lam for _, lam in rows], **options)
+    """Every prompt at every λ, greedily, in one batch of a patched model; or each prompt once, of an ordinary one."""
+    lams = None if intensities is None else [lam for lam in intensities for _ in prompts]
+    prompts = [*prompts] * len(intensities or (None,))
+    with torch.inference_mode(), measured(model.device) as used:
+        full, batch = encode(tokenizer, prompts)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        ids = generate_in_pieces(model, batch, lams, do_sample=False, **options).cpu()
+        answers = answers_of(model, Reader.of(tokenizer), ids, prompts, lams, full)
+    return Cost(
+        weights=sum(tensor.nbytes for tensor in model.parameters()),
+        peak=used["peak"],
+        seconds=used["seconds"],
+        answers=[row[: answer.tokens].tolist() for row, answer in zip(ids, answers, strict=True)],
+        texts=[f"{answer.thought}\n{answer.text}" for answer in answers],
+    )
 
 
-def cost_of_copies(copies: Iterable[Any], tokenizer: Any, prompts: Sequence[str], **options: Any) -> Cost:
-    """The same rows with a merged copy per λ, one batch each; `weights` are those of all copies together."""
-    costs = [_cost(merged, tokenizer, prompts, None, **options) for merged in copies]
+def cost_of_all(costs: Sequence[Cost]) -> Cost:
+    """What several models took one after the other, the weights of all of them kept."""
     return Cost(
         weights=sum(cost.weights for cost in costs),
         peak=None if costs[0].peak is None else max(cost.peak or 0 for cost in costs),
         seconds=sum(cost.seconds for cost in costs),
-        tokens=sum(cost.tokens for cost in costs),
+        answers=[answer for cost in costs for answer in cost.answers],
         texts=[text for cost in costs for text in cost.texts],
     )
 
 
-def _cost(
-    model: Any, tokenizer: Any, prompts: Sequence[str], intensities: Sequence[float] | None, **options: Any
-) -> Cost:
-    with measured(model.device) as used:
-        answers = ask(model, tokenizer, prompts, intensities, do_sample=False, **options)
-    weights = sum(tensor.nbytes for tensor in model.parameters())
-    texts = [f"{a.thought}\n{a.text}" for a in answers]
-    return Cost(weights, used["peak"], used["seconds"], sum(a.tokens for a in answers), texts)
+def parting(model: Any, tokenizer: Any, prompt: str, answer: Sequence[int], other: Sequence[int]) -> float:
+    """By how much an ordinary model prefers its own greedy answer's token to the other's, where they part.
+
+    The answers are tokens with their ends, of which neither begins with the other; in log-probability, 0 is a tie.
+    """
+    place = next(place for place, (ours, theirs) in enumerate(zip(answer, other, strict=False)) if ours != theirs)
+    _, batch = encode(tokenizer, [prompt])
+    ids = torch.cat([batch["input_ids"], torch.tensor([answer[:place]], dtype=torch.int64)], 1)
+    with torch.inference_mode():
+        logits = model(input_ids=ids.to(model.device)).logits[0, -1].float()
+    return (logits[answer[place]] - logits[other[place]]).item()
 
 
 @contextmanager
@@ -167,8 +183,10 @@ def run(
 
     held_out.questions = spread(held_out.questions, count)
     console.rule(f"{len(held_out.questions)} held-out questions at {len(SWEPT)} λ, in mixed batches")
+    total = len(held_out.questions) * len(SWEPT)
+    console.print(f"{total} answers, {ROWS} at once: most of the time that this takes", style="dim")
     with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("answers", total=len(held_out.questions) * len(SWEPT))
+        bar = progress.add_task("answers", total=total)
         records = sweep(
             model, tokenizer, held_out, SWEPT, rows=ROWS, seed=seed,
             on_batch=lambda news: progress.advance(bar, len(news)),
@@ -179,12 +197,31 @@ def run(
 
     console.rule("The price")
     prompts = [str(question.question) for question in shown]
-    with console.status("answering greedily, in one batch and with merged copies"):
-        patched = cost_of_patched(model, tokenizer, prompts, SWEPT)
-        ends = [Checkpoint.find(end).model(dtype=model.dtype).to(model.device) for end in pair or example_pair()]
-        copies = cost_of_copies((merged_copy(ends[0], ends[1], lam) for lam in SWEPT), tokenizer, prompts)
     console.print(
-        price_table(patched, copies, len(SWEPT)), Text(verdict(patched, copies, len(SWEPT)), "bold"), sep="\n"
+        f"The {len(prompts)} questions at {len(SWEPT)} λ again, greedily: in one batch of the patched model, then "
+        f"with {len(SWEPT)} merged copies, one after the other",
+        style="dim",
+    )
+    costs, gaps = [], []
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("one patched model", total=len(SWEPT) + 1)
+        patched = cost_of(model, tokenizer, prompts, SWEPT)
+        ends = [Checkpoint.find(end).model(dtype=model.dtype).to(model.device) for end in pair or example_pair()]
+        for place, lam in enumerate(SWEPT):
+            progress.update(bar, advance=1, description=f"merged copy, λ = {lam:g}")
+            merged = merged_copy(ends[0], ends[1], lam)
+            costs.append(cost_of(merged, tokenizer, prompts))
+            ours = patched.answers[place * len(prompts) :][: len(prompts)]
+            gaps += [
+                abs(parting(merged, tokenizer, prompt, answer, other))
+                for prompt, answer, other in zip(prompts, costs[-1].answers, ours, strict=True)
+                if answer != other
+            ]
+    copies = cost_of_all(costs)
+    console.print(
+        price_table(patched, copies, len(SWEPT)),
+        Text(verdict(patched, copies, len(SWEPT), gaps, model.dtype), "bold"),
+        sep="\n",
     )
 
     record = {
@@ -198,8 +235,9 @@ def run(
         ],
         "questions": len(frontier),
         "points": [asdict(point) for point in frontier.points],
-        "patched": asdict(patched),
-        "copies": asdict(copies),
+        "patched": asdict(patched) | {"tokens": sum(map(len, patched.answers))},
+        "copies": asdict(copies) | {"tokens": sum(map(len, copies.answers))},
+        "gaps": gaps,
     }
     (output / "demo.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
     console.print(f"Picture and numbers: {output / 'curve.png'}, {output / 'demo.json'}", style="dim", soft_wrap=True)
@@ -207,7 +245,7 @@ def run(
 
 def price_table(patched: Cost, copies: Cost, count: int) -> Table:
     """What one patched model and `count` merged copies took for the same rows."""
-    rows = len(patched.texts)
+    rows = len(patched.answers)
     table = Table(box=None, pad_edge=False)
     for name in ("", "time", "weights", "at work", "rows at once"):
         table.add_column(name, justify="right" if name else "left", header_style="dim")
@@ -220,10 +258,16 @@ def price_table(patched: Cost, copies: Cost, count: int) -> Table:
     return table
 
 
-def verdict(patched: Cost, copies: Cost, count: int) -> str:
-    """The line that proves the point."""
-    same = sum(a == b for a, b in zip(patched.texts, copies.texts, strict=True))
-    return (
+def verdict(patched: Cost, copies: Cost, count: int, gaps: Sequence[float], dtype: torch.dtype) -> str:
+    """The lines that prove the point; `gaps` are by how much the copies chose otherwise, see `parting`."""
+    rows = len(patched.answers)
+    told = (
         f"{count} λ in one batch: {copies.seconds / patched.seconds:.1f}× the speed of {count} merged copies with "
-        f"{patched.weights / copies.weights:.0%} of their weights; {same} of {len(patched.texts)} greedy answers agree."
+        f"{patched.weights / copies.weights:.0%} of their weights; {rows - len(gaps)} of {rows} greedy answers agree."
     )
+    if gaps:
+        told += (
+            f"\nThe other {len(gaps)} part where two tokens lie within {max(gaps):.2g} in log-probability: "
+            f"{str(dtype).removeprefix('torch.')} rounds the weights and sums of a merged copy differently."
+        )
+    return told

@@ -17,7 +17,7 @@ TEXT = """---
 
 # {instruct} and {thinking}, packed as `{format}`
 
-Two checkpoints in one, for `dami` (`pip install dami-kernels`): every sequence of a batch is answered at its own
+Two checkpoints in one, for `dami`, of the Python package dami-kernels: every sequence of a batch is answered at its own
 reasoning intensity λ, with the weights W(λ) = W(0) + λ (W(1) − W(0)) that are interpolated while they are read.
 
 | λ | checkpoint | licence |

@@ -158,6 +158,9 @@ def test_demo_leaves_a_picture_and_numbers(tmp_path: Path) -> None:
     # One pair against eleven copies.
     assert record["copies"]["weights"] / record["patched"]["weights"] == pytest.approx(5.5, rel=0.01)
     assert len(record["copies"]["texts"]) == len(record["patched"]["texts"]) == 55
+    both = zip(record["copies"]["answers"], record["patched"]["answers"], strict=True)
+    assert len(record["gaps"]) == sum(ours != theirs for ours, theirs in both)
+    assert f"{55 - len(record['gaps'])} of 55 greedy answers agree" in " ".join(result.output.split())
 
 
 def test_a_pair_is_packed_described_and_merged(tmp_path: Path) -> None:
@@ -277,4 +280,4 @@ def test_serve_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     result = run("serve")
     assert result.exit_code == 2
-    assert "dami serve needs uvicorn: pip install 'dami-kernels[serve]'" in result.output
+    assert "dami serve needs uvicorn: pip install 'fastapi>=0.115' 'uvicorn>=0.34'" in " ".join(result.output.split())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import dami
 import pytest
 import torch
 from dami import demo, plots, terminal
-from dami.chat import Answer
+from dami.chat import Answer, encode
 from dami.evaluation import Frontier, Question
 from dami.evaluation.frontier import Interval, Point
 from rich.console import Console
@@ -70,14 +71,16 @@ def test_measured_sees_memory_that_was_held_and_given_back() -> None:
 
 
 def test_the_price_names_both_sides_and_how_many_answers_agree() -> None:
-    patched = demo.Cost(7_000_000, 5_000_000, 2.0, 90, ["a", "b", "c", "d"])
-    copies = demo.Cost(14_000_000, None, 9.0, 90, ["a", "c", "c", "d"])
+    patched = demo.Cost(7_000_000, 5_000_000, 2.0, [[1], [2], [3], [4]], ["a", "b", "c", "d"])
+    copies = demo.Cost(14_000_000, None, 9.0, [[1], [9], [3], [4]], ["a", "c", "c", "d"])
     table = printed(demo.price_table(patched, copies, 2), 80).splitlines()
     assert table[1].split() == ["one", "patched", "model", "2.0", "s", "7.0", "MB", "+", "5.0", "MB", "4"]
     assert table[2].split() == ["2", "merged", "copies,", "one", "per", "λ", "9.0", "s", "14.0", "MB", "unknown", "2"]
-    line = demo.verdict(patched, copies, 2)
-    for part in ("2 λ", "4.5×", "50%", "3 of 4"):
+    line = demo.verdict(patched, copies, 2, [0.0625], torch.bfloat16)
+    for part in ("2 λ", "4.5×", "50%", "3 of 4", "The other 1 part", "within 0.062", "bfloat16 rounds"):
         assert part in line
+    line = demo.verdict(patched, copies, 2, [], torch.bfloat16)
+    assert line.endswith("4 of 4 greedy answers agree.")
 
 
 def test_the_picture_is_a_png_of_a_readable_size(tmp_path: Path) -> None:
@@ -157,15 +160,40 @@ def test_runs(numbers: list[int], text: str) -> None:
     assert terminal.runs(numbers) == text
 
 
-def test_one_batch_and_merged_copies_are_asked_the_same() -> None:
-    # In float32, where the order of a sum decides between no two tokens; in bfloat16 it may.
+@pytest.fixture(scope="module")
+def shipped() -> tuple[Any, Any, list[Any]]:
+    """The pair, its tokenizer and its two ends, in float32, where the order of a sum decides between no two tokens."""
     model, tokenizer = dami.load_pair(*dami.example_pair(), dtype=torch.float32)
+    return (
+        model,
+        tokenizer,
+        [AutoModelForCausalLM.from_pretrained(end, dtype=model.dtype) for end in dami.example_pair()],
+    )
+
+
+def test_one_batch_and_merged_copies_are_asked_the_same(shipped: tuple[Any, Any, list[Any]]) -> None:
+    model, tokenizer, ends = shipped
     prompts, lams = ["What is 2 + 3?", "gcd(12, 18)"], (0.0, 0.4, 1.0)
-    patched = demo.cost_of_patched(model, tokenizer, prompts, lams, max_new_tokens=4)
-    ends = [AutoModelForCausalLM.from_pretrained(end, dtype=model.dtype) for end in dami.example_pair()]
-    copies = demo.cost_of_copies((demo.merged_copy(*ends, lam) for lam in lams), tokenizer, prompts, max_new_tokens=4)
+    patched = demo.cost_of(model, tokenizer, prompts, lams, max_new_tokens=4)
+    each = [demo.cost_of(demo.merged_copy(*ends, lam), tokenizer, prompts, max_new_tokens=4) for lam in lams]
+    copies = demo.cost_of_all(each)
     assert patched.weights == 2 * copies.weights / 3
     assert patched.texts == copies.texts
+    assert patched.answers == copies.answers
     assert len(patched.texts) == 6
     assert patched.seconds > 0
-    assert copies.seconds > 0
+    assert copies.seconds == sum(cost.seconds for cost in each) > 0
+    assert patched.peak is None or copies.peak == max(cost.peak for cost in each)
+
+
+def test_a_parting_is_the_difference_of_log_probabilities(shipped: tuple[Any, Any, list[Any]]) -> None:
+    _, tokenizer, (instruct, _) = shipped
+    (answer,) = demo.cost_of(instruct, tokenizer, ["gcd(84, 36) ="]).answers
+    assert len(answer) > 1
+    other = [answer[0], (answer[1] + 1) % len(tokenizer), *answer[2:]]
+    gap = demo.parting(instruct, tokenizer, "gcd(84, 36) =", answer, other)
+    _, batch = encode(tokenizer, ["gcd(84, 36) ="])
+    ids = torch.cat([batch["input_ids"], torch.tensor([answer])], 1)
+    likely = instruct(input_ids=ids).logits[0, -len(answer)].double().log_softmax(-1)  # of the second token
+    assert gap > 0  # the greedy choice
+    torch.testing.assert_close(gap, (likely[answer[1]] - likely[other[1]]).item(), rtol=1e-4, atol=1e-4)

@@ -26,8 +26,9 @@ for name in kernels.__all__:
     setattr(native, name, getattr(kernels, name))
 
 
-# Three faults of the interpreter stand between its numbers and a GPU's. It holds bfloat16 as bits in uint16, and
-# calculates with the bits; it rounds to bfloat16 towards zero; and NumPy 2.4 refuses its loop bounds.
+# Four faults of the interpreter stand between its numbers and a GPU's. It holds bfloat16 as bits in uint16, and
+# calculates with the bits; it rounds to bfloat16 towards zero; its `tl.dot` is NumPy's matmul, whose BLAS may sum an
+# element in another order by its place in the tile; and NumPy 2.4 refuses its loop bounds.
 def _float32(handle: TensorHandle) -> Any:
     if handle.dtype.scalar == tl.bfloat16:
         return (handle.data.astype(np.uint32) << 16).view(np.float32)
@@ -55,7 +56,9 @@ def _binary(builder: InterpreterBuilder, a: TensorHandle, b: TensorHandle, op: A
 
 
 def _dot(builder: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *_: Any) -> TensorHandle:
-    product = np.matmul(_float32(a), _float32(b), dtype=d.data.dtype)
+    product = np.zeros_like(d.data)
+    for column, row in zip(_float32(a).T[:, :, None], _float32(b), strict=True):
+        product += column * row
     return TensorHandle(product + d.data, d.dtype.scalar)
 
 

@@ -9,11 +9,16 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
-from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 import dami
+from dami_kernels.installation import needs
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ImportError as error:
+    raise ImportError(needs("dami.evaluation.harness", "lm_eval", "eval")) from error
 
 
 @register_model("dami")

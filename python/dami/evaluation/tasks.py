@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dami.chat import Prompt
+from dami_kernels.installation import needs
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def contains(text: str, answer: str) -> float:
 
 def same_math(text: str, answer: str) -> float:
     r"""1 if math-verify finds `text` to say what `answer` says: numbers, fractions, sets, \boxed{…} and so on."""
-    math_verify: Any = _import("math_verify", "pip install math-verify")
+    math_verify: Any = _import("math_verify")
     gold = math_verify.parse(answer if "$" in answer or "\\" in answer else f"${answer}$")
     return float(math_verify.verify(gold, math_verify.parse(text)))
 
@@ -141,7 +142,7 @@ class ReasoningGym:
     """
 
     def __init__(self, dataset: str, count: int = 100, seed: int = 0, **config: Any) -> None:
-        reasoning_gym: Any = _import("reasoning_gym", "pip install reasoning-gym")
+        reasoning_gym: Any = _import("reasoning_gym")
         known = reasoning_gym.factory.DATASETS
         if dataset not in known:
             raise ValueError(f"dataset must be one of reasoning-gym's, such as 'chain_sum', got {dataset!r}")
@@ -177,8 +178,8 @@ def spread(questions: Sequence[Question], count: int) -> list[Question]:
     return sorted((questions[i * len(questions) // count] for i in range(count)), key=lambda q: q.level)
 
 
-def _import(name: str, remedy: str) -> Any:
+def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"this needs {name}: {remedy}") from error
+        raise ImportError(needs("this", name)) from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import dami
@@ -127,6 +129,13 @@ def test_an_unknown_data_set_is_refused() -> None:
 
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
-    with pytest.raises(ImportError, match="this needs reasoning_gym: pip install reasoning-gym"):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(ImportError, match="this needs reasoning_gym: pip install 'reasoning-gym>="):
         load_task("chain_sum")
+
+
+def test_the_harness_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "dami.evaluation.harness", raising=False)
+    with pytest.raises(ImportError, match=r"harness needs lm_eval: pip install .*'lm-eval\[hf\]>="):
+        importlib.import_module("dami.evaluation.harness")

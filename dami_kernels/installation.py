@@ -1,0 +1,36 @@
+"""What to install for the parts that need more than the package itself.
+
+The commands work however the package came: no index needs to have it.
+"""
+
+from __future__ import annotations
+
+import shlex
+from importlib.metadata import PackageNotFoundError, requires
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+AGAIN = "this package again as before, with pip's --no-cache-dir --force-reinstall --no-deps"
+
+
+def needs(what: str, module: str, extra: str | None = None) -> str:
+    """The text "WHAT needs MODULE: pip install …".
+
+    Args:
+        what: the part that cannot run.
+        module: the name that could not be imported.
+        extra: of pyproject.toml; the command brings all that it asks for. With None the module's package alone.
+    """
+    try:
+        known = [Requirement(line) for line in requires("dami-kernels") or ()]
+    except PackageNotFoundError:  # a checkout in PYTHONPATH
+        known = []
+    if extra is None:
+        wanted = [one for one in known if canonicalize_name(one.name) == canonicalize_name(module)]
+    else:
+        wanted = [one for one in known if one.marker is not None and one.marker.evaluate({"extra": extra})]
+    for one in wanted:
+        one.marker = None
+    packages = dict.fromkeys(map(str, wanted)) or [module]
+    return f"{what} needs {module}: pip install {shlex.join(packages)}"
