@@ -351,8 +351,8 @@ def merge(
         raise fail(f"a pair is one packed directory or two checkpoints, got {len(pair)}")
     with err.status("loading torch and transformers"):
         import dami
-        from dami.sharing import written_whole
-    with user_errors(), written_whole(output, overwrite) as partial:
+        from dami.files import written_whole
+    with user_errors(), written_whole(output, overwrite, pair) as partial:
         model, tokenizer = dami.load_pair(*pair)
         dami.materialize(model, intensity).save_pretrained(partial)
         if tokenizer is not None:
