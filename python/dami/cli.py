@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,8 +35,13 @@ class OneLineErrors(typer.core.TyperGroup):
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         try:
             code = super().main(*args, standalone_mode=False, **extra) or 0  # type: ignore[misc]
+            sys.stdout.flush()
         except ClickException as error:
             code = fail(error.format_message()).exit_code
+        except OSError as error:
+            code = fail(error).exit_code
+            with suppress(OSError):  # what could not be written, to a full disk say, is not tried again at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except typer.Abort:
             code = 130
         if standalone_mode:
@@ -54,7 +59,8 @@ app = typer.Typer(
 
 def fail(message: object) -> typer.Exit:
     """Tells what is wrong with the input; what comes back is to be raised."""
-    typer.echo(f"dami: error: {message}", err=True)
+    with suppress(OSError):
+        typer.echo(f"dami: error: {message}", err=True)
     return typer.Exit(2)
 
 

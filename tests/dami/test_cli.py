@@ -41,6 +41,18 @@ def test_help_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", script], env=environment, stdout=subprocess.DEVNULL).returncode == 0
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["no-such-command"]])
+def test_a_full_disk_is_told_in_one_line(arguments: list[str]) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", "from dami.cli import app; app()", *arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+        silent = subprocess.run(command, env=environment, stdout=full, stderr=full)
+    assert done.returncode == silent.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "No such command" in done.stderr if "no-such" in arguments[0] else "No space left on device" in done.stderr
+
+
 def test_version() -> None:
     assert run("--version").stdout == f"dami {dami.__version__}\n"
 

@@ -17,6 +17,7 @@ from dami.evaluation.frontier import Frontier, Step
 from dami.evaluation.policies import play
 from dami.evaluation.sweeps import Record
 from dami.evaluation.tasks import Task
+from dami.files import write_text
 from dami.plots import color, save_curve
 
 STYLE = """
@@ -56,8 +57,8 @@ def write_report(
     found = about | summary(frontier)
     if chosen is not None:
         found["estimator"] = asdict(play(frontier, _within(frontier, chosen)))
-    (directory / "frontier.json").write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
-    (directory / "report.html").write_text(page(task, records, frontier, about, chosen), encoding="utf-8")
+    write_text(directory / "frontier.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    write_text(directory / "report.html", page(task, records, frontier, about, chosen))
     return frontier
 
 
