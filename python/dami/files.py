@@ -120,8 +120,10 @@ def check_directory(directory: str | Path) -> None:
     nearest = next(path for path in (real, *real.parents) if path.exists())
     if not nearest.is_dir():
         raise NotADirectoryError(f"{directory} cannot be a directory: {nearest} is none")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise PermissionError(f"{directory} cannot be written: {nearest} is read-only")
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise OSError(f"{directory} cannot be written, since {nearest} cannot: {error.strerror}") from error
 
 
 @contextmanager

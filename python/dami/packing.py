@@ -61,8 +61,7 @@ def pack(
     formats.get(format)
     directory = Path(directory)
     ends = Checkpoint.find(instruct, trust_remote_code), Checkpoint.find(thinking, trust_remote_code)
-    inputs = [end.directory / end.gguf if end.gguf else end.directory for end in ends]
-    with written_whole(directory, overwrite, inputs) as partial:
+    with written_whole(directory, overwrite, [end.path for end in ends]) as partial:
         match = None if ends[1].is_adapter else Match.of(*ends)
         if match is None or not all(stored.complete for stored in match.stored):
             logger.warning(f"{instruct} or {thinking} is not stored as the model is: loading both ends first")

@@ -17,7 +17,7 @@ from dami.dial import as_lam, patch_of
 from dami.estimators.storage import FOLDER, Stored
 from dami.files import written_whole
 from dami.layers import LerpModule
-from dami.model_card import write_model_card
+from dami.model_card import write_merged_card, write_model_card
 from dami.patching import describe
 from dami.quantizer import METHOD, PairConfig, by_pattern
 
@@ -125,6 +125,18 @@ def config_of(model: PreTrainedModel) -> PairConfig:
     return PairConfig(
         packed[0] if packed else "pair", by_pattern(stored, (row.name for row in rows)), origin.parents, origin.error
     )
+
+
+def write_merged(model: PreTrainedModel, directory: str | Path, tokenizer: Any, intensity: float) -> None:
+    """Writes an ordinary checkpoint of a patched model at one λ into a directory, with a model card.
+
+    Raises:
+        TypeError, ValueError: as `materialize`.
+    """
+    materialize(model, intensity).save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    write_merged_card(directory, patch_of(model).origin.parents, intensity)
 
 
 @torch.no_grad()

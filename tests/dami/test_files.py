@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,9 +140,12 @@ def test_what_cannot_be_written_is_told_before_anything_is_done(
 
 
 def test_a_directory_that_belongs_to_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    def refuse(dir: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     for check in (check_directory, lambda path: written_whole(path).__enter__()):
-        with pytest.raises(PermissionError, match=r"cannot be written: .* is read-only"):
+        with pytest.raises(OSError, match=r"cannot be written, since .* cannot: Permission denied"):
             check("a/b")
 
 

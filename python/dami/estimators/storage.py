@@ -21,9 +21,9 @@ from dami.estimators import Estimator, StaticIntensity
 from dami.estimators.confidence import ConfidenceEstimator, ConfidenceRouter
 from dami.estimators.preference import Features, PreferenceEstimator
 from dami.files import write_text, written_file
+from dami.sources import FOLDER, SETTINGS
 
-FOLDER = "intensity"  # of a pair's directory
-SETTINGS, WEIGHTS, FRONTIER = "intensity.json", "estimator.safetensors", "frontier.json"
+WEIGHTS, FRONTIER = "estimator.safetensors", "frontier.json"
 KINDS: dict[str, type[Any]] = {
     "static": StaticIntensity,
     "confidence": ConfidenceEstimator,

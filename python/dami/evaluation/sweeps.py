@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dami.chat import ask
-from dami.evaluation.tasks import Task
+from dami.evaluation.tasks import Task, check_distinct
 from dami.files import write_text
 
 
@@ -84,8 +84,7 @@ def sweep(
     Raises:
         ValueError: the file belongs to a run with another pair or other settings; they are named.
     """
-    if len(set(intensities)) < len(intensities) or not intensities:
-        raise ValueError(f"intensities must be distinct numbers, one at least, got {list(intensities)}")
+    check_distinct(intensities)
     units = [(index, sample) for index in range(len(task.questions)) for sample in range(samples)]
     step = max(1, rows // len(intensities))
     batches = [units[start : start + step] for start in range(0, len(units), step)]
