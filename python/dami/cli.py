@@ -194,6 +194,13 @@ def load(
             raise OSError(f"cannot load {' and '.join(ends)}: {' '.join(str(error).split())}") from error
 
 
+def progress_bars() -> Any:
+    """Bars on stderr, which a file or a pipe gets nothing of: not even the empty line at their end."""
+    from rich.progress import Progress
+
+    return Progress(console=err, transient=True, disable=not err.is_terminal)
+
+
 def read_task(task: str | None, pair: Sequence[str] | None, verifier: str | None, count: int | None, seed: int) -> Any:
     """The questions, by default those of the shipped pair."""
     from dami.evaluation.tasks import load_task
@@ -662,7 +669,6 @@ def train_estimator(
     dami.attach(model, OUTPUT) then lets intensity="auto" choose. Named `intensity` inside a packed pair or a thinking
     end, OUTPUT is loaded with it. A run that was interrupted goes on where it ended.
     """
-    from rich.progress import Progress
     from rich.table import Table
 
     from dami.evaluation.tasks import TO_TRAIN, check_distinct, check_enough
@@ -678,7 +684,7 @@ def train_estimator(
     model, tokenizer = load(pair, format, dtype, intensities=lams)
     from dami.estimators.training import train_estimator
 
-    with user_errors(), Progress(console=err, transient=True) as progress:
+    with user_errors(), progress_bars() as progress:
         bar = progress.add_task("answers", total=len(asked.questions) * samples * len(lams))
         trained = train_estimator(
             model, tokenizer, asked, output, lams, samples=samples, trial=trial, price=price, rows=rows, seed=seed,
@@ -754,8 +760,6 @@ def study(
     States, loss and accuracy along the path, against controls; and each part of the model by itself at λ = 1.
     A run that was interrupted goes on where it ended.
     """
-    from rich.progress import Progress
-
     from dami.evaluation.tasks import TO_STUDY, check_distinct, check_enough
 
     asked = read_task(task, pair, verifier, questions, seed)
@@ -773,7 +777,7 @@ def study(
     options: dict[str, Any] = {"do_sample": sample}
     if max_tokens:
         options["max_new_tokens"] = max_tokens
-    with user_errors(), Progress(console=err, transient=True) as bars:
+    with user_errors(), progress_bars() as bars:
         shown: dict[str, Any] = {}
 
         def progress(stage: str, done: int, total: int) -> None:

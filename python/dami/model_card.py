@@ -100,7 +100,7 @@ def write_merged_card(directory: str | Path, parents: Sequence[Mapping[str, str 
         parents: name and licence of both ends, None if they are not known.
         lam: λ.
     """
-    text = MERGED.format(**_ends(parents), lam=f"{lam:g}", rest=f"{1 - lam:g}")
+    text = MERGED.format(**_ends(parents), lam=f"{lam:g}", rest=f"{round(1 - lam, 9):g}")
     (Path(directory) / "README.md").write_text(text, encoding="utf-8")
 
 

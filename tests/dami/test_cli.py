@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -104,6 +105,16 @@ def test_generate_answers_at_three_intensities_unless_told() -> None:
     assert list(answers[0]) == ["prompt", "intensity", "thought", "text", "tokens", "finished"]
 
 
+def test_intensities_are_shown_as_they_are_written(tmp_path: Path) -> None:
+    options = ["-l", "-0.0", "-l", "medium", "-l", "auto", "-l", "2.5"]
+    result = run("generate", "What is 2 + 3?", "--json", *options, *SHORT)
+    zero, medium, auto, beyond = (json.dumps(answer["intensity"]) for answer in records(result))
+    assert (zero, medium, beyond) == ("0.0", "0.6", "2.5")
+    assert len(auto) <= 6  # one of 21 λ
+    assert "λ = 2.5 lies beyond the two ends: far from them answers are nonsense" in result.stderr
+    assert "lies beyond" not in run("generate", "What is 2 + 3?", "-l", "1", *SHORT).stderr
+
+
 def test_generate_is_repeatable_and_heeds_its_seed() -> None:
     prompts = ["What is 27 + 38 - 14 + 9?"] * 8
     first, again, other = (run("generate", *prompts, "--json", "-l", "1", "--seed", seed) for seed in ("1", "1", "2"))
@@ -189,12 +200,16 @@ def test_a_pair_is_packed_described_and_merged(tmp_path: Path) -> None:
     result = run("pack", instruct, thinking, "-o", str(packed), "--format", "w8d4")
     assert result.exit_code == 0, result.output
     assert "Load it with dami.load_pair(" in " ".join(result.stdout.split())
+    assert re.search(r"packed: \d\.\d MB\. ", " ".join(result.stdout.split()))
     again = run("pack", instruct, thinking, "-o", str(packed))
     assert again.exit_code == 2
     assert "exists already" in " ".join(again.stderr.split())
     assert run("pack", instruct, thinking, "-o", str(packed), "--overwrite").exit_code == 0
     assert "int4" in run("describe", str(packed)).stdout
     assert run("merge", str(packed), "--intensity", "0.8", "-o", str(merged)).exit_code == 0
+    card = (merged / "README.md").read_text()
+    assert "# instruct and thinking, merged at λ = 0.8" in card
+    assert "the weights 0.2 · W(0) + 0.8 · W(1)" in card
     config = json.loads((merged / "config.json").read_text())
     assert "quantization_config" not in config
     assert (merged / "tokenizer.json").exists()

@@ -14,7 +14,7 @@ import numpy as np
 
 from dami.evaluation.frontier import Interval
 from dami.evaluation.path import Barrier, Similarity, between_neighbours
-from dami.evaluation.report import STYLE
+from dami.evaluation.report import ICON, STYLE
 from dami.evaluation.study import Study, Way
 from dami.files import write_text, written_file
 from dami.plots import color
@@ -219,7 +219,7 @@ def page(study: Study, svgs: Mapping[str, str], about: Mapping[str, Any]) -> str
     body = "".join(f"<h2>{name}</h2><p>{NOTES[name]}</p>{text}" for name, text in sections.items())
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{_table((), facts)}{body}</html>\n"
+        f"{ICON}<style>{STYLE}</style><h1>{html.escape(title)}</h1>{_table((), facts)}{body}</html>\n"
     )
 
 
