@@ -206,7 +206,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with open(args.out / "questions.jsonl", "w") as file:
         for q in kept_apart:
-            print(json.dumps({"task": q.task, "level": q.level, "question": q.text, "answer": q.answer}), file=file)
+            line = {"task": q.task, "level": q.level, "question": q.text, "answer": q.answer, "verifier": "word"}
+            print(json.dumps(line), file=file)
     kept_apart_texts = {question.text for question in kept_apart}
     questions = {
         (task, level): [

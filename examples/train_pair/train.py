@@ -232,7 +232,8 @@ def main() -> None:
     held_out = draw_held_out(args.held_out)
     with open(args.out / "questions.jsonl", "w") as file:
         for q in held_out:
-            print(json.dumps({"task": q.task, "level": q.level, "question": q.text, "answer": q.answer}), file=file)
+            line = {"task": q.task, "level": q.level, "question": q.text, "answer": q.answer, "verifier": "word"}
+            print(json.dumps(line), file=file)
     held_out_texts = {q.text for q in held_out}
     questions = {
         task: [

@@ -12,19 +12,20 @@ from typing import TYPE_CHECKING, Any
 from dami import registration
 
 if TYPE_CHECKING:
-    from dami.checkpoints import example_pair, load_pair
+    from dami.checkpoints import load_pair
     from dami.dial import intensity
     from dami.model import attach, twin
     from dami.packing import pack
     from dami.patching import describe, patch_model, unpatch_model
     from dami.sharing import materialize, save_pair
+    from dami.sources import example_pair
 
 __version__ = "0.1.0"
 
 _HOME = {
     "attach": "model",
     "describe": "patching",
-    "example_pair": "checkpoints",
+    "example_pair": "sources",
     "intensity": "dial",
     "load_pair": "checkpoints",
     "materialize": "sharing",

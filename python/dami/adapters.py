@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dami.patching import LowRank, first_names
+from dami.sources import ADAPTER
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER, "adapter_model.safetensors"
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?")
 # Settings under which an adapter is more than base + up · down.
 _MORE_THAN_LORA = ("use_dora", "lora_bias", "layer_replication", "arrow_config", "alora_invocation_tokens")

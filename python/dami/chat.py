@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from dami.decoding import KNOWN, end_tokens, generate_in_pieces
+from dami.prompts import Prompt
 from dami.schedules import resolved
 from dami.thoughts import Reader
 
-Prompt = str | list[dict[str, str]]  # a user's question, or a conversation in the form chat templates take
 ChatTemplate = str | float | Callable[[float], str]
 
 
@@ -144,7 +145,13 @@ def numbers_of(
         fixed = chat_template if chat_template is None or isinstance(chat_template, str) else "instruct"
         _, batch = encode(tokenizer, prompts, fixed)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    return [float(lam) for lam in resolved(model, list(intensities), batch, len(prompts))]
+    lams = resolved(model, list(intensities), batch, len(prompts))
+    return [_decimal(lam) if given == "auto" else float(lam) for given, lam in zip(intensities, lams, strict=True)]
+
+
+def _decimal(lam: float) -> float:
+    """The shortest decimal number that is the same in float32, as which estimators give λ: 0.4, not 0.40000000596."""
+    return float(str(np.float32(lam)))
 
 
 def answers_of(

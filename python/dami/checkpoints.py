@@ -18,7 +18,6 @@ from transformers.utils import logging
 
 from dami import adapters
 from dami.dial import patch_of
-from dami.estimators.storage import FOLDER, SETTINGS
 from dami.layers import LerpConv1D, LerpExperts, LerpLinear
 from dami.model import Origin, attach
 from dami.patching import (
@@ -30,7 +29,8 @@ from dami.patching import (
     patch_model,
     tensor_mismatches,
 )
-from dami.quantizer import METHOD
+from dami.sources import FOLDER, SETTINGS, check_end, check_packed, local
+from dami.sources import example_pair as example_pair
 from dami_kernels import formats
 
 FILES = ["model*.safetensors", adapters.WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md"]
@@ -38,12 +38,6 @@ FILES.append(f"{FOLDER}/*")
 LEGACY_FILES = ["pytorch_model*.bin"]
 
 logger = logging.get_logger(__name__)
-
-
-def example_pair() -> tuple[Path, Path]:
-    """Directories of the pair that ships with dami: its instruct end and its thinking end."""
-    pair = Path(__file__).parent / "data" / "pair"
-    return pair / "instruct", pair / "thinking"
 
 
 def load_pair(
@@ -128,11 +122,7 @@ def _load_packed(
     pair: Checkpoint, format: str | None, chat_template: str, invariant: bool, **options: Any
 ) -> tuple[Any, Any]:
     """`load_pair` where both ends are packed in one directory."""
-    packed = pair.packed_format()
-    if packed is None:
-        raise ValueError(f"thinking must be given: {pair.directory} is a checkpoint, not a packed pair of two")
-    if format not in (None, packed):
-        raise ValueError(f"format must be None or {packed!r}, in which {pair.directory} is packed, got {format!r}")
+    check_packed(pair.path, format)
     model, tokenizer = pair.model(**options), pair.tokenizer()
     if tokenizer is not None and isinstance(tokenizer.chat_template, dict):
         templates = tokenizer.chat_template
@@ -193,8 +183,7 @@ class Match:
         """
         ends = instruct, thinking
         for end in ends:
-            if end.packed_format() is not None:
-                raise ValueError(f"{end.directory} is a packed pair, not one end of a pair: load it alone")
+            check_end(end.path)
         configs = [end.config() for end in ends]
         tokenizers = instruct.tokenizer(), thinking.tokenizer()
         skeleton = instruct.skeleton()
@@ -236,17 +225,20 @@ class Checkpoint:
     @classmethod
     def find(cls, source: str | Path, trust_remote_code: bool = False) -> Checkpoint:
         """The checkpoint in a directory, a GGUF file or a hub repository, which is downloaded if need be."""
-        path = Path(source).expanduser()
-        if path.is_file() and path.suffix == ".gguf":
+        path = local(source)
+        if path is not None and path.is_file():
             return cls(path.parent, path.name, path.name, trust_remote_code)
-        if path.is_dir():
+        if path is not None:
             return cls(path, path.resolve().name, None, trust_remote_code)
-        if path.is_absolute() or str(source).startswith((".", "~")) or path.suffix == ".gguf" or len(path.parts) > 2:
-            raise OSError(f"there is no checkpoint {source}")
         directory = Path(snapshot_download(str(source), allow_patterns=FILES))
         if not any(directory.glob("*.safetensors")):
             directory = Path(snapshot_download(str(source), allow_patterns=LEGACY_FILES))
         return cls(directory, str(source), None, trust_remote_code)
+
+    @property
+    def path(self) -> Path:
+        """Its directory, or its GGUF file."""
+        return self.directory / self.gguf if self.gguf else self.directory
 
     @property
     def _where(self) -> dict[str, Any]:
@@ -260,13 +252,6 @@ class Checkpoint:
 
     def config(self) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(self.directory, **self._where)
-
-    def packed_format(self) -> str | None:
-        """The format of a packed pair, None if it is an ordinary checkpoint."""
-        file = self.directory / "config.json"
-        config = json.loads(file.read_text()) if self.gguf is None and file.exists() else {}
-        quantization = config.get("quantization_config") or {}
-        return quantization.get("format") if quantization.get("quant_method") == METHOD else None
 
     def parent(self) -> dict[str, str | None]:
         """Its name, and the licence that its model card states."""

@@ -6,22 +6,23 @@ import json
 import math
 import os
 import shlex
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from dami import __version__
+from dami import __version__, sources
+from dami.files import check_directory, check_new, written_whole
+from dami.prompts import Prompt, as_prompt
 
-if TYPE_CHECKING:
-    from dami.chat import Prompt
-
+FORMATS = ("pair", "int8", "int4", "w8d4", "lowrank")  # dami_kernels.formats.names(), which needs torch
 CHECKOUT = Path(__file__).resolve().parents[2]
 ClickException: Any = typer.BadParameter.__mro__[2]  # typer brings its own click, or takes the installed one
 
@@ -35,8 +36,13 @@ class OneLineErrors(typer.core.TyperGroup):
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         try:
             code = super().main(*args, standalone_mode=False, **extra) or 0  # type: ignore[misc]
+            sys.stdout.flush()
         except ClickException as error:
             code = fail(error.format_message()).exit_code
+        except OSError as error:
+            code = fail(error).exit_code
+            with suppress(OSError):  # what could not be written, to a full disk say, is not tried again at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except typer.Abort:
             code = 130
         if standalone_mode:
@@ -47,6 +53,7 @@ class OneLineErrors(typer.core.TyperGroup):
 app = typer.Typer(
     cls=OneLineErrors,
     add_completion=False,
+    rich_markup_mode=None,  # whose tables cut the names of options in a narrow terminal
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Two checkpoints, one batch, a reasoning intensity λ per query: 0 is the instruct end, 1 the thinking end.",
 )
@@ -54,7 +61,8 @@ app = typer.Typer(
 
 def fail(message: object) -> typer.Exit:
     """Tells what is wrong with the input; what comes back is to be raised."""
-    typer.echo(f"dami: error: {message}", err=True)
+    with suppress(OSError):
+        typer.echo(f"dami: error: {message}", err=True)
     return typer.Exit(2)
 
 
@@ -75,7 +83,7 @@ def finite(text: str) -> float:
         value = math.nan
     if not math.isfinite(value):
         raise typer.BadParameter(f"must be a finite number such as 0.5, got {text!r}")
-    return value
+    return value + 0.0  # no -0.0
 
 
 def number_or_name(text: str) -> float | str:
@@ -89,6 +97,13 @@ def positive(text: str) -> float:
     if value <= 0:
         raise typer.BadParameter(f"must be above 0, got {text!r}; --greedy takes the likeliest token")
     return value
+
+
+def format_name(text: str) -> str:
+    """Reads how a pair is kept."""
+    if text not in FORMATS:
+        raise typer.BadParameter(f"must be one of {', '.join(FORMATS)}, got {text!r}")
+    return text
 
 
 def template(text: str) -> str | float:
@@ -107,9 +122,22 @@ PairOption = Annotated[
         "--pair", metavar="INSTRUCT THINKING", help="Two directories or hub names. Default: the shipped pair."
     ),
 ]
+EndsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[PAIR | INSTRUCT THINKING]", help="A packed pair or two checkpoints. Default: the shipped pair."
+    ),
+]
+TaskArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[TASK]",
+        help="A file of questions (.jsonl), or a dataset of reasoning-gym. Default: the shipped pair's questions.",
+    ),
+]
 FormatOption = Annotated[
     str | None,
-    typer.Option("--format", metavar="NAME", help="How the pair is kept: pair, int8, int4, w8d4 or lowrank."),
+    typer.Option("--format", parser=format_name, metavar="NAME", help=f"How the pair is kept: {', '.join(FORMATS)}."),
 ]
 DtypeOption = Annotated[
     str,
@@ -120,25 +148,43 @@ DtypeOption = Annotated[
     ),
 ]
 SeedOption = Annotated[int, typer.Option(help="Seed of the sampling.")]
-VerifierOption = Annotated[str | None, typer.Option(help="Of a file: math (math-verify), word (the last), contains.")]
+VerifierOption = Annotated[
+    str | None,
+    typer.Option(help="Of a file's questions that name none: math (math-verify), word (the last) or contains."),
+]
 RowsOption = Annotated[int, typer.Option(min=1, help="Rows of a batch, which holds all λ of a question.")]
 MaxTokensOption = Annotated[int | None, typer.Option(min=1, help="Tokens of an answer, at most.")]
 
 
 def load(
-    pair: tuple[str, ...] | None, format: str | None = None, dtype: str = "auto", invariant: bool = False
+    pair: Sequence[str] | None,
+    format: str | None = None,
+    dtype: str = "auto",
+    invariant: bool = False,
+    intensities: Sequence[float | str] = (),
 ) -> tuple[Any, Any]:
-    """Loads a packed pair or two checkpoints, onto the GPU if there is one; progress goes to stderr."""
+    """Loads a packed pair or two checkpoints, onto the GPU if there is one; progress goes to stderr.
+
+    What is wrong with them, or with the λ that they are to be asked at, is told before torch is imported if files on
+    disk show it.
+    """
     if pair is None or not err.is_terminal:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise fail(f"--dtype must be auto, bfloat16, float16 or float32, got {dtype!r}")
+    if pair is not None and len(pair) > 2:
+        raise fail(f"a pair is one packed directory or two checkpoints, got {len(pair)}")
+    ends = [*(pair or map(str, sources.example_pair()))]
+    with user_errors():
+        sources.check_pair(ends, format, intensities)
+    outside = [lam for lam in intensities if not isinstance(lam, str) and not 0 <= lam <= 1]
+    if outside:
+        told = ", ".join(f"{lam:g}" for lam in outside)
+        err.print(f"λ = {told} lies beyond the two ends: far from them answers are nonsense", style="yellow")
     with err.status("loading torch and transformers"):
         import torch
 
-        import dami
         from dami.checkpoints import load_pair
-    ends = pair or tuple(map(str, dami.example_pair()))
     with user_errors():
         try:
             device = "cuda" if torch.cuda.is_available() else None
@@ -146,6 +192,25 @@ def load(
             return load_pair(*ends, **options)
         except OSError as error:  # the hub's do not say which
             raise OSError(f"cannot load {' and '.join(ends)}: {' '.join(str(error).split())}") from error
+
+
+def progress_bars() -> Any:
+    """Bars on stderr, which a file or a pipe gets nothing of: not even the empty line at their end."""
+    from rich.progress import Progress
+
+    return Progress(console=err, transient=True, disable=not err.is_terminal)
+
+
+def read_task(task: str | None, pair: Sequence[str] | None, verifier: str | None, count: int | None, seed: int) -> Any:
+    """The questions, by default those of the shipped pair."""
+    from dami.evaluation.tasks import load_task
+
+    if task is None and pair is not None:
+        raise fail(
+            "a task is needed for a pair of your own: a file of questions (.jsonl), or a dataset of reasoning-gym"
+        )
+    with user_errors():
+        return load_task(task or str(sources.QUESTIONS), count, seed, **({"verifier": verifier} if verifier else {}))
 
 
 @app.callback(invoke_without_command=True)
@@ -167,7 +232,12 @@ def demo(
     questions: Annotated[int, typer.Option(min=1, help="Questions of the sweep, each asked at 11 λ.")] = 120,
     seed: SeedOption = 0,
 ) -> None:
-    """See the idea work: a batch at three λ, the accuracy-tokens curve, and the price against merged copies."""
+    """See the idea work.
+
+    A batch at three λ, the curve of accuracy and tokens, and the price against merged copies.
+    """
+    with user_errors():
+        check_directory(output)
     model, tokenizer = load(pair)
     from dami.demo import run
 
@@ -236,7 +306,7 @@ def generate(
     put_through = None if raw else "default" if chat_template is None else chat_template
     asked = read_prompts(prompts or [], file)
     lams: list[Any] = intensity or [0.0, 0.5, 1.0]
-    model, tokenizer = load(pair, format, dtype)
+    model, tokenizer = load(pair, format, dtype, intensities=lams)
 
     import torch
 
@@ -269,22 +339,25 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[Prompt]:
     if prompts and file:
         raise fail("prompts come as arguments or with --file, got both")
     if prompts:
-        return list(prompts)
-    if file:
-        source, text = str(file), file.read_text(encoding="utf-8")
-    elif not sys.stdin.isatty():
-        source, text = "stdin", sys.stdin.read()
-    else:
+        with user_errors():
+            return [as_prompt(prompt) for prompt in prompts]
+    source = str(file) if file else "stdin"
+    if file is None and sys.stdin.isatty():
         raise fail("no prompts: give them as arguments, with --file or on stdin")
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    with user_errors():
+        try:
+            text = (file.read_bytes() if file else sys.stdin.buffer.read()).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source} must be text in UTF-8: {error}") from error
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise fail(f"no prompts: {source} is empty")
-    return [read_prompt(line, f"{source}, line {number}") for number, line in lines]
+    return [read_prompt(line.strip(), f"{source}, line {number}") for number, line in lines]
 
 
 def read_prompt(line: str, place: str) -> Prompt:
     """A line of text, or a JSON object's "prompt" (or "question") or "messages"."""
-    if not line.lstrip().startswith("{"):
+    if not line.startswith("{"):
         return line
     try:
         record = json.loads(line)
@@ -292,25 +365,24 @@ def read_prompt(line: str, place: str) -> Prompt:
         raise fail(f"{place} starts with {{ but is not JSON: {error}") from error
     for key in ("prompt", "question", "messages"):
         if key in record:
-            return record[key]
+            try:
+                return as_prompt(record[key])
+            except ValueError as error:
+                raise fail(f"{place}: {error}") from error
     raise fail(f'{place} must have "prompt" or "messages", got {list(record)}')
 
 
 @app.command()
 def describe(
-    ends: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[PAIR | INSTRUCT THINKING]", help="A packed pair or two checkpoints. Default: shipped."
-        ),
-    ] = None,
+    ends: EndsArgument = None,
     format: FormatOption = None,
     dtype: DtypeOption = "auto",
 ) -> None:
-    """Show every parameter of a pair: its kind, its format, its bytes; and the sum against merged copies."""
-    if ends and len(ends) > 2:
-        raise fail(f"a pair is one packed directory or two checkpoints, got {len(ends)}")
-    model, _ = load(tuple(ends) if ends else None, format, dtype)
+    """Show every parameter of a pair, how it is kept, and the sum.
+
+    The sum is the bytes of all, against merged copies.
+    """
+    model, _ = load(ends, format, dtype)
     import dami
     from dami.terminal import parameters
 
@@ -323,51 +395,63 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a di
 
 @app.command()
 def pack(
-    instruct: Annotated[str, typer.Argument(help="Directory or hub name of the λ=0 end.")],
-    thinking: Annotated[str, typer.Argument(help="Likewise of the λ=1 end.")],
     output: OutputOption,
-    format: Annotated[str, typer.Option("--format", metavar="NAME", help="How the pair is kept.")] = "int4",
+    ends: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[INSTRUCT THINKING]", help="Directories or hub names of both ends. Default: the shipped pair."
+        ),
+    ] = None,
+    format: Annotated[
+        str, typer.Option("--format", parser=format_name, metavar="NAME", help="How the pair is kept.")
+    ] = "int4",
     overwrite: OverwriteOption = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Let checkpoints run code.")] = False,
 ) -> None:
-    """Pack two checkpoints into one directory, tensor by tensor, to load or to share."""
+    """Pack two checkpoints into one directory.
+
+    Tensor by tensor, never both models in memory; to load, or to share.
+    """
+    instruct, thinking = ends if ends and len(ends) == 2 else sources.example_pair()
+    if ends and len(ends) != 2:
+        raise fail(f"two checkpoints are packed, an instruct and a thinking one, got {len(ends)}")
+    with user_errors():
+        sources.check_pair([str(instruct), str(thinking)], format)
+        check_new(output, overwrite, [instruct, thinking])
     with err.status("loading torch and transformers"):
         import dami
+        from dami.terminal import size
     with user_errors():
         dami.pack(instruct, thinking, output, format, overwrite=overwrite, trust_remote_code=trust_remote_code)
-    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    out.print(f"{output}: {size / 1e9:.2f} GB. Load it with dami.load_pair({str(output)!r}).")
+    total = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    out.print(f"{output}: {size(total)}. Load it with dami.load_pair({str(output)!r}).")
 
 
 @app.command()
 def merge(
-    pair: Annotated[list[str], typer.Argument(metavar="PAIR", help="A packed pair, or INSTRUCT THINKING.")],
     output: OutputOption,
     intensity: Annotated[float, typer.Option("--intensity", "-l", parser=finite, metavar="λ", help="Of the copy.")],
+    ends: EndsArgument = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Write an ordinary checkpoint of a pair at one λ: where one is enough, it is the faster choice."""
-    if len(pair) > 2:
-        raise fail(f"a pair is one packed directory or two checkpoints, got {len(pair)}")
-    with err.status("loading torch and transformers"):
-        import dami
-        from dami.sharing import written_whole
-    with user_errors(), written_whole(output, overwrite) as partial:
-        model, tokenizer = dami.load_pair(*pair)
-        dami.materialize(model, intensity).save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+    """Write an ordinary checkpoint of a pair at one λ.
+
+    Where one λ is enough, it is the faster choice.
+    """
+    inputs = ends or [str(end) for end in sources.example_pair()]
+    with user_errors():
+        check_new(output, overwrite, inputs)
+    model, tokenizer = load(ends, intensities=[intensity])
+    from dami.sharing import write_merged
+
+    with user_errors(), written_whole(output, overwrite, inputs) as partial:
+        write_merged(model, partial, tokenizer, intensity)
     out.print(f"{output}: an ordinary checkpoint at λ={intensity:g}.")
 
 
 @app.command()
 def serve(
-    ends: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[PAIR | INSTRUCT THINKING]", help="A packed pair or two checkpoints. Default: shipped."
-        ),
-    ] = None,
+    ends: EndsArgument = None,
     host: Annotated[str, typer.Option(help="Where to listen. Another address than this lets others in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     api_key: Annotated[
@@ -439,8 +523,6 @@ def serve(
     ] = 25,
 ) -> None:
     """Serve a pair over HTTP, as OpenAI does, each request at its own λ."""
-    if ends and len(ends) > 2:
-        raise fail(f"a pair is one packed directory or two checkpoints, got {len(ends)}")
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -451,24 +533,28 @@ def serve(
         raise fail(needs("dami serve", str(error.name), "serve")) from error
     if not intensity_range[0] <= intensity_range[1] or not all(map(math.isfinite, intensity_range)):
         raise fail(f"--intensity-range must be two finite numbers, the lower first, got {intensity_range}")
+    from dami.serving.controller import IntensityController
     from dami.serving.gate import LOOPBACK, check_key
+    from dami.serving.playground import read_frontier
 
     local = host in LOOPBACK
     keys = api_key if api_key is not None else [os.environ["DAMI_API_KEY"]] if "DAMI_API_KEY" in os.environ else []
     with user_errors():
         for key in keys:
             check_key(key, "DAMI_API_KEY" if api_key is None else "--api-key")
-    model, tokenizer = load(tuple(ends) if ends else None, format, dtype, invariant)
+        check_port(host, port)
+        given = read_frontier(frontier) if frontier else None
+        if target_latency is not None:  # what it refuses is told now
+            IntensityController(target_latency, max_batch_rows, intensity_floor)
+    model, tokenizer = load(ends, format, dtype, invariant, [default_intensity])
     from dami.dial import patch_of
-    from dami.serving.controller import IntensityController
     from dami.serving.engine import Engine, Limits
     from dami.serving.listening import run
-    from dami.serving.playground import read_frontier
     from dami.serving.server import Settings, create_app
 
     controller = None
     with user_errors():
-        known = read_frontier(frontier) if frontier else dict(patch_of(model).frontier)
+        known = dict(patch_of(model).frontier) if given is None else given
         if target_latency is not None:
             tokens = {point["intensity"]: point["tokens"][0] for point in known.get("points", [])}
             controller = IntensityController(target_latency, max_batch_rows, intensity_floor, tokens=tokens)
@@ -487,13 +573,28 @@ def serve(
         served = create_app(Engine(model, limits, controller), tokenizer, settings)
     if not local and not keys:
         err.print(f"anyone who reaches {host} may use this server: see --api-key", style="yellow")
-    with user_errors():
-        raise typer.Exit(run(served, host, port, drain))
+    try:
+        with user_errors():
+            code = run(served, host, port, drain)
+    except SystemExit as stopped:  # uvicorn's, which has told why
+        raise fail(f"the server did not start on {host} port {port}") from stopped
+    raise typer.Exit(code)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises OSError if a server cannot listen there: now, not after the model has been loaded."""
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as asyncio does
+                trial.bind(address)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host} port {port}: {error.strerror}") from error
 
 
 @app.command()
 def evaluate(
-    task: Annotated[str, typer.Argument(help="A file of questions (.jsonl), or a dataset of reasoning-gym.")],
+    task: TaskArgument = None,
     pair: PairOption = None,
     format: FormatOption = "pair",
     dtype: DtypeOption = "auto",
@@ -510,25 +611,28 @@ def evaluate(
     output: Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Directory.")] = Path("evaluation"),
     seed: SeedOption = 0,
 ) -> None:
-    """Ask every question at every λ, and report the frontier: picture, numbers, and all answers as a page.
+    """Ask every question at every λ, and report the frontier.
 
-    A run that was interrupted goes on where it ended.
+    The report is a picture, numbers, and all answers as a page. A run that was interrupted goes on where it ended.
     """
     from rich.live import Live
     from rich.text import Text
 
+    from dami.evaluation.tasks import check_distinct
+
+    lams = intensity or [tenth / 10 for tenth in range(11)]
+    with user_errors():
+        check_directory(output)
+        check_distinct(lams)
+    asked = read_task(task, pair, verifier, questions, seed)
+    model, tokenizer = load(pair, format, dtype, intensities=lams)
     from dami.chat import numbers_of
     from dami.dial import patch_of
     from dami.evaluation.frontier import Frontier
     from dami.evaluation.report import write_report
     from dami.evaluation.sweeps import Record, sweep
-    from dami.evaluation.tasks import load_task
     from dami.terminal import point_table
 
-    with user_errors():
-        asked = load_task(task, questions, seed, **({"verifier": verifier} if verifier else {}))
-    model, tokenizer = load(pair, format, dtype)
-    lams = intensity or [tenth / 10 for tenth in range(11)]
     options: dict[str, Any] = {"do_sample": False} if greedy else {}
     if max_tokens:
         options["max_new_tokens"] = max_tokens
@@ -560,10 +664,8 @@ def evaluate(
 
 @app.command("train-estimator")
 def train_estimator(
-    task: Annotated[
-        str, typer.Argument(help="Questions like those to come: a file (.jsonl) or a reasoning-gym dataset.")
-    ],
     output: OutputOption,
+    task: TaskArgument = None,
     pair: PairOption = None,
     format: FormatOption = None,
     dtype: DtypeOption = "auto",
@@ -583,24 +685,28 @@ def train_estimator(
     max_tokens: MaxTokensOption = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Answer questions at several λ, learn from that which λ a prompt deserves, and measure it on questions held out.
+    """Learn from answers which λ a prompt deserves.
 
+    Questions like those to come are answered at several λ, and what was learned is measured on some that were held out.
     dami.attach(model, OUTPUT) then lets intensity="auto" choose. Named `intensity` inside a packed pair or a thinking
     end, OUTPUT is loaded with it. A run that was interrupted goes on where it ended.
     """
-    from rich.progress import Progress
     from rich.table import Table
 
-    from dami.estimators.training import train_estimator
-    from dami.evaluation.tasks import load_task
+    from dami.evaluation.tasks import TO_TRAIN, check_distinct, check_enough
 
     if router and intensity:
         raise fail("--router asks at the two ends: leave --intensity out")
-    with user_errors():
-        asked = load_task(task, questions, seed, **({"verifier": verifier} if verifier else {}))
-    model, tokenizer = load(pair, format, dtype)
     lams = [0.0, 1.0] if router else intensity or [fifth / 5 for fifth in range(6)]
-    with user_errors(), Progress(console=err, transient=True) as progress:
+    asked = read_task(task, pair, verifier, questions, seed)
+    with user_errors():
+        check_directory(output)
+        check_distinct(lams)
+        check_enough(asked, TO_TRAIN)
+    model, tokenizer = load(pair, format, dtype, intensities=lams)
+    from dami.estimators.training import train_estimator
+
+    with user_errors(), progress_bars() as progress:
         bar = progress.add_task("answers", total=len(asked.questions) * samples * len(lams))
         trained = train_estimator(
             model, tokenizer, asked, output, lams, samples=samples, trial=trial, price=price, rows=rows, seed=seed,
@@ -618,7 +724,10 @@ def train_estimator(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
-    """Time the operators against plain PyTorch; needs a checkout. Arguments go to `python -m benchmarks`."""
+    """Time the operators against plain PyTorch.
+
+    This needs a checkout. Arguments go to `python -m benchmarks`.
+    """
     if not (CHECKOUT / "benchmarks" / "__main__.py").exists():
         raise fail("benchmarks are not part of the installed package: run `make bench` in a checkout of the repository")
     raise typer.Exit(subprocess.call([sys.executable, "-m", "benchmarks", *context.args], cwd=CHECKOUT))
@@ -626,7 +735,10 @@ def bench(context: typer.Context) -> None:
 
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
-    """See what is installed, which kernels run here and why, and what to do about problems: for a bug report."""
+    """See what runs here, why, and whether it is right.
+
+    What is installed, which kernels run here, and what to do about problems: for a bug report.
+    """
     with user_errors(), err.status("running every operator"):
         from dami.doctor import examine
 
@@ -638,12 +750,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSO
 
 @app.command()
 def study(
-    task: Annotated[
-        str | None,
-        typer.Argument(
-            help="A file of questions (.jsonl), or a dataset of reasoning-gym. Default: the shipped pair's."
-        ),
-    ] = None,
+    task: TaskArgument = None,
     pair: PairOption = None,
     format: FormatOption = "pair",
     dtype: DtypeOption = "auto",
@@ -670,31 +777,29 @@ def study(
     output: Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Directory.")] = Path("study"),
     seed: SeedOption = 0,
 ) -> None:
-    """Study the path between the ends: states, loss, accuracy, against controls; and each part of the model alone.
+    """Study the path between the ends, and each part alone.
 
+    States, loss and accuracy along the path, against controls; and each part of the model by itself at λ = 1.
     A run that was interrupted goes on where it ended.
     """
-    from rich.progress import Progress
+    from dami.evaluation.tasks import TO_STUDY, check_distinct, check_enough
 
-    from dami.evaluation import load_task
+    asked = read_task(task, pair, verifier, questions, seed)
+    with user_errors():
+        check_directory(output)
+        check_enough(asked, TO_STUDY)
+        if intensity:
+            check_distinct(intensity, (0.0, 1.0))
+        for each in set(control or ()) - {"permuted"}:
+            sources.local(each)
+    model, tokenizer = load(pair, format, dtype, intensities=intensity or ())
     from dami.evaluation import study as studies
     from dami.evaluation.study_report import write_report
 
-    if task is None and pair is not None:
-        raise fail(
-            "a task is needed for a pair of your own: a file of questions (.jsonl), or a dataset of reasoning-gym"
-        )
-    model, tokenizer = load(pair, format, dtype)
-    with user_errors():
-        if task is None:
-            from dami import example_pair
-
-            task, verifier = str(example_pair()[0].parent / "questions.jsonl"), verifier or "word"
-        asked = load_task(task, questions, seed, **({"verifier": verifier} if verifier else {}))
     options: dict[str, Any] = {"do_sample": sample}
     if max_tokens:
         options["max_new_tokens"] = max_tokens
-    with user_errors(), Progress(console=err, transient=True) as bars:
+    with user_errors(), progress_bars() as bars:
         shown: dict[str, Any] = {}
 
         def progress(stage: str, done: int, total: int) -> None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dami.sources import check_preset
+
 if TYPE_CHECKING:
     from dami.layers import LerpModule
 
@@ -95,9 +97,7 @@ def named(model: nn.Module, intensity: Any) -> Any:
     if not isinstance(intensity, str) or intensity == "auto":
         return intensity
     presets = patch_of(model).presets
-    if intensity not in presets:
-        there = f"one of {sorted(presets)}" if presets else "a preset, of which the model has none,"
-        raise ValueError(f"intensity must be a number, {there} or 'auto', got {intensity!r}")
+    check_preset(intensity, presets)
     return presets[intensity]
 
 

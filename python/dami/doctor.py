@@ -119,10 +119,11 @@ def machine() -> dict[str, str]:
     """The machine, and how it is used."""
     isa = "not compiled"
     if native.WHY_NOT is None:
-        isa = f"{native.isa()}, of {', '.join(native.supported_isas())}"
+        others = [name for name in native.supported_isas() if name != native.isa()]
+        isa = native.isa() + (f"; {' and '.join(others)} would run too" if others else "")
     facts = {
         "system": f"{platform.system()} {platform.machine()}",
-        "CPU": f"{_cpu()}, {_cores()} cores, {torch.get_num_threads()} threads",
+        "CPU": f"{_cpu()}, {_count(_cores(), 'core')}, {_count(torch.get_num_threads(), 'thread')}",
         "CPU kernels": isa,
         "GPU": "none",
         "CUDA kernels": "compiled" if cuda.WHY_NOT is None else "not compiled",
@@ -231,7 +232,8 @@ def machine_problems() -> Iterator[Problem]:
         yield Problem(f"the CPU kernels are held to {native.isa()}, and this CPU has {best}", "unset DAMI_CPU_ISA")
     if torch.get_num_threads() > _cores():
         yield Problem(
-            f"torch runs {torch.get_num_threads()} threads on {_cores()} cores", f"export OMP_NUM_THREADS={_cores()}"
+            f"torch runs {_count(torch.get_num_threads(), 'thread')} on {_count(_cores(), 'core')}",
+            f"export OMP_NUM_THREADS={_cores()}",
         )
     if not torch.cuda.is_available() and (shutil.which("nvidia-smi") or shutil.which("rocm-smi")):
         built = torch.version.cuda or torch.version.hip
@@ -259,6 +261,10 @@ def kernel_problems(checks: tuple[Check, ...]) -> Iterator[Problem]:
     for why, operators in reasons.items():
         what, _, remedy = why.partition(": ")
         yield Problem(f"{', '.join(operators)} run as plain torch, many times slower: {what}", remedy or "report it")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def nameless(text: str) -> str:

@@ -279,7 +279,9 @@ def attach(
     if presets is not None:
         if "auto" in presets:
             raise ValueError('presets must have names other than "auto", which is what the estimator chooses')
-        patch.presets = {name: as_lam(lam, torch.device("cpu")).item() for name, lam in presets.items()}
+        for lam in presets.values():
+            as_lam(lam, torch.device("cpu"))
+        patch.presets = {name: float(lam) for name, lam in presets.items()}  # 0.6, and not the float32 next to it
     patch.estimator = estimator
     return model
 

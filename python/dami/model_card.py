@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,19 @@ With `import dami` before it, `AutoModelForCausalLM.from_pretrained` loads the p
 
 {stored} The pair takes {nbytes:,} bytes; {weights:,} numbers of either end are interpolated.{error}
 """
+MERGED = """---
+{data}
+---
+
+# {instruct} and {thinking}, merged at λ = {lam}
+
+An ordinary checkpoint, which `transformers` loads: the weights {rest} · W(0) + {lam} · W(1) of two others, written by
+`dami merge` (`pip install dami-kernels`).
+
+| λ | checkpoint | licence |
+|---|---|---|
+{ends}
+"""
 HUB = "https://huggingface.co"
 TEMPLATES = """ The instruct end's chat template is used unless another is
 named: `tokenizer.apply_chat_template(…, chat_template="thinking")`."""
@@ -59,7 +73,40 @@ def write_model_card(directory: str | Path, config: PairConfig, nbytes: int, wei
         weights: how many numbers of either end are interpolated.
         tokenizer: the pair's.
     """
-    parents = config.parents or [{"name": "an instruct model"}, {"name": "a thinking model"}]
+    error = (
+        ""
+        if config.error is None
+        else f" Measured while packing, against the thinking checkpoint's W: ‖W(1) − W‖ / ‖W‖ = {config.error:.2g}."
+    )
+    templates = getattr(tokenizer, "chat_template", None)
+    both = isinstance(templates, dict) and "thinking" in templates
+    text = TEXT.format(
+        **_ends(config.parents),
+        format=config.format,
+        templates=TEMPLATES if both else "",
+        stored=" ".join((formats.get(config.format).__doc__ or "").split("\n\n")[0].split()),
+        nbytes=nbytes,
+        weights=weights,
+        error=error,
+    )
+    (Path(directory) / "README.md").write_text(text, encoding="utf-8")
+
+
+def write_merged_card(directory: str | Path, parents: Sequence[Mapping[str, str | None]] | None, lam: float) -> None:
+    """Writes README.md of an ordinary checkpoint at one λ.
+
+    Args:
+        directory: of the checkpoint.
+        parents: name and licence of both ends, None if they are not known.
+        lam: λ.
+    """
+    text = MERGED.format(**_ends(parents), lam=f"{lam:g}", rest=f"{round(1 - lam, 9):g}")
+    (Path(directory) / "README.md").write_text(text, encoding="utf-8")
+
+
+def _ends(parents: Sequence[Mapping[str, str | None]] | None) -> dict[str, str]:
+    """What both cards say of the ends: metadata, names, and the rows of a table."""
+    parents = parents or [{"name": "an instruct model"}, {"name": "a thinking model"}]
     names, licences = ([parent.get(key) for parent in parents] for key in ("name", "license"))
     on_hub = [name for name in names if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name)]
     same = len(set(licences)) == 1 and licences[0]
@@ -72,27 +119,8 @@ def write_model_card(directory: str | Path, config: PairConfig, nbytes: int, wei
         base_model_relation="merge" if on_hub else None,
         tags=["dami", "model-interpolation", "reasoning"],
     )
-    ends = "\n".join(
+    rows = "\n".join(
         f"| {lam} | {f'[{name}]({HUB}/{name})' if name in on_hub else name} | {licence or 'not stated'} |"
         for lam, name, licence in zip((0, 1), names, licences, strict=True)
     )
-    error = (
-        ""
-        if config.error is None
-        else f" Measured while packing, against the thinking checkpoint's W: ‖W(1) − W‖ / ‖W‖ = {config.error:.2g}."
-    )
-    templates = getattr(tokenizer, "chat_template", None)
-    both = isinstance(templates, dict) and "thinking" in templates
-    text = TEXT.format(
-        data=data.to_yaml(),
-        instruct=names[0],
-        thinking=names[1],
-        format=config.format,
-        ends=ends,
-        templates=TEMPLATES if both else "",
-        stored=" ".join((formats.get(config.format).__doc__ or "").split("\n\n")[0].split()),
-        nbytes=nbytes,
-        weights=weights,
-        error=error,
-    )
-    (Path(directory) / "README.md").write_text(text, encoding="utf-8")
+    return {"data": data.to_yaml(), "instruct": str(names[0]), "thinking": str(names[1]), "ends": rows}

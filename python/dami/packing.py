@@ -14,11 +14,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from dami.checkpoints import Checkpoint, Match, Stored, headers_in, load_pair, with_both_templates
 from dami.estimators.storage import copy_estimator
+from dami.files import written_whole
 from dami.layers import LerpModule, readers, stored_format
 from dami.model_card import write_model_card
 from dami.patching import first_names
 from dami.quantizer import PairConfig, by_pattern, kind_on_meta
-from dami.sharing import save_pair, written_whole
+from dami.sharing import write_pair
 from dami_kernels import LerpWeight, formats
 from dami_kernels.weight import FLOAT_DTYPES
 
@@ -54,18 +55,18 @@ def pack(
         shard_bytes: size of a file at most, unless a single weight is larger.
 
     Raises:
-        ValueError, OSError: as `load_pair`.
-        FileExistsError: there is such a directory.
+        ValueError, OSError: as `load_pair`; or overwriting the directory would remove an end, or it cannot be written.
+        FileExistsError: there is a directory with something in it.
     """
     formats.get(format)
     directory = Path(directory)
     ends = Checkpoint.find(instruct, trust_remote_code), Checkpoint.find(thinking, trust_remote_code)
-    with written_whole(directory, overwrite) as partial:
+    with written_whole(directory, overwrite, [end.path for end in ends]) as partial:
         match = None if ends[1].is_adapter else Match.of(*ends)
         if match is None or not all(stored.complete for stored in match.stored):
             logger.warning(f"{instruct} or {thinking} is not stored as the model is: loading both ends first")
-            model, _ = load_pair(instruct, thinking, format, trust_remote_code=trust_remote_code)
-            save_pair(model, partial, overwrite=True)
+            model, tokenizer = load_pair(instruct, thinking, format, trust_remote_code=trust_remote_code)
+            write_pair(model, partial, tokenizer)
         else:
             _pack(match, partial, format, shard_bytes)
     return directory

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, TextIO
 
 from rich.text import Text
 
+from dami.files import written_file
+
 if TYPE_CHECKING:
     from dami.evaluation.frontier import Frontier, Point
 
@@ -76,7 +78,11 @@ def save_curve(frontier: Frontier, to: Path | TextIO, title: str) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(to, dpi=150, format=None if isinstance(to, Path) else "svg")
+    if isinstance(to, Path):
+        with written_file(to) as file:
+            figure.savefig(file, dpi=150)
+    else:
+        figure.savefig(to, format="svg")
 
 
 def draw_curve(points: Sequence[Point], width: int, height: int = 15) -> Text:

@@ -17,6 +17,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from dami.sources import METHOD
 from dami_kernels import LerpWeight, formats
 from dami_kernels.quantize import SCALE
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from dami.layers import LerpModule
     from dami.patching import Header
 
-METHOD = "dami"
 SUFFIXES = sorted({suffix for name in formats.names() for suffix in formats.get(name).TENSORS} - {""})
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dami.dial import Dial, as_lam, device_of, named, parts_of, patch_of, separate
+from dami.sources import check_estimator
 
 Schedule = Callable[[int, Tensor], float | Tensor]
 
@@ -211,8 +212,7 @@ def resolved(model: nn.Module, intensity: Any, batch: Mapping[str, Any], prompts
     if len(values) != prompts:
         raise ValueError(f"intensity must be a real number, or one per sequence, got {len(values)} for {prompts}")
     estimator = patch_of(model).estimator
-    if estimator is None:
-        raise ValueError('intensity="auto" needs an estimator: attach one with dami.attach(model, estimator)')
+    check_estimator(estimator)
     inputs = {
         "input_ids" if name == "inputs" else name: tensor[places] if tensor.shape[:1] == (prompts,) else tensor
         for name, tensor in batch.items()

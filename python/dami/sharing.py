@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,13 +11,13 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from torch import Tensor, nn
-from torch import distributed as dist
 from transformers import PreTrainedModel
 
 from dami.dial import as_lam, patch_of
 from dami.estimators.storage import FOLDER, Stored
+from dami.files import written_whole
 from dami.layers import LerpModule
-from dami.model_card import write_model_card
+from dami.model_card import write_merged_card, write_model_card
 from dami.patching import describe
 from dami.quantizer import METHOD, PairConfig, by_pattern
 
@@ -48,14 +46,21 @@ def save_pair(
 
     Raises:
         TypeError: the model is not patched.
-        FileExistsError: there is such a directory.
+        OSError: the directory cannot be written; FileExistsError: there is one with something in it.
     """
     tokenizer = tokenizer or patch_of(model).origin.tokenizer
-    with written_whole(Path(directory), overwrite) as partial:
-        if tokenizer is not None and model.should_save_on_this_rank(True):
-            tokenizer.save_pretrained(partial)
-        model.save_pretrained(partial, max_shard_size=max_shard_size)
+    with written_whole(directory, overwrite) as partial:
+        write_pair(model, partial, tokenizer, max_shard_size)
     return Path(directory)
+
+
+def write_pair(
+    model: PreTrainedModel, directory: str | Path, tokenizer: Any, max_shard_size: int | str = SHARD
+) -> None:
+    """Writes a patched model and its tokenizer into a directory."""
+    if tokenizer is not None and model.should_save_on_this_rank(True):
+        tokenizer.save_pretrained(directory)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
 
 
 def save(
@@ -122,38 +127,16 @@ def config_of(model: PreTrainedModel) -> PairConfig:
     )
 
 
-@contextmanager
-def written_whole(directory: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A directory to write to, which takes its name at the end of the block, or is removed if that fails.
-
-    Until then it is called DIRECTORY.partial; one that an interrupted run has left is removed first. Where several
-    processes hold a model, all of them enter the block, and the first makes, names or removes the directory.
+def write_merged(model: PreTrainedModel, directory: str | Path, tokenizer: Any, intensity: float) -> None:
+    """Writes an ordinary checkpoint of a patched model at one λ into a directory, with a model card.
 
     Raises:
-        FileExistsError: there is a directory of that name with something in it, or a file.
+        TypeError, ValueError: as `materialize`.
     """
-    if not overwrite and directory.exists() and (directory.is_file() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} exists already: name another directory, or overwrite it")
-    several = dist.is_available() and dist.is_initialized()
-    first = not several or dist.get_rank() == 0
-    partial = directory.with_name(f"{directory.name}.partial")
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    if several:
-        dist.barrier()
-    try:
-        yield partial
-    except BaseException:
-        if first:
-            shutil.rmtree(partial)
-        raise
-    if first:
-        if directory.exists():
-            shutil.rmtree(directory)
-        partial.rename(directory)
-    if several:
-        dist.barrier()
+    materialize(model, intensity).save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    write_merged_card(directory, patch_of(model).origin.parents, intensity)
 
 
 @torch.no_grad()

@@ -59,6 +59,8 @@ def side_by_side(
 ) -> RenderableType:
     """The answers to one prompt in columns: λ, tokens used, right or wrong, the thought dimmed and folded, the answer.
 
+    Where the console shows no styles both are labelled.
+
     Args:
         answers: one per λ.
         console: for its width.
@@ -67,6 +69,8 @@ def side_by_side(
         lines: a thought is folded to so many.
         tail: keep the end of a long thought rather than both ends, for thoughts in the making.
     """
+    thinks = any(answer.thought for answer in answers)
+    labels = ("thought: ", "answer: ") if thinks and not console.is_terminal else ("", "")  # where no style tells them
     inside = console.width - 4
     per_line = max(1, min(len(answers), inside // (NARROWEST + 2)))
     width = (inside - 2 * (per_line - 1)) // per_line
@@ -80,10 +84,11 @@ def side_by_side(
             if verdicts is not None:
                 head.append(*(("  ✓", "bold green") if verdicts[place] else ("  ✗", "bold red")))
             heads.append(head.append(f"  {answer.tokens} tokens", "not bold dim"))
-            thought = Text(answer.thought, style="dim italic")
+            thought = Text(labels[0] + answer.thought, style="dim italic")
             thoughts.append(fold(thought, console, width, lines, tail) if answer.thought else Text("no thought", "dim"))
-            ends.append(Text(answer.text, style="bold") if answer.text else Text("…" if tail else "no answer", "dim"))
-        for row in (heads, thoughts, ends) if any(answer.thought for answer in answers) else (heads, ends):
+            end = Text(labels[1] + answer.text, style="bold")
+            ends.append(end if answer.text else Text("…" if tail else "no answer", "dim"))
+        for row in (heads, thoughts, ends) if thinks else (heads, ends):
             table.add_row(*row)
         tables.append(table)
     parts: list[RenderableType] = [Text(plain(answers[0].prompt), style="bold"), Text()]

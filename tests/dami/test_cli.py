@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +14,12 @@ from pathlib import Path
 import dami
 import pytest
 from dami import cli
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
+from dami_kernels import formats
+
+ENDS = dami.example_pair()
 SHORT = ["--max-new-tokens", "6"]
 
 
@@ -23,6 +30,18 @@ def run(*arguments: str, stdin: str = "") -> Result:
 def records(result: Result) -> list[dict[str, object]]:
     assert result.exit_code == 0, result.output
     return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in get_command(cli.app).commands)])  # type: ignore[attr-defined]
+def test_help_names_every_option_in_full_in_a_narrow_terminal(command: list[str]) -> None:
+    result = CliRunner().invoke(cli.app, [*command, "--help"], env={"COLUMNS": "80"})
+    asked = get_command(cli.app)
+    for name in command:
+        asked = asked.commands[name]  # type: ignore[attr-defined]
+    for option in asked.params:
+        assert all(name in result.stdout for name in (*option.opts, *option.secondary_opts) if name.startswith("-"))
+    if command != ["bench"]:  # whose --help is that of the benchmarks
+        assert max(map(len, result.stdout.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
@@ -39,6 +58,18 @@ def test_help_does_not_import_torch() -> None:
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", script], env=environment, stdout=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["no-such-command"]])
+def test_a_full_disk_is_told_in_one_line(arguments: list[str]) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", "from dami.cli import app; app()", *arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+        silent = subprocess.run(command, env=environment, stdout=full, stderr=full)
+    assert done.returncode == silent.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "No such command" in done.stderr if "no-such" in arguments[0] else "No space left on device" in done.stderr
 
 
 def test_version() -> None:
@@ -59,11 +90,10 @@ def test_formats() -> None:
     assert small[0]["text"] == exact[0]["text"]
     described = run("describe", "--format", "w8d4")
     assert "w8d4" in described.stdout
-    mistaken = run("describe", "--format", "int3")
-    assert mistaken.exit_code == 2
-    assert "format must be one of ['int4', 'int8', 'lowrank', 'pair', 'w8d4'], got 'int3'" in " ".join(
-        mistaken.output.split()
-    )
+
+
+def test_the_names_of_formats() -> None:
+    assert sorted(cli.FORMATS) == formats.names()
 
 
 def test_generate_shows_intensities_side_by_side() -> None:
@@ -79,6 +109,16 @@ def test_generate_answers_at_three_intensities_unless_told() -> None:
     answers = records(run("generate", "What is 2 + 3?", "--json", *SHORT))
     assert [answer["intensity"] for answer in answers] == [0.0, 0.5, 1.0]
     assert list(answers[0]) == ["prompt", "intensity", "thought", "text", "tokens", "finished"]
+
+
+def test_intensities_are_shown_as_they_are_written(tmp_path: Path) -> None:
+    options = ["-l", "-0.0", "-l", "medium", "-l", "auto", "-l", "2.5"]
+    result = run("generate", "What is 2 + 3?", "--json", *options, *SHORT)
+    zero, medium, auto, beyond = (json.dumps(answer["intensity"]) for answer in records(result))
+    assert (zero, medium, beyond) == ("0.0", "0.6", "2.5")
+    assert len(auto) <= 6  # one of 21 λ
+    assert "λ = 2.5 lies beyond the two ends: far from them answers are nonsense" in result.stderr
+    assert "lies beyond" not in run("generate", "What is 2 + 3?", "-l", "1", *SHORT).stderr
 
 
 def test_generate_is_repeatable_and_heeds_its_seed() -> None:
@@ -169,12 +209,16 @@ def test_a_pair_is_packed_described_and_merged(tmp_path: Path) -> None:
     result = run("pack", instruct, thinking, "-o", str(packed), "--format", "w8d4")
     assert result.exit_code == 0, result.output
     assert "Load it with dami.load_pair(" in " ".join(result.stdout.split())
+    assert re.search(r"packed: \d\.\d MB\. ", " ".join(result.stdout.split()))
     again = run("pack", instruct, thinking, "-o", str(packed))
     assert again.exit_code == 2
     assert "exists already" in " ".join(again.stderr.split())
     assert run("pack", instruct, thinking, "-o", str(packed), "--overwrite").exit_code == 0
     assert "int4" in run("describe", str(packed)).stdout
     assert run("merge", str(packed), "--intensity", "0.8", "-o", str(merged)).exit_code == 0
+    card = (merged / "README.md").read_text()
+    assert "# instruct and thinking, merged at λ = 0.8" in card
+    assert "the weights 0.2 · W(0) + 0.8 · W(1)" in card
     config = json.loads((merged / "config.json").read_text())
     assert "quantization_config" not in config
     assert (merged / "tokenizer.json").exists()
@@ -195,6 +239,81 @@ def test_bench_outside_a_checkout_says_what_to_do(monkeypatch: pytest.MonkeyPatc
     result = run("bench")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "make bench" in result.stderr
+
+
+LINES = {
+    "no-json.jsonl": "1 + 1",
+    "empty.jsonl": "\n",
+    "words.jsonl": '{"question": "?", "answer": "Tuesday"}',
+    "bad-prompt": '{"prompt": 5}',
+    "half-a-letter": '{"prompt": "\\ud800"}',
+    "binary": b"\xff\xfe",
+    "frontier.json": "{}",
+}
+
+
+def test_what_needs_no_model_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+    for name, text in LINES.items():
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    for end in ("instruct", "thinking"):
+        shutil.copytree(ENDS[0].parent / end, tmp_path / "pair" / end)
+    (tmp_path / "nothing").mkdir()
+    port = socket.create_server(("127.0.0.1", 0))
+    taken = port.getsockname()[1]
+    mistakes = {
+        "describe --format int3": "'--format': must be one of pair, int8, int4, w8d4, lowrank, got 'int3'",
+        "pack --format int3 -o new": "'--format': must be one of pair, int8, int4, w8d4, lowrank, got 'int3'",
+        "generate hi -l foo": "intensity must be a number, one of ['high', 'low', 'medium'] or 'auto', got 'foo'",
+        "generate hi -l auto --pair pair/thinking pair/instruct": 'intensity="auto" needs an estimator',
+        "generate hi --pair no/such/path pair/thinking": "there is no checkpoint no/such/path",
+        "generate hi --pair nothing pair/thinking": "nothing is no checkpoint: it has no config.json",
+        "generate --file bad-prompt": "bad-prompt, line 1: a prompt must be a text, or a list of messages",
+        "generate --file half-a-letter": "half-a-letter, line 1: a prompt must be text that UTF-8 can hold",
+        "generate --file binary": "binary must be text in UTF-8: 'utf-8' codec can't decode",
+        "describe pair/instruct": "thinking must be given: pair/instruct is a checkpoint, not a packed pair",
+        "demo -o binary": "'binary' is a file",
+        "demo -o binary/out": "binary/out cannot be a directory: ",
+        "evaluate no-json.jsonl": "no-json.jsonl:1 must be a JSON object with question",
+        "evaluate empty.jsonl": "empty.jsonl must hold questions, and is empty",
+        "evaluate words.jsonl": "words.jsonl:1: the verifier 'math' cannot judge the answer 'Tuesday'",
+        "evaluate no-such.jsonl": "No such file or directory: 'no-such.jsonl'",
+        "evaluate empty.jsonl --pair pair/instruct nothing": "empty.jsonl must hold questions",
+        "evaluate --pair a b": "a task is needed for a pair of your own",
+        "evaluate -l 1 -l 1": "intensities must be distinct numbers, one at least, got [1.0, 1.0]",
+        "evaluate -o binary/out": "binary/out cannot be a directory: ",
+        "study --questions 3": "questions must be at least 4, got 3",
+        "study -l 0 -l 0.5": "intensities must be distinct and hold 0 and 1, got [0.0, 0.5]",
+        "study --control no/such/path": "there is no checkpoint no/such/path",
+        "train-estimator --questions 2 -o new": "questions must be at least 20, got 2",
+        "train-estimator -o binary/out": "binary/out cannot be a directory: ",
+        "pack pair/instruct pair/thinking -o pair --overwrite": "pair must not be overwritten: pair/instruct, which is",
+        "pack pair/instruct pair/thinking -o pair": "pair exists already: name another directory, or overwrite it",
+        "merge pair/instruct pair/thinking -l 1 -o pair --overwrite": "pair must not be overwritten: pair/instruct",
+        f"serve --port {taken}": f"cannot listen on 127.0.0.1 port {taken}: Address already in use",
+        "serve --host no.such.host.invalid": "cannot listen on no.such.host.invalid port 8000: ",
+        "serve --frontier frontier.json": "frontier.json must be a frontier.json of dami evaluate: KeyError: 'points'",
+        "serve --default-intensity foo --port 0": "one of ['high', 'low', 'medium'] or 'auto', got 'foo'",
+        "serve --target-latency -1 --port 0": "target_latency must be finite and above 0, got -1.0",
+    }
+    script = """
+import sys
+from dami.cli import app
+for line in sys.stdin:
+    code = app(line.split(), standalone_mode=False)
+    print(code, "torch" in sys.modules, file=sys.stderr)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], input="\n".join(mistakes), cwd=tmp_path, env=environment, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    port.close()
+    told = done.stderr.splitlines()
+    assert told[1::2] == ["2 False"] * len(mistakes), done.stderr
+    for (command, message), line in zip(mistakes.items(), told[::2], strict=True):
+        assert line.startswith("dami: error: "), command
+        assert message in line, command
+    assert done.stdout == ""
 
 
 @pytest.mark.parametrize(
@@ -218,7 +337,11 @@ def test_bench_outside_a_checkout_says_what_to_do(monkeypatch: pytest.MonkeyPatc
         (["generate", "hi", "--pair", "./no/such", "./directory"], "no/such"),
         (["generate", "hi", "--pair", "one"], "--pair"),
         (["describe", "one", "two", "three"], "a pair is one packed directory or two checkpoints, got 3"),
-        (["pack", "one", "-o", "there"], "Missing argument 'thinking'"),
+        (["pack", "one", "-o", "there"], "two checkpoints are packed, an instruct and a thinking one, got 1"),
+        (
+            ["generate", "hi", "--pair", str(ENDS[0]), str(ENDS[0]), "-l", "high"],
+            "a preset, of which the model has none",
+        ),
         (["pack", "./no/such", "./directory", "-o", "there"], "there is no checkpoint ./no/such"),
         (
             ["merge", "one", "two", "three", "-o", "there", "-l", "1"],
@@ -265,7 +388,7 @@ def test_prompts_are_wanted_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> No
         (["a", "b", "c"], "a pair is one packed directory or two checkpoints, got 3"),
         (["--intensity-range", "1", "0"], "--intensity-range must be two finite numbers, the lower first"),
         (["--default-intensity", "1e999"], "must be a finite number such as 0.5, got '1e999'"),
-        (["--default-intensity", "huge"], "default_intensity must be a number, a preset of the pair ['high'"),
+        (["--default-intensity", "huge"], "must be a number, one of ['high', 'low', 'medium'] or 'auto', got 'huge'"),
         (["--max-model-len", "100000"], "max_model_len must be at most 512, got 100000"),
         (["--kv-memory", "-1"], "should be greater than or equal to 0"),
     ],

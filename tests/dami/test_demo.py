@@ -70,6 +70,19 @@ def test_measured_sees_memory_that_was_held_and_given_back() -> None:
         assert 30 * 2**20 < used["peak"] < 60 * 2**20
 
 
+@pytest.mark.parametrize("terminal_", [True, False])
+def test_a_thought_is_labelled_where_no_style_tells_it(terminal_: bool) -> None:
+    console = Console(width=80, force_terminal=terminal_)
+    with console.capture() as captured:
+        console.print(terminal.side_by_side([answer(0.0, "93"), answer(1.0, "93", thought="111 93")], console))
+    for label in ("thought: 111 93", "answer: 93"):
+        assert (label in captured.get()) != terminal_
+    assert "no thought" in captured.get()
+    with console.capture() as captured:
+        console.print(terminal.side_by_side([answer(0.0, "93")], console))
+    assert "answer:" not in captured.get()
+
+
 def test_the_price_names_both_sides_and_how_many_answers_agree() -> None:
     patched = demo.Cost(7_000_000, 5_000_000, 2.0, [[1], [2], [3], [4]], ["a", "b", "c", "d"])
     copies = demo.Cost(14_000_000, None, 9.0, [[1], [9], [3], [4]], ["a", "c", "c", "d"])

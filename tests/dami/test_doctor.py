@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def test_every_operator_is_run_in_every_format_a_kernel_reads(report: doctor.Rep
 
 def test_it_tells_versions_and_the_machine(report: doctor.Report) -> None:
     assert report.installed["torch"] == torch.__version__
-    assert report.machine["CPU"].endswith("threads")
+    assert re.search(r", (1 core|\d+ cores), (1 thread|\d+ threads)$", report.machine["CPU"])
+    assert report.machine["CPU kernels"].partition(";")[0] == native.isa()
     text = str(report)
     for name in (*report.installed, *report.machine):
         assert any(line.startswith(name) for line in text.splitlines())
@@ -127,7 +129,7 @@ def test_too_many_threads_and_a_gpu_that_torch_does_not_see_are_problems(monkeyp
     monkeypatch.setattr(doctor.shutil, "which", lambda name: "there" if name == "nvidia-smi" else None)
     monkeypatch.setattr(torch.version, "cuda", None)
     problems = dict(told(doctor.machine_problems()))
-    assert problems["torch runs 3 threads on 1 cores"] == "export OMP_NUM_THREADS=1"
+    assert problems["torch runs 3 threads on 1 core"] == "export OMP_NUM_THREADS=1"
     assert problems["there is a GPU's driver, and torch sees no GPU"] == "install a torch built for it: pytorch.org"
 
 

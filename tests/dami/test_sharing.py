@@ -13,6 +13,7 @@ from typing import Any
 import dami
 import pytest
 import torch
+from dami.files import MARK
 from dami.quantizer import PairConfig, by_pattern
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -224,6 +225,16 @@ def test_a_directory_that_exists_is_left_alone(ends: tuple[Path, Path], tmp_path
     dami.load_pair(directory)
 
 
+def test_the_ends_are_never_lost(ends: tuple[Path, Path], tmp_path: Path) -> None:
+    for directory in (tmp_path, ends[0], ends[1] / "additional_chat_templates"):
+        directory.mkdir(exist_ok=True)
+        (directory / "notes.txt").write_text("mine")
+        with pytest.raises(ValueError, match=r"must not be overwritten: .*, which is read, would be lost with it"):
+            dami.pack(*ends, directory, overwrite=True)
+        assert (directory / "notes.txt").exists()
+    dami.load_pair(*ends)
+
+
 def test_an_interrupted_run_leaves_no_half_made_directory(
     ends: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +254,7 @@ def test_an_interrupted_run_leaves_no_half_made_directory(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["instruct", "thinking"]
     (tmp_path / "packed.partial").mkdir()  # of a run that could not even do that
     (tmp_path / "packed.partial" / "00003.safetensors").write_bytes(b"some")
+    (tmp_path / "packed.partial" / MARK).touch()
     dami.pack(*ends, tmp_path / "packed")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["instruct", "packed", "thinking"]
     assert not list((tmp_path / "packed").glob("00003*"))

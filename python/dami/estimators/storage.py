@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from dami.estimators import Estimator, StaticIntensity
 from dami.estimators.confidence import ConfidenceEstimator, ConfidenceRouter
 from dami.estimators.preference import Features, PreferenceEstimator
+from dami.files import write_text, written_file
+from dami.sources import FOLDER, SETTINGS
 
-FOLDER = "intensity"  # of a pair's directory
-SETTINGS, WEIGHTS, FRONTIER = "intensity.json", "estimator.safetensors", "frontier.json"
+WEIGHTS, FRONTIER = "estimator.safetensors", "frontier.json"
 KINDS: dict[str, type[Any]] = {
     "static": StaticIntensity,
     "confidence": ConfidenceEstimator,
@@ -80,7 +81,8 @@ class Stored:
         directory.mkdir(parents=True, exist_ok=True)
         estimator: dict[str, Any] | None = None
         if isinstance(self.estimator, PreferenceEstimator):
-            save_file(dict(self.estimator.weights), directory / WEIGHTS)
+            with written_file(directory / WEIGHTS) as file:
+                save_file(dict(self.estimator.weights), file)
             estimator = {
                 "kind": kind,
                 **asdict(self.estimator),
@@ -89,11 +91,10 @@ class Stored:
             del estimator["weights"]
         elif self.estimator is not None:
             estimator = {"kind": kind, **asdict(self.estimator)}  # type: ignore[call-overload]  # a dataclass, by KINDS
-        settings = {"estimator": estimator, "presets": dict(self.presets)}
-        (directory / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         if self.frontier:
-            text = json.dumps(self.frontier, indent=1, ensure_ascii=False)
-            (directory / FRONTIER).write_text(text + "\n", encoding="utf-8")
+            write_text(directory / FRONTIER, json.dumps(self.frontier, indent=1, ensure_ascii=False) + "\n")
+        settings = {"estimator": estimator, "presets": dict(self.presets)}
+        write_text(directory / SETTINGS, json.dumps(settings, indent=1) + "\n")  # last: it is what is looked for
         return directory
 
 

@@ -19,7 +19,7 @@ from dami.evaluation.frontier import Frontier
 from dami.evaluation.policies import Outcome, play
 from dami.evaluation.report import summary
 from dami.evaluation.sweeps import Record, sweep
-from dami.evaluation.tasks import Task
+from dami.evaluation.tasks import TO_TRAIN, Task, check_distinct, check_enough
 
 PRICES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0)
 CHOICES = 21  # λ that an estimator chooses from, evenly from the least to the greatest it was fitted to
@@ -62,7 +62,8 @@ def train_estimator(
 
     Args:
         model, tokenizer: a patched model and its tokenizer.
-        task: questions like those that the estimator will be asked about, with a verifier; a thousand is a good number.
+        task: questions like those that the estimator will be asked about, with a verifier; a thousand is a good number,
+            20 the least.
         directory: where the estimator goes; `dami.attach(model, directory)` takes it from there.
         intensities: λ to answer at. With two, the estimator is a router between these.
         samples: answers to a question at one λ.
@@ -72,8 +73,10 @@ def train_estimator(
         rows, seed, on_batch, options: as in `sweep`.
 
     Raises:
-        ValueError: too few questions to hold any out; or as `sweep`.
+        ValueError: fewer than 20 questions, or none on either side of those held out; or as `sweep`.
     """
+    check_enough(task, TO_TRAIN)
+    check_distinct(intensities)
     count = len(task.questions)
     held = np.random.default_rng(seed).permutation(count) < held_out * count
     if not 0 < held.sum() < count:

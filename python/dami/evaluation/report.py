@@ -17,8 +17,11 @@ from dami.evaluation.frontier import Frontier, Step
 from dami.evaluation.policies import play
 from dami.evaluation.sweeps import Record
 from dami.evaluation.tasks import Task
+from dami.files import write_text
 from dami.plots import color, save_curve
 
+ICON = """<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>\
+<circle cx='8' cy='8' r='7' fill='rgb(59,76,192)'/><path d='M8 1a7 7 0 0 1 0 14z' fill='rgb(180,4,38)'/></svg>">"""
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; }
@@ -56,8 +59,8 @@ def write_report(
     found = about | summary(frontier)
     if chosen is not None:
         found["estimator"] = asdict(play(frontier, _within(frontier, chosen)))
-    (directory / "frontier.json").write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
-    (directory / "report.html").write_text(page(task, records, frontier, about, chosen), encoding="utf-8")
+    write_text(directory / "frontier.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    write_text(directory / "report.html", page(task, records, frontier, about, chosen))
     return frontier
 
 
@@ -131,7 +134,7 @@ def page(
     )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(task.name)} over λ</title>'
-        f"<style>{STYLE}</style><h1>{html.escape(task.name)} over λ</h1>{svg[svg.index('<svg') :]}"
+        f"{ICON}<style>{STYLE}</style><h1>{html.escape(task.name)} over λ</h1>{svg[svg.index('<svg') :]}"
         "<table><tr><th>λ</th><th>right</th><th>tokens</th><th>with a thought</th><th>well formed</th></tr>"
         f"{rows}</table><table>{listed}</table><h2>Questions</h2>{questions}</html>\n"
     )

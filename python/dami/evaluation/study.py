@@ -32,7 +32,7 @@ from dami.evaluation.frontier import Interval, wilson
 from dami.evaluation.path import Array, Barrier, Similarity, barrier, bootstrap, similarities
 from dami.evaluation.permutations import permute
 from dami.evaluation.sweeps import append, fingerprint, resume
-from dami.evaluation.tasks import Task
+from dami.evaluation.tasks import TO_STUDY, Task, check_distinct, check_enough
 from dami.layers import LerpModule
 from dami.patching import patch_model
 from dami.sharing import materialize
@@ -41,6 +41,7 @@ from dami.thoughts import Reader
 Cell = tuple[str, int | None]  # a group of modules, and the layer
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
 
+ENDS = (0.0, 1.0)
 PATH = tuple(tenth / 10 for tenth in range(-2, 13))
 TEXTS = ("answer", "instruct", "thinking")
 GROUPS = {
@@ -54,7 +55,6 @@ THIRDS = ("first third", "middle third", "last third")
 PERMUTED = "permuted"
 STATES = 8  # of a question, at most, that similarities are measured on
 TEXT_TOKENS = 256  # of a text that is read, at most
-FEWEST = 4  # questions
 COLUMNS = ("score", "tokens", "thought", "well_formed")
 
 
@@ -389,13 +389,11 @@ def study(
             cannot be loaded or does not match the pair; the directory's answers belong to a run with other settings.
     """
     lams = tuple(sorted(float(lam) for lam in intensities))
-    if len(set(lams)) < len(lams) or not {0.0, 1.0} <= set(lams):
-        raise ValueError(f"intensities must be distinct and hold 0 and 1, got {list(intensities)}")
+    check_distinct(lams, ENDS)
     count = len(task.questions)
     if len(set(controls)) < len(controls):
         raise ValueError(f"controls must be distinct, got {list(controls)}")
-    if count < FEWEST:
-        raise ValueError(f"questions must be at least {FEWEST}, got {count}")
+    check_enough(task, TO_STUDY)
     for control in set(controls) - {PERMUTED}:
         _check_tokens(tokenizer, control)
     directory = Path(directory)

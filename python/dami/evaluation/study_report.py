@@ -14,8 +14,9 @@ import numpy as np
 
 from dami.evaluation.frontier import Interval
 from dami.evaluation.path import Barrier, Similarity, between_neighbours
-from dami.evaluation.report import STYLE
+from dami.evaluation.report import ICON, STYLE
 from dami.evaluation.study import Study, Way
+from dami.files import write_text, written_file
 from dami.plots import color
 
 CONTROL_COLORS = ("#d9822b", "#7a4fa3", "#4c8c4a", "#8c564b")
@@ -54,14 +55,15 @@ def write_report(study: Study, directory: str | Path, about: Mapping[str, Any]) 
     directory.mkdir(parents=True, exist_ok=True)
     svgs = {}
     for name, figure in figures(study):
-        figure.savefig(directory / f"{name}.png", dpi=150)
+        with written_file(directory / f"{name}.png") as file:
+            figure.savefig(file, dpi=150)
         picture = io.StringIO()
         figure.savefig(picture, format="svg")
         svgs[name] = picture.getvalue()
-        (directory / f"{name}.svg").write_text(svgs[name], encoding="utf-8")
+        write_text(directory / f"{name}.svg", svgs[name])
     found = json.dumps({"about": dict(about), **asdict(study)}, indent=1, ensure_ascii=False)
-    (directory / "study.json").write_text(found + "\n", encoding="utf-8")
-    (directory / "report.html").write_text(page(study, svgs, about), encoding="utf-8")
+    write_text(directory / "study.json", found + "\n")
+    write_text(directory / "report.html", page(study, svgs, about))
 
 
 def ways_of(study: Study) -> dict[str, Way]:
@@ -217,7 +219,7 @@ def page(study: Study, svgs: Mapping[str, str], about: Mapping[str, Any]) -> str
     body = "".join(f"<h2>{name}</h2><p>{NOTES[name]}</p>{text}" for name, text in sections.items())
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{_table((), facts)}{body}</html>\n"
+        f"{ICON}<style>{STYLE}</style><h1>{html.escape(title)}</h1>{_table((), facts)}{body}</html>\n"
     )
 
 

@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from torch import nn
 
 from dami.chat import ask
-from dami.evaluation.tasks import Task
+from dami.evaluation.tasks import Task, check_distinct
+from dami.files import write_text
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,7 @@ def sweep(
     Raises:
         ValueError: the file belongs to a run with another pair or other settings; they are named.
     """
-    if len(set(intensities)) < len(intensities) or not intensities:
-        raise ValueError(f"intensities must be distinct numbers, one at least, got {list(intensities)}")
+    check_distinct(intensities)
     units = [(index, sample) for index in range(len(task.questions)) for sample in range(samples)]
     step = max(1, rows // len(intensities))
     batches = [units[start : start + step] for start in range(0, len(units), step)]
@@ -134,8 +135,8 @@ def sweep(
 
 def read_records(path: str | Path) -> list[Record]:
     """The records of a sweep's file, whole batches or not."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()[1:]
-    return [Record(**json.loads(line)) for line in lines]
+    lines = Path(path).read_text(encoding="utf-8").split("\n")  # an answer may hold other ends of lines
+    return [Record(**json.loads(line)) for line in lines[1:-1]]
 
 
 def fingerprint(model: nn.Module) -> int:
@@ -163,23 +164,31 @@ def resume(path: Path, settings: dict[str, Any], sizes: Sequence[int]) -> list[d
         sizes: lines of each of its batches.
 
     Raises:
-        ValueError: the file belongs to a run with other settings; they are named.
+        ValueError: the file belongs to a run with other settings, which are named, or is none of a run.
     """
-    if not path.exists():
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""  # it may end within a letter
+    if not text:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(settings, ensure_ascii=False) + "\n")
         return []
-    head, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    found = json.loads(head)
+    head, *lines = text.split("\n")  # and the rest of a line that was cut off
+    found = _parsed(head, path, 1)
     differ = [key for key in settings if found.get(key) != settings[key]]
     if differ:
         told = "; ".join(f"{key}: {found.get(key, 'not told')} there, {settings[key]} now" for key in differ)
         raise ValueError(f"path {path} holds a sweep with other settings ({told}): name another file or delete it")
-    whole = 0
-    complete = sum(line.endswith("\n") for line in lines)
-    for size in sizes:
-        if whole + size > complete:
-            break
-        whole += size
-    path.write_text("".join([head, *lines[:whole]]), encoding="utf-8")
-    return [json.loads(line) for line in lines[:whole]]
+    whole = max((end for end in accumulate(sizes, initial=0) if end < len(lines)), default=0)
+    kept = "".join(line + "\n" for line in [head, *lines[:whole]])
+    if kept != text:
+        write_text(path, kept)
+    return [_parsed(line, path, number) for number, line in enumerate(lines[:whole], 2)]
+
+
+def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"path {path} is no file of a sweep, by line {number}: name another file or delete it")
+    return found

@@ -7,10 +7,11 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from dami.chat import Prompt
+from dami.prompts import Prompt, as_prompt
 from dami_kernels.installation import needs
 
 
@@ -64,12 +65,27 @@ def contains(text: str, answer: str) -> float:
 
 def same_math(text: str, answer: str) -> float:
     r"""1 if math-verify finds `text` to say what `answer` says: numbers, fractions, sets, \boxed{…} and so on."""
-    math_verify: Any = _import("math_verify")
+    math_verify = _math_verify()
     gold = math_verify.parse(answer if "$" in answer or "\\" in answer else f"${answer}$")
     return float(math_verify.verify(gold, math_verify.parse(text)))
 
 
 VERIFIERS: dict[str, Callable[[str, str], float]] = {"word": last_word, "contains": contains, "math": same_math}
+NUMBER = re.compile(r"-?\d+(\.\d+)?")
+WORDS = re.compile(r"(?=.*[^\W\d_]{3})[^\W\d_]+([ '-][^\W\d_]+)*")
+
+
+@cache
+def can_judge(verifier: str, answer: str) -> bool:
+    """Whether a verifier finds an answer right where it is said as it is.
+
+    Mathematics does not judge words: Tuesday would be the product of its letters.
+    """
+    if verifier != "math":
+        return answer != "" and VERIFIERS[verifier](answer, answer) == 1
+    if NUMBER.fullmatch(answer):  # saves math-verify's time
+        return True
+    return not WORDS.fullmatch(answer) and same_math(rf"\boxed{{{answer}}}", answer) == 1
 
 
 @dataclass
@@ -80,11 +96,13 @@ class JsonLines:
 
     Args:
         path: the file.
-        verifier: "math" (math-verify), "word" (the last number, or word, of the text must be the answer), or "contains"
-            (the answer must stand anywhere in the text).
+        verifier: of lines that name none: "math" (math-verify), "word" (the last number, or word, of the text must be
+            the answer), or "contains" (the answer must stand anywhere in the text).
 
     Raises:
-        ValueError: an unknown verifier, or a line that is no question; both are named.
+        ValueError: an unknown verifier, one that cannot judge an answer, a line that is no question, or a file without
+            any; all are named.
+        ImportError: math-verify is needed, and not installed.
     """
 
     path: Path
@@ -96,15 +114,18 @@ class JsonLines:
         if self.verifier not in VERIFIERS:
             raise ValueError(_unknown(self.verifier))
         self.name = Path(self.path).stem
-        lines = enumerate(Path(self.path).read_text(encoding="utf-8").splitlines(), 1)
-        self.questions = [self._question(number, line) for number, line in lines if line.strip()]
+        self.questions = [self._question(number, line) for number, line in lines_of(Path(self.path))]
+        if not self.questions:
+            raise ValueError(f"{self.path} must hold questions, and is empty")
+        if any(question.verifier == "math" for question in self.questions):
+            _math_verify()
 
     def _question(self, number: int, line: str) -> Question:
         try:
             fields = json.loads(line)
             asked = next(fields[key] for key in ("question", "problem", "prompt") if key in fields)
             question = Question(
-                asked,
+                as_prompt(asked),
                 str(fields["answer"]),
                 fields.get("task", self.name),
                 int(fields.get("level", 0)),
@@ -117,6 +138,12 @@ class JsonLines:
             ) from error
         if question.verifier not in VERIFIERS:
             raise ValueError(f"{self.path}:{number}: {_unknown(question.verifier)}")
+        if not can_judge(question.verifier, question.answer):
+            raise ValueError(
+                f"{self.path}:{number}: the verifier {question.verifier!r} cannot judge the answer "
+                f"{question.answer!r}: name another for the line or for the file, "
+                "'word' for a number or one word, 'contains' for any text, 'math' for mathematics"
+            )
         return question
 
     def score(self, index: int, text: str) -> float:
@@ -165,6 +192,10 @@ def load_task(name: str, count: int | None = None, seed: int = 0, **config: Any)
         config: `verifier` of a file, or the dataset's settings.
     """
     if not name.endswith(".jsonl"):
+        if Path(name).exists():
+            raise ValueError(f"a file of questions must end in .jsonl, got {name}")
+        if "verifier" in config:
+            raise ValueError(f"verifier is for a file of questions, and {name}, of reasoning-gym, has its own")
         return ReasoningGym(name, 100 if count is None else count, seed, **config)
     task = JsonLines(Path(name), **config)
     if count is not None:
@@ -172,10 +203,44 @@ def load_task(name: str, count: int | None = None, seed: int = 0, **config: Any)
     return task
 
 
+TO_STUDY, TO_TRAIN = 4, 20  # questions that `study` and `train_estimator` need
+
+
+def check_enough(task: Task, fewest: int) -> None:
+    """Raises ValueError if a task has fewer questions."""
+    if len(task.questions) < fewest:
+        raise ValueError(f"questions must be at least {fewest}, got {len(task.questions)}")
+
+
+def check_distinct(intensities: Sequence[float], among: Sequence[float] = ()) -> None:
+    """Raises ValueError unless λ are distinct, at least one, and hold those of `among`."""
+    if len(set(intensities)) < len(intensities) or not intensities or not set(among) <= set(intensities):
+        held = f" and hold {' and '.join(f'{lam:g}' for lam in among)}" if among else " numbers, one at least"
+        raise ValueError(f"intensities must be distinct{held}, got {list(intensities)}")
+
+
 def spread(questions: Sequence[Question], count: int) -> list[Question]:
     """`count` questions at even distances, so that a file in order of task and level gives of each alike; by level."""
     count = min(count, len(questions))
     return sorted((questions[i * len(questions) // count] for i in range(count)), key=lambda q: q.level)
+
+
+def lines_of(path: Path) -> list[tuple[int, str]]:
+    """The lines of a file in UTF-8 that are not blank, with their numbers.
+
+    Raises:
+        ValueError: it is no such text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8: {error}") from error
+    # JSON may hold what str.splitlines takes for the end of a line
+    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _math_verify() -> Any:
+    return _import("math_verify")
 
 
 def _import(name: str) -> Any:

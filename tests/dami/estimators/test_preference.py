@@ -111,12 +111,12 @@ def test_a_trial_adds_its_signals() -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
     """An estimator for the shipped pair, of a few questions with short answers."""
     model, tokenizer = dami.load_pair(*dami.example_pair())
-    task = load_task(str(dami.example_pair()[0].parent / "questions.jsonl"), 12, verifier="word")
+    task = load_task(str(dami.example_pair()[0].parent / "questions.jsonl"), 20)
     directory = tmp_path_factory.mktemp("run") / "intensity"
     trained = train_estimator(
         model, tokenizer, task, directory, LAMS, samples=1, trial=2, price=0.3, rows=36, max_new_tokens=8
     )
-    assert trained.stored.frontier["questions"] == 12
+    assert trained.stored.frontier["questions"] == 20
     return model, tokenizer, directory
 
 
@@ -194,6 +194,10 @@ def test_mistakes_are_named(estimator: PreferenceEstimator, tmp_path: Path) -> N
         fit(features, frontier.scores[:4], frontier.tokens, LAMS)
     with pytest.raises(ValueError, match="for 1 intensities"):
         fit(features, frontier.scores[:, :1], frontier.tokens[:, :1], LAMS[:1])
-    task = load_task(str(dami.example_pair()[0].parent / "questions.jsonl"), 2, verifier="word")
-    with pytest.raises(ValueError, match=r"held_out must leave questions on either side, got 0\.0 of 2"):
+    task = load_task(str(dami.example_pair()[0].parent / "questions.jsonl"), 20)
+    with pytest.raises(ValueError, match=r"held_out must leave questions on either side, got 0\.0 of 20"):
         train_estimator(None, None, task, tmp_path, held_out=0.0)
+    task.questions = task.questions[:19]
+    with pytest.raises(ValueError, match="questions must be at least 20, got 19"):
+        train_estimator(None, None, task, tmp_path / "none")
+    assert not (tmp_path / "none").exists()

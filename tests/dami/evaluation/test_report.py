@@ -41,6 +41,7 @@ def test_a_report_shows_numbers_and_answers_and_escapes_them(tmp_path: Path) -> 
     assert "b" not in parser.open
     assert "a & b" in parser.text
     assert parser.open.count("svg") == 1
+    assert parser.open.count("link") == 1
     assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     ).replace("https://matplotlib.org", "")

@@ -312,7 +312,7 @@ def test_the_command_writes_the_report_and_goes_on(tmp_path: Path, monkeypatch: 
         (["--pair", "a", "b"], "a task is needed for a pair of your own"),
         (["-l", "0", "--questions", "4"], "intensities must be distinct and hold 0 and 1"),
         (["--control", "permuted", "--control", "permuted"], "controls must be distinct"),
-        (["--control", "tests"], "cannot load the control tests: "),
+        (["--control", "tests"], "tests is no checkpoint: it has no config.json"),
     ],
 )
 def test_the_command_tells_of_mistakes_in_a_line(arguments: list[str], message: str, tmp_path: Path) -> None:

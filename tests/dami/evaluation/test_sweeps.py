@@ -108,6 +108,53 @@ def test_a_file_of_another_pair_or_other_settings_is_not_continued(
         sweep(MODEL, None, task, LAMS, path=path)
 
 
+def test_answers_may_hold_any_letter(task: JsonLines, batches: list[Any], tmp_path: Path) -> None:
+    """Ends of lines of other alphabets, and one of several bytes at which the file was cut off."""
+    path = tmp_path / "run.jsonl"
+    whole = sweep(MODEL, None, task, LAMS, rows=6, path=path)
+    head, *lines = path.read_bytes().splitlines(keepends=True)
+    said = "\u2028\x85\x0b\r\nλ"
+    found = [json.dumps(json.loads(line) | {"text": said}, ensure_ascii=False).encode() + b"\n" for line in lines]
+    path.write_bytes(b"".join([head, *found]))
+    assert [record.text for record in read_records(path)] == [said] * 15
+    torn = b"".join([head, *found[:7]])
+    path.write_bytes(torn[: torn.rindex("λ".encode()) + 1])
+    again = sweep(MODEL, None, task, LAMS, rows=6, path=path)
+    assert [record.text for record in again] == [said] * 6 + [record.text for record in whole[6:]]
+
+
+@pytest.mark.parametrize("text", ["notes", "[1]\n", '{"question": "1+1"}', '{"weights": 1}\n{"task"'])
+def test_a_file_that_is_none_of_a_sweep_stays_as_it_is(
+    task: JsonLines, batches: list[Any], tmp_path: Path, text: str
+) -> None:
+    path = tmp_path / "notes.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"is no file of a sweep, by line 1|holds a sweep with other settings"):
+        sweep(MODEL, None, task, LAMS, path=path)
+    assert path.read_text() == text
+    path.write_text("")
+    assert len(sweep(MODEL, None, task, LAMS, path=path)) == 15
+
+
+def test_a_full_disk_loses_no_answers(
+    task: JsonLines, batches: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.jsonl"
+    whole = sweep(MODEL, None, task, LAMS, rows=6, path=path)
+    path.write_bytes(path.read_bytes()[:-10])
+    torn = path.read_bytes()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match=r"No space left on device: .*run.jsonl"):
+            sweep(MODEL, None, task, LAMS, rows=6, path=path)
+    assert path.read_bytes() == torn
+    assert sweep(MODEL, None, task, LAMS, rows=6, path=path) == whole
+
+
 @pytest.mark.parametrize("format", ["pair", "int8", "int4", "w8d4"])
 def test_a_fingerprint_is_that_of_both_ends(format: str) -> None:
     def found(instruct: float, thinking: float) -> int:

@@ -12,6 +12,7 @@ import pytest
 from dami.evaluation import JsonLines, Question, ReasoningGym, load_task
 from dami.evaluation.tasks import last_word, same_math, spread
 
+ROOT = Path(__file__).resolve().parents[3]
 QUESTIONS = [
     Question(f"{task} {level} {n}", str(n), task, level)
     for task in ("gcd", "sum")
@@ -85,7 +86,78 @@ def test_questions_of_a_file_may_be_spelled_as_the_usual_data_sets_do(tmp_path: 
     assert [task.score(1, "It is 4."), task.score(1, "5")] == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("line", ["no JSON", '{"question": "1+1"}', '{"answer": "2"}', "[1]"])
+@pytest.mark.parametrize(
+    ("verifier", "answers"),
+    [
+        ("math", ["7", "-7.5", "1,073", r"\frac{1}{2}", "x^2+1", "(1, 2)", "xy", "$Tuesday$", "5 apples"]),
+        ("word", ["7", "-7", "Tuesday"]),
+        ("contains", ["7", "7.5", "Kuala Lumpur", "N'Djamena"]),
+    ],
+)
+def test_a_verifier_takes_answers_that_it_can_judge(verifier: str, answers: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text("\n".join(json.dumps({"question": "?", "answer": answer}) for answer in answers))
+    assert [question.answer for question in JsonLines(path, verifier).questions] == answers
+
+
+@pytest.mark.parametrize(
+    ("verifier", "answer"),
+    [
+        ("math", "Tuesday"),
+        ("math", "New York"),
+        ("math", r"\text{Monday}"),
+        ("math", ""),
+        ("word", "New York"),
+        ("word", "0.5"),
+        ("word", ""),
+        ("contains", ""),
+    ],
+)
+def test_a_verifier_that_cannot_judge_an_answer_says_so(verifier: str, answer: str, tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text(
+        json.dumps({"question": "1 + 1", "answer": 2}) + "\n" + json.dumps({"problem": "?", "answer": answer})
+    )
+    with pytest.raises(
+        ValueError, match=f"q.jsonl:2: the verifier '{verifier}' cannot judge the answer .*: name another"
+    ):
+        JsonLines(path, verifier)
+
+
+def test_a_file_may_hold_any_text_and_must_hold_questions(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"question": "a\u2028b", "answer": 1}, ensure_ascii=False), encoding="utf-8-sig")
+    assert JsonLines(path).questions[0].question == "a\u2028b"
+    path.write_text("\n \n")
+    with pytest.raises(ValueError, match=r"q.jsonl must hold questions, and is empty"):
+        JsonLines(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"q.jsonl must be text in UTF-8: 'utf-8' codec can't decode"):
+        JsonLines(path)
+    (tmp_path / "q.json").write_text("")
+    with pytest.raises(ValueError, match=r"a file of questions must end in .jsonl, got .*q.json"):
+        load_task(str(tmp_path / "q.json"))
+
+
+@pytest.mark.parametrize("file", [dami.example_pair()[0].parent, ROOT / "examples" / "smollm2"])
+def test_questions_files_name_their_verifiers(file: Path) -> None:
+    """So that no verifier has to be given: every right answer is found right."""
+    task = load_task(str(file / "questions.jsonl"))
+    assert {question.verifier for question in task.questions} == {"word"}
+    assert all(task.score(index, question.answer) for index, question in enumerate(task.questions))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "no JSON",
+        '{"question": "1+1"}',
+        '{"answer": "2"}',
+        "[1]",
+        '{"question": 1, "answer": 1}',
+        '{"prompt": [], "answer": 1}',
+    ],
+)
 def test_a_line_that_is_no_question_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "sums.jsonl"
     path.write_text('{"question": "1", "answer": "1"}\n' + line)
@@ -128,7 +200,12 @@ def test_an_unknown_data_set_is_refused() -> None:
         load_task("sudokus")
 
 
-def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """When the task is loaded, not at the first answer."""
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    (tmp_path / "q.jsonl").write_text('{"question": "1 + 1", "answer": 2}')
+    with pytest.raises(ImportError, match=r"this needs math_verify: pip install .*math-verify"):
+        JsonLines(tmp_path / "q.jsonl")
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ImportError, match="this needs reasoning_gym: pip install 'reasoning-gym>="):
         load_task("chain_sum")

@@ -1,0 +1,109 @@
+"""What can be told of a pair's checkpoints without loading them, and without torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+METHOD = "dami"  # quant_method of a packed pair
+ADAPTER = "adapter_config.json"
+FOLDER, SETTINGS = "intensity", "intensity.json"  # of an estimator and presets: the folder in a pair, the file in that
+
+
+QUESTIONS = Path(__file__).parent / "data" / "pair" / "questions.jsonl"  # held out from the pair that ships
+
+
+def example_pair() -> tuple[Path, Path]:
+    """Directories of the pair that ships with dami: its instruct end and its thinking end."""
+    pair = QUESTIONS.parent
+    return pair / "instruct", pair / "thinking"
+
+
+def local(source: str | Path) -> Path | None:
+    """The directory or the GGUF file of a checkpoint on disk; None if `source` can only be a name on the hub.
+
+    Raises:
+        OSError: it is no such name, and there is no such checkpoint.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    if path.is_dir():
+        if not any((path / name).exists() for name in ("config.json", ADAPTER)):
+            raise OSError(f"{source} is no checkpoint: it has no config.json")
+        return path
+    if path.is_absolute() or str(source).startswith((".", "~")) or path.suffix == ".gguf" or len(path.parts) > 2:
+        raise OSError(f"there is no checkpoint {source}")
+    return None
+
+
+def packed_format(path: Path) -> str | None:
+    """The format of a packed pair, None if `path` is an ordinary checkpoint.
+
+    Raises:
+        ValueError: its config.json is damaged.
+    """
+    file = path / "config.json"
+    if not file.exists():
+        return None
+    try:
+        quantization = json.loads(file.read_text(encoding="utf-8")).get("quantization_config") or {}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} must be a JSON object: {error}") from error
+    return quantization.get("format") if quantization.get("quant_method") == METHOD else None
+
+
+def check_packed(path: Path, format: str | None) -> None:
+    """Raises ValueError unless `path` is a packed pair, in this format if it is not None."""
+    packed = packed_format(path)
+    if packed is None:
+        raise ValueError(f"thinking must be given: {path} is a checkpoint, not a packed pair of two")
+    if format not in (None, packed):
+        raise ValueError(f"format must be None or {packed!r}, in which {path} is packed, got {format!r}")
+
+
+def check_end(path: Path) -> None:
+    """Raises ValueError if `path` is a packed pair, where one end of a pair is wanted."""
+    if packed_format(path) is not None:
+        raise ValueError(f"{path} is a packed pair, not one end of a pair: load it alone")
+
+
+def check_preset(name: str, presets: Iterable[str]) -> None:
+    """Raises ValueError unless `name` is that of a preset."""
+    known = sorted(presets)
+    if name not in known:
+        there = f"one of {known}" if known else "a preset, of which the model has none,"
+        raise ValueError(f"intensity must be a number, {there} or 'auto', got {name!r}")
+
+
+def check_estimator(estimator: Any) -> None:
+    """Raises ValueError if there is none."""
+    if estimator is None:
+        raise ValueError('intensity="auto" needs an estimator: attach one with dami.attach(model, estimator)')
+
+
+def check_pair(ends: Sequence[str], format: str | None, intensities: Iterable[float | str] = ()) -> None:
+    """Raises what loading a pair and asking at these λ would raise, as far as files on disk tell.
+
+    Args:
+        ends: a packed pair, or an instruct and a thinking end, as `load_pair` takes them.
+        format: likewise.
+        intensities: numbers, names of presets, "auto".
+    """
+    paths = [local(end) for end in ends]
+    for path in paths:
+        if path is not None and len(ends) == 1:
+            check_packed(path, format)
+        elif path is not None:
+            check_end(path)
+    where, names = paths[-1], {each for each in intensities if isinstance(each, str)}
+    if where is None or not names:
+        return
+    file = where / FOLDER / SETTINGS
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"presets": {}, "estimator": None}
+    for name in names - {"auto"}:
+        check_preset(name, known["presets"])
+    if "auto" in names:
+        check_estimator(known["estimator"])
