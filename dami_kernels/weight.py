@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dami_kernels import formats
+from dami_kernels.rows import lerp
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,6 +52,8 @@ class LerpWeight:
         if base.device != target.device:
             raise ValueError(f"base and target must be on one device, got {base.device} and {target.device}")
         packer = formats.get(format)
+        if format != "pair" and base.is_meta:
+            raise ValueError(f"base and target must hold values to be stored as {format!r}, got tensors on meta")
         if format != "pair" and base.dim() < 2:
             raise ValueError(f"format must be 'pair' for a weight of shape {list(base.shape)}, got {format!r}")
         return cls(packer.pack(base, target), format, base.shape, base.dtype)
@@ -77,5 +80,5 @@ class LerpWeight:
         """One merged weight, blended in float32 and rounded once to the weight's dtype: the only way to get a copy."""
         merged = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         for rows, base, target in formats.float_blocks(self.format, self.tensors, self.shape[-1]):
-            merged[rows] = torch.lerp(base, target, float(lam))
+            merged[rows] = lerp(base, target, base.new_tensor(lam))
         return merged
