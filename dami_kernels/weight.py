@@ -72,6 +72,16 @@ class LerpWeight:
         """Bytes stored for each weight of one end: 4.0 for a bfloat16 `pair`."""
         return self.nbytes / max(self.shape.numel(), 1)
 
+    def to(self, dtype: torch.dtype) -> LerpWeight:
+        """The same weight for operands of another dtype: codes and scales stay as they are."""
+        if dtype == self.dtype:
+            return self
+        tensors = tuple(
+            tensor if suffix.endswith("_scale") or not tensor.is_floating_point() else tensor.to(dtype)
+            for suffix, tensor in zip(formats.get(self.format).TENSORS, self.tensors, strict=True)
+        )
+        return LerpWeight(tensors, self.format, self.shape, dtype)
+
     def unpack(self) -> tuple[Tensor, Tensor]:
         """Base and target as the operators see them: an end as it is stored, or in float32 where it is quantised."""
         return formats.get(self.format).unpack(*self.tensors, columns=self.shape[-1])

@@ -11,6 +11,7 @@ from dami_kernels.rows import along, lam_map, lam_per_row, lerp, sum_per_lam
 from dami_kernels.weight import LerpWeight
 
 
+@library.autocast("lookup")
 def lerp_embedding(
     ids: Tensor,
     weight: LerpWeight,

@@ -15,6 +15,7 @@ from dami_kernels.rows import along, lam_map, lam_per_row, lerp, sum_per_lam
 from dami_kernels.weight import LerpWeight
 
 
+@library.autocast("product")
 def lerp_experts(
     x: Tensor,
     weight: LerpWeight,

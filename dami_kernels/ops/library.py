@@ -7,11 +7,12 @@ An operator's derivatives are registered for torch's autograd key as C++ operato
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-from typing import Any
+from functools import cache, wraps
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from torch.utils import _pytree as pytree
 
 from dami_kernels import native
 from dami_kernels.weight import FLOAT_DTYPES, LerpWeight
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 LIBRARY = torch.library.Library("dami", "DEF")
 
@@ -158,6 +161,44 @@ def register_vmap(name: str) -> None:
         return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
 
     torch.library.register_vmap(f"dami::{name}", batched, lib=LIBRARY)
+
+
+def autocast(kind: Literal["product", "norm", "lookup"]) -> Callable[[F], F]:
+    """Makes a public function of x, or ids, follow `torch.autocast` as torch's own counterpart does.
+
+    A product casts x, weights and biases to autocast's dtype, as `F.linear`. A norm computes in float32, and returns
+    that on a GPU, but x's dtype on the CPU, as `F.layer_norm`. A lookup casts nothing, as `F.embedding`. λ stays
+    float32 in all of them, and nothing inside is cast again.
+    """
+
+    def decorate(function: F) -> F:
+        first = next(iter(inspect.signature(function).parameters))
+
+        @wraps(function)
+        def run(*args: Any, **options: Any) -> Any:
+            x = args[0] if args else options.get(first)
+            if not isinstance(x, Tensor) or x.dtype == torch.float64 or not _is_autocast(x.device.type):
+                return function(*args, **options)
+            device = x.device.type
+            if kind != "lookup":
+                dtype = torch.get_autocast_dtype(device) if kind == "product" else torch.float32
+                args = tuple(_cast(value, dtype) for value in args)
+                options = {name: _cast(value, dtype) for name, value in options.items()}
+                args, options = ((x.to(dtype), *args[1:]), options) if args else ((), {**options, first: x.to(dtype)})
+            with _without_autocast(device):
+                y = function(*args, **options)
+            return y.to(x.dtype) if kind == "norm" and device == "cpu" else y
+
+        return cast(F, run)
+
+    return decorate
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """An argument with the weights in it, if any, of another dtype."""
+    if isinstance(value, (list, tuple)):
+        return [_cast(each, dtype) for each in value]
+    return value.to(dtype) if isinstance(value, LerpWeight) else value
 
 
 def _is_autocast(device: str) -> bool:

@@ -15,6 +15,7 @@ from dami_kernels.rows import along, lam_map, lam_per_row, lerp, sum_per_lam
 from dami_kernels.weight import LerpWeight
 
 
+@library.autocast("product")
 def lerp_linear(
     x: Tensor,
     weight: LerpWeight,
@@ -71,6 +72,7 @@ def lerp_linear(
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
+@library.autocast("product")
 def lerp_linears(
     x: Tensor,
     weights: Sequence[LerpWeight],

@@ -12,6 +12,7 @@ from dami_kernels.rows import along, lam_map, lam_per_row, lerp, sum_per_lam
 from dami_kernels.weight import LerpWeight
 
 
+@library.autocast("norm")
 def lerp_rms_norm(
     x: Tensor,
     weight: LerpWeight,
