@@ -154,7 +154,7 @@ def _load_adapted(
     if mismatches:
         raise ValueError("\n  ".join([f"{instruct.directory} and {thinking.directory} do not match:", *mismatches]))
     model, tokenizers = instruct.model(**options), (instruct.tokenizer(), thinking.tokenizer())
-    interpolate(model, adapter.tensors(), format, invariant=invariant, owned=True)
+    interpolate(model, adapter.tensors(model), format, invariant=invariant, owned=True)
     return model, tokenizers
 
 

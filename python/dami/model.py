@@ -286,14 +286,18 @@ def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
 
 def _check_adapters(model: Any) -> None:
     """Refuses PEFT adapters that read or change a layer's weight, of which a patched layer has two: ValueError."""
+    from dami.adapters import UNCHANGED, more_than_lora
+
     for name, config in getattr(model, "peft_config", {}).items():
-        method = config.peft_type.value
+        settings, method = config.to_dict(), config.peft_type.value
+        odd = [] if method == "IA3" else [method]
         if method == "LORA":
-            method = "DoRA" if config.use_dora else config.init_lora_weights
-        if method not in ("IA3", True, False, "gaussian", "orthogonal"):
+            odd = more_than_lora(settings | {"peft_type": method})
+            odd += [f"{key}={settings[key]!r}" for key in ("init_lora_weights",) if settings[key] not in UNCHANGED]
+        if odd:
             raise ValueError(
-                f"the adapter {name!r} uses {method}; known to leave the weights alone, of which a patched layer has "
-                "two, are LoRA with init_lora_weights=True and IA3: use them, on a pair loaded afresh"
+                f"the adapter {name!r} uses {', '.join(odd)}; known to leave the weights alone, of which a patched "
+                "layer has two, are plain LoRA with init_lora_weights=True and IA3: use them, on a pair loaded afresh"
             )
         if any(getattr(module, "merged", False) for module in model.modules()):
             raise ValueError(
