@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
-from dami.checkpoints import Checkpoint, Match, Stored, headers_in, load_pair, with_both_templates
+from dami.checkpoints import Checkpoint, Match, Stored, downloads_of, headers_in, load_pair, with_both_templates
 from dami.estimators.storage import copy_estimator
 from dami.layers import LerpModule, readers, stored_format
 from dami.model_card import write_model_card
@@ -37,6 +38,7 @@ def pack(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     shard_bytes: int = SHARD,
+    **download: Any,
 ) -> Path:
     """Packs two checkpoints of one architecture into one directory, which `dami.load_pair` loads, and returns it.
 
@@ -52,19 +54,25 @@ def pack(
         overwrite: replaces a directory that exists.
         trust_remote_code: as in `from_pretrained`.
         shard_bytes: size of a file at most, unless a single weight is larger.
+        download: `revision`, `token`, `cache_dir`, `force_download` and `local_files_only`, as in `load_pair`.
 
     Raises:
+        TypeError: an option is unknown.
         ValueError, OSError: as `load_pair`.
         FileExistsError: there is such a directory.
     """
     formats.get(format)
     directory = Path(directory)
-    ends = Checkpoint.find(instruct, trust_remote_code), Checkpoint.find(thinking, trust_remote_code)
+    downloads = downloads_of(download)
+    ends = (
+        Checkpoint.find(instruct, trust_remote_code, downloads[0]),
+        Checkpoint.find(thinking, trust_remote_code, downloads[1]),
+    )
     with written_whole(directory, overwrite) as partial:
         match = None if ends[1].is_adapter else Match.of(*ends)
         if match is None or not all(stored.complete for stored in match.stored):
             logger.warning(f"{instruct} or {thinking} is not stored as the model is: loading both ends first")
-            model, _ = load_pair(instruct, thinking, format, trust_remote_code=trust_remote_code)
+            model, _ = load_pair(instruct, thinking, format, trust_remote_code=trust_remote_code, **download)
             save_pair(model, partial, overwrite=True)
         else:
             _pack(match, partial, format, shard_bytes)

@@ -149,3 +149,10 @@ def test_a_tied_weight_cannot_be_adapted_alone(tmp_path: Path) -> None:
     base, adapter, _ = adapted("qwen3", tmp_path, target_modules=["embed_tokens"])
     with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight: tied in the model, adapted alone"):
         dami.load_pair(base, adapter)
+
+
+def test_an_adapter_is_no_instruct_end(tmp_path: Path) -> None:
+    base, adapter, _ = adapted("llama", tmp_path, target_modules=["q_proj"])
+    for thinking in (base, adapter):
+        with pytest.raises(ValueError, match="instruct must be a whole checkpoint, got the adapter"):
+            dami.load_pair(adapter, thinking)
