@@ -305,8 +305,8 @@ class Checkpoint:
     def config(self) -> PreTrainedConfig:
         if self.is_adapter:
             raise ValueError(
-                f"instruct must be a whole checkpoint, got the adapter {self.directory}: name the checkpoint that it was "
-                "trained on, and the adapter as the thinking end"
+                f"instruct must be a whole checkpoint, got the adapter {self.directory}: name the checkpoint that it "
+                "was trained on, and the adapter as the thinking end"
             )
         return AutoConfig.from_pretrained(self.directory, **self._where)
 

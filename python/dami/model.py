@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from dami import dial as dials
 from dami.dial import Dial, as_lam, named, patch_of
 from dami.independence import check_independence
-from dami.layers import Pass
+from dami.layers import Pass, check_dtypes
 from dami.schedules import Course, course_of, resolved
 
 if TYPE_CHECKING:
@@ -88,6 +88,10 @@ class LerpModel(nn.Module):
         """Where the model computes: its parameters may be offloaded, and then are on no device."""
         device, hook = next(self.parameters()).device, getattr(self, "_hf_hook", None)
         return hook.execution_device if hook is not None and device.type == "meta" else device
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        check_dtypes(self, fn)  # before any module has changed
+        return super()._apply(fn, recurse)
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:
         """As transformers' own, with all that `from_pretrained` needs to load the pair, and a model card."""
