@@ -67,3 +67,20 @@ def sum_per_lam(per_row: Tensor, lam: Tensor, rows_per_lam: int, row_to_lam: Ten
     if row_to_lam is not None:
         return torch.zeros_like(lam).index_add(0, row_to_lam, per_row)
     return per_row.reshape(lam.shape[0], rows_per_lam).sum(1)
+
+
+def lerp(base: Tensor, target: Tensor, lam: Tensor) -> Tensor:
+    """`torch.lerp`, exact at λ=0 and λ=1 even where the other end is not finite, as the kernels are.
+
+    Where that end is finite it stays in the formula, so that derivatives in λ are right at the ends, too.
+    """
+    return torch.lerp(
+        torch.where((lam == 1) & ~base.isfinite(), target, base),
+        torch.where((lam == 0) & ~target.isfinite(), base, target),
+        lam,
+    )
+
+
+def along(dlam: Tensor, difference: Tensor) -> Tensor:
+    """λ̇ · difference, which is 0 where λ̇ is, even if an end is not finite."""
+    return dlam * torch.where((dlam == 0) & ~difference.isfinite(), 0.0, difference)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dami_kernels import formats
+from dami_kernels.rows import lerp
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,6 +56,8 @@ class LerpWeight:
         if base.device != target.device:
             raise ValueError(f"base and target must be on one device, got {base.device} and {target.device}")
         packer = formats.get(format)
+        if format != "pair" and base.is_meta:
+            raise ValueError(f"base and target must hold values to be stored as {format!r}, got tensors on meta")
         if format != "pair" and base.dim() < 2:
             raise ValueError(f"format must be 'pair' for a weight of shape {list(base.shape)}, got {format!r}")
         return cls(packer.pack(base, target), format, base.shape, base.dtype)
@@ -73,6 +76,16 @@ class LerpWeight:
         """Bytes stored for each weight of one end: 4.0 for a bfloat16 `pair`."""
         return self.nbytes / max(self.shape.numel(), 1)
 
+    def to(self, dtype: torch.dtype) -> LerpWeight:
+        """The same weight for operands of another dtype: codes and scales stay as they are."""
+        if dtype == self.dtype:
+            return self
+        tensors = tuple(
+            tensor if suffix.endswith("_scale") or not tensor.is_floating_point() else tensor.to(dtype)
+            for suffix, tensor in zip(formats.get(self.format).TENSORS, self.tensors, strict=True)
+        )
+        return LerpWeight(tensors, self.format, self.shape, dtype)
+
     def unpack(self) -> tuple[Tensor, Tensor]:
         """Base and target as the operators see them: an end as it is stored, or in float32 where it is quantised."""
         return formats.get(self.format).unpack(*self.tensors, columns=self.shape[-1])
@@ -81,5 +94,5 @@ class LerpWeight:
         """One merged weight, blended in float32 and rounded once to the weight's dtype: the only way to get a copy."""
         merged = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         for rows, base, target in formats.float_blocks(self.format, self.tensors, self.shape[-1]):
-            merged[rows] = torch.lerp(base, target, float(lam))
+            merged[rows] = lerp(base, target, base.new_tensor(lam))
         return merged

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from dami_kernels import formats
 from dami_kernels.ops import library
-from dami_kernels.rows import lam_map, lam_per_row, sum_per_lam
+from dami_kernels.rows import along, lam_map, lam_per_row, lerp, sum_per_lam
 from dami_kernels.weight import LerpWeight
 
 
+@library.autocast("lookup")
 def lerp_embedding(
     ids: Tensor,
     weight: LerpWeight,
@@ -105,21 +104,39 @@ def _plain(
     columns: int,
 ) -> Tensor:
     per_row = lam_per_row(lam, rows_per_lam, row_to_lam).unsqueeze(1)
-    return torch.lerp(*_looked_up(ids, weight, format, columns), per_row).to(dtype)
+    return lerp(*_looked_up(ids, weight, format, columns), per_row).to(dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ids, weight, lam, row_to_lam, rows_per_lam, format, _, columns = inputs
-    ctx.save_for_backward(ids, lam, row_to_lam, *weight)
-    ctx.rows_per_lam, ctx.format, ctx.columns = rows_per_lam, format, columns
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    ids, lam, row_to_lam, *weight = ctx.saved_tensors
-    base, target = _looked_up(ids, weight, ctx.format, ctx.columns)
+def _gradients(
+    dy: Tensor,
+    ids: Tensor,
+    weight: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    format: str,
+    dtype: torch.dtype,
+    columns: int,
+) -> tuple[None, Tensor]:
+    base, target = _looked_up(ids, weight, format, columns)
     dlam = (dy.float() * (target - base)).sum(1)
-    dlam = sum_per_lam(dlam, lam, ctx.rows_per_lam, row_to_lam)
-    return None, [None] * len(weight), dlam, None, None, None, None, None
+    return None, sum_per_lam(dlam, lam, rows_per_lam, row_to_lam)
+
+
+def _tangent(
+    _: None,
+    dlam: Tensor,
+    ids: Tensor,
+    weight: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    format: str,
+    dtype: torch.dtype,
+    columns: int,
+) -> Tensor:
+    base, target = _looked_up(ids, weight, format, columns)
+    return along(lam_per_row(dlam, rows_per_lam, row_to_lam).unsqueeze(1), target - base).to(dtype)
 
 
 library.define(
@@ -128,6 +145,6 @@ library.define(
     check=_check_operands,
     fake=_fake,
     plain=_plain,
-    setup_context=_setup_context,
-    backward=_backward,
+    gradients=_gradients,
+    tangent=_tangent,
 )

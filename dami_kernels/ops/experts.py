@@ -11,10 +11,11 @@ from torch import Tensor
 
 from dami_kernels import formats
 from dami_kernels.ops import library
-from dami_kernels.rows import lam_map, lam_per_row, sum_per_lam
+from dami_kernels.rows import along, lam_map, lam_per_row, lerp, sum_per_lam
 from dami_kernels.weight import LerpWeight
 
 
+@library.autocast("product")
 def lerp_experts(
     x: Tensor,
     weight: LerpWeight,
@@ -103,9 +104,9 @@ def _fake(x: Tensor, weight: list[Tensor], *_: Any) -> Tensor:
 
 
 def _rows_of_experts(offsets: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
-    """Each expert that has rows, and which."""
+    """Each expert that has rows, and which: on the device meta none."""
     begin = 0
-    for expert, end in enumerate(offsets.tolist()):
+    for expert, end in enumerate([] if offsets.is_meta else offsets.tolist()):
         if not begin <= end <= rows:
             raise IndexError(f"expert_offsets must not decrease and end within {rows} rows, got {offsets.tolist()}")
         if end > begin:
@@ -131,23 +132,14 @@ def _plain(
         for block, base, target in formats.float_blocks(format, [t[expert] for t in weight], x.shape[1]):
             biases = [end[expert, block].float() for end in bias] or (None, None)
             ys = F.linear(one, base, biases[0]), F.linear(one, target, biases[1])
-            y[rows, block] = torch.lerp(*ys, per_row[rows]).to(y.dtype)
+            y[rows, block] = lerp(*ys, per_row[rows]).to(y.dtype)
     return y
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, lam, row_to_lam, rows_per_lam, offsets, format, _ = inputs
-    ctx.save_for_backward(x, lam, row_to_lam, offsets, *weight, *bias)
-    ctx.weights, ctx.rows_per_lam, ctx.format = len(weight), rows_per_lam, format
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    x, lam, row_to_lam, offsets, *rest = ctx.saved_tensors
-    weight, bias = rest[: ctx.weights], rest[ctx.weights :]
-    dx, dlam = torch.ops.dami.lerp_experts_backward(
-        dy, x, weight, bias, lam, row_to_lam, ctx.rows_per_lam, offsets, ctx.format
-    )
-    return dx, [None] * len(weight), [None] * len(bias), dlam, None, None, None, None, None
+def _of_experts(pieces: list[Tensor], x: Tensor, columns: int) -> Tensor:
+    """[rows of x, columns] in float32: the experts' rows, one after the other, and zeros for those of none."""
+    others = x.shape[0] - sum(len(piece) for piece in pieces)
+    return torch.cat([*pieces, x.new_zeros(others, columns, dtype=torch.float32)])
 
 
 def _gradients(
@@ -160,22 +152,71 @@ def _gradients(
     rows_per_lam: int,
     offsets: Tensor,
     format: str,
+    invariant: bool,
 ) -> tuple[Tensor, Tensor]:
     """dx and dλ as `lerp_linear` has them, expert by expert; the offsets come to the host."""
+    # An operator of its own, because torch.compile cannot trace what depends on the offsets' values. Where derivatives
+    # are to be differentiated again, which is never while it traces, they have to be in plain torch.
+    backward = _plain_gradients if torch.is_grad_enabled() else torch.ops.dami.lerp_experts_backward
+    return backward(dy, x, weight, bias, lam, row_to_lam, rows_per_lam, offsets, format)
+
+
+def _plain_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: list[Tensor],
+    bias: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    offsets: Tensor,
+    format: str,
+) -> tuple[Tensor, Tensor]:
     dy = dy.float()
-    dy_base = x.new_zeros(x.shape, dtype=torch.float32)
-    dy_target = torch.zeros_like(dy_base)
-    dlam = x.new_zeros(x.shape[0], dtype=torch.float32)
+    ends: tuple[list[Tensor], list[Tensor]] = [], []
+    biases = []
     for expert, rows in _rows_of_experts(offsets, x.shape[0]):
+        dy_base = dy_target = x.new_zeros(rows.stop - rows.start, x.shape[1], dtype=torch.float32)
         for block, base, target in formats.float_blocks(format, [t[expert] for t in weight], x.shape[1]):
-            dy_base[rows] += dy[rows, block] @ base
-            dy_target[rows] += dy[rows, block] @ target
+            dy_base = dy_base + dy[rows, block] @ base
+            dy_target = dy_target + dy[rows, block] @ target
+        ends[0].append(dy_base)
+        ends[1].append(dy_target)
         if bias:
-            dlam[rows] += dy[rows] @ (bias[1][expert].float() - bias[0][expert].float())
+            biases.append((dy[rows] @ (bias[1][expert].float() - bias[0][expert].float())).unsqueeze(1))
+    dy_base, dy_target = (_of_experts(pieces, x, x.shape[1]) for pieces in ends)
     per_row = lam_per_row(lam, rows_per_lam, row_to_lam).unsqueeze(1)
-    dx = torch.lerp(dy_base, dy_target, per_row).to(x.dtype)
-    dlam += ((dy_target - dy_base) * x.float()).sum(1)
+    dx = lerp(dy_base, dy_target, per_row).to(x.dtype)
+    dlam = ((dy_target - dy_base) * x.float()).sum(1) + _of_experts(biases, x, 1).squeeze(1)
     return dx, sum_per_lam(dlam, lam, rows_per_lam, row_to_lam)
+
+
+def _tangent(
+    dx: Tensor,
+    dlam: Tensor,
+    x: Tensor,
+    weight: list[Tensor],
+    bias: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    offsets: Tensor,
+    format: str,
+    invariant: bool,
+) -> Tensor:
+    """ẏ as `lerp_linear` has it, expert by expert; the offsets come to the host."""
+    per_row, dlam = (lam_per_row(each, rows_per_lam, row_to_lam).unsqueeze(1) for each in (lam, dlam))
+    pieces = []
+    for expert, rows in _rows_of_experts(offsets, x.shape[0]):
+        blocks = []
+        for block, base, target in formats.float_blocks(format, [t[expert] for t in weight], x.shape[1]):
+            difference = F.linear(x[rows].float(), target) - F.linear(x[rows].float(), base)
+            if bias:
+                difference = difference + (bias[1][expert, block].float() - bias[0][expert, block].float())
+            along_x = lerp(F.linear(dx[rows].float(), base), F.linear(dx[rows].float(), target), per_row[rows])
+            blocks.append(along_x + along(dlam[rows], difference))
+        pieces.append(torch.cat(blocks, 1))
+    return _of_experts(pieces, x, weight[0].shape[1]).to(x.dtype)
 
 
 library.define(
@@ -184,19 +225,19 @@ library.define(
     check=_check_operands,
     fake=_fake,
     plain=_plain,
-    setup_context=_setup_context,
-    backward=_backward,
+    gradients=_gradients,
+    tangent=_tangent,
 )
 
-# An operator of its own, because torch.compile cannot trace what depends on the offsets' values.
 library.LIBRARY.define(
     "lerp_experts_backward(Tensor dy, Tensor x, Tensor[] weight, Tensor[] bias, Tensor lam, Tensor? row_to_lam, "
     "SymInt rows_per_lam, Tensor offsets, str format) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-library.LIBRARY.impl("lerp_experts_backward", _gradients, "CompositeExplicitAutograd")
+library.LIBRARY.impl("lerp_experts_backward", _plain_gradients, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "dami::lerp_experts_backward",
     lambda dy, x, weight, bias, lam, *_: (x.new_empty(x.shape), torch.empty_like(lam)),
     lib=library.LIBRARY,
 )
+library.register_vmap("lerp_experts_backward")

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dami_kernels.ops import library
-from dami_kernels.rows import lam_map, lam_per_row, sum_per_lam
+from dami_kernels.rows import along, lam_map, lam_per_row, lerp, sum_per_lam
 from dami_kernels.weight import LerpWeight
 
 
+@library.autocast("norm")
 def lerp_layer_norm(
     x: Tensor,
     weight: LerpWeight,
@@ -82,33 +83,61 @@ def _plain(
     eps: float,
 ) -> Tensor:
     per_row = lam_per_row(lam, rows_per_lam, row_to_lam).unsqueeze(1)
-    y = F.layer_norm(x.float(), x.shape[1:], eps=eps) * torch.lerp(weight[0].float(), weight[1].float(), per_row)
+    y = F.layer_norm(x.float(), x.shape[1:], eps=eps) * lerp(weight[0].float(), weight[1].float(), per_row)
     if bias:
-        y += torch.lerp(bias[0].float(), bias[1].float(), per_row)
+        y += lerp(bias[0].float(), bias[1].float(), per_row)
     return y.to(x.dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, lam, row_to_lam, rows_per_lam, eps = inputs
-    ctx.save_for_backward(x, lam, row_to_lam, *weight, *bias)
-    ctx.rows_per_lam, ctx.eps = rows_per_lam, eps
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    """With n = (x − mean) s and g = dy·w(λ): dx = s (g − mean(g) − n mean(g n)), dλ = Σ dy (n Δw + Δb)."""
-    x, lam, row_to_lam, base, target, *bias = ctx.saved_tensors
-    base, target, dy = base.float(), target.float(), dy.float()
-    per_row = lam_per_row(lam, ctx.rows_per_lam, row_to_lam).unsqueeze(1)
+def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """n = (x − mean(x)) s and s = 1/std(x)."""
     variance, mean = torch.var_mean(x.float(), 1, correction=0, keepdim=True)
-    scale = torch.rsqrt(variance + ctx.eps)
-    normed = (x.float() - mean) * scale
-    g = dy * torch.lerp(base, target, per_row)
+    scale = torch.rsqrt(variance + eps)
+    return (x.float() - mean) * scale, scale
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: list[Tensor],
+    bias: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """With n = (x − mean) s and g = dy·w(λ): dx = s (g − mean(g) − n mean(g n)), dλ = Σ dy (n Δw + Δb)."""
+    base, target, dy = weight[0].float(), weight[1].float(), dy.float()
+    per_row = lam_per_row(lam, rows_per_lam, row_to_lam).unsqueeze(1)
+    normed, scale = _normed(x, eps)
+    g = dy * lerp(base, target, per_row)
     dx = (scale * (g - g.mean(1, keepdim=True) - normed * (g * normed).mean(1, keepdim=True))).to(x.dtype)
     dlam = (dy * normed * (target - base)).sum(1)
     if bias:
-        dlam += dy @ (bias[1].float() - bias[0].float())
-    dlam = sum_per_lam(dlam, lam, ctx.rows_per_lam, row_to_lam)
-    return dx, [None, None], [None] * len(bias), dlam, None, None, None
+        dlam = dlam + dy @ (bias[1].float() - bias[0].float())
+    return dx, sum_per_lam(dlam, lam, rows_per_lam, row_to_lam)
+
+
+def _tangent(
+    dx: Tensor,
+    dlam: Tensor,
+    x: Tensor,
+    weight: list[Tensor],
+    bias: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    eps: float,
+) -> Tensor:
+    """With n and s as above: ṅ = s (ẋ − mean(ẋ) − n mean(n ẋ)), ẏ = ṅ·w(λ) + λ̇ (n Δw + Δb)."""
+    base, target, dx = weight[0].float(), weight[1].float(), dx.float()
+    per_row, dlam = (lam_per_row(each, rows_per_lam, row_to_lam).unsqueeze(1) for each in (lam, dlam))
+    normed, scale = _normed(x, eps)
+    dnormed = scale * (dx - dx.mean(1, keepdim=True) - normed * (normed * dx).mean(1, keepdim=True))
+    difference = normed * (target - base)
+    if bias:
+        difference = difference + (bias[1].float() - bias[0].float())
+    return (dnormed * lerp(base, target, per_row) + along(dlam, difference)).to(x.dtype)
 
 
 library.define(
@@ -117,6 +146,6 @@ library.define(
     check=_check_operands,
     fake=_fake,
     plain=_plain,
-    setup_context=_setup_context,
-    backward=_backward,
+    gradients=_gradients,
+    tangent=_tangent,
 )

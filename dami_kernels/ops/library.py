@@ -1,19 +1,31 @@
-"""What the operator files share: registration in the `dami` namespace, and the checks on their arguments."""
+"""What the operator files share: registration in the `dami` namespace, and the checks on their arguments.
+
+An operator's derivatives are registered for torch's autograd key as C++ operators do it, since
+`torch.library.register_autograd` knows neither forward mode nor the transforms of `torch.func`.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, wraps
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+from torch.utils import _pytree as pytree
 
 from dami_kernels import formats, native
 from dami_kernels.installation import needs
-from dami_kernels.weight import LerpWeight
+from dami_kernels.weight import FLOAT_DTYPES, LerpWeight
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 LIBRARY = torch.library.Library("dami", "DEF")
 
@@ -38,8 +50,8 @@ def define(
     check: Callable[..., None],
     fake: Callable[..., Any],
     plain: Callable[..., Any],
-    setup_context: Callable[..., None],
-    backward: Callable[..., Any],
+    gradients: Callable[..., tuple[Tensor | None, Tensor]],
+    tangent: Callable[..., Tensor],
 ) -> None:
     """Registers the operator of a schema with everything torch wants to know about it.
 
@@ -47,11 +59,13 @@ def define(
     raise NotImplementedError, as they do for a format that they cannot read.
 
     Args:
-        schema: its torch schema.
+        schema: its torch schema; the first argument is x, or ids, and one is called lam.
         check: raises ValueError or TypeError where the arguments would have a kernel read beside a tensor.
-        fake: computes the output's shape and dtype only, for torch.compile.
+        fake: computes the output's shape and dtype only, for torch.compile and the device meta.
         plain: the same in plain torch, for any device.
-        setup_context, backward: as in `torch.library.register_autograd`.
+        gradients: (dy, *arguments) → (dx, dλ): the gradients of x, None for ids, and of λ, given that of the output.
+        tangent: (ẋ, λ̇, *arguments) → ẏ: the output's derivative along those of x, None for ids, and of λ.
+            Both are in plain torch and change nothing in place, so that torch can differentiate and batch them again.
     """
     name = schema.split("(")[0]
     PLAIN[name] = plain
@@ -75,7 +89,130 @@ def define(
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dami::{name}", fake, lib=LIBRARY)
-    torch.library.register_autograd(f"dami::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    op = getattr(torch.ops.dami, name).default
+    LIBRARY.impl(name, _differentiable(op, gradients, tangent), "Autograd", with_keyset=True)
+    register_vmap(name)
+
+
+def _differentiable(
+    op: Any, gradients: Callable[..., tuple[Tensor | None, Tensor]], tangent: Callable[..., Tensor]
+) -> Callable[..., Any]:
+    """The kernel of an operator for torch's autograd key."""
+    lam_at = [argument.name for argument in op._schema.arguments].index("lam")
+
+    def below(keyset: Any, args: tuple[Any, ...]) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    class Lerp(_SingleLevelFunction):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, lam: Tensor, keyset: Any, args: tuple[Any, ...]) -> Tensor:
+            leaves, ctx.structure = pytree.tree_flatten(args)
+            ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            tensors = [leaf if isinstance(leaf, Tensor) else None for leaf in leaves]
+            ctx.save_for_backward(*tensors)
+            ctx.save_for_forward(*tensors)
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):  # for the transforms outside this one
+                return below(keyset, args)
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+            args = _arguments(ctx)
+            with _without_autocast(dy.device.type):
+                return *gradients(dy, *args), None, None
+
+        @staticmethod
+        def jvp(ctx: Any, dx: Tensor | None, dlam: Tensor | None, *_: None) -> Tensor:
+            args = pytree.tree_map_only(Tensor, lambda t: forward_ad.unpack_dual(t, level=0).primal, _arguments(ctx))
+            x, lam = args[0], args[lam_at]
+            if dx is None and x.is_floating_point():
+                dx = torch.zeros_like(x)
+            dlam = torch.zeros_like(lam) if dlam is None else dlam
+            with _without_autocast(x.device.type), forward_ad._set_fwd_grad_enabled(True):
+                return tangent(dx, dlam, *args)
+
+    def run(keyset: Any, *args: Any) -> Tensor:
+        x, lam = args[0], args[lam_at]
+        backward = torch.is_grad_enabled() and (x.requires_grad or lam.requires_grad)
+        forward = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+        if not backward and not forward:
+            return below(keyset, args)
+        with enable_single_level_autograd_function():
+            return Lerp.apply(x, lam, keyset, args)  # type: ignore[attr-defined]  # the C++ part has it
+
+    return run
+
+
+def _arguments(ctx: Any) -> list[Any]:
+    """The arguments of an operator again, from the context of its derivatives."""
+    saved = zip(ctx.saved_tensors, ctx.others, strict=True)
+    return pytree.tree_unflatten([other if tensor is None else tensor for tensor, other in saved], ctx.structure)
+
+
+def register_vmap(name: str) -> None:
+    """Lets `torch.vmap` take an operator: it runs once for each index of the dimension that is mapped over."""
+    op = getattr(torch.ops.dami, name).default
+
+    def batched(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        leaves, structure = pytree.tree_flatten(args)
+        dims = pytree.tree_leaves(in_dims, is_leaf=lambda dim: dim is None)
+
+        def at(index: int) -> Any:
+            mapped = [leaf if dim is None else leaf.select(dim, index) for leaf, dim in zip(leaves, dims, strict=True)]
+            return op(*pytree.tree_unflatten(mapped, structure))
+
+        results = [at(index) for index in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+
+    torch.library.register_vmap(f"dami::{name}", batched, lib=LIBRARY)
+
+
+def autocast(kind: Literal["product", "norm", "lookup"]) -> Callable[[F], F]:
+    """Makes a public function of x, or ids, follow `torch.autocast` as torch's own counterpart does.
+
+    A product casts x, weights and biases to autocast's dtype, as `F.linear`. A norm computes in float32, and returns
+    that on a GPU, but x's dtype on the CPU, as `F.layer_norm`. A lookup casts nothing, as `F.embedding`. λ stays
+    float32 in all of them, and nothing inside is cast again.
+    """
+
+    def decorate(function: F) -> F:
+        first = next(iter(inspect.signature(function).parameters))
+
+        @wraps(function)
+        def run(*args: Any, **options: Any) -> Any:
+            x = args[0] if args else options.get(first)
+            if not isinstance(x, Tensor) or x.dtype == torch.float64 or not _is_autocast(x.device.type):
+                return function(*args, **options)
+            device = x.device.type
+            if kind != "lookup":
+                dtype = torch.get_autocast_dtype(device) if kind == "product" else torch.float32
+                args = tuple(_cast(value, dtype) for value in args)
+                options = {name: _cast(value, dtype) for name, value in options.items()}
+                args, options = ((x.to(dtype), *args[1:]), options) if args else ((), {**options, first: x.to(dtype)})
+            with _without_autocast(device):
+                y = function(*args, **options)
+            return y.to(x.dtype) if kind == "norm" and device == "cpu" else y
+
+        return cast(F, run)
+
+    return decorate
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """An argument with the weights in it, if any, of another dtype."""
+    if isinstance(value, (list, tuple)):
+        return [_cast(each, dtype) for each in value]
+    return value.to(dtype) if isinstance(value, LerpWeight) else value
+
+
+def _is_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if _is_autocast(device) else nullcontext()
 
 
 @cache
@@ -140,8 +277,12 @@ def check_weight(name: str, weight: LerpWeight, x: Tensor | None = None, dim: in
         raise ValueError(f"{name} must be on {x.device} as the input is, got {weight.device}")
     if x is not None and weight.dtype != x.dtype:
         raise TypeError(f"{name} must have the input's dtype {x.dtype}, got {weight.dtype}")
+    if weight.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be of float32, bfloat16 or float16, got {weight.dtype}")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in weight.tensors):
         raise ValueError(f"{name} requires grad, but the ends are frozen: call requires_grad_(False) on them")
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in weight.tensors):
+        raise ValueError(f"{name} has a tangent, but the ends are frozen: differentiate along x and lam")
 
 
 def check_size(name: str, weight: LerpWeight, size: int, of: str) -> None:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from dami_kernels import formats
 from dami_kernels.ops import library
-from dami_kernels.rows import lam_map, lam_per_row, sum_per_lam
+from dami_kernels.rows import along, lam_map, lam_per_row, lerp, sum_per_lam
 from dami_kernels.weight import LerpWeight
 
 
+@library.autocast("product")
 def lerp_linear(
     x: Tensor,
     weight: LerpWeight,
@@ -56,7 +57,7 @@ def lerp_linear(
         y = own_linear(flat, per_row, *weight.tensors)
         if bias is not None:
             base, target = bias.tensors
-            y = y + torch.lerp(base.float(), target.float(), per_row.unsqueeze(1)).to(y.dtype)
+            y = y + lerp(base.float(), target.float(), per_row.unsqueeze(1)).to(y.dtype)
     else:
         y = torch.ops.dami.lerp_linear(
             flat,
@@ -71,6 +72,7 @@ def lerp_linear(
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
+@library.autocast("product")
 def lerp_linears(
     x: Tensor,
     weights: Sequence[LerpWeight],
@@ -193,9 +195,7 @@ def _plain(
     y = x.new_empty(x.shape[0], weight[0].shape[0])
     for block, base, target in formats.float_blocks(format, weight, x.shape[1]):
         bias_base, bias_target = (end[block].float() for end in bias) if bias else (None, None)
-        y[:, block] = torch.lerp(
-            F.linear(x.float(), base, bias_base), F.linear(x.float(), target, bias_target), per_row
-        )
+        y[:, block] = lerp(F.linear(x.float(), base, bias_base), F.linear(x.float(), target, bias_target), per_row)
     return y
 
 
@@ -206,30 +206,58 @@ def _plains(x: Tensor, weights: list[Tensor], biases: list[Tensor], *rest: Any) 
     return torch.cat([_plain(x, *ends, *rest) for ends in zip(split, bias, strict=True)], 1)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weights, biases, lam, row_to_lam, rows_per_lam, format, _ = inputs
-    ctx.save_for_backward(x, lam, row_to_lam, *weights, *biases)
-    ctx.weights, ctx.biases, ctx.rows_per_lam, ctx.format = len(weights), len(biases), rows_per_lam, format
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    format: str,
+    invariant: bool,
+) -> tuple[Tensor, Tensor]:
     """dx_i = dy_i W(λ_i) and dλ_i = Σ_n dy_in ((x_i Δᵀ)_n + Δb_n): both from dy·W_b and dy·W_t, summed over weights."""
-    x, lam, row_to_lam, *rest = ctx.saved_tensors
-    weights, biases = _split(rest[: ctx.weights], ctx.format), _split(rest[ctx.weights :], "pair")
-    dys = dy.float().split([weight[0].shape[0] for weight in weights], 1)
-    dy_base = x.new_zeros(x.shape, dtype=torch.float32)
-    dy_target = torch.zeros_like(dy_base)
-    for part, weight in zip(dys, weights, strict=True):
-        for block, base, target in formats.float_blocks(ctx.format, weight, x.shape[1]):
-            dy_base += part[:, block] @ base
-            dy_target += part[:, block] @ target
-    per_row = lam_per_row(lam, ctx.rows_per_lam, row_to_lam).unsqueeze(1)
-    dx = torch.lerp(dy_base, dy_target, per_row).to(x.dtype)
+    each = _split(weights, format)
+    dys = dy.float().split([weight[0].shape[0] for weight in each], 1)
+    dy_base = dy_target = x.new_zeros(x.shape, dtype=torch.float32)
+    for part, weight in zip(dys, each, strict=True):
+        for block, base, target in formats.float_blocks(format, weight, x.shape[1]):
+            columns = part.narrow(1, block.start, len(base))  # not by the slice: of all columns vmap knows no view
+            dy_base = dy_base + columns @ base
+            dy_target = dy_target + columns @ target
+    per_row = lam_per_row(lam, rows_per_lam, row_to_lam).unsqueeze(1)
+    dx = lerp(dy_base, dy_target, per_row).to(x.dtype)
     dlam = ((dy_target - dy_base) * x.float()).sum(1)
-    for part, (base, target) in zip(dys, biases, strict=False):  # or there are none
-        dlam += part @ (target.float() - base.float())
-    dlam = sum_per_lam(dlam, lam, ctx.rows_per_lam, row_to_lam)
-    return dx, [None] * ctx.weights, [None] * ctx.biases, dlam, None, None, None, None
+    for part, (base, target) in zip(dys, _split(biases, "pair"), strict=False):  # or there are none
+        dlam = dlam + part @ (target.float() - base.float())
+    return dx, sum_per_lam(dlam, lam, rows_per_lam, row_to_lam)
+
+
+def _tangent(
+    dx: Tensor,
+    dlam: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    format: str,
+    invariant: bool,
+) -> Tensor:
+    """ẏ_i = ẋ_i W(λ_i)ᵀ + λ̇_i (x_i Δᵀ + Δb)."""
+    per_row, dlam = (lam_per_row(each, rows_per_lam, row_to_lam).unsqueeze(1) for each in (lam, dlam))
+    each = _split(weights, format)
+    blocks = []
+    for weight, bias in zip(each, _split(biases, "pair") or [[]] * len(each), strict=True):
+        for block, base, target in formats.float_blocks(format, weight, x.shape[1]):
+            difference = F.linear(x.float(), target) - F.linear(x.float(), base)
+            if bias:
+                difference = difference + (bias[1][block].float() - bias[0][block].float())
+            along_x = lerp(F.linear(dx.float(), base), F.linear(dx.float(), target), per_row)
+            blocks.append(along_x + along(dlam, difference))
+    return torch.cat(blocks, 1).to(x.dtype) if blocks else x.new_empty(x.shape[0], 0)
 
 
 library.define(
@@ -238,8 +266,8 @@ library.define(
     check=_check_operands,
     fake=_fake,
     plain=_plain,
-    setup_context=_setup_context,
-    backward=_backward,
+    gradients=_gradients,
+    tangent=_tangent,
 )
 library.define(
     "lerp_linears(Tensor x, Tensor[] weights, Tensor[] biases, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, "
@@ -247,6 +275,6 @@ library.define(
     check=_check_operands,
     fake=_fakes,
     plain=_plains,
-    setup_context=_setup_context,
-    backward=_backward,
+    gradients=_gradients,
+    tangent=_tangent,
 )

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from dami_kernels.ops import library
-from dami_kernels.rows import lam_map, lam_per_row, sum_per_lam
+from dami_kernels.rows import along, lam_map, lam_per_row, lerp, sum_per_lam
 from dami_kernels.weight import LerpWeight
 
 
+@library.autocast("norm")
 def lerp_rms_norm(
     x: Tensor,
     weight: LerpWeight,
@@ -76,26 +77,48 @@ def _plain(
     base, target = (end.float() for end in weight)
     per_row = lam_per_row(lam, rows_per_lam, row_to_lam).unsqueeze(1)
     scale = torch.rsqrt(x.float().square().mean(1, keepdim=True) + eps)
-    return (x.float() * scale * (offset + torch.lerp(base, target, per_row))).to(x.dtype)
+    return (x.float() * scale * (offset + lerp(base, target, per_row))).to(x.dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, lam, row_to_lam, rows_per_lam, eps, offset = inputs
-    ctx.save_for_backward(x, lam, row_to_lam, *weight)
-    ctx.rows_per_lam, ctx.eps, ctx.offset = rows_per_lam, eps, offset
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    eps: float,
+    offset: float,
+) -> tuple[Tensor, Tensor]:
     """With n = x·s, s = 1/rms(x) and g = dy·w(λ): dx = s (g − n mean(g n)), dλ = Σ dy n Δw."""
-    x, lam, row_to_lam, *weight = ctx.saved_tensors
     base, target = (end.float() for end in weight)
-    per_row = lam_per_row(lam, ctx.rows_per_lam, row_to_lam).unsqueeze(1)
-    scale = torch.rsqrt(x.float().square().mean(1, keepdim=True) + ctx.eps)
+    per_row = lam_per_row(lam, rows_per_lam, row_to_lam).unsqueeze(1)
+    scale = torch.rsqrt(x.float().square().mean(1, keepdim=True) + eps)
     normed = x.float() * scale
-    g = dy.float() * (ctx.offset + torch.lerp(base, target, per_row))
+    g = dy.float() * (offset + lerp(base, target, per_row))
     dx = (scale * (g - normed * (g * normed).mean(1, keepdim=True))).to(x.dtype)
     dlam = (dy.float() * normed * (target - base)).sum(1)
-    return dx, [None, None], sum_per_lam(dlam, lam, ctx.rows_per_lam, row_to_lam), None, None, None, None
+    return dx, sum_per_lam(dlam, lam, rows_per_lam, row_to_lam)
+
+
+def _tangent(
+    dx: Tensor,
+    dlam: Tensor,
+    x: Tensor,
+    weight: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    eps: float,
+    offset: float,
+) -> Tensor:
+    """With n and s as above: ṅ = s (ẋ − n mean(n ẋ)), ẏ = ṅ·w(λ) + λ̇ n Δw."""
+    base, target = (end.float() for end in weight)
+    per_row, dlam = (lam_per_row(each, rows_per_lam, row_to_lam).unsqueeze(1) for each in (lam, dlam))
+    scale = torch.rsqrt(x.float().square().mean(1, keepdim=True) + eps)
+    normed, dx = x.float() * scale, dx.float()
+    dnormed = scale * (dx - normed * (normed * dx).mean(1, keepdim=True))
+    return (dnormed * (offset + lerp(base, target, per_row)) + along(dlam, normed * (target - base))).to(x.dtype)
 
 
 library.define(
@@ -104,6 +127,6 @@ library.define(
     check=_check_operands,
     fake=_fake,
     plain=_plain,
-    setup_context=_setup_context,
-    backward=_backward,
+    gradients=_gradients,
+    tangent=_tangent,
 )

@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dami.patching import LowRank, first_names
 from dami.sources import ADAPTER
 
 CONFIG, WEIGHTS = ADAPTER, "adapter_model.safetensors"
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?")
-# Settings under which an adapter is more than base + up · down.
-_MORE_THAN_LORA = ("use_dora", "lora_bias", "layer_replication", "arrow_config", "alora_invocation_tokens")
+# Settings under which an adapter is base + up · down: which weights it has, how they are scaled, how it was trained.
+_PLAIN = {
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "r", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "lora_dropout", "fan_in_fan_out", "bias"),
+    *("modules_to_save", "init_lora_weights", "runtime_config", "megatron_core", "qalora_group_size"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of an initialisation
+}
+UNCHANGED = (True, False, "gaussian", "orthogonal", "eva", "mica")  # initialisations that leave the base alone
+_SUBTRACTED = ("pissa", "olora")  # those that take away of the base what can be computed again
+
+
+def more_than_lora(config: Mapping[str, Any]) -> list[str]:
+    """The settings of a PEFT config, as "name=value", under which it may be more than a low-rank difference."""
+    if config.get("peft_type") != "LORA":
+        return [f"peft_type={config.get('peft_type')!r}"]
+    return [f"{name}={value!r}" for name, value in config.items() if value and name not in _PLAIN]
 
 
 @dataclass(frozen=True)
@@ -47,11 +64,15 @@ class Adapter:
             OSError: a file is missing.
         """
         config = json.loads((directory / CONFIG).read_text())
-        odd = [f"{key}={config[key]!r}" for key in _MORE_THAN_LORA if config.get(key)]
-        if config.get("peft_type") != "LORA":
-            odd.insert(0, f"peft_type={config.get('peft_type')!r}")
+        odd = more_than_lora(config)
+        initialisation = config.get("init_lora_weights", True)
+        if initialisation not in (*UNCHANGED, *_SUBTRACTED):
+            odd.append(f"init_lora_weights={initialisation!r}, which has changed the weights under the adapter")
         if odd:
-            raise ValueError(f"the adapter {directory} must be a plain LoRA, got {', '.join(odd)}")
+            raise ValueError(
+                f"the adapter {directory} must be a plain LoRA, got {', '.join(odd)}: where PEFT can, merge it into "
+                "its base with merge_and_unload(), save the model, and give that as the thinking end"
+            )
         factors: dict[str, dict[str, Tensor]] = {}
         whole = {}
         for name, tensor in load_file(directory / WEIGHTS).items():
@@ -86,11 +107,33 @@ class Adapter:
                     lines.append(f"{name}: {list(state[name].shape)} in the instruct end, {shape} in the adapter")
         return lines
 
-    def tensors(self) -> Iterator[tuple[str, Tensor | LowRank]]:
-        """What differs from the base: whole tensors, and differences of low rank, by the parameter's name."""
+    def tensors(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor | LowRank]]:
+        """What differs from the base: whole tensors, and differences of low rank, by the parameter's name.
+
+        PiSSA and OLoRA have begun by taking the adapter's first state away from the base, which is computed from the
+        base again, as PEFT does when it loads such an adapter. `model` is the base.
+        """
         yield from self.whole.items()
+        subtracted = self.config.get("init_lora_weights") in _SUBTRACTED
         for name in self.factors:
-            yield name, self._low_rank(name)
+            low = self._low_rank(name)
+            if subtracted and "A" in self.factors[name]:  # not of an embedding
+                first = self._first_state(name, model)
+                down, up = (factor.to(first.up) for factor in (low.down, low.up))
+                low = LowRank(torch.cat((down, first.down)), torch.cat((up, -first.up), 1))
+            yield name, low
+
+    def _first_state(self, name: str, model: PreTrainedModel) -> LowRank:
+        """What was taken away: of PiSSA the part of the greatest singular values, of OLoRA the first columns of QR."""
+        holder, rank = model.get_submodule(name.removesuffix(".weight")), len(self.factors[name]["A"])
+        weight = model.get_parameter(name).detach().float()
+        if isinstance(holder, Conv1D):
+            weight = weight.t()
+        if self.config["init_lora_weights"] == "pissa":
+            U, S, V = torch.linalg.svd(weight, full_matrices=False)
+            return LowRank(V[:rank], U[:, :rank] * S[:rank])
+        Q, R = torch.linalg.qr(weight)
+        return LowRank(R[:rank], Q[:, :rank] * self._scale(name, rank))
 
     def _low_rank(self, name: str) -> LowRank:
         """A [R, K] and B [N, R], scaled; for an embedding [V, D], A is [R, V] and B [D, R]: the parts change places."""
@@ -99,8 +142,11 @@ class Adapter:
             down, up = factors["embedding_B"].t(), factors["embedding_A"].t()
         else:
             down, up = factors["A"], factors["B"]
-        module, rank = name.removesuffix(".weight"), down.shape[0]
+        return LowRank(down, up * self._scale(name, len(down)))
+
+    def _scale(self, name: str, rank: int) -> float:
         patterns = self.config.get("alpha_pattern") or {}
+        module = name.removesuffix(".weight")
         matching = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
         alpha = next(matching, self.config["lora_alpha"])
-        return LowRank(down, up * (alpha / (rank**0.5 if self.config.get("use_rslora") else rank)))
+        return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)

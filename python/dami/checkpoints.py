@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +36,13 @@ from dami_kernels import formats
 FILES = ["model*.safetensors", adapters.WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md"]
 FILES.append(f"{FOLDER}/*")
 LEGACY_FILES = ["pytorch_model*.bin"]
+DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+PARALLEL = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
+LOADING = {  # options of `from_pretrained` that mean the same for a pair; it also takes any setting of the config
+    *("attn_implementation", "experts_implementation", "max_memory", "offload_folder", "offload_buffers"),
+    *("low_cpu_mem_usage", "use_safetensors", "weights_only", "disable_mmap", "generation_config"),
+    *("use_kernels", "allow_all_kernels", "kernel_config", *PARALLEL),
+}
 
 logger = logging.get_logger(__name__)
 
@@ -75,13 +82,16 @@ def load_pair(
             both by their names: `tokenizer.apply_chat_template(…, chat_template="thinking")`.
         invariant: as in `patch_model`.
         trust_remote_code: as in `from_pretrained`.
-        options: any other arguments of `from_pretrained`, such as `attn_implementation`.
+        options: `revision` (one for both ends, or a pair), `token`, `cache_dir`, `force_download` and
+            `local_files_only` for whatever is downloaded; and arguments of `from_pretrained` such as
+            `attn_implementation`, settings of the config included.
 
     Returns:
         (model, tokenizer): the model as `dami.patch_model` returns it, in evaluation mode; the tokenizer is None if the
         instruct end comes without one.
 
     Raises:
+        TypeError: an option is unknown, or cannot be right for a pair.
         ValueError: the ends do not match, a shard is missing, a file is corrupt, or a tensor that differs cannot be
             interpolated; the message names them all.
         OSError: there is no such directory, file or hub name.
@@ -89,13 +99,15 @@ def load_pair(
     if chat_template not in ("instruct", "thinking"):
         raise ValueError(f"chat_template must be 'instruct' or 'thinking', got {chat_template!r}")
     formats.get(format or "pair")
+    downloads = downloads_of({name: options.pop(name) for name in DOWNLOAD if name in options}, thinking is not None)
+    if thinking is not None and (split := set(PARALLEL) & options.keys()):
+        raise ValueError(f"{sorted(split)} need a packed pair, which dami.pack makes of two checkpoints")
+    first = Checkpoint.find(instruct, trust_remote_code, downloads[0])
+    _check_options(options, first)
     loaded = {"device_map": device_map, "dtype": dtype, **options}
-    first = Checkpoint.find(instruct, trust_remote_code)
     if thinking is None:
         return _load_packed(first, format, chat_template, invariant, **loaded)
-    if split := {"distributed_config", "tp_plan", "tp_size"} & options.keys():
-        raise ValueError(f"{sorted(split)} need a packed pair, which dami.pack makes of two checkpoints")
-    ends = first, Checkpoint.find(thinking, trust_remote_code)
+    ends = first, Checkpoint.find(thinking, trust_remote_code, downloads[1])
     if ends[1].is_adapter:
         model, tokenizers = _load_adapted(*ends, format or "pair", invariant, **loaded)
     else:
@@ -110,6 +122,32 @@ def load_pair(
     tokenizer = with_both_templates(tokenizers, chat_template)
     patch_of(model).origin = Origin([end.parent() for end in ends], tokenizer=tokenizer)
     return _with_estimator(model, ends[1]), tokenizer
+
+
+def downloads_of(options: Mapping[str, Any], two: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of the downloads of the instruct end and of the thinking end; TypeError if they are others."""
+    if unknown := options.keys() - set(DOWNLOAD):
+        raise TypeError(f"options must be of {list(DOWNLOAD)}, got {sorted(unknown)}")
+    revision = options.get("revision")
+    revisions = revision if isinstance(revision, (tuple, list)) else (revision, revision)
+    if len(revisions) != 2 or not (two or revisions is not revision):
+        raise TypeError(f"revision must be one, or a pair for a pair of checkpoints, got {revision!r}")
+    if revision is None:
+        return dict(options), dict(options)
+    return {**options, "revision": revisions[0]}, {**options, "revision": revisions[1]}
+
+
+def _check_options(options: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Refuses options that `from_pretrained` would drop, or that cannot be right for two ends."""
+    unknown = [name for name in options if name not in LOADING]
+    if unknown:
+        settings = checkpoint.config().to_dict().keys() - {"quantization_config"}
+        unknown = [name for name in unknown if name not in settings]
+    if unknown:
+        raise TypeError(
+            f"options must be settings of the config, or of {sorted({*DOWNLOAD, *LOADING})}, got {unknown}; "
+            "what load_pair cannot find by itself, such as a subfolder, download first and name its directory"
+        )
 
 
 def _with_estimator(model: Any, where: Checkpoint) -> Any:
@@ -144,7 +182,7 @@ def _load_adapted(
     if mismatches:
         raise ValueError("\n  ".join([f"{instruct.directory} and {thinking.directory} do not match:", *mismatches]))
     model, tokenizers = instruct.model(**options), (instruct.tokenizer(), thinking.tokenizer())
-    interpolate(model, adapter.tensors(), format, invariant=invariant, owned=True)
+    interpolate(model, adapter.tensors(model), format, invariant=invariant, owned=True)
     return model, tokenizers
 
 
@@ -215,25 +253,29 @@ class Checkpoint:
         name: what others know it by: its name on the hub, or that of its directory or file.
         gguf: name of its GGUF file, None for any other.
         trust_remote_code: whether its own modelling code may run.
+        download: options of what is downloaded, `DOWNLOAD`.
     """
 
     directory: Path
     name: str
     gguf: str | None = None
     trust_remote_code: bool = False
+    download: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def find(cls, source: str | Path, trust_remote_code: bool = False) -> Checkpoint:
+    def find(
+        cls, source: str | Path, trust_remote_code: bool = False, download: Mapping[str, Any] | None = None
+    ) -> Checkpoint:
         """The checkpoint in a directory, a GGUF file or a hub repository, which is downloaded if need be."""
-        path = local(source)
+        path, download = local(source), download or {}
         if path is not None and path.is_file():
-            return cls(path.parent, path.name, path.name, trust_remote_code)
+            return cls(path.parent, path.name, path.name, trust_remote_code, download)
         if path is not None:
-            return cls(path, path.resolve().name, None, trust_remote_code)
-        directory = Path(snapshot_download(str(source), allow_patterns=FILES))
+            return cls(path, path.resolve().name, None, trust_remote_code, download)
+        directory = Path(snapshot_download(str(source), allow_patterns=FILES, **download))
         if not any(directory.glob("*.safetensors")):
-            directory = Path(snapshot_download(str(source), allow_patterns=LEGACY_FILES))
-        return cls(directory, str(source), None, trust_remote_code)
+            directory = Path(snapshot_download(str(source), allow_patterns=LEGACY_FILES, **download))
+        return cls(directory, str(source), None, trust_remote_code, download)
 
     @property
     def path(self) -> Path:
@@ -243,7 +285,9 @@ class Checkpoint:
     @property
     def _where(self) -> dict[str, Any]:
         gguf = {"gguf_file": self.gguf} if self.gguf else {}
-        return {"trust_remote_code": self.trust_remote_code, **gguf}
+        # for code that the config names in another repository, of which the revision is not
+        download = {name: value for name, value in self.download.items() if name != "revision"}
+        return {"trust_remote_code": self.trust_remote_code, **gguf, **download}
 
     @property
     def is_adapter(self) -> bool:
@@ -251,6 +295,11 @@ class Checkpoint:
         return (self.directory / adapters.CONFIG).exists()
 
     def config(self) -> PreTrainedConfig:
+        if self.is_adapter:
+            raise ValueError(
+                f"instruct must be a whole checkpoint, got the adapter {self.directory}: name the checkpoint that it "
+                "was trained on, and the adapter as the thinking end"
+            )
         return AutoConfig.from_pretrained(self.directory, **self._where)
 
     def parent(self) -> dict[str, str | None]:

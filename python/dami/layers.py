@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, cast
@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from dami.dial import Dial
 from dami.row_parameter import RowParameter, blend
 from dami_kernels import LerpWeight, lerp_embedding, lerp_experts, lerp_layer_norm, lerp_linear, lerp_rms_norm
+from dami_kernels.weight import FLOAT_DTYPES
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -115,6 +116,18 @@ def placeholder(like: Tensor, shape: torch.Size) -> Tensor:
     It stands where a format does not keep the base as it was, for all who ask a parameter what it is.
     """
     return like.new_full((), float("nan")).expand(shape)
+
+
+def check_dtypes(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Refuses what `.to()` and its like are about to do to a module if no operator could take its weights then."""
+    kinds = {(parameter.dtype, parameter.device) for parameter in module.parameters() if parameter.is_floating_point()}
+    for dtype, device in kinds:
+        wanted = fn(torch.empty(0, dtype=dtype, device=device)).dtype
+        if wanted not in FLOAT_DTYPES:
+            raise TypeError(
+                f"a patched model computes in float32, bfloat16 or float16, got {wanted}: for a model in {wanted} make "
+                "a merged copy, dami.materialize(model, intensity), and convert that"
+            )
 
 
 class LerpModule(nn.Module):
@@ -226,6 +239,7 @@ class LerpModule(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As any module's, for `.to()` and its like; but scales keep their dtype, and placeholders take no memory."""
+        check_dtypes(self, fn)
         scales = {id(parameter) for name, parameter in self._parameters.items() if name.endswith("_scale")}
         placeholders = {id(self.tensor(name)) for name in self.placeholders()}
 

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from dami import dial as dials
 from dami.dial import Dial, as_lam, named, patch_of
 from dami.independence import check_independence
-from dami.layers import LerpModule, Pass
+from dami.layers import LerpModule, Pass, check_dtypes
 from dami.schedules import Course, course_of, resolved
 
 if TYPE_CHECKING:
@@ -88,6 +88,10 @@ class LerpModel(nn.Module):
         """Where the model computes: its parameters may be offloaded, and then are on no device."""
         device, hook = next(self.parameters()).device, getattr(self, "_hf_hook", None)
         return hook.execution_device if hook is not None and device.type == "meta" else device
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        check_dtypes(self, fn)  # before any module has changed
+        return super()._apply(fn, recurse)
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:
         """As transformers' own, with all that `from_pretrained` needs to load the pair, and a model card."""
@@ -307,14 +311,18 @@ def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
 
 def _check_adapters(model: Any) -> None:
     """Refuses PEFT adapters that read or change a layer's weight, of which a patched layer has two: ValueError."""
+    from dami.adapters import UNCHANGED, more_than_lora
+
     for name, config in getattr(model, "peft_config", {}).items():
-        method = config.peft_type.value
+        settings, method = config.to_dict(), config.peft_type.value
+        odd = [] if method == "IA3" else [method]
         if method == "LORA":
-            method = "DoRA" if config.use_dora else config.init_lora_weights
-        if method not in ("IA3", True, False, "gaussian", "orthogonal"):
+            odd = more_than_lora(settings | {"peft_type": method})
+            odd += [f"{key}={settings[key]!r}" for key in ("init_lora_weights",) if settings[key] not in UNCHANGED]
+        if odd:
             raise ValueError(
-                f"the adapter {name!r} uses {method}; known to leave the weights alone, of which a patched layer has "
-                "two, are LoRA with init_lora_weights=True and IA3: use them, on a pair loaded afresh"
+                f"the adapter {name!r} uses {', '.join(odd)}; known to leave the weights alone, of which a patched "
+                "layer has two, are plain LoRA with init_lora_weights=True and IA3: use them, on a pair loaded afresh"
             )
         if any(getattr(module, "merged", False) for module in model.modules()):
             raise ValueError(

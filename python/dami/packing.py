@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
-from dami.checkpoints import Checkpoint, Match, Stored, headers_in, load_pair, with_both_templates
+from dami.checkpoints import Checkpoint, Match, Stored, downloads_of, headers_in, load_pair, with_both_templates
 from dami.estimators.storage import copy_estimator
 from dami.files import written_whole
 from dami.layers import LerpModule, readers, stored_format
@@ -38,6 +39,7 @@ def pack(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     shard_bytes: int = SHARD,
+    **download: Any,
 ) -> Path:
     """Packs two checkpoints of one architecture into one directory, which `dami.load_pair` loads, and returns it.
 
@@ -53,19 +55,25 @@ def pack(
         overwrite: replaces a directory that exists.
         trust_remote_code: as in `from_pretrained`.
         shard_bytes: size of a file at most, unless a single weight is larger.
+        download: `revision`, `token`, `cache_dir`, `force_download` and `local_files_only`, as in `load_pair`.
 
     Raises:
+        TypeError: an option is unknown.
         ValueError, OSError: as `load_pair`; or overwriting the directory would remove an end, or it cannot be written.
         FileExistsError: there is a directory with something in it.
     """
     formats.get(format)
     directory = Path(directory)
-    ends = Checkpoint.find(instruct, trust_remote_code), Checkpoint.find(thinking, trust_remote_code)
+    downloads = downloads_of(download)
+    ends = (
+        Checkpoint.find(instruct, trust_remote_code, downloads[0]),
+        Checkpoint.find(thinking, trust_remote_code, downloads[1]),
+    )
     with written_whole(directory, overwrite, [end.path for end in ends]) as partial:
         match = None if ends[1].is_adapter else Match.of(*ends)
         if match is None or not all(stored.complete for stored in match.stored):
             logger.warning(f"{instruct} or {thinking} is not stored as the model is: loading both ends first")
-            model, tokenizer = load_pair(instruct, thinking, format, trust_remote_code=trust_remote_code)
+            model, tokenizer = load_pair(instruct, thinking, format, trust_remote_code=trust_remote_code, **download)
             write_pair(model, partial, tokenizer)
         else:
             _pack(match, partial, format, shard_bytes)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dami_kernels import LerpWeight, lerp_embedding, lerp_linear
+from dami_kernels.rows import lerp
 
 if TYPE_CHECKING:
     from dami.layers import Pass
@@ -45,7 +46,7 @@ def blend(ends: LerpWeight, lam: Tensor) -> Tensor:
     if lam.dim():
         base, target = base.unsqueeze(0), target.unsqueeze(0)
         lam = lam.view(-1, *[1] * (base.dim() - 1))
-    return torch.lerp(base, target, lam).to(ends.dtype)
+    return lerp(base, target, lam).to(ends.dtype)
 
 
 class RowParameter(Tensor):

@@ -10,6 +10,7 @@ from typing import Any
 import dami
 import pytest
 import torch
+from dami.adapters import Adapter
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -24,11 +25,17 @@ def adapted(family: str, path: Path, **config: Any) -> tuple[Path, Path, PreTrai
     base = pair(family)[0]
     save(base, path / "base")
     torch.manual_seed(2)
-    model = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=6, init_lora_weights=False, **config))
+    config = {"r": 3, "lora_alpha": 6, "init_lora_weights": False, **config}
+    model = peft.get_peft_model(base, peft.LoraConfig(**config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # as if it had been trained, and of a rank that `lowrank` holds
+                parameter += 0.1 * torch.randn(len(parameter), *[1] * (parameter.dim() - 1))
     model.save_pretrained(path / "adapter")
     return path / "base", path / "adapter", model.eval()
 
 
+PATTERNS = {"r": 2, "use_rslora": True, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 9}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {"target_modules": ["q_proj", "down_proj"]}),
     "rank stabilised": ("qwen3", {"target_modules": ["v_proj"], "use_rslora": True}),
@@ -39,6 +46,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "embedding": ("llama", {"target_modules": ["embed_tokens", "lm_head"]}),
     "whole modules": ("llama", {"target_modules": ["k_proj"], "modules_to_save": ["lm_head"]}),
     "transposed": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "some layers": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
+    "all biases": ("llama", {"target_modules": ["q_proj"], "bias": "all"}),
+    "their biases": ("llama", {"target_modules": ["q_proj"], "bias": "lora_only"}),
+    **{
+        f"{init}": ("llama", {"target_modules": ["q_proj", "down_proj"], "r": 4, "init_lora_weights": init})
+        for init in (True, "gaussian", "orthogonal", "mica", "pissa", "olora")
+    },
+    "pissa, patterns": (
+        "llama",
+        {"target_modules": ["q_proj", "embed_tokens"], "init_lora_weights": "pissa", **PATTERNS},
+    ),
+    "olora, patterns": ("llama", {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": "olora", **PATTERNS}),
+    "pissa, transposed": (
+        "gpt2",
+        {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "init_lora_weights": "pissa"},
+    ),
 }
 
 
@@ -51,8 +74,7 @@ def test_ends_are_the_model_without_and_with_the_adapter(case: str, format: str,
     inputs = batch("left")
     with torch.inference_mode():
         with_adapter = model(**inputs).logits
-        with model.disable_adapter():
-            without = model(**inputs).logits
+        without = pair(family)[0](**inputs).logits
         for lam, expected in ((0.0, without), (1.0, with_adapter)):
             with dami.intensity(patched, lam):
                 torch.testing.assert_close(patched(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
@@ -71,14 +93,36 @@ def test_lam_scales_the_adapter(tmp_path: Path) -> None:
         torch.testing.assert_close(patched(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_no_plain_lora_is_refused(tmp_path: Path) -> None:
-    base, adapter, _ = adapted("llama", tmp_path, target_modules=["q_proj"], use_dora=True)
-    with pytest.raises(ValueError, match=r"must be a plain LoRA, got use_dora=True"):
-        dami.load_pair(base, adapter)
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_dora": False, "peft_type": "IA3"}))
-    with pytest.raises(ValueError, match=r"must be a plain LoRA, got peft_type='IA3'"):
-        dami.load_pair(base, adapter)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"trainable_token_indices": [1, 2]},
+        {"target_parameters": ["mlp.experts.down_proj"]},
+        {"alora_invocation_tokens": [1, 2]},
+        {"use_qalora": True},
+        {"ensure_weight_tying": True},
+        {"layer_replication": [[0, 2], [1, 2]]},
+        {"a_setting_of_tomorrow": 3},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"init_lora_weights": "loftq"},
+        {"init_lora_weights": "corda"},
+        {"init_lora_weights": "lora_ga"},
+        {"init_lora_weights": "an_initialisation_of_tomorrow"},
+        {"peft_type": "IA3"},
+    ],
+    ids=str,
+)
+def test_what_is_no_plain_lora_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    """By name and with a remedy: whatever is not known to be a low-rank difference to the base."""
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, **settings})
+    )
+    [(name, value)] = settings.items()
+    message = rf"must be a plain LoRA, got {name}={re.escape(repr(value))}[,:].* merge it into its base"
+    with pytest.raises(ValueError, match=message):
+        Adapter.read(tmp_path)
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
@@ -105,3 +149,10 @@ def test_a_tied_weight_cannot_be_adapted_alone(tmp_path: Path) -> None:
     base, adapter, _ = adapted("qwen3", tmp_path, target_modules=["embed_tokens"])
     with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight: tied in the model, adapted alone"):
         dami.load_pair(base, adapter)
+
+
+def test_an_adapter_is_no_instruct_end(tmp_path: Path) -> None:
+    base, adapter, _ = adapted("llama", tmp_path, target_modules=["q_proj"])
+    for thinking in (base, adapter):
+        with pytest.raises(ValueError, match="instruct must be a whole checkpoint, got the adapter"):
+            dami.load_pair(adapter, thinking)

@@ -247,6 +247,85 @@ def test_hub_names_are_downloaded_once_and_only_what_is_needed(
     assert asked == [(f"someone/{end}", bins) for end in ("instruct", "thinking") for bins in each]
 
 
+def stand_in(ends: tuple[Path, Path], asked: list[tuple[str, dict[str, Any]]]) -> Callable[..., str]:
+    """For huggingface_hub's download: the directories of two ends, and a record of what was asked."""
+
+    def download(name: str, allow_patterns: list[str], **options: Any) -> str:
+        asked.append((name, options))
+        return str(ends[name == "someone/thinking"])
+
+    return download
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["safetensors", "legacy"])
+def test_options_reach_every_download(
+    ends: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, legacy: bool
+) -> None:
+    if legacy:
+        for path in ends:
+            torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+            (path / "model.safetensors").unlink()
+    asked: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr("dami.checkpoints.snapshot_download", stand_in(ends, asked))
+    options = {"token": "hf_secret", "cache_dir": str(tmp_path / "cache"), "local_files_only": True}
+    names = [f"someone/{end}" for end in ("instruct", "thinking")]
+    times = 2 if legacy else 1  # once more for what is not in safetensors
+
+    def expected(*revisions: str) -> list[tuple[str, dict[str, Any]]]:
+        each = zip(names, revisions, strict=True)
+        return [(name, {**options, "revision": revision}) for name, revision in each for _ in range(times)]
+
+    dami.load_pair(*names, revision="v1", **options)
+    assert asked == expected("v1", "v1")
+    asked.clear()
+    dami.load_pair(*names, revision=("v1", "v2"), **options)
+    assert asked == expected("v1", "v2")
+    asked.clear()
+    dami.pack(*names, tmp_path / "packed", "pair", revision=("v1", "v2"), **options)
+    assert asked == expected("v1", "v2") * (2 if legacy else 1)  # what is packed by loading is found again
+    packed = tmp_path / "packed", tmp_path / "packed"
+    asked.clear()
+    monkeypatch.setattr("dami.checkpoints.snapshot_download", stand_in(packed, asked))
+    dami.load_pair("someone/packed", revision="v3", **options)
+    assert asked == [("someone/packed", {**options, "revision": "v3"})]
+
+
+def test_options_reach_the_files_that_a_config_names_elsewhere(
+    ends: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code in another repository is downloaded with the same token, from the same cache, at its own revision."""
+    asked: dict[str, Any] = {}
+
+    def config(directory: Path, **options: Any) -> Any:
+        asked.update(options)
+        raise OSError("asked")
+
+    monkeypatch.setattr("dami.checkpoints.AutoConfig.from_pretrained", config)
+    with pytest.raises(OSError, match="asked"):
+        dami.load_pair(*ends, trust_remote_code=True, token="hf_secret", revision="v1", cache_dir="cache")
+    assert asked == {"trust_remote_code": True, "token": "hf_secret", "cache_dir": "cache"}
+
+
+@pytest.mark.parametrize(
+    "option", ["revison", "subfolder", "variant", "torch_dtype", "use_auth_token", "quantization_config", "config"]
+)
+def test_an_unknown_option_is_refused(ends: tuple[Path, Path], option: str) -> None:
+    with pytest.raises(TypeError, match=rf"options must be settings of the config, or of .*, got \['{option}'\]"):
+        dami.load_pair(*ends, **{option: "x"})
+    with pytest.raises(TypeError, match=rf"options must be of \['revision', .*\], got \['{option}'\]"):
+        dami.pack(*ends, ends[0].parent / "packed", **{option: "x"})
+
+
+def test_a_setting_of_the_config_is_an_option(ends: tuple[Path, Path]) -> None:
+    assert dami.load_pair(*ends, use_cache=False)[0].config.use_cache is False
+
+
+def test_revisions_are_one_or_two(ends: tuple[Path, Path]) -> None:
+    for args, revision in ((ends, ("a", "b", "c")), (ends[:1], ("a", "b"))):
+        with pytest.raises(TypeError, match="revision must be one, or a pair for a pair of checkpoints, got"):
+            dami.load_pair(*args, revision=revision)
+
+
 def test_a_tensor_that_cannot_be_interpolated_stops_the_load(
     ends: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

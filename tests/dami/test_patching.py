@@ -14,7 +14,8 @@ from dami.patching import config_mismatches
 from torch import nn
 from transformers import CompileConfig, LlamaConfig, PreTrainedModel
 
-from tests.dami.families import FAMILIES, VOCABULARY, batch, pair
+from tests.dami.families import FAMILIES, VOCABULARY, batch, pair, references
+from tests.tolerance import assert_as_accurate
 
 
 def refused(
@@ -316,3 +317,38 @@ def test_an_end_that_was_resized_all_the_same_is_refused_when_it_is_read(size: i
     model.model.resize_token_embeddings(size)
     with pytest.raises(ValueError, match=rf"must be torch.float32 of shape \[{size}, 24\] on cpu, got .*\[101, 24\]"):
         model(**batch("left"), intensity=0.5)
+
+
+@pytest.mark.parametrize("format", ["pair", "w8d4"])
+def test_other_dtypes_are_refused_before_anything_has_changed(format: str) -> None:
+    model = dami.patch_model(*pair("llama"), format)
+    before = [parameter.dtype for parameter in model.parameters()]
+    message = r"computes in float32, bfloat16 or float16, got torch\.float64: .* dami\.materialize\(model, intensity\)"
+    for convert in (model.double, lambda: model.to(torch.float64), lambda: model.to("cpu", torch.float64)):
+        with pytest.raises(TypeError, match=message):
+            convert()
+    with pytest.raises(TypeError, match=message):
+        model.model.double()  # of a part
+    assert [parameter.dtype for parameter in model.parameters()] == before
+    model.share_memory()
+    for convert, dtype in ((model.half, torch.float16), (model.bfloat16, torch.bfloat16), (model.float, torch.float32)):
+        assert convert()(**batch("left"), intensity=[0.0, 0.3, 0.6, 1.0]).logits.dtype == dtype
+    assert dami.materialize(model, 0.3).double()(**batch("left")).logits.dtype == torch.float64
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+@torch.no_grad()
+def test_autocast_runs_a_patched_model_as_a_plain_one(family: str) -> None:
+    """In float32, under bfloat16's autocast: the same dtype, and as near to the plain model in float32."""
+    inputs, lam = batch("left"), [0.0, 0.37, 1.0, 0.37]
+    model = dami.patch_model(*pair(family))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(**inputs, intensity=lam).logits
+        model.generate(**inputs, intensity=lam, max_new_tokens=2, do_sample=False)
+    for row, value in enumerate(lam):
+        plain, exact = references(family, value)
+        with torch.autocast("cpu", torch.bfloat16):
+            own = plain(**inputs).logits
+        seen = inputs["attention_mask"][row].bool()
+        assert own.dtype == logits.dtype
+        assert_as_accurate(logits[row, seen], exact(**inputs).logits[row, seen], own[row, seen], factor=1.5)

@@ -79,10 +79,11 @@ def test_an_adapter_can_be_trained_and_taken_off(model: PreTrainedModel) -> None
     [
         (
             lambda: peft.LoraConfig(use_dora=True, **LORA),
-            "the adapter 'default' uses DoRA; known to leave the weights alone",
+            "the adapter 'default' uses use_dora=True; known to leave the weights alone",
         ),
-        (lambda: peft.LoraConfig(init_lora_weights="pissa", **LORA), "uses pissa; known"),
-        (lambda: peft.LoHaConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]), "uses LOHA"),
+        (lambda: peft.LoraConfig(init_lora_weights="pissa", **LORA), "uses init_lora_weights='pissa'; known"),
+        (lambda: peft.LoraConfig(trainable_token_indices=[1], **LORA), r"uses trainable_token_indices=\[1\]"),
+        (lambda: peft.LoHaConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]), "uses LOHA; known"),
     ],
 )
 def test_an_adapter_that_needs_the_weights_is_refused(model: PreTrainedModel, config: Any, message: str) -> None:
