@@ -44,43 +44,67 @@ class Dial:
             self.lam = before
 
 
-def as_lam(intensity: Any, device: torch.device, sequences: int | None = None) -> Tensor:
+def as_lam(intensity: Any, device: torch.device, sequences: int | None = None, name: str = "intensity") -> Tensor:
     """The float32 tensor [] or [B] that a public `intensity` means.
 
     Args:
-        intensity: a real number, a sequence of them, one per sequence, or a floating-point tensor [] or [B]. Gradients
-            flow through a tensor.
+        intensity: a real number, or one per sequence: a list, a tuple, another sequence of numbers, an array of NumPy's
+            or a tensor, [] or [B], of floats or integers. Gradients flow through a tensor.
         device: where the result is wanted.
         sequences: B, if known.
+        name: of the argument, for errors.
 
     Raises:
-        TypeError: not a number, or a tensor of another dtype.
+        TypeError: anything else, such as a bool, bytes, a set, a mapping, or an array of another dtype.
         ValueError: NaN or infinite, of more than one dimension, or of the wrong length.
     """
-    wanted = "a real number, or one per sequence"
+    wanted = f"{name} must be {NUMBERS}"
     if isinstance(intensity, Tensor):
-        if not intensity.is_floating_point():
-            raise TypeError(f"intensity must be {wanted}, as a floating-point tensor, got {intensity.dtype}")
+        if not intensity.is_floating_point() and intensity.dtype not in INTEGERS:
+            raise TypeError(f"{wanted}, as a tensor of floats or integers, got {intensity.dtype}")
         lam = intensity.to(device, torch.float32)
     else:
-        numbers = [intensity] if isinstance(intensity, Real) else intensity
-        if isinstance(numbers, str) or not isinstance(numbers, Iterable):
-            hint = "; schedules and 'auto' are for generate" if callable(intensity) or intensity == "auto" else ""
-            raise TypeError(f"intensity must be {wanted}, got {type(intensity).__name__}{hint}")
-        numbers = list(numbers)
-        for number in numbers:
-            if not isinstance(number, Real) or isinstance(number, bool):
-                raise TypeError(f"intensity must be {wanted}, got {intensity!r}")
-        lam = torch.tensor([float(number) for number in numbers], dtype=torch.float32, device=device)
-        if isinstance(intensity, Real):
-            lam = lam[0]
+        lam = torch.tensor(_floats(intensity, name), dtype=torch.float64).float().to(device)  # too large is infinite
     if lam.dim() > 1 or lam.numel() == 0:
-        raise ValueError(f"intensity must be {wanted}, got shape {list(lam.shape)}")
+        raise ValueError(f"{wanted}, got shape {list(lam.shape)}")
     if sequences is not None and lam.dim() == 1 and len(lam) != sequences:
-        raise ValueError(f"intensity must be {wanted}, got {len(lam)} for {sequences} sequences")
+        raise ValueError(f"{wanted}, got {len(lam)} for {sequences} sequences")
     if not torch.compiler.is_compiling() and not bool(lam.isfinite().all()):
-        raise ValueError(f"intensity must be finite, got {intensity}")
+        raise ValueError(f"{name} must be finite, got {intensity}")
     return lam
+
+
+NUMBERS = "a real number, or one per sequence"
+INTEGERS = {getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)}
+
+
+def _floats(intensity: Any, name: str) -> Any:
+    """A number as a float, a sequence or an array of numbers as a list; TypeError if it is none of these."""
+    wanted = f"{name} must be {NUMBERS}"
+    if hasattr(intensity, "__array__") and not isinstance(intensity, Real):
+        array = intensity.__array__()
+        if array.dtype.kind not in "iuf":
+            raise TypeError(f"{wanted}, as an array of floats or integers, got {array.dtype}")
+        return array.tolist()
+    if not isinstance(intensity, (Real, Sequence)) or isinstance(intensity, (str, bytes, bytearray, memoryview)):
+        elsewhere = name == "intensity" and (callable(intensity) or intensity == "auto")
+        hint = "; schedules and 'auto' are for generate" if elsewhere else ""
+        raise TypeError(f"{wanted}, got {type(intensity).__name__}{hint}")
+    numbers = [intensity] if isinstance(intensity, Real) else intensity
+    if not all(isinstance(number, Real) and not isinstance(number, bool) for number in numbers):
+        raise TypeError(f"{wanted}, got {intensity!r}")
+    try:
+        return float(intensity) if isinstance(intensity, Real) else [float(number) for number in numbers]
+    except OverflowError:
+        raise ValueError(f"{wanted}, within the range of floats, got {intensity}") from None
+
+
+def one_lam(intensity: Any, name: str = "intensity") -> float:
+    """The one λ that an `intensity` means, as float32 holds it; TypeError or ValueError if it means none or several."""
+    lam = as_lam(intensity, torch.device("cpu"), name=name)
+    if lam.dim():
+        raise ValueError(f"{name} must be one number, got {len(lam)}")
+    return lam.item() + 0.0  # −0 is 0
 
 
 def named(model: nn.Module, intensity: Any) -> Any:

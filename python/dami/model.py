@@ -19,7 +19,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.utils.hooks import RemovableHandle
 
 from dami import dial as dials
-from dami.dial import Dial, as_lam, named, patch_of
+from dami.dial import Dial, as_lam, named, one_lam, patch_of
 from dami.independence import check_independence
 from dami.layers import Pass
 from dami.schedules import Course, course_of, resolved
@@ -260,7 +260,7 @@ def attach(
     if presets is not None:
         if "auto" in presets:
             raise ValueError('presets must have names other than "auto", which is what the estimator chooses')
-        patch.presets = {name: as_lam(lam, torch.device("cpu")).item() for name, lam in presets.items()}
+        patch.presets = {name: one_lam(lam, f"presets[{name!r}]") for name, lam in presets.items()}
     patch.estimator = estimator
     return model
 

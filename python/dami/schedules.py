@@ -155,7 +155,8 @@ def course_of(
     if isinstance(intensity, Mapping):
         parts = parts_of(intensity)
     parts = [(modules, layers, resolved(model, value, options, prompts)) for modules, layers, value in parts]
-    prompt = None if prompt_intensity is None else as_lam(named(model, prompt_intensity), device, prompts)
+    prompt = prompt_intensity if prompt_intensity is None else named(model, prompt_intensity)
+    prompt = prompt if prompt is None else as_lam(prompt, device, prompts, "prompt_intensity")
     before = patch.course
     with ExitStack() as stack:
         lines = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from fractions import Fraction
+from itertools import repeat
 from typing import Any
 
 import dami
@@ -31,6 +33,13 @@ def model() -> PreTrainedModel:
         ([0, 0.5, -1.5], torch.tensor([0.0, 0.5, -1.5])),
         ((0.25,), torch.tensor([0.25])),
         (np.array([0.0, 2.0]), torch.tensor([0.0, 2.0])),
+        (np.array(0.5), torch.tensor(0.5)),
+        (np.array([0, 1], dtype=np.uint8), torch.tensor([0.0, 1.0])),
+        (np.int64(1), torch.tensor(1.0)),
+        ([np.float16(0.5), Fraction(1, 4), 1], torch.tensor([0.5, 0.25, 1.0])),
+        (range(2), torch.tensor([0.0, 1.0])),
+        (torch.tensor(1), torch.tensor(1.0)),
+        (torch.tensor([0, 1], dtype=torch.uint8), torch.tensor([0.0, 1.0])),
         (torch.tensor(0.5, dtype=torch.float64), torch.tensor(0.5)),
         (torch.tensor([0.5, 1.0], dtype=torch.bfloat16), torch.tensor([0.5, 1.0])),
     ],
@@ -49,8 +58,21 @@ BAD = [
     ([0.0, 1.0], ValueError, "intensity must be a real number, or one per sequence, got 2 for 4 sequences"),
     ([], ValueError, r"intensity must be a real number, or one per sequence, got shape \[0\]"),
     (torch.zeros(4, 1), ValueError, r"intensity must be a real number, or one per sequence, got shape \[4, 1\]"),
-    (torch.zeros(4, dtype=torch.long), TypeError, "as a floating-point tensor, got torch.int64"),
-    (torch.zeros(4, dtype=torch.complex64), TypeError, "as a floating-point tensor, got torch.complex64"),
+    (torch.zeros(4, dtype=torch.bool), TypeError, "as a tensor of floats or integers, got torch.bool"),
+    (torch.zeros(4, dtype=torch.complex64), TypeError, "as a tensor of floats or integers, got torch.complex64"),
+    (np.zeros(4, dtype=bool), TypeError, "as an array of floats or integers, got bool"),
+    (np.bool_(True), TypeError, "as an array of floats or integers, got bool"),
+    (np.array(["0.5"] * 4), TypeError, "as an array of floats or integers, got <U3"),
+    (np.array([0.5] * 4, dtype=object), TypeError, "as an array of floats or integers, got object"),
+    (np.zeros((4, 1)), ValueError, r"intensity must be a real number, or one per sequence, got shape \[4, 1\]"),
+    (b"0101", TypeError, "intensity must be a real number, or one per sequence, got bytes"),
+    (bytearray(4), TypeError, "intensity must be a real number, or one per sequence, got bytearray"),
+    ({0.0, 0.1, 0.2, 0.3}, TypeError, "intensity must be a real number, or one per sequence, got set"),
+    ({0: 1}.values(), TypeError, "intensity must be a real number, or one per sequence, got dict_values"),
+    ([[0.0], [1.0], [0.0], [1.0]], TypeError, r"intensity must be a real number, or one per sequence, got \[\[0.0\]"),
+    ([True] * 4, TypeError, r"intensity must be a real number, or one per sequence, got \[True"),
+    (1e300, ValueError, r"intensity must be finite, got 1e\+300"),
+    (10**400, ValueError, "intensity must be a real number, or one per sequence, within the range of floats"),
     ("0.5", ValueError, "intensity must be a number, a preset, of which the model has none, or 'auto', got '0.5'"),
     ([0.0, "1", 0.5, 1.0], ValueError, "intensity must be a number, a preset, of which the model has none, or 'auto'"),
     (True, TypeError, "intensity must be a real number, or one per sequence, got True"),
@@ -74,6 +96,22 @@ def test_a_bad_intensity_is_refused_and_leaves_the_model_as_it_was(
             with pytest.raises(error, match=message), dami.intensity(model, intensity):
                 pass
         assert torch.equal(model(**inputs).logits, before)
+
+
+def test_forward_takes_no_iterator_which_may_not_end(model: PreTrainedModel) -> None:
+    with pytest.raises(TypeError, match="intensity must be a real number, or one per sequence, got repeat"):
+        model(**batch("left"), intensity=repeat(0.5))
+
+
+def test_errors_name_the_argument(model: PreTrainedModel) -> None:
+    with pytest.raises(TypeError, match=r"^prompt_intensity must be a real number, or one per sequence, got bytes"):
+        model.generate(**batch("left"), prompt_intensity=b"0000")
+    with pytest.raises(ValueError, match=r"^prompt_intensity must be finite, got nan"):
+        model.generate(**batch("left"), prompt_intensity=float("nan"))
+    with pytest.raises(TypeError, match=r"^presets\['low'\] must be a real number.*got \[{0.5}\]"):
+        dami.attach(model, None, {"low": [{0.5}]})
+    with pytest.raises(ValueError, match=r"^presets\['low'\] must be one number, got 2"):
+        dami.attach(model, None, {"low": [0.1, 0.2]})
 
 
 @torch.no_grad()

@@ -305,5 +305,5 @@ def test_a_preset_stands_for_its_number_wherever_a_number_does(model: PreTrained
         model(**inputs, intensity="low")
     with pytest.raises(ValueError, match='presets must have names other than "auto"'):
         dami.attach(model, None, {"auto": 0.5})
-    with pytest.raises(ValueError, match="intensity must be finite"):
+    with pytest.raises(ValueError, match=r"presets\['low'\] must be finite"):
         dami.attach(model, None, {"low": float("inf")})

@@ -13,14 +13,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from numbers import Real
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.generation.continuous_batching import cb_logits_processors, continuous_api, requests
 
-from dami.dial import as_lam, named, patch_of
+from dami.dial import as_lam, named, one_lam, patch_of
 from dami.serving import attention
 from dami.serving.sampling import Sampler, Sampling
 
@@ -132,15 +131,16 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         options["intensity"] = one_lam(lam)
         return super().add_request(input_ids, *args, **options)
 
-    def add_requests(
-        self, inputs: list[list[int]], *args: Any, intensity: float | Sequence[float] | None = None, **options: Any
-    ) -> list[str]:
-        """As transformers' own, with a λ for all prompts or one for each."""
+    def add_requests(self, inputs: list[list[int]], *args: Any, intensity: Any = None, **options: Any) -> list[str]:
+        """As transformers' own, with a λ for all prompts or one for each: numbers, or presets' names.
+
+        Raises:
+            TypeError, ValueError: `intensity` is neither.
+        """
         if intensity is None and isinstance(inputs, Prompts):
             intensity = inputs.intensities
-        if intensity is None or isinstance(intensity, Real) or (isinstance(intensity, Tensor) and not intensity.dim()):
-            return super().add_requests(list(inputs), *args, intensity=intensity, **options)
-        lam = as_lam(intensity, torch.device("cpu"), len(inputs)).tolist()
+        wanted = patch_of(self.model).dial.lam if intensity is None else named(self.model, intensity)
+        lam = as_lam(wanted, torch.device("cpu"), len(inputs)).expand(len(inputs)).tolist()
         ids = [""] * len(inputs)
         for value in dict.fromkeys(lam):
             places = [place for place, each in enumerate(lam) if each == value]
@@ -221,14 +221,6 @@ def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> dict[str, 
     ids = [[0] * (length - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
-
-
-def one_lam(intensity: Any) -> float:
-    """The λ that a request's `intensity` means, as float32 holds it; TypeError or ValueError if it is not one."""
-    lam = as_lam(intensity, torch.device("cpu"))
-    if lam.dim():
-        raise ValueError(f"intensity must be one number for a request, got {len(lam)}")
-    return lam.item() + 0.0  # −0 is 0
 
 
 def packed_lam(inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:

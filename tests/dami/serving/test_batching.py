@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import dami
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -221,13 +222,27 @@ def test_generate_with_a_paged_cache_refuses(options: dict[str, Any], message: s
         ("low", ValueError, "intensity must be a number, a preset, of which the model has none"),
         ("auto", TypeError, "intensity must be a real number, or one per sequence, got str"),
         (True, TypeError, "intensity must be a real number, or one per sequence, got True"),
-        ([0.1, 0.2], ValueError, "intensity must be one number for a request, got 2"),
+        ([0.1, 0.2], ValueError, "intensity must be one number, got 2"),
     ],
 )
 def test_add_request_refuses(intensity: Any, error: type[Exception], message: str) -> None:
     manager = patched("qwen3").init_continuous_batching(GREEDY, SMALL)
     with pytest.raises(error, match=message):
         manager.add_request([5, 6], intensity=intensity)
+    assert manager.input_queue.empty()
+
+
+def test_add_requests_takes_whatever_means_one_lam_for_each() -> None:
+    model = dami.attach(patched("qwen3"), None, {"low": 0.25})
+    manager, asked = model.init_continuous_batching(GREEDY, SMALL), prompts([4, 5])
+    cases = (np.array(0.5), [0.5, 0.5]), ("low", [0.25, 0.25]), (["low", 1], [0.25, 1.0]), (None, [0.0, 0.0])
+    for intensity, wanted in cases:
+        names = manager.add_requests(asked, intensity=intensity)
+        queued = [manager.input_queue.get_nowait() for _ in asked]
+        found = {state.request_id: state.logit_processor_kwargs["intensity"] for state in queued}
+        assert [found[name] for name in names] == wanted
+    with pytest.raises(TypeError, match="intensity must be a real number, or one per sequence, got set"):
+        manager.add_requests(asked, intensity={0.5})
     assert manager.input_queue.empty()
 
 
