@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from numbers import Real
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,7 +131,7 @@ def named(model: nn.Module, intensity: Any) -> Any:
 def intensity(
     model: nn.Module,
     intensity: Intensity | Mapping[Part, Intensity],
-    layers: Iterable[int] | None = None,
+    layers: int | Iterable[int] | None = None,
     modules: str | Iterable[str] | None = None,
 ) -> Iterator[None]:
     """Sets λ of a patched model, or of a part of it, for the time of a `with` block.
@@ -143,9 +145,10 @@ def intensity(
             1 the thinking end, and any other real number lies on the line through both; a preset's name stands for its
             number. Or a mapping of parts of the model to these, such as
             {"*": 0.2, "mlp": 0.5, ("mlp", range(4, 8)): [0.1, 0.9]}; of two that name one module the later holds.
-        layers: indices of the layers meant; all, and what lies outside the layers too, if None.
+        layers: the index of the layer meant, or several; all, and what lies outside the layers too, if None.
         modules: what is meant in them: "attn", "mlp", "experts", "norm", "embed", "head", "other", or patterns of
-            qualified module names such as "*.q_proj"; one or several. All if None.
+            qualified module names such as "*.q_proj"; one or several, each of which must name something there. All if
+            None.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted. The model is left as it was.
@@ -175,16 +178,19 @@ def parts_of(intensities: Mapping[Any, Any]) -> list[tuple[str, list[int] | None
     parts = []
     for key, value in intensities.items():
         modules, layers = key if isinstance(key, tuple) and len(key) == 2 else (key, None)
-        layers = [layers] if isinstance(layers, int) else layers
-        if not isinstance(modules, str) or not (layers is None or isinstance(layers, Iterable)):
-            raise TypeError(f"intensity must have keys such as 'mlp' or ('*.q_proj', range(4, 8)), got {key!r}")
-        parts.append((modules, None if layers is None else list(layers), value))
+        wanted = f"intensity must have keys such as 'mlp' or ('*.q_proj', range(4, 8)), got {key!r}"
+        if not isinstance(modules, str):
+            raise TypeError(wanted)
+        try:
+            parts.append((modules, _indices(layers), value))
+        except TypeError as error:
+            raise TypeError(f"{wanted}: {error}") from None
     return parts
 
 
 @contextmanager
 def separate(
-    model: nn.Module, modules: str | Iterable[str] | None = None, layers: Iterable[int] | None = None
+    model: nn.Module, modules: str | Iterable[str] | None = None, layers: int | Iterable[int] | None = None
 ) -> Iterator[Dial]:
     """The dial of a part of a patched model, which no other module reads for the time of a `with` block.
 
@@ -203,29 +209,59 @@ def separate(
         yield part
 
 
-def _chosen(model: nn.Module, layers: Iterable[int] | None, modules: str | Iterable[str] | None) -> list[LerpModule]:
-    """The patched modules that `intensity`'s `layers` and `modules` name."""
+def _chosen(
+    model: nn.Module, layers: int | Iterable[int] | None, modules: str | Iterable[str] | None
+) -> list[LerpModule]:
+    """The patched modules that `intensity`'s `layers` and `modules` name: each layer is one of the model's, of which
+    nothing may be interpolated, and each name of `modules` says something."""
     from dami.layers import LerpModule
 
-    indices = None if layers is None else {int(layer) for layer in layers}
-    patterns = None if modules is None else {modules} if isinstance(modules, str) else set(modules)
+    indices = _indices(layers)
+    names = ["*"] if modules is None else _names(modules)
     patched = {name: module for name, module in model.named_modules() if isinstance(module, LerpModule)}
-
-    def within(name: str, module: LerpModule) -> bool:
-        return (indices is None or module.lerp.layer in indices) and (
-            patterns is None
-            or module.lerp.group in patterns
-            or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns - set(GROUPS))
-        )
-
-    chosen = [module for name, module in patched.items() if within(name, module)]
-    if not chosen:
+    inside = {name: m for name, m in patched.items() if indices is None or m.lerp.layer in indices}
+    found = {
+        pattern: [
+            module
+            for name, module in inside.items()
+            if (module.lerp.group == pattern if pattern in GROUPS else fnmatch.fnmatchcase(name, pattern))
+        ]
+        for pattern in names
+    }
+    strangers = sorted(set(indices or ()) - {layer_of(name) for name, _ in model.named_modules()})
+    strangers = strangers or [pattern for pattern in found if not found[pattern]]
+    if strangers or not names:
         raise ValueError(
-            f"layers={layers} and modules={modules!r} name no interpolated module; there are layers "
+            f"layers={layers} and modules={modules!r} name no interpolated module by {strangers}; there are layers "
             f"{sorted({m.lerp.layer for m in patched.values() if m.lerp.layer is not None})} "
             f"and modules {sorted({m.lerp.group for m in patched.values()})}, or patterns such as '*.q_proj'"
         )
-    return chosen
+    return list(dict.fromkeys(module for several in found.values() for module in several))
+
+
+def _indices(layers: Any) -> list[int] | None:
+    """Indices of layers, of which `intensity` takes one or several; TypeError if they are none."""
+    if layers is None:
+        return None
+    several = list(layers) if isinstance(layers, Iterable) and getattr(layers, "ndim", 1) else [layers]
+    indices = [each for each in several if hasattr(each, "__index__") and not isinstance(each, bool)]
+    if isinstance(layers, (str, bytes)) or len(indices) < len(several):
+        raise TypeError(f"layers must be the index of a layer, or several, got {layers!r}")
+    return [index(each) for each in indices]
+
+
+def _names(modules: Any) -> list[str]:
+    """Groups and patterns of modules, of which `intensity` takes one or several; TypeError if they are none."""
+    names = [modules] if isinstance(modules, str) or not isinstance(modules, Iterable) else list(modules)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"modules must be a group, a pattern of names, or several, got {modules!r}")
+    return names
+
+
+def layer_of(name: str) -> int | None:
+    """Index of the layer that a module of this qualified name is in, None outside the layers."""
+    number = re.search(r"\.(\d+)\.", name)
+    return int(number[1]) if number else None
 
 
 def patch_of(model: nn.Module) -> Any:

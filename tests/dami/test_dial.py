@@ -182,12 +182,59 @@ def test_of_two_parts_the_inner_holds(model: PreTrainedModel) -> None:
         assert torch.equal(model(**inputs).logits, inner)
 
 
-def test_a_part_that_does_not_exist_is_refused(model: PreTrainedModel) -> None:
-    message = (
-        r"layers=\[7\] and modules='mlp' name no interpolated module; there are layers \[0, 1\] and modules \['attn'"
-    )
-    with pytest.raises(ValueError, match=message), dami.intensity(model, 0.5, layers=[7], modules="mlp"):
+THERE = r"; there are layers \[0, 1\] and modules \['attn', 'embed', 'head', 'mlp', 'norm'\], or patterns such as '\*.q_proj'"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "error", "message"),
+    [
+        ({"layers": [7], "modules": "mlp"}, ValueError, r"layers=\[7\] and modules='mlp' name .* by \[7\]" + THERE),
+        ({"modules": ["mlp", "atn"]}, ValueError, r"modules=\['mlp', 'atn'\] name no .* by \['atn'\]" + THERE),
+        ({"modules": ["*.q_proj", "*.p_proj"]}, ValueError, r"name no interpolated module by \['\*.p_proj'\]"),
+        ({"modules": ["mlp", "experts"]}, ValueError, r"name no interpolated module by \['experts'\]"),
+        ({"layers": 0, "modules": ["mlp", "embed"]}, ValueError, r"name no interpolated module by \['embed'\]"),
+        ({"layers": [1, 99, -1]}, ValueError, r"name no interpolated module by \[-1, 99\]"),
+        ({"layers": []}, ValueError, r"layers=\[\] and modules=None name no interpolated module by \['\*'\]"),
+        ({"modules": []}, ValueError, r"layers=None and modules=\[\] name no interpolated module by \[\]"),
+        ({"layers": "12"}, TypeError, "layers must be the index of a layer, or several, got '12'"),
+        ({"layers": b"01"}, TypeError, "layers must be the index of a layer, or several, got b'01'"),
+        ({"layers": 1.0}, TypeError, r"layers must be the index of a layer, or several, got 1\.0"),
+        ({"layers": [0, 1.5]}, TypeError, r"layers must be the index of a layer, or several, got \[0, 1\.5\]"),
+        ({"layers": True}, TypeError, "layers must be the index of a layer, or several, got True"),
+        ({"modules": 3}, TypeError, "modules must be a group, a pattern of names, or several, got 3"),
+        ({"modules": ["mlp", 3]}, TypeError, r"modules must be a group, a pattern .* got \['mlp', 3\]"),
+        ({"modules": b"mlp"}, TypeError, "modules must be a group, a pattern of names, or several, got b'mlp'"),
+    ],
+    ids=repr,
+)
+def test_a_part_that_does_not_exist_is_refused(
+    model: PreTrainedModel, chosen: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message), dami.intensity(model, 0.5, **chosen):
         pass
+    assert all(module.lerp.dial is model.dami_patch.dial for module in model.modules() if hasattr(module, "lerp"))
+
+
+@torch.no_grad()
+def test_a_layer_is_named_by_any_integer(model: PreTrainedModel) -> None:
+    inputs = batch("left")
+    with dami.intensity(model, 0.5, layers=[1]):
+        wanted = model(**inputs).logits
+    for layers in (1, np.int64(1), torch.tensor(1), torch.tensor([1]), np.array([1]), range(1, 2), {1}):
+        with dami.intensity(model, 0.5, layers=layers):
+            assert torch.equal(model(**inputs).logits, wanted)
+    for layers in (1, np.int64(1), range(1, 2)):
+        assert torch.equal(model(**inputs, intensity={("*", layers): 0.5}).logits, wanted)
+
+
+def test_a_layer_with_equal_ends_may_be_among_those_named() -> None:
+    instruct, thinking = pair("qwen3")
+    thinking.model.layers[1].load_state_dict(instruct.model.layers[1].state_dict())
+    model = dami.patch_model(instruct, thinking)
+    with dami.intensity(model, 0.5, layers=range(2)), dami.intensity(model, 0.5, layers=range(2), modules="attn"):
+        pass
+    with pytest.raises(ValueError, match=r"layers=1 and modules=None name no interpolated module by \['\*'\]"):
+        dami.intensity(model, 0.5, layers=1).__enter__()
 
 
 def test_only_a_patched_model_has_an_intensity() -> None:

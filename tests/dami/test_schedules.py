@@ -177,7 +177,14 @@ def test_parts_compile_to_one_graph(model: PreTrainedModel) -> None:
     [
         ({}, ValueError, "intensity must name a part of the model, got an empty mapping"),
         ({7: 0.5}, TypeError, r"intensity must have keys such as 'mlp' or \('\*.q_proj', range\(4, 8\)\), got 7"),
-        ({("mlp", 0.5): 0.5}, TypeError, r"got \('mlp', 0.5\)"),
+        (
+            {("mlp", 0.5): 0.5},
+            TypeError,
+            r"got \('mlp', 0.5\): layers must be the index of a layer, or several, got 0.5",
+        ),
+        ({("mlp", "01"): 0.5}, TypeError, "layers must be the index of a layer, or several, got '01'"),
+        ({("mlp", (0, 9)): 0.5}, ValueError, r"name no interpolated module by \[9\]; there are layers \[0, 1\]"),
+        ({(("mlp", "attn"), 0): 0.5}, TypeError, r"got \(\('mlp', 'attn'\), 0\)"),
         ({"mpl": 0.5}, ValueError, "modules='mpl' name no interpolated module"),
         ({"experts": 0.5}, ValueError, "modules='experts' name no interpolated module"),
         ({"mlp": float("nan")}, ValueError, "intensity must be finite"),
