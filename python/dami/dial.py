@@ -32,18 +32,25 @@ class Dial:
 
     Attributes:
         lam: float32, [] for every row, or [B], one per sequence.
+        rest: where it stood before a `with` block or a pass turned it, and will stand again; None while it is there.
     """
 
     lam: Tensor
+    rest: Tensor | None = None
 
     @contextmanager
     def turned(self, lam: Tensor) -> Iterator[None]:
         """Reads `lam` for the time of a `with` block."""
-        before, self.lam = self.lam, lam
+        before = self.lam, self.rest
+        self.lam, self.rest = lam, self.lam if self.rest is None else self.rest
         try:
             yield
         finally:
-            self.lam = before
+            self.lam, self.rest = before
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy stands where this dial will once all blocks and passes are left."""
+        return {"lam": self.lam if self.rest is None else self.rest, "rest": None}
 
 
 def as_lam(intensity: Any, device: torch.device, sequences: int | None = None, name: str = "intensity") -> Tensor:
@@ -137,7 +144,7 @@ def intensity(
     """Sets λ of a patched model, or of a part of it, for the time of a `with` block.
 
     A part keeps its λ inside the block whatever `generate(intensity=…)` or an inner block for the whole model says;
-    of two blocks that name one module the inner one holds.
+    of two blocks that name one module the inner one holds. A copy of the model that is made inside is outside.
 
     Args:
         model: a patched model.
@@ -204,8 +211,8 @@ def separate(
     part = Dial(patch.dial.lam)
     with ExitStack() as stack:
         for module in _chosen(model, layers, modules):
-            stack.callback(setattr, module.lerp, "dial", module.lerp.dial)
-            module.lerp.dial = part
+            stack.callback(setattr, module.lerp, "part", module.lerp.part)
+            module.lerp.part = part
         yield part
 
 

@@ -50,7 +50,7 @@ class Patch:
     """What `patch_model` keeps on a model.
 
     Attributes:
-        dial: the λ of all modules, except where `dami.intensity` points a part of them elsewhere.
+        dial: the λ of all modules, except where `dami.intensity` sets a part of them apart.
         original: the model's class before.
         trainable: the parameters that required a gradient before.
         estimator: what chooses λ for `generate(intensity="auto")`.
@@ -76,6 +76,10 @@ class Patch:
     packs: bool = False
     origin: Origin = field(default_factory=Origin)
     head: RemovableHandle | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy runs no `generate`."""
+        return {**vars(self), "course": None}
 
 
 class LerpModel(nn.Module):
@@ -140,12 +144,13 @@ def patched_model_class(original: Any) -> type[LerpModel]:
                 check_independence(self, original.forward)
                 self.dami_patch.checked = True
         running, (batch, tokens) = self.dami_patch.running, _batch(args, kwargs)
-        before = dial.lam, running.sequences, running.tokens
-        dial.lam, running.sequences, running.tokens = lam, batch, tokens
+        before = running.sequences, running.tokens
+        running.sequences, running.tokens = batch, tokens
         try:
-            return original.forward(self, *args, **kwargs)
+            with dial.turned(lam):
+                return original.forward(self, *args, **kwargs)
         finally:
-            dial.lam, running.sequences, running.tokens = before
+            running.sequences, running.tokens = before
 
     members: dict[str, Any] = {"__module__": original.__module__, "__doc__": original.__doc__}
     members["forward"] = _with(forward, original.forward, "intensity")
@@ -197,16 +202,14 @@ def _packed_forward(model: Any, forward: Any, args: tuple[Any, ...], kwargs: dic
     from dami.serving.batching import packed_lam
     from dami.serving.rowwise import Rowwise
 
-    patch = model.dami_patch
-    running, dial = patch.running, patch.dial
-    before = dial.lam, running.sequences, running.tokens, running.packed, running.kept
-    dial.lam, kept = packed_lam(kwargs)
-    running.sequences, running.tokens, running.packed, running.kept = len(dial.lam), 1, dial.lam, kept
+    running, (lam, kept) = model.dami_patch.running, packed_lam(kwargs)
+    before = running.sequences, running.tokens, running.packed, running.kept
+    running.sequences, running.tokens, running.packed, running.kept = len(lam), 1, lam, kept
     try:
         with Rowwise() if running.invariant else nullcontext():
             return forward(model, *args, **kwargs)
     finally:
-        dial.lam, running.sequences, running.tokens, running.packed, running.kept = before
+        running.sequences, running.tokens, running.packed, running.kept = before
 
 
 def twin(model: M, intensity: Any = 0.0) -> M:
@@ -225,10 +228,9 @@ def twin(model: M, intensity: Any = 0.0) -> M:
     """
     patch = patch_of(model)
     lam = as_lam(intensity, dials.device_of(model))
-    shared = (*model.parameters(), *model.buffers(), *filter(None, [patch.estimator, patch.course]))
+    shared = (*model.parameters(), *model.buffers(), *filter(None, [patch.estimator]))
     other = copy.deepcopy(model, {id(each): each for each in shared})
-    patch = patch_of(other)
-    patch.dial.lam, patch.course = lam, None
+    patch_of(other).dial.lam = lam
     return other
 
 

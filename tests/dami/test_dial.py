@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
+from collections.abc import Callable
 from fractions import Fraction
 from itertools import repeat
 from typing import Any
@@ -13,6 +16,7 @@ import pytest
 import torch
 from dami.dial import as_lam
 from transformers import PreTrainedModel
+from transformers.models.qwen3 import modeling_qwen3
 
 from tests.dami.families import batch, pair
 
@@ -182,7 +186,63 @@ def test_of_two_parts_the_inner_holds(model: PreTrainedModel) -> None:
         assert torch.equal(model(**inputs).logits, inner)
 
 
-THERE = r"; there are layers \[0, 1\] and modules \['attn', 'embed', 'head', 'mlp', 'norm'\], or patterns such as '\*.q_proj'"
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "twin": dami.twin,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@torch.no_grad()
+def test_a_copy_made_in_a_block_or_a_pass_is_at_rest(
+    model: PreTrainedModel, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands where the model does outside, runs as the model does, and what runs on in the model is not its own."""
+    inputs, lam = batch("left"), [0.0, 0.3, 0.7, 1.0]
+    wanted = [model(**inputs).logits, model(**inputs, intensity=lam).logits]
+    copies = []
+    make = lambda: copies.append(COPIES[how](model))  # noqa: E731
+    with dami.intensity(model, 0.9), dami.intensity(model, lam, modules="mlp"):
+        make()
+        with dami.intensity(model, {"attn": 0.5, ("mlp", 1): 0.2}):
+            make()
+    with monkeypatch.context() as patched:
+        rotate = modeling_qwen3.apply_rotary_pos_emb
+        patched.setattr(modeling_qwen3, "apply_rotary_pos_emb", lambda *args: (make(), rotate(*args))[1])
+        model(**inputs, intensity=lam)
+        model.generate(**inputs, intensity={"mlp": lambda step, tokens: 0.5}, max_new_tokens=1)
+    assert len(copies) == 2 + 2 * len(model.model.layers)
+    for each in copies:
+        assert each.dami_patch.course is None
+        assert torch.equal(each.model.norm.weight, model.model.norm.weight)  # as it is seen outside a pass
+        assert torch.equal(each(**inputs).logits, wanted[0])
+        assert torch.equal(each(**inputs, intensity=lam).logits, wanted[1])
+        if how != "twin":
+            dami.unpatch_model(each)
+
+
+@torch.no_grad()
+def test_a_copied_module_leaves_the_part_behind(model: PreTrainedModel) -> None:
+    x = torch.randn(2, 3, 24)
+    wanted = model.model.layers[0].mlp(x)
+    with dami.intensity(model, 1.0, modules="mlp"):
+        copied = copy.deepcopy(model.model.layers[0].mlp)
+        assert not torch.allclose(model.model.layers[0].mlp(x), wanted)
+    assert torch.equal(copied(x), wanted)
+
+
+@torch.no_grad()
+def test_a_copy_of_a_twin_stands_where_the_twin_does(model: PreTrainedModel) -> None:
+    inputs = batch("left")
+    wanted = model(**inputs, intensity=0.4).logits
+    twin = dami.twin(model, 0.4)
+    with dami.intensity(twin, 0.9):
+        other = copy.deepcopy(twin)
+    assert torch.equal(other(**inputs).logits, wanted)
+
+
+THERE = r"; there are layers \[0, 1\] and modules \['attn', 'embed', 'head', 'mlp', 'norm'\], or patterns such as"
 
 
 @pytest.mark.parametrize(
@@ -212,7 +272,7 @@ def test_a_part_that_does_not_exist_is_refused(
 ) -> None:
     with pytest.raises(error, match=message), dami.intensity(model, 0.5, **chosen):
         pass
-    assert all(module.lerp.dial is model.dami_patch.dial for module in model.modules() if hasattr(module, "lerp"))
+    assert all(module.lerp.part is None for module in model.modules() if hasattr(module, "lerp"))
 
 
 @torch.no_grad()

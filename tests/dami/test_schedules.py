@@ -157,7 +157,7 @@ def test_parts_at_a_lam_of_their_own(model: PreTrainedModel) -> None:
         wanted = plain(row)(**inputs).logits[row]
         torch.testing.assert_close(logits[row, seen], wanted[seen], rtol=1e-4, atol=1e-4)
         assert tokens[row, -1] == wanted[-1].argmax()
-    assert all(module.lerp.dial is model.dami_patch.dial for module in model.modules() if hasattr(module, "lerp"))
+    assert all(module.lerp.part is None for module in model.modules() if hasattr(module, "lerp"))
 
 
 @torch.no_grad()
@@ -198,7 +198,7 @@ def test_bad_parts_are_refused(
     for run in (model.forward, model.generate):
         with pytest.raises(error, match=message):
             run(**prompts(), intensity=parts)
-    assert all(module.lerp.dial is model.dami_patch.dial for module in model.modules() if hasattr(module, "lerp"))
+    assert all(module.lerp.part is None for module in model.modules() if hasattr(module, "lerp"))
     assert model.dami_patch.course is None
 
 
