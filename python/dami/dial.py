@@ -213,7 +213,26 @@ def separate(
         for module in _chosen(model, layers, modules):
             stack.callback(setattr, module.lerp, "part", module.lerp.part)
             module.lerp.part = part
+        stack.callback(patch.parts.remove, part)
+        patch.parts.append(part)
         yield part
+
+
+def check_rows(patch: Any, lam: Tensor, rows: int | None) -> None:
+    """Refuses λ, of the whole model and of its parts, that are not one for each row of a forward pass: ValueError.
+
+    Only `generate` may run more: copies of each sequence, which are neighbours.
+
+    Args:
+        patch: of the model.
+        lam: float32, [] or [B], what the whole model is to run at.
+        rows: of the batch, None if not known.
+    """
+    for each in (lam, *(part.lam for part in patch.parts)):
+        if rows is None or each.dim() == 0:
+            continue
+        if rows != len(each) and (patch.course is None or rows % len(each) != 0):
+            raise ValueError(f"intensity must hold one number per sequence, got {len(each)} for {rows} sequences")
 
 
 def _chosen(

@@ -19,7 +19,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.utils.hooks import RemovableHandle
 
 from dami import dial as dials
-from dami.dial import Dial, as_lam, named, one_lam, patch_of
+from dami.dial import Dial, as_lam, check_rows, named, one_lam, patch_of
 from dami.independence import check_independence
 from dami.layers import Pass
 from dami.schedules import Course, course_of, resolved
@@ -55,6 +55,7 @@ class Patch:
         trainable: the parameters that required a gradient before.
         estimator: what chooses λ for `generate(intensity="auto")`.
         presets: λ by name, such as "low".
+        parts: the dials of the parts that `dami.intensity` has set apart, the innermost last.
         frontier: what both were measured on, as `dami.evaluation.report.summary` says it; {} if nothing was.
         course: turns the dials of the `generate` that is running, if one is.
         running: the forward pass that the model is in.
@@ -69,6 +70,7 @@ class Patch:
     trainable: list[nn.Parameter]
     estimator: Estimator | None = None
     presets: Mapping[str, float] = field(default_factory=dict)
+    parts: list[Dial] = field(default_factory=list)
     frontier: Mapping[str, Any] = field(default_factory=dict)
     course: Course | None = None
     running: Pass = field(default_factory=Pass)
@@ -78,8 +80,8 @@ class Patch:
     head: RemovableHandle | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy runs no `generate`."""
-        return {**vars(self), "course": None}
+        """A copy is in no block, and runs no `generate`."""
+        return {**vars(self), "parts": [], "course": None}
 
 
 class LerpModel(nn.Module):
@@ -124,13 +126,10 @@ def patched_model_class(original: Any) -> type[LerpModel]:
             _check_adapters(self)
         if "logits_processor_args" in kwargs:
             return _packed_forward(self, original.forward, args, kwargs)
-        sequences = _sequences(args, kwargs)
+        sequences = _sequences(self, args, kwargs)
         dial = self.dami_patch.dial
         lam = dial.lam.to(self.device) if intensity is None else as_lam(named(self, intensity), self.device, sequences)
-        if sequences is not None and lam.dim() == 1 and sequences % lam.shape[0] != 0:
-            raise ValueError(
-                f"intensity must hold one number per sequence, got {lam.shape[0]} for {sequences} sequences"
-            )
+        check_rows(self.dami_patch, lam, sequences)
         if self.training and is_grad_enabled() and any(getattr(m, "gradient_checkpointing", 0) for m in self.modules()):
             raise ValueError(
                 "a patched model takes no gradient checkpointing, which would run modules again after λ has changed: "
@@ -161,7 +160,7 @@ def patched_model_class(original: Any) -> type[LerpModel]:
             _check_adapters(self)
             options = inspect.signature(original.generate).bind(self, *args, **kwargs).arguments
             options |= options.pop("kwargs", {})
-            with course_of(self, intensity, prompt_intensity, _sequences(args, kwargs) or 1, options):
+            with course_of(self, intensity, prompt_intensity, _sequences(self, args, kwargs) or 1, options):
                 return original.generate(self, *args, **kwargs)
 
         @functools.wraps(original.prepare_inputs_for_generation)
@@ -272,9 +271,9 @@ MEDIA = re.compile("pixel|image|video|audio|input_features|input_values")
 INPUTS = ("inputs", "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 
-def _sequences(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+def _sequences(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """Size of the batch: of the first positional argument, or of the first tensor of these names."""
-    inputs = (*args[:1], *(kwargs.get(name) for name in INPUTS))
+    inputs = (*args[:1], *(kwargs.get(name) for name in (*INPUTS, model.main_input_name)))
     return next((value.shape[0] for value in inputs if isinstance(value, Tensor)), None)
 
 

@@ -320,6 +320,31 @@ def test_a_batch_that_is_no_multiple_of_the_intensities_is_refused(model: PreTra
             model.model(**inputs)
 
 
+@pytest.mark.parametrize("chosen", [{}, {"modules": "mlp"}, {"layers": 0}], ids=repr)
+@torch.no_grad()
+def test_lam_is_one_for_each_row_however_it_is_given(model: PreTrainedModel, chosen: dict[str, Any]) -> None:
+    """Blocks of rows are copies of a sequence, and only `generate` makes them."""
+    inputs, lam = batch("left"), [0.0, 1.0]
+    options = {"max_new_tokens": 3, "do_sample": False, "num_beams": 2, "num_return_sequences": 2}
+    two = {name: tensor[:2] for name, tensor in inputs.items()}
+    with pytest.raises(ValueError, match="got 2 for 4 sequences"):
+        model(**inputs, intensity=lam)
+    for several in (lam, [0.5]):
+        with dami.intensity(model, several, **chosen):
+            with pytest.raises(ValueError, match=f"one number per sequence, got {len(several)} for 4 sequences"):
+                model(**inputs)
+            with pytest.raises(ValueError, match=f"one per sequence, got {len(several)} for 4 sequences"):
+                model.generate(**inputs, **options)
+    with dami.intensity(model, lam, **chosen):
+        found = model.generate(**two, **options)
+        assert model(**two).logits.shape[0] == 2
+    for row, each in enumerate(lam):
+        one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+        with dami.intensity(model, each, **chosen):
+            assert torch.equal(found[2 * row : 2 * row + 2], model.generate(**one, **options))
+    assert not model.dami_patch.parts
+
+
 @torch.no_grad()
 def test_embeddings_may_stand_for_ids(model: PreTrainedModel) -> None:
     inputs = batch("left")
