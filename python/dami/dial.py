@@ -159,6 +159,7 @@ def intensity(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted. The model is left as it was.
+        RuntimeError: another thread runs the model, or is inside such a block.
     """
     device = device_of(model)
     parts: list[tuple[Any, Any, Any]] = [(modules, layers, intensity)]
@@ -167,6 +168,7 @@ def intensity(
             raise ValueError("layers and modules are for one intensity: name them in the mapping's keys")
         parts = parts_of(intensity)
     with ExitStack() as stack:
+        stack.enter_context(patch_of(model).hold)
         for names, indices, value in parts:
             lam = as_lam(named(model, value), device)
             stack.enter_context(separate(model, names, indices)).lam = lam

@@ -23,6 +23,7 @@ from dami.dial import Dial, as_lam, check_rows, named, one_lam, patch_of
 from dami.independence import check_independence
 from dami.layers import Pass
 from dami.schedules import Course, course_of, resolved
+from dami.threads import Hold
 
 if TYPE_CHECKING:
     from dami.estimators import Estimator
@@ -57,8 +58,10 @@ class Patch:
         presets: λ by name, such as "low".
         parts: the dials of the parts that `dami.intensity` has set apart, the innermost last.
         frontier: what both were measured on, as `dami.evaluation.report.summary` says it; {} if nothing was.
+        hold: of the thread that runs the model.
         course: turns the dials of the `generate` that is running, if one is.
         running: the forward pass that the model is in.
+        attention: the implementation outside of continuous batching, while the model is set up for that; None else.
         checked: whether `check_independence` has passed.
         packs: whether the check of packed rows has, which is continuous batching's.
         origin: what it is a patch of.
@@ -72,8 +75,10 @@ class Patch:
     presets: Mapping[str, float] = field(default_factory=dict)
     parts: list[Dial] = field(default_factory=list)
     frontier: Mapping[str, Any] = field(default_factory=dict)
+    hold: Hold = field(default_factory=Hold)
     course: Course | None = None
     running: Pass = field(default_factory=Pass)
+    attention: str | None = None
     checked: bool = False
     packs: bool = False
     origin: Origin = field(default_factory=Origin)
@@ -108,8 +113,7 @@ class LerpModel(nn.Module):
         return push(self, repo_id, **options)  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # a compiled call belongs to the object it was made for
-        state = {name: value for name, value in self.__dict__.items() if not name.startswith("_compiled_call")}
+        state = {name: value for name, value in self.__dict__.items() if not name.startswith(OF_ONE_OBJECT)}
         return _rebuild, (self.dami_patch.original,), state
 
 
@@ -151,8 +155,13 @@ def patched_model_class(original: Any) -> type[LerpModel]:
         finally:
             running.sequences, running.tokens = before
 
+    @functools.wraps(original.forward)
+    def held_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.dami_patch.hold:
+            return forward(self, *args, **kwargs)
+
     members: dict[str, Any] = {"__module__": original.__module__, "__doc__": original.__doc__}
-    members["forward"] = _with(forward, original.forward, "intensity")
+    members["forward"] = _with(held_forward, original.forward, "intensity")
     if hasattr(original, "generate"):
 
         @functools.wraps(original.generate)
@@ -160,7 +169,8 @@ def patched_model_class(original: Any) -> type[LerpModel]:
             _check_adapters(self)
             options = inspect.signature(original.generate).bind(self, *args, **kwargs).arguments
             options |= options.pop("kwargs", {})
-            with course_of(self, intensity, prompt_intensity, _sequences(self, args, kwargs) or 1, options):
+            prompts = _sequences(self, args, kwargs) or 1
+            with self.dami_patch.hold, course_of(self, intensity, prompt_intensity, prompts, options):
                 return original.generate(self, *args, **kwargs)
 
         @functools.wraps(original.prepare_inputs_for_generation)
@@ -177,17 +187,19 @@ def patched_model_class(original: Any) -> type[LerpModel]:
             from dami.serving.batching import LerpManager
 
             _check_adapters(self)
-            return LerpManager.of(original.init_continuous_batching(self, *args, **kwargs))
+            with self.dami_patch.hold:
+                return LerpManager.of(original.init_continuous_batching(self, *args, **kwargs))
 
         @functools.wraps(original.generate_batch)
         def generate_batch(self: Any, inputs: Any, *args: Any, intensity: Any = None, **kwargs: Any) -> Any:
             from dami.serving.batching import Prompts, padded
 
-            lam = self.dami_patch.dial.lam
-            if intensity is not None:
-                lam = resolved(self, intensity, padded(inputs, self.device), len(inputs))
-            lam = as_lam(lam, torch.device("cpu"), len(inputs)).expand(len(inputs))
-            return original.generate_batch(self, Prompts(inputs, lam.tolist()), *args, **kwargs)
+            with self.dami_patch.hold:
+                lam = self.dami_patch.dial.lam
+                if intensity is not None:
+                    lam = resolved(self, intensity, padded(inputs, self.device), len(inputs))
+                lam = as_lam(lam, torch.device("cpu"), len(inputs)).expand(len(inputs))
+                return original.generate_batch(self, Prompts(inputs, lam.tolist()), *args, **kwargs)
 
         members["init_continuous_batching"] = init_continuous_batching
         members["generate_batch"] = _with(generate_batch, original.generate_batch, "intensity")
@@ -215,7 +227,8 @@ def twin(model: M, intensity: Any = 0.0) -> M:
     """Another model of the same weights, with a dial of its own: what it runs at does not concern the first.
 
     It takes next to no memory. With it a model can be its own assistant in assisted decoding, and two threads can
-    generate at once. It is of use as long as the first stays patched.
+    generate at once; it may be made while another thread runs the model. It is of use as long as the first stays
+    patched.
 
     Args:
         model: a patched model.
@@ -230,6 +243,9 @@ def twin(model: M, intensity: Any = 0.0) -> M:
     shared = (*model.parameters(), *model.buffers(), *filter(None, [patch.estimator]))
     other = copy.deepcopy(model, {id(each): each for each in shared})
     patch_of(other).dial.lam = lam
+    if patch.attention is not None:
+        other.set_attn_implementation(patch.attention)  # type: ignore[operator]
+        patch_of(other).attention = None
     return other
 
 
@@ -266,6 +282,7 @@ def attach(
     return model
 
 
+OF_ONE_OBJECT = ("_compiled_call", "_cached_continuous_batching_manager")  # attributes that no copy has
 BATCHING = "5.24"  # from which on transformers updates a paged cache before it calls the attention
 MEDIA = re.compile("pixel|image|video|audio|input_features|input_values")
 INPUTS = ("inputs", "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")

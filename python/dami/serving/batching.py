@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, cast
@@ -24,7 +25,13 @@ from dami.serving import attention
 from dami.serving.sampling import Sampler, Sampling
 
 NEEDED = {
-    continuous_api.ContinuousBatchingManager: ("_create_batch_processor", "_generation_loop_body", "_generation_step"),
+    continuous_api.ContinuousBatchingManager: (
+        "_create_batch_processor",
+        "_generation_loop_body",
+        "_generation_step",
+        "_run_generation_loop",
+        "pause",
+    ),
     continuous_api.ContinuousBatchProcessor: ("prepare_next_batch", "update_batch"),
     cb_logits_processors.ContinuousBatchingLogitsProcessorList: (
         "check_kwargs",
@@ -114,6 +121,27 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
             self._original_attn_impl = original
         elif chosen == "paged|eager" and getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
             raise ValueError("attn_implementation 'eager' leaves out soft caps in continuous batching: use the default")
+        patch_of(model).attention = self._original_attn_impl
+
+    def start(self) -> None:
+        """As transformers' own; RuntimeError if another thread runs the model."""
+        if self.is_running():
+            super().start()  # it says so
+        else:
+            patch_of(self.model).hold.start_batching(super().start)
+
+    def stop(self, *args: Any, **options: Any) -> None:
+        super().stop(*args, **options)
+        patch_of(self.model).attention = self._original_attn_impl
+
+    def _run_generation_loop(self, *args: Any, **options: Any) -> None:
+        with patch_of(self.model).hold.batching():
+            super()._run_generation_loop(*args, **options)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        with super().pause(), patch_of(self.model).hold.paused():
+            yield
 
     def add_request(
         self, input_ids: list[int], *args: Any, intensity: float | str | None = None, **options: Any
