@@ -168,7 +168,8 @@ def intensity(
             raise ValueError("layers and modules are for one intensity: name them in the mapping's keys")
         parts = parts_of(intensity)
     with ExitStack() as stack:
-        stack.enter_context(patch_of(model).hold)
+        if not torch.compiler.is_compiling():
+            stack.enter_context(patch_of(model).hold)
         for names, indices, value in parts:
             lam = as_lam(named(model, value), device)
             stack.enter_context(separate(model, names, indices)).lam = lam

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from dami import dial as dials
 from dami.dial import Dial, as_lam, check_rows, named, one_lam, patch_of
 from dami.independence import check_independence
+from dami.keywords import OURS, check_keywords
 from dami.layers import Pass
 from dami.schedules import Course, course_of, resolved
 from dami.threads import Hold
@@ -123,6 +124,7 @@ def patched_model_class(original: Any) -> type[LerpModel]:
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, intensity: Any = None, **kwargs: Any) -> Any:
+        check_keywords("forward", kwargs, "intensity")
         if isinstance(intensity, Mapping):
             with dials.intensity(self, intensity):
                 return forward(self, *args, **kwargs)
@@ -147,16 +149,18 @@ def patched_model_class(original: Any) -> type[LerpModel]:
                 check_independence(self, original.forward)
                 self.dami_patch.checked = True
         running, (batch, tokens) = self.dami_patch.running, _batch(args, kwargs)
-        before = running.sequences, running.tokens
+        before = dial.lam, dial.rest, running.sequences, running.tokens
+        dial.lam, dial.rest = lam, dial.lam if dial.rest is None else dial.rest
         running.sequences, running.tokens = batch, tokens
         try:
-            with dial.turned(lam):
-                return original.forward(self, *args, **kwargs)
+            return original.forward(self, *args, **kwargs)
         finally:
-            running.sequences, running.tokens = before
+            dial.lam, dial.rest, running.sequences, running.tokens = before
 
     @functools.wraps(original.forward)
     def held_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
         with self.dami_patch.hold:
             return forward(self, *args, **kwargs)
 
@@ -166,6 +170,7 @@ def patched_model_class(original: Any) -> type[LerpModel]:
 
         @functools.wraps(original.generate)
         def generate(self: Any, *args: Any, intensity: Any = None, prompt_intensity: Any = None, **kwargs: Any) -> Any:
+            check_keywords("generate", kwargs, *OURS)
             _check_adapters(self)
             options = inspect.signature(original.generate).bind(self, *args, **kwargs).arguments
             options |= options.pop("kwargs", {})
@@ -194,6 +199,7 @@ def patched_model_class(original: Any) -> type[LerpModel]:
         def generate_batch(self: Any, inputs: Any, *args: Any, intensity: Any = None, **kwargs: Any) -> Any:
             from dami.serving.batching import Prompts, padded
 
+            check_keywords("generate_batch", kwargs, "intensity")
             with self.dami_patch.hold:
                 lam = self.dami_patch.dial.lam
                 if intensity is not None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
-GRACE = 0.1  # seconds that a thread is waited for: one that has streamed its last token is about to let go
+GRACE = 0.1  # seconds that another thread is waited for: one that has streamed its last token is about to let go
 
 
 class Hold:
@@ -24,7 +23,7 @@ class Hold:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._thread: int | None = None
         self._depth = 0
         self._batching: int | None = None  # the thread of continuous batching, 0 until it has begun
@@ -34,26 +33,24 @@ class Hold:
         return Hold, ()  # nobody holds a copy
 
     def __enter__(self) -> None:
-        if torch.compiler.is_compiling() or self._batching == threading.get_ident():
-            return
-        with self._changed:
-            self._wait()
-            self._thread, self._depth = threading.get_ident(), self._depth + 1
+        me = threading.get_ident()
+        if self._batching != me:
+            self._lock_when_free()
+            self._thread, self._depth = me, self._depth + 1
+            self._lock.release()
 
     def __exit__(self, *_: object) -> None:
-        if torch.compiler.is_compiling() or self._batching == threading.get_ident():
-            return
-        with self._changed:
-            self._depth -= 1
-            if not self._depth:
-                self._thread = None
-                self._changed.notify_all()
+        if self._batching != threading.get_ident():
+            with self._lock:
+                self._depth -= 1
+                if not self._depth:
+                    self._thread = None
 
     def start_batching(self, start: Callable[[], None]) -> None:
         """Starts the thread of continuous batching, which runs its loop inside `batching`."""
-        with self._changed:
-            self._wait()
-            self._batching = 0
+        self._lock_when_free()
+        self._batching = 0
+        self._lock.release()
         try:
             start()
         except BaseException:
@@ -62,36 +59,45 @@ class Hold:
 
     @contextmanager
     def batching(self) -> Iterator[None]:
-        """The whole of the loop of continuous batching."""
+        """The loop of continuous batching, from its beginning to its end."""
         self._batching = threading.get_ident()
         try:
             yield
         finally:
-            with self._changed:
-                self._batching = None
-                self._changed.notify_all()
+            self._batching = None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """While continuous batching is paused: other threads may hold the model."""
-        with self._changed:
+        with self._lock:
             self._pauses += 1
         try:
             yield
         finally:
-            with self._changed:
+            with self._lock:
                 self._pauses -= 1
 
-    def _wait(self) -> None:
-        """Returns when the model is this thread's, or nobody's."""
-        me = threading.get_ident()
-        if not self._changed.wait_for(lambda: self._thread in (None, me), GRACE):
-            raise RuntimeError(
+    def _lock_when_free(self) -> None:
+        """Takes the lock when the model is this thread's, or nobody's."""
+        deadline = None
+        self._lock.acquire()
+        while reason := self._reason_to_wait():
+            self._lock.release()
+            deadline = deadline or time.monotonic() + GRACE
+            if time.monotonic() > deadline:
+                raise RuntimeError(reason)
+            time.sleep(0.001)
+            self._lock.acquire()
+
+    def _reason_to_wait(self) -> str | None:
+        if self._thread is not None and self._thread != threading.get_ident():
+            return (
                 "the model is in use by another thread, which runs it or is inside a `with dami.intensity(model, …)` "
-                "block: it has one λ for all threads, so give each a model of its own, dami.twin(model)"
+                "block: it has one λ for all threads, so give each thread a model of its own, dami.twin(model)"
             )
-        if not self._changed.wait_for(lambda: self._batching is None or self._pauses, GRACE):
-            raise RuntimeError(
-                "the model is in use by continuous batching, until its manager is stopped: add requests to that, "
-                "add_request(…, intensity=…), or run a model of its own weights, dami.twin(model)"
+        if self._batching is not None and not self._pauses:
+            return (
+                "the model is in use by continuous batching until its manager is stopped: add requests to that, "
+                "add_request(…, intensity=…), or run another model of the same weights, dami.twin(model)"
             )
+        return None

@@ -5,18 +5,23 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import dami
 import numpy as np
 import pytest
 import torch
+import transformers
 from dami.dial import as_lam
-from transformers import PreTrainedModel
+from dami.keywords import meant
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.models.qwen3 import modeling_qwen3
+from transformers.utils import TransformersKwargs
 
 from tests.dami.families import batch, pair
 
@@ -343,6 +348,42 @@ def test_lam_is_one_for_each_row_however_it_is_given(model: PreTrainedModel, cho
         with dami.intensity(model, each, **chosen):
             assert torch.equal(found[2 * row : 2 * row + 2], model.generate(**one, **options))
     assert not model.dami_patch.parts
+
+
+@pytest.mark.parametrize("name", ["intensty", "intesity", "Intensity", "intensities", "lam", "λ"])
+def test_a_misspelt_intensity_is_refused(model: PreTrainedModel, name: str) -> None:
+    with pytest.raises(TypeError, match=f"^forward takes λ as intensity, got '{name}'$"):
+        model(**batch("left"), **{name: 1.0})
+    with pytest.raises(TypeError, match=f"^generate takes λ as intensity and prompt_intensity, got '{name}'$"):
+        model.generate(**batch("left"), **{name: 1.0})
+    with pytest.raises(TypeError, match=f"^generate_batch takes λ as intensity, got '{name}'$"):
+        model.generate_batch([[5, 6]], **{name: 1.0})
+
+
+def test_prompt_intensity_is_for_generate(model: PreTrainedModel) -> None:
+    for name in ("prompt_intensity", "prompt_intensty"):
+        with pytest.raises(TypeError, match=f"forward takes .* got '{name}'; prompt_intensity is for generate"):
+            model(**batch("left"), **{name: 1.0})
+        with pytest.raises(TypeError, match=f"generate_batch takes .* got '{name}'; prompt_intensity is for generate"):
+            model.generate_batch([[5, 6]], **{name: 1.0})
+    with pytest.raises(TypeError, match="generate takes λ as intensity and prompt_intensity, got 'promt_intensity'"):
+        model.generate(**batch("left"), promt_intensity=1.0)
+
+
+def test_a_compiled_model_refuses_a_misspelt_intensity_too(model: PreTrainedModel) -> None:
+    torch._dynamo.reset()
+    with pytest.raises(TypeError, match="forward takes λ as intensity, got 'intensty'"):
+        torch.compile(model, backend="eager")(**batch("left"), intensty=1.0)
+    torch.compile(model, fullgraph=True, backend="eager")(**batch("left"), unheard_of=None)
+
+
+def test_no_keyword_of_transformers_is_taken_for_ours() -> None:
+    """All parameters and keywords that its models' code has."""
+    words = set(GenerationConfig().to_dict()) | TransformersKwargs.__optional_keys__
+    for file in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        words |= set(re.findall(r"\b\w+(?=\s*[:=])", file.read_text(encoding="utf-8")))
+    assert len(words) > 5000
+    assert {word: meant(word) for word in words if meant(word)} == {}
 
 
 @torch.no_grad()

@@ -170,6 +170,8 @@ def test_parts_compile_to_one_graph(model: PreTrainedModel) -> None:
         with dami.intensity(model, {"attn": attn, "mlp": 0.3}):
             assert torch.equal(compiled(**inputs).logits, model(**inputs).logits)
     assert len(graphs) == 1
+    parts = {"attn": 0.2, ("mlp", 1): 0.7}
+    assert torch.equal(compiled(**inputs, intensity=parts).logits, model(**inputs, intensity=parts).logits)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tests.dami.serving.test_batching import prompts as requests
 from tests.dami.test_generation import prompts
 
 TWIN = r"the model is in use by another thread, .* dami\.twin\(model\)"
-BATCHING = r"the model is in use by continuous batching, until its manager is stopped: .* dami\.twin\(model\)"
+BATCHING = r"the model is in use by continuous batching until its manager is stopped: .* dami\.twin\(model\)"
 SHORT = {"max_new_tokens": 3, "do_sample": False}
 
 USES: dict[str, Callable[[Any], Any]] = {

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers.generation.continuous_batching import cb_logits_processors, continuous_api, requests
 
 from dami.dial import as_lam, named, one_lam, patch_of
+from dami.keywords import check_keywords
 from dami.serving import attention
 from dami.serving.sampling import Sampler, Sampling
 
@@ -155,6 +156,7 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         Raises:
             TypeError, ValueError: `intensity` is not one finite number.
         """
+        check_keywords("add_request", options, "intensity")
         lam = patch_of(self.model).dial.lam if intensity is None else named(self.model, intensity)
         options["intensity"] = one_lam(lam)
         return super().add_request(input_ids, *args, **options)
@@ -165,6 +167,7 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         Raises:
             TypeError, ValueError: `intensity` is neither.
         """
+        check_keywords("add_requests", options, "intensity")
         if intensity is None and isinstance(inputs, Prompts):
             intensity = inputs.intensities
         wanted = patch_of(self.model).dial.lam if intensity is None else named(self.model, intensity)

@@ -232,6 +232,16 @@ def test_add_request_refuses(intensity: Any, error: type[Exception], message: st
     assert manager.input_queue.empty()
 
 
+@pytest.mark.parametrize("name", ["intensty", "prompt_intensity"])
+def test_misspelt_keywords_are_refused(name: str) -> None:
+    manager = patched("qwen3").init_continuous_batching(GREEDY, SMALL)
+    with pytest.raises(TypeError, match=f"^add_request takes λ as intensity, got '{name}'"):
+        manager.add_request([5, 6], **{name: 1.0})
+    with pytest.raises(TypeError, match=f"^add_requests takes λ as intensity, got '{name}'"):
+        manager.add_requests([[5, 6]], **{name: 1.0})
+    assert manager.input_queue.empty()
+
+
 def test_add_requests_takes_whatever_means_one_lam_for_each() -> None:
     model = dami.attach(patched("qwen3"), None, {"low": 0.25})
     manager, asked = model.init_continuous_batching(GREEDY, SMALL), prompts([4, 5])
