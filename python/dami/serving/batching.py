@@ -22,6 +22,7 @@ from transformers.generation.continuous_batching import cb_logits_processors, co
 
 from dami.dial import as_lam, named, one_lam, patch_of
 from dami.keywords import check_keywords
+from dami.layers import LerpModule
 from dami.serving import attention
 from dami.serving.sampling import Sampler, Sampling
 
@@ -41,6 +42,10 @@ NEEDED = {
     ),
     requests.RequestState: ("create_equivalent_initial_request", "update_and_check_completion"),
 }
+
+
+TOKEN_BITS = 23  # of the int32 that tells blocks apart; the others are λ's
+TOKENS = 1 << TOKEN_BITS
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class Prompts(list[Any]):
 class LerpManager(continuous_api.ContinuousBatchingManager):
     """transformers' manager, each of whose requests has its own λ."""
 
+    vocabulary: int
+    parts: dict[str, Any]  # λ of the modules that `dami.intensity` had set apart when the loop began
     sampler: Sampler | None
     on_step: Callable[[Step], None] | None
 
@@ -84,15 +91,22 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
 
         Raises:
             ValueError: this version of transformers lacks something that is needed, or the model cannot run packed
-                rows at several λ.
+                rows at several λ, or has too many tokens.
         """
         if isinstance(manager, cls):
             return manager
         for owner, names in NEEDED.items():
             if missing := [name for name in names if not hasattr(owner, name)]:
                 raise ValueError(f"continuous batching of a patched model needs another transformers: no {missing}")
+        vocabulary = len(manager.model.get_input_embeddings().weight)
+        if vocabulary > TOKENS and manager.continuous_batching_config.allow_block_sharing:
+            raise ValueError(
+                f"allow_block_sharing must be False for a vocabulary of {vocabulary}: blocks are told apart by λ and "
+                f"by tokens below {TOKENS}"
+            )
         manager.__class__ = cls
         lerped = cast(LerpManager, manager)
+        lerped.vocabulary, lerped.parts = vocabulary, {}
         lerped.sampler = lerped.on_step = None
         lerped.logit_processor = LerpProcessors(manager.logit_processor)
         try:
@@ -150,12 +164,16 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         """As transformers' own.
 
         Args:
+            input_ids: of the prompt, all of them in the model's vocabulary.
             intensity: λ of the request, one finite number or a preset's name; by default where the model's dial stands.
             args, options: as there.
 
         Raises:
-            TypeError, ValueError: `intensity` is not one finite number.
+            TypeError, ValueError: `intensity` is not one finite number, or a token is not in the vocabulary.
         """
+        strangers = [token for token in input_ids if not 0 <= token < self.vocabulary]
+        if strangers:
+            raise ValueError(f"input_ids must be from 0 to {self.vocabulary - 1}, got {strangers[0]}")
         check_keywords("add_request", options, "intensity")
         lam = patch_of(self.model).dial.lam if intensity is None else named(self.model, intensity)
         options["intensity"] = one_lam(lam)
@@ -188,6 +206,11 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
             unblock_after_cancellations(processor.scheduler)
             if self.sampler is not None:
                 self.sampler.report_through(processor.inputs_and_outputs)
+        modules = [module for module in self.model.modules() if isinstance(module, LerpModule) and module.lerp.part]
+        parts = {module.lerp.name: module.lerp.lam.tolist() for module in modules}
+        if processor is before and parts != self.parts:
+            processor.cache.free_all_requests(clear_ledgers=True)  # its blocks were read at other λ
+        self.parts = parts
         return processor
 
     def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
@@ -334,7 +357,7 @@ def key_blocks(processor: continuous_api.ContinuousBatchProcessor) -> None:
 def keyed(tokens: list[int], state: Any) -> list[int]:
     """A prompt that equals another one's where tokens and λ are equal: an int32 of 8 bits of λ and 23 of a token."""
     bits = struct.pack("<f", state.logit_processor_kwargs.get("intensity", 0.0))
-    return [token | byte << 23 for token, byte in zip(tokens, bits, strict=False)] + tokens[len(bits) :]
+    return [token | byte << TOKEN_BITS for token, byte in zip(tokens, bits, strict=False)] + tokens[len(bits) :]
 
 
 def blocks_in_use(cache: Any) -> float:

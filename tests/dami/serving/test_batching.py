@@ -160,6 +160,24 @@ def test_keys_of_blocks_tell_lam_and_tokens_apart() -> None:
     assert key(0.3, 1, 2) == key(0.3, 1, 2)
 
 
+@pytest.mark.parametrize("token", [-1, 101, 1 << 23, (1 << 23) + 5])
+def test_tokens_outside_the_vocabulary_are_refused(token: int) -> None:
+    """They would be another token at another λ in the keys of blocks, and no embedding has them."""
+    model = patched("qwen3")
+    with pytest.raises(ValueError, match=rf"input_ids must be from 0 to 100, got {token}"):
+        model.init_continuous_batching(GREEDY, SMALL).add_request([5, token, 6], intensity=0.5)
+
+
+def test_a_vocabulary_too_large_for_keys_shares_no_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dami.serving.batching.TOKENS", 100)
+    model, asked = patched("qwen3"), prompts([6])
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match="allow_block_sharing must be False for a vocabulary of 101"):
+        model.generate_batch(asked, GREEDY, SMALL)
+    assert batched(model, asked, config(allow_block_sharing=False), intensity=0.5) == alone(model, asked, [0.5])
+    assert model.config._attn_implementation == before
+
+
 def test_several_answers_to_a_prompt_have_its_lam() -> None:
     model, asked = patched("qwen3"), prompts([6, 9])
     several = GenerationConfig(do_sample=True, top_k=1, max_new_tokens=NEW, eos_token_id=-1, num_return_sequences=3)
@@ -192,6 +210,20 @@ def test_a_part_of_the_model_may_stand_at_one_lam() -> None:
     with dami.intensity(model, [0.1, 0.2], modules="mlp"):
         outputs = model.generate_batch(asked, GREEDY, SMALL, intensity=[0.2, 0.9])
     assert all("mlp" in o.error and "takes one intensity for all requests" in o.error for o in outputs.values())
+
+
+def test_no_block_outlives_the_lam_of_a_part() -> None:
+    """A manager that lives on keeps blocks of prompts, which another λ of a part has not read."""
+    model, asked = patched("qwen3"), prompts([21])
+    wanted = alone(model, asked, [0.2])
+    with dami.intensity(model, 1.0, modules="mlp"):
+        part = alone(model, asked, [0.2])
+        assert part != wanted
+        assert batched(model, asked, SMALL, intensity=0.2, persistent_manager=True) == part
+    assert batched(model, asked, SMALL, intensity=0.2, persistent_manager=True) == wanted
+    with dami.intensity(model, 1.0, modules="mlp"):
+        assert batched(model, asked, SMALL, intensity=0.2, persistent_manager=True) == part
+    model.destroy_cached_continuous_batching_manager()
 
 
 def test_generate_with_a_paged_cache_takes_a_lam_for_each_prompt() -> None:
