@@ -310,7 +310,10 @@ def check_packed(model: Any) -> None:
     lam = torch.tensor([0.0, float("nan"), 1.0], device=model.device)
     last = {"logits_to_keep": begins[1:].long() - 1} if model._supports_logits_to_keep() else {}
     model.set_attn_implementation(attention.NAME)
+    apart = [(m.lerp, m.lerp.part) for m in model.modules() if isinstance(m, LerpModule)]
     try:
+        for lerp, _ in apart:
+            lerp.part = None  # one λ for its part would hide where the tokens are
         logits = model(
             input_ids=torch.arange(3, 3 + tokens, device=model.device).unsqueeze(0),
             position_ids=torch.tensor([[place for length in lengths for place in range(length)]], device=model.device),
@@ -321,6 +324,8 @@ def check_packed(model: Any) -> None:
             **last,
         ).logits
     finally:
+        for lerp, part in apart:
+            lerp.part = part
         model.set_attn_implementation(before)
     missing = logits[0].isnan()
     reached = torch.tensor([False, True, False], device=model.device)

@@ -212,6 +212,14 @@ def test_a_part_of_the_model_may_stand_at_one_lam() -> None:
     assert all("mlp" in o.error and "takes one intensity for all requests" in o.error for o in outputs.values())
 
 
+def test_a_model_is_checked_whole_inside_a_block_for_a_part() -> None:
+    model = patched("qwen3")
+    with dami.intensity(model, 1.0, modules="mlp"):
+        model.generate_batch(prompts([6]), GREEDY, SMALL)
+    [prompt] = prompts([1])  # tells no module where the tokens are
+    assert batched(model, [prompt], SMALL, intensity=0.2) == alone(model, [prompt], [0.2])
+
+
 def test_no_block_outlives_the_lam_of_a_part() -> None:
     """A manager that lives on keeps blocks of prompts, which another λ of a part has not read."""
     model, asked = patched("qwen3"), prompts([21])
