@@ -70,7 +70,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 def _leaks(model: Any, forward: Any, modules: Sequence[LerpModule]) -> bool:
     """Whether λ = NaN for one sequence in these modules reaches the other sequence's logits."""
     running, everyone = model.dami_patch.running, [m for m in model.modules() if isinstance(m, LerpModule)]
-    dials, names = [module.lerp.dial for module in everyone], inspect.signature(forward).parameters
+    parts, names = [module.lerp.part for module in everyone], inspect.signature(forward).parameters
     before = running.sequences, running.tokens
     try:
         for length, poisoned in RUNS:
@@ -79,7 +79,7 @@ def _leaks(model: Any, forward: Any, modules: Sequence[LerpModule]) -> bool:
             lam = torch.zeros(2, device=model.device)
             at_rest, turned = Dial(lam), Dial(lam.index_fill(0, torch.tensor([poisoned], device=lam.device), NAN))
             for module in everyone:
-                module.lerp.dial = turned if module in modules else at_rest
+                module.lerp.part = turned if module in modules else at_rest
             running.sequences, running.tokens = 2, length
             try:
                 logits = forward(model, **inputs, **({"use_cache": False} if "use_cache" in names else {})).logits
@@ -90,5 +90,5 @@ def _leaks(model: Any, forward: Any, modules: Sequence[LerpModule]) -> bool:
         return False
     finally:
         running.sequences, running.tokens = before
-        for module, dial in zip(everyone, dials, strict=True):
-            module.lerp.dial = dial
+        for module, part in zip(everyone, parts, strict=True):
+            module.lerp.part = part

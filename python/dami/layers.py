@@ -57,6 +57,10 @@ class Pass:
     kept: Tensor | None = None
     invariant: bool = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is in no pass."""
+        return vars(Pass(invariant=self.invariant))
+
     @contextmanager
     def out_of_order(self) -> Iterator[None]:
         """For a while rows are not in the order of the sequences, and no module may take them for it."""
@@ -78,7 +82,7 @@ class Lerp:
     """What a patched module knows beyond the original.
 
     Attributes:
-        dial: where it reads λ.
+        dial: its model's, where it reads λ.
         original: its class before.
         settings: keyword arguments of its operator, such as a norm's eps, or a linear layer's `invariant`.
         layer: index of its layer, None outside the layers.
@@ -88,6 +92,7 @@ class Lerp:
         running: the forward pass of its model.
         inside: whether the module's own forward runs, where it is of the kind `parameters`.
         tokens_at: which dimension of its input the tokens of a packed row are, once it has met one.
+        part: the dial that it reads instead, while `dami.intensity` sets its part of the model apart.
     """
 
     dial: Dial
@@ -100,14 +105,22 @@ class Lerp:
     running: Pass = field(default_factory=Pass)
     inside: bool = False
     tokens_at: int | None = None
+    part: Dial | None = None
 
     @property
     def lam(self) -> Tensor:
-        """λ where its dial stands; ValueError if that is one for each sequence of a packed row."""
-        lam, packed = self.dial.lam, self.running.packed
-        if packed is not None and lam.dim() and lam is not packed:
+        """λ that holds for it, of each token in a packed row; ValueError if its part has one per sequence there."""
+        packed = self.running.packed
+        if self.part is None:
+            return self.dial.lam if packed is None else packed
+        lam = self.part.lam
+        if packed is not None and lam.dim():
             raise ValueError(f"{self.name} takes one intensity for all requests of a continuous batch, got {len(lam)}")
         return lam
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is in no `with` block, and in no pass."""
+        return {**vars(self), "part": None, "inside": False}
 
 
 def placeholder(like: Tensor, shape: torch.Size) -> Tensor:

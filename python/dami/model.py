@@ -19,10 +19,12 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.utils.hooks import RemovableHandle
 
 from dami import dial as dials
-from dami.dial import Dial, as_lam, named, patch_of
+from dami.dial import Dial, as_lam, check_rows, named, one_lam, patch_of
 from dami.independence import check_independence
+from dami.keywords import OURS, check_keywords
 from dami.layers import LerpModule, Pass, check_dtypes
 from dami.schedules import Course, course_of, resolved
+from dami.threads import Hold
 
 if TYPE_CHECKING:
     from dami.estimators import Estimator
@@ -50,14 +52,17 @@ class Patch:
     """What `patch_model` keeps on a model.
 
     Attributes:
-        dial: the λ of all modules, except where `dami.intensity` points a part of them elsewhere.
+        dial: the λ of all modules, except where `dami.intensity` sets a part of them apart.
         original: the model's class before.
         trainable: the parameters that required a gradient before.
         estimator: what chooses λ for `generate(intensity="auto")`.
         presets: λ by name, such as "low".
+        parts: the dials of the parts that `dami.intensity` has set apart, the innermost last.
         frontier: what both were measured on, as `dami.evaluation.report.summary` says it; {} if nothing was.
+        hold: of the thread that runs the model.
         course: turns the dials of the `generate` that is running, if one is.
         running: the forward pass that the model is in.
+        attention: the implementation outside of continuous batching, while the model is set up for that; None else.
         checked: whether `check_independence` has passed.
         packs: whether the check of packed rows has, which is continuous batching's.
         origin: what it is a patch of.
@@ -69,13 +74,20 @@ class Patch:
     trainable: list[nn.Parameter]
     estimator: Estimator | None = None
     presets: Mapping[str, float] = field(default_factory=dict)
+    parts: list[Dial] = field(default_factory=list)
     frontier: Mapping[str, Any] = field(default_factory=dict)
+    hold: Hold = field(default_factory=Hold)
     course: Course | None = None
     running: Pass = field(default_factory=Pass)
+    attention: str | None = None
     checked: bool = False
     packs: bool = False
     origin: Origin = field(default_factory=Origin)
     head: RemovableHandle | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is in no block, and runs no `generate`."""
+        return {**vars(self), "parts": [], "course": None}
 
 
 class LerpModel(nn.Module):
@@ -125,8 +137,7 @@ class LerpModel(nn.Module):
         )
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # a compiled call belongs to the object it was made for
-        state = {name: value for name, value in self.__dict__.items() if not name.startswith("_compiled_call")}
+        state = {name: value for name, value in self.__dict__.items() if not name.startswith(OF_ONE_OBJECT)}
         return _rebuild, (self.dami_patch.original,), state
 
 
@@ -136,6 +147,7 @@ def patched_model_class(original: Any) -> type[LerpModel]:
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, intensity: Any = None, **kwargs: Any) -> Any:
+        check_keywords("forward", kwargs, "intensity")
         if isinstance(intensity, Mapping):
             with dials.intensity(self, intensity):
                 return forward(self, *args, **kwargs)
@@ -143,13 +155,10 @@ def patched_model_class(original: Any) -> type[LerpModel]:
             _check_adapters(self)
         if "logits_processor_args" in kwargs:
             return _packed_forward(self, original.forward, args, kwargs)
-        sequences = _sequences(args, kwargs)
+        sequences = _sequences(self, args, kwargs)
         dial = self.dami_patch.dial
         lam = dial.lam.to(self.device) if intensity is None else as_lam(named(self, intensity), self.device, sequences)
-        if sequences is not None and lam.dim() == 1 and sequences % lam.shape[0] != 0:
-            raise ValueError(
-                f"intensity must hold one number per sequence, got {lam.shape[0]} for {sequences} sequences"
-            )
+        check_rows(self.dami_patch, lam, sequences)
         if self.training and is_grad_enabled() and any(getattr(m, "gradient_checkpointing", 0) for m in self.modules()):
             raise ValueError(
                 "a patched model takes no gradient checkpointing, which would run modules again after λ has changed: "
@@ -163,23 +172,33 @@ def patched_model_class(original: Any) -> type[LerpModel]:
                 check_independence(self, original.forward)
                 self.dami_patch.checked = True
         running, (batch, tokens) = self.dami_patch.running, _batch(args, kwargs)
-        before = dial.lam, running.sequences, running.tokens
-        dial.lam, running.sequences, running.tokens = lam, batch, tokens
+        before = dial.lam, dial.rest, running.sequences, running.tokens
+        dial.lam, dial.rest = lam, dial.lam if dial.rest is None else dial.rest
+        running.sequences, running.tokens = batch, tokens
         try:
             return original.forward(self, *args, **kwargs)
         finally:
-            dial.lam, running.sequences, running.tokens = before
+            dial.lam, dial.rest, running.sequences, running.tokens = before
+
+    @functools.wraps(original.forward)
+    def held_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        with self.dami_patch.hold:
+            return forward(self, *args, **kwargs)
 
     members: dict[str, Any] = {"__module__": original.__module__, "__doc__": original.__doc__}
-    members["forward"] = _with(forward, original.forward, "intensity")
+    members["forward"] = _with(held_forward, original.forward, "intensity")
     if hasattr(original, "generate"):
 
         @functools.wraps(original.generate)
         def generate(self: Any, *args: Any, intensity: Any = None, prompt_intensity: Any = None, **kwargs: Any) -> Any:
+            check_keywords("generate", kwargs, *OURS)
             _check_adapters(self)
             options = inspect.signature(original.generate).bind(self, *args, **kwargs).arguments
             options |= options.pop("kwargs", {})
-            with course_of(self, intensity, prompt_intensity, _sequences(args, kwargs) or 1, options):
+            prompts = _sequences(self, args, kwargs) or 1
+            with self.dami_patch.hold, course_of(self, intensity, prompt_intensity, prompts, options):
                 return original.generate(self, *args, **kwargs)
 
         @functools.wraps(original.prepare_inputs_for_generation)
@@ -196,17 +215,20 @@ def patched_model_class(original: Any) -> type[LerpModel]:
             from dami.serving.batching import LerpManager
 
             _check_adapters(self)
-            return LerpManager.of(original.init_continuous_batching(self, *args, **kwargs))
+            with self.dami_patch.hold:
+                return LerpManager.of(original.init_continuous_batching(self, *args, **kwargs))
 
         @functools.wraps(original.generate_batch)
         def generate_batch(self: Any, inputs: Any, *args: Any, intensity: Any = None, **kwargs: Any) -> Any:
             from dami.serving.batching import Prompts, padded
 
-            lam = self.dami_patch.dial.lam
-            if intensity is not None:
-                lam = resolved(self, intensity, padded(inputs, self.device), len(inputs))
-            lam = as_lam(lam, torch.device("cpu"), len(inputs)).expand(len(inputs))
-            return original.generate_batch(self, Prompts(inputs, lam.tolist()), *args, **kwargs)
+            check_keywords("generate_batch", kwargs, "intensity")
+            with self.dami_patch.hold:
+                lam = self.dami_patch.dial.lam
+                if intensity is not None:
+                    lam = resolved(self, intensity, padded(inputs, self.device), len(inputs))
+                lam = as_lam(lam, torch.device("cpu"), len(inputs)).expand(len(inputs))
+                return original.generate_batch(self, Prompts(inputs, lam.tolist()), *args, **kwargs)
 
         members["init_continuous_batching"] = init_continuous_batching
         members["generate_batch"] = _with(generate_batch, original.generate_batch, "intensity")
@@ -220,23 +242,22 @@ def _packed_forward(model: Any, forward: Any, args: tuple[Any, ...], kwargs: dic
     from dami.serving.batching import packed_lam
     from dami.serving.rowwise import Rowwise
 
-    patch = model.dami_patch
-    running, dial = patch.running, patch.dial
-    before = dial.lam, running.sequences, running.tokens, running.packed, running.kept
-    dial.lam, kept = packed_lam(kwargs)
-    running.sequences, running.tokens, running.packed, running.kept = len(dial.lam), 1, dial.lam, kept
+    running, (lam, kept) = model.dami_patch.running, packed_lam(kwargs)
+    before = running.sequences, running.tokens, running.packed, running.kept
+    running.sequences, running.tokens, running.packed, running.kept = len(lam), 1, lam, kept
     try:
         with Rowwise() if running.invariant else nullcontext():
             return forward(model, *args, **kwargs)
     finally:
-        dial.lam, running.sequences, running.tokens, running.packed, running.kept = before
+        running.sequences, running.tokens, running.packed, running.kept = before
 
 
 def twin(model: M, intensity: Any = 0.0) -> M:
     """Another model of the same weights, with a dial of its own: what it runs at does not concern the first.
 
     It takes next to no memory. With it a model can be its own assistant in assisted decoding, and two threads can
-    generate at once. It is of use as long as the first stays patched.
+    generate at once; it may be made while another thread runs the model. It is of use as long as the first stays
+    patched.
 
     Args:
         model: a patched model.
@@ -248,10 +269,12 @@ def twin(model: M, intensity: Any = 0.0) -> M:
     """
     patch = patch_of(model)
     lam = as_lam(intensity, dials.device_of(model))
-    shared = (*model.parameters(), *model.buffers(), *filter(None, [patch.estimator, patch.course]))
+    shared = (*model.parameters(), *model.buffers(), *filter(None, [patch.estimator]))
     other = copy.deepcopy(model, {id(each): each for each in shared})
-    patch = patch_of(other)
-    patch.dial.lam, patch.course = lam, None
+    patch_of(other).dial.lam = lam
+    if patch.attention is not None:
+        other.set_attn_implementation(patch.attention)  # type: ignore[operator]
+        patch_of(other).attention = None
     return other
 
 
@@ -283,21 +306,22 @@ def attach(
     if presets is not None:
         if "auto" in presets:
             raise ValueError('presets must have names other than "auto", which is what the estimator chooses')
-        for lam in presets.values():
-            as_lam(lam, torch.device("cpu"))
+        for name, lam in presets.items():
+            one_lam(lam, f"presets[{name!r}]")
         patch.presets = {name: float(lam) for name, lam in presets.items()}  # 0.6, and not the float32 next to it
     patch.estimator = estimator
     return model
 
 
+OF_ONE_OBJECT = ("_compiled_call", "_cached_continuous_batching_manager")  # attributes that no copy has
 BATCHING = "5.24"  # from which on transformers updates a paged cache before it calls the attention
 MEDIA = re.compile("pixel|image|video|audio|input_features|input_values")
 INPUTS = ("inputs", "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 
-def _sequences(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+def _sequences(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """Size of the batch: of the first positional argument, or of the first tensor of these names."""
-    inputs = (*args[:1], *(kwargs.get(name) for name in INPUTS))
+    inputs = (*args[:1], *(kwargs.get(name) for name in (*INPUTS, model.main_input_name)))
     return next((value.shape[0] for value in inputs if isinstance(value, Tensor)), None)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from dami.dial import Dial, patch_of
+from dami.dial import Dial, layer_of, patch_of
 from dami.layers import (
     Lerp,
     LerpConv1D,
@@ -284,8 +284,7 @@ def first_names(model: PreTrainedModel) -> dict[str, str]:
 
 def _place(model: PreTrainedModel, name: str, module: nn.Module, kind: type[LerpModule]) -> tuple[int | None, str]:
     """Index of a module's layer, None outside the layers, and its group, one of `dial.GROUPS`."""
-    number = re.search(r"\.(\d+)\.", name)
-    layer = int(number[1]) if number else None
+    layer = layer_of(name)
     if kind.kind in ("rms_norm", "layer_norm"):
         return layer, "norm"
     if kind.kind == "embedding":

@@ -156,16 +156,19 @@ def course_of(
     if isinstance(intensity, Mapping):
         parts = parts_of(intensity)
     parts = [(modules, layers, resolved(model, value, options, prompts)) for modules, layers, value in parts]
-    prompt = None if prompt_intensity is None else as_lam(named(model, prompt_intensity), device, prompts)
+    prompt = prompt_intensity if prompt_intensity is None else named(model, prompt_intensity)
+    prompt = prompt if prompt is None else as_lam(prompt, device, prompts, "prompt_intensity")
     before = patch.course
+    for part in patch.parts:
+        as_lam(part.lam, device, prompts)
     with ExitStack() as stack:
         lines = []
         whole = stack.enter_context(separate(model))
         if prompt is not None and isinstance(intensity, Mapping):
-            lines.append(Line(whole, whole.lam.to(device), [], prompt))
+            lines.append(Line(whole, as_lam(whole.lam, device, prompts), [], prompt))
         for modules, layers, value in parts:
             dial = whole if modules is None else stack.enter_context(separate(model, modules, layers))
-            fixed, schedules = (dial.lam.to(device), []) if value is None else _split(value, device, prompts)
+            fixed, schedules = _split(dial.lam if value is None else value, device, prompts)
             lines.append(Line(dial, fixed, schedules, prompt))
         _refuse(
             model,

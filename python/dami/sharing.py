@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dami.dial import as_lam, patch_of
+from dami.dial import named, one_lam, patch_of
 from dami.estimators.storage import FOLDER, Stored
 from dami.files import written_whole
 from dami.layers import LerpModule
@@ -151,9 +151,7 @@ def materialize(model: PreTrainedModel, intensity: float) -> PreTrainedModel:
         TypeError, ValueError: the model is not patched or is offloaded, or `intensity` is not one finite number.
     """
     patch = patch_of(model)
-    lam = as_lam(intensity, torch.device("cpu"))
-    if lam.dim():
-        raise ValueError(f"intensity must be one number to make a merged copy, got {list(lam.shape)} numbers")
+    lam = one_lam(named(model, intensity))
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise ValueError("model must be on devices to make a merged copy, not offloaded")
     config = copy.deepcopy(model.config)
@@ -171,7 +169,7 @@ def materialize(model: PreTrainedModel, intensity: float) -> PreTrainedModel:
                 continue
             if id(tensor) not in merged:
                 merged[id(tensor)] = (
-                    module.as_operand(module.ends(name).materialize(float(lam)))
+                    module.as_operand(module.ends(name).materialize(lam))
                     if isinstance(module, LerpModule) and name in module.lerp.stored
                     else tensor.detach().clone()
                 )

@@ -55,7 +55,7 @@ class _LerpStyle:
             super().shard_param(module, param, mesh)  # type: ignore[misc]
 
     def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: Any) -> Any:
-        if isinstance(module, LerpModule) and module.lerp.dial.lam.requires_grad:
+        if isinstance(module, LerpModule) and module.lerp.lam.requires_grad:
             raise ValueError("intensity takes no gradient under tensor parallelism, where a process has a part of it")
         return super().transform_inputs_pre_forward(module, args, kwargs, mesh)  # type: ignore[misc]
 

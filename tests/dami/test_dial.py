@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import dami
 import numpy as np
 import pytest
 import torch
+import transformers
 from dami.dial import as_lam
-from transformers import PreTrainedModel
+from dami.keywords import meant
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.models.qwen3 import modeling_qwen3
+from transformers.utils import TransformersKwargs
 
 from tests.dami.families import batch, pair
 
@@ -31,6 +42,13 @@ def model() -> PreTrainedModel:
         ([0, 0.5, -1.5], torch.tensor([0.0, 0.5, -1.5])),
         ((0.25,), torch.tensor([0.25])),
         (np.array([0.0, 2.0]), torch.tensor([0.0, 2.0])),
+        (np.array(0.5), torch.tensor(0.5)),
+        (np.array([0, 1], dtype=np.uint8), torch.tensor([0.0, 1.0])),
+        (np.int64(1), torch.tensor(1.0)),
+        ([np.float16(0.5), Fraction(1, 4), 1], torch.tensor([0.5, 0.25, 1.0])),
+        (range(2), torch.tensor([0.0, 1.0])),
+        (torch.tensor(1), torch.tensor(1.0)),
+        (torch.tensor([0, 1], dtype=torch.uint8), torch.tensor([0.0, 1.0])),
         (torch.tensor(0.5, dtype=torch.float64), torch.tensor(0.5)),
         (torch.tensor([0.5, 1.0], dtype=torch.bfloat16), torch.tensor([0.5, 1.0])),
     ],
@@ -49,8 +67,21 @@ BAD = [
     ([0.0, 1.0], ValueError, "intensity must be a real number, or one per sequence, got 2 for 4 sequences"),
     ([], ValueError, r"intensity must be a real number, or one per sequence, got shape \[0\]"),
     (torch.zeros(4, 1), ValueError, r"intensity must be a real number, or one per sequence, got shape \[4, 1\]"),
-    (torch.zeros(4, dtype=torch.long), TypeError, "as a floating-point tensor, got torch.int64"),
-    (torch.zeros(4, dtype=torch.complex64), TypeError, "as a floating-point tensor, got torch.complex64"),
+    (torch.zeros(4, dtype=torch.bool), TypeError, "as a tensor of floats or integers, got torch.bool"),
+    (torch.zeros(4, dtype=torch.complex64), TypeError, "as a tensor of floats or integers, got torch.complex64"),
+    (np.zeros(4, dtype=bool), TypeError, "as an array of floats or integers, got bool"),
+    (np.bool_(True), TypeError, "as an array of floats or integers, got bool"),
+    (np.array(["0.5"] * 4), TypeError, "as an array of floats or integers, got <U3"),
+    (np.array([0.5] * 4, dtype=object), TypeError, "as an array of floats or integers, got object"),
+    (np.zeros((4, 1)), ValueError, r"intensity must be a real number, or one per sequence, got shape \[4, 1\]"),
+    (b"0101", TypeError, "intensity must be a real number, or one per sequence, got bytes"),
+    (bytearray(4), TypeError, "intensity must be a real number, or one per sequence, got bytearray"),
+    ({0.0, 0.1, 0.2, 0.3}, TypeError, "intensity must be a real number, or one per sequence, got set"),
+    ({0: 1}.values(), TypeError, "intensity must be a real number, or one per sequence, got dict_values"),
+    ([[0.0], [1.0], [0.0], [1.0]], TypeError, r"intensity must be a real number, or one per sequence, got \[\[0.0\]"),
+    ([True] * 4, TypeError, r"intensity must be a real number, or one per sequence, got \[True"),
+    (1e300, ValueError, r"intensity must be finite, got 1e\+300"),
+    (10**400, ValueError, "intensity must be a real number, or one per sequence, within the range of floats"),
     ("0.5", ValueError, "intensity must be a number, a preset, of which the model has none, or 'auto', got '0.5'"),
     ([0.0, "1", 0.5, 1.0], ValueError, "intensity must be a number, a preset, of which the model has none, or 'auto'"),
     (True, TypeError, "intensity must be a real number, or one per sequence, got True"),
@@ -74,6 +105,22 @@ def test_a_bad_intensity_is_refused_and_leaves_the_model_as_it_was(
             with pytest.raises(error, match=message), dami.intensity(model, intensity):
                 pass
         assert torch.equal(model(**inputs).logits, before)
+
+
+def test_forward_takes_no_iterator_which_may_not_end(model: PreTrainedModel) -> None:
+    with pytest.raises(TypeError, match="intensity must be a real number, or one per sequence, got repeat"):
+        model(**batch("left"), intensity=repeat(0.5))
+
+
+def test_errors_name_the_argument(model: PreTrainedModel) -> None:
+    with pytest.raises(TypeError, match=r"^prompt_intensity must be a real number, or one per sequence, got bytes"):
+        model.generate(**batch("left"), prompt_intensity=b"0000")
+    with pytest.raises(ValueError, match=r"^prompt_intensity must be finite, got nan"):
+        model.generate(**batch("left"), prompt_intensity=float("nan"))
+    with pytest.raises(TypeError, match=r"^presets\['low'\] must be a real number.*got \[{0.5}\]"):
+        dami.attach(model, None, {"low": [{0.5}]})
+    with pytest.raises(ValueError, match=r"^presets\['low'\] must be one number, got 2"):
+        dami.attach(model, None, {"low": [0.1, 0.2]})
 
 
 @torch.no_grad()
@@ -144,12 +191,115 @@ def test_of_two_parts_the_inner_holds(model: PreTrainedModel) -> None:
         assert torch.equal(model(**inputs).logits, inner)
 
 
-def test_a_part_that_does_not_exist_is_refused(model: PreTrainedModel) -> None:
-    message = (
-        r"layers=\[7\] and modules='mlp' name no interpolated module; there are layers \[0, 1\] and modules \['attn'"
-    )
-    with pytest.raises(ValueError, match=message), dami.intensity(model, 0.5, layers=[7], modules="mlp"):
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "twin": dami.twin,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@torch.no_grad()
+def test_a_copy_made_in_a_block_or_a_pass_is_at_rest(
+    model: PreTrainedModel, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands where the model does outside, runs as the model does, and what runs on in the model is not its own."""
+    inputs, lam = batch("left"), [0.0, 0.3, 0.7, 1.0]
+    wanted = [model(**inputs).logits, model(**inputs, intensity=lam).logits]
+    copies = []
+    make = lambda: copies.append(COPIES[how](model))  # noqa: E731
+    with dami.intensity(model, 0.9), dami.intensity(model, lam, modules="mlp"):
+        make()
+        with dami.intensity(model, {"attn": 0.5, ("mlp", 1): 0.2}):
+            make()
+    with monkeypatch.context() as patched:
+        rotate = modeling_qwen3.apply_rotary_pos_emb
+        patched.setattr(modeling_qwen3, "apply_rotary_pos_emb", lambda *args: (make(), rotate(*args))[1])
+        model(**inputs, intensity=lam)
+        model.generate(**inputs, intensity={"mlp": lambda step, tokens: 0.5}, max_new_tokens=1)
+    assert len(copies) == 2 + 2 * len(model.model.layers)
+    for each in copies:
+        assert each.dami_patch.course is None
+        assert torch.equal(each.model.norm.weight, model.model.norm.weight)  # as it is seen outside a pass
+        assert torch.equal(each(**inputs).logits, wanted[0])
+        assert torch.equal(each(**inputs, intensity=lam).logits, wanted[1])
+        if how != "twin":
+            dami.unpatch_model(each)
+
+
+@torch.no_grad()
+def test_a_copied_module_leaves_the_part_behind(model: PreTrainedModel) -> None:
+    x = torch.randn(2, 3, 24)
+    wanted = model.model.layers[0].mlp(x)
+    with dami.intensity(model, 1.0, modules="mlp"):
+        copied = copy.deepcopy(model.model.layers[0].mlp)
+        assert not torch.allclose(model.model.layers[0].mlp(x), wanted)
+    assert torch.equal(copied(x), wanted)
+
+
+@torch.no_grad()
+def test_a_copy_of_a_twin_stands_where_the_twin_does(model: PreTrainedModel) -> None:
+    inputs = batch("left")
+    wanted = model(**inputs, intensity=0.4).logits
+    twin = dami.twin(model, 0.4)
+    with dami.intensity(twin, 0.9):
+        other = copy.deepcopy(twin)
+    assert torch.equal(other(**inputs).logits, wanted)
+
+
+THERE = r"; there are layers \[0, 1\] and modules \['attn', 'embed', 'head', 'mlp', 'norm'\], or patterns such as"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "error", "message"),
+    [
+        ({"layers": [7], "modules": "mlp"}, ValueError, r"layers=\[7\] and modules='mlp' name .* by \[7\]" + THERE),
+        ({"modules": ["mlp", "atn"]}, ValueError, r"modules=\['mlp', 'atn'\] name no .* by \['atn'\]" + THERE),
+        ({"modules": ["*.q_proj", "*.p_proj"]}, ValueError, r"name no interpolated module by \['\*.p_proj'\]"),
+        ({"modules": ["mlp", "experts"]}, ValueError, r"name no interpolated module by \['experts'\]"),
+        ({"layers": 0, "modules": ["mlp", "embed"]}, ValueError, r"name no interpolated module by \['embed'\]"),
+        ({"layers": [1, 99, -1]}, ValueError, r"name no interpolated module by \[-1, 99\]"),
+        ({"layers": []}, ValueError, r"layers=\[\] and modules=None name no interpolated module by \['\*'\]"),
+        ({"modules": []}, ValueError, r"layers=None and modules=\[\] name no interpolated module by \[\]"),
+        ({"layers": "12"}, TypeError, "layers must be the index of a layer, or several, got '12'"),
+        ({"layers": b"01"}, TypeError, "layers must be the index of a layer, or several, got b'01'"),
+        ({"layers": 1.0}, TypeError, r"layers must be the index of a layer, or several, got 1\.0"),
+        ({"layers": [0, 1.5]}, TypeError, r"layers must be the index of a layer, or several, got \[0, 1\.5\]"),
+        ({"layers": True}, TypeError, "layers must be the index of a layer, or several, got True"),
+        ({"modules": 3}, TypeError, "modules must be a group, a pattern of names, or several, got 3"),
+        ({"modules": ["mlp", 3]}, TypeError, r"modules must be a group, a pattern .* got \['mlp', 3\]"),
+        ({"modules": b"mlp"}, TypeError, "modules must be a group, a pattern of names, or several, got b'mlp'"),
+    ],
+    ids=repr,
+)
+def test_a_part_that_does_not_exist_is_refused(
+    model: PreTrainedModel, chosen: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message), dami.intensity(model, 0.5, **chosen):
         pass
+    assert all(module.lerp.part is None for module in model.modules() if hasattr(module, "lerp"))
+
+
+@torch.no_grad()
+def test_a_layer_is_named_by_any_integer(model: PreTrainedModel) -> None:
+    inputs = batch("left")
+    with dami.intensity(model, 0.5, layers=[1]):
+        wanted = model(**inputs).logits
+    for layers in (1, np.int64(1), torch.tensor(1), torch.tensor([1]), np.array([1]), range(1, 2), {1}):
+        with dami.intensity(model, 0.5, layers=layers):
+            assert torch.equal(model(**inputs).logits, wanted)
+    for layers in (1, np.int64(1), range(1, 2)):
+        assert torch.equal(model(**inputs, intensity={("*", layers): 0.5}).logits, wanted)
+
+
+def test_a_layer_with_equal_ends_may_be_among_those_named() -> None:
+    instruct, thinking = pair("qwen3")
+    thinking.model.layers[1].load_state_dict(instruct.model.layers[1].state_dict())
+    model = dami.patch_model(instruct, thinking)
+    with dami.intensity(model, 0.5, layers=range(2)), dami.intensity(model, 0.5, layers=range(2), modules="attn"):
+        pass
+    with pytest.raises(ValueError, match=r"layers=1 and modules=None name no interpolated module by \['\*'\]"):
+        dami.intensity(model, 0.5, layers=1).__enter__()
 
 
 def test_only_a_patched_model_has_an_intensity() -> None:
@@ -173,6 +323,67 @@ def test_a_batch_that_is_no_multiple_of_the_intensities_is_refused(model: PreTra
             model(**inputs)
         with pytest.raises(ValueError, match=r"one number per sequence, got 3 for an input of shape \[4, 7\]"):
             model.model(**inputs)
+
+
+@pytest.mark.parametrize("chosen", [{}, {"modules": "mlp"}, {"layers": 0}], ids=repr)
+@torch.no_grad()
+def test_lam_is_one_for_each_row_however_it_is_given(model: PreTrainedModel, chosen: dict[str, Any]) -> None:
+    """Blocks of rows are copies of a sequence, and only `generate` makes them."""
+    inputs, lam = batch("left"), [0.0, 1.0]
+    options = {"max_new_tokens": 3, "do_sample": False, "num_beams": 2, "num_return_sequences": 2}
+    two = {name: tensor[:2] for name, tensor in inputs.items()}
+    with pytest.raises(ValueError, match="got 2 for 4 sequences"):
+        model(**inputs, intensity=lam)
+    for several in (lam, [0.5]):
+        with dami.intensity(model, several, **chosen):
+            with pytest.raises(ValueError, match=f"one number per sequence, got {len(several)} for 4 sequences"):
+                model(**inputs)
+            with pytest.raises(ValueError, match=f"one per sequence, got {len(several)} for 4 sequences"):
+                model.generate(**inputs, **options)
+    with dami.intensity(model, lam, **chosen):
+        found = model.generate(**two, **options)
+        assert model(**two).logits.shape[0] == 2
+    for row, each in enumerate(lam):
+        one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+        with dami.intensity(model, each, **chosen):
+            assert torch.equal(found[2 * row : 2 * row + 2], model.generate(**one, **options))
+    assert not model.dami_patch.parts
+
+
+@pytest.mark.parametrize("name", ["intensty", "intesity", "Intensity", "intensities", "lam", "λ"])
+def test_a_misspelt_intensity_is_refused(model: PreTrainedModel, name: str) -> None:
+    with pytest.raises(TypeError, match=f"^forward takes λ as intensity, got '{name}'$"):
+        model(**batch("left"), **{name: 1.0})
+    with pytest.raises(TypeError, match=f"^generate takes λ as intensity and prompt_intensity, got '{name}'$"):
+        model.generate(**batch("left"), **{name: 1.0})
+    with pytest.raises(TypeError, match=f"^generate_batch takes λ as intensity, got '{name}'$"):
+        model.generate_batch([[5, 6]], **{name: 1.0})
+
+
+def test_prompt_intensity_is_for_generate(model: PreTrainedModel) -> None:
+    for name in ("prompt_intensity", "prompt_intensty"):
+        with pytest.raises(TypeError, match=f"forward takes .* got '{name}'; prompt_intensity is for generate"):
+            model(**batch("left"), **{name: 1.0})
+        with pytest.raises(TypeError, match=f"generate_batch takes .* got '{name}'; prompt_intensity is for generate"):
+            model.generate_batch([[5, 6]], **{name: 1.0})
+    with pytest.raises(TypeError, match="generate takes λ as intensity and prompt_intensity, got 'promt_intensity'"):
+        model.generate(**batch("left"), promt_intensity=1.0)
+
+
+def test_a_compiled_model_refuses_a_misspelt_intensity_too(model: PreTrainedModel) -> None:
+    torch._dynamo.reset()
+    with pytest.raises(TypeError, match="forward takes λ as intensity, got 'intensty'"):
+        torch.compile(model, backend="eager")(**batch("left"), intensty=1.0)
+    torch.compile(model, fullgraph=True, backend="eager")(**batch("left"), unheard_of=None)
+
+
+def test_no_keyword_of_transformers_is_taken_for_ours() -> None:
+    """All parameters and keywords that its models' code has."""
+    words = set(GenerationConfig().to_dict()) | TransformersKwargs.__optional_keys__
+    for file in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        words |= set(re.findall(r"\b\w+(?=\s*[:=])", file.read_text(encoding="utf-8")))
+    assert len(words) > 5000
+    assert {word: meant(word) for word in words if meant(word)} == {}
 
 
 @torch.no_grad()

@@ -157,7 +157,7 @@ def test_parts_at_a_lam_of_their_own(model: PreTrainedModel) -> None:
         wanted = plain(row)(**inputs).logits[row]
         torch.testing.assert_close(logits[row, seen], wanted[seen], rtol=1e-4, atol=1e-4)
         assert tokens[row, -1] == wanted[-1].argmax()
-    assert all(module.lerp.dial is model.dami_patch.dial for module in model.modules() if hasattr(module, "lerp"))
+    assert all(module.lerp.part is None for module in model.modules() if hasattr(module, "lerp"))
 
 
 @torch.no_grad()
@@ -170,6 +170,8 @@ def test_parts_compile_to_one_graph(model: PreTrainedModel) -> None:
         with dami.intensity(model, {"attn": attn, "mlp": 0.3}):
             assert torch.equal(compiled(**inputs).logits, model(**inputs).logits)
     assert len(graphs) == 1
+    parts = {"attn": 0.2, ("mlp", 1): 0.7}
+    assert torch.equal(compiled(**inputs, intensity=parts).logits, model(**inputs, intensity=parts).logits)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +179,14 @@ def test_parts_compile_to_one_graph(model: PreTrainedModel) -> None:
     [
         ({}, ValueError, "intensity must name a part of the model, got an empty mapping"),
         ({7: 0.5}, TypeError, r"intensity must have keys such as 'mlp' or \('\*.q_proj', range\(4, 8\)\), got 7"),
-        ({("mlp", 0.5): 0.5}, TypeError, r"got \('mlp', 0.5\)"),
+        (
+            {("mlp", 0.5): 0.5},
+            TypeError,
+            r"got \('mlp', 0.5\): layers must be the index of a layer, or several, got 0.5",
+        ),
+        ({("mlp", "01"): 0.5}, TypeError, "layers must be the index of a layer, or several, got '01'"),
+        ({("mlp", (0, 9)): 0.5}, ValueError, r"name no interpolated module by \[9\]; there are layers \[0, 1\]"),
+        ({(("mlp", "attn"), 0): 0.5}, TypeError, r"got \(\('mlp', 'attn'\), 0\)"),
         ({"mpl": 0.5}, ValueError, "modules='mpl' name no interpolated module"),
         ({"experts": 0.5}, ValueError, "modules='experts' name no interpolated module"),
         ({"mlp": float("nan")}, ValueError, "intensity must be finite"),
@@ -191,7 +200,7 @@ def test_bad_parts_are_refused(
     for run in (model.forward, model.generate):
         with pytest.raises(error, match=message):
             run(**prompts(), intensity=parts)
-    assert all(module.lerp.dial is model.dami_patch.dial for module in model.modules() if hasattr(module, "lerp"))
+    assert all(module.lerp.part is None for module in model.modules() if hasattr(module, "lerp"))
     assert model.dami_patch.course is None
 
 
@@ -305,5 +314,5 @@ def test_a_preset_stands_for_its_number_wherever_a_number_does(model: PreTrained
         model(**inputs, intensity="low")
     with pytest.raises(ValueError, match='presets must have names other than "auto"'):
         dami.attach(model, None, {"auto": 0.5})
-    with pytest.raises(ValueError, match="intensity must be finite"):
+    with pytest.raises(ValueError, match=r"presets\['low'\] must be finite"):
         dami.attach(model, None, {"low": float("inf")})

@@ -10,22 +10,30 @@ from __future__ import annotations
 import copy
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from numbers import Real
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.generation.continuous_batching import cb_logits_processors, continuous_api, requests
 
-from dami.dial import as_lam, named, patch_of
+from dami.dial import as_lam, named, one_lam, patch_of
+from dami.keywords import check_keywords
+from dami.layers import LerpModule
 from dami.serving import attention
 from dami.serving.sampling import Sampler, Sampling
 
 NEEDED = {
-    continuous_api.ContinuousBatchingManager: ("_create_batch_processor", "_generation_loop_body", "_generation_step"),
+    continuous_api.ContinuousBatchingManager: (
+        "_create_batch_processor",
+        "_generation_loop_body",
+        "_generation_step",
+        "_run_generation_loop",
+        "pause",
+    ),
     continuous_api.ContinuousBatchProcessor: ("prepare_next_batch", "update_batch"),
     cb_logits_processors.ContinuousBatchingLogitsProcessorList: (
         "check_kwargs",
@@ -34,6 +42,10 @@ NEEDED = {
     ),
     requests.RequestState: ("create_equivalent_initial_request", "update_and_check_completion"),
 }
+
+
+TOKEN_BITS = 23  # of the int32 that tells blocks apart; the others are λ's
+TOKENS = 1 << TOKEN_BITS
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,8 @@ class Prompts(list[Any]):
 class LerpManager(continuous_api.ContinuousBatchingManager):
     """transformers' manager, each of whose requests has its own λ."""
 
+    vocabulary: int
+    parts: dict[str, Any]  # λ of the modules that `dami.intensity` had set apart when the loop began
     sampler: Sampler | None
     on_step: Callable[[Step], None] | None
 
@@ -77,15 +91,22 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
 
         Raises:
             ValueError: this version of transformers lacks something that is needed, or the model cannot run packed
-                rows at several λ.
+                rows at several λ, or has too many tokens.
         """
         if isinstance(manager, cls):
             return manager
         for owner, names in NEEDED.items():
             if missing := [name for name in names if not hasattr(owner, name)]:
                 raise ValueError(f"continuous batching of a patched model needs another transformers: no {missing}")
+        vocabulary = len(manager.model.get_input_embeddings().weight)
+        if vocabulary > TOKENS and manager.continuous_batching_config.allow_block_sharing:
+            raise ValueError(
+                f"allow_block_sharing must be False for a vocabulary of {vocabulary}: blocks are told apart by λ and "
+                f"by tokens below {TOKENS}"
+            )
         manager.__class__ = cls
         lerped = cast(LerpManager, manager)
+        lerped.vocabulary, lerped.parts = vocabulary, {}
         lerped.sampler = lerped.on_step = None
         lerped.logit_processor = LerpProcessors(manager.logit_processor)
         try:
@@ -115,6 +136,27 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
             self._original_attn_impl = original
         elif chosen == "paged|eager" and getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
             raise ValueError("attn_implementation 'eager' leaves out soft caps in continuous batching: use the default")
+        patch_of(model).attention = self._original_attn_impl
+
+    def start(self) -> None:
+        """As transformers' own; RuntimeError if another thread runs the model."""
+        if self.is_running():
+            super().start()  # it says so
+        else:
+            patch_of(self.model).hold.start_batching(super().start)
+
+    def stop(self, *args: Any, **options: Any) -> None:
+        super().stop(*args, **options)
+        patch_of(self.model).attention = self._original_attn_impl
+
+    def _run_generation_loop(self, *args: Any, **options: Any) -> None:
+        with patch_of(self.model).hold.batching():
+            super()._run_generation_loop(*args, **options)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        with super().pause(), patch_of(self.model).hold.paused():
+            yield
 
     def add_request(
         self, input_ids: list[int], *args: Any, intensity: float | str | None = None, **options: Any
@@ -122,25 +164,32 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         """As transformers' own.
 
         Args:
+            input_ids: of the prompt, all of them in the model's vocabulary.
             intensity: λ of the request, one finite number or a preset's name; by default where the model's dial stands.
             args, options: as there.
 
         Raises:
-            TypeError, ValueError: `intensity` is not one finite number.
+            TypeError, ValueError: `intensity` is not one finite number, or a token is not in the vocabulary.
         """
+        strangers = [token for token in input_ids if not 0 <= token < self.vocabulary]
+        if strangers:
+            raise ValueError(f"input_ids must be from 0 to {self.vocabulary - 1}, got {strangers[0]}")
+        check_keywords("add_request", options, "intensity")
         lam = patch_of(self.model).dial.lam if intensity is None else named(self.model, intensity)
         options["intensity"] = one_lam(lam)
         return super().add_request(input_ids, *args, **options)
 
-    def add_requests(
-        self, inputs: list[list[int]], *args: Any, intensity: float | Sequence[float] | None = None, **options: Any
-    ) -> list[str]:
-        """As transformers' own, with a λ for all prompts or one for each."""
+    def add_requests(self, inputs: list[list[int]], *args: Any, intensity: Any = None, **options: Any) -> list[str]:
+        """As transformers' own, with a λ for all prompts or one for each: numbers, or presets' names.
+
+        Raises:
+            TypeError, ValueError: `intensity` is neither.
+        """
+        check_keywords("add_requests", options, "intensity")
         if intensity is None and isinstance(inputs, Prompts):
             intensity = inputs.intensities
-        if intensity is None or isinstance(intensity, Real) or (isinstance(intensity, Tensor) and not intensity.dim()):
-            return super().add_requests(list(inputs), *args, intensity=intensity, **options)
-        lam = as_lam(intensity, torch.device("cpu"), len(inputs)).tolist()
+        wanted = patch_of(self.model).dial.lam if intensity is None else named(self.model, intensity)
+        lam = as_lam(wanted, torch.device("cpu"), len(inputs)).expand(len(inputs)).tolist()
         ids = [""] * len(inputs)
         for value in dict.fromkeys(lam):
             places = [place for place, each in enumerate(lam) if each == value]
@@ -157,6 +206,11 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
             unblock_after_cancellations(processor.scheduler)
             if self.sampler is not None:
                 self.sampler.report_through(processor.inputs_and_outputs)
+        modules = [module for module in self.model.modules() if isinstance(module, LerpModule) and module.lerp.part]
+        parts = {module.lerp.name: module.lerp.lam.tolist() for module in modules}
+        if processor is before and parts != self.parts:
+            processor.cache.free_all_requests(clear_ledgers=True)  # its blocks were read at other λ
+        self.parts = parts
         return processor
 
     def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
@@ -223,14 +277,6 @@ def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> dict[str, 
     return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
 
-def one_lam(intensity: Any) -> float:
-    """The λ that a request's `intensity` means, as float32 holds it; TypeError or ValueError if it is not one."""
-    lam = as_lam(intensity, torch.device("cpu"))
-    if lam.dim():
-        raise ValueError(f"intensity must be one number for a request, got {len(lam)}")
-    return lam.item() + 0.0  # −0 is 0
-
-
 def packed_lam(inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """λ of every token of a packed row, float32 [tokens], and of those whose logits are wanted, where not all are.
 
@@ -264,7 +310,10 @@ def check_packed(model: Any) -> None:
     lam = torch.tensor([0.0, float("nan"), 1.0], device=model.device)
     last = {"logits_to_keep": begins[1:].long() - 1} if model._supports_logits_to_keep() else {}
     model.set_attn_implementation(attention.NAME)
+    apart = [(m.lerp, m.lerp.part) for m in model.modules() if isinstance(m, LerpModule)]
     try:
+        for lerp, _ in apart:
+            lerp.part = None  # one λ for its part would hide where the tokens are
         logits = model(
             input_ids=torch.arange(3, 3 + tokens, device=model.device).unsqueeze(0),
             position_ids=torch.tensor([[place for length in lengths for place in range(length)]], device=model.device),
@@ -275,6 +324,8 @@ def check_packed(model: Any) -> None:
             **last,
         ).logits
     finally:
+        for lerp, part in apart:
+            lerp.part = part
         model.set_attn_implementation(before)
     missing = logits[0].isnan()
     reached = torch.tensor([False, True, False], device=model.device)
@@ -311,7 +362,7 @@ def key_blocks(processor: continuous_api.ContinuousBatchProcessor) -> None:
 def keyed(tokens: list[int], state: Any) -> list[int]:
     """A prompt that equals another one's where tokens and λ are equal: an int32 of 8 bits of λ and 23 of a token."""
     bits = struct.pack("<f", state.logit_processor_kwargs.get("intensity", 0.0))
-    return [token | byte << 23 for token, byte in zip(tokens, bits, strict=False)] + tokens[len(bits) :]
+    return [token | byte << TOKEN_BITS for token, byte in zip(tokens, bits, strict=False)] + tokens[len(bits) :]
 
 
 def blocks_in_use(cache: Any) -> float:

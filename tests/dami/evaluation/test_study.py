@@ -71,7 +71,7 @@ def test_every_module_gets_its_own_intensity(family: str) -> None:
         for module in model.modules():
             if isinstance(module, LerpModule):
                 cell = (module.lerp.group, module.lerp.layer)
-                for setting, lam in zip(settings, module.lerp.dial.lam.tolist(), strict=True):
+                for setting, lam in zip(settings, module.lerp.lam.tolist(), strict=True):
                     inside = setting.part is not None and cell in parts[setting.part]
                     wanted = 1 - setting.intensity if inside else setting.intensity
                     assert lam == pytest.approx(wanted), (setting.name, cell)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import dami
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -159,6 +160,24 @@ def test_keys_of_blocks_tell_lam_and_tokens_apart() -> None:
     assert key(0.3, 1, 2) == key(0.3, 1, 2)
 
 
+@pytest.mark.parametrize("token", [-1, 101, 1 << 23, (1 << 23) + 5])
+def test_tokens_outside_the_vocabulary_are_refused(token: int) -> None:
+    """They would be another token at another λ in the keys of blocks, and no embedding has them."""
+    model = patched("qwen3")
+    with pytest.raises(ValueError, match=rf"input_ids must be from 0 to 100, got {token}"):
+        model.init_continuous_batching(GREEDY, SMALL).add_request([5, token, 6], intensity=0.5)
+
+
+def test_a_vocabulary_too_large_for_keys_shares_no_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dami.serving.batching.TOKENS", 100)
+    model, asked = patched("qwen3"), prompts([6])
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match="allow_block_sharing must be False for a vocabulary of 101"):
+        model.generate_batch(asked, GREEDY, SMALL)
+    assert batched(model, asked, config(allow_block_sharing=False), intensity=0.5) == alone(model, asked, [0.5])
+    assert model.config._attn_implementation == before
+
+
 def test_several_answers_to_a_prompt_have_its_lam() -> None:
     model, asked = patched("qwen3"), prompts([6, 9])
     several = GenerationConfig(do_sample=True, top_k=1, max_new_tokens=NEW, eos_token_id=-1, num_return_sequences=3)
@@ -193,6 +212,28 @@ def test_a_part_of_the_model_may_stand_at_one_lam() -> None:
     assert all("mlp" in o.error and "takes one intensity for all requests" in o.error for o in outputs.values())
 
 
+def test_a_model_is_checked_whole_inside_a_block_for_a_part() -> None:
+    model = patched("qwen3")
+    with dami.intensity(model, 1.0, modules="mlp"):
+        model.generate_batch(prompts([6]), GREEDY, SMALL)
+    [prompt] = prompts([1])  # tells no module where the tokens are
+    assert batched(model, [prompt], SMALL, intensity=0.2) == alone(model, [prompt], [0.2])
+
+
+def test_no_block_outlives_the_lam_of_a_part() -> None:
+    """A manager that lives on keeps blocks of prompts, which another λ of a part has not read."""
+    model, asked = patched("qwen3"), prompts([21])
+    wanted = alone(model, asked, [0.2])
+    with dami.intensity(model, 1.0, modules="mlp"):
+        part = alone(model, asked, [0.2])
+        assert part != wanted
+        assert batched(model, asked, SMALL, intensity=0.2, persistent_manager=True) == part
+    assert batched(model, asked, SMALL, intensity=0.2, persistent_manager=True) == wanted
+    with dami.intensity(model, 1.0, modules="mlp"):
+        assert batched(model, asked, SMALL, intensity=0.2, persistent_manager=True) == part
+    model.destroy_cached_continuous_batching_manager()
+
+
 def test_generate_with_a_paged_cache_takes_a_lam_for_each_prompt() -> None:
     model = patched("qwen3")
     ids = torch.randint(4, VOCABULARY, (3, 9))
@@ -221,13 +262,37 @@ def test_generate_with_a_paged_cache_refuses(options: dict[str, Any], message: s
         ("low", ValueError, "intensity must be a number, a preset, of which the model has none"),
         ("auto", TypeError, "intensity must be a real number, or one per sequence, got str"),
         (True, TypeError, "intensity must be a real number, or one per sequence, got True"),
-        ([0.1, 0.2], ValueError, "intensity must be one number for a request, got 2"),
+        ([0.1, 0.2], ValueError, "intensity must be one number, got 2"),
     ],
 )
 def test_add_request_refuses(intensity: Any, error: type[Exception], message: str) -> None:
     manager = patched("qwen3").init_continuous_batching(GREEDY, SMALL)
     with pytest.raises(error, match=message):
         manager.add_request([5, 6], intensity=intensity)
+    assert manager.input_queue.empty()
+
+
+@pytest.mark.parametrize("name", ["intensty", "prompt_intensity"])
+def test_misspelt_keywords_are_refused(name: str) -> None:
+    manager = patched("qwen3").init_continuous_batching(GREEDY, SMALL)
+    with pytest.raises(TypeError, match=f"^add_request takes λ as intensity, got '{name}'"):
+        manager.add_request([5, 6], **{name: 1.0})
+    with pytest.raises(TypeError, match=f"^add_requests takes λ as intensity, got '{name}'"):
+        manager.add_requests([[5, 6]], **{name: 1.0})
+    assert manager.input_queue.empty()
+
+
+def test_add_requests_takes_whatever_means_one_lam_for_each() -> None:
+    model = dami.attach(patched("qwen3"), None, {"low": 0.25})
+    manager, asked = model.init_continuous_batching(GREEDY, SMALL), prompts([4, 5])
+    cases = (np.array(0.5), [0.5, 0.5]), ("low", [0.25, 0.25]), (["low", 1], [0.25, 1.0]), (None, [0.0, 0.0])
+    for intensity, wanted in cases:
+        names = manager.add_requests(asked, intensity=intensity)
+        queued = [manager.input_queue.get_nowait() for _ in asked]
+        found = {state.request_id: state.logit_processor_kwargs["intensity"] for state in queued}
+        assert [found[name] for name in names] == wanted
+    with pytest.raises(TypeError, match="intensity must be a real number, or one per sequence, got set"):
+        manager.add_requests(asked, intensity={0.5})
     assert manager.input_queue.empty()
 
 
