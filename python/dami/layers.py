@@ -102,11 +102,13 @@ class Lerp:
 
     @property
     def lam(self) -> Tensor:
-        """λ where its dial stands; ValueError if that is one for each sequence of a packed row."""
+        """λ where its dial stands, a scalar if it is one; ValueError if it is one for each sequence of a packed row."""
         lam, packed = self.dial.lam, self.running.packed
-        if packed is not None and lam.dim() and lam is not packed:
+        if lam.dim() == 0 or lam is packed:
+            return lam
+        if packed is not None and len(lam) > 1:
             raise ValueError(f"{self.name} takes one intensity for all requests of a continuous batch, got {len(lam)}")
-        return lam
+        return lam if len(lam) > 1 else lam[0]
 
 
 def placeholder(like: Tensor, shape: torch.Size) -> Tensor:
