@@ -9,7 +9,6 @@ not appear in the other's.
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -55,15 +54,26 @@ def _leaking_module(model: nn.Module, forward: Any) -> LerpModule | None:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Nobody who listens to a model is to hear of the check, and no running statistics are to change."""
-    kept = [(m, m._forward_hooks, m._forward_pre_hooks, m.training) for m in model.modules()]
+    """Nobody who listens to a model is to hear of the check, and no running statistics are to change.
+
+    Hooks that the check's passes install stay: transformers has a model capture its hidden states so, once and for all.
+    """
+    hooks = [hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+    kept = [(dict(each), each) for each in hooks]
+    training = [(module, module.training) for module in model.modules()]
     try:
-        for module, *_ in kept:
-            module._forward_hooks, module._forward_pre_hooks, module.training = OrderedDict(), OrderedDict(), False
+        for each in hooks:
+            each.clear()
+        for module, _ in training:
+            module.training = False
         yield
     finally:
-        for module, hooks, pre_hooks, training in kept:
-            module._forward_hooks, module._forward_pre_hooks, module.training = hooks, pre_hooks, training
+        for before, each in kept:
+            installed = dict(each)
+            each.clear()
+            each.update(before | installed)
+        for module, was in training:
+            module.training = was
 
 
 @torch.no_grad()

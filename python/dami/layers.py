@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -90,7 +91,6 @@ class Lerp:
         stored: where the ends of every parameter and buffer that is interpolated are, by its name.
         name: the module's, in its model.
         running: the forward pass of its model.
-        inside: whether the module's own forward runs, where it is of the kind `parameters`.
         tokens_at: which dimension of its input the tokens of a packed row are, once it has met one.
         part: the dial that it reads instead, while `dami.intensity` sets its part of the model apart.
     """
@@ -103,24 +103,28 @@ class Lerp:
     stored: dict[str, Stored] = field(default_factory=dict)
     name: str = ""
     running: Pass = field(default_factory=Pass)
-    inside: bool = False
     tokens_at: int | None = None
     part: Dial | None = None
 
     @property
     def lam(self) -> Tensor:
-        """λ that holds for it, of each token in a packed row; ValueError if its part has one per sequence there."""
+        """λ that holds for it, a scalar if it is one, or of each token in a packed row.
+
+        ValueError if its part has one per sequence there.
+        """
         packed = self.running.packed
-        if self.part is None:
-            return self.dial.lam if packed is None else packed
-        lam = self.part.lam
-        if packed is not None and lam.dim():
+        if self.part is None and packed is not None:
+            return packed
+        lam = self.dial.lam if self.part is None else self.part.lam
+        if lam.dim() == 0:
+            return lam
+        if packed is not None and len(lam) > 1:
             raise ValueError(f"{self.name} takes one intensity for all requests of a continuous batch, got {len(lam)}")
-        return lam
+        return lam if len(lam) > 1 else lam[0]
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in no `with` block, and in no pass."""
-        return {**vars(self), "part": None, "inside": False}
+        return {**vars(self), "part": None}
 
 
 def placeholder(like: Tensor, shape: torch.Size) -> Tensor:
@@ -180,8 +184,8 @@ class LerpModule(nn.Module):
         lerp = self.__dict__.get("lerp")
         if lerp is None or name not in lerp.stored:
             return super().__getattr__(name)
-        if "_hf_hook" in self.__dict__ and not lerp.inside:
-            return super().__getattr__(name)  # accelerate's hooks put the stored tensors in their places and take them
+        if "_hf_hook" in self.__dict__ and sys._getframe(1).f_globals["__name__"].startswith("accelerate."):
+            return super().__getattr__(name)  # its hooks put the stored tensors in their places and take them away
         lam, outside = lerp.lam, lerp.running.sequences is None
         if outside and (name in self.operands or (lam.dim() == 0 and lam.item() == 0)):
             return super().__getattr__(name)  # for all who look at a model that does not run: the base, λ = 0
@@ -439,13 +443,6 @@ class LerpParameters(LerpModule):
     def fit(cls, module: nn.Module) -> dict[str, Any] | None:
         return {}
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        outer, self.lerp.inside = self.lerp.inside, True
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            self.lerp.inside = outer
-
 
 KINDS: tuple[type[LerpModule], ...] = (
     LerpLinear,
@@ -528,11 +525,7 @@ def patched_class(kind: type[LerpModule], original: Any) -> type[LerpModule]:
         return kind
     # a subclass keeps its own forward, which calls its parent's; a norm's forward is replaced as a whole
     bases = (kind, original) if kind.original is None else (original, kind)
-    members: dict[str, Any] = {"__module__": original.__module__}
-    if kind is LerpParameters:
-        forward = functools.wraps(original.forward)(lambda self, *args, **options: kind.forward(self, *args, **options))
-        members["forward"] = forward  # transformers reads signatures
-    return type(f"Lerp{original.__name__}", bases, members)
+    return type(f"Lerp{original.__name__}", bases, {"__module__": original.__module__})
 
 
 def _kind_of(cls: type[LerpModule]) -> type[LerpModule]:

@@ -199,7 +199,8 @@ def install(
     invariant: bool = False,
 ) -> PreTrainedModel:
     """Changes the class of `model`, and of its modules of which a parameter, known by its id, was packed."""
-    dial = Dial(torch.zeros((), device=model.device))
+    # λ is a number even while the model is loaded, on meta: whoever asks for a parameter is given it at that
+    dial = Dial(torch.zeros((), device="cpu" if model.device.type == "meta" else model.device))
     patch = Patch(dial, type(model), [p for p in model.parameters() if p.requires_grad])
     reclass(model, patched_model_class(type(model))).dami_patch = patch  # type: ignore[arg-type]
     model.requires_grad_(False)

@@ -131,7 +131,7 @@ class PairQuantizer(HfQuantizer):
                 if absent:
                     faults.append(f"{names[0]} ({type(module).__name__}): the files lack {', '.join(absent)}")
                     continue
-                tensors = [_to_come(h, parameter.dtype, s) for s, h in zip(suffixes, found, strict=True) if h]
+                tensors = [_to_come(h, parameter, s) for s, h in zip(suffixes, found, strict=True) if h]
                 operand = kind.as_operand(parameter)
                 weight = LerpWeight(tuple(map(kind.as_operand, tensors)), format, operand.shape, operand.dtype)
                 packed[id(parameter)] = Packed.of(weight, kind)
@@ -218,19 +218,25 @@ def kind_on_meta(module: nn.Module) -> tuple[type[LerpModule], dict[str, Any]]:
 
 
 def _stored_names(model: Any, name: str) -> tuple[str, ...]:
-    """The names under which a parameter may be stored: its own, that of its tie, with or without the base's prefix."""
-    prefix = f"{model.base_model_prefix}."
-    return name, model.all_tied_weights_keys.get(name, name), prefix + name, name.removeprefix(prefix)
+    """The names under which a parameter may be stored: its own, with or without the base's prefix, and its ties'."""
+    prefix, ties = f"{model.base_model_prefix}.", model.all_tied_weights_keys
+    source = ties.get(name, name)
+    targets = (target for target, other in ties.items() if other == source)
+    return name, source, *targets, prefix + name, name.removeprefix(prefix)
 
 
-def _to_come(header: Header, dtype: torch.dtype, suffix: str) -> Tensor:
-    """An empty tensor as a stored one will be once it is loaded into a model of a dtype."""
+def _to_come(header: Header, parameter: Tensor, suffix: str) -> Tensor:
+    """An empty tensor as a stored one will be once it is loaded, on the device of the empty parameter it belongs to.
+
+    That is meta, or the CPU where a model makes a parameter by a function that does not heed the default device.
+    """
     shape, stored = header
+    dtype = parameter.dtype
     if suffix.endswith("_scale"):
         dtype = SCALE
     elif not getattr(torch, stored).is_floating_point:
         dtype = getattr(torch, stored)
-    return torch.empty(shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device=parameter.device)
 
 
 def _patched(model: nn.Module) -> list[LerpModule]:

@@ -92,12 +92,15 @@ class Line:
         lam, schedules = self.fixed, self.schedules
         if step == 0 and self.prompt is not None:
             lam, schedules = self.prompt, []
-        if lam.dim() and len(tokens) % len(lam) == 0:
+        if lam.dim() and len(tokens) % len(lam) == 0 and (len(lam) > 1 or schedules):
             lam = lam.repeat_interleave(len(tokens) // len(lam))
         for schedule, places in schedules:
             of_sequence = lam.view(len(self.fixed), -1)
             rows = tokens.unflatten(0, of_sequence.shape)[places].flatten(0, 1)
-            of_sequence[places] = self._ask(schedule, step, rows).expand(len(rows)).view(len(places), -1)
+            answer = self._ask(schedule, step, rows)
+            of_sequence[places] = answer.expand(len(rows)).view(len(places), -1)
+            if answer.dim() == 0 and len(self.fixed) == 1:
+                lam = lam[:1]  # one for all beams
         self.dial.lam = lam
 
     def _ask(self, schedule: Schedule, step: int, rows: Tensor) -> Tensor:
@@ -174,7 +177,7 @@ def course_of(
             model,
             options,
             prompt is not None or any(line.schedules for line in lines),
-            mixed=any(line.fixed.dim() for line in lines),
+            mixed=any(line.fixed.numel() > 1 for line in lines),
         )
         patch.course = Course(lines)
         stack.callback(setattr, patch, "course", before)

@@ -36,6 +36,7 @@ SMALL: dict[str, Any] = {
     r"encoder_hash_byte_group_vocab": VOCABULARY,
     r"nemo_conv_channels|ext_pw_out_channel|depthwise_separable_out_channel|mamba_d_ssm": 64,
     r"image_size|crop_size|block_multiple_of": 32,
+    r"(mamba_)?chunk_size": 4,
     r"mamba_d_state|state_size|ssm_state_size": 8,
     r"max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|max_.*_positions|model_max_length": 64,
 }

@@ -176,6 +176,23 @@ def test_forward_hooks_go_on_working() -> None:
 
 
 @torch.no_grad()
+def test_what_is_captured_is_captured_from_the_first_mixed_batch_on() -> None:
+    """transformers installs its hooks in the first pass that wants them, which is that of the check of independence."""
+    model, inputs = dami.patch_model(*pair("qwen3")), batch("left")
+    model.set_attn_implementation("eager")
+    model.config.output_hidden_states = model.config.output_attentions = True
+    heard = []
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: heard.append(output.shape[:2]))
+    for lam in ([0.0, 0.37, 1.0, 1.2], 0.37, [1.2, 1.0, 0.37, 0.0]):
+        out = model(**inputs, intensity=lam)
+        assert [len(each) for each in (out.hidden_states, out.attentions)] == [3, 2]
+    assert heard == [(4, 7)] * 3
+    handle.remove()
+    model(**inputs)
+    assert len(heard) == 3
+
+
+@torch.no_grad()
 def test_modules_under_accelerate_hooks_are_patched_and_restored() -> None:
     from accelerate import dispatch_model
 

@@ -12,8 +12,9 @@ import torch
 from dami import schedules
 from dami.estimators import Estimator, StaticIntensity
 from torch import Tensor
-from transformers import CompileConfig, PreTrainedModel
+from transformers import CompileConfig, DbrxConfig, Mamba2Config, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
 
+from tests.dami import architectures
 from tests.dami.families import VOCABULARY, merged, pair, references
 from tests.dami.test_generation import GREEDY, LAM, prompts
 from tests.dami.test_patching import counting
@@ -316,3 +317,20 @@ def test_a_preset_stands_for_its_number_wherever_a_number_does(model: PreTrained
         dami.attach(model, None, {"auto": 0.5})
     with pytest.raises(ValueError, match=r"presets\['low'\] must be finite"):
         dami.attach(model, None, {"low": float("inf")})
+
+
+@pytest.mark.parametrize("config", [Qwen3MoeConfig, Mamba2Config, DbrxConfig])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_list_of_one_is_one_lam_for_the_batch(config: type[PreTrainedConfig], beams: int) -> None:
+    """Of one prompt, however it is said: also to those that take one λ for a batch only, and with beams."""
+    model = dami.attach(dami.patch_model(*architectures.pair(config)), StaticIntensity(0.5))
+    ids = torch.randint(4, architectures.VOCABULARY, (1, 7))
+    options = {**GREEDY, "num_beams": beams, "pad_token_id": 0}
+    wanted = model.generate(ids, intensity=0.5, **options)
+    for one in ([0.5], torch.tensor([0.5]), "auto", ["auto"], lambda *_: 0.5, [lambda *_: 0.5], {"*": [0.5]}):
+        assert torch.equal(model.generate(ids, intensity=one, **options), wanted), one
+    assert torch.equal(model.generate(ids, intensity=[0.5], prompt_intensity=[0.5], **options), wanted)
+    for part in ({}, {"modules": "*"}):
+        with dami.intensity(model, [0.5], **part):
+            assert torch.equal(model.generate(ids, **options), wanted)
+    assert torch.equal(model(ids, intensity=[0.5]).logits, model(ids, intensity=0.5).logits)

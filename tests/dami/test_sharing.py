@@ -18,8 +18,9 @@ from dami.quantizer import PairConfig, by_pattern
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, MambaConfig, PreTrainedModel
 
+from tests.dami import architectures
 from tests.dami.families import batch, merged, pair
 from tests.dami.test_checkpoints import edit_config, edit_tensors, save
 
@@ -391,6 +392,20 @@ def test_offloading_to_the_disk(family: str, which: str, format: str, tmp_path: 
         dami.materialize(model, 0.5)
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(seeded_logits(dami.load_pair(tmp_path / "again")[0]), seeded_logits(whole))
+
+
+@every_format
+def test_what_a_module_reads_of_a_child_is_at_its_lam_when_offloaded(format: str, tmp_path: Path) -> None:
+    """Mamba's mixer brings its convolution's weight from the disk by the child's hook, and never calls the child."""
+    dami.save_pair(dami.patch_model(*architectures.pair(MambaConfig), format), tmp_path / "packed")
+    whole, _ = dami.load_pair(tmp_path / "packed")
+    device_map = {"backbone.embeddings": "cpu", "backbone.norm_f": "cpu", "lm_head": "cpu", "backbone.layers": "disk"}
+    model, _ = dami.load_pair(tmp_path / "packed", device_map=device_map, offload_folder=tmp_path / "offloaded")
+    assert model.backbone.layers[0].mixer.conv1d.weight.is_meta
+    ids = torch.randint(4, architectures.VOCABULARY, (4, 7))
+    for lam in (0.37, LAM):
+        with torch.no_grad():
+            assert torch.equal(model(ids, intensity=lam).logits, whole(ids, intensity=lam).logits)
 
 
 OWN_CODE = """
