@@ -25,7 +25,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from dami import __version__
 from dami.chat import ChatTemplate, render
 from dami.serving import playground
-from dami.serving.deltas import Delta, Deltas
+from dami.serving.deltas import Delta, Deltas, Stop
 from dami.serving.engine import Engine, EngineDead, Overloaded, Row, Token
 from dami.serving.metrics import Metrics
 from dami.serving.protocol import ChatRequest, CompletionRequest
@@ -335,6 +335,7 @@ class Service:
         ends = frozenset(() if body.ignore_eos else self.engine.ends) | frozenset(body.stop_token_ids or ())
         seed = secrets.randbits(62) if body.seed is None else body.seed
         sampling = {name: self._setting(body, name) for name in ("temperature", "top_p", "top_k")}
+        stops = [*map(Stop, body.stops)]
         answering = Answering(body, f"{prefix}-{secrets.token_hex(12)}", intensity, sum(map(len, prompts)), [])
         try:
             for prompt, room in zip(prompts, rooms, strict=True):
@@ -346,7 +347,7 @@ class Service:
                         int(room),
                         ends,
                     )
-                    deltas = Deltas(self.tokenizer, reader, inside, body.stops)
+                    deltas = Deltas(self.tokenizer, reader, inside, stops)
                     answering.choices.append(Choice(len(answering.choices), row, deltas))
         except BaseException:
             answering.cancel()
