@@ -59,7 +59,7 @@ class Stop:
             self.borders.append(self.after(self.borders[-1], char))
 
     def after(self, matched: int, char: str) -> int:
-        """How much of the string a text ends with that ended with `matched` of it, less than all, before `char` came."""
+        """How much of the string a text ends with, that ended with `matched` of it, less than all, before `char`."""
         while matched and self.string[matched] != char:
             matched = self.borders[matched - 1]
         return matched + (self.string[matched] == char)

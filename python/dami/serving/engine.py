@@ -26,6 +26,7 @@ from dami.serving.sampling import Logprobs, Sampling
 
 GIB = 1 << 30
 PAGE = 16  # tokens of a block: prompts share whole blocks only
+CHUNK = 32  # tokens of a row that are taken in one go: the event loop sees to others in between
 WARMUP = 32  # tokens that are generated before the first request, after a prompt of twice as many
 
 
@@ -71,6 +72,11 @@ class Limits:
     max_batch_rows: int = 64
     max_requests: int = 4096
     share_prefixes: bool = True
+
+    @property
+    def share(self) -> int:
+        """Sequences of one request at most: a quarter of all, so that one client does not keep out the others."""
+        return max(1, self.max_requests // 4)
 
 
 @dataclass(frozen=True)
@@ -132,11 +138,12 @@ class Row:
             news, tokens = await self.news.get(), list[Token]()
             while isinstance(news, list):
                 tokens += news
-                news = [] if self.news.empty() else self.news.get_nowait()
-                if not news:
+                if self.news.empty() or len(tokens) >= CHUNK:
                     break
+                news = self.news.get_nowait()
             if tokens:
                 yield tokens
+                await asyncio.sleep(0)
             if isinstance(news, Exception):
                 raise news
             goes_on = news is not None
