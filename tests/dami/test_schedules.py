@@ -310,7 +310,10 @@ def test_auto_of_an_invariant_model_does_not_depend_on_neighbours() -> None:
             assert schedules.resolved(model, "auto", {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 1) == [
                 together[row]
             ]
-        embedded = {"inputs_embeds": torch.randn(2, 3, model.config.hidden_size), "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}
+        embedded = {
+            "inputs_embeds": torch.randn(2, 3, model.config.hidden_size),
+            "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]),
+        }
         asked.clear()
         schedules.resolved(model, ["auto", "auto"], embedded, 2)
         assert [each.shape[1] for each in asked] == [2, 3]
