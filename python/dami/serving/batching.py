@@ -377,7 +377,7 @@ def keyed(tokens: list[int], state: Any) -> list[int]:
 def blocks_in_use(cache: Any) -> float:
     """Share of a KV cache that requests hold, 0 to 1: blocks kept for prompts to come are not in use."""
     kept = sum(len(each.ledger.cached_blocks) / each.num_blocks for each in cache.cache_allocators.values())
-    return round(1.0 - cache.compute_free_capacity() - kept, 6)
+    return round(1.0 - cache.compute_free_capacity() - kept, 6) + 0.0  # −0 is 0
 
 
 def unblock_after_cancellations(scheduler: Any) -> None:
