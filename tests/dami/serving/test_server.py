@@ -640,6 +640,35 @@ def test_auto(alone: Callable[..., Any]) -> None:
     assert alike["intensity"] == wanted[0]
 
 
+def test_a_client_that_leaves_takes_no_other_s_estimate_with_it() -> None:
+    model, _ = shipped()
+    begun, gate = threading.Semaphore(0), threading.Semaphore(0)
+
+    class Waits:
+        def estimate(self, model: Any, batch: Any) -> list[float]:
+            begun.release()
+            assert gate.acquire(timeout=30)
+            return [0.25] * len(batch["input_ids"])
+
+    dami.attach(model, Waits())
+    with running(model=model) as server, ThreadPoolExecutor() as clients:
+        auto = asked(intensity="auto", max_tokens=1)
+        first = clients.submit(httpx.post, server.url + CHAT, json=auto, timeout=3)
+        assert begun.acquire(timeout=30)
+        leaving = clients.submit(httpx.post, server.url + CHAT, json=auto, timeout=3)
+        until(lambda: len(server.engine._to_estimate) == 1)
+        staying = clients.submit(server.post, CHAT, auto)
+        until(lambda: len(server.engine._to_estimate) == 2)
+        assert isinstance(first.exception(30), httpx.ReadTimeout)  # in the middle of its estimate
+        gate.release()
+        assert begun.acquire(timeout=30)
+        assert isinstance(leaving.exception(30), httpx.ReadTimeout)  # while the batch that it began is estimated
+        gate.release()
+        gate.release()
+        assert staying.result(30).json()["intensity"] == 0.25
+        assert not server.engine._to_estimate
+
+
 def test_a_failing_estimator_is_an_error_of_its_request_only() -> None:
     model, _ = shipped()
 
