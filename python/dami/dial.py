@@ -257,7 +257,7 @@ def _chosen(
         ]
         for pattern in names
     }
-    strangers = sorted(set(indices or ()) - {layer_of(name) for name, _ in model.named_modules()})
+    strangers: list[Any] = sorted(set(indices or ()) - {layer_of(name) for name, _ in model.named_modules()})
     strangers = strangers or [pattern for pattern in found if not found[pattern]]
     if strangers or not names:
         raise ValueError(
@@ -272,7 +272,7 @@ def _indices(layers: Any) -> list[int] | None:
     """Indices of layers, of which `intensity` takes one or several; TypeError if they are none."""
     if layers is None:
         return None
-    several = list(layers) if isinstance(layers, Iterable) and getattr(layers, "ndim", 1) else [layers]
+    several = list(layers) if isinstance(layers, Iterable) and getattr(layers, "ndim", 1) != 0 else [layers]
     indices = [each for each in several if hasattr(each, "__index__") and not isinstance(each, bool)]
     if isinstance(layers, (str, bytes)) or len(indices) < len(several):
         raise TypeError(f"layers must be the index of a layer, or several, got {layers!r}")

@@ -212,17 +212,27 @@ def patched_model_class(original: Any) -> type[LerpModel]:
             if Version(transformers.__version__) < Version(BATCHING):
                 got = transformers.__version__
                 raise ImportError(f"continuous batching of a pair needs transformers>={BATCHING}, got {got}")
-            from dami.serving.batching import LerpManager
+            from dami.serving.batching import LerpManager, check_config
 
             _check_adapters(self)
+            given = inspect.signature(original.init_continuous_batching).bind(self, *args, **kwargs).arguments
+            check_config(given.get("generation_config") or self.generation_config)
             with self.dami_patch.hold:
                 return LerpManager.of(original.init_continuous_batching(self, *args, **kwargs))
 
         @functools.wraps(original.generate_batch)
         def generate_batch(self: Any, inputs: Any, *args: Any, intensity: Any = None, **kwargs: Any) -> Any:
-            from dami.serving.batching import Prompts, padded
+            from dami.serving.batching import Prompts, check_config, check_prompt, padded
 
             check_keywords("generate_batch", kwargs, "intensity")
+            options = inspect.signature(original.generate_batch).bind(self, inputs, *args, **kwargs).arguments
+            config = options.get("generation_config") or self.generation_config
+            check_config(config)
+            for name, value in options.get("kwargs", {}).items():  # `generate` hands on what is in its config
+                if name != "max_new_tokens" and value != getattr(config, name, None):
+                    raise TypeError(f"generate_batch takes no {name}: settings go into generation_config")
+            for place, prompt in enumerate(inputs):  # here, as transformers goes on without a request that it refuses
+                check_prompt(self, config, prompt, kwargs.get("max_new_tokens"), f"inputs[{place}]")
             with self.dami_patch.hold:
                 lam = self.dami_patch.dial.lam
                 if intensity is not None:

@@ -217,17 +217,36 @@ def resolved(model: nn.Module, intensity: Any, batch: Mapping[str, Any], prompts
         return value
     if len(values) != prompts:
         raise ValueError(f"intensity must be a real number, or one per sequence, got {len(values)} for {prompts}")
-    estimator = patch_of(model).estimator
+    patch = patch_of(model)
+    estimator = patch.estimator
     check_estimator(estimator)
     inputs = {
         "input_ids" if name == "inputs" else name: tensor[places] if tensor.shape[:1] == (prompts,) else tensor
         for name, tensor in batch.items()
         if isinstance(tensor, Tensor)
     }
-    chosen = as_lam(estimator.estimate(model, inputs), torch.device("cpu"), len(places))
-    for place, lam in zip(places, chosen.expand(len(places)).tolist(), strict=True):
+    groups = [inputs]
+    if patch.running.invariant:  # λ must not depend on the other prompts either
+        groups = [_alone(inputs, row, len(places)) for row in range(len(places))]
+    several = len(places) // len(groups)
+    chosen = [
+        as_lam(estimator.estimate(model, group), torch.device("cpu"), several).expand(several) for group in groups
+    ]
+    for place, lam in zip(places, torch.cat(chosen).tolist(), strict=True):
         values[place] = lam
     return values
+
+
+def _alone(batch: Mapping[str, Tensor], row: int, prompts: int) -> dict[str, Tensor]:
+    """A prompt of a batch by itself, without padding."""
+    alone = {
+        name: tensor[row : row + 1] if tensor.shape[:1] == (prompts,) else tensor for name, tensor in batch.items()
+    }
+    mask = alone.get("attention_mask")
+    if mask is None:
+        return alone
+    seen = mask[0].bool()
+    return {name: x[:, seen] if x.shape[:2] == mask.shape else x for name, x in alone.items()}
 
 
 SEVERAL_STEPS_IN_ONE = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")

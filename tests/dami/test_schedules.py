@@ -296,6 +296,39 @@ def test_auto_is_asked_about_the_prompts_that_want_it(model: PreTrainedModel) ->
         model.generate(**inputs, intensity=["auto"] * 2, **GREEDY)
 
 
+def test_auto_of_an_invariant_model_does_not_depend_on_neighbours() -> None:
+    """The estimator sees each prompt by itself and without padding, be it as ids or as embeddings."""
+
+    class Seen:
+        def estimate(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+            assert all(tensor.shape[:2] == batch["attention_mask"].shape for tensor in batch.values())
+            assert batch["attention_mask"].all()
+            found = model(**batch, intensity=0.0).logits[:, -1]
+            asked.append(next(iter(batch.values())))
+            return found.softmax(1).amax(1)
+
+    asked: list[Tensor] = []
+    model = dami.attach(dami.patch_model(*pair("qwen3"), invariant=True), Seen())
+    batch = prompts()
+    rows = len(batch["input_ids"])
+    with torch.no_grad():
+        together = schedules.resolved(model, "auto", batch, rows)
+        assert [len(ids) for ids in asked] == [1] * rows
+        for row in range(rows):
+            ids = batch["input_ids"][row : row + 1, batch["attention_mask"][row].bool()]
+            assert torch.equal(asked[row], ids)
+            assert schedules.resolved(model, "auto", {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 1) == [
+                together[row]
+            ]
+        embedded = {
+            "inputs_embeds": torch.randn(2, 3, model.config.hidden_size),
+            "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]),
+        }
+        asked.clear()
+        schedules.resolved(model, ["auto", "auto"], embedded, 2)
+        assert [each.shape[1] for each in asked] == [2, 3]
+
+
 def test_a_preset_stands_for_its_number_wherever_a_number_does(model: PreTrainedModel) -> None:
     inputs = prompts()
     rows = len(inputs["input_ids"])

@@ -42,6 +42,24 @@ NEEDED = {
     ),
     requests.RequestState: ("create_equivalent_initial_request", "update_and_check_completion"),
 }
+HONOURED = {
+    "max_new_tokens", "max_length", "eos_token_id", "num_return_sequences", "do_sample", "temperature", "top_k",
+    "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "suppress_tokens", "remove_invalid_values",
+    "renormalize_logits",
+}  # fmt: skip  # settings of a generation config; from do_sample on they look at one row of logits and nothing else
+IDLE = {
+    "use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile",
+    "prefill_chunk_size", "continuous_batching_config", "low_memory", "pad_token_id", "bos_token_id",
+    "decoder_start_token_id", "return_dict_in_generate", "early_stopping", "length_penalty", "is_assistant",
+    "num_assistant_tokens", "num_assistant_tokens_schedule", "speculation_type", "assistant_confidence_threshold",
+    "assistant_lookbehind", "target_lookbehind", "assistant_early_exit", "assistant_ensemble_weight",
+    "prompt_lookup_num_tokens", "max_matching_ngram_size", "transformers_version", "_from_model_config",
+}  # fmt: skip  # those that change no token, or none without another one
+NEUTRAL = {
+    "num_beams": 1, "num_beam_groups": 1, "repetition_penalty": 1, "encoder_repetition_penalty": 1, "guidance_scale": 1,
+    "min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
+    "penalty_alpha": 0, "diversity_penalty": 0,
+}  # fmt: skip
 
 
 TOKEN_BITS = 23  # of the int32 that tells blocks apart; the others are λ's
@@ -80,7 +98,6 @@ class Prompts(list[Any]):
 class LerpManager(continuous_api.ContinuousBatchingManager):
     """transformers' manager, each of whose requests has its own λ."""
 
-    vocabulary: int
     parts: dict[str, Any]  # λ of the modules that `dami.intensity` had set apart when the loop began
     sampler: Sampler | None
     on_step: Callable[[Step], None] | None
@@ -98,7 +115,7 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         for owner, names in NEEDED.items():
             if missing := [name for name in names if not hasattr(owner, name)]:
                 raise ValueError(f"continuous batching of a patched model needs another transformers: no {missing}")
-        vocabulary = len(manager.model.get_input_embeddings().weight)
+        vocabulary = manager.model.get_input_embeddings().num_embeddings  # type: ignore[operator, union-attr]
         if vocabulary > TOKENS and manager.continuous_batching_config.allow_block_sharing:
             raise ValueError(
                 f"allow_block_sharing must be False for a vocabulary of {vocabulary}: blocks are told apart by λ and "
@@ -106,7 +123,7 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
             )
         manager.__class__ = cls
         lerped = cast(LerpManager, manager)
-        lerped.vocabulary, lerped.parts = vocabulary, {}
+        lerped.parts = {}
         lerped.sampler = lerped.on_step = None
         lerped.logit_processor = LerpProcessors(manager.logit_processor)
         try:
@@ -159,25 +176,31 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
             yield
 
     def add_request(
-        self, input_ids: list[int], *args: Any, intensity: float | str | None = None, **options: Any
+        self,
+        input_ids: list[int],
+        request_id: str | None = None,
+        max_new_tokens: int | None = None,
+        *args: Any,
+        intensity: float | str | None = None,
+        **options: Any,
     ) -> str | None:
         """As transformers' own.
 
         Args:
-            input_ids: of the prompt, all of them in the model's vocabulary.
+            input_ids: of the prompt, one at least, all of them in the model's vocabulary.
             intensity: λ of the request, one finite number or a preset's name; by default where the model's dial stands.
-            args, options: as there.
+            request_id, max_new_tokens, args, options: as there; without `max_new_tokens` the config's `max_length`
+                counts as it does for `generate`.
 
         Raises:
-            TypeError, ValueError: `intensity` is not one finite number, or a token is not in the vocabulary.
+            TypeError, ValueError: `intensity` is not one finite number, or the prompt is no list of the model's tokens
+                with room for an answer.
         """
-        strangers = [token for token in input_ids if not 0 <= token < self.vocabulary]
-        if strangers:
-            raise ValueError(f"input_ids must be from 0 to {self.vocabulary - 1}, got {strangers[0]}")
         check_keywords("add_request", options, "intensity")
         lam = patch_of(self.model).dial.lam if intensity is None else named(self.model, intensity)
         options["intensity"] = one_lam(lam)
-        return super().add_request(input_ids, *args, **options)
+        room = check_prompt(self.model, self.generation_config, input_ids, max_new_tokens, "input_ids")
+        return super().add_request(input_ids, request_id, room, *args, **options)
 
     def add_requests(self, inputs: list[list[int]], *args: Any, intensity: Any = None, **options: Any) -> list[str]:
         """As transformers' own, with a λ for all prompts or one for each: numbers, or presets' names.
@@ -267,6 +290,38 @@ class LerpProcessors(cb_logits_processors.ContinuousBatchingLogitsProcessorList)
         if self.sampler is not None:
             scores = self.sampler(scores, logits_processor_args[self.own_rows : -1])
         return scores
+
+
+def check_config(config: Any) -> None:
+    """Refuses settings of a generation config that continuous batching would ignore: ValueError."""
+    for name, value in config.to_dict().items():
+        unused = value is None or value is False or value == NEUTRAL.get(name)
+        if not unused and name not in HONOURED | IDLE:
+            raise ValueError(
+                f"generation_config.{name} must be left out, which continuous batching does not have, got {value!r}"
+            )
+
+
+def check_prompt(model: Any, config: Any, prompt: Any, max_new_tokens: int | None, name: str) -> int | None:
+    """How many tokens a prompt's answer may have, None for no limit.
+
+    Raises:
+        TypeError, ValueError: the prompt, which is called `name`, is no list of token ids, or there is no room.
+    """
+    wanted = f"{name} must be a list of token ids, one at least"
+    if not isinstance(prompt, (list, tuple)) or not all(type(token) is int for token in prompt):
+        raise TypeError(f"{wanted}, got {prompt!r:.60}")
+    if not prompt:
+        raise ValueError(f"{wanted}, got none")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if min(prompt) < 0 or max(prompt) >= vocabulary:
+        raise ValueError(f"{name} must be from 0 to {vocabulary - 1}, got {min(prompt)} to {max(prompt)}")
+    limit, room = "max_new_tokens", config.max_new_tokens if max_new_tokens is None else max_new_tokens
+    if room is None and config.max_length is not None:
+        limit, room = f"max_length less the {len(prompt)} tokens of {name}", config.max_length - len(prompt)
+    if room is not None and room < 1:
+        raise ValueError(f"{limit} must be at least 1, got {room}")
+    return room
 
 
 def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
@@ -368,7 +423,7 @@ def keyed(tokens: list[int], state: Any) -> list[int]:
 def blocks_in_use(cache: Any) -> float:
     """Share of a KV cache that requests hold, 0 to 1: blocks kept for prompts to come are not in use."""
     kept = sum(len(each.ledger.cached_blocks) / each.num_blocks for each in cache.cache_allocators.values())
-    return round(1.0 - cache.compute_free_capacity() - kept, 6)
+    return round(1.0 - cache.compute_free_capacity() - kept, 6) + 0.0  # −0 is 0
 
 
 def unblock_after_cancellations(scheduler: Any) -> None:

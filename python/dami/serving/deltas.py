@@ -49,11 +49,28 @@ class Detokenizer:
         return self.tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
 
 
+class Stop:
+    """A string that ends a text, looked for while the text comes: by Knuth, Morris and Pratt, two steps a character."""
+
+    def __init__(self, string: str) -> None:
+        self.string = string
+        self.borders = [0]  # of each beginning: the longest shorter one that it ends with
+        for char in string[1:]:
+            self.borders.append(self.after(self.borders[-1], char))
+
+    def after(self, matched: int, char: str) -> int:
+        """How much of the string a text ends with, that ended with `matched` of it, less than all, before `char`."""
+        while matched and self.string[matched] != char:
+            matched = self.borders[matched - 1]
+        return matched + (self.string[matched] == char)
+
+
 class Part:
     """The text of a row's thought, or of its answer, up to a stop string."""
 
-    def __init__(self, stop: Sequence[str], strip: bool) -> None:
-        self.stop, self.strip = stop, strip
+    def __init__(self, stops: Sequence[Stop], strip: bool) -> None:
+        self.stops, self.strip = stops, strip
+        self.matched = [0] * len(stops)  # how much of each the text ends with
         self.text = ""  # all that was given out
         self.held = ""  # may be the beginning of a stop string, or space at the end
         self.stopped = False
@@ -61,7 +78,9 @@ class Part:
 
     def new_segment(self) -> None:
         if self.strip:
-            self.held, self.fresh = self.held.rstrip(), True
+            held, self.held, self.fresh = self.held.rstrip(), "", True
+            self.matched = [0] * len(self.stops)
+            self._hold(held)
 
     def push(self, text: str) -> str:
         """Takes text and returns what can be given out."""
@@ -72,13 +91,11 @@ class Part:
         if not text or self.stopped:
             return ""
         self.fresh = False
-        self.held += text
-        found = [at for at in (self.held.find(stop) for stop in self.stop) if at >= 0]
-        if found:
-            self.stopped, self.held = True, self.held[: min(found)]
+        begin = self._hold(text)
+        if begin is not None:
+            self.stopped, self.held = True, self.held[:begin]
             return self.flush()
-        keep = max((n for stop in self.stop for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
-        end = len(self.held) - keep
+        end = len(self.held) - max(self.matched, default=0)
         if self.strip:
             end = len(self.held[:end].rstrip())
         return self._give(end)
@@ -86,6 +103,20 @@ class Part:
     def flush(self) -> str:
         """What is held back, at the end."""
         return self._give(len(self.held.rstrip() if self.strip else self.held))
+
+    def _hold(self, text: str) -> int | None:
+        """Adds text to what is held, and tells where in it the first stop string begins, if one has come."""
+        begins, before = [], len(self.held)
+        self.held += text
+        for place, stop in enumerate(self.stops):
+            matched = self.matched[place]
+            for at, char in enumerate(text, before + 1):
+                matched = stop.after(matched, char)
+                if matched == len(stop.string):
+                    begins.append(at - matched)
+                    break
+            self.matched[place] = matched
+        return min(begins, default=None)
 
     def _give(self, end: int) -> str:
         given, self.held = self.held[:end], self.held[end:]
@@ -100,14 +131,14 @@ class Deltas:
         tokenizer: of the model.
         reader: tells thoughts from answers; None if all is answer, as it stands.
         inside: whether the prompt ends inside a thought.
-        stop: strings, before the first of which the row ends.
+        stops: before the first of these strings the row ends.
     """
 
-    def __init__(self, tokenizer: Any, reader: Reader | None, inside: bool = False, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, reader: Reader | None, inside: bool = False, stops: Sequence[Stop] = ()) -> None:
         self.tokenizer, self.reader = tokenizer, reader
         self.given_inside = self.inside = inside
         self.ids: list[int] = []
-        self.thought, self.answer = (Part(stop, strip=reader is not None) for _ in range(2))
+        self.thought, self.answer = (Part(stops, strip=reader is not None) for _ in range(2))
         self.detokenizer = Detokenizer(tokenizer)
         self.said: Reading | None = None  # the whole row, at its end
         self.held: list[tuple[int, str]] = []  # tokens that may be part of a tag, with their texts
@@ -205,4 +236,5 @@ def _complete(part: Part, whole: str) -> str:
     if not whole.startswith(part.text):
         return ""
     rest, part.held, part.fresh, part.strip = whole[len(part.text) :], "", False, False
+    part.matched = [0] * len(part.stops)
     return part.push(rest) + part.flush()

@@ -26,6 +26,7 @@ from dami.serving.sampling import Logprobs, Sampling
 
 GIB = 1 << 30
 PAGE = 16  # tokens of a block: prompts share whole blocks only
+CHUNK = 32  # tokens of a row that are taken in one go: the event loop sees to others in between
 WARMUP = 32  # tokens that are generated before the first request, after a prompt of twice as many
 
 
@@ -71,6 +72,11 @@ class Limits:
     max_batch_rows: int = 64
     max_requests: int = 4096
     share_prefixes: bool = True
+
+    @property
+    def share(self) -> int:
+        """Sequences of one request at most: a quarter of all, so that one client does not keep out the others."""
+        return max(1, self.max_requests // 4)
 
 
 @dataclass(frozen=True)
@@ -132,11 +138,12 @@ class Row:
             news, tokens = await self.news.get(), list[Token]()
             while isinstance(news, list):
                 tokens += news
-                news = [] if self.news.empty() else self.news.get_nowait()
-                if not news:
+                if self.news.empty() or len(tokens) >= CHUNK:
                     break
+                news = self.news.get_nowait()
             if tokens:
                 yield tokens
+                await asyncio.sleep(0)
             if isinstance(news, Exception):
                 raise news
             goes_on = news is not None
@@ -174,7 +181,8 @@ class Engine:
         self.load = Load()
         self.death: BaseException | None = None
         self.dead = asyncio.Event()
-        self._estimating, self._to_estimate = asyncio.Lock(), list[tuple[list[int], asyncio.Future[float]]]()
+        self._estimating: asyncio.Task[None] | None = None
+        self._to_estimate: list[tuple[list[int], asyncio.Future[float]]] = []
         self._estimator_thread = ThreadPoolExecutor(1, "estimator")
         self.manager: LerpManager = model.init_continuous_batching(
             GenerationConfig(do_sample=False, eos_token_id=sorted(self.ends) or -1), self._batching_config()
@@ -224,6 +232,8 @@ class Engine:
 
     async def __aexit__(self, *_: Any) -> None:
         self._watch.cancel()
+        if self._estimating is not None:
+            self._estimating.cancel()
         for row in list(self.rows.values()):
             row.cancel()
         self.manager.on_step = None
@@ -328,20 +338,27 @@ class Engine:
             raise ValueError("the pair has no estimator")
         future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self._to_estimate.append((prompt, future))
-        async with self._estimating:
-            if not future.done():
-                taken, self._to_estimate = self._to_estimate[:16], self._to_estimate[16:]
-                try:
-                    prompts = [prompt for prompt, _ in taken]
-                    found = await self._loop.run_in_executor(self._estimator_thread, self._estimate, prompts)
-                    for (_, each), value in zip(taken, found, strict=True):
-                        if not each.cancelled():
-                            each.set_result(value)
-                except Exception as error:
-                    for _, each in taken:
-                        if not each.done():
-                            each.set_exception(error)
+        if self._estimating is None or self._estimating.done():  # in a task: who asks may leave, and others wait too
+            self._estimating = asyncio.create_task(self._estimate_waiting())
         return await future
+
+    async def _estimate_waiting(self) -> None:
+        while waiting := [each for each in self._to_estimate if not each[1].done()]:
+            taken, self._to_estimate = waiting[:16], waiting[16:]
+            found: Sequence[float | Exception]
+            try:
+                prompts = [prompt for prompt, _ in taken]
+                found = await self._loop.run_in_executor(self._estimator_thread, self._estimate, prompts)
+            except Exception as error:
+                found = [error] * len(taken)
+            for (_, future), value in zip(taken, found, strict=True):
+                if future.done():
+                    continue
+                if isinstance(value, Exception):
+                    future.set_exception(value)
+                else:
+                    future.set_result(value)
+        self._to_estimate = []
 
     @torch.inference_mode()
     def _estimate(self, prompts: Sequence[list[int]]) -> list[float]:

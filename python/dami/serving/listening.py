@@ -14,10 +14,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 OWN_DESCRIPTORS = 64  # that the process needs beside its connections: files, pipes, sockets that listen
 FEWEST_CONNECTIONS = 16
 BACKLOG = 2048  # connections that the system lets wait to be accepted
+READ = 1 << 13  # bytes read at once, which take milliseconds to parse: a body may come in chunks of one byte
 
 
 class Connection(H11Protocol):
     """uvicorn's connection, with an end to waiting for the headers of a request and to the number of connections.
+
+    It is for asyncio's own event loop, which reads no more than `READ` bytes before others have their turn.
 
     Args:
         read_timeout: seconds that a client has for the headers of a request.
@@ -31,6 +34,7 @@ class Connection(H11Protocol):
         self.reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
+        transport.max_size = READ
         super().connection_made(transport)
         if len(self.connections) > self.most:
             transport.abort()
@@ -87,6 +91,7 @@ def run(app: FastAPI, host: str, port: int, drain: int = 25) -> int:
         host,
         port,
         http=connection,  # type: ignore[arg-type]  # uvicorn calls it and asks no more of it
+        loop="asyncio",
         ws="none",
         backlog=backlog,
         timeout_graceful_shutdown=drain,

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+MESSAGES = 2048  # of a conversation at most, as OpenAI has it, and parts of a message
+PROMPTS = 1024  # of a request at most
+STOP = 1024  # characters of a stop string at most
+EFFORTS = {"none": 0.0, "minimal": 0.0, "xhigh": 1.0, "max": 1.0}  # λ of OpenAI's words that are no presets
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Count = Annotated[StrictInt, Field(ge=1, le=1 << 30)]
 Preset = Annotated[StrictStr, Field(max_length=64)]  # or "auto"
 Intensity = Number | Preset
 TokenId = Annotated[StrictInt, Field(ge=0, lt=1 << 31)]
+StopString = Annotated[StrictStr, Field(min_length=1, max_length=STOP)]
+
+
+class BadRequest(Exception):
+    """What a client asked for cannot be done."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.param, self.code, self.status = param, code, status
 
 
 def _neutral(*values: Any) -> BeforeValidator:
@@ -24,22 +48,36 @@ def _neutral(*values: Any) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+def _disagreement(param: str, message: str) -> PydanticCustomError:
+    """What is wrong with several fields together, and which of them the client is told of."""
+    return PydanticCustomError("disagreement", "{message}", {"message": message, "param": param})
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(Strict):
     include_usage: StrictBool = False
+    include_obfuscation: Annotated[bool | None, _neutral(False)] = None
 
 
-class TextPart(BaseModel):
+class TextPart(Strict):
     type: Literal["text"]
     text: StrictStr
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: StrictStr | list[TextPart] | None = None
+    content: StrictStr | Annotated[list[TextPart], Field(max_length=MESSAGES, fail_fast=True)] | None = None
     reasoning_content: StrictStr | None = None
     name: StrictStr | None = None
+    tool_call_id: StrictStr | None = None
+    tool_calls: Annotated[list[Any] | None, _neutral([])] = None
+    function_call: Annotated[Any, _neutral()] = None
+    refusal: Annotated[str | None, _neutral("")] = None
+    audio: Annotated[Any, _neutral()] = None
+    annotations: Annotated[list[Any] | None, _neutral([])] = None
 
     @model_validator(mode="after")
     def _has_content(self) -> Message:
@@ -51,23 +89,24 @@ class Message(BaseModel):
         """As chat templates take it."""
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
-        given = {"role": self.role, "content": text, "reasoning_content": self.reasoning_content, "name": self.name}
-        return {key: value for key, value in given.items() if value is not None}
+        others = {name: getattr(self, name) for name in ("reasoning_content", "name", "tool_call_id")}
+        return {"role": self.role, "content": text} | {key: value for key, value in others.items() if value is not None}
 
 
-class VllmArguments(BaseModel):
+class VllmArguments(Strict):
     """Where vLLM's requests hold λ."""
 
-    model_config = ConfigDict(extra="ignore")
     intensity: Intensity | None = None
     max_intensity: Number | None = None
 
 
-class Request(BaseModel):
+class Request(Strict):
     """What both kinds of request have."""
 
-    model_config = ConfigDict(extra="forbid")
-    model: StrictStr | None = Field(None, description="The served model; it may be left out.")
+    prompt_field: ClassVar[str]
+    model: Annotated[StrictStr, Field(max_length=256)] | None = Field(
+        None, description="The served model; it may be left out."
+    )
     intensity: Intensity | None = Field(
         None, description="λ: a number, 0 the instruct end and 1 the thinking end; a preset of the pair; or auto."
     )
@@ -79,8 +118,8 @@ class Request(BaseModel):
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     top_k: Annotated[StrictInt, Field(ge=-1, le=1 << 30)] | None = None
     seed: Annotated[StrictInt, Field(ge=-(1 << 63), lt=1 << 64)] | None = None
-    stop: StrictStr | Annotated[list[StrictStr], Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
     ignore_eos: StrictBool | None = False
     stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
@@ -97,14 +136,14 @@ class Request(BaseModel):
             for name in ("intensity", "max_intensity"):
                 inner, outer = getattr(self.vllm_xargs, name), getattr(self, name)
                 if inner is not None and outer is not None and inner != outer:
-                    raise ValueError(f"{name} is {outer} and in vllm_xargs {inner}")
+                    raise _disagreement(name, f"{name} is {outer} and in vllm_xargs {inner}")
                 setattr(self, name, outer if inner is None else inner)
         if isinstance(self.intensity, float) and self.max_intensity is not None:
-            raise ValueError("intensity and max_intensity exclude each other, unless intensity is a preset or auto")
+            raise _disagreement(
+                "max_intensity", "intensity and max_intensity exclude each other, unless intensity is a preset or auto"
+            )
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream")
-        if "" in self.stops:
-            raise ValueError("stop must not be empty")
+            raise _disagreement("stream_options", "stream_options needs stream")
         return self
 
     @property
@@ -115,14 +154,18 @@ class Request(BaseModel):
 class ChatRequest(Request):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    prompt_field: ClassVar = "messages"
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES, fail_fast=True)]
     max_completion_tokens: Count | None = None
     logprobs: StrictBool | None = False
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
-    reasoning_effort: Literal["low", "medium", "high"] | None = Field(None, description="Another name of the presets.")
-    store: StrictBool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
+        None,
+        description="low, medium and high are the pair's presets; none and minimal are λ=0, xhigh and max λ=1.",
+    )
+    store: Annotated[bool | None, _neutral(False)] = None
     metadata: dict[str, str] | None = None
-    service_tier: StrictStr | None = None
+    service_tier: Annotated[str | None, _neutral("auto", "default")] = None
     tools: Annotated[list[Any] | None, _neutral([])] = None
     tool_choice: Annotated[str | None, _neutral("none", "auto")] = None
     parallel_tool_calls: StrictBool | None = None
@@ -131,11 +174,16 @@ class ChatRequest(Request):
     @model_validator(mode="after")
     def _chat_agrees(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs")
+            raise _disagreement("top_logprobs", "top_logprobs needs logprobs")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            raise ValueError("max_tokens is the old name of max_completion_tokens: give one of them")
-        if self.reasoning_effort is not None and self.intensity is None:
-            self.intensity = self.reasoning_effort
+            raise _disagreement("max_tokens", "max_tokens is the old name of max_completion_tokens: give one of them")
+        if self.reasoning_effort is not None:
+            meant = EFFORTS.get(self.reasoning_effort, self.reasoning_effort)
+            if self.intensity not in (None, meant):
+                raise _disagreement(
+                    "reasoning_effort", f"reasoning_effort is {self.reasoning_effort} and intensity {self.intensity}"
+                )
+            self.intensity = meant
         return self
 
     @property
@@ -150,11 +198,15 @@ class ChatRequest(Request):
 class CompletionRequest(Request):
     """POST /v1/completions."""
 
+    prompt_field: ClassVar = "prompt"
     prompt: (
         StrictStr
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[StrictStr], Field(min_length=1, max_length=1024)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=1024)]
+        | Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[StrictStr], Field(min_length=1, max_length=PROMPTS, fail_fast=True)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]],
+            Field(min_length=1, max_length=PROMPTS, fail_fast=True),
+        ]
     )
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     echo: Annotated[bool | None, _neutral(False)] = None

@@ -123,7 +123,10 @@ def draw(scores: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, chan
         temperature, top_p, chance: [rows, 1]; a temperature of 0 gives any token.
         top_k: int32 [rows]; 0 for all tokens.
     """
-    scores, top_k = scores / torch.where(temperature > 0, temperature, 1.0), top_k.unsqueeze(1)
+    # Below the smallest normal number devices may take a temperature for 0. Of scores whose largest is 0, no quotient
+    # is too large for a float32 that a softmax does not make 0 of.
+    temperature = torch.where(temperature > 0, temperature.clamp(min=torch.finfo(torch.float32).tiny), 1.0)
+    scores, top_k = (scores - scores.amax(1, True)) / temperature, top_k.unsqueeze(1)
     probabilities, cut = scores.softmax(1), (top_p < 1) | (top_k > 0)
     drawn = _first_beyond(probabilities, chance)
     if scores.device.type == "cpu" and not bool(cut.any()):

@@ -4,35 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
-import math
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from dami import __version__
 from dami.chat import ChatTemplate, render
 from dami.serving import playground
-from dami.serving.deltas import Delta, Deltas
+from dami.serving.bodies import read
+from dami.serving.deltas import Delta, Deltas, Stop
 from dami.serving.engine import Engine, EngineDead, Overloaded, Row, Token
 from dami.serving.gate import Gate, check_key
+from dami.serving.lanes import Lanes
 from dami.serving.metrics import Metrics
-from dami.serving.protocol import ChatRequest, CompletionRequest
+from dami.serving.protocol import BadRequest, ChatRequest, CompletionRequest
 from dami.serving.responses import error
 from dami.serving.sampling import Sampling
+from dami.serving.token_bytes import Offsets, TokenBytes
 from dami.thoughts import Reader
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+JSON = re.compile(r"application/(json|[\w.-]+\+json)\s*(;.*)?", re.IGNORECASE)
+PIECE = 1 << 16  # bytes of a body that are written in one go
 
 
 @dataclass(frozen=True)
@@ -69,14 +75,6 @@ class Settings:
             check_key(key, "api_keys")
 
 
-class BadRequest(Exception):
-    """What a client asked for cannot be done."""
-
-    def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
-        super().__init__(message)
-        self.param, self.code, self.status = param, code, status
-
-
 @dataclass(eq=False)
 class Choice:
     """One of a response's choices while it comes.
@@ -85,6 +83,7 @@ class Choice:
         index: its place.
         row: where its tokens come from.
         deltas: turns them into text.
+        offsets: where they begin in the text.
         tokens: all that have come.
         reason: why it ended.
     """
@@ -92,6 +91,7 @@ class Choice:
     index: int
     row: Row
     deltas: Deltas
+    offsets: Offsets
     tokens: list[Token] = field(default_factory=list)
     reason: str | None = None
 
@@ -115,14 +115,14 @@ class Choice:
                 yield given, fresh
                 fresh = []
         self.reason = self.row.reason
-        yield self.deltas.finish(finished=self.reason == "stop"), fresh
+        yield await asyncio.to_thread(self.deltas.finish, self.reason == "stop"), fresh
 
     def reasoning_tokens(self) -> int:
-        reader = self.deltas.reader
+        reader, said = self.deltas.reader, self.deltas.said
         if reader is None:
             return 0
-        ids = [token.id for token in self.tokens]
-        said = reader.read(ids, inside=self.deltas.given_inside, finished=self.reason == "stop")
+        if said is None:  # a stop string ended it
+            said = reader.read([token.id for token in self.tokens], inside=self.deltas.given_inside, finished=True)
         return sum(len(segment.ids) for segment in said.segments if segment.kind == "thought")
 
 
@@ -133,7 +133,6 @@ class Answering:
     Attributes:
         body: what was asked.
         id: of the response.
-        intensity: λ granted.
         prompt_tokens: of all prompts.
         choices: of the response.
         created: seconds since 1970.
@@ -141,10 +140,15 @@ class Answering:
 
     body: ChatRequest | CompletionRequest
     id: str
-    intensity: float
     prompt_tokens: int
     choices: list[Choice]
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def intensity(self) -> float | None:
+        """λ granted, if all prompts got the same."""
+        granted = {choice.row.intensity for choice in self.choices}
+        return granted.pop() if len(granted) == 1 else None
 
     def cancel(self) -> None:
         for choice in self.choices:
@@ -220,138 +224,187 @@ class Service:
     def __init__(self, engine: Engine, tokenizer: Any, settings: Settings) -> None:
         self.engine, self.tokenizer, self.settings = engine, tokenizer, settings
         self.metrics = Metrics(lambda: engine.load, lambda: engine.death is None, engine.controller)
-        self.reader = Reader.of(tokenizer)
+        self.reader, self.token_bytes = Reader.of(tokenizer), TokenBytes(tokenizer)
         self.vocabulary = engine.model.get_input_embeddings().num_embeddings
-        self.tokenizing = ThreadPoolExecutor(1, "tokenizer")  # one: tokenizers mind being used by two at once
+        self.most_characters = engine.max_model_len * max(map(len, tokenizer.get_vocab()))
+        self.lanes = Lanes()
         self.defaults = _sampling_defaults(engine.model)
         self.created = int(time.time())
 
     async def chat(self, body: ChatRequest) -> Answering:
-        self._check(body)
+        self._check(body, 1)
         messages = [message.plain() for message in body.messages]
+        size = sum(len(text) for message in messages for text in message.values())
         by_intensity = not isinstance(self.settings.chat_template, str)
         first = "default" if by_intensity else self.settings.chat_template
-        text, ids = await self._in_thread(self._encode_chat, messages, first, None)
-        intensity = await self._choose(body, ids)
+        text, ids = await self.lanes.run(size, self._encode_chat, messages, first, None)
+        self._room(body, ids)
+        intensities = await self._choose(body, [ids])
         if by_intensity:
-            text, ids = await self._in_thread(self._encode_chat, messages, self.settings.chat_template, intensity)
-        return self._begin(body, "chatcmpl", [ids], intensity, self.reader, self.reader.opens(text))
+            template = self.settings.chat_template
+            text, ids = await self.lanes.run(size, self._encode_chat, messages, template, intensities[0])
+        return await self._begin(body, "chatcmpl", [ids], intensities, self.reader, self.reader.opens(text))
 
     async def complete(self, body: CompletionRequest) -> Answering:
-        self._check(body)
-        prompts = [await self._in_thread(self._encode, prompt) for prompt in body.prompts]
-        return self._begin(body, "cmpl", prompts, await self._choose(body, prompts[0]), None, False)
+        self._check(body, len(body.prompts))
+        prompts = [await self.lanes.run(len(prompt), self._encode, prompt, "prompt") for prompt in body.prompts]
+        for prompt in prompts:
+            self._room(body, prompt)
+        return await self._begin(body, "cmpl", prompts, await self._choose(body, prompts), None, False)
 
-    def _check(self, body: ChatRequest | CompletionRequest) -> None:
+    def _check(self, body: ChatRequest | CompletionRequest, prompts: int) -> None:
         if body.model not in (None, self.settings.name):
             raise BadRequest(
                 f"model must be {self.settings.name!r}, got {body.model!r}", "model", "model_not_found", 404
             )
-        presets = self.engine.presets
+        effort = getattr(body, "reasoning_effort", None)
+        field, presets = "intensity" if effort is None else "reasoning_effort", self.engine.presets
         if isinstance(body.intensity, str) and body.intensity != "auto" and body.intensity not in presets:
             known = f"it has {', '.join(sorted(presets))}" if presets else "it has none"
-            raise BadRequest(f"intensity {body.intensity!r} is not a preset of this pair: {known}", "intensity")
+            raise BadRequest(f"{field} {body.intensity!r} is not a preset of this pair: {known}", field)
         if body.intensity == "auto" and self.engine.twin is None:
             raise BadRequest("intensity 'auto' needs an estimator, and this pair has none", "intensity")
         low, high = self.settings.intensity_range
-        for name in ("intensity", "max_intensity"):
-            value = getattr(body, name)
+        for name, value in ((field, body.intensity), ("max_intensity", body.max_intensity)):
             if isinstance(value, float) and not low <= value <= high:
                 raise BadRequest(f"{name} must be in {low:g} to {high:g} on this server, got {value:g}", name)
+        rows, share = prompts * (body.n or 1), self.engine.limits.share
+        if rows > share:
+            raise BadRequest(
+                f"a request may have {share} sequences at most on this server, n for each prompt, got {rows}",
+                "prompt" if prompts > share else "n",
+            )
+        self.engine.check_room(rows)
 
-    async def _choose(self, body: ChatRequest | CompletionRequest, prompt: list[int]) -> float:
-        """The λ that a request gets."""
+    async def _choose(self, body: ChatRequest | CompletionRequest, prompts: Sequence[list[int]]) -> list[float]:
+        """The λ that each prompt of a request gets."""
         asked: float | str = self.settings.default_intensity
         if body.intensity is not None:
             asked = body.intensity
         elif body.max_intensity is not None and asked != "auto":
             asked = body.max_intensity
-        value = self.engine.presets.get(asked, asked) if isinstance(asked, str) else asked
-        if value == "auto":
-            self._check_length(prompt, 1)
+        if asked == "auto":
             low, high = self.settings.intensity_range
             try:
-                value = min(max(await self.engine.estimate(prompt), low), high)
+                found = await asyncio.gather(*map(self.engine.estimate, prompts))
             except Exception as problem:
                 logger.exception("the estimator failed")
                 raise BadRequest(f"the estimator failed: {problem}", code="estimator_failed", status=500) from problem
-        value = float(value) if body.max_intensity is None else min(float(value), body.max_intensity)
-        granted = self.engine.grant(value, adjustable=asked == "auto" or body.max_intensity is not None)
-        self.metrics.lowered.inc(granted < value)
+            values = [min(max(value, low), high) for value in found]
+        else:
+            values = [float(self.engine.presets.get(asked, asked))] * len(prompts)
+        if body.max_intensity is not None:
+            values = [min(value, body.max_intensity) for value in values]
+        adjustable = asked == "auto" or body.max_intensity is not None
+        granted = [self.engine.grant(value, adjustable) for value in values]
+        self.metrics.lowered.inc(sum(less < value for less, value in zip(granted, values, strict=True)))
         return granted
-
-    async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, function, *arguments)
 
     def _encode_chat(
         self, messages: list[dict[str, str]], template: ChatTemplate, intensity: float | None
     ) -> tuple[str, list[int]]:
+        lams = None if intensity is None else [intensity]
         try:
-            [text] = render(self.tokenizer, [messages], template, None if intensity is None else [intensity])
+            text = self._render(messages, template, lams)
+        except BadRequest as problem:
+            renamed = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
+            try:  # a developer is the system to templates that do not know the role
+                text = self._render(renamed, template, lams)
+            except BadRequest:
+                raise problem from None
+        return text, self._encode(text, "messages", add_special_tokens=False)
+
+    def _render(self, messages: list[dict[str, str]], template: ChatTemplate, lams: list[float] | None) -> str:
+        """A conversation as text, which has what every system, developer and tool has said."""
+        try:
+            [text] = render(self.tokenizer, [messages], template, lams)
         except Exception as problem:  # templates raise what they like
             raise BadRequest(f"messages do not fit the chat template: {problem}", "messages") from problem
-        return text, self._encode(text, add_special_tokens=False)
+        marks = {
+            place: f"qx{place:04d}xq"  # no template has reason to change it
+            for place, message in enumerate(messages)
+            if message["role"] not in ("user", "assistant") and message["content"].strip()
+        }
+        if marks:
+            marked = [m | {"content": marks.get(place, m["content"])} for place, m in enumerate(messages)]
+            try:
+                [text_of_marks] = render(self.tokenizer, [marked], template, lams)
+            except Exception:  # it looks into the contents
+                return text
+            for place, mark in marks.items():
+                if mark not in text_of_marks:
+                    role = messages[place]["role"]
+                    raise BadRequest(f"messages[{place}]: the chat template leaves out the role {role!r}", "messages")
+        return text
 
-    def _encode(self, prompt: str | list[int], add_special_tokens: bool = True) -> list[int]:
+    def _encode(self, prompt: str | list[int], param: str, add_special_tokens: bool = True) -> list[int]:
         if not isinstance(prompt, str):
             if max(prompt) >= self.vocabulary:
-                raise BadRequest(f"prompt has the id {max(prompt)}, the vocabulary has {self.vocabulary}", "prompt")
+                raise BadRequest(f"prompt has the id {max(prompt)}, the vocabulary has {self.vocabulary}", param)
             return prompt
+        if len(prompt) > self.most_characters:  # tokenising it would take long
+            raise BadRequest(
+                f"the prompt has {len(prompt)} characters, and this server takes {self.most_characters}, which is "
+                f"{self.engine.max_model_len} of the longest tokens",
+                param,
+                "context_length_exceeded",
+            )
         try:
             prompt.encode()
         except UnicodeEncodeError as problem:
-            raise BadRequest(f"the prompt is not text: {problem}", "prompt") from problem
+            raise BadRequest(f"the prompt is not text: {problem}", param) from problem
         return self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
 
-    def _check_length(self, prompt: list[int], tokens: int) -> None:
+    def _room(self, body: ChatRequest | CompletionRequest, prompt: list[int]) -> int:
+        """How many tokens the answer to a prompt may have."""
+        wanted, most = body.wanted_tokens, self.engine.max_model_len
         if not prompt:
-            raise BadRequest("the prompt must hold at least one token", "prompt")
-        if len(prompt) + tokens > self.engine.max_model_len:
+            raise BadRequest("the prompt must hold at least one token", body.prompt_field)
+        if len(prompt) + (wanted or 1) > most:
+            field = "max_completion_tokens" if getattr(body, "max_completion_tokens", None) else "max_tokens"
             raise BadRequest(
-                f"the prompt has {len(prompt)} tokens, {tokens} more are wanted, and this server takes "
-                f"{self.engine.max_model_len} together",
-                "messages" if tokens == 1 else "max_tokens",
+                f"the prompt has {len(prompt)} tokens, {wanted or 1} more are wanted, and this server takes "
+                f"{most} together",
+                field if len(prompt) < most else body.prompt_field,
                 "context_length_exceeded",
             )
+        return wanted or min(most - len(prompt), self.defaults["max_tokens"] or most)
 
-    def _begin(
+    async def _begin(
         self,
         body: ChatRequest | CompletionRequest,
         prefix: str,
         prompts: Sequence[list[int]],
-        intensity: float,
+        intensities: Sequence[float],
         reader: Reader | None,
         inside: bool,
     ) -> Answering:
         """Submits all rows of a request, or none."""
-        n, wanted = body.n or 1, body.wanted_tokens
-        rooms = []
-        for prompt in prompts:
-            self._check_length(prompt, wanted or 1)
-            rooms.append(
-                wanted or min(self.engine.max_model_len - len(prompt), self.defaults["max_tokens"] or math.inf)
-            )
-        self.engine.check_room(n * len(prompts))
+        rooms = [self._room(body, prompt) for prompt in prompts]
         ends = frozenset(() if body.ignore_eos else self.engine.ends) | frozenset(body.stop_token_ids or ())
         seed = secrets.randbits(62) if body.seed is None else body.seed
         sampling = {name: self._setting(body, name) for name in ("temperature", "top_p", "top_k")}
-        answering = Answering(body, f"{prefix}-{secrets.token_hex(12)}", intensity, sum(map(len, prompts)), [])
+        stops = [*map(Stop, body.stops)]
+        answering = Answering(body, f"{prefix}-{secrets.token_hex(12)}", sum(map(len, prompts)), [])
         try:
-            for prompt, room in zip(prompts, rooms, strict=True):
-                for each in range(n):
+            for prompt, intensity, room in zip(prompts, intensities, rooms, strict=True):
+                for each in range(body.n or 1):
                     row = self.engine.submit(
                         prompt,
                         intensity,
                         Sampling(**sampling, seed=seed + each, logprobs=body.wanted_logprobs),
-                        int(room),
+                        room,
                         ends,
                     )
-                    deltas = Deltas(self.tokenizer, reader, inside, body.stops)
-                    answering.choices.append(Choice(len(answering.choices), row, deltas))
+                    deltas = Deltas(self.tokenizer, reader, inside, stops)
+                    choice = Choice(len(answering.choices), row, deltas, Offsets(self.token_bytes))
+                    answering.choices.append(choice)
+                    await asyncio.sleep(0)  # there may be many
         except BaseException:
             answering.cancel()
             raise
-        self.metrics.intensity.observe(intensity)
+        for intensity in intensities:
+            self.metrics.intensity.observe(intensity)
         self.metrics.prompt_tokens.inc(answering.prompt_tokens)
         return answering
 
@@ -374,35 +427,33 @@ class Service:
                     self.metrics.per_token.observe((now - row.first_token) / (tokens - 1))
             self.metrics.whole.observe(now - row.arrival)
 
-    def common(self, answering: Answering, kind: str) -> dict[str, Any]:
-        """What a response and each of its chunks have."""
+    def common(self, answering: Answering, kind: str, choice: Choice | None = None) -> dict[str, Any]:
+        """What a response has, and each of its chunks, which is of one choice."""
         return {
             "id": answering.id,
             "object": kind,
             "created": answering.created,
             "model": self.settings.name,
-            "intensity": answering.intensity,
+            "intensity": answering.intensity if choice is None else choice.row.intensity,
         }
 
     async def chat_events(self, answering: Answering) -> AsyncIterator[str]:
-        common = self.common(answering, "chat.completion.chunk")
         for choice in answering.choices:
+            common = self.common(answering, "chat.completion.chunk", choice)
             yield _event(common | {"choices": [_chunk(choice.index, {"role": "assistant", "content": ""})]})
         async for choice, delta, tokens in answering.news():
             content = {"reasoning_content": delta.thought, "content": delta.answer}
             chunk = _chunk(choice.index, {key: text for key, text in content.items() if text}, choice.reason)
             if answering.body.wanted_logprobs is not None:
                 chunk["logprobs"] = self.chat_logprobs(tokens)
-            yield _event(common | {"choices": [chunk]})
+            yield _event(self.common(answering, "chat.completion.chunk", choice) | {"choices": [chunk]})
 
     async def completion_events(self, answering: Answering) -> AsyncIterator[str]:
-        common = self.common(answering, "text_completion")
         async for choice, delta, tokens in answering.news():
             chunk = {"index": choice.index, "text": delta.answer, "logprobs": None, "finish_reason": choice.reason}
             if answering.body.wanted_logprobs is not None:
-                before = choice.deltas.answer.text[: -len(delta.answer) or None]
-                chunk["logprobs"] = self.completion_logprobs(tokens, len(before))
-            yield _event(common | {"choices": [chunk]})
+                chunk["logprobs"] = self.completion_logprobs(choice, tokens)
+            yield _event(self.common(answering, "text_completion", choice) | {"choices": [chunk]})
 
     async def events(self, answering: Answering) -> AsyncIterator[str]:
         """All server-sent events of an answer."""
@@ -413,10 +464,16 @@ class Service:
                 yield event
             if options is not None and options.include_usage:
                 common = self.common(answering, "chat.completion.chunk" if chat else "text_completion")
-                yield _event(common | {"choices": [], "usage": answering.usage()})
+                yield _event(common | {"choices": [], "usage": await asyncio.to_thread(answering.usage)})
             yield "data: [DONE]\n\n"
         except EngineDead as dead:
             yield f"data: {bytes(error(500, f'the engine has died: {dead}').body).decode()}\n\n"
+
+    async def collected(self, answering: Answering, whole: Callable[[Answering], dict[str, Any]]) -> bytes:
+        """A whole response as JSON."""
+        await answering.collect()
+        size = sum(len(choice.tokens) for choice in answering.choices) * (1 + (answering.body.wanted_logprobs or 0))
+        return await self.lanes.run(size, lambda: _json(whole(answering)))
 
     def chat_response(self, answering: Answering) -> dict[str, Any]:
         choices = []
@@ -435,15 +492,17 @@ class Service:
     def completion_response(self, answering: Answering) -> dict[str, Any]:
         choices = []
         for choice in answering.choices:
-            logprobs = None if answering.body.wanted_logprobs is None else self.completion_logprobs(choice.tokens, 0)
-            text = choice.deltas.answer.text
-            choices.append({"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": choice.reason})
+            logprobs = None
+            if answering.body.wanted_logprobs is not None:
+                logprobs = self.completion_logprobs(choice, choice.tokens)
+            said = {"text": choice.deltas.answer.text, "intensity": choice.row.intensity}
+            choices.append({"index": choice.index, **said, "logprobs": logprobs, "finish_reason": choice.reason})
         return self.common(answering, "text_completion") | {"choices": choices, "usage": answering.usage()}
 
     def chat_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
         def entry(token: int, logprob: float) -> dict[str, Any]:
-            text = self.reader.text(token)
-            return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+            text, spelled = self.token_bytes.text(token), list(self.token_bytes(token))
+            return {"token": text, "logprob": _finite(logprob), "bytes": spelled}
 
         return {
             "content": [
@@ -453,24 +512,31 @@ class Service:
             ]
         }
 
-    def completion_logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
+    def completion_logprobs(self, choice: Choice, tokens: Sequence[Token]) -> dict[str, Any]:
+        """Those of a choice's next tokens."""
         found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token in tokens:
             if token.logprobs is None:
                 continue
-            text = self.reader.text(token.id)
-            top = {self.reader.text(each): _finite(logprob) for each, logprob in token.logprobs.top}
-            found["tokens"].append(text)
+            top: dict[str, float] = {}
+            for each, logprob in ({token.id: token.logprobs.chosen} | dict(token.logprobs.top)).items():
+                text = self.token_bytes.text(each)
+                top[f"token_id:{each}" if text in top else text] = _finite(logprob)
+            found["tokens"].append(self.token_bytes.text(token.id))
             found["token_logprobs"].append(_finite(token.logprobs.chosen))
-            found["top_logprobs"].append(top | {text: _finite(token.logprobs.chosen)})
-            found["text_offset"].append(offset)
-            offset += len(text)
+            found["top_logprobs"].append(top)
+            found["text_offset"].append(choice.offsets.push(token.id))
         return found
 
 
 def _finite(logprob: float) -> float:
-    """As JSON can hold it."""
-    return max(logprob, -9999.0)
+    """As JSON can hold it, NaN too."""
+    return logprob if logprob > -9999.0 else -9999.0
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    """As `json.dumps`, but without keeping out other threads until all is done: `iterencode` is Python."""
+    return "".join(json.JSONEncoder(ensure_ascii=False).iterencode(content)).encode()
 
 
 def _event(content: dict[str, Any]) -> str:
@@ -498,23 +564,56 @@ def _sampling_defaults(model: Any) -> dict[str, Any]:
     }
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, None]) -> bool:
-    """Does the work, or gives it up when the client has gone; whether it is done."""
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What the work comes to, which is given up when the client has gone.
+
+    Raises:
+        Gone: it has.
+    """
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    tasks = [asyncio.create_task(work), asyncio.create_task(gone())]
+    tasks = working, _ = asyncio.create_task(work), asyncio.create_task(gone())
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
-            tasks[0].result()
-        return tasks[0].done()
+        if not working.done():
+            raise Gone
+        return working.result()
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Gone(Exception):
+    """The client has left."""
+
+
+async def json_in_pieces(content: bytes) -> AsyncIterator[bytes]:
+    """A long body in pieces, between which the event loop sees to others."""
+    for begin in range(0, len(content), PIECE):
+        yield content[begin : begin + PIECE]
+        await asyncio.sleep(0)
+
+
+class BodyRoute(APIRoute):
+    """A route whose endpoint takes a request and its body, which is read outside of the event loop."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        if self.body_field is None:
+            return super().get_route_handler()
+        kind = self.body_field.field_info.annotation
+
+        async def handle(request: Request) -> Response:
+            if not JSON.fullmatch(sent := request.headers.get("content-type", "")):
+                raise BadRequest(f"the header Content-Type must be application/json, got {sent!r}")
+            content = await request.body()
+            body = await unless_gone(request, request.app.state.service.lanes.run(len(content), read, content, kind))
+            return await self.endpoint(request, body)
+
+        return handle
 
 
 def create_app(engine: Engine, tokenizer: Any, settings: Settings | None = None) -> FastAPI:
@@ -541,11 +640,16 @@ def create_app(engine: Engine, tokenizer: Any, settings: Settings | None = None)
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with engine:
             dying = asyncio.create_task(_tell_death(app, engine))
+            gc.collect()
+            gc.freeze()  # going through all that torch has loaded would stop everything, for half a second
             yield
+            gc.unfreeze()
             dying.cancel()
+            service.lanes.close()
 
     # The pages that FastAPI draws of the schema load scripts from elsewhere.
     app = FastAPI(title="dami serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.router.route_class = BodyRoute
     app.state.engine, app.state.service, app.state.cut_off = engine, service, 0
 
     def cut_off() -> None:
@@ -561,25 +665,28 @@ def create_app(engine: Engine, tokenizer: Any, settings: Settings | None = None)
         cut_off=cut_off,
     )
 
-    async def answer(request: Request, answering: Answering, whole: Callable[[Answering], dict[str, Any]]) -> Response:
+    async def answer(
+        request: Request, beginning: Coroutine[Any, Any, Answering], whole: Callable[[Answering], dict[str, Any]]
+    ) -> Response:
+        answering = await unless_gone(request, beginning)
         if answering.body.stream:
             return EventStream(service.events(answering), partial(service.end, answering))
         try:
-            if not await unless_gone(request, answering.collect()):
-                return Response(status_code=499)
+            content = await unless_gone(request, service.collected(answering, whole))
         finally:
             service.end(answering)
-        return JSONResponse(whole(answering))
+        length = {"Content-Length": str(len(content))}
+        return StreamingResponse(json_in_pieces(content), media_type="application/json", headers=length)
 
     @app.post("/v1/chat/completions", responses=RESPONSES)
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """Answers a conversation."""
-        return await answer(request, await service.chat(body), service.chat_response)
+        return await answer(request, service.chat(body), service.chat_response)
 
     @app.post("/v1/completions", responses=RESPONSES)
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Continues a text."""
-        return await answer(request, await service.complete(body), service.completion_response)
+        return await answer(request, service.complete(body), service.completion_response)
 
     app.include_router(playground.routes(settings.frontier))
 
@@ -629,14 +736,9 @@ def create_app(engine: Engine, tokenizer: Any, settings: Settings | None = None)
     async def bad_request(_: Request, problem: BadRequest) -> Response:
         return error(problem.status, str(problem), problem.param, problem.code)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, problem: RequestValidationError) -> Response:
-        found: dict[str, list[str]] = {}
-        for each in problem.errors():
-            place = [str(part) for part in each["loc"] if part != "body"]
-            found.setdefault(place[0] if place else "body", []).append(each["msg"].removeprefix("Value error, "))
-        message = "; ".join(f"{name}: {' or '.join(dict.fromkeys(texts))}" for name, texts in found.items())
-        return error(400, message, next(iter(found), None))
+    @app.exception_handler(Gone)
+    async def gone(*_: Any) -> Response:
+        return Response(status_code=499)
 
     @app.exception_handler(StarletteHTTPException)
     async def http_error(_: Request, problem: StarletteHTTPException) -> Response:

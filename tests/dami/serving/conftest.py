@@ -1,13 +1,12 @@
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers.generation.continuous_batching import continuous_api
 
 from benchmarks.serving.server import Server, serving
 
@@ -20,8 +19,8 @@ POINTS = [
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tiny models take no second thread, and a manager that stops need not collect all garbage of a test run."""
-    monkeypatch.setattr(continuous_api, "gc", SimpleNamespace(collect=lambda: 0))
+    """Tiny models take no second thread, and servers that start or stop need not collect all garbage of a test run."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from dami.serving.batching import LerpManager, keyed
+from dami.serving.batching import HONOURED, IDLE, NEUTRAL, LerpManager, check_config, keyed
 from transformers import (
     AfmoeConfig,
     CohereConfig,
@@ -164,7 +165,7 @@ def test_keys_of_blocks_tell_lam_and_tokens_apart() -> None:
 def test_tokens_outside_the_vocabulary_are_refused(token: int) -> None:
     """They would be another token at another λ in the keys of blocks, and no embedding has them."""
     model = patched("qwen3")
-    with pytest.raises(ValueError, match=rf"input_ids must be from 0 to 100, got {token}"):
+    with pytest.raises(ValueError, match=rf"input_ids must be from 0 to 100, got {min(token, 5)} to {max(token, 6)}$"):
         model.init_continuous_batching(GREEDY, SMALL).add_request([5, token, 6], intensity=0.5)
 
 
@@ -294,6 +295,111 @@ def test_add_requests_takes_whatever_means_one_lam_for_each() -> None:
     with pytest.raises(TypeError, match="intensity must be a real number, or one per sequence, got set"):
         manager.add_requests(asked, intensity={0.5})
     assert manager.input_queue.empty()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("stop_strings", ["a"]),
+        ("min_new_tokens", 3),
+        ("min_length", 3),
+        ("num_beams", 2),
+        ("repetition_penalty", 1.1),
+        ("no_repeat_ngram_size", 1),
+        ("bad_words_ids", [[5]]),
+        ("forced_bos_token_id", 0),
+        ("guidance_scale", 1.5),
+        ("max_time", 1.0),
+        ("token_healing", True),
+        ("output_scores", True),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(setting: str, value: Any) -> None:
+    model = patched("qwen3")
+    wanted = f"generation_config.{setting} must be left out, which continuous batching does not have, got "
+    config = GenerationConfig(do_sample=False, max_new_tokens=NEW, eos_token_id=-1)
+    setattr(config, setting, value)
+    with pytest.raises(ValueError, match=re.escape(wanted + repr(value))):
+        model.generate_batch([[5]], config, SMALL, intensity=0.5)
+    with pytest.raises(ValueError, match=re.escape(wanted)):
+        model.init_continuous_batching(config, SMALL)
+    with pytest.raises(TypeError, match=f"generate_batch takes no {setting}: settings go into generation_config"):
+        model.generate_batch([[5]], GREEDY, SMALL, intensity=0.5, **{setting: value})
+    setattr(model.generation_config, setting, value)
+    with pytest.raises(ValueError, match=re.escape(wanted)):
+        model.generate_batch([[5]], None, SMALL, intensity=0.5)
+
+
+def test_every_setting_of_transformers_is_honoured_idle_or_refused() -> None:
+    """One that is new there is refused until it is looked at."""
+    settings = GenerationConfig().to_dict().keys()
+    refused = settings - HONOURED - IDLE
+    assert refused >= NEUTRAL.keys()
+    assert not HONOURED & IDLE
+    neutral = GenerationConfig(**{name: NEUTRAL.get(name) for name in refused})
+    check_config(neutral)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 1e-4}, {"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"typical_p": 1e-6, "top_k": 1}],
+)
+def test_settings_that_are_honoured(options: dict[str, Any]) -> None:
+    """Sampling so narrow that it takes the likeliest token."""
+    model, asked = patched("qwen3"), prompts([6, 9])
+    config = GenerationConfig(do_sample=True, max_new_tokens=NEW, eos_token_id=-1, **{"top_k": 0, **options})
+    outputs = model.generate_batch(asked, config, SMALL, intensity=[0.2, 0.9])
+    assert [output.generated_tokens for output in outputs.values()] == alone(model, asked, [0.2, 0.9])
+
+
+def test_suppressed_tokens_do_not_come() -> None:
+    model, asked = patched("qwen3"), prompts([6, 9])
+    [first, _] = alone(model, asked, [0.2, 0.9])
+    config = GenerationConfig(do_sample=False, max_new_tokens=NEW, eos_token_id=-1, suppress_tokens=[first[0]])
+    said = [output.generated_tokens for output in model.generate_batch(asked, config, SMALL, intensity=0.2).values()]
+    for row, prompt in zip(said, asked, strict=True):
+        ids = torch.tensor([prompt])
+        options = {"do_sample": False, "max_new_tokens": NEW, "suppress_tokens": [first[0]]}
+        wanted = model.generate(ids, attention_mask=torch.ones_like(ids), intensity=0.2, **options)
+        assert row == wanted[0, len(prompt) :].tolist()
+
+
+def test_max_length_counts_the_prompt() -> None:
+    model, asked = patched("qwen3"), prompts([3, 9])
+    config = GenerationConfig(do_sample=False, max_length=11, eos_token_id=-1)
+    said = [output.generated_tokens for output in model.generate_batch(asked, config, SMALL, intensity=0.5).values()]
+    assert said == [alone(model, asked[:1], [0.5], 8)[0], alone(model, asked[1:], [0.5], 2)[0]]
+    shorter = model.generate_batch(asked, config, SMALL, intensity=0.5, max_new_tokens=2).values()
+    assert [output.generated_tokens for output in shorter] == [row[:2] for row in said]
+    with pytest.raises(ValueError, match=r"max_length less the 11 tokens of inputs\[0\] must be at least 1, got 0"):
+        model.generate_batch(prompts([11]), config, SMALL, intensity=0.5)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "message"),
+    [
+        ([], ValueError, "must be a list of token ids, one at least, got none"),
+        ("ab", TypeError, "must be a list of token ids, one at least, got 'ab'"),
+        ([1.5], TypeError, r"must be a list of token ids, one at least, got \[1.5\]"),
+        (torch.tensor([5]), TypeError, r"must be a list of token ids, one at least, got tensor"),
+        ([5, 101], ValueError, "must be from 0 to 100, got 5 to 101"),
+        ([-1, 5], ValueError, "must be from 0 to 100, got -1 to 5"),
+    ],
+)
+def test_bad_prompts_are_refused(prompt: Any, error: type[Exception], message: str) -> None:
+    model = patched("qwen3")
+    with pytest.raises(error, match=rf"inputs\[1\] {message}"):
+        model.generate_batch([[5], prompt], GREEDY, SMALL, intensity=0.5)
+    manager = model.init_continuous_batching(GREEDY, SMALL)
+    with pytest.raises(error, match=f"input_ids {message}"):
+        manager.add_request(prompt, intensity=0.5)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        manager.add_request([5], max_new_tokens=0)
+    assert manager.input_queue.empty()
+
+
+def test_generate_batch_of_nothing_is_nothing() -> None:
+    assert patched("qwen3").generate_batch([], GREEDY, SMALL, intensity=0.5) == {}
 
 
 def test_generate_batch_refuses_another_number_of_lam() -> None:

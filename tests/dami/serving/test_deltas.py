@@ -7,7 +7,7 @@ from typing import Any
 
 import dami
 import pytest
-from dami.serving.deltas import Deltas, Detokenizer
+from dami.serving.deltas import Deltas, Detokenizer, Part, Stop
 from dami.thoughts import Reader
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,8 +28,8 @@ def ids_of(text: str) -> list[int]:
     return tokenizer()(text, add_special_tokens=False)["input_ids"]
 
 
-def streamed(ids: list[int], inside: bool = False, finished: bool = True, **options: Any) -> tuple[str, str]:
-    deltas = Deltas(tokenizer(), reader(), inside, **options)
+def streamed(ids: list[int], inside: bool = False, finished: bool = True, stop: Any = ()) -> tuple[str, str]:
+    deltas = Deltas(tokenizer(), reader(), inside, [*map(Stop, stop)])
     pieces = [deltas.push(token) for token in ids] + [deltas.finish(finished)]
     thought, answer = ("".join(part) for part in zip(*pieces, strict=True))
     assert (thought, answer) == (deltas.thought.text, deltas.answer.text)
@@ -103,14 +103,45 @@ def test_pieces_come_as_soon_as_they_are_sure() -> None:
         ("one tw", ["two"], ("", "one tw")),
         ("one two", ["o", "one"], ("", "")),
         ("aab", ["ab"], ("", "a")),
+        ("abababac", ["ababac"], ("", "ab")),
+        ("one aab", ["aac", "ab", "b"], ("", "one a")),
+        ("<think>one </think>a<think>two</think>b", ["one t"], ("one\ntwo", "a\nb")),
     ],
 )
 def test_stop_strings(row: str, stop: list[str], wanted: tuple[str, str]) -> None:
     assert streamed(ids_of(row), stop=stop) == wanted
 
 
+@given(st.text("ab", min_size=1, max_size=6), st.text("ab", max_size=30), st.text("ab", max_size=30))
+def test_a_stop_string_is_found_where_str_find_finds_it(string: str, first: str, second: str) -> None:
+    part = Part([Stop(string)], strip=False)
+    pieces = part.push(first), part.push(second), part.flush()
+    text, found, _ = (first + second).partition(string)
+    assert ("".join(pieces), part.stopped) == (text, bool(found))
+    if string in first:
+        assert pieces == (text, "", "")
+
+
+def test_a_long_stop_string_costs_no_more_than_its_length_and_the_text_s() -> None:
+    class Counted(Stop):
+        steps = 0
+
+        def after(self, matched: int, char: str) -> int:
+            self.steps += 1
+            return super().after(matched, char)
+
+    stop = Counted("a" * 500 + "b")
+    part = Part([stop], strip=False)
+    for _ in range(200):
+        part.push("a" * 5)
+    assert stop.steps == 500 + 1000
+    assert part.push("b") == ""
+    assert part.stopped
+    assert part.text == "a" * 500
+
+
 def test_without_a_reader_text_stands_as_it_is() -> None:
-    deltas = Deltas(tokenizer(), None, stop=["zz"])
+    deltas = Deltas(tokenizer(), None, stops=[Stop("zz")])
     row = " <think>a b</think> z "
     answer = "".join(deltas.push(token).answer for token in ids_of(row)) + deltas.finish(True).answer
     assert answer == tokenizer().decode(ids_of(row), skip_special_tokens=True)

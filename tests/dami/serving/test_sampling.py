@@ -37,6 +37,18 @@ def test_the_ends_of_chance_draw_possible_tokens(top_k: int) -> None:
     assert set(drawn.tolist()) <= {1, 3}
 
 
+@pytest.mark.parametrize("temperature", [1e-10, 1e-37, 1e-38, 1e-41, 1e-44, 1e-45])
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.9, 0), (1.0, 3), (1e-44, 0)])
+def test_low_temperatures_take_the_likeliest_token(temperature: float, top_p: float, top_k: int) -> None:
+    """The smallest that a float32 can hold too, of scores of any size and with tokens that are ruled out."""
+    scores = torch.randn(8, 50) * torch.logspace(-1, 4, 8)[:, None]
+    scores[:, ::7] = -torch.inf
+    rows = torch.full((8, 1), temperature), torch.full((8, 1), top_p), torch.full((8,), top_k, dtype=torch.int32)
+    for chance in (0.0, 0.5, 1 - 2**-24):
+        drawn = draw(scores, *rows, torch.full((8, 1), chance))
+        assert torch.equal(drawn, scores.argmax(1, True))
+
+
 def test_chance_is_uniform_and_of_its_arguments_only() -> None:
     numbers = torch.tensor([uniform(seed, place) for seed in range(100) for place in range(100)])
     assert uniform(3, 4) == uniform(3, 4)

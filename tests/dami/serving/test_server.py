@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 import uvicorn
 from dami.chat import ask
 from dami.serving.engine import Engine, Limits
+from dami.serving.listening import Connection
 from dami.serving.server import Settings, create_app
 
 QUESTIONS = [f"What is {n} + 69 - 18?" for n in (42, 88)]
@@ -48,7 +50,15 @@ class Running:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.server = uvicorn.Server(uvicorn.Config(self.app, port=self.port, log_level="warning"))
+        self.server = uvicorn.Server(
+            uvicorn.Config(
+                self.app,
+                port=self.port,
+                loop="asyncio",
+                http=partial(Connection, settings.read_timeout, 10_000),  # type: ignore[arg-type]
+                log_level="warning",
+            )
+        )
         self.thread = threading.Thread(target=self.server.run)
         self.url = f"http://127.0.0.1:{self.port}"
 
@@ -170,9 +180,12 @@ def test_where_lam_may_stand(server: Running) -> None:
     assert lam() == 0.5
     assert lam(intensity=1) == 1
     assert lam(intensity=-0.5) == -0.5
-    assert lam(vllm_xargs={"intensity": 0.25, "other": 1}) == 0.25
+    assert lam(vllm_xargs={"intensity": 0.25}) == 0.25
     assert lam(vllm_xargs={"intensity": 0.25}, intensity=0.25) == 0.25
     assert lam(max_intensity=0.75) == 0.75
+    assert [lam(reasoning_effort=word) for word in ("none", "minimal", "xhigh", "max")] == [0, 0, 1, 1]
+    assert lam(reasoning_effort="xhigh", max_intensity=0.75) == 0.75
+    assert lam(reasoning_effort="none", intensity=0) == 0
 
 
 def test_completions(server: Running) -> None:
@@ -227,6 +240,9 @@ def test_logprobs_are_those_of_the_model(server: Running) -> None:
     assert len(entries) == len(new)
     for entry, row, token in zip(entries, logprobs, new, strict=True):
         assert entry["token"] == tokenizer.decode([int(token)])
+        assert [top["token"] for top in entry["top_logprobs"]] == [
+            tokenizer.decode([id_]) for id_ in row.topk(3).indices
+        ]
         assert bytes(entry["bytes"]).decode() == entry["token"]
         assert entry["logprob"] == pytest.approx(float(row[token]), abs=1e-3)
         assert [top["logprob"] for top in entry["top_logprobs"]] == pytest.approx(row.topk(3).values.tolist(), abs=1e-3)
@@ -249,7 +265,27 @@ def test_completion_logprobs(server: Running) -> None:
     found = choice["logprobs"]
     assert [len(found[key]) for key in ("tokens", "token_logprobs", "top_logprobs", "text_offset")] == [5] * 4
     assert all(len(top) == 2 for top in found["top_logprobs"])
-    assert found["text_offset"][0] == 0
+    assert [found["text_offset"][0], found["text_offset"][-1]] == [0, sum(map(len, found["tokens"][:-1]))]
+    assert [top[token] for top, token in zip(found["top_logprobs"], found["tokens"], strict=True)] == found[
+        "token_logprobs"
+    ]
+    streamed = [chunk["choices"][0]["logprobs"] for chunk in sse(server.post(COMPLETIONS, body | {"stream": True}))]
+    assert [offset for each in streamed for offset in each["text_offset"]] == found["text_offset"]
+
+
+def test_log_probabilities_of_parts_of_characters(server: Running) -> None:
+    """Drawn almost evenly from a vocabulary of which a quarter are bytes that are no characters."""
+    wild = {"temperature": 100, "seed": 3, "max_tokens": 40, "ignore_eos": True}
+    response = server.post(CHAT, asked(logprobs=True, top_logprobs=1, **wild)).json()
+    entries = response["choices"][0]["logprobs"]["content"]
+    parts = [entry for entry in entries if entry["token"].startswith("bytes:")]
+    assert parts
+    for entry in parts:
+        assert entry["token"] == "bytes:" + "".join(f"\\x{byte:02x}" for byte in entry["bytes"])
+        with pytest.raises(UnicodeDecodeError):
+            bytes(entry["bytes"]).decode()
+    found = server.post(COMPLETIONS, {"prompt": "a", "logprobs": 20, **wild}).json()["choices"][0]["logprobs"]
+    assert {len(top) for top in found["top_logprobs"]} <= {20, 21}
 
 
 def test_stops(server: Running, alone: Callable[..., Any]) -> None:
@@ -286,12 +322,22 @@ def test_models_health_and_metrics(server: Running) -> None:
     assert server.metric("dami_engine_alive") == 1
 
 
+def said(**options: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "a"} | options]}
+
+
 BAD: list[tuple[str, Any, int, str | None, str]] = [
     (CHAT, {}, 400, "messages", "messages: Field required"),
-    (CHAT, [], 400, "body", "valid dictionary"),
+    (CHAT, [], 400, None, "the body: Input should be a valid dictionary"),
     (CHAT, asked() | {"messages": []}, 400, "messages", "at least 1 item"),
-    (CHAT, asked() | {"messages": [{"role": "king", "content": "a"}]}, 400, "messages", "'system', 'developer'"),
-    (CHAT, asked() | {"messages": [{"role": "user"}]}, 400, "messages", "content must be given"),
+    (
+        CHAT,
+        asked() | {"messages": [{"role": "king", "content": "a"}]},
+        400,
+        "messages",
+        "messages[0].role: Input should be 'system', 'developer'",
+    ),
+    (CHAT, asked() | {"messages": [{"role": "user"}]}, 400, "messages", "messages[0]: content must be given"),
     (CHAT, asked() | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages", "'text'"),
     (
         CHAT,
@@ -308,20 +354,59 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
     (CHAT, asked(intensity=True), 400, "intensity", "valid number"),
     (CHAT, asked(intensity=[0.1]), 400, "intensity", "valid number"),
     (CHAT, asked(max_intensity=-3), 400, "max_intensity", "max_intensity must be in -1 to 2"),
-    (CHAT, asked(intensity=0.1, max_intensity=0.2), 400, "body", "exclude each other"),
-    (CHAT, asked(intensity=0.1, vllm_xargs={"intensity": 0.2}), 400, "body", "intensity is 0.1 and in vllm_xargs 0.2"),
+    (CHAT, asked(intensity=0.1, max_intensity=0.2), 400, "max_intensity", "exclude each other"),
+    (CHAT, asked(intensity=0.1, vllm_xargs={"intensity": 0.2}), 400, "intensity", "is 0.1 and in vllm_xargs 0.2"),
+    (CHAT, asked(intensity=0.1, reasoning_effort="low"), 400, "reasoning_effort", "is low and intensity 0.1"),
+    (CHAT, asked(reasoning_effort="low"), 400, "reasoning_effort", "'low' is not a preset of this pair: it has none"),
+    (CHAT, asked(reasoning_effort="huge"), 400, "reasoning_effort", "'none', 'minimal', 'low'"),
+    (CHAT, asked(vllm_xargs={"intensty": 1}), 400, "vllm_xargs", "vllm_xargs.intensty: Extra inputs are not"),
     (CHAT, asked(temperature=-1), 400, "temperature", "greater than or equal to 0"),
     (CHAT, asked(top_p=0), 400, "top_p", "greater than 0"),
     (CHAT, asked(top_k=1.5), 400, "top_k", "valid integer"),
     (CHAT, asked(n=0), 400, "n", "greater than or equal to 1"),
     (CHAT, asked(seed="x"), 400, "seed", "valid integer"),
-    (CHAT, asked(stop=""), 400, "body", "stop must not be empty"),
+    (CHAT, asked(stop=""), 400, "stop", "at least 1 character"),
+    (CHAT, asked(stop=["a", ""]), 400, "stop", "stop[1]: String should have at least 1 character"),
+    (CHAT, asked(stop="a" * 1025), 400, "stop", "at most 1024 characters"),
     (CHAT, asked(max_tokens=0), 400, "max_tokens", "greater than or equal to 1"),
-    (CHAT, asked(max_completion_tokens=6), 400, "body", "give one of them"),
+    (CHAT, asked(max_completion_tokens=6), 400, "max_tokens", "give one of them"),
+    (CHAT, asked(max_tokens=None, max_completion_tokens=600), 400, "max_completion_tokens", "takes 512 together"),
     (CHAT, asked(max_tokens=600), 400, "max_tokens", "takes 512 together"),
     (CHAT, asked("word " * 600, max_tokens=None), 400, "messages", "takes 512 together"),
-    (CHAT, asked(top_logprobs=2), 400, "body", "top_logprobs needs logprobs"),
-    (CHAT, asked(stream_options={}), 400, "body", "stream_options needs stream"),
+    (CHAT, asked("word " * 2000), 400, "messages", "the prompt has 10020 characters, and this server takes 9728"),
+    (CHAT, asked() | {"messages": asked()["messages"] * 2049}, 400, "messages", "at most 2048 items"),
+    (CHAT, asked(top_logprobs=2), 400, "top_logprobs", "top_logprobs needs logprobs"),
+    (CHAT, asked(stream_options={}), 400, "stream_options", "stream_options needs stream"),
+    (
+        CHAT,
+        asked(stream=True, stream_options={"include_usag": True}),
+        400,
+        "stream_options",
+        "stream_options.include_us",
+    ),
+    (CHAT, asked(store=True), 400, "store", "not supported by this server"),
+    (CHAT, asked(service_tier="flex"), 400, "service_tier", "not supported by this server"),
+    (CHAT, asked(**{f"key{n}": 0 for n in range(300)}), 400, None, "may have 256 keys at most, got 303"),
+    *(
+        (CHAT, said(**{name: value}), 400, "messages", f"messages[0].{name}: is not supported by this server")
+        for name, value in {
+            "tool_calls": [{"id": "1"}],
+            "function_call": {},
+            "refusal": "no",
+            "audio": {"id": "1"},
+            "annotations": [1],
+        }.items()
+    ),
+    (CHAT, said(prefix=True), 400, "messages", "messages[0].prefix: Extra inputs are not permitted"),
+    (CHAT, said(images=["a"]), 400, "messages", "messages[0].images: Extra inputs are not permitted"),
+    (
+        CHAT,
+        said(content=[{"type": "text", "text": "a", "txt": 1}]),
+        400,
+        "messages",
+        "messages[0].content[0].txt: Extra",
+    ),
+    (CHAT, said(role="developer"), 400, "messages", "knows the roles user and assistant, not developer"),
     (CHAT, asked(tools=[{}]), 400, "tools", "not supported by this server"),
     (CHAT, asked(logit_bias={"5": 1}), 400, "logit_bias", "not supported by this server"),
     (CHAT, asked(response_format={"type": "json_object"}), 400, "response_format", "not supported by this server"),
@@ -331,6 +416,11 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
     (COMPLETIONS, {"prompt": []}, 400, "prompt", "at least 1 item"),
     (COMPLETIONS, {"prompt": [5, 10**6]}, 400, "prompt", "prompt has the id 1000000, the vocabulary has 768"),
     (COMPLETIONS, {"prompt": [[5], []]}, 400, "prompt", "at least 1 item"),
+    (COMPLETIONS, {"prompt": [5] * 512}, 400, "prompt", "the prompt has 512 tokens"),
+    (COMPLETIONS, {"prompt": "a" * 9729}, 400, "prompt", "has 9729 characters, and this server takes 9728"),
+    (COMPLETIONS, {"prompt": [5], "max_tokens": 512}, 400, "max_tokens", "takes 512 together"),
+    (COMPLETIONS, {"prompt": ["a"] * 1025}, 400, "prompt", "at most 1024 items"),
+    (COMPLETIONS, {"prompt": ["a"] * 1024, "n": 2}, 400, "n", "may have 1024 sequences at most on this server"),
     (COMPLETIONS, {"prompt": "a", "echo": True}, 400, "echo", "not supported by this server"),
     (COMPLETIONS, {"prompt": "a", "logprobs": 50}, 400, "logprobs", "less than or equal to 20"),
     ("/v1/nothing", {}, 404, None, "Not Found"),
@@ -350,25 +440,67 @@ def test_bad_requests(server: Running, path: str, body: Any, status: int, param:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "JSON"),
-        (b"\xff", "body"),
+        (b"{", "the body must be JSON: Expecting property name"),
+        (b"", "the body must be JSON: Expecting value"),
+        (b"\xff", "the body must be JSON: 'utf-8' codec"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "the prompt is not text"),
         (b'{"messages": [{"role": "\\ud800", "content": "a"}]}', "role|Input"),
         (b'{"prompt": "a", "messages": [{"role": "user", "content": "a"}], "intensity": NaN}', "finite number"),
         (b'{"messages": [{"role": "user", "content": "a"}], "intensity": 1e999}', "finite number"),
-        (b'{"messages": ' + b"[" * 100_000, ""),
-        (b'{"messages": [{"role": "user", "content": "a"}], "seed": ' + b"9" * 5000 + b"}", ""),
+        (b'{"messages": ' + b"[" * 100_000, "the body must be JSON: it is nested too deeply"),
+        (b'{"messages": [{"role": "user", "content": "a"}], "seed": ' + b"9" * 5000 + b"}", "body must be JSON"),
     ],
 )
 def test_bad_bodies(server: Running, content: bytes, message: str) -> None:
     response = httpx.post(server.url + CHAT, content=content, headers={"content-type": "application/json"})
     assert response.status_code == 400, response.text
     assert re.search(message, response.json()["error"]["message"])
+    assert response.json()["error"]["param"] in (None, "messages", "prompt", "intensity")
 
 
 def test_a_body_that_is_not_called_json(server: Running) -> None:
-    response = httpx.post(server.url + CHAT, content=b"a=b", headers={"content-type": "text/plain"})
-    assert response.status_code == 400
+    for headers in ({"content-type": "text/plain"}, {}):
+        response = httpx.post(server.url + CHAT, content=json.dumps(asked()), headers=headers)
+        assert response.status_code == 400
+        assert "the header Content-Type must be application/json, got" in response.json()["error"]["message"]
+    response = httpx.post(
+        server.url + CHAT,
+        content=json.dumps(asked(max_tokens=1)),
+        headers={"content-type": "Application/JSON; charset=utf-8"},
+    )
+    assert response.status_code == 200
+
+
+def test_what_an_answer_holds_may_be_sent_back(server: Running) -> None:
+    said = server.client().chat.completions.create(model="pair", **asked(max_tokens=4)).choices[0].message
+    empty = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+    messages = [*asked()["messages"], said.model_dump() | empty, *asked("And 5 + 6?")["messages"]]
+    assert server.post(CHAT, asked(max_tokens=1) | {"messages": messages}).status_code == 200
+
+
+TURNS = "{% for m in messages if m.role in ROLES %}<|user|>{{ m.role }} {{ m.content | trim }}{% endfor %}<|assistant|>"
+
+
+def test_developers_are_heard(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As such, or as the system by templates that leave the role out or refuse it."""
+    tokenizer = server.app.state.service.tokenizer
+
+    def answer(template: str, *roles: str) -> Any:
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        messages = [{"role": role, "content": f" {role[0]} 42 + 69"} for role in roles]
+        return server.post(CHAT, asked(max_tokens=8) | {"messages": messages}).json()
+
+    plain, known = TURNS.replace("ROLES", "('system', 'user')"), TURNS.replace("ROLES", "('developer', 'user')")
+    refusing = "{% if 'developer' in messages | map(attribute='role') %}{{ raise_exception('no') }}{% endif %}" + plain
+    both = answer(plain, "developer", "user")
+    assert both["usage"]["prompt_tokens"] > answer(plain, "user")["usage"]["prompt_tokens"]
+    assert both["usage"] == answer(refusing, "developer", "user")["usage"]
+    as_such = tokenizer("<|user|>developer d 42 + 69<|user|>user u 42 + 69<|assistant|>")["input_ids"]
+    assert answer(known, "developer", "user")["usage"]["prompt_tokens"] == len(as_such)
+    for template, roles in ((known, ("user", "system")), (plain, ("user", "tool"))):
+        error = answer(template, *roles)["error"]
+        assert error["message"] == f"messages[1]: the chat template leaves out the role {roles[1]!r}"
+        assert error["param"] == "messages"
 
 
 def test_clients_that_leave_free_their_blocks(server: Running) -> None:
@@ -399,7 +531,7 @@ def test_a_slow_reader_does_not_hold_up_others(server: Running) -> None:
 
 def test_keys_sizes_and_numbers_are_limited() -> None:
     settings = Settings(name="pair", api_keys=("one", "two"), max_body=2000, intensity_range=(0.0, 1.0))
-    with running(Limits(kv_memory=0.05, max_requests=3, max_model_len=100), settings) as server:
+    with running(Limits(kv_memory=0.05, max_requests=8, max_model_len=100), settings) as server:
         assert server.post(CHAT, asked()).status_code == 401
         assert server.post(CHAT, asked(), headers={"Authorization": "Bearer three"}).json()["error"]["code"] == (
             "invalid_api_key"
@@ -417,9 +549,18 @@ def test_keys_sizes_and_numbers_are_limited() -> None:
         )
         assert "in 0 to 1" in server.post(CHAT, asked(intensity=1.1), headers=key).json()["error"]["message"]
         assert "takes 100 together" in server.post(CHAT, asked(max_tokens=99), headers=key).text
-        response = server.post(CHAT, asked(n=4), headers=key)
-        assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+        response = server.post(CHAT, asked(n=3), headers=key)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "n")
+        assert "may have 2 sequences at most on this server, n for each prompt, got 3" in response.text
         assert not server.engine.rows
+        endless = asked(n=2, stream=True, ignore_eos=True, max_tokens=80)
+        with contextlib.ExitStack() as streams:
+            for _ in range(4):
+                url = server.url + CHAT
+                streams.enter_context(httpx.stream("POST", url, json=endless, headers=key, timeout=60))
+            response = server.post(CHAT, asked(), headers=key)
+            assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+            assert "8 sequences are under way, and 8 is the most" in response.text
 
 
 def test_presets_and_a_controller(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -488,12 +629,51 @@ def test_auto(alone: Callable[..., Any]) -> None:
 
         answers = [response.json() for response in asyncio.run(both())]
         capped = server.post(CHAT, asked(intensity="auto", max_intensity=0.05, max_tokens=1)).json()
+        prompts = [f"<|user|>{question}<|assistant|>" for question in questions]
+        several = {"prompt": prompts, "n": 2, "max_tokens": 1, "intensity": "auto"}
+        whole = server.post(COMPLETIONS, several).json()
+        chunks = sse(server.post(COMPLETIONS, several | {"stream": True}))
+        alike = server.post(COMPLETIONS, several | {"prompt": prompts[:1] * 2}).json()
     for question, answer in zip(questions, answers, strict=True):
         length = len(tokenizer(f"<|user|>{question}<|assistant|>")["input_ids"])
         assert answer["intensity"] == pytest.approx(length / 100)
         assert answer["choices"][0]["message"]["content"] == alone(question, answer["intensity"]).text
     assert answers[0]["intensity"] < answers[1]["intensity"]
     assert capped["intensity"] == 0.05
+    wanted = [answers[0]["intensity"]] * 2 + [answers[1]["intensity"]] * 2
+    assert [choice["intensity"] for choice in whole["choices"]] == wanted
+    assert whole["intensity"] is None
+    assert {chunk["choices"][0]["index"]: chunk["intensity"] for chunk in chunks} == dict(enumerate(wanted))
+    assert alike["intensity"] == wanted[0]
+
+
+def test_a_client_that_leaves_takes_no_other_s_estimate_with_it() -> None:
+    model, _ = shipped()
+    begun, gate = threading.Semaphore(0), threading.Semaphore(0)
+
+    class Waits:
+        def estimate(self, model: Any, batch: Any) -> list[float]:
+            begun.release()
+            assert gate.acquire(timeout=30)
+            return [0.25] * len(batch["input_ids"])
+
+    dami.attach(model, Waits())
+    with running(model=model) as server, ThreadPoolExecutor() as clients:
+        auto = asked(intensity="auto", max_tokens=1)
+        first = clients.submit(httpx.post, server.url + CHAT, json=auto, timeout=3)
+        assert begun.acquire(timeout=30)
+        leaving = clients.submit(httpx.post, server.url + CHAT, json=auto, timeout=3)
+        until(lambda: len(server.engine._to_estimate) == 1)
+        staying = clients.submit(server.post, CHAT, auto)
+        until(lambda: len(server.engine._to_estimate) == 2)
+        assert isinstance(first.exception(30), httpx.ReadTimeout)  # in the middle of its estimate
+        gate.release()
+        assert begun.acquire(timeout=30)
+        assert isinstance(leaving.exception(30), httpx.ReadTimeout)  # while the batch that it began is estimated
+        gate.release()
+        gate.release()
+        assert staying.result(30).json()["intensity"] == 0.25
+        assert not server.engine._to_estimate
 
 
 def test_a_failing_estimator_is_an_error_of_its_request_only() -> None:

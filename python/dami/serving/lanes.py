@@ -1,0 +1,33 @@
+"""Threads for what would hold up the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+SHORT = 1 << 14  # characters, or bytes: read, rendered or tokenised within milliseconds
+
+
+class Lanes:
+    """Two threads, so that short work never waits for long work."""
+
+    def __init__(self) -> None:
+        self.short, self.long = (ThreadPoolExecutor(1, name) for name in ("short", "long"))
+
+    async def run(self, size: int, function: Callable[..., T], *arguments: object) -> T:
+        """What the function returns.
+
+        Args:
+            size: of what it has to read, in characters or bytes.
+            function, arguments: what is called.
+        """
+        lane = self.short if size <= SHORT else self.long
+        return await asyncio.get_running_loop().run_in_executor(lane, function, *arguments)
+
+    def close(self) -> None:
+        """Drops what has not begun."""
+        for lane in (self.short, self.long):
+            lane.shutdown(wait=False, cancel_futures=True)

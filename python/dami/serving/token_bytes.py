@@ -1,0 +1,66 @@
+"""Single tokens as bytes and as text, those too that are a part of a character."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from typing import Any
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+FALLBACK = re.compile("<0x([0-9A-F]{2})>")  # how vocabularies of characters spell single bytes
+
+
+class TokenBytes:
+    """The bytes of a tokenizer's tokens.
+
+    Args:
+        tokenizer: of any kind. Of one that neither spells bytes nor marks spaces, a token is what it decodes to alone.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        decoder = repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))
+        self._byte = {char: byte for byte, char in bytes_to_unicode().items()} if "ByteLevel" in decoder else {}
+        self._space = "▁" if "▁" in decoder else None
+        self._added = tokenizer.added_tokens_decoder
+        self._special = frozenset(tokenizer.all_special_ids)
+
+    def __call__(self, token: int) -> bytes:
+        """What a token stands for, be it special or not."""
+        spelled = self.tokenizer.convert_ids_to_tokens(token)
+        if spelled is None or token in self._added:
+            return self.tokenizer.decode([token]).encode()
+        if self._byte.keys() >= set(spelled):
+            return bytes(self._byte[char] for char in spelled)
+        if self._space is None:
+            return self.tokenizer.decode([token]).encode()
+        byte = FALLBACK.fullmatch(spelled)
+        return bytes.fromhex(byte[1]) if byte else spelled.replace(self._space, " ").encode()
+
+    def text(self, token: int) -> str:
+        r"""A token's text, or as OpenAI writes a part of a character: `bytes:\xf0\x9f`."""
+        said = self(token)
+        try:
+            return said.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in said)
+
+    def is_special(self, token: int) -> bool:
+        """Whether texts leave it out."""
+        return token in self._special
+
+
+class Offsets:
+    """Where tokens begin in the text that they make, in characters."""
+
+    def __init__(self, token_bytes: TokenBytes) -> None:
+        self.token_bytes, self.length = token_bytes, 0
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> int:
+        """How many characters were complete before this token, which comes next."""
+        before = self.length
+        if not self.token_bytes.is_special(token):
+            self.length += len(self.decoder.decode(self.token_bytes(token)))
+        return before
