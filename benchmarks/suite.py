@@ -268,7 +268,8 @@ class Run:
         if home is None and shutil.which("nvcc") is None:
             self.say("\nthe kernels in CUDA C++: left out, there is no nvcc")
             return None
-        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        # beside the kernels for the CPU, not after them
+        command = [sys.executable, "setup.py", "build_ext", "--inplace", "--parallel", "2"]
         return self.start(["env", f"CUDA_HOME={home}", *command] if home else command, log)
 
     def tests(self) -> None:

@@ -219,7 +219,7 @@ def test_without_nvcc_the_cuda_kernels_are_left_out(
     monkeypatch.setenv("PATH", str(nvcc.parent))
     monkeypatch.setenv("CUDA_HOME", "")
     run.build_cuda(tmp_path / "compile.txt")
-    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    build = [sys.executable, "setup.py", "build_ext", "--inplace", "--parallel", "2"]
     assert started == [["env", f"CUDA_HOME={tmp_path / 'cuda'}", *build], build]
 
 
