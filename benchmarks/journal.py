@@ -18,7 +18,7 @@ class Journal:
 
     def __init__(self, path: Path | None) -> None:
         lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
-        self._known = Counter(lines)
+        self._known = {*lines}
         self._fatal = Counter(line.rpartition(" | ")[2] for line in self._known if line.startswith(FATAL))
         self._path = path
 
@@ -29,7 +29,7 @@ class Journal:
         """Whether an earlier process ended at this, or at the same method of two other cases."""
         return f"{FATAL}{case} | {what}" in self._known or (what != WHOLE and self._fatal[what] >= 2)
 
-    def at(self, case: object, what: str) -> None:
+    def at(self, case: object, what: object) -> None:
         self._write(f"{AT}{case} | {what}")
 
     def done(self, case: object) -> None:

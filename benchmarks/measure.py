@@ -57,6 +57,9 @@ class Method:
     check: Callable[[Any], None] | None = None
     is_eager: bool = False
 
+    def __str__(self) -> str:
+        return f"{self.name} {self.format}".strip()
+
 
 def parser(part: str, about: str | None) -> argparse.ArgumentParser:
     """The options that all parts have."""
@@ -120,7 +123,7 @@ def run(
             methods, copies = prepare(case, here)
             right = [method for method in methods if part.is_right(case, method)]
             if options.check_only:
-                print(f"right: {', '.join(f'{method.name} {method.format}'.strip() for method in right)}", flush=True)
+                print(f"right: {', '.join(map(str, right))}", flush=True)
             elif rows := part.timed(case, right, copies):
                 store([facts | case.columns() | row for row in rows], options.results / file)
                 show(rows)
@@ -137,7 +140,7 @@ def compile_ahead(cases: Iterable[Case], prepare: Callable[[Case, Any], tuple[li
     def compile(case: Case) -> None:
         for method in prepare(case, here)[0]:
             if method.format:
-                attempt(f"{case}, {method.name} {method.format}", partial(method.call, 0))
+                attempt(f"{case}, {method}", partial(method.call, 0))
 
     for case in cases:
         attempt(case, partial(compile, case))
@@ -148,12 +151,12 @@ class Part:
 
     def __init__(self, here: Machine, journal: Journal, seconds: float) -> None:
         self.here, self.journal, self.seconds = here, journal, seconds
-        self.missing: set[tuple[str, str]] = set()  # methods and formats without a kernel
+        self.missing: set[str] = set()  # methods without a kernel
         self.ceilings: dict[object, float] = {}
         self.failed = False
 
     @contextmanager
-    def failing(self, what: str) -> Iterator[None]:
+    def failing(self, what: object) -> Iterator[None]:
         """Prints an error and ends it here, unless the device is lost with it."""
         try:
             yield
@@ -169,23 +172,22 @@ class Part:
 
     def is_right(self, case: Case, method: Method) -> bool:
         """Whether a method computes what it should, and may be timed; if not, why is printed."""
-        kernel, name = (method.name, method.format), f"{method.name} {method.format}"
-        if kernel in self.missing:
+        if str(method) in self.missing:
             return False
-        if self.journal.is_fatal(case, name):
-            print(f"left out: {name}: it ended the process before", flush=True)
+        if self.journal.is_fatal(case, str(method)):
+            print(f"left out: {method}: it ended the process before", flush=True)
             return False
-        self.journal.at(case, name)
+        self.journal.at(case, method)
         right = False
-        with self.failing(name):
+        with self.failing(method):
             try:
                 result = method.call(0)
                 if method.check is not None:
                     method.check(result)
                 right = True
             except UserWarning as warning:
-                print(f"left out: {name}: {warning}", flush=True)
-                self.missing.add(kernel)
+                print(f"left out: {method}: {warning}", flush=True)
+                self.missing.add(str(method))
         return right
 
     def timed(self, case: Case, methods: list[Method], copies: int) -> list[dict[str, object]]:
@@ -194,17 +196,15 @@ class Part:
         times: dict[Method, Times] = {}
         eager: dict[Method, float | None] = {}
         for method in methods:
-            name = f"{method.name} {method.format}"
-            self.journal.at(case, name)
-            with self.failing(name):
+            self.journal.at(case, method)
+            with self.failing(method):
                 stopwatches[method] = self._watched(case, method, self.here.stopwatch(method.call, copies))
         while stopwatches and not times:
             times = self._in_turn(stopwatches)
         for method in times:
             if method.is_eager:
-                name = f"{method.name} {method.format}"
-                self.journal.at(case, name)
-                with self.failing(f"{name}, eager"):
+                self.journal.at(case, method)
+                with self.failing(f"{method}, eager"):
                     eager[method] = self.here.eager(method.call)
         stopwatches.clear()
         self.here.forget()
@@ -221,13 +221,13 @@ class Part:
             return interleaved(stopwatches, self.seconds)
         except Failure as failure:
             del stopwatches[failure.method]
-            with self.failing(f"{failure.method.name} {failure.method.format}"):
+            with self.failing(failure.method):
                 raise failure.error from None
         return {}
 
     def _watched(self, case: Case, method: Method, stopwatch: Callable[[], float]) -> Callable[[], float]:
         def seconds() -> float:
-            self.journal.at(case, f"{method.name} {method.format}")
+            self.journal.at(case, method)
             try:
                 return stopwatch()
             except Exception as error:

@@ -35,6 +35,7 @@ STALLED = 45  # seconds without another, after which it is taken to hang; no ker
 LEAST = 5  # seconds that are worth starting a part for
 BUILDING = 60  # seconds from the beginning that the first numbers wait for the kernels in CUDA C++
 TEST_SECONDS = 110  # kept for the tests
+CUDA_HOME = "/usr/local/cuda"  # where CUDA's own packages put nvcc, which need not be in PATH
 BAD = ("REFUSED", "FAILED", "CRASHED", "ERROR")  # how lines begin that tell of a fault
 
 
@@ -214,8 +215,8 @@ class Run:
 
     def wait(self, process: subprocess.Popen[bytes], end: float, life: Path | None = None) -> str | None:
         """Waits until the time `end`, or until the file `life` has not grown for long; why the process was not over."""
-        alive, size = time.monotonic(), life.stat().st_size if life else 0
-        first = size
+        alive = time.monotonic()
+        first = size = life.stat().st_size if life else 0
         while process.poll() is None:
             now, grown = time.monotonic(), life.stat().st_size if life else 0
             if grown != size:
@@ -262,13 +263,14 @@ class Run:
 
     def build_cuda(self, log: Path) -> subprocess.Popen[bytes] | None:
         """Builds dami_kernels._cuda where it is imported from, if there is nvcc."""
-        home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
-        if nvcc is None:
+        homes = (os.environ.get("CUDA_HOME"), CUDA_HOME)  # setup.py looks into the first and into PATH
+        home = next((home for home in homes if home and shutil.which("nvcc", path=f"{home}/bin")), None)
+        if home is None and shutil.which("nvcc") is None:
             self.say("\nthe kernels in CUDA C++: left out, there is no nvcc")
             return None
-        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        return self.start(["env", f"CUDA_HOME={Path(nvcc).parents[1]}", *command], log)
+        # beside the kernels for the CPU, not after them
+        command = [sys.executable, "setup.py", "build_ext", "--inplace", "--parallel", "2"]
+        return self.start(["env", f"CUDA_HOME={home}", *command] if home else command, log)
 
     def tests(self) -> None:
         """The tests that need a GPU, as many as there is time for."""
