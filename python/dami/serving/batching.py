@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, cast
 
 import torch
@@ -260,7 +260,8 @@ def check_prompt(model: Any, config: Any, prompt: Any, max_new_tokens: int | Non
         TypeError, ValueError: the prompt, which is called `name`, is no list of token ids, or there is no room.
     """
     wanted = f"{name} must be a list of token ids, one at least"
-    if not isinstance(prompt, (list, tuple)) or not all(type(token) is int for token in prompt):
+    kinds = {*map(type, prompt)} if isinstance(prompt, (list, tuple)) else {bool}
+    if not all(issubclass(kind, Integral) and kind is not bool for kind in kinds):
         raise TypeError(f"{wanted}, got {prompt!r:.60}")
     if not prompt:
         raise ValueError(f"{wanted}, got none")
