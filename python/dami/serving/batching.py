@@ -8,12 +8,13 @@ logits processors, in static storage; `packed_lam` expands it, on the device, to
 from __future__ import annotations
 
 import copy
+import numbers
 import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -261,7 +262,7 @@ def check_prompt(model: Any, config: Any, prompt: Any, max_new_tokens: int | Non
     """
     wanted = f"{name} must be a list of token ids, one at least"
     kinds = {*map(type, prompt)} if isinstance(prompt, (list, tuple)) else {bool}
-    if not all(issubclass(kind, Integral) and kind is not bool for kind in kinds):
+    if not all(issubclass(kind, numbers.Integral) and kind is not bool for kind in kinds):
         raise TypeError(f"{wanted}, got {prompt!r:.60}")
     if not prompt:
         raise ValueError(f"{wanted}, got none")
