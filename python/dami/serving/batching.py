@@ -8,6 +8,7 @@ logits processors, in static storage; `packed_lam` expands it, on the device, to
 from __future__ import annotations
 
 import copy
+import numbers
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -309,7 +310,8 @@ def check_prompt(model: Any, config: Any, prompt: Any, max_new_tokens: int | Non
         TypeError, ValueError: the prompt, which is called `name`, is no list of token ids, or there is no room.
     """
     wanted = f"{name} must be a list of token ids, one at least"
-    if not isinstance(prompt, (list, tuple)) or not all(type(token) is int for token in prompt):
+    kinds = {*map(type, prompt)} if isinstance(prompt, (list, tuple)) else {bool}
+    if not all(issubclass(kind, numbers.Integral) and kind is not bool for kind in kinds):
         raise TypeError(f"{wanted}, got {prompt!r:.60}")
     if not prompt:
         raise ValueError(f"{wanted}, got none")

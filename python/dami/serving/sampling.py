@@ -123,8 +123,8 @@ def draw(scores: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, chan
         temperature, top_p, chance: [rows, 1]; a temperature of 0 gives any token.
         top_k: int32 [rows]; 0 for all tokens.
     """
-    # Below the smallest normal number devices may take a temperature for 0. Of scores whose largest is 0, no quotient
-    # is too large for a float32 that a softmax does not make 0 of.
+    # Devices may take a number below the smallest normal one for 0. The largest score becomes 0, as its quotient would
+    # overflow at such temperatures; those of others become -inf, and their probabilities 0.
     temperature = torch.where(temperature > 0, temperature.clamp(min=torch.finfo(torch.float32).tiny), 1.0)
     scores, top_k = (scores - scores.amax(1, True)) / temperature, top_k.unsqueeze(1)
     probabilities, cut = scores.softmax(1), (top_p < 1) | (top_k > 0)

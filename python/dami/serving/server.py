@@ -530,7 +530,7 @@ class Service:
 
 
 def _finite(logprob: float) -> float:
-    """As JSON can hold it, NaN too."""
+    """As JSON can hold it: NaN is no greater either."""
     return logprob if logprob > -9999.0 else -9999.0
 
 
@@ -564,6 +564,10 @@ def _sampling_defaults(model: Any) -> dict[str, Any]:
     }
 
 
+class Gone(Exception):
+    """The client has left."""
+
+
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """What the work comes to, which is given up when the client has gone.
 
@@ -585,10 +589,6 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class Gone(Exception):
-    """The client has left."""
 
 
 async def json_in_pieces(content: bytes) -> AsyncIterator[bytes]:

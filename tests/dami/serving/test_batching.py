@@ -369,6 +369,7 @@ def test_max_length_counts_the_prompt() -> None:
     config = GenerationConfig(do_sample=False, max_length=11, eos_token_id=-1)
     said = [output.generated_tokens for output in model.generate_batch(asked, config, SMALL, intensity=0.5).values()]
     assert said == [alone(model, asked[:1], [0.5], 8)[0], alone(model, asked[1:], [0.5], 2)[0]]
+    asked = [list(np.array(prompt)) for prompt in asked]
     shorter = model.generate_batch(asked, config, SMALL, intensity=0.5, max_new_tokens=2).values()
     assert [output.generated_tokens for output in shorter] == [row[:2] for row in said]
     with pytest.raises(ValueError, match=r"max_length less the 11 tokens of inputs\[0\] must be at least 1, got 0"):
@@ -380,6 +381,7 @@ def test_max_length_counts_the_prompt() -> None:
     [
         ([], ValueError, "must be a list of token ids, one at least, got none"),
         ("ab", TypeError, "must be a list of token ids, one at least, got 'ab'"),
+        ([True], TypeError, r"must be a list of token ids, one at least, got \[True\]"),
         ([1.5], TypeError, r"must be a list of token ids, one at least, got \[1.5\]"),
         (torch.tensor([5]), TypeError, r"must be a list of token ids, one at least, got tensor"),
         ([5, 101], ValueError, "must be from 0 to 100, got 5 to 101"),

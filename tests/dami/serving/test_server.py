@@ -744,7 +744,7 @@ def test_who_comes_before_the_engine_s_death_is_noticed_is_told_its_cause(
 
 
 def test_what_is_under_way_ends_before_the_server_does() -> None:
-    with running() as server:
+    with running(Limits(kv_memory=0.05, max_requests=1)) as server:
         with httpx.stream(
             "POST", server.url + CHAT, json=asked(stream=True, ignore_eos=True, max_tokens=60)
         ) as response:
