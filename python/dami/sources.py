@@ -10,8 +10,6 @@ from typing import Any
 METHOD = "dami"  # quant_method of a packed pair
 ADAPTER = "adapter_config.json"
 FOLDER, SETTINGS = "intensity", "intensity.json"  # of an estimator and presets: the folder in a pair, the file in that
-
-
 QUESTIONS = Path(__file__).parent / "data" / "pair" / "questions.jsonl"  # held out from the pair that ships
 
 
