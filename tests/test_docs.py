@@ -10,8 +10,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+import dami
 import pytest
+import torch
 from dami import cli
+from dami.chat import ask
+from dami.evaluation.tasks import last_word
 from typer.main import get_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +65,14 @@ def fault(words: list[str]) -> str | None:
         known = {name for p in (chosen or group).params for name in (*p.opts, *p.secondary_opts)} | {"-h", "--help"}
         passes_on = chosen is not None and chosen.name == "bench"
         unknown = [w for w in rest if re.match(r"--?[a-z]", w) and w.partition("=")[0] not in known and not passes_on]
-        return f"dami {rest[0]} has no option {unknown}" if unknown else None
+        if unknown:
+            return f"dami {rest[0]} has no option {unknown}"
+        if chosen is not None and not passes_on:
+            try:
+                chosen.make_context(chosen.name, list(rest[1:])).close()
+            except cli.ClickException as error:
+                return None if "does not exist" in error.format_message() else error.format_message()
+        return None
     if program == "make":
         targets = re.findall(r"^([\w-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
         wrong = [word for word in rest if "=" not in word and word not in targets]
@@ -123,6 +134,20 @@ def test_links_lead_somewhere(page: Path) -> None:
             )
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/server.md"])
+def test_the_servers_example_shows_what_lam_does(page: str) -> None:
+    """Its question is mostly wrong at λ = 0 and mostly right at the λ shown."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    question, answer = re.search(r'"content": "([-+ \d]+) ="', text)[1], "69"  # type: ignore[index]
+    assert str(eval(question)) == answer
+    lam = float(re.search(r'extra_body={"intensity": (.*?)}', text)[1])  # type: ignore[index]
+    torch.manual_seed(0)
+    lams = [0.0] * 20 + [lam] * 20
+    said = ask(*dami.load_pair(*dami.example_pair()), [f"{question} ="] * 40, lams)
+    right = [last_word(each.text, answer) for each in said]
+    assert sum(right[:20]) < 10 < 15 < sum(right[20:])
+
+
 PAGE = """
 ```python
 x = 1
@@ -168,7 +193,17 @@ def test_good_commands_pass(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["dami answer", "dami generate --no-such", "make nothing", "python no/such.py", "no-such-program"]
+    "command",
+    [
+        "dami answer",
+        "dami generate --no-such",
+        "dami merge -o x",
+        "dami generate -l",
+        "dami describe --format int3",
+        "make nothing",
+        "python no/such.py",
+        "no-such-program",
+    ],
 )
 def test_bad_commands_are_found(command: str) -> None:
     assert fault(shlex.split(command))

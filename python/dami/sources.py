@@ -10,8 +10,6 @@ from typing import Any
 METHOD = "dami"  # quant_method of a packed pair
 ADAPTER = "adapter_config.json"
 FOLDER, SETTINGS = "intensity", "intensity.json"  # of an estimator and presets: the folder in a pair, the file in that
-
-
 QUESTIONS = Path(__file__).parent / "data" / "pair" / "questions.jsonl"  # held out from the pair that ships
 
 
@@ -102,8 +100,12 @@ def check_pair(ends: Sequence[str], format: str | None, intensities: Iterable[fl
     if where is None or not names:
         return
     file = where / FOLDER / SETTINGS
-    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"presets": {}, "estimator": None}
+    try:
+        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        presets, estimator = known.get("presets", ()), known.get("estimator")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} must hold an estimator's settings and presets: {error!r}") from error
     for name in names - {"auto"}:
-        check_preset(name, known["presets"])
+        check_preset(name, presets)
     if "auto" in names:
-        check_estimator(known["estimator"])
+        check_estimator(estimator)

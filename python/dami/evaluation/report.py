@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dami.evaluation.frontier import Frontier, Step
 from dami.evaluation.policies import play
 from dami.evaluation.sweeps import Record
-from dami.evaluation.tasks import Task
+from dami.evaluation.tasks import TO_EVALUATE, Task, check_enough
 from dami.files import write_text
 from dami.plots import color, save_curve
 
@@ -50,7 +50,11 @@ def write_report(
         directory: made if need be.
         about: settings to show, such as the pair and the format.
         chosen: λ that an estimator gives every question of the task, if there is one.
+
+    Raises:
+        ValueError: fewer than 2 questions, of which λ are chosen on one half and scored on the other.
     """
+    check_enough(task, TO_EVALUATE)
     directory.mkdir(parents=True, exist_ok=True)
     frontier = Frontier.of(records)
     title = f"{task.name}: {len(frontier)} questions, 95 % intervals"

@@ -203,7 +203,7 @@ def load_task(name: str, count: int | None = None, seed: int = 0, **config: Any)
     return task
 
 
-TO_STUDY, TO_TRAIN = 4, 20  # questions that `study` and `train_estimator` need
+TO_EVALUATE, TO_STUDY, TO_TRAIN = 2, 4, 20  # questions that a report, `study` and `train_estimator` need
 
 
 def check_enough(task: Task, fewest: int) -> None:

@@ -6,9 +6,10 @@ import json
 from html.parser import HTMLParser
 from pathlib import Path
 
+import dami
 import pytest
 from dami.cli import app
-from dami.evaluation import JsonLines
+from dami.evaluation import JsonLines, load_task, read_records
 from dami.evaluation.report import write_report
 from typer.testing import CliRunner
 
@@ -80,6 +81,17 @@ def test_evaluate_asks_reports_and_goes_on(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*arguments, "--seed", "5"])
     assert result.exit_code == 2
     assert "other settings" in result.output
+
+
+def test_evaluate_asks_the_shipped_questions_unless_told(tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        app, ["evaluate", "--questions", "4", "-l", "1", "--max-tokens", "40", "--greedy", "-o", str(tmp_path)]
+    )
+    assert result.exit_code == 0, result.output
+    found = read_records(tmp_path / "records.jsonl")
+    asked = load_task(str(dami.example_pair()[0].parent / "questions.jsonl"), 4).questions
+    assert [record.score for record in found] == [record.text == asked[record.index].answer for record in found]
+    assert any(record.score for record in found if record.task == "calendar_arithmetic")  # weekdays count too
 
 
 @pytest.mark.parametrize(("task", "message"), [("no/such.jsonl", "No such file"), ("sudokus", "reasoning-gym's")])
