@@ -140,7 +140,7 @@ def test_the_servers_example_shows_what_lam_does(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     question, answer = re.search(r'"content": "([-+ \d]+) ="', text)[1], "69"  # type: ignore[index]
     assert str(eval(question)) == answer
-    lam = float(re.search(r'extra_body={"intensity": (.*?)}', text)[1])  # type: ignore[index]
+    lam = float(re.search(r'"intensity": ([.\d]+)}', text)[1])  # type: ignore[index]
     torch.manual_seed(0)
     lams = [0.0] * 20 + [lam] * 20
     said = ask(*dami.load_pair(*dami.example_pair()), [f"{question} ="] * 40, lams)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dami.prompts import Prompt, as_prompt
-from dami_kernels.installation import needs
 
 
 @dataclass(frozen=True)
@@ -247,4 +246,6 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
+        from dami_kernels.installation import needs  # here, as the kernels' package imports torch
+
         raise ImportError(needs("this", name)) from error
