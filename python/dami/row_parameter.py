@@ -331,7 +331,7 @@ def _per_sequence(func: Any, given: Mapping[str, Any], parameter: RowParameter, 
     """What `func` returns for each sequence; `places` tells in which dimension of an argument the batch is."""
     split = {name: _each(given[name], parameter, at) for name, at in places.items() if given.get(name) is not None}
     split |= {name: _each(value, parameter, 0) for name, value in given.items() if isinstance(value, RowParameter)}
-    return [func(**given | {name: each[row] for name, each in split.items()}) for row in range(len(parameter.lam))]
+    return [func(**{**given, **{name: each[row] for name, each in split.items()}}) for row in range(len(parameter.lam))]
 
 
 ATTENTION = inspect.signature(F.multi_head_attention_forward)

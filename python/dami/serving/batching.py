@@ -98,7 +98,7 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         for owner, names in NEEDED.items():
             if missing := [name for name in names if not hasattr(owner, name)]:
                 raise ValueError(f"continuous batching of a patched model needs another transformers: no {missing}")
-        vocabulary = len(manager.model.get_input_embeddings().weight)
+        vocabulary = len(cast(Any, manager.model).get_input_embeddings().weight)
         if vocabulary > TOKENS and manager.continuous_batching_config.allow_block_sharing:
             raise ValueError(
                 f"allow_block_sharing must be False for a vocabulary of {vocabulary}: blocks are told apart by λ and "
