@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from dami.dial import Dial
 from dami.row_parameter import RowParameter, blend
 from dami_kernels import LerpWeight, lerp_embedding, lerp_experts, lerp_layer_norm, lerp_linear, lerp_rms_norm
+from dami_kernels.weight import FLOAT_DTYPES
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -475,7 +476,33 @@ def own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, t) for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None]
 
 
-def out_of_reach(model: nn.Module) -> dict[int, str]:
+def obstacles(model: nn.Module) -> dict[str, str]:
+    """Tensors of a model's state that cannot be interpolated, by name, and why: as a line of an error."""
+    past, lines = _read_elsewhere(model), {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        holder, _, local = name.rpartition(".")
+        owner = model.get_submodule(holder)
+        if isinstance(owner, torch.jit.ScriptModule):
+            reason: str | None = "of a TorchScript module"
+        elif tensor.dtype not in FLOAT_DTYPES:
+            reason = f"as {str(tensor.dtype).removeprefix('torch.')}"
+        elif local == "lerp" or (hasattr(LerpModule, local) and not hasattr(nn.Module, local)):
+            reason = "a name that patched modules have taken"
+        else:
+            reason = past.get(id(tensor))
+        if reason is not None:
+            lines[name] = f"{holder or 'the model'} ({type(owner).__name__}): {local}, {reason}"
+    return lines
+
+
+def unread(model: nn.Module) -> set[str]:
+    """Names of tensors that only training reads: how many batches a norm has seen."""
+    norms = nn.modules.batchnorm._NormBase
+    named = [(f"{name}." if name else "", m) for name, m in model.named_modules() if isinstance(m, norms)]
+    return {f"{prefix}num_batches_tracked" for prefix, _ in named}
+
+
+def _read_elsewhere(model: nn.Module) -> dict[int, str]:
     """Tensors that are read past their modules' attributes, where no λ reaches them, by id, and how."""
     found: dict[int, str] = {}
     for prefix, module in model.named_modules():

@@ -20,18 +20,18 @@ from dami.layers import (
     LerpModule,
     Stored,
     kind_of,
-    out_of_reach,
+    obstacles,
     own_tensors,
     patched_class,
     placeholder,
     readers,
     reclass,
     stored_format,
+    unread,
 )
 from dami.model import Patch, patched_model_class
 from dami.quantizer import PairQuantizer
 from dami_kernels import LerpWeight, formats
-from dami_kernels.weight import FLOAT_DTYPES
 
 Header = tuple[list[int], str]
 
@@ -42,7 +42,6 @@ HARMLESS = re.compile(
     r"|task_specific_params|tokenizer_class|output_.*|chunk_size_feed_forward|finetuning_task|_attn_implementation"
     r"|do_sample|temperature|top_[kp]|max_length|max_new_tokens|repetition_penalty|unsloth.*"
 )
-BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 STRETCHED = ("dynamic", "longrope", "yarn")  # rotary embeddings that depend on max_position_embeddings
 
 
@@ -160,7 +159,7 @@ def interpolate(
             "dami pack INSTRUCT THINKING -o DIRECTORY, and load what can be offloaded, dami.load_pair(DIRECTORY, …)"
         )
     kinds = {module: kind_of(module) for module in model.modules()}
-    read_by, past = readers(kinds), out_of_reach(model)
+    read_by, lines, idle = readers(kinds), obstacles(model), unread(model)
     packed: dict[int, Packed] = {}  # by the id of the base
     refused = []
     for name, tensor in thinking:
@@ -169,19 +168,10 @@ def interpolate(
             target = tensor.detach().to(base.device, base.dtype)
             if torch.equal(base, target):
                 continue
-        holder, _, local = name.rpartition(".")
-        owner = model.get_submodule(holder)
-        if isinstance(owner, BATCH_NORMS) and local == "num_batches_tracked":
-            continue  # counts what training has seen, and is read by training only
-        reason = past.get(id(base))
-        if base.dtype not in FLOAT_DTYPES:
-            reason = f"as {str(base.dtype).removeprefix('torch.')}"
-        if local == "lerp" or (hasattr(LerpModule, local) and not hasattr(nn.Module, local)):
-            reason = "a name that patched modules have taken"
-        if isinstance(owner, torch.jit.ScriptModule):
-            reason = "of a TorchScript module"
-        if reason is not None:
-            refused.append(f"{holder or 'the model'} ({type(owner).__name__}): {local}, {reason}")
+        if name in idle:
+            continue
+        if name in lines:
+            refused.append(lines[name])
         else:
             reader = read_by[id(base)]
             chosen = stored_format(format, reader, name, base)
