@@ -257,8 +257,8 @@ def _chosen(
         ]
         for pattern in names
     }
-    strangers: list[Any] = sorted(set(indices or ()) - {layer_of(name) for name, _ in model.named_modules()})
-    strangers = strangers or [pattern for pattern in found if not found[pattern]]
+    unknown = set(indices or ()) - {layer_of(name) for name, _ in model.named_modules()}
+    strangers: list[Any] = sorted(unknown) or [pattern for pattern in found if not found[pattern]]
     if strangers or not names:
         raise ValueError(
             f"layers={layers} and modules={modules!r} name no interpolated module by {strangers}; there are layers "
@@ -272,11 +272,14 @@ def _indices(layers: Any) -> list[int] | None:
     """Indices of layers, of which `intensity` takes one or several; TypeError if they are none."""
     if layers is None:
         return None
-    several = list(layers) if isinstance(layers, Iterable) and getattr(layers, "ndim", 1) != 0 else [layers]
-    indices = [each for each in several if hasattr(each, "__index__") and not isinstance(each, bool)]
-    if isinstance(layers, (str, bytes)) or len(indices) < len(several):
-        raise TypeError(f"layers must be the index of a layer, or several, got {layers!r}")
-    return [index(each) for each in indices]
+    dimensions: Any = getattr(layers, "ndim", 1)
+    several = list(layers) if isinstance(layers, Iterable) and dimensions else [layers]
+    try:
+        if isinstance(layers, (str, bytes)) or any(isinstance(each, bool) for each in several):
+            raise TypeError
+        return [index(each) for each in several]
+    except TypeError:
+        raise TypeError(f"layers must be the index of a layer, or several, got {layers!r}") from None
 
 
 def _names(modules: Any) -> list[str]:

@@ -9,6 +9,7 @@ not appear in the other's.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,7 +28,7 @@ RUNS = tuple((length, poisoned) for length in (3, 2, 1) for poisoned in (1, 0))
 def check_independence(model: nn.Module, forward: Any) -> None:
     """Raises ValueError if a λ reaches another sequence, and names a module where it does.
 
-    What does not run on tokens alone, or not with NaN, is not checked.
+    What does not run on tokens alone, or not with NaN, is not checked: a UserWarning if nothing could be.
 
     Args:
         model: a patched model.
@@ -78,10 +79,11 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def _leaks(model: Any, forward: Any, modules: Sequence[LerpModule]) -> bool:
-    """Whether λ = NaN for one sequence in these modules reaches the other sequence's logits."""
+    """Whether λ = NaN for one sequence in these modules reaches the other sequence's logits; no if it does not run."""
     running, everyone = model.dami_patch.running, [m for m in model.modules() if isinstance(m, LerpModule)]
     parts, names = [module.lerp.part for module in everyone], inspect.signature(forward).parameters
     before = running.sequences, running.tokens
+    failures: list[Exception] = []
     try:
         for length, poisoned in RUNS:
             ids = 3 + torch.arange(2 * length, device=model.device).view(2, length)
@@ -93,10 +95,17 @@ def _leaks(model: Any, forward: Any, modules: Sequence[LerpModule]) -> bool:
             running.sequences, running.tokens = 2, length
             try:
                 logits = forward(model, **inputs, **({"use_cache": False} if "use_cache" in names else {})).logits
-            except Exception:
+            except Exception as error:
+                failures.append(error)
                 continue
             if logits[1 - poisoned].isnan().any():
                 return True
+        if len(failures) == len(RUNS) and len(modules) == len(everyone):
+            warnings.warn(
+                f"{type(model).__name__} could not be checked for a λ that reaches other sequences, as it does not run "
+                f"on tokens alone: compare some rows of a mixed batch with the same rows alone ({failures[0]!r})",
+                stacklevel=6,
+            )
         return False
     finally:
         running.sequences, running.tokens = before

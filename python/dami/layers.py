@@ -19,6 +19,9 @@ from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from transformers.pytorch_utils import Conv1D
 
 from dami.dial import Dial
@@ -155,14 +158,14 @@ class LerpModule(nn.Module):
     """
 
     kind: ClassVar[str]
-    original: ClassVar[type[nn.Module] | None] = None
+    replaces: ClassVar[type[nn.Module] | None] = None
     operands: ClassVar[tuple[str, ...]] = ("weight", "bias")
     lerp: Lerp
 
     @classmethod
     def fit(cls, module: nn.Module) -> dict[str, Any] | None:
         """Settings of the operator that computes what `module` does, or None if this kind does not fit."""
-        return {} if cls.original is not None and isinstance(module, cls.original) else None
+        return {} if cls.replaces is not None and isinstance(module, cls.replaces) else None
 
     @staticmethod
     def as_operand(tensor: Tensor) -> Tensor:
@@ -288,7 +291,7 @@ class LerpLinear(LerpModule, nn.Linear):
     """`nn.Linear` at λ."""
 
     kind = "linear"
-    original = nn.Linear
+    replaces = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
         x, rows = self.rows(input)
@@ -302,7 +305,7 @@ class LerpConv1D(LerpModule, Conv1D):
     """
 
     kind = "conv1d"
-    original = Conv1D
+    replaces = Conv1D
 
     @staticmethod
     def as_operand(tensor: Tensor) -> Tensor:
@@ -317,7 +320,7 @@ class LerpEmbedding(LerpModule, nn.Embedding):
     """`nn.Embedding` at λ. A subclass that scales the result, as Gemma's does, goes on doing so."""
 
     kind = "embedding"
-    original = nn.Embedding
+    replaces = nn.Embedding
 
     @classmethod
     def fit(cls, module: nn.Module) -> dict[str, Any] | None:
@@ -332,7 +335,7 @@ class LerpLayerNorm(LerpModule, nn.LayerNorm):
     """`nn.LayerNorm` over the last dimension at λ, with or without a bias."""
 
     kind = "layer_norm"
-    original = nn.LayerNorm
+    replaces = nn.LayerNorm
 
     @classmethod
     def fit(cls, module: nn.Module) -> dict[str, Any] | None:
@@ -468,9 +471,12 @@ def kind_of(module: nn.Module) -> tuple[type[LerpModule], dict[str, Any]]:
     """The kind that computes what `module` does, with the operator's settings."""
     if "forward" in vars(module) and "_old_forward" not in vars(module):  # it no longer asks its class
         return LerpParameters, {}
+    stored = {*module._parameters, *module._buffers}
     for kind in KINDS[:-1]:
+        if any(isinstance(getattr(module, name, None), Tensor) and name not in stored for name in kind.operands):
+            continue  # computed of other parameters, as a pruned weight is
         settings = kind.fit(module)
-        if settings is not None and (kind.original in (None, type(module)) or _reaches(kind, module)):
+        if settings is not None and (kind.replaces in (None, type(module)) or _reaches(kind, module)):
             return kind, settings
     return LerpParameters, {}
 
@@ -478,6 +484,51 @@ def kind_of(module: nn.Module) -> tuple[type[LerpModule], dict[str, Any]]:
 def own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters and buffers of a module, those of its children aside."""
     return [(name, t) for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None]
+
+
+def obstacles(model: nn.Module) -> dict[str, str]:
+    """Tensors of a model's state that cannot be interpolated, by name, and why: as a line of an error."""
+    past, lines = _read_elsewhere(model), {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        holder, _, local = name.rpartition(".")
+        owner = model.get_submodule(holder)
+        if isinstance(owner, torch.jit.ScriptModule):
+            reason: str | None = "of a TorchScript module"
+        elif tensor.dtype not in FLOAT_DTYPES:
+            reason = f"as {str(tensor.dtype).removeprefix('torch.')}"
+        elif local == "lerp" or (hasattr(LerpModule, local) and not hasattr(nn.Module, local)):
+            reason = "a name that patched modules have taken"
+        else:
+            reason = past.get(id(tensor))
+        if reason is not None:
+            lines[name] = f"{holder or 'the model'} ({type(owner).__name__}): {local}, {reason}"
+    return lines
+
+
+def unread(model: nn.Module) -> set[str]:
+    """Names of tensors that only training reads: how many batches a norm has seen."""
+    norms = nn.modules.batchnorm._NormBase
+    named = [(f"{name}." if name else "", m) for name, m in model.named_modules() if isinstance(m, norms)]
+    return {f"{prefix}num_batches_tracked" for prefix, _ in named}
+
+
+def _read_elsewhere(model: nn.Module) -> dict[int, str]:
+    """Tensors that are read past their modules' attributes, where no λ reaches them, by id, and how."""
+    found: dict[int, str] = {}
+    for prefix, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers", "_modules"):
+                continue
+            if isinstance(module, nn.RNNBase) and name == "_flat_weights":
+                continue  # made anew of the attributes in each forward pass
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+            found |= {id(each): f"which {prefix}.{name} holds too" for each in held if isinstance(each, Tensor)}
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, (BasePruningMethod, WeightNorm, SpectralNorm)):
+                computed = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
+                remedy = f"from which {type(hook).__name__} computes {computed}: remove that in both models first"
+                found |= {id(t): remedy for name, t in own_tensors(module) if name.startswith(f"{computed}_")}
+    return found
 
 
 def readers(kinds: Mapping[nn.Module, tuple[type[LerpModule], dict[str, Any]]]) -> dict[int, type[LerpModule]]:
@@ -521,10 +572,10 @@ def _reaches(kind: type[LerpModule], module: nn.Module) -> bool:
 @functools.cache
 def patched_class(kind: type[LerpModule], original: Any) -> type[LerpModule]:
     """The class of a patched module: a subclass of the original's whose innermost forward is the kind's."""
-    if original is kind.original:
+    if original is kind.replaces:
         return kind
     # a subclass keeps its own forward, which calls its parent's; a norm's forward is replaced as a whole
-    bases = (kind, original) if kind.original is None else (original, kind)
+    bases = (kind, original) if kind.replaces is None else (original, kind)
     return type(f"Lerp{original.__name__}", bases, {"__module__": original.__module__})
 
 

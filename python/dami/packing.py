@@ -16,7 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 from dami.checkpoints import Checkpoint, Match, Stored, downloads_of, headers_in, load_pair, with_both_templates
 from dami.estimators.storage import copy_estimator
 from dami.files import written_whole
-from dami.layers import LerpModule, readers, stored_format
+from dami.layers import LerpModule, obstacles, readers, stored_format, unread
 from dami.model_card import write_model_card
 from dami.patching import first_names
 from dami.quantizer import PairConfig, by_pattern, kind_on_meta
@@ -84,8 +84,9 @@ def _pack(match: Match, directory: Path, format: str, shard_bytes: int) -> None:
     """Writes all files of the packed pair; peak memory is a shard, and what packing a million weights takes."""
     ends = [_Reader(end, stored) for end, stored in zip(match.ends, match.stored, strict=True)]
     names, kinds = list(match.stored[0].headers), _kinds(match)
-    plain = [name for name in names if kinds[name] is None]
-    refused = [name for name in plain if not torch.equal(*(end.read(name) for end in ends))]
+    lines, idle = obstacles(match.skeleton), unread(match.skeleton)
+    doubtful = [name for name in names if name in lines and name not in idle]
+    refused = [lines[name] for name in doubtful if not torch.equal(*(end.read(name) for end in ends))]
     if refused:
         raise ValueError(
             "\n  ".join(["these tensors differ between the ends and cannot be interpolated:", *sorted(refused)])

@@ -20,17 +20,18 @@ from dami.layers import (
     LerpModule,
     Stored,
     kind_of,
+    obstacles,
     own_tensors,
     patched_class,
     placeholder,
     readers,
     reclass,
     stored_format,
+    unread,
 )
 from dami.model import Patch, patched_model_class
 from dami.quantizer import PairQuantizer
 from dami_kernels import LerpWeight, formats
-from dami_kernels.weight import FLOAT_DTYPES
 
 Header = tuple[list[int], str]
 
@@ -158,7 +159,7 @@ def interpolate(
             "dami pack INSTRUCT THINKING -o DIRECTORY, and load what can be offloaded, dami.load_pair(DIRECTORY, …)"
         )
     kinds = {module: kind_of(module) for module in model.modules()}
-    read_by = readers(kinds)
+    read_by, lines, idle = readers(kinds), obstacles(model), unread(model)
     packed: dict[int, Packed] = {}  # by the id of the base
     refused = []
     for name, tensor in thinking:
@@ -167,13 +168,13 @@ def interpolate(
             target = tensor.detach().to(base.device, base.dtype)
             if torch.equal(base, target):
                 continue
-        reader = read_by[id(base)]
-        chosen = stored_format(format, reader, name, base)
-        if base.dtype not in FLOAT_DTYPES:
-            holder, _, local = name.rpartition(".")
-            owner = f"{holder or 'the model'} ({type(model.get_submodule(holder)).__name__})"
-            refused.append(f"{owner}: {local}, as {str(base.dtype).removeprefix('torch.')}")
+        if name in idle:
+            continue
+        if name in lines:
+            refused.append(lines[name])
         else:
+            reader = read_by[id(base)]
+            chosen = stored_format(format, reader, name, base)
             base_end = reader.as_operand(base.detach()).contiguous()
             if isinstance(tensor, LowRank):
                 weight = _adapted(base_end, tensor, chosen)

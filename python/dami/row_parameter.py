@@ -8,8 +8,9 @@ a better way has a rule of its own, five lines each: the examples are at the end
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +130,7 @@ class RowParameter(Tensor):
 METADATA = {
     *(
         getattr(Tensor, name).__get__
-        for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_meta")
+        for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_meta", "is_cuda")
     ),
     *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.__len__, Tensor.is_complex),
 }
@@ -310,3 +311,79 @@ def _embedding(input: Tensor, weight: Tensor, padding_idx: Any = None, max_norm:
     if batch_dim(input, weight, F.embedding) != 0:
         return NotImplemented
     return lerp_embedding(input, weight.ends, weight.lam, rows_per_lam=input.numel() // len(weight.lam))
+
+
+def _each(value: Any, parameter: RowParameter, at: int) -> Sequence[Any]:
+    """What each sequence has of an argument: its part of an ordinary tensor, whose dimension `at` is the batch, its
+    values of a `RowParameter`, and all of anything else."""
+    batch = len(parameter.lam)
+    if isinstance(value, RowParameter):
+        return value.rows.unbind()
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        if value.shape[at] % batch != 0 or not parameter.running.counts(value.shape[at]):
+            raise ValueError(f"dimension {at} of {list(value.shape)} is not the batch")
+        return value.chunk(batch, at)
+    if isinstance(value, (list, tuple)):
+        return list(zip(*(_each(item, parameter, at) for item in value), strict=True))
+    return [value] * batch
+
+
+def _per_sequence(func: Any, given: Mapping[str, Any], parameter: RowParameter, places: Mapping[str, int]) -> list[Any]:
+    """What `func` returns for each sequence; `places` tells in which dimension of an argument the batch is."""
+    split = {name: _each(given[name], parameter, at) for name, at in places.items() if given.get(name) is not None}
+    split |= {name: _each(value, parameter, 0) for name, value in given.items() if isinstance(value, RowParameter)}
+    return [func(**{**given, **{name: each[row] for name, each in split.items()}}) for row in range(len(parameter.lam))]
+
+
+ATTENTION = inspect.signature(F.multi_head_attention_forward)
+
+
+@rule(F.multi_head_attention_forward)
+def _multi_head_attention(*args: Any, **kwargs: Any) -> Any:
+    """`nn.MultiheadAttention`, sequence by sequence: the batch is the second dimension of what it attends to."""
+    given = ATTENTION.bind(*args, **kwargs).arguments
+    parameter = next(value for value in given.values() if isinstance(value, RowParameter))
+    query, mask = given["query"], given.get("attn_mask")
+    if isinstance(query, RowParameter) or query.dim() != 3 or given.get("static_k") is not None:
+        return NotImplemented
+    if mask is not None and mask.dim() == 3:  # for each head of each sequence
+        given["attn_mask"] = parameter.with_rows(mask.unflatten(0, (len(parameter.lam), -1)))
+    places = {"query": 1, "key": 1, "value": 1, "key_padding_mask": 0}
+    outputs, weights = zip(*_per_sequence(F.multi_head_attention_forward, given, parameter, places), strict=True)
+    return torch.cat(outputs, 1), None if weights[0] is None else torch.cat(weights)
+
+
+BATCH_NORM = inspect.signature(F.batch_norm)
+
+
+@rule(F.batch_norm)
+def _batch_norm(*args: Any, **kwargs: Any) -> Any:
+    given = BATCH_NORM.bind(*args, **kwargs).arguments
+    if given.get("training"):
+        raise ValueError("in training it normalises over several sequences: call model.eval()")
+    if isinstance(given["input"], RowParameter):
+        return NotImplemented
+    parameter = next(value for value in given.values() if isinstance(value, RowParameter))
+    return torch.cat(_per_sequence(F.batch_norm, given, parameter, {"input": 0}))
+
+
+def _recurrent(function: Any, input: Any, hx: Any, weights: Any, *options: Any) -> Any:
+    """`nn.RNN`, `nn.LSTM` or `nn.GRU`, sequence by sequence; its last option says whether the batch comes first."""
+    if not isinstance(weights, (list, tuple)) or isinstance(input, RowParameter):
+        raise ValueError("a packed sequence has its tokens in the order of time")
+    parameter = next(weight for weight in weights if isinstance(weight, RowParameter))
+    at = 0 if options[-1] else 1
+    parts = zip(_each(input, parameter, at), _each(hx, parameter, 1), _each(weights, parameter, 0), strict=True)
+    outputs, *states = zip(*(function(*part, *options) for part in parts), strict=True)
+    return torch.cat(outputs, at), *(torch.cat(state, 1) for state in states)
+
+
+for _function in (torch.gru, torch.lstm, torch.rnn_tanh, torch.rnn_relu):
+    rule(_function)(partial(_recurrent, _function))
+
+
+@rule(F.embedding_bag)
+def _embedding_bag(input: Tensor, weight: Tensor, offsets: Any = None, *args: Any, **kwargs: Any) -> Any:
+    if offsets is not None:
+        raise ValueError("its bags are of several sequences, told apart by offsets")
+    return NotImplemented

@@ -265,6 +265,7 @@ THERE = r"; there are layers \[0, 1\] and modules \['attn', 'embed', 'head', 'ml
         ({"layers": b"01"}, TypeError, "layers must be the index of a layer, or several, got b'01'"),
         ({"layers": 1.0}, TypeError, r"layers must be the index of a layer, or several, got 1\.0"),
         ({"layers": [0, 1.5]}, TypeError, r"layers must be the index of a layer, or several, got \[0, 1\.5\]"),
+        ({"layers": [torch.tensor(1.0)]}, TypeError, r"layers must be the index of a layer, .* got \[tensor\(1\.\)\]"),
         ({"layers": True}, TypeError, "layers must be the index of a layer, or several, got True"),
         ({"modules": 3}, TypeError, "modules must be a group, a pattern of names, or several, got 3"),
         ({"modules": ["mlp", 3]}, TypeError, r"modules must be a group, a pattern .* got \['mlp', 3\]"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from dami.row_parameter import RULES, RowParameter, rule
 from torch import Tensor, nn
-from transformers import GitConfig, PreTrainedModel
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from transformers import GitConfig, PreTrainedModel, Qwen3ForCausalLM
 
 from tests.dami import architectures
 from tests.dami.architectures import merged
@@ -210,6 +212,132 @@ class Rectified(nn.Module):
         return self.act(x.transpose(1, 2)).transpose(1, 2)
 
 
+class Attending(nn.Module):
+    """`nn.MultiheadAttention`, which reads its projection's weights itself, and a layer that may run past all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+        self.biased = nn.MultiheadAttention(WIDTH, 4, bias=False, add_bias_kv=True)  # time first
+        self.layer = nn.TransformerEncoderLayer(WIDTH, 4, 32, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        mask = torch.ones(length, length).triu(1).bool()
+        x = self.plain(x, x, x, attn_mask=mask)[0] + self.plain(x, x, x)[1] @ x
+        heads = mask.expand(4 * len(x), length, length)
+        seen = torch.zeros(len(x), length).bool()
+        y = x.transpose(0, 1)
+        y = self.biased(y, y, y, attn_mask=heads, key_padding_mask=seen, need_weights=False)[0]
+        return self.layer(y.transpose(0, 1))
+
+
+class Recurrent(nn.Module):
+    """Layers that hand a list of all their weights on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(WIDTH, WIDTH, num_layers=2, batch_first=True)
+        self.lstm = nn.LSTM(WIDTH, WIDTH // 2, bidirectional=True)  # time first
+        self.rnn = nn.RNN(WIDTH, WIDTH, batch_first=True)
+        self.cell = nn.GRUCell(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, state = self.gru(x)
+        y, (h, c) = self.lstm(x.transpose(0, 1))
+        x = self.rnn(y.transpose(0, 1), state[:1])[0]
+        return x + self.cell(x[:, 0], torch.cat([*(h + c)], -1))[:, None]
+
+
+class ComputedBias(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH, bias=False)
+        del self._parameters["bias"]
+        self.raw = nn.Parameter(torch.randn(WIDTH))
+
+    @property
+    def bias(self) -> Tensor:  # type: ignore[override]
+        return self.raw.tanh()
+
+
+class Computed(nn.Module):
+    """Weights that are computed of other parameters when they are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))
+        self.spectral = parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH))
+        self.conv = parametrizations.weight_norm(nn.Conv1d(WIDTH, WIDTH, 3, padding=1), dim=2)
+        self.bias = ComputedBias()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bias(self.conv(self.spectral(self.norm(x)).transpose(1, 2)).transpose(1, 2))
+
+
+class Listed(nn.Module):
+    """Parameters of lists, a buffer of two modules, a weight of three dimensions, bags of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.several = nn.ParameterList([torch.randn(WIDTH), torch.randn(WIDTH)])
+        self.names = nn.ParameterDict({"gain": torch.randn(WIDTH)})
+        self.first, self.second = nn.Module(), nn.Module()
+        shared = torch.randn(WIDTH)
+        self.first.register_buffer("scale", shared)
+        self.second.register_buffer("scale", shared)
+        self.bilinear = nn.Bilinear(WIDTH, WIDTH, WIDTH)
+        self.bag = nn.EmbeddingBag(50, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bilinear(x * self.several[0] + self.several[1], x * self.names["gain"] * self.first.scale)
+        return x + self.second.scale + self.bag((x[:, 0, :3].abs() * 10).long().clamp(max=49))[:, None]
+
+
+class Counting(nn.Module):
+    """A batch norm that has seen another number of batches at each end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.norm.num_batches_tracked += int(torch.randint(1, 10**6, ()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Around(nn.Module):
+    """Around one layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class Held(Around):
+    """A weight is read from where no patch can be."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(WIDTH, WIDTH))
+        self.weights = [self.layer.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weights[0].T + self.layer.bias
+
+
+class Bags(Around):
+    """Bags of tokens of all sequences, one after another."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.EmbeddingBag(50, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = (x[..., 0].abs() * 10).long().clamp(max=49)
+        return x + self.layer(ids.flatten(), torch.arange(len(x)) * x.shape[1])[:, None]
+
+
 def ends_with(block: Callable[[], nn.Module]) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Two models with such a block in the place of the first layer's MLP."""
     ends = pair("llama")
@@ -234,6 +362,7 @@ def assert_right(block: Callable[[], nn.Module], length: int, intensity: Any = L
 
 
 BLOCKS = [Decay, Convolved, Step, Normed, Sinks, InPlace, Positions, Buffers, Router, Foreign, Rectified]
+BLOCKS += [Attending, Recurrent, Computed, Listed, Counting]
 
 
 @pytest.mark.parametrize("length", [7, 8])
@@ -258,6 +387,53 @@ def test_rows_out_of_order_are_refused(block: type[nn.Module], length: int) -> N
     for _ in range(2):
         with pytest.raises(ValueError, match=r"layers\.0\.mlp\.(inner|experts)"):
             model(ids, intensity=LAM)
+
+
+REACHED = [
+    (
+        lambda: Around(prune.random_unstructured(nn.Linear(WIDTH, WIDTH), "weight", 0.3)),
+        "weight_orig, from which",
+    ),
+    (
+        lambda: Around(weight_norm(nn.Linear(WIDTH, WIDTH))),
+        "weight_g, from which WeightNorm computes weight: remove",
+    ),
+    (lambda: Around(spectral_norm(nn.Linear(WIDTH, WIDTH))), "weight_orig, from which SpectralNorm computes weight"),
+    (lambda: Around(torch.jit.script(nn.Linear(WIDTH, WIDTH))), "weight, of a TorchScript module"),
+    (Held, r"layer \(Linear\): weight, which model\.layers\.0\.mlp\.weights holds too"),
+    (lambda: Block(rows=(WIDTH,)), "rows, a name that patched modules have taken"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*(weight_norm|spectral_norm|torch.jit).*")
+@pytest.mark.parametrize(("block", "message"), REACHED, ids=[message for _, message in REACHED])
+@torch.no_grad()
+def test_what_is_read_past_its_attribute_is_refused_while_patching(block: Any, message: str) -> None:
+    instruct, thinking = ends_with(block)
+    with pytest.raises(ValueError, match=rf"cannot be interpolated:(.|\n)*model\.layers\.0\.mlp.*{message}"):
+        dami.patch_model(instruct, thinking)
+    assert not hasattr(instruct, "dami_patch")
+    thinking.model.layers[0].mlp.load_state_dict(instruct.model.layers[0].mlp.state_dict())
+    model = dami.patch_model(instruct, thinking)  # equal ends need no λ
+    assert dami.describe(model)
+
+
+@torch.no_grad()
+def test_bags_told_apart_by_offsets_take_one_lam() -> None:
+    assert_right(Bags, 7, 0.37)
+    model = dami.patch_model(*ends_with(Bags))
+    with pytest.raises(ValueError, match=r"layer\.weight cannot have .* \(its bags are of several sequences"):
+        model(torch.randint(3, VOCABULARY, (4, 7)), intensity=LAM)
+
+
+@torch.no_grad()
+def test_a_batch_norm_in_training_takes_one_lam() -> None:
+    model = dami.patch_model(*ends_with(Counting))
+    model.model.layers[0].mlp.train()
+    ids = torch.randint(3, VOCABULARY, (4, 7))
+    model(ids, intensity=0.5)
+    with pytest.raises(ValueError, match=r"norm\..* \(in training it normalises over several sequences: call"):
+        model(ids, intensity=LAM)
 
 
 @torch.no_grad()
@@ -367,6 +543,31 @@ def test_parameters_at_different_dials_are_combined() -> None:
         for row, lam in enumerate(LAM):
             with dami.intensity(model, {"*": lam, part: 0.5}):
                 torch.testing.assert_close(mixed[row], model(ids).logits[row], rtol=1e-4, atol=1e-5)
+
+
+class Gated(Qwen3ForCausalLM):
+    """Runs on tokens and one more argument."""
+
+    def forward(self, input_ids: Any = None, gate: Any = None, **kwargs: Any) -> Any:
+        out = super().forward(input_ids, **kwargs)
+        out.logits = out.logits * gate
+        return out
+
+
+@torch.no_grad()
+def test_a_model_that_cannot_be_checked_says_so() -> None:
+    model, thinking = pair("qwen3")
+    for each in (model, thinking):
+        each.__class__ = Gated
+    ids, lam = torch.tensor([[5, 6, 7], [8, 9, 10]]), [0.0, 1.0]
+    wanted = [model(ids[:1], gate=2.0).logits[0], thinking(ids[1:], gate=2.0).logits[0]]
+    dami.patch_model(model, thinking)
+    with pytest.warns(UserWarning, match=r"^Gated could not be checked for a λ .* alone: .* \(TypeError\("):
+        found = model(ids, gate=2.0, intensity=lam).logits
+    torch.testing.assert_close(found, torch.stack(wanted))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ids, gate=2.0, intensity=lam)
 
 
 @torch.no_grad()

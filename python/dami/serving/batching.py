@@ -116,7 +116,7 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         for owner, names in NEEDED.items():
             if missing := [name for name in names if not hasattr(owner, name)]:
                 raise ValueError(f"continuous batching of a patched model needs another transformers: no {missing}")
-        vocabulary = manager.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        vocabulary = cast(Any, manager.model).get_input_embeddings().num_embeddings
         if vocabulary > TOKENS and manager.continuous_batching_config.allow_block_sharing:
             raise ValueError(
                 f"allow_block_sharing must be False for a vocabulary of {vocabulary}: blocks are told apart by λ and "
