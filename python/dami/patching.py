@@ -28,6 +28,7 @@ from dami.layers import (
     stored_format,
 )
 from dami.model import Patch, patched_model_class
+from dami.on_top import refuse_adapters
 from dami.quantizer import PairQuantizer
 from dami_kernels import LerpWeight, formats
 from dami_kernels.weight import FLOAT_DTYPES
@@ -71,6 +72,7 @@ def patch_model(
             raise TypeError(f"{name} must be a transformers model, got {type(model).__name__}")
         if hasattr(model, "dami_patch"):
             raise TypeError(f"{name} must not be patched already: call dami.unpatch_model first")
+        refuse_adapters(model, "patch_model", f"merge it into {name}, or put it on the patched model")
     mismatches = config_mismatches(instruct_model.config, thinking_model.config)
     if type(instruct_model) is type(thinking_model):  # nothing compares otherwise
         mismatches += tensor_mismatches(headers_of(instruct_model), headers_of(thinking_model))

@@ -20,6 +20,7 @@ from dami.dial import as_lam, patch_of
 from dami.estimators.storage import FOLDER, Stored
 from dami.layers import LerpModule
 from dami.model_card import write_model_card
+from dami.on_top import refuse_adapters
 from dami.patching import describe
 from dami.quantizer import METHOD, PairConfig, by_pattern
 
@@ -62,6 +63,11 @@ def save(
     model: Any, directory: str | Path, save_pretrained: Callable[..., None], push_to_hub: bool = False, **options: Any
 ) -> None:
     """`save_pretrained` of a patched model: the original's, and a config that says what is stored, and a model card."""
+    refuse_adapters(
+        model,
+        "save_pretrained of a pair",
+        "save the adapter with PEFT's own save_pretrained, then take it off, unload()",
+    )
     if push_to_hub:
         raise ValueError("push_to_hub must be False for a patched model: call model.push_to_hub(repo_id)")
     config, before = config_of(model), getattr(model.config, "quantization_config", None)
@@ -168,6 +174,7 @@ def materialize(model: PreTrainedModel, intensity: float) -> PreTrainedModel:
         TypeError, ValueError: the model is not patched or is offloaded, or `intensity` is not one finite number.
     """
     patch = patch_of(model)
+    refuse_adapters(model, "materialize", "take it off, unload(), and put it on the copy, as it is the same at every λ")
     lam = as_lam(intensity, torch.device("cpu"))
     if lam.dim():
         raise ValueError(f"intensity must be one number to make a merged copy, got {list(lam.shape)} numbers")
