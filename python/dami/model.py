@@ -62,6 +62,7 @@ class Patch:
         packs: whether the check of packed rows has, which is continuous batching's.
         origin: what it is a patch of.
         head: the hook of a head that is no part of the patch.
+        shared: the weight that the head shared with the embedding before, where it has been given one of its own.
     """
 
     dial: Dial
@@ -76,6 +77,7 @@ class Patch:
     packs: bool = False
     origin: Origin = field(default_factory=Origin)
     head: RemovableHandle | None = None
+    shared: nn.Parameter | None = None
 
 
 class LerpModel(nn.Module):
