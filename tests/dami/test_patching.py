@@ -107,6 +107,14 @@ def test_another_architecture_is_named_alone() -> None:
     ]
 
 
+def test_what_else_is_tied_in_the_instruct_end_only() -> None:
+    model, thinking = pair("llama")
+    model.model.layers[0].mlp.up_proj.weight = model.model.layers[0].mlp.gate_proj.weight
+    assert refused(model, thinking, ValueError)[1:] == [
+        "model.layers.0.mlp.up_proj.weight: tied to model.layers.0.mlp.gate_proj.weight in the instruct end only"
+    ]
+
+
 def untied(model: PreTrainedModel) -> PreTrainedModel:
     """The model with a head of its own."""
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() + 0.1 * torch.randn_like(model.lm_head.weight))
