@@ -221,5 +221,5 @@ def test_meta_tensors_are_not_packed_into_codes() -> None:
 def test_a_weight_of_another_dtype_is_refused() -> None:
     end = torch.zeros(N, K, dtype=torch.float64)
     weight = LerpWeight((end, end), "pair", end.shape, end.dtype)
-    with pytest.raises(TypeError, match="weight must be of float32, bfloat16 or float16, got torch.float64"):
+    with pytest.raises(TypeError, match=r"weight must be of float32, bfloat16 or float16, got torch\.float64"):
         lerp_linear(torch.zeros(ROWS, K, dtype=torch.float64), weight, LAM)
