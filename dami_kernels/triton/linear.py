@@ -31,6 +31,31 @@ BOTH = tl.constexpr(3)
 
 
 @triton.jit
+def _add_step(y, carry, w, x):
+    """y + carry += w · x, for one step over K.
+
+    On tensor cores y is their accumulator. Float32 has none, and added to y one by one its products would make a single
+    chain over all of K, whose error grows with K's root: there a step is summed by itself, and `carry` collects what y
+    rounds away when it is added (Fast2Sum).
+    """
+    if x.dtype == tl.float32:
+        # "ieee" keeps float32 away from TF32, whose 10 bits of mantissa would break the accuracy contract.
+        step = tl.dot(w, x, input_precision="ieee")
+        total = y + step
+        carry += step - (total - y)
+        y = total
+    else:
+        y = tl.dot(w, x, y)
+    return y, carry
+
+
+@triton.jit
+def _carried(y, carry):
+    """y with what its rounding has lost; where y is not finite the carry is NaN, and y stays."""
+    return tl.where(carry == carry, y + carry, y)
+
+
+@triton.jit
 def _tile(
     ENDS: tl.constexpr,
     x,
@@ -66,6 +91,7 @@ def _tile(
     DTYPE: tl.constexpr = tl.float32 if ENDS == BLEND else x.dtype.element_ty
     y = tl.zeros((2 * BLOCK_N if STACKED else BLOCK_N, BLOCK_M), tl.float32)
     second_y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    carry, second_carry = tl.zeros_like(y), tl.zeros_like(second_y)
     x += rows.to(tl.int64)[None, :] * stride_x
     # Without a loop that may run zero times, ptxas finds the sums untouched between one wgmma and the next.
     tl.assume(step_end > step_begin)
@@ -78,21 +104,23 @@ def _tile(
         inner = k + tl.arange(0, BLOCK_K)[:, None]
         x_mask = (rows < row_end)[None, :] if EVEN_K else (rows < row_end)[None, :] & (inner < K)
         x_tile = tl.load(x + inner, mask=x_mask, other=0.0)
-        # "ieee" keeps float32 away from TF32, whose 10 bits of mantissa would break the accuracy contract.
         if ENDS == BLEND:
             # Blended in float32 and rounded once, as the merged weight of the accuracy contract is.
             w = blend(base, second, one_lam, FORMAT).to(x_tile.dtype)
-            y = tl.dot(w, x_tile, y, input_precision="ieee")
+            y, carry = _add_step(y, carry, w, x_tile)
         elif STACKED:
             w = tl.join(base, second).permute(2, 0, 1).reshape(2 * BLOCK_N, BLOCK_K)
-            y = tl.dot(w, x_tile, y, input_precision="ieee")
+            y, carry = _add_step(y, carry, w, x_tile)
         else:
             if ENDS != SECOND:
-                y = tl.dot(base, x_tile, y, input_precision="ieee")
+                y, carry = _add_step(y, carry, base, x_tile)
             if ENDS == SECOND:
-                y = tl.dot(second, x_tile, y, input_precision="ieee")
+                y, carry = _add_step(y, carry, second, x_tile)
             if ENDS == BOTH:
-                second_y = tl.dot(second, x_tile, second_y, input_precision="ieee")
+                second_y, second_carry = _add_step(second_y, second_carry, second, x_tile)
+    if x.dtype.element_ty == tl.float32:
+        y = _carried(y, carry)
+        second_y = _carried(second_y, second_carry)
     if STACKED:
         y, second_y = tl.split(y.reshape(2, BLOCK_N, BLOCK_M).permute(1, 2, 0))
     if ENDS == BOTH:

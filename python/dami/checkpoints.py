@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from dami.dial import patch_of
 from dami.layers import LerpConv1D, LerpExperts, LerpLinear
 from dami.model import Origin, attach
 from dami.patching import (
+    TIES,
     Header,
     config_mismatches,
     first_names,
@@ -228,6 +229,7 @@ class Match:
         headers = [end.headers() for end in ends]
         stored = Stored.of(skeleton, headers[0]), Stored.of(skeleton, headers[1])
 
+        own_heads = [end.has_own_head(skeleton) for end in ends]
         mismatches = config_mismatches(configs[0], configs[1]) + vocabulary_mismatches(*tokenizers)
         if configs[0].model_type == configs[1].model_type and headers[1]:
             known = [{**end.headers, **end.strangers} for end in stored]
@@ -238,6 +240,11 @@ class Match:
             if stored[1].complete:
                 both = stored[0].strangers.keys() & stored[1].strangers.keys()
                 mismatches += [f"{name}: in both ends, but not in the model" for name in sorted(both)]
+        if any(own_heads) and any(getattr(config, TIES, False) for config in configs):
+            # One end's head is tied to its embedding, and the other's is not, whatever the configs say.
+            apart = {f"config.{TIES}", *(skeleton._tied_weights_keys or {})}
+            mismatches = [line for line in mismatches if line.partition(":")[0] not in apart]
+            stored = replace(stored[0], complete=False), replace(stored[1], complete=False)
         if mismatches:
             names = f"{instruct.directory} and {thinking.directory}"
             raise ValueError("\n  ".join([f"{names} do not match:", *mismatches]))
@@ -330,6 +337,23 @@ class Checkpoint:
                 f"{self.directory} lacks {len(info['missing_keys'])} tensors: {sorted(info['missing_keys'])}"
             )
         return model.eval()
+
+    def has_own_head(self, skeleton: PreTrainedModel) -> bool:
+        """Whether no tie holds: not by its config, nor where both weights are stored and differ, as in transformers."""
+        if not getattr(self.config(), TIES, False):
+            return True
+        files = {name: file for file in self.files() for name in headers_in(file)}
+        prefix = f"{skeleton.base_model_prefix}."
+        for tied in (skeleton._tied_weights_keys or {}).items():
+            both = [next((n for n in (name, name.removeprefix(prefix)) if n in files), None) for name in tied]
+            if all(both):
+                tensors = []
+                for name in filter(None, both):
+                    with safe_open(files[name], framework="pt") as file:
+                        tensors.append(file.get_tensor(name))
+                if not torch.equal(*tensors):
+                    return True
+        return False
 
     def files(self) -> dict[Path, list[str] | None]:
         """Its safetensors files, each with the names its index promises, None where there is no index."""

@@ -67,6 +67,7 @@ class Patch:
         packs: whether the check of packed rows has, which is continuous batching's.
         origin: what it is a patch of.
         head: the hook of a head that is no part of the patch.
+        shared: the weight that the head shared with the embedding before, where it has been given one of its own.
     """
 
     dial: Dial
@@ -84,6 +85,7 @@ class Patch:
     packs: bool = False
     origin: Origin = field(default_factory=Origin)
     head: RemovableHandle | None = None
+    shared: nn.Parameter | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in no block, and runs no `generate`."""
@@ -100,6 +102,13 @@ class LerpModel(nn.Module):
         """Where the model computes: its parameters may be offloaded, and then are on no device."""
         device, hook = next(self.parameters()).device, getattr(self, "_hf_hook", None)
         return hook.execution_device if hook is not None and device.type == "meta" else device
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "peft_config":  # PEFT sets it when it puts an adapter on the model
+            from dami.on_top import guard_merging
+
+            guard_merging()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         check_dtypes(self, fn)  # before any module has changed
@@ -352,7 +361,12 @@ def _check_adapters(model: Any) -> None:
         odd = [] if method == "IA3" else [method]
         if method == "LORA":
             odd = more_than_lora(settings | {"peft_type": method})
-            odd += [f"{key}={settings[key]!r}" for key in ("init_lora_weights",) if settings[key] not in UNCHANGED]
+            if settings["init_lora_weights"] not in UNCHANGED:
+                odd.append(f"init_lora_weights={settings['init_lora_weights']!r}")
+            if settings["bias"] != "none":
+                odd.append(f"bias={settings['bias']!r}")
+        if settings.get("modules_to_save"):
+            odd.append(f"modules_to_save={settings['modules_to_save']!r}")
         if odd:
             raise ValueError(
                 f"the adapter {name!r} uses {', '.join(odd)}; known to leave the weights alone, of which a patched "

@@ -30,6 +30,7 @@ from dami.layers import (
     unread,
 )
 from dami.model import Patch, patched_model_class
+from dami.on_top import refuse_adapters
 from dami.quantizer import PairQuantizer
 from dami_kernels import LerpWeight, formats
 
@@ -42,6 +43,7 @@ HARMLESS = re.compile(
     r"|task_specific_params|tokenizer_class|output_.*|chunk_size_feed_forward|finetuning_task|_attn_implementation"
     r"|do_sample|temperature|top_[kp]|max_length|max_new_tokens|repetition_penalty|unsloth.*"
 )
+TIES = "tie_word_embeddings"
 STRETCHED = ("dynamic", "longrope", "yarn")  # rotary embeddings that depend on max_position_embeddings
 
 
@@ -53,7 +55,8 @@ def patch_model(
     Every parameter that differs between the two is interpolated, W(λ) = W_instruct + λ (W_thinking − W_instruct); what
     is identical stays as it is and costs nothing. `format="pair"` shares memory with `thinking_model` where dtype and
     device agree (not for GPT-2's Conv1D, whose weights are stored transposed). All parameters are frozen while patched.
-    λ is 0 until `intensity` says otherwise.
+    λ is 0 until `intensity` says otherwise. Where the head of one end is tied to its embedding and that of the other is
+    not, the head gets a weight of its own: the tied end's is a copy of its embedding, until the patch is taken off.
 
     Args:
         instruct_model: a causal language model, λ=0.
@@ -72,7 +75,11 @@ def patch_model(
             raise TypeError(f"{name} must be a transformers model, got {type(model).__name__}")
         if hasattr(model, "dami_patch"):
             raise TypeError(f"{name} must not be patched already: call dami.unpatch_model first")
+        refuse_adapters(model, "patch_model", f"merge it into {name}, or put it on the patched model")
     mismatches = config_mismatches(instruct_model.config, thinking_model.config)
+    mismatches = [
+        line for line in mismatches if not line.startswith(f"config.{TIES}:")
+    ]  # the heads are looked at below
     if type(instruct_model) is type(thinking_model):  # nothing compares otherwise
         mismatches += tensor_mismatches(headers_of(instruct_model), headers_of(thinking_model))
     else:
@@ -84,14 +91,57 @@ def patch_model(
             for name, first in firsts.items()
             if name != first and not torch.equal(thinking[name], thinking[first])
         ]
+        heads = [line for line in mismatches if line.partition(":")[0] == _head_name(instruct_model)]
+        mismatches = [line for line in mismatches if line not in heads]
     if mismatches:
         raise ValueError("\n  ".join(["instruct_model and thinking_model do not match:", *mismatches]))
-    return interpolate(
-        instruct_model,
-        ((name, thinking[name]) for name, first in firsts.items() if name == first),
-        format,
-        invariant=invariant,
-    )
+    shared = _untie(instruct_model) if heads else None
+    try:
+        own = {name for name, first in first_names(thinking_model).items() if name == first}
+        ends = (  # a copy of what only the thinking end shares, for transformers saves what is shared but once
+            (name, thinking[name] if name in own else thinking[name].clone())
+            for name, first in first_names(instruct_model).items()
+            if name == first
+        )
+        model = interpolate(instruct_model, ends, format, invariant=invariant)
+    except BaseException:
+        if shared is not None:
+            _tie(instruct_model, shared)
+        raise
+    model.dami_patch.shared = shared  # type: ignore[union-attr]
+    if (
+        _head_name(model) is not None
+        and model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    ):
+        setattr(model.config.get_text_config(), TIES, False)  # where a checkpoint's own head has overruled its config
+    return model
+
+
+def _head_name(model: PreTrainedModel) -> str | None:
+    """The name of the weight of a model's head."""
+    head = model.get_output_embeddings()
+    return next((f"{name}.weight" for name, module in model.named_modules() if module is head), None)
+
+
+def _untie(model: PreTrainedModel) -> nn.Parameter:
+    """Gives the head of a model a weight of its own, a copy, and returns the one it shared."""
+    head = model.get_output_embeddings()
+    shared = head.weight
+    head.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+    _note_ties(model, False)
+    return shared
+
+
+def _tie(model: PreTrainedModel, shared: nn.Parameter) -> None:
+    """Takes back `_untie`."""
+    model.get_output_embeddings().weight = shared
+    _note_ties(model, True)
+
+
+def _note_ties(model: PreTrainedModel, tied: bool) -> None:
+    setattr(model.config.get_text_config(), TIES, tied)
+    setattr(model.config, TIES, tied)
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -120,6 +170,8 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
         quantizer.remove_quantization_config(model)
     if patch.head is not None:
         patch.head.remove()
+    if patch.shared is not None:
+        _tie(model, patch.shared)
     del model.dami_patch
     reclass(model, patch.original)
     return model

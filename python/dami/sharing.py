@@ -18,6 +18,7 @@ from dami.estimators.storage import FOLDER, Stored
 from dami.files import written_whole
 from dami.layers import LerpModule
 from dami.model_card import write_merged_card, write_model_card
+from dami.on_top import refuse_adapters
 from dami.patching import describe
 from dami.quantizer import METHOD, PairConfig, by_pattern
 
@@ -67,6 +68,11 @@ def save(
     model: Any, directory: str | Path, save_pretrained: Callable[..., None], push_to_hub: bool = False, **options: Any
 ) -> None:
     """`save_pretrained` of a patched model: the original's, and a config that says what is stored, and a model card."""
+    refuse_adapters(
+        model,
+        "save_pretrained of a pair",
+        "save the adapter with PEFT's own save_pretrained, then take it off, unload()",
+    )
     if push_to_hub:
         raise ValueError("push_to_hub must be False for a patched model: call model.push_to_hub(repo_id)")
     config, before = config_of(model), getattr(model.config, "quantization_config", None)
@@ -151,6 +157,7 @@ def materialize(model: PreTrainedModel, intensity: float) -> PreTrainedModel:
         TypeError, ValueError: the model is not patched or is offloaded, or `intensity` is not one finite number.
     """
     patch = patch_of(model)
+    refuse_adapters(model, "materialize", "take it off, unload(), and put it on the copy, as it is the same at every λ")
     lam = one_lam(named(model, intensity))
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise ValueError("model must be on devices to make a merged copy, not offloaded")

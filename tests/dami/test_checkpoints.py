@@ -109,7 +109,7 @@ def test_tied_heads_may_be_stored_or_not_and_base_models_without_their_prefix(tm
         for name in list(tensors):
             tensors[name.removeprefix("transformer.")] = tensors.pop(name)
         tensors["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)  # a mask, once stored
-        tensors["lm_head.weight"] = torch.zeros_like(tensors["wte.weight"])  # of an older day: the tie decides
+        tensors["lm_head.weight"] = tensors["wte.weight"].clone()
 
     edit_tensors(paths[1], as_first_published)
     model, _ = dami.load_pair(*paths)
@@ -117,6 +117,26 @@ def test_tied_heads_may_be_stored_or_not_and_base_models_without_their_prefix(tm
     assert torch.equal(
         model(**inputs, intensity=LAM).logits, dami.patch_model(instruct, thinking)(**inputs, intensity=LAM).logits
     )
+
+
+@pytest.mark.parametrize("end", [0, 1], ids=["instruct", "thinking"])
+@pytest.mark.parametrize("config", ["tied", "untied"])
+@torch.no_grad()
+def test_a_head_of_its_own_beside_a_tied_one(end: int, config: str, tmp_path: Path) -> None:
+    """Loaded and packed, whether its config says so or only its files, which is what transformers goes by."""
+    models = pair("qwen3")
+    paths = [save(model, tmp_path / str(i)) for i, model in enumerate(models)]
+    own = models[end].lm_head.weight + 0.1 * torch.randn_like(models[end].lm_head.weight)
+    edit_tensors(paths[end], lambda tensors: tensors.update({"lm_head.weight": own}))
+    if config == "untied":
+        edit_config(paths[end], tie_word_embeddings=False)
+    models[end].lm_head.weight = torch.nn.Parameter(own)
+    inputs = batch("left")
+    packed = dami.pack(*paths, tmp_path / "packed", "pair")
+    for model in (dami.load_pair(*paths)[0], dami.load_pair(packed)[0]):
+        for lam, plain in enumerate(models):
+            logits = model(**inputs, intensity=float(lam)).logits
+            torch.testing.assert_close(logits, plain(**inputs).logits, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import dami
@@ -105,17 +106,49 @@ def test_another_architecture_is_named_alone() -> None:
     ]
 
 
-def test_what_is_tied_in_one_end_only() -> None:
-    model, thinking = pair("qwen3")
-    thinking.lm_head.weight = nn.Parameter(thinking.lm_head.weight + 1)
+def test_what_else_is_tied_in_the_instruct_end_only() -> None:
+    model, thinking = pair("llama")
+    model.model.layers[0].mlp.up_proj.weight = model.model.layers[0].mlp.gate_proj.weight
     assert refused(model, thinking, ValueError)[1:] == [
-        "lm_head.weight: tied to model.embed_tokens.weight in the instruct end only"
+        "model.layers.0.mlp.up_proj.weight: tied to model.layers.0.mlp.gate_proj.weight in the instruct end only"
     ]
-    inputs = batch("left")
-    thinking, model = pair("qwen3")
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() + 1)
-    wanted = thinking(**inputs).logits
-    torch.testing.assert_close(dami.patch_model(model, thinking)(**inputs, intensity=1.0).logits, wanted)
+
+
+def untied(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with a head of its own."""
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() + 0.1 * torch.randn_like(model.lm_head.weight))
+    model.config.tie_word_embeddings = False
+    return model
+
+
+@pytest.mark.parametrize("end", [0, 1], ids=["instruct", "thinking"])
+@torch.no_grad()
+def test_a_head_may_be_tied_in_one_end_only(end: int, tmp_path: Path) -> None:
+    """The tied end's is then its embedding: patched, saved and loaded; and tied again when the patch is off."""
+    ends = pair("qwen3")
+    untied(ends[end])
+    inputs, names = batch("left"), sorted(ends[0].state_dict())
+    expected = [model(**inputs).logits for model in copy.deepcopy(ends)]
+    model, embedding = ends[0], ends[0].model.embed_tokens.weight
+    dami.patch_model(*ends)
+    packed = dami.save_pair(model, tmp_path / "packed")
+    for pair_ in (model, dami.load_pair(packed)[0], dami.twin(model)):
+        for lam in (0.0, 1.0):
+            torch.testing.assert_close(pair_(**inputs, intensity=lam).logits, expected[int(lam)], rtol=1e-4, atol=1e-4)
+        assert pair_.config.tie_word_embeddings is False
+        torch.testing.assert_close(dami.materialize(pair_, 1)(**inputs).logits, expected[1], rtol=1e-4, atol=1e-4)
+    dami.unpatch_model(model)
+    assert (model.lm_head.weight is embedding) == (end == 1) == model.config.tie_word_embeddings
+    assert sorted(model.state_dict()) == names
+    torch.testing.assert_close(model(**inputs).logits, expected[0])
+
+
+def test_a_head_is_tied_again_where_patching_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, thinking = pair("qwen3")
+    monkeypatch.setattr("dami.patching.FLOAT_DTYPES", ())
+    assert "cannot be interpolated" in refused(model, untied(thinking), ValueError)[0]
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings is True
 
 
 def test_not_two_models() -> None:

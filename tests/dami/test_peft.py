@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import dami
@@ -82,6 +83,8 @@ def test_an_adapter_can_be_trained_and_taken_off(model: PreTrainedModel) -> None
             "the adapter 'default' uses use_dora=True; known to leave the weights alone",
         ),
         (lambda: peft.LoraConfig(init_lora_weights="pissa", **LORA), "uses init_lora_weights='pissa'; known"),
+        (lambda: peft.LoraConfig(bias="all", **LORA), "uses bias='all'"),
+        (lambda: peft.LoraConfig(modules_to_save=["norm"], **LORA), r"uses modules_to_save=\['norm'\]"),
         (lambda: peft.LoraConfig(trainable_token_indices=[1], **LORA), r"uses trainable_token_indices=\[1\]"),
         (lambda: peft.LoHaConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]), "uses LOHA; known"),
     ],
@@ -95,12 +98,62 @@ def test_an_adapter_that_needs_the_weights_is_refused(model: PreTrainedModel, co
 
 
 @torch.no_grad()
-def test_a_merged_adapter_is_refused(model: PreTrainedModel) -> None:
+def test_an_adapter_is_not_merged_into_one_end(model: PreTrainedModel) -> None:
+    """Nor is anything changed by the attempt; a layer that was merged by hand is told of."""
     ours, inputs = adapted(model, ADAPTERS["lora"]()), prompts()
     wanted = ours(**inputs, intensity=0.5).logits
-    ours.merge_adapter()
+    for merge in (ours.merge_and_unload, ours.merge_adapter):
+        with pytest.raises(ValueError, match="an adapter cannot be merged into a patched model: it would be in the"):
+            merge()
+    assert torch.equal(ours(**inputs, intensity=0.5).logits, wanted)
+    layers = [module for module in ours.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    for layer in layers:
+        layer.merge()
     for run in (ours, ours.generate):
         with pytest.raises(ValueError, match="the adapter 'default' is merged into the instruct end only"):
             run(**inputs)
     ours.unmerge_adapter()
     torch.testing.assert_close(ours(**inputs, intensity=0.5).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_plain_model_is_merged_as_ever(model: PreTrainedModel) -> None:
+    """What keeps PEFT from merging into a pair leaves all others alone."""
+    adapted(model, ADAPTERS["lora"]())
+    plain = adapted(pair("qwen3")[0], ADAPTERS["lora"]())
+    inputs = prompts()
+    wanted = plain(**inputs).logits
+    torch.testing.assert_close(plain.merge_and_unload()(**inputs).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("injected", [False, True], ids=["on top", "injected"])
+def test_what_would_lose_an_adapter_is_refused(model: PreTrainedModel, injected: bool, tmp_path: Path) -> None:
+    """By every way to put one on; without it all is as before."""
+    inputs = prompts()
+    wanted = model(**inputs, intensity=1.0).logits
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, **LORA)
+    on_top = peft.inject_adapter_in_model(config, model) if injected else peft.get_peft_model(model, config)
+    for run, what in (
+        (lambda: dami.save_pair(model, tmp_path / "pair"), "save_pretrained of a pair"),
+        (lambda: model.save_pretrained(tmp_path / "pair"), "save_pretrained of a pair"),
+        (lambda: dami.materialize(model, 0.5), "materialize"),
+    ):
+        with pytest.raises(ValueError, match=rf"{what} takes a model without PEFT adapters, got one on \S*q_proj and"):
+            run()
+    assert not (tmp_path / "pair").exists()
+    if not injected:
+        on_top.save_pretrained(tmp_path / "adapter")
+        again = peft.PeftModel.from_pretrained(dami.patch_model(*pair("qwen3")), tmp_path / "adapter")
+        torch.testing.assert_close(again(**inputs).logits, on_top(**inputs).logits)
+        assert torch.equal(on_top.unload()(**inputs, intensity=1.0).logits, wanted)
+        copied = dami.materialize(model, 1.0)
+        torch.testing.assert_close(copied(**inputs).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapted_end_is_refused() -> None:
+    for end in (0, 1):
+        ends = pair("qwen3")
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"], **LORA), ends[end])
+        with pytest.raises(ValueError, match=r"patch_model takes a model without PEFT adapters, .* merge it into"):
+            dami.patch_model(*ends)

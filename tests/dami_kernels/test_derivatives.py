@@ -208,3 +208,18 @@ def test_ends_with_a_tangent_are_refused() -> None:
     x = torch.randn(ROWS, K)
     with pytest.raises(ValueError, match="weight has a tangent, but the ends are frozen: differentiate along x and"):
         jvp(lambda base: lerp_linear(x, LerpWeight.pack(base, target), LAM), (base,), (target,))
+
+
+def test_meta_tensors_are_not_packed_into_codes() -> None:
+    end = torch.empty(N, K, device="meta")
+    with pytest.raises(
+        ValueError, match="base and target must hold values to be stored as 'int4', got tensors on meta"
+    ):
+        LerpWeight.pack(end, end, "int4")
+
+
+def test_a_weight_of_another_dtype_is_refused() -> None:
+    end = torch.zeros(N, K, dtype=torch.float64)
+    weight = LerpWeight((end, end), "pair", end.shape, end.dtype)
+    with pytest.raises(TypeError, match=r"weight must be of float32, bfloat16 or float16, got torch\.float64"):
+        lerp_linear(torch.zeros(ROWS, K, dtype=torch.float64), weight, LAM)

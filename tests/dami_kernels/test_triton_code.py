@@ -135,6 +135,16 @@ def test_float32_is_not_rounded_to_tf32(arch: str) -> None:
 
 
 @pytest.mark.parametrize("M", [DECODE, PREFILL])
+def test_float32_sums_every_step_by_itself(M: int) -> None:
+    """The compiler likes to fold zeros + a sum into one chain over all of K, whose error grows with K."""
+    code = compile_linear("sm_90", M, dtype=torch.float32)[0].asm["ttgir"]
+    zeros = set(re.findall(r"(%\w+) = arith.constant dense<0.0+e\+00>", code))
+    sums = re.findall(r"tt\.dot %\w+, %\w+, (%\w+)", code)
+    assert sums
+    assert set(sums) <= zeros
+
+
+@pytest.mark.parametrize("M", [DECODE, PREFILL])
 def test_codes_in_float32_are_not_rounded_to_tf32(M: int) -> None:
     """On sm_100, where Triton would do so with 4 or 8 warps."""
     launched = compile_linear("sm_100", M, dtype=torch.float32, format="int8")

@@ -106,6 +106,48 @@ def test_every_kind_of_tile(
         assert_as_accurate(y[tile], oracle[tile], plain[tile])
 
 
+def fused(a: Any, b: Any, d: Any) -> Any:
+    """a · b + d in float32 as a GPU's cores compute it: one fused multiply-add after the other, for each element."""
+    d = d.copy()
+    for k in range(a.shape[1]):
+        d = (a[:, k, None].astype(np.float64) * b[k] + d).astype(np.float32)
+    return d
+
+
+@pytest.mark.parametrize("use_blend", [False, True], ids=["two accumulators", "blend"])
+@pytest.mark.parametrize("format", ["pair", "int8"])
+def test_float32_is_as_accurate_over_a_long_k(
+    linear: Kernel, monkeypatch: pytest.MonkeyPatch, format: str, use_blend: bool
+) -> None:
+    """However long K is: products in one chain would err with its root, twelve times as much as a step of 32 does."""
+    if INTERPRETED:
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+        def dot(_: Any, a: Any, b: Any, d: Any, *__: Any) -> Any:
+            return TensorHandle(fused(a.data, b.data, d.data), d.dtype.scalar)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+    M, N, K = 3, 16, 4864
+    x, both = torch.randn(M, K, device=DEVICE), ends(N, K, dtype=torch.float32)
+    weight = LerpWeight.pack(*both, format)
+    for lam in (torch.zeros(M), torch.full((M,), 0.3), torch.rand(M)):
+        lam = lam.to(DEVICE)
+        y = linear(config(use_blend=use_blend), x, list(weight.tensors), [], lam, format)
+        unpacked = [end.float() for end in weight.unpack()]
+        oracle = reference.lerp_linear(x, tuple(unpacked), lam)
+        error = (y - oracle).square().mean().sqrt() / oracle.square().mean().sqrt()
+        # A chain of 32 products errs by √(32/2) roundings, 2⁻²⁴/√3 each, at most; then there is the blend's.
+        assert error < 1.5 * (32 / 2) ** 0.5 * 2**-24 / 3**0.5 + 2**-23
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+def test_float32_overflows_to_infinity(linear: Kernel) -> None:
+    """And not to the NaN that its carry then is."""
+    x, end = torch.full((2, 96), 1e30, device=DEVICE), torch.full((16, 96), 1e30, device=DEVICE)
+    y = linear(config(), x, [end, end], [], torch.zeros(2, device=DEVICE))
+    assert (y == torch.inf).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_a_blended_tile_equals_the_merged_weight(linear: Kernel, dtype: torch.dtype) -> None:
     """Bit for bit at λ = 1/4, where float32 holds the blend exactly; two accumulators give other bits.
