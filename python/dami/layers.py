@@ -74,6 +74,15 @@ class Pass:
         finally:
             self.ordered = True
 
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """For a while it is no matter that a module is called outside a pass: it reads its parameters at λ."""
+        before, self.sequences = self.sequences, self.sequences or 0
+        try:
+            yield
+        finally:
+            self.sequences = before
+
     def counts(self, rows: int) -> bool:
         """Whether a dimension of this size can be the batch: one sequence, token, or part of a token after another."""
         return self.ordered and (
@@ -362,7 +371,8 @@ class LerpRMSNorm(LerpModule):
             return None
         generator = torch.Generator().manual_seed(0)
         w = torch.randn(weight.shape, generator=generator).to(weight.device)
-        epsilons = [value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1]
+        numbers = [v for v in vars(module).values() if isinstance(v, (int, float)) and not isinstance(v, bool)]
+        epsilons = [float(number) for number in numbers if 0 < number < float("inf")]
         for eps in (*epsilons, torch.finfo(torch.float32).eps):  # the last is torch's own where it is given none
             # as large as eps makes it: the mean square and eps weigh the same
             x = torch.randn(3, *weight.shape, generator=generator).to(weight.device) * eps**0.5
@@ -377,6 +387,9 @@ class LerpRMSNorm(LerpModule):
         return None
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self.tensor("weight").dtype:  # a float32 residual: each spelling has its own dtype for the result
+            with self.lerp.running.entered():
+                return super().forward(x)
         x, rows = self.rows(x)
         return lerp_rms_norm(x, self.ends("weight"), **self.lerp.settings, **rows)
 

@@ -12,14 +12,23 @@ import torch
 from dami.layers import LerpRMSNorm, kind_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    FalconMambaConfig,
+    Mamba2Config,
+    MambaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+)
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
+from tests.dami import architectures
 from tests.dami.families import batch, merged, pair, references
+from tests.tolerance import assert_as_accurate
 
 
 class Cosine(nn.Module):
@@ -53,6 +62,9 @@ class Gate(nn.Module):
         (Gemma3RMSNorm(16, eps=1e-6), 1e-6, 1.0),
         (T5LayerNorm(16, eps=1e-3), 1e-3, 0.0),
         (nn.RMSNorm(16, eps=1e-4), 1e-4, 0.0),
+        (nn.RMSNorm(16, eps=1.0), 1.0, 0.0),
+        (LlamaRMSNorm(16, eps=7), 7.0, 0.0),
+        (Gemma3RMSNorm(16, eps=2.5), 2.5, 1.0),
         (nn.RMSNorm(16), torch.finfo(torch.float32).eps, 0.0),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
@@ -204,6 +216,48 @@ def test_modules_under_accelerate_hooks_are_patched_and_restored() -> None:
         torch.testing.assert_close(model(**inputs, intensity=lam).logits, references("gemma3", lam)[0](**inputs).logits)
     dami.unpatch_model(model)
     torch.testing.assert_close(model(**inputs).logits, references("gemma3", 0.0)[0](**inputs).logits)
+
+
+@pytest.mark.parametrize("config", [MambaConfig, Mamba2Config, FalconMambaConfig])
+@torch.no_grad()
+def test_a_norm_over_a_float32_residual(config: type[PreTrainedConfig]) -> None:
+    lams, ids = [0.0, 0.37, 1.0, 1.2], torch.randint(4, architectures.VOCABULARY, (4, 7))
+    ends = architectures.pair(config)
+    oracles = [architectures.merged(*ends, lam).double() for lam in lams]
+    ends = tuple(end.bfloat16() for end in ends)
+    plain = [architectures.merged(*ends, lam)(ids).logits for lam in lams]
+    model = dami.patch_model(*ends)
+    logits = model(ids, intensity=lams).logits
+    assert logits.dtype == plain[0].dtype
+    for row, oracle in enumerate(oracles):
+        # the whole model's error, which is mostly that of the ends in bfloat16
+        assert_as_accurate(logits[row], oracle(ids).logits[row], plain[row][row], factor=1.5)
+        one = model(ids, intensity=lams[row]).logits[row]
+        assert_as_accurate(one, oracle(ids).logits[row], plain[row][row], factor=1.5)
+
+
+@pytest.mark.parametrize("inside", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", [LlamaRMSNorm, Gemma3RMSNorm, T5LayerNorm, nn.RMSNorm])
+@torch.no_grad()
+def test_a_norm_of_another_dtype_than_its_input_is_what_it_was(norm: type[nn.Module], inside: torch.dtype) -> None:
+    outside = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[inside]
+    ends = pair("llama")
+    for end in ends:
+        end.model.norm = norm(24, eps=1e-3)
+        for parameter in end.model.norm.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    x = torch.randn(4, 7, 24, dtype=outside)
+    plain = [merged(*ends, lam, torch.float32).model.norm.to(inside)(x) for lam in (0.0, 0.37, 1.0, 1.2)]
+    for end in ends:
+        end.model.norm.to(inside)
+    model = dami.patch_model(*ends)
+    for lam in ([0.0, 0.37, 1.0, 1.2], 0.37):
+        with dami.intensity(model, lam):
+            y = model.model.norm(x)
+        assert y.dtype == plain[0].dtype
+        for row in range(4):
+            expected = plain[row] if isinstance(lam, list) else plain[1]
+            torch.testing.assert_close(y[row], expected[row], rtol=2e-2, atol=2e-2)
 
 
 @torch.no_grad()
