@@ -18,9 +18,7 @@ from dami_kernels.installation import AGAIN
 try:
     _C = importlib.import_module("dami_kernels._C")
 except ImportError as error:
-    WHY_NOT: str | None = (
-        f"the compiled part is missing ({error}): install a C++ compiler, then {AGAIN}"
-    )
+    WHY_NOT: str | None = f"the compiled part is missing ({error}): install a C++ compiler, then {AGAIN}"
 else:
     WHY_NOT = None
     _TYPES = {torch.float32: _C.Type.f32, torch.bfloat16: _C.Type.bf16, torch.float16: _C.Type.f16}
