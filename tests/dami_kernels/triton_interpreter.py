@@ -76,7 +76,7 @@ def _call(function: InterpretedFunction, *args: Any, **options: Any) -> Any:
 
 
 def _block_type(block: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
-    """Makes a type of a few that come again and again: half of the interpreter's time went into making them."""
+    """Makes a type of a few that come again and again: a third of the interpreter's time went into making them."""
     key = (element_ty.name, *(tl.core._unwrap_if_constexpr(size) for size in shape))
     if key not in _types:
         _plain_block_type(block, element_ty, shape)
