@@ -253,7 +253,9 @@ def test_opcheck_of_linears() -> None:
 
 def test_linears_of_low_rank() -> None:
     base = torch.randn(2, N, K)
-    weights = [LerpWeight.pack(end, end + torch.outer(torch.randn(N), torch.randn(K)), "lowrank") for end in base]
+    update = torch.randn(2, N, 1).double() @ torch.randn(2, 1, K).double()
+    target = (base + update).float()  # rounded once: what is rounded twice has no low rank
+    weights = [LerpWeight.pack(*ends, "lowrank") for ends in zip(base, target, strict=True)]
     x, lam = torch.randn(BATCH, K), torch.rand(BATCH)
     for y, weight in zip(lerp_linears(x, weights, lam), weights, strict=True):
         torch.testing.assert_close(y, lerp_linear(x, weight, lam))
