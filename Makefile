@@ -27,7 +27,7 @@ demo: $(VENV)/.package ## Set up, then see the idea work: two minutes
 # ends its process is told once, and not tried again in a new one. The style is checked meanwhile, and told at the end.
 test: $(VENV)/.test ## Check the style and run the tests; ARGS="-k linear" chooses, ARGS="-m slow" runs the long ones
 	@($(LINT)) > $(VENV)/lint.log 2>&1 & lint=$$!; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(ARGS); tests=$$?; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(ARGS); tests=$$?; \
 	wait $$lint; style=$$?; cat $(VENV)/lint.log; exit $$((tests ? tests : style))
 
 test-serving: .venv-serving-$(VLLM)/.test ## Run the tests of the vLLM plugin, VLLM=0.33 on that version

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -24,7 +25,13 @@ def _seeded_and_poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+# Of files of few tests those that take longest. They begin first, lest one process end with them while the other waits.
+LONG = {"test_triton.py", "test_triton_code.py", "test_triton_experts_code.py", "test_cuda_code.py", "test_study.py"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in LONG, -tests[item.path]))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

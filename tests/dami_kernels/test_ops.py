@@ -21,7 +21,7 @@ from dami_kernels import (
     lerp_rms_norm,
     reference,
 )
-from tests.tolerance import assert_as_accurate
+from tests.tolerance import assert_as_accurate, factor_for
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BATCH, LENGTH, K, N = 5, 3, 67, 45
@@ -193,7 +193,7 @@ def test_gradients(name: str, bias: bool, dtype: torch.dtype, ragged: bool) -> N
     for grad, expected, own in zip(
         gradients(lerp, case.x), gradients(oracle, exact), gradients(plain, case.x), strict=True
     ):
-        assert_as_accurate(grad, expected.double(), own)
+        assert_as_accurate(grad, expected.double(), own, factor_for(grad.numel()))
 
 
 @settings(deadline=None, max_examples=40)
@@ -242,7 +242,7 @@ def test_linears_are_linear_several_times(dtype: torch.dtype, bias: bool) -> Non
     ends = [[F.linear(x, w.tensors[i], b.tensors[i] if b else None).float() for i in (0, 1)] for w, b in operands]
     plain = [torch.lerp(*both, lam.view(-1, 1, 1)).to(dtype) for both in ends]
     for grad, right, own in zip(gradients(x, list(ys)), gradients(exact_x, oracle), gradients(x, plain), strict=True):
-        assert_as_accurate(grad, right.double(), own)
+        assert_as_accurate(grad, right.double(), own, factor_for(grad.numel()))
 
 
 def test_opcheck_of_linears() -> None:
@@ -253,7 +253,9 @@ def test_opcheck_of_linears() -> None:
 
 def test_linears_of_low_rank() -> None:
     base = torch.randn(2, N, K)
-    weights = [LerpWeight.pack(end, end + torch.outer(torch.randn(N), torch.randn(K)), "lowrank") for end in base]
+    update = torch.randn(2, N, 1).double() @ torch.randn(2, 1, K).double()
+    target = (base + update).float()  # rounded once: what is rounded twice has no low rank
+    weights = [LerpWeight.pack(*ends, "lowrank") for ends in zip(base, target, strict=True)]
     x, lam = torch.randn(BATCH, K), torch.rand(BATCH)
     for y, weight in zip(lerp_linears(x, weights, lam), weights, strict=True):
         torch.testing.assert_close(y, lerp_linear(x, weight, lam))

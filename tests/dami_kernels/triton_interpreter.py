@@ -75,6 +75,26 @@ def _call(function: InterpretedFunction, *args: Any, **options: Any) -> Any:
     return function.rewrite()(*args, **options)
 
 
+def _block_type(block: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
+    """Makes a type of a few that come again and again: a third of the interpreter's time went into making them."""
+    key = (element_ty.name, *(tl.core._unwrap_if_constexpr(size) for size in shape))
+    if key not in _types:
+        _plain_block_type(block, element_ty, shape)
+        _types[key] = vars(block) | {"constants": tl.tuple([tl.constexpr(size) for size in block.shape])}
+    vars(block).update(_types[key])
+
+
+def _tensor(tensor: tl.tensor, handle: TensorHandle, type: tl.dtype) -> None:
+    """Makes a tensor, whose shape comes with its type."""
+    if not type.is_block():
+        return _plain_tensor(tensor, handle, type)
+    tensor.handle, tensor.type, tensor.dtype = handle, type, type.scalar
+    tensor.shape, tensor.numel = type.constants, tl.constexpr(type.numel)
+
+
+_types: dict[Any, dict[str, Any]] = {}
+_plain_block_type, tl.block_type.__init__ = tl.block_type.__init__, _block_type
+_plain_tensor, tl.tensor.__init__ = tl.tensor.__init__, _tensor
 _patched: set[str] = set()
 InterpretedFunction.__call__ = _call
 _plain_cast, InterpreterBuilder.cast_impl = InterpreterBuilder.cast_impl, _cast
