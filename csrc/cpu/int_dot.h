@@ -81,9 +81,11 @@ struct IntBlocks {
     kept.store(energy[1]);
     for (float lane : energy[0]) sum_lost += lane;
     for (float lane : energy[1]) sum_kept += lane;
-    const bool exact = !(sum_lost > 0x1p-26f * sum_kept);
-    store_digit(whole, power * 0x1p-14f + nothing, exact ? 0 : power * 0x1p-29f, to);
-    if (exact) {
+    // At most 2⁻¹², a third of the root mean square that rounding a weight or a result to bfloat16 has, of what remains where
+    // an outlier, whose weights may all be 0, counts as an eighth of the largest.
+    const bool enough = !(sum_lost > 0x1p-24f * sum_kept);
+    store_digit(whole, power * 0x1p-14f + nothing, enough ? 0 : power * 0x1p-29f, to);
+    if (enough) {
       std::memset(to + digit - head, 0, digit * sizeof(X));
     } else {
       for (int64_t i = 0; i < block; i += V::W) (V::load(rest + i) * V::set1(0x1p15f)).store(whole + i);

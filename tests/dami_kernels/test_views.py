@@ -72,7 +72,7 @@ def packed(*shape: int, dtype: torch.dtype, format: str = "pair") -> LerpWeight:
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     operator=st.sampled_from(OPERATORS),
-    format=st.sampled_from(FORMATS),
+    format=st.sampled_from(FORMATS[:4]),  # of low rank are plain products of the library, which sums views as it likes
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     k=st.sampled_from([1, 9, 64, 70, 128, 192, 600]),
     rows=st.sampled_from([1, 3, 20]),
@@ -91,7 +91,6 @@ def test_views_give_the_bits_of_their_copies(
     if operator in ("rms_norm", "layer_norm"):
         format, weights = "pair", [packed(k, dtype=dtype), packed(k, dtype=dtype)]
     elif operator == "experts":
-        format = "int8" if format == "lowrank" else format
         weights = [packed(experts, n, k, dtype=dtype, format=format), packed(experts, n, dtype=dtype)]
     else:
         weights = [
@@ -128,10 +127,7 @@ def test_views_give_the_bits_of_their_copies(
         view(ids, draw),
         view(offsets, draw),
     )
-    if format == "lowrank":  # plain products of the library, which sums views as it likes
-        torch.testing.assert_close(strided, expected)
-    else:
-        assert torch.equal(strided, expected)
+    assert torch.equal(strided, expected)
 
 
 def test_a_column_of_a_map_is_a_map() -> None:
