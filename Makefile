@@ -10,7 +10,7 @@ OUT    ?= benchmarks/results
 
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
-LINT    := $(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy
+LINT    := $(BIN)/ruff check && $(BIN)/ruff format --check && PYTHONPATH=.:python $(BIN)/lint-imports && $(BIN)/mypy
 CUDA     = $(if $(shell command -v nvcc),There is nvcc: those for GPUs take minutes; DAMI_CUDA=0 leaves them out.)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 

@@ -24,15 +24,16 @@ from typing import Any
 import dami
 import numpy as np
 import torch
-from dami.checkpoints import example_pair
-from dami.dial import patch_of
+from dami.dial.patch import patch_of
 from dami.estimators.confidence import ConfidenceEstimator, ConfidenceRouter, signals
 from dami.estimators.preference import PreferenceEstimator, fit
-from dami.estimators.training import features_of
 from dami.evaluation import Frontier, load_task, sweep
 from dami.evaluation.policies import at_random, auroc, play
 from dami.evaluation.sweeps import read_records
 from dami.evaluation.tasks import Task
+from dami.evaluation.training import features_of
+from dami.generation.pieces import generate_in_pieces
+from dami.loading.load import example_pair
 from rich.progress import Progress
 
 from benchmarks.machine import commit
@@ -178,7 +179,7 @@ def overhead(
             start = time.perf_counter()
             lams = estimator.estimate(subject.model, batch).tolist()
             middle = time.perf_counter()
-            dami.decoding.generate_in_pieces(subject.model, batch, lams, **subject.options)
+            generate_in_pieces(subject.model, batch, lams, **subject.options)
             ratios.append((middle - start) / (time.perf_counter() - middle))
         shares[f"time of the estimate over that of the answers: {name}"] = float(np.median(ratios))
     return shares

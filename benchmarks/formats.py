@@ -18,8 +18,9 @@ import dami
 import torch
 import torch.nn.functional as F
 from dami.chat import encode
-from dami.checkpoints import Checkpoint, example_pair
 from dami.evaluation import Frontier, load_task, sweep
+from dami.loading.checkpoint import Checkpoint
+from dami.loading.load import example_pair
 from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel

@@ -34,7 +34,7 @@ MODELS = {"Qwen3-0.6B": (28, 1024, 3072, 16), "Qwen3-4B": (36, 2560, 9728, 32)}
 WAYS = ("pack", "two models", "two checkpoints", "packed pair")
 
 TIMED = """
-import json, re, sys, threading, time, torch, dami, dami.packing
+import json, re, sys, threading, time, torch, dami, dami.loading.packing
 from transformers import AutoModelForCausalLM as Auto
 def memory():
     status = open("/proc/self/status").read()

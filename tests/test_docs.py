@@ -70,7 +70,7 @@ def fault(words: list[str]) -> str | None:
         if chosen is not None and not passes_on:
             try:
                 chosen.make_context(chosen.name, list(rest[1:])).close()
-            except cli.ClickException as error:
+            except cli.base.ClickException as error:
                 return None if "does not exist" in error.format_message() else error.format_message()
         return None
     if program == "make":

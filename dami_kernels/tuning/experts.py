@@ -6,8 +6,9 @@ from functools import lru_cache
 
 import torch
 
+from dami_kernels.tuning.config import LinearConfig
 from dami_kernels.tuning.device import Device
-from dami_kernels.tuning.linear import LinearConfig, linear_config
+from dami_kernels.tuning.linear import linear_config
 
 
 @lru_cache(1 << 14)

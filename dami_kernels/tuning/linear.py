@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 
+from dami_kernels.tuning.config import LinearConfig
 from dami_kernels.tuning.device import Device
 from dami_kernels.tuning.tables import load_table, nearest
 
@@ -15,28 +16,6 @@ from dami_kernels.tuning.tables import load_table, nearest
 # read more of x from the L2 cache than of the weights from memory; two accumulators of 128 rows leave room for 64.
 _TILES_16_BIT = {16: ((64, 128), (32, 128), (16, 256)), 32: ((64, 128), (32, 128)), 64: ((64, 64),), 128: ((64, 64),)}
 _TILES_FLOAT32 = {16: ((64, 32), (32, 64), (16, 64)), 32: ((64, 16), (32, 32)), 64: ((64, 16),)}
-
-
-@dataclass(frozen=True)
-class LinearConfig:
-    """Launch parameters of the kernel of `lerp_linear`.
-
-    Attributes:
-        block_m, block_n, block_k: rows, features and inner size of a tile.
-        mixed_m: rows that a tile with several λ handles at a time, for two sums take twice the registers of one.
-        split_k: parts into which the inner size is cut; above 1 a second kernel sums their results.
-        use_blend: whether a tile of rows with one λ blends the weight, rather than keeping two accumulators.
-        num_warps, num_stages: as in Triton.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    mixed_m: int
-    split_k: int
-    use_blend: bool
-    num_warps: int
-    num_stages: int
 
 
 @lru_cache(1 << 14)  # a decode step asks some hundred times

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from dami_kernels.tuning.linear import LinearConfig
+    from dami_kernels.tuning.config import LinearConfig
 
 TABLES = Path(__file__).parent / "tables"
 LOG = logging.getLogger("dami_kernels")
@@ -54,7 +54,7 @@ def save_table(path: Path, entries: Iterable[LinearEntry]) -> None:
 @cache
 def load_table(device_name: str) -> dict[tuple[int, int, torch.dtype, str], list[LinearEntry]]:
     """The entries of a GPU's table by (N, K, dtype, format); none if it has no table. Says once which it is."""
-    from dami_kernels.tuning.linear import LinearConfig
+    from dami_kernels.tuning.config import LinearConfig
 
     path = table_path(device_name)
     table: dict[tuple[int, int, torch.dtype, str], list[LinearEntry]] = {}

@@ -17,8 +17,8 @@ from typing import Any
 
 import dami
 import torch
-from dami.estimators.training import train_estimator
 from dami.evaluation.tasks import load_task
+from dami.evaluation.training import train_estimator
 from instruct import smollm2_file
 from tqdm import tqdm
 

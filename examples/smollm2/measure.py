@@ -18,11 +18,11 @@ from typing import Any
 import dami
 import torch
 import transformers
+from dami.cli.terminal import point_table
 from dami.evaluation.frontier import Frontier
 from dami.evaluation.report import write_report
 from dami.evaluation.sweeps import Record, sweep
 from dami.evaluation.tasks import Question, load_task
-from dami.terminal import point_table
 from instruct import smollm2_file
 from rich.console import Console
 from tqdm import tqdm

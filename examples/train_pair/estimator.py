@@ -9,8 +9,8 @@ from pathlib import Path
 
 import dami
 import torch
-from dami.estimators.training import train_estimator
 from dami.evaluation import load_task
+from dami.evaluation.training import train_estimator
 from tasks import LEVELS, TASKS, draw
 from tqdm import tqdm
 

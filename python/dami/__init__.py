@@ -10,30 +10,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from dami import registration
+from dami.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from dami.checkpoints import load_pair
-    from dami.dial import intensity
-    from dami.model import attach, twin
-    from dami.packing import pack
-    from dami.patching import describe, patch_model, unpatch_model
-    from dami.sharing import materialize, save_pair
+    from dami.dial.turning import intensity
+    from dami.estimators.attach import attach
+    from dami.layers.describe import describe
+    from dami.loading.load import load_pair
+    from dami.loading.packing import pack
+    from dami.patching.model import twin
+    from dami.patching.patch import patch_model, unpatch_model
+    from dami.saving.directory import save_pair
+    from dami.saving.merging import materialize
     from dami.sources import example_pair
 
-__version__ = "0.1.0"
-
 _HOME = {
-    "attach": "model",
-    "describe": "patching",
+    "attach": "estimators.attach",
+    "describe": "layers.describe",
     "example_pair": "sources",
-    "intensity": "dial",
-    "load_pair": "checkpoints",
-    "materialize": "sharing",
-    "pack": "packing",
-    "patch_model": "patching",
-    "save_pair": "sharing",
-    "twin": "model",
-    "unpatch_model": "patching",
+    "intensity": "dial.turning",
+    "load_pair": "loading.load",
+    "materialize": "saving.merging",
+    "pack": "loading.packing",
+    "patch_model": "patching.patch",
+    "save_pair": "saving.directory",
+    "twin": "patching.model",
+    "unpatch_model": "patching.patch",
 }
 
 __all__ = [

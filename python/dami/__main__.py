@@ -1,5 +1,5 @@
 """`python -m dami` is `dami`."""
 
-from dami.cli import app
+from dami.cli.base import app
 
 app()

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dami.decoding import KNOWN, end_tokens, generate_in_pieces
+from dami.dial.choosing import resolved
+from dami.generation.pieces import KNOWN, end_tokens, generate_in_pieces
 from dami.prompts import Prompt
-from dami.schedules import resolved
 from dami.thoughts import Reader
 
 ChatTemplate = str | float | Callable[[float], str]

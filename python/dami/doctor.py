@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from torch import Tensor
 
 import dami_kernels
-from dami import __version__
+from dami.version import __version__
 from dami_kernels import LerpWeight, cuda, formats, native
 from dami_kernels.ops import library
 from dami_kernels.tuning.device import device_of

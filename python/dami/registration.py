@@ -15,9 +15,9 @@ REGISTRY = "transformers.quantizers.auto"
 
 
 def register() -> None:
-    """Registers `dami.quantizer` with transformers: now, or as soon as its registry is imported."""
+    """Registers `dami.loading.quantizer` with transformers: now, or as soon as its registry is imported."""
     if REGISTRY in sys.modules:
-        import_module("dami.quantizer")
+        import_module("dami.loading.quantizer")
     else:
         sys.meta_path.insert(0, _AfterRegistry())
 
@@ -36,7 +36,7 @@ class _AfterRegistry(MetaPathFinder):
 
             def run_and_register(module: ModuleType) -> None:
                 run(module)
-                import_module("dami.quantizer")
+                import_module("dami.loading.quantizer")
 
             loader.exec_module = run_and_register
         return spec

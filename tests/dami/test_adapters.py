@@ -10,7 +10,7 @@ from typing import Any
 import dami
 import pytest
 import torch
-from dami.adapters import Adapter
+from dami.loading.adapters import Adapter
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 

@@ -16,7 +16,7 @@ import dami
 import pytest
 import torch
 import transformers
-from dami.layers import LerpModule, own_tensors
+from dami.layers.base import LerpModule, own_tensors
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING

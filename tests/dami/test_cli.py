@@ -13,6 +13,7 @@ from pathlib import Path
 
 import dami
 import pytest
+import typer
 from dami import cli
 from typer.main import get_command
 from typer.testing import CliRunner, Result
@@ -378,9 +379,9 @@ def test_a_bad_line_is_named(line: str, message: str) -> None:
 
 
 def test_prompts_are_wanted_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
-    with pytest.raises(cli.typer.Exit):
-        cli.read_prompts([], None)
+    monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
+    with pytest.raises(typer.Exit):
+        cli.answer.read_prompts([], None)
 
 
 @pytest.mark.parametrize(

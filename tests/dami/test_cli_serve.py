@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from dami import cli
-from dami.serving import engine, listening, server
+from dami.serving import app, engine, listening
 from typer.testing import CliRunner, Result
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -18,10 +18,10 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The settings of the servers that were started."""
     settings: list[Any] = []
     monkeypatch.setattr(
-        cli, "load", lambda *_: (SimpleNamespace(dami_patch=SimpleNamespace(frontier={}, presets={})), None)
+        cli.serve, "load", lambda *_: (SimpleNamespace(dami_patch=SimpleNamespace(frontier={}, presets={})), None)
     )
     monkeypatch.setattr(engine, "Engine", lambda *_: None)
-    monkeypatch.setattr(server, "create_app", lambda engine, tokenizer, given: settings.append(given))
+    monkeypatch.setattr(app, "create_app", lambda engine, tokenizer, given: settings.append(given))
     monkeypatch.setattr(listening, "run", lambda *_: 0)
     return settings
 

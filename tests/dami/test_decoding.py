@@ -8,8 +8,8 @@ import dami
 import pytest
 import torch
 import transformers
-from dami import decoding
-from dami.decoding import generate_in_pieces
+from dami.generation import pieces as decoding
+from dami.generation.pieces import generate_in_pieces
 
 from tests.dami.families import VOCABULARY, pair
 

@@ -9,9 +9,9 @@ from typing import Any
 import dami
 import pytest
 import torch
-from dami import demo, plots, terminal
 from dami.chat import Answer, encode
-from dami.evaluation import Frontier, Question
+from dami.cli import demo, terminal
+from dami.evaluation import Frontier, Question, plots
 from dami.evaluation.frontier import Interval, Point
 from rich.console import Console
 from torch import nn

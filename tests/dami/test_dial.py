@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from dami.dial import as_lam
+from dami.dial.values import as_lam
 from dami.keywords import meant
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.models.qwen3 import modeling_qwen3

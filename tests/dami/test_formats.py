@@ -7,7 +7,7 @@ import copy
 import dami
 import pytest
 import torch
-from dami.layers import kind_of
+from dami.layers.kinds import kind_of
 from transformers import PreTrainedModel
 
 from dami_kernels import LerpWeight

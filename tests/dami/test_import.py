@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -23,3 +24,21 @@ def test_every_public_name_is_there_and_no_other() -> None:
         assert getattr(dami, name).__doc__
     with pytest.raises(AttributeError, match="module 'dami' has no attribute 'merge'"):
         dami.merge  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "row_parameter.rule",
+        "decoding.KNOWN",
+        "terminal.point_table",
+        "serving.server.Settings",
+        "serving.server.create_app",
+        "serving.server.run",
+        "estimators.Estimator",
+        "estimators.training.train_estimator",
+    ],
+)
+def test_old_names_are_there(name: str) -> None:
+    module, _, name = f"dami.{name}".rpartition(".")
+    assert getattr(importlib.import_module(module), name) is not None

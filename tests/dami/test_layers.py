@@ -9,7 +9,7 @@ from pathlib import Path
 import dami
 import pytest
 import torch
-from dami.layers import LerpRMSNorm, kind_of
+from dami.layers.kinds import LerpRMSNorm, kind_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (

@@ -11,7 +11,7 @@ from typing import Any
 import dami
 import pytest
 import torch
-from dami.patching import config_mismatches
+from dami.patching.compare import config_mismatches
 from torch import nn
 from transformers import CompileConfig, LlamaConfig, PreTrainedModel
 
@@ -145,7 +145,7 @@ def test_a_head_may_be_tied_in_one_end_only(end: int, tmp_path: Path) -> None:
 
 def test_a_head_is_tied_again_where_patching_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model, thinking = pair("qwen3")
-    monkeypatch.setattr("dami.patching.FLOAT_DTYPES", ())
+    monkeypatch.setattr("dami.patching.patch.FLOAT_DTYPES", ())
     assert "cannot be interpolated" in refused(model, untied(thinking), ValueError)[0]
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.config.tie_word_embeddings is True

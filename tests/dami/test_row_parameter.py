@@ -12,7 +12,7 @@ import dami
 import pytest
 import torch
 import torch.nn.functional as F
-from dami.row_parameter import RULES, RowParameter, rule
+from dami.layers.row_parameter import RULES, RowParameter, rule
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from transformers import GitConfig, PreTrainedModel, Qwen3ForCausalLM

@@ -10,7 +10,8 @@ import dami
 import pytest
 import torch
 from dami import schedules
-from dami.estimators import Estimator, StaticIntensity
+from dami.dial.patch import Estimator
+from dami.estimators import StaticIntensity
 from torch import Tensor
 from transformers import CompileConfig, DbrxConfig, Mamba2Config, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
 

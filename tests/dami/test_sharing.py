@@ -14,7 +14,7 @@ import dami
 import pytest
 import torch
 from dami.files import MARK
-from dami.quantizer import PairConfig, by_pattern
+from dami.saving.config import PairConfig, by_pattern
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor
@@ -248,7 +248,7 @@ def test_an_interrupted_run_leaves_no_half_made_directory(
         file.write_bytes(b"some")
 
     with monkeypatch.context() as patched:
-        patched.setattr("dami.packing.save_file", stopped)
+        patched.setattr("dami.loading.packing.save_file", stopped)
         with pytest.raises(KeyboardInterrupt):
             dami.pack(*ends, tmp_path / "packed", shard_bytes=10_000)
     assert written
@@ -354,8 +354,8 @@ class FakeApi:
 def test_a_push_carries_the_model_card_and_the_tokenizer(
     ends: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dami.sharing.HfApi", FakeApi)
-    monkeypatch.setattr("dami.checkpoints.snapshot_download", lambda name, **_: str(ends["thinking" in name]))
+    monkeypatch.setattr("dami.saving.directory.HfApi", FakeApi)
+    monkeypatch.setattr("dami.loading.load.snapshot_download", lambda name, **_: str(ends["thinking" in name]))
     for end in ends:
         (end / "README.md").write_text("---\nlicense: mit\n---\n")
     packed = dami.pack("a/instruct", "a/thinking", tmp_path / "packed")

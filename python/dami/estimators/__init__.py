@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
-
-class Estimator(Protocol):
-    """What chooses λ for the prompts of a batch."""
-
-    def estimate(self, model: Any, batch: Mapping[str, Tensor]) -> Sequence[float] | Tensor:
-        """λ of every prompt.
-
-        Args:
-            model: the patched model that is asked; it may be run, at any λ.
-            batch: the tensors that `generate` was given, by name: `input_ids` [B, T] or `inputs_embeds` [B, T, D], and
-                mostly `attention_mask` [B, T].
-
-        Returns:
-            B finite real numbers.
-        """
-        ...
+from dami.dial.patch import Estimator as Estimator
 
 
 @dataclass(frozen=True)

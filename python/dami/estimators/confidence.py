@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dami.decoding import end_tokens
+from dami.generation.pieces import end_tokens
 
 
 @dataclass(frozen=True)

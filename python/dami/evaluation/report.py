@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dami.evaluation.frontier import Frontier, Step
+from dami.evaluation.plots import color, save_curve
 from dami.evaluation.policies import play
 from dami.evaluation.sweeps import Record
 from dami.evaluation.tasks import TO_EVALUATE, Task, check_enough
 from dami.files import write_text
-from dami.plots import color, save_curve
 
 ICON = """<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>\
 <circle cx='8' cy='8' r='7' fill='rgb(59,76,192)'/><path d='M8 1a7 7 0 0 1 0 14z' fill='rgb(180,4,38)'/></svg>">"""

@@ -26,16 +26,16 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dami.chat import answers_of, encode
-from dami.decoding import generate_in_pieces
 from dami.doctor import installed, machine
 from dami.evaluation.frontier import Interval, wilson
 from dami.evaluation.path import Array, Barrier, Similarity, barrier, bootstrap, similarities
 from dami.evaluation.permutations import permute
 from dami.evaluation.sweeps import append, fingerprint, resume
 from dami.evaluation.tasks import TO_STUDY, Task, check_distinct, check_enough
-from dami.layers import LerpModule
-from dami.patching import patch_model
-from dami.sharing import materialize
+from dami.generation.pieces import generate_in_pieces
+from dami.layers.base import LerpModule
+from dami.patching.patch import patch_model
+from dami.saving.merging import materialize
 from dami.thoughts import Reader
 
 Cell = tuple[str, int | None]  # a group of modules, and the layer
@@ -160,7 +160,7 @@ def answer(
         rows: of a batch, at most; but no fewer than settings.
         seed: of the sampling, if `options` say so.
         on_batch: is told how many questions are done.
-        options: of `model.generate`, those of `dami.decoding.KNOWN`.
+        options: of `model.generate`, those of `dami.generation.pieces.KNOWN`.
     """
     count = len(task.questions)
     step = max(1, rows // len(settings))
@@ -382,7 +382,7 @@ def study(
         rows: of a batch of answers, at most; but no fewer than λ and ablations together.
         seed: of the permutations, and of the sampling if `options` say so.
         progress: is told what is being done.
-        options: of `model.generate`, those of `dami.decoding.KNOWN`.
+        options: of `model.generate`, those of `dami.generation.pieces.KNOWN`.
 
     Raises:
         ValueError: 0 or 1 is not among the λ; λ or controls are not distinct; fewer than 4 questions; a control

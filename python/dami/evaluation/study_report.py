@@ -14,10 +14,10 @@ import numpy as np
 
 from dami.evaluation.frontier import Interval
 from dami.evaluation.path import Barrier, Similarity, between_neighbours
+from dami.evaluation.plots import color
 from dami.evaluation.report import ICON, STYLE
 from dami.evaluation.study import Study, Way
 from dami.files import write_text, written_file
-from dami.plots import color
 
 CONTROL_COLORS = ("#d9822b", "#7a4fa3", "#4c8c4a", "#8c564b")
 SMALLEST = 1e-6  # distance from 1 that is drawn

@@ -18,11 +18,11 @@ from transformers.generation import ContinuousBatchingConfig
 
 import dami
 from dami.chat import end_tokens
-from dami.dial import patch_of
-from dami.schedules import resolved
-from dami.serving.batching import LerpManager, Step, padded
+from dami.dial.choosing import resolved
+from dami.dial.patch import patch_of
+from dami.generation.batching import LerpManager, Step, padded
+from dami.generation.sampling import Logprobs, Sampling
 from dami.serving.controller import IntensityController
-from dami.serving.sampling import Logprobs, Sampling
 
 GIB = 1 << 30
 PAGE = 16  # tokens of a block: prompts share whole blocks only

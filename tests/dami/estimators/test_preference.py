@@ -11,12 +11,12 @@ import pytest
 import torch
 from dami.estimators.confidence import signals
 from dami.estimators.features import prompt_states, trial_signals
+from dami.estimators.files import Stored
 from dami.estimators.preference import Features, PreferenceEstimator, fit
-from dami.estimators.presets import presets_of
-from dami.estimators.storage import Stored
-from dami.estimators.training import train_estimator
 from dami.evaluation import Frontier, load_task
 from dami.evaluation.policies import play
+from dami.evaluation.presets import presets_of
+from dami.evaluation.training import train_estimator
 from torch import Tensor
 
 from tests.dami.families import VOCABULARY, pair

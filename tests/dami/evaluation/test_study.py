@@ -16,7 +16,7 @@ from dami.cli import app
 from dami.evaluation import load_task
 from dami.evaluation.study import Setting, answer, cells_of, control_pair, intensity_of, parts_of, read, study
 from dami.evaluation.study_report import write_report
-from dami.layers import LerpModule
+from dami.layers.base import LerpModule
 from typer.testing import CliRunner
 
 from tests.dami.evaluation.test_report import Text

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from dami.serving.attention import packed_attention
-from dami.serving.rowwise import Rowwise
+from dami.generation.attention import packed_attention
+from dami.generation.rowwise import Rowwise
 from torch import Tensor, nn
 
 LENGTHS = [(3, 3), (1, 9), (4, 11), (1, 12), (1, 1), (6, 6), (1, 10)]  # queries and keys of each sequence

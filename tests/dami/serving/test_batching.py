@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from dami.serving.batching import HONOURED, IDLE, NEUTRAL, LerpManager, check_config, keyed
+from dami.generation.batching import HONOURED, IDLE, NEUTRAL, LerpManager, check_config, keyed
 from transformers import (
     AfmoeConfig,
     CohereConfig,
@@ -170,7 +170,7 @@ def test_tokens_outside_the_vocabulary_are_refused(token: int) -> None:
 
 
 def test_a_vocabulary_too_large_for_keys_shares_no_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dami.serving.batching.TOKENS", 100)
+    monkeypatch.setattr("dami.generation.batching.TOKENS", 100)
     model, asked = patched("qwen3"), prompts([6])
     before = model.config._attn_implementation
     with pytest.raises(ValueError, match="allow_block_sharing must be False for a vocabulary of 101"):
@@ -473,7 +473,7 @@ def test_waiting_requests_go_on_when_the_one_that_blocks_them_is_cancelled() -> 
 
 
 def test_an_old_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dami.model.BATCHING", "99.0")
+    monkeypatch.setattr("dami.patching.model.BATCHING", "99.0")
     with pytest.raises(ImportError, match=r"continuous batching of a pair needs transformers>=99.0, got 5"):
         patched("qwen3").init_continuous_batching(GREEDY, SMALL)
 
@@ -508,7 +508,7 @@ def test_with_invariant_no_bit_depends_on_the_others(family: str) -> None:
         sampler.__class__ = Seeing
         manager.start()
         try:
-            from dami.serving.sampling import Sampling
+            from dami.generation.sampling import Sampling
 
             for row in rows:
                 manager.add_request(asked[row], str(row), intensity=LAM[row], sampling=Sampling(temperature=0))

@@ -24,7 +24,7 @@ from dami.serving.deltas import Deltas
 from dami.serving.engine import Limits, Row
 from dami.serving.lanes import SHORT, Lanes
 from dami.serving.protocol import BadRequest, ChatRequest, CompletionRequest
-from dami.serving.server import Choice, Settings
+from dami.serving.service import Choice, Settings
 from dami.serving.token_bytes import Offsets, TokenBytes
 
 from tests.dami.serving.test_server import CHAT, COMPLETIONS, Running, asked, shipped, until

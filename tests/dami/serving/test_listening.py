@@ -17,7 +17,7 @@ import httpx
 import pytest
 from dami.serving.gate import check_key
 from dami.serving.listening import connection_limits
-from dami.serving.server import Settings
+from dami.serving.service import Settings
 
 ROOT = Path(__file__).resolve().parents[3]
 DESCRIPTORS = 128

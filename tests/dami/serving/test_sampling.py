@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from dami.serving.sampling import Sampler, Sampling, draw, uniform
+from dami.generation.sampling import Sampler, Sampling, draw, uniform
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 CASES = [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.3, 0.8, 0), (1.0, 1.0, 5), (0.9, 0.6, 7), (1.0, 1e-6, 0), (2.0, 1.0, 1)]

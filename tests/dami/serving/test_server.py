@@ -26,9 +26,10 @@ import pytest
 import torch
 import uvicorn
 from dami.chat import ask
+from dami.serving.app import create_app
 from dami.serving.engine import Engine, Limits
 from dami.serving.listening import Connection
-from dami.serving.server import Settings, create_app
+from dami.serving.service import Settings
 
 QUESTIONS = [f"What is {n} + 69 - 18?" for n in (42, 88)]
 LAM = [0.0, 0.3, 0.5, 0.8, 1.0, 1.2]

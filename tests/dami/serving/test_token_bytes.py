@@ -8,9 +8,9 @@ from typing import Any
 
 import dami
 import pytest
+from dami.generation.sampling import Logprobs
 from dami.serving.engine import Token
-from dami.serving.sampling import Logprobs
-from dami.serving.server import Service
+from dami.serving.service import Service
 from dami.serving.token_bytes import Offsets, TokenBytes
 from hypothesis import given, settings
 from hypothesis import strategies as st

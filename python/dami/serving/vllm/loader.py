@@ -23,14 +23,14 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from dami import __version__
-from dami.checkpoints import headers_in
-from dami.patching import Header, config_mismatches, tensor_mismatches
-from dami.quantizer import SUFFIXES
+from dami.loading.checkpoint import headers_in
+from dami.patching.compare import Header, config_mismatches, tensor_mismatches
+from dami.saving.config import SUFFIXES
 from dami.serving.vllm import runners, self_test, support
 from dami.serving.vllm.methods import LAM, NORMS, LinearMethod, PairMethod, adopt, suffix_of
 from dami.serving.vllm.quantization import METHOD, PairQuantization
 from dami.serving.vllm.settings import KEYS, Settings
+from dami.version import __version__
 from dami_kernels import LerpWeight, formats
 
 LOAD_FORMATS = ("auto", "hf", "safetensors")

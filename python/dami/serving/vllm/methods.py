@@ -18,7 +18,7 @@ from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
-from dami.serving.vllm.quantization import PairQuantization
+from dami.serving.vllm.rows import Rows
 from dami_kernels import LerpWeight, formats, lerp_embedding, lerp_experts, lerp_linear, lerp_rms_norm
 from dami_kernels.quantize import GROUP
 
@@ -118,14 +118,14 @@ def check_groups(layer: Any, format: str, size: int, whole: int) -> None:
 class PairMethod:
     """What linear layers and embeddings share."""
 
-    def __init__(self, config: PairQuantization, format: str, ranks: Sequence[int]) -> None:
+    def __init__(self, rows: Rows, format: str, ranks: Sequence[int]) -> None:
         """
         Args:
-            config: the model's.
+            rows: λ of the model's steps.
             format: of the weight, or of all that were merged into it.
             ranks: of those, where the format is "lowrank".
         """
-        self.config, self.format, self.ranks = config, format, ranks
+        self.rows, self.format, self.ranks = rows, format, ranks
 
     def create_weights(
         self,
@@ -144,7 +144,7 @@ class PairMethod:
         if self.format == "lowrank":
             register_factors(layer, self.ranks, layer.pair_shape, input_size, params_dtype, attrs["weight_loader"])
         register_pair(layer, "weight", self.format, layer.pair_shape, params_dtype, **attrs)
-        layer.register_buffer(LAM, self.config.rows.tokens, persistent=False)
+        layer.register_buffer(LAM, self.rows.tokens, persistent=False)
 
     def ends(self, layer: Any) -> LerpWeight:
         return ends_of(layer, "weight", self.format, layer.pair_shape, layer.pair_dtype)
@@ -165,7 +165,7 @@ class EmbeddingMethod(PairMethod, LinearMethodBase):
         return lerp_embedding(input_, self.ends(layer), layer.intensity[: input_.numel()])
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        lam = self.config.rows.of_logits(x)
+        lam = self.rows.of_logits(x)
         return lerp_linear(x, self.ends(layer), lam, None if bias is None else vector_ends(layer, "bias"))
 
     tied_to: Any = None
@@ -199,9 +199,9 @@ def adopt(layer: Any, method: PairMethod) -> None:
 class ExpertsMethod(FusedMoEMethodBase):
     """A token's experts at its λ; the router's choice is at that λ too."""
 
-    def __init__(self, moe: Any, config: PairQuantization, formats: dict[str, str | None]) -> None:
+    def __init__(self, moe: Any, rows: Rows, formats: dict[str, str | None]) -> None:
         super().__init__(moe)
-        self.config = config
+        self.rows = rows
         # where only one of the two differs, the other is kept as a pair as well
         self.up, self.down = formats["gate_up_proj"] or "pair", formats["down_proj"] or "pair"
 
@@ -230,7 +230,7 @@ class ExpertsMethod(FusedMoEMethodBase):
         layer.pair_dtype = params_dtype
         register_pair(layer, "w13_weight", self.up, layer.pair_up, params_dtype, **attrs)
         register_pair(layer, "w2_weight", self.down, layer.pair_down, params_dtype, **attrs)
-        layer.register_buffer(LAM, self.config.rows.tokens, persistent=False)
+        layer.register_buffer(LAM, self.rows.tokens, persistent=False)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         return None

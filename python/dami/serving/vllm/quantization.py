@@ -16,10 +16,11 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, regist
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
-from dami.quantizer import METHOD, any_layer
-from dami.serving.vllm import support
+from dami.saving.config import any_layer
+from dami.serving.vllm import methods, support
 from dami.serving.vllm.rows import Rows
 from dami.serving.vllm.settings import Settings
+from dami.sources import METHOD
 
 EXPERTS = re.compile(r"(.*\.experts)\.(?:\d+\.)?(gate_up_proj|gate_proj|up_proj|down_proj)(?:\.weight)?")
 
@@ -28,7 +29,7 @@ class PairQuantization(QuantizationConfig):
     """The `quantization_config` of a packed pair; without one, all parameters are pairs, made of two checkpoints.
 
     Attributes:
-        interpolated: as in `dami.quantizer.PairConfig`, None where all parameters are.
+        interpolated: as in `dami.saving.config.PairConfig`, None where all parameters are.
         settings: set by the loader.
         ranks: those of the low-rank differences in the files; set by the loader.
         stored: the format of every parameter of the checkpoint that the model keeps as a pair.
@@ -80,12 +81,10 @@ class PairQuantization(QuantizationConfig):
         return cls(config["interpolated"])
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        from dami.serving.vllm import methods  # which imports this file's class
-
         if isinstance(layer, RoutedExperts):
             formats = {name: self._keep([f"{prefix}.{name}"]) for name in ("gate_up_proj", "down_proj")}
             if any(formats.values()):
-                return methods.ExpertsMethod(layer.moe_config, self, formats)
+                return methods.ExpertsMethod(layer.moe_config, self.rows, formats)
             return None
         if not isinstance(layer, (LinearBase, VocabParallelEmbedding)):
             return None
@@ -98,7 +97,7 @@ class PairQuantization(QuantizationConfig):
         if format is None:
             return UnquantizedLinearMethod() if linear else UnquantizedEmbeddingMethod()
         ranks = [self.ranks.get(f"{part}.weight", 0) for part in self.parts(prefix)]
-        return (methods.LinearMethod if linear else methods.EmbeddingMethod)(self, format, ranks)
+        return (methods.LinearMethod if linear else methods.EmbeddingMethod)(self.rows, format, ranks)
 
     def parts(self, prefix: str) -> list[str]:
         """The checkpoint's names of the modules that vLLM has merged into one, or of the one."""

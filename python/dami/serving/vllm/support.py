@@ -13,7 +13,7 @@ from dataclasses import fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from dami.quantizer import METHOD
+from dami.sources import METHOD
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import dami
-import dami.quantizer
+import dami.loading.quantizer
 from vllm.model_executor.layers.quantization import get_quantization_config
 
 PLUGIN = Path(dami.__file__).parent / "serving" / "vllm"

@@ -10,7 +10,8 @@ from pathlib import Path
 import dami
 import torch
 import transformers
-from dami.quantizer import METHOD, PairConfig
+from dami.loading.quantizer import METHOD
+from dami.saving.config import PairConfig
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 

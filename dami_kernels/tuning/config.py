@@ -1,0 +1,27 @@
+"""How a linear kernel is launched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """Launch parameters of the kernel of `lerp_linear`.
+
+    Attributes:
+        block_m, block_n, block_k: rows, features and inner size of a tile.
+        mixed_m: rows that a tile with several λ handles at a time, for two sums take twice the registers of one.
+        split_k: parts into which the inner size is cut; above 1 a second kernel sums their results.
+        use_blend: whether a tile of rows with one λ blends the weight, rather than keeping two accumulators.
+        num_warps, num_stages: as in Triton.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    mixed_m: int
+    split_k: int
+    use_blend: bool
+    num_warps: int
+    num_stages: int

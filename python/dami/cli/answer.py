@@ -1,0 +1,165 @@
+"""`dami generate` and `dami demo`: questions answered in the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dami.cli.base import app, err, fail, load, out, user_errors
+from dami.cli.options import DtypeOption, FormatOption, PairOption, SeedOption, number_or_name, positive, template
+from dami.files import check_directory
+from dami.prompts import Prompt, as_prompt
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", file_okay=False, help="Directory of the picture and the numbers.")
+    ] = Path("demo-output"),
+    pair: PairOption = None,
+    questions: Annotated[int, typer.Option(min=1, help="Questions of the sweep, each asked at 11 λ.")] = 120,
+    seed: SeedOption = 0,
+) -> None:
+    """See the idea work.
+
+    A batch at three λ, the curve of accuracy and tokens, and the price against merged copies.
+    """
+    with user_errors():
+        check_directory(output)
+    model, tokenizer = load(pair)
+    from dami.cli.demo import run
+
+    with user_errors():
+        run(model, tokenizer, pair, output, questions, seed, out)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; or see --file; or on stdin.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", exists=True, dir_okay=False, readable=True, help="Prompts, one a line."),
+    ] = None,
+    intensity: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--intensity",
+            "-l",
+            parser=number_or_name,
+            metavar="λ|NAME",
+            help="A number, a preset (low, medium, high) or auto. May be given several times. Default: 0, 0.5 and 1.",
+        ),
+    ] = None,
+    pair: PairOption = None,
+    format: FormatOption = None,
+    dtype: DtypeOption = "auto",
+    stream: Annotated[bool, typer.Option("--stream", help="Show tokens as they come.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line for every answer.")] = False,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            parser=template,
+            metavar="NAME|λ",
+            help="instruct or thinking; or the λ from which on it is thinking's. Default: the pair's.",
+        ),
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Give prompts as they are, without the chat template.")] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens at most, thought included.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token instead of sampling.")] = False,
+    temperature: Annotated[
+        float | None, typer.Option(parser=positive, metavar="NUMBER", help="Of the sampling.")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Of the sampling.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Of the sampling.")] = None,
+    seed: SeedOption = 0,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Rows of a batch at most; a prompt takes one for each λ.")
+    ] = 64,
+) -> None:
+    """Answer prompts at several λ at once, side by side.
+
+    A line of a file or of stdin is a prompt; one that starts with { is a JSON object with "prompt" or "messages".
+    """
+    if stream and as_json:
+        raise fail("--stream and --json exclude each other")
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    options = {name: value for name, value in options.items() if value is not None}
+    sampling = options.keys() - {"max_new_tokens"}
+    if greedy and sampling:
+        raise fail(f"--greedy excludes --{', --'.join(sorted(sampling)).replace('_', '-')}")
+    if greedy or sampling:
+        options["do_sample"] = not greedy
+    if raw and chat_template is not None:
+        raise fail("--raw excludes --chat-template")
+    put_through = None if raw else "default" if chat_template is None else chat_template
+    asked = read_prompts(prompts or [], file)
+    lams: list[Any] = intensity or [0.0, 0.5, 1.0]
+    model, tokenizer = load(pair, format, dtype, intensities=lams)
+
+    import torch
+
+    from dami.chat import ask
+    from dami.cli import terminal
+
+    torch.manual_seed(seed)
+    if stream:
+        for prompt in asked:
+            with user_errors():
+                terminal.stream(model, tokenizer, prompt, lams, put_through, out, **options)
+        return
+    step = max(1, batch_size // len(lams))
+    for start in range(0, len(asked), step):
+        rows = [(prompt, lam) for prompt in asked[start : start + step] for lam in lams]
+        with user_errors(), err.status(f"{len(rows)} rows in one batch"):
+            answers = ask(
+                model, tokenizer, [prompt for prompt, _ in rows], [lam for _, lam in rows], put_through, **options
+            )
+        for place in range(0, len(answers), len(lams)):
+            if as_json:
+                for answer in answers[place : place + len(lams)]:
+                    typer.echo(json.dumps(asdict(answer), ensure_ascii=False))
+            else:
+                out.print(terminal.side_by_side(answers[place : place + len(lams)], out))
+
+
+def read_prompts(prompts: list[str], file: Path | None) -> list[Prompt]:
+    """Prompts from the command line, or else a file, or else stdin."""
+    if prompts and file:
+        raise fail("prompts come as arguments or with --file, got both")
+    if prompts:
+        with user_errors():
+            return [as_prompt(prompt) for prompt in prompts]
+    source = str(file) if file else "stdin"
+    if file is None and sys.stdin.isatty():
+        raise fail("no prompts: give them as arguments, with --file or on stdin")
+    with user_errors():
+        try:
+            text = (file.read_bytes() if file else sys.stdin.buffer.read()).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source} must be text in UTF-8: {error}") from error
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise fail(f"no prompts: {source} is empty")
+    return [read_prompt(line.removesuffix("\r"), f"{source}, line {number}") for number, line in lines]
+
+
+def read_prompt(line: str, place: str) -> Prompt:
+    """A line of text, or a JSON object's "prompt" (or "question") or "messages"."""
+    if not line.lstrip().startswith("{"):
+        return line
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise fail(f"{place} starts with {{ but is not JSON: {error}") from error
+    for key in ("prompt", "question", "messages"):
+        if key in record:
+            try:
+                return as_prompt(record[key])
+            except ValueError as error:
+                raise fail(f"{place}: {error}") from error
+    raise fail(f'{place} must have "prompt" or "messages", got {list(record)}')

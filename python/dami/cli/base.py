@@ -1,0 +1,123 @@
+"""The command line, `dami`. Torch is imported where a command needs it, so that --help is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from dami import sources
+from dami.version import __version__
+
+CHECKOUT = Path(__file__).resolve().parents[3]
+ClickException: Any = typer.BadParameter.__mro__[2]  # typer brings its own click, or takes the installed one
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class OneLineErrors(typer.core.TyperGroup):
+    """Tells a mistake of the user in one line, and exits with 2."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        try:
+            code = super().main(*args, standalone_mode=False, **extra) or 0  # type: ignore[misc]
+            sys.stdout.flush()
+        except ClickException as error:
+            code = fail(error.format_message()).exit_code
+        except OSError as error:
+            code = fail(error).exit_code
+            with suppress(OSError):  # what could not be written, to a full disk say, is not tried again at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except typer.Abort:
+            code = 130
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    add_completion=False,
+    rich_markup_mode=None,  # whose tables cut the names of options in a narrow terminal
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Two checkpoints, one batch, a reasoning intensity λ per query: 0 is the instruct end, 1 the thinking end.",
+)
+
+
+def fail(message: object) -> typer.Exit:
+    """Tells what is wrong with the input; what comes back is to be raised."""
+    with suppress(OSError):
+        typer.echo(f"dami: error: {message}", err=True)
+    return typer.Exit(2)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Tells what dami and transformers say of bad input, without a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise fail(error) from error
+
+
+def load(
+    pair: Sequence[str] | None,
+    format: str | None = None,
+    dtype: str = "auto",
+    invariant: bool = False,
+    intensities: Sequence[float | str] = (),
+    device: str | None = None,
+) -> tuple[Any, Any]:
+    """Loads a packed pair or two checkpoints, onto the GPU if there is one and no other device is named.
+
+    Progress goes to stderr. What is wrong with them, or with the λ that they are to be asked at, is told before torch
+    is imported if files on disk show it.
+    """
+    if pair is None or not err.is_terminal:
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+    if dtype not in ("auto", "bfloat16", "float16", "float32"):
+        raise fail(f"--dtype must be auto, bfloat16, float16 or float32, got {dtype!r}")
+    if pair is not None and len(pair) > 2:
+        raise fail(f"a pair is one packed directory or two checkpoints, got {len(pair)}")
+    ends = [*(pair or map(str, sources.example_pair()))]
+    with user_errors():
+        sources.check_pair(ends, format, intensities)
+    outside = [lam for lam in intensities if not isinstance(lam, str) and not 0 <= lam <= 1]
+    if outside:
+        told = ", ".join(f"{lam:g}" for lam in outside)
+        err.print(f"λ = {told} lies beyond the two ends: far from them answers are nonsense", style="yellow")
+    with err.status("loading torch and transformers"):
+        import torch
+
+        from dami.loading.load import load_pair
+    with user_errors():
+        try:
+            device = device or ("cuda" if torch.cuda.is_available() else None)
+            options: dict[str, Any] = {"format": format, "device_map": device, "dtype": dtype, "invariant": invariant}
+            return load_pair(*ends, **options)
+        except OSError as error:  # the hub's do not say which
+            raise OSError(f"cannot load {' and '.join(ends)}: {' '.join(str(error).split())}") from error
+
+
+def progress_bars() -> Any:
+    """Bars on stderr, which a file or a pipe gets nothing of: not even the empty line at their end."""
+    from rich.progress import Progress
+
+    return Progress(console=err, transient=True, disable=not err.is_terminal)
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context, show_version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False
+) -> None:
+    if show_version:
+        typer.echo(f"dami {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())

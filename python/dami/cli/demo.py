@@ -1,0 +1,274 @@
+"""What `dami demo` measures: answers side by side, the accuracy–tokens curve, and the price against merged copies."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+import json
+import os
+import random
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from dami.chat import answers_of, ask, encode
+from dami.cli.terminal import point_table, side_by_side, size
+from dami.evaluation.frontier import Frontier
+from dami.evaluation.plots import draw_curve, save_curve
+from dami.evaluation.sweeps import sweep
+from dami.evaluation.tasks import JsonLines, Question, last_word, spread
+from dami.generation.pieces import generate_in_pieces
+from dami.loading.checkpoint import Checkpoint
+from dami.loading.load import example_pair
+from dami.thoughts import Reader
+from dami.version import __version__
+
+SHOWN = (0.0, 0.5, 1.0)
+SWEPT = tuple(tenth / 10 for tenth in range(11))
+ROWS = 264  # of a batch of the sweep: enough to fill two cores
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What serving a set of rows took."""
+
+    weights: int  # bytes
+    peak: int | None  # bytes beyond the weights at the highest point, None where the system does not tell
+    seconds: float
+    answers: list[list[int]]  # the tokens of each row, its end token included
+    texts: list[str]
+
+
+def rising(questions: Sequence[Question], seed: int) -> list[Question]:
+    """One question of every level, easiest first, the tasks by turns."""
+    chance = random.Random(seed)
+    tasks = sorted({q.task for q in questions})
+    chance.shuffle(tasks)
+    chosen = []
+    for turn, level in enumerate(sorted({q.level for q in questions})):
+        of_level = [q for q in questions if q.level == level]
+        of_task = [q for q in of_level if q.task == tasks[turn % len(tasks)]]
+        chosen.append(chance.choice(of_task or of_level))
+    return chosen
+
+
+def merged_copy(instruct: nn.Module, thinking: nn.Module, intensity: float) -> nn.Module:
+    """An ordinary model with the weights at λ, blended in float32 and rounded once: what we do without."""
+    merged = copy.deepcopy(instruct)
+    with torch.no_grad():
+        for ours, theirs in zip(merged.parameters(), thinking.parameters(), strict=True):
+            ours.copy_(torch.lerp(ours.float(), theirs.float(), intensity))
+    return merged
+
+
+def cost_of(
+    model: Any, tokenizer: Any, prompts: Sequence[str], intensities: Sequence[float] | None = None, **options: Any
+) -> Cost:
+    """Every prompt at every λ, greedily, in one batch of a patched model; or each prompt once, of an ordinary one."""
+    lams = None if intensities is None else [lam for lam in intensities for _ in prompts]
+    prompts = [*prompts] * len(intensities or (None,))
+    with torch.inference_mode(), measured(model.device) as used:
+        full, batch = encode(tokenizer, prompts)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        ids = generate_in_pieces(model, batch, lams, do_sample=False, **options).cpu()
+        answers = answers_of(model, Reader.of(tokenizer), ids, prompts, lams, full)
+    return Cost(
+        weights=sum(tensor.nbytes for tensor in model.parameters()),
+        peak=used["peak"],
+        seconds=used["seconds"],
+        answers=[row[: answer.tokens].tolist() for row, answer in zip(ids, answers, strict=True)],
+        texts=[f"{answer.thought}\n{answer.text}" for answer in answers],
+    )
+
+
+def cost_of_all(costs: Sequence[Cost]) -> Cost:
+    """What several models took one after the other, the weights of all of them kept."""
+    return Cost(
+        weights=sum(cost.weights for cost in costs),
+        peak=None if costs[0].peak is None else max(cost.peak or 0 for cost in costs),
+        seconds=sum(cost.seconds for cost in costs),
+        answers=[answer for cost in costs for answer in cost.answers],
+        texts=[text for cost in costs for text in cost.texts],
+    )
+
+
+def parting(model: Any, tokenizer: Any, prompt: str, answer: Sequence[int], other: Sequence[int]) -> float:
+    """By how much an ordinary model prefers its own greedy answer's token to the other's, where they part.
+
+    The answers are tokens with their ends, of which neither begins with the other; in log-probability, 0 is a tie.
+    """
+    place = next(place for place, (ours, theirs) in enumerate(zip(answer, other, strict=False)) if ours != theirs)
+    _, batch = encode(tokenizer, [prompt])
+    ids = torch.cat([batch["input_ids"], torch.tensor([answer[:place]], dtype=torch.int64)], 1)
+    with torch.inference_mode():
+        logits = model(input_ids=ids.to(model.device)).logits[0, -1].float()
+    return (logits[answer[place]] - logits[other[place]]).item()
+
+
+@contextmanager
+def measured(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Wall time and growth of memory at its peak inside a `with` block: "seconds", and "peak" in bytes or None.
+
+    On a GPU as the allocator counts; on Linux as resident memory grows, freed pages having been given back first.
+    """
+    used: dict[str, Any] = {"peak": None}
+    gc.collect()
+    on_gpu, clear = device.type == "cuda", Path("/proc/self/clear_refs")
+    on_linux = os.access(clear, os.W_OK)
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    elif on_linux:
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim:
+            trim(0)
+        clear.write_text("5")  # resets VmHWM
+        before = _resident()
+    start = time.perf_counter()
+    yield used
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    used["seconds"] = time.perf_counter() - start
+    if on_gpu:
+        used["peak"] = torch.cuda.max_memory_allocated(device) - before
+    elif on_linux:
+        used["peak"] = _resident() - before
+
+
+def _resident() -> int:
+    """Bytes of this process's highest resident memory since VmHWM was reset."""
+    (kilobytes,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(kilobytes)
+
+
+def run(
+    model: Any, tokenizer: Any, pair: tuple[str, str] | None, output: Path, count: int, seed: int, console: Console
+) -> None:
+    """Runs the demo on a loaded pair, prints what it finds, and leaves curve.png and demo.json in `output`.
+
+    Args:
+        model, tokenizer: as `load_pair` returns them.
+        pair: where they came from, None for the pair that ships.
+        output: directory, made if need be.
+        count: questions of the sweep.
+        seed: of the choice of questions and of the sampling.
+        console: where to print.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    held_out = JsonLines(example_pair()[0].parent / "questions.jsonl", "word")
+
+    shown = rising(held_out.questions, seed)
+    console.rule(f"One batch, {len(shown) * len(SHOWN)} rows: {len(shown)} questions, each at λ = 0, 0.5 and 1")
+    torch.manual_seed(seed)
+    rows = [(question, lam) for question in shown for lam in SHOWN]
+    with console.status("answering"):
+        answers = ask(model, tokenizer, [q.question for q, _ in rows], [lam for _, lam in rows])
+    for place, question in enumerate(shown):
+        several = answers[place * len(SHOWN) :][: len(SHOWN)]
+        title = f"level {question.level}, {question.task.replace('_', ' ')}, answer {question.answer}"
+        verdicts = [bool(last_word(answer.text, question.answer)) for answer in several]
+        console.print(side_by_side(several, console, title, verdicts))
+
+    held_out.questions = spread(held_out.questions, count)
+    console.rule(f"{len(held_out.questions)} held-out questions at {len(SWEPT)} λ, in mixed batches")
+    total = len(held_out.questions) * len(SWEPT)
+    console.print(f"{total} answers, {ROWS} at once: most of the time that this takes", style="dim")
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("answers", total=total)
+        records = sweep(
+            model, tokenizer, held_out, SWEPT, rows=ROWS, seed=seed,
+            on_batch=lambda news: progress.advance(bar, len(news)),
+        )  # fmt: skip
+    frontier = Frontier.of(records)
+    console.print(draw_curve(frontier.points, console.width), point_table(frontier.points), sep="\n\n")
+    save_curve(frontier, output / "curve.png", f"{len(frontier)} held-out questions, 95 % intervals")
+
+    console.rule("The price")
+    prompts = [str(question.question) for question in shown]
+    console.print(
+        f"The {len(prompts)} questions at {len(SWEPT)} λ again, greedily: in one batch of the patched model, then "
+        f"with {len(SWEPT)} merged copies, one after the other",
+        style="dim",
+    )
+    costs, gaps = [], []
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("one patched model", total=len(SWEPT) + 1)
+        patched = cost_of(model, tokenizer, prompts, SWEPT)
+        ends = [Checkpoint.find(end).model(dtype=model.dtype).to(model.device) for end in pair or example_pair()]
+        for place, lam in enumerate(SWEPT):
+            progress.update(bar, advance=1, description=f"merged copy, λ = {lam:g}")
+            merged = merged_copy(ends[0], ends[1], lam)
+            costs.append(cost_of(merged, tokenizer, prompts))
+            ours = patched.answers[place * len(prompts) :][: len(prompts)]
+            gaps += [
+                abs(parting(merged, tokenizer, prompt, answer, other))
+                for prompt, answer, other in zip(prompts, costs[-1].answers, ours, strict=True)
+                if answer != other
+            ]
+    copies = cost_of_all(costs)
+    console.print(
+        price_table(patched, copies, len(SWEPT)),
+        Text(verdict(patched, copies, len(SWEPT), gaps, model.dtype), "bold"),
+        sep="\n",
+    )
+
+    record = {
+        "versions": {"dami": __version__, "torch": torch.__version__},
+        "device": torch.cuda.get_device_name()
+        if model.device.type == "cuda"
+        else f"{torch.get_num_threads()} CPU threads",
+        "seed": seed,
+        "shown": [
+            asdict(answer) | {"question": asdict(question)} for (question, _), answer in zip(rows, answers, strict=True)
+        ],
+        "questions": len(frontier),
+        "points": [asdict(point) for point in frontier.points],
+        "patched": asdict(patched) | {"tokens": sum(map(len, patched.answers))},
+        "copies": asdict(copies) | {"tokens": sum(map(len, copies.answers))},
+        "gaps": gaps,
+    }
+    (output / "demo.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    console.print(f"Picture and numbers: {output / 'curve.png'}, {output / 'demo.json'}", style="dim", soft_wrap=True)
+
+
+def price_table(patched: Cost, copies: Cost, count: int) -> Table:
+    """What one patched model and `count` merged copies took for the same rows."""
+    rows = len(patched.answers)
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "time", "weights", "at work", "rows at once"):
+        table.add_column(name, justify="right" if name else "left", header_style="dim")
+    for name, cost, at_once in (
+        ("one patched model", patched, rows),
+        (f"{count} merged copies, one per λ", copies, rows // count),
+    ):
+        working = "unknown" if cost.peak is None else f"+ {size(cost.peak)}"
+        table.add_row(name, f"{cost.seconds:.1f} s", size(cost.weights), working, str(at_once))
+    return table
+
+
+def verdict(patched: Cost, copies: Cost, count: int, gaps: Sequence[float], dtype: torch.dtype) -> str:
+    """The lines that prove the point; `gaps` are by how much the copies chose otherwise, see `parting`."""
+    rows = len(patched.answers)
+    told = (
+        f"{count} λ in one batch: {copies.seconds / patched.seconds:.1f}× the speed of {count} merged copies with "
+        f"{patched.weights / copies.weights:.0%} of their weights; {rows - len(gaps)} of {rows} greedy answers agree."
+    )
+    if gaps:
+        told += (
+            f"\nThe other {len(gaps)} part where two tokens lie within {max(gaps):.2g} in log-probability: "
+            f"{str(dtype).removeprefix('torch.')} rounds the weights and sums of a merged copy differently."
+        )
+    return told

@@ -1,0 +1,245 @@
+"""`dami evaluate`, `dami train-estimator` and `dami study`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dami import sources
+from dami.cli.base import CHECKOUT, app, err, fail, load, out, progress_bars, user_errors
+from dami.cli.options import (
+    DtypeOption,
+    FormatOption,
+    MaxTokensOption,
+    OutputOption,
+    PairOption,
+    RowsOption,
+    SeedOption,
+    TaskArgument,
+    VerifierOption,
+    finite,
+)
+from dami.files import check_directory
+
+
+def read_task(task: str | None, pair: Sequence[str] | None, verifier: str | None, count: int | None, seed: int) -> Any:
+    """The questions, by default those of the shipped pair."""
+    from dami.evaluation.tasks import load_task
+
+    if task is None and pair is not None:
+        raise fail(
+            "a task is needed for a pair of your own: a file of questions (.jsonl), or a dataset of reasoning-gym"
+        )
+    with user_errors():
+        return load_task(task or str(sources.QUESTIONS), count, seed, **({"verifier": verifier} if verifier else {}))
+
+
+@app.command()
+def evaluate(
+    task: TaskArgument = None,
+    pair: PairOption = None,
+    format: FormatOption = "pair",
+    dtype: DtypeOption = "auto",
+    intensity: Annotated[
+        list[float] | None,
+        typer.Option("--intensity", "-l", parser=finite, metavar="LAMBDA", help="λ to ask at; 0 to 1 in tenths."),
+    ] = None,
+    questions: Annotated[int | None, typer.Option(min=1, help="How many. Default: all of a file, 100 else.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to a question at one λ.")] = 1,
+    verifier: VerifierOption = None,
+    rows: RowsOption = 64,
+    max_tokens: MaxTokensOption = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Directory.")] = Path("evaluation"),
+    seed: SeedOption = 0,
+) -> None:
+    """Ask every question at every λ, and report the frontier.
+
+    The report is a picture, numbers, and all answers as a page. A run that was interrupted goes on where it ended.
+    """
+    from rich.live import Live
+    from rich.text import Text
+
+    from dami.evaluation.tasks import TO_EVALUATE, check_distinct, check_enough
+
+    lams = intensity or [tenth / 10 for tenth in range(11)]
+    with user_errors():
+        check_directory(output)
+        check_distinct(lams)
+    asked = read_task(task, pair, verifier, questions, seed)
+    with user_errors():
+        check_enough(asked, TO_EVALUATE)
+    model, tokenizer = load(pair, format, dtype, intensities=lams)
+    from dami.chat import numbers_of
+    from dami.cli.terminal import point_table
+    from dami.dial.patch import patch_of
+    from dami.evaluation.frontier import Frontier
+    from dami.evaluation.report import write_report
+    from dami.evaluation.sweeps import Record, sweep
+
+    options: dict[str, Any] = {"do_sample": False} if greedy else {}
+    if max_tokens:
+        options["max_new_tokens"] = max_tokens
+    records: list[Record] = []
+    total = len(asked.questions) * samples * len(lams)
+
+    with user_errors(), Live(console=err, transient=True) as live:
+
+        def show(news: list[Record]) -> None:
+            records.extend(news)
+            live.update(point_table(Frontier.of(records).points, Text(f"{len(records)} of {total} answers", "dim")))
+
+        sweep(
+            model, tokenizer, asked, lams,
+            path=output / "records.jsonl", samples=samples, rows=rows, seed=seed, on_batch=show, **options,
+        )  # fmt: skip
+        about = {"pair": " and ".join(pair) if pair else "the shipped pair", "format": format, "samples": samples}
+        prompts = [question.question for question in asked.questions]
+        chosen: list[float] | None = None
+        if patch_of(model).estimator is not None:
+            pieces = [prompts[start : start + rows] for start in range(0, len(prompts), rows)]
+            chosen = [lam for some in pieces for lam in numbers_of(model, tokenizer, some, ["auto"] * len(some))]
+        frontier = write_report(asked, records, output, about, chosen)
+    out.print(point_table(frontier.points))
+    out.print(
+        f"Page, picture, numbers: {output / 'report.html'}, frontier.svg, frontier.json", style="dim", soft_wrap=True
+    )
+
+
+@app.command("train-estimator")
+def train_estimator(
+    output: OutputOption,
+    task: TaskArgument = None,
+    pair: PairOption = None,
+    format: FormatOption = None,
+    dtype: DtypeOption = "auto",
+    intensity: Annotated[
+        list[float] | None,
+        typer.Option("--intensity", "-l", parser=finite, metavar="LAMBDA", help="λ to ask at; 0 to 1 in fifths."),
+    ] = None,
+    router: Annotated[bool, typer.Option("--router", help="Choose between the two ends only.")] = False,
+    trial: Annotated[int, typer.Option(min=0, help="Tokens of a trial answer to read too.")] = 0,
+    price: Annotated[
+        float, typer.Option(min=0, help="Accuracy that as many tokens as the thinking end takes must bring.")
+    ] = 0.2,
+    questions: Annotated[int | None, typer.Option(min=1, help="How many. Default: all of a file, 100 else.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to a question at one λ.")] = 2,
+    verifier: VerifierOption = None,
+    rows: RowsOption = 64,
+    max_tokens: MaxTokensOption = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Learn from answers which λ a prompt deserves.
+
+    Questions like those to come are answered at several λ, and what was learned is measured on some that were held out.
+    dami.attach(model, OUTPUT) then lets intensity="auto" choose. Named `intensity` inside a packed pair or a thinking
+    end, OUTPUT is loaded with it. A run that was interrupted goes on where it ended.
+    """
+    from rich.table import Table
+
+    from dami.evaluation.tasks import TO_TRAIN, check_distinct, check_enough
+
+    if router and intensity:
+        raise fail("--router asks at the two ends: leave --intensity out")
+    lams = [0.0, 1.0] if router else intensity or [fifth / 5 for fifth in range(6)]
+    asked = read_task(task, pair, verifier, questions, seed)
+    with user_errors():
+        check_directory(output)
+        check_distinct(lams)
+        check_enough(asked, TO_TRAIN)
+    model, tokenizer = load(pair, format, dtype, intensities=lams)
+    from dami.evaluation.training import train_estimator
+
+    with user_errors(), progress_bars() as progress:
+        bar = progress.add_task("answers", total=len(asked.questions) * samples * len(lams))
+        trained = train_estimator(
+            model, tokenizer, asked, output, lams, samples=samples, trial=trial, price=price, rows=rows, seed=seed,
+            on_batch=lambda news: progress.advance(bar, len(news)),
+            **({"max_new_tokens": max_tokens} if max_tokens else {}),
+        )  # fmt: skip
+    table = Table("price", "accuracy", "tokens", "best static λ with as many", "gain")
+    for each, outcome in trained.outcomes.items():
+        cells = map(str, (outcome.accuracy, outcome.tokens, outcome.static, outcome.gain))
+        table.add_row(f"{each:g}", *cells, style="bold" if each == price else None)
+    out.print(table)
+    presets = ", ".join(f"{name} λ={lam:g}" for name, lam in trained.stored.presets.items())
+    out.print(f"{output}: an estimator at price {price:g}; {presets}.", style="dim", soft_wrap=True)
+
+
+@app.command()
+def study(
+    task: TaskArgument = None,
+    pair: PairOption = None,
+    format: FormatOption = "pair",
+    dtype: DtypeOption = "auto",
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--control",
+            metavar="permuted|CHECKPOINT",
+            help="Another way from the instruct end: to the thinking end with its neurons and heads permuted, or to a "
+            "checkpoint. May be given several times.",
+        ),
+    ] = None,
+    intensity: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--intensity", "-l", parser=finite, metavar="LAMBDA", help="λ of the path; −0.2 to 1.2 in tenths."
+        ),
+    ] = None,
+    questions: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
+    verifier: VerifierOption = None,
+    rows: RowsOption = 256,
+    max_tokens: MaxTokensOption = None,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Directory.")] = Path("study"),
+    seed: SeedOption = 0,
+) -> None:
+    """Study the path between the ends, and each part alone.
+
+    States, loss and accuracy along the path, against controls; and each part of the model by itself at λ = 1.
+    A run that was interrupted goes on where it ended.
+    """
+    from dami.evaluation.tasks import TO_STUDY, check_distinct, check_enough
+
+    asked = read_task(task, pair, verifier, questions, seed)
+    with user_errors():
+        check_directory(output)
+        check_enough(asked, TO_STUDY)
+        if intensity:
+            check_distinct(intensity, (0.0, 1.0))
+        for each in set(control or ()) - {"permuted"}:
+            sources.local(each)
+    model, tokenizer = load(pair, format, dtype, intensities=intensity or ())
+    from dami.evaluation import study as studies
+    from dami.evaluation.study_report import write_report
+
+    options: dict[str, Any] = {"do_sample": sample}
+    if max_tokens:
+        options["max_new_tokens"] = max_tokens
+    with user_errors(), progress_bars() as bars:
+        shown: dict[str, Any] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in shown:
+                shown[stage] = bars.add_task(stage, total=total)
+            bars.update(shown[stage], completed=done)
+
+        found = studies.study(
+            model, tokenizer, asked, output, controls=control or (), intensities=intensity or studies.PATH, rows=rows,
+            seed=seed, progress=progress, **options,
+        )  # fmt: skip
+    about = {
+        "pair": " and ".join(pair) if pair else "the shipped pair",
+        "format": format,
+        "answers": "sampled" if sample else "greedy",
+        **studies.circumstances(model, CHECKOUT),
+        "command": shlex.join(["dami", *sys.argv[1:]]),
+    }
+    write_report(found, output, about)
+    out.print(f"Page, pictures, numbers: {output / 'report.html'}, path.svg, study.json", style="dim", soft_wrap=True)

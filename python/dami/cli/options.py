@@ -1,0 +1,114 @@
+"""Options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+FORMATS = ("pair", "int8", "int4", "w8d4", "lowrank")  # dami_kernels.formats.names(), which needs torch
+
+
+def finite(text: str) -> float:
+    """Reads a λ."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"must be a finite number such as 0.5, got {text!r}")
+    return value + 0.0  # no -0.0
+
+
+def number_or_name(text: str) -> float | str:
+    """Reads a λ, or the name of a preset, or "auto"."""
+    return text if text.isidentifier() and text.lower() not in ("nan", "inf", "infinity") else finite(text)
+
+
+def positive(text: str) -> float:
+    """Reads a temperature."""
+    value = finite(text)
+    if value <= 0:
+        raise typer.BadParameter(f"must be above 0, got {text!r}; --greedy takes the likeliest token")
+    return value
+
+
+def format_name(text: str) -> str:
+    """Reads how a pair is kept."""
+    if text not in FORMATS:
+        raise typer.BadParameter(f"must be one of {', '.join(FORMATS)}, got {text!r}")
+    return text
+
+
+def template(text: str) -> str | float:
+    """Reads a chat template's name, or the λ from which on the thinking end's is taken."""
+    if text in ("instruct", "thinking"):
+        return text
+    try:
+        return finite(text)
+    except typer.BadParameter as error:
+        raise typer.BadParameter(f"must be instruct, thinking or a finite number, got {text!r}") from error
+
+
+PairOption = Annotated[
+    tuple[str, str] | None,
+    typer.Option(
+        "--pair", metavar="INSTRUCT THINKING", help="Two directories or hub names. Default: the shipped pair."
+    ),
+]
+
+
+EndsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[PAIR | INSTRUCT THINKING]", help="A packed pair or two checkpoints. Default: the shipped pair."
+    ),
+]
+
+
+TaskArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[TASK]",
+        help="A file of questions (.jsonl), or a dataset of reasoning-gym. Default: the shipped pair's questions.",
+    ),
+]
+
+
+FormatOption = Annotated[
+    str | None,
+    typer.Option("--format", parser=format_name, metavar="NAME", help=f"How the pair is kept: {', '.join(FORMATS)}."),
+]
+
+
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="auto|NAME",
+        help="Of what is computed: bfloat16, float16 or float32. Default: the checkpoints'; of a GGUF file float32.",
+    ),
+]
+
+
+SeedOption = Annotated[int, typer.Option(help="Seed of the sampling.")]
+
+
+VerifierOption = Annotated[
+    str | None,
+    typer.Option(help="Of a file's questions that name none: math (math-verify), word (the last) or contains."),
+]
+
+
+RowsOption = Annotated[int, typer.Option(min=1, help="Rows of a batch, which holds all λ of a question.")]
+
+
+MaxTokensOption = Annotated[int | None, typer.Option(min=1, help="Tokens of an answer, at most.")]
+
+
+OutputOption = Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Directory to write.")]
+
+
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a directory that exists.")]

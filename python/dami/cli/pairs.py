@@ -1,0 +1,85 @@
+"""`dami describe`, `dami pack` and `dami merge`: what a pair is, and what it becomes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dami import sources
+from dami.cli.base import app, err, fail, load, out, user_errors
+from dami.cli.options import DtypeOption, EndsArgument, FormatOption, OutputOption, OverwriteOption, finite, format_name
+from dami.files import check_new, written_whole
+
+
+@app.command()
+def describe(
+    ends: EndsArgument = None,
+    format: FormatOption = None,
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Show every parameter of a pair, how it is kept, and the sum.
+
+    The sum is the bytes of all, against merged copies.
+    """
+    model, _ = load(ends, format, dtype)
+    import dami
+    from dami.cli.terminal import parameters
+
+    out.print(parameters(dami.describe(model), out))
+
+
+@app.command()
+def pack(
+    output: OutputOption,
+    ends: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[INSTRUCT THINKING]", help="Directories or hub names of both ends. Default: the shipped pair."
+        ),
+    ] = None,
+    format: Annotated[
+        str, typer.Option("--format", parser=format_name, metavar="NAME", help="How the pair is kept.")
+    ] = "int4",
+    overwrite: OverwriteOption = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Let checkpoints run code.")] = False,
+) -> None:
+    """Pack two checkpoints into one directory.
+
+    Tensor by tensor, never both models in memory; to load, or to share.
+    """
+    instruct, thinking = ends if ends and len(ends) == 2 else sources.example_pair()
+    if ends and len(ends) != 2:
+        raise fail(f"two checkpoints are packed, an instruct and a thinking one, got {len(ends)}")
+    with user_errors():
+        sources.check_pair([str(instruct), str(thinking)], format)
+        check_new(output, overwrite, [instruct, thinking])
+    with err.status("loading torch and transformers"):
+        import dami
+        from dami.cli.terminal import size
+    with user_errors():
+        dami.pack(instruct, thinking, output, format, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    total = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    out.print(f"{output}: {size(total)}. Load it with dami.load_pair({str(output)!r}).")
+
+
+@app.command()
+def merge(
+    output: OutputOption,
+    intensity: Annotated[float, typer.Option("--intensity", "-l", parser=finite, metavar="λ", help="Of the copy.")],
+    ends: EndsArgument = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write an ordinary checkpoint of a pair at one λ.
+
+    Where one λ is enough, it is the faster choice.
+    """
+    inputs = ends or [str(end) for end in sources.example_pair()]
+    with user_errors():
+        check_new(output, overwrite, inputs)
+    model, tokenizer = load(ends, intensities=[intensity], device="cpu")  # each weight is read once
+    from dami.saving.merging import write_merged
+
+    with user_errors(), written_whole(output, overwrite, inputs) as partial:
+        write_merged(model, partial, tokenizer, intensity)
+    out.print(f"{output}: an ordinary checkpoint at λ={intensity:g}.")

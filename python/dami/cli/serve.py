@@ -1,0 +1,158 @@
+"""`dami serve`."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dami.cli.base import app, err, fail, load, user_errors
+from dami.cli.options import DtypeOption, EndsArgument, FormatOption, finite, number_or_name, template
+
+
+@app.command()
+def serve(
+    ends: EndsArgument = None,
+    host: Annotated[str, typer.Option(help="Where to listen. Another address than this lets others in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(help="Requests must bring it; may be given several times. Default: DAMI_API_KEY, if it is set."),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A name by which clients call the server, beside localhost; may be given several times. "
+            "Default: any, but only localhost while there is no API key and --host is local.",
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option("--served-model-name", help="Default: the instruct end's.")] = None,
+    default_intensity: Annotated[
+        Any,
+        typer.Option(
+            parser=number_or_name, metavar="λ|NAME", help="Of requests that name none: a number, a preset or auto."
+        ),
+    ] = "0.5",
+    intensity_range: Annotated[
+        tuple[float, float], typer.Option(metavar="LOWEST HIGHEST", help="λ that requests may ask for.")
+    ] = (-1.0, 2.0),
+    format: FormatOption = None,
+    dtype: DtypeOption = "auto",
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            parser=template,
+            metavar="NAME|λ",
+            help="instruct or thinking; or the λ from which on it is thinking's. Default: the pair's.",
+        ),
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of prompt and answer. Default: as many as fit.")
+    ] = None,
+    kv_memory: Annotated[float, typer.Option(min=0.0, help="GiB of the KV cache.")] = 1.0,
+    max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 512,
+    max_batch_rows: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 64,
+    max_requests: Annotated[int, typer.Option(min=1, help="Sequences at once, waiting ones included.")] = 4096,
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 1 << 20,
+    read_timeout: Annotated[
+        int, typer.Option(min=1, metavar="SECONDS", help="For a request's headers, and again for its body.")
+    ] = 30,
+    prefix_cache: Annotated[
+        bool, typer.Option(help="Let requests of one λ share the KV cache of equal prompt beginnings.")
+    ] = True,
+    invariant: Annotated[
+        bool, typer.Option("--invariant", help="Make an answer's bits independent of other requests, at some cost.")
+    ] = False,
+    target_latency: Annotated[
+        float | None,
+        typer.Option(
+            parser=finite,
+            metavar="SECONDS",
+            help="Let requests with auto or max_intensity think less under load, so that answers take no longer.",
+        ),
+    ] = None,
+    intensity_floor: Annotated[
+        float, typer.Option(parser=finite, metavar="λ", help="How far --target-latency may go down.")
+    ] = 0.0,
+    frontier: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="By dami evaluate. Default: its estimator's."),
+    ] = None,
+    drain: Annotated[
+        int, typer.Option(min=0, help="Seconds that requests have to end after SIGTERM; then they are cut off.")
+    ] = 25,
+) -> None:
+    """Serve a pair over HTTP, as OpenAI does, each request at its own λ."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        from dami_kernels.installation import needs
+
+        raise fail(needs("dami serve", str(error.name), "serve")) from error
+    if not intensity_range[0] <= intensity_range[1] or not all(map(math.isfinite, intensity_range)):
+        raise fail(f"--intensity-range must be two finite numbers, the lower first, got {intensity_range}")
+    from dami.serving.controller import IntensityController
+    from dami.serving.gate import LOOPBACK, check_key
+    from dami.serving.playground import read_frontier
+
+    local = host in LOOPBACK
+    keys = api_key if api_key is not None else [os.environ["DAMI_API_KEY"]] if "DAMI_API_KEY" in os.environ else []
+    with user_errors():
+        for key in keys:
+            check_key(key, "DAMI_API_KEY" if api_key is None else "--api-key")
+        check_port(host, port)
+        given = read_frontier(frontier) if frontier else None
+        if target_latency is not None:  # what it refuses is told now
+            IntensityController(target_latency, max_batch_rows, intensity_floor)
+    model, tokenizer = load(ends, format, dtype, invariant, [default_intensity])
+    from dami.dial.patch import patch_of
+    from dami.serving.app import create_app
+    from dami.serving.engine import Engine, Limits
+    from dami.serving.listening import run
+    from dami.serving.service import Settings
+
+    controller = None
+    with user_errors():
+        known = dict(patch_of(model).frontier) if given is None else given
+        if target_latency is not None:
+            tokens = {point["intensity"]: point["tokens"][0] for point in known.get("points", [])}
+            controller = IntensityController(target_latency, max_batch_rows, intensity_floor, tokens=tokens)
+        limits = Limits(kv_memory, max_model_len, max_batch_tokens, max_batch_rows, max_requests, prefix_cache)
+        settings = Settings(
+            name or (Path(ends[0]).name if ends and Path(ends[0]).exists() else ends[0] if ends else "shipped"),
+            default_intensity,
+            intensity_range,
+            "default" if chat_template is None else chat_template,
+            tuple(keys),
+            (*LOOPBACK, *(allowed_host or ())) if allowed_host or (local and not keys) else (),
+            max_body,
+            read_timeout,
+            known,
+        )
+        served = create_app(Engine(model, limits, controller), tokenizer, settings)
+    if not local and not keys:
+        err.print(f"anyone who reaches {host} may use this server: see --api-key", style="yellow")
+    try:
+        with user_errors():
+            code = run(served, host, port, drain)
+    except SystemExit as stopped:  # uvicorn's, which has told why
+        raise fail(f"the server did not start on {host} port {port}") from stopped
+    raise typer.Exit(code)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises OSError if a server cannot listen there: now, not after the model has been loaded."""
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as asyncio does
+                trial.bind(address)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host} port {port}: {error.strerror}") from error

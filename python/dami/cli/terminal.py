@@ -1,0 +1,205 @@
+"""How answers, costs and parameters look in a terminal; the curve is in plots."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from textwrap import wrap
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from transformers import TextStreamer
+
+from dami.chat import Answer, ChatTemplate, Prompt, answers_of, ask, encode, numbers_of
+from dami.evaluation.frontier import Point
+from dami.evaluation.plots import color
+from dami.layers.describe import Description, ParameterRow
+from dami.thoughts import Reader
+
+LAYER = re.compile(r"\.(\d+)\.")
+NARROWEST = 20  # columns of text in which an answer can still be read
+
+
+def style_of(intensity: float) -> str:
+    """Colour of a λ, the same as in the plots."""
+    return "rgb({},{},{})".format(*color(intensity))
+
+
+def plain(prompt: Prompt) -> str:
+    """A prompt in a few words: of a conversation the last message."""
+    return (prompt if isinstance(prompt, str) else prompt[-1]["content"]).strip()
+
+
+def fold(text: Text, console: Console, width: int, lines: int, tail: bool = False) -> Text:
+    """`text` wrapped to `width` and cut to `lines` lines: its middle is left out, or all but its `tail`."""
+    wrapped = text.wrap(console, width)
+    hidden = len(wrapped) - lines + 1
+    if hidden <= 1:
+        return Text("\n").join(wrapped)
+    head = 0 if tail else (lines - 1) // 2
+    note = Text(f"… {hidden} more lines …", style="dim")
+    return Text("\n").join([*wrapped[:head], note, *wrapped[head + hidden :]])
+
+
+def side_by_side(
+    answers: Sequence[Answer],
+    console: Console,
+    title: str | None = None,
+    verdicts: Sequence[bool] | None = None,
+    lines: int = 7,
+    tail: bool = False,
+) -> RenderableType:
+    """The answers to one prompt in columns: λ, tokens used, right or wrong, the thought dimmed and folded, the answer.
+
+    Where the console shows no styles both are labelled.
+
+    Args:
+        answers: one per λ.
+        console: for its width.
+        title: of the frame.
+        verdicts: whether each answer is right, if that is known.
+        lines: a thought is folded to so many.
+        tail: keep the end of a long thought rather than both ends, for thoughts in the making.
+    """
+    thinks = any(answer.thought for answer in answers)
+    labels = ("thought: ", "answer: ") if thinks and not console.is_terminal else ("", "")  # where no style tells them
+    inside = console.width - 4
+    per_line = max(1, min(len(answers), inside // (NARROWEST + 2)))
+    width = (inside - 2 * (per_line - 1)) // per_line
+    tables = []
+    for start in range(0, len(answers), per_line):
+        table = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
+        heads, thoughts, ends = [], [], []
+        for place, answer in enumerate(answers[start : start + per_line], start):
+            table.add_column(width=width)
+            head = Text(f"λ={answer.intensity:g}", style=f"bold {style_of(answer.intensity or 0)}")
+            if verdicts is not None:
+                head.append(*(("  ✓", "bold green") if verdicts[place] else ("  ✗", "bold red")))
+            heads.append(head.append(f"  {answer.tokens} tokens", "not bold dim"))
+            thought = Text(labels[0] + answer.thought, style="dim italic")
+            thoughts.append(fold(thought, console, width, lines, tail) if answer.thought else Text("no thought", "dim"))
+            end = Text(labels[1] + answer.text, style="bold")
+            ends.append(end if answer.text else Text("…" if tail else "no answer", "dim"))
+        for row in (heads, thoughts, ends) if thinks else (heads, ends):
+            table.add_row(*row)
+        tables.append(table)
+    parts: list[RenderableType] = [Text(plain(answers[0].prompt), style="bold"), Text()]
+    for table in tables:
+        parts += [table, Text()]
+    return Panel(Group(*parts[:-1]), title=title, title_align="left", box=box.ROUNDED, border_style="dim")
+
+
+def size(nbytes: float) -> str:
+    """Bytes as a person reads them: 3.4 MB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if nbytes < 1000 or unit == "TB":
+            break
+        nbytes /= 1000
+    return f"{nbytes:.0f} {unit}" if unit == "B" or nbytes >= 100 else f"{nbytes:.1f} {unit}"
+
+
+def stream(
+    model: Any,
+    tokenizer: Any,
+    prompt: Prompt,
+    intensities: Sequence[float | str],
+    chat_template: ChatTemplate | None,
+    console: Console,
+    **options: Any,
+) -> None:
+    """Answers one prompt, tokens shown as they come: of one λ as plain text, of several in columns."""
+    prompts = [prompt] * len(intensities)
+    lams = numbers_of(model, tokenizer, prompts, intensities, chat_template)
+    if len(intensities) == 1:
+        written = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        ask(model, tokenizer, prompts, lams, chat_template, streamer=written, **options)
+        return
+    rows, reader = Rows(), Reader.of(tokenizer)
+    texts, _ = encode(tokenizer, prompts, chat_template, lams)
+
+    def columns() -> RenderableType:
+        ids = torch.stack(rows.steps[1:], 1) if len(rows.steps) > 1 else torch.empty(len(prompts), 0, dtype=torch.int64)
+        answers = answers_of(model, reader, ids, prompts, lams, texts)
+        return side_by_side(answers, console, lines=max(4, console.height - 12), tail=True)
+
+    with Live(get_renderable=columns, console=console, refresh_per_second=8):
+        ask(model, tokenizer, prompts, lams, chat_template, streamer=rows, **options)
+
+
+class Rows:
+    """A streamer for many rows: keeps what `generate` hands it, the prompts first, then the tokens of each step."""
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self.steps.append(tokens)
+
+    def end(self) -> None:
+        pass
+
+
+def parameters(description: Description, console: Console) -> RenderableType:
+    """Table of every parameter, alike layers in one row, and what the pair takes against merged copies."""
+    alike: dict[ParameterRow, list[tuple[int, ParameterRow]]] = {}
+    for row in description.rows:
+        number = LAYER.search(row.name)
+        common = replace(row, name=LAYER.sub(".{}.", row.name, count=1))
+        alike.setdefault(common, []).append((int(number[1]) if number else 0, row))
+    lines = []
+    for pattern, rows in alike.items():
+        name = pattern.name.format(runs([layer for layer, _ in rows]))
+        ends = f"{pattern.format or 'identical'} {pattern.dtype}"
+        weight = f"{sum(row.nbytes for _, row in rows):,}"
+        if pattern.tied_to:
+            name, weight = f"{name} = {pattern.tied_to}", "tied"
+        lines.append((name, pattern.kind, "×".join(map(str, pattern.shape)), ends, weight))
+    # A name that would not fit beside the other columns is broken after a dot.
+    room = console.width - sum(2 + max(map(len, column)) for column in list(zip(*lines, strict=True))[1:])
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for head in ("parameter", "kind", "shape", "ends", "bytes"):
+        table.add_column(head, no_wrap=True, justify="right" if head == "bytes" else "left")
+    for name, *others in lines:
+        broken = wrap(re.sub(r"\.(?=[a-z_])", ". ", name), room, break_long_words=False, subsequent_indent="   ")
+        table.add_row("\n".join(part.replace(". ", ".") for part in broken), *others)
+    one = sum(math.prod(r.shape) * getattr(torch, r.dtype).itemsize for r in description.rows if not r.tied_to)
+    pair = description.nbytes
+    total = Text(f"{len(description.rows)} parameters, {sum(r.interpolated for r in description.rows)} interpolated. ")
+    total.append(f"This pair: {size(pair)}, {pair / one:.2f}× one model, at any number of λ. ", "bold")
+    total.append(f"Merged copies: {size(one)} for each λ, {size(3 * one)} for 3, {size(11 * one)} for 11.")
+    return Group(table, Text(), total)
+
+
+def runs(numbers: Sequence[int]) -> str:
+    """Rising whole numbers in short: 0-5,7."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ",".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+
+
+def point_table(points: Sequence[Point], title: Text | None = None) -> Table:
+    """One row per λ: right answers with their interval, and tokens."""
+    table = Table(title=title, box=None, pad_edge=False)
+    for name in ("λ", "right", "95 % interval", "tokens", "95 % interval"):
+        table.add_column(name, justify="right", header_style="dim")
+    for p in points:
+        table.add_row(
+            Text(f"{p.intensity:g}", f"bold {style_of(p.intensity)}"),
+            f"{p.accuracy.value:.0%}",
+            f"{p.accuracy.low:.0%} to {p.accuracy.high:.0%}",
+            f"{p.tokens.value:.0f}",
+            f"{p.tokens.low:.0f} to {p.tokens.high:.0f}",
+        )
+    return table

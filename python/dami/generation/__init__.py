@@ -1,0 +1,1 @@
+"""λ while tokens are generated."""

@@ -1,0 +1,142 @@
+"""Attention of packed sequences, each for itself: for continuous batching where there is no flash attention.
+
+transformers' own `sdpa` computes, for every token of a packed batch, the scores with the keys of all sequences, and
+masks most of them away. That is quadratic in the number of sequences, and a NaN in one reaches all, as 0·NaN is NaN;
+its paged `eager` leaves out soft caps besides. Here a sequence meets no keys but its own.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from dami.layers.row_parameter import RowParameter
+
+NAME = "dami_packed"  # of this attention, as an attn_implementation
+INVARIANT = "dami_packed_invariant"  # computes each query alone: its bits do not depend on the steps a prompt came in
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    *,
+    cu_seq_lens_q: Tensor,
+    cu_seq_lens_k: Tensor,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    invariant: bool = False,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of sequences that stand one after another.
+
+    Args:
+        module: the attention layer.
+        query: [1, heads, queries of all sequences, head size].
+        key, value: [1, key heads, keys of all sequences, head size]; the last keys of a sequence are of its queries.
+        attention_mask: not looked at, as it follows from the lengths.
+        scaling: of the scores.
+        cu_seq_lens_q, cu_seq_lens_k: int32 [sequences + 1], where each sequence begins, and the end.
+        sliding_window: how many keys a query sees at most, its own included.
+        softcap: bends scores to stay below it.
+        s_aux: an attention sink for each head, [heads].
+        invariant: computes each query alone.
+
+    Returns:
+        [1, queries, heads, head size], and None in the place of weights.
+    """
+    result = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+    sinks = s_aux.rows if isinstance(s_aux, RowParameter) else s_aux
+
+    def attend(rows: slice | Tensor, keys: slice | Tensor, sees: Tensor | None, sequences: int = 1) -> None:
+        """Attention of sequences with equally many queries, whose keys are filled up to equally many."""
+        q, k, v = (_take(x, at, sequences) for x, at in ((query, rows), (key, keys), (value, keys)))
+        sink = None if sinks is None else sinks.expand(query.shape[2], -1)[rows].unflatten(0, (sequences, -1)).mT
+        result[0, rows] = _attend(q, k, v, scaling, sees, softcap, sink).transpose(1, 2).flatten(0, 1)
+
+    decoding: dict[int, list[tuple[int, int, int]]] = {}  # row, first key, keys; by the doubling of their keys
+    of_queries, of_keys = (pairwise(lengths.tolist()) for lengths in (cu_seq_lens_q, cu_seq_lens_k))
+    for (begin, end), (keys, keys_end) in zip(of_queries, of_keys, strict=True):
+        for first in range(begin, end, 1 if invariant else max(1, end - begin)):
+            rows = slice(first, first + 1 if invariant else end)
+            queries, last_key = rows.stop - first, keys_end - (end - rows.stop)
+            first_key = keys if sliding_window is None else max(keys, last_key - sliding_window - queries + 1)
+            count = last_key - first_key
+            if queries > 1 or invariant:
+                attend(rows, slice(first_key, last_key), _sees(queries, count, sliding_window, query.device))
+            else:
+                decoding.setdefault(count.bit_length(), []).append((first, first_key, count))
+    for alike in decoding.values():
+        rows, first_keys, counts = torch.tensor(alike, device=query.device).t()
+        places = torch.arange(max(count for _, _, count in alike), device=query.device)
+        # What fills up is a sequence's own last key: whatever it is, no other sequence meets it.
+        own = first_keys[:, None] + torch.minimum(places, counts[:, None] - 1)
+        attend(rows, own.flatten(), (places < counts[:, None])[:, None], len(alike))
+    return result, None
+
+
+def _take(x: Tensor, at: slice | Tensor, sequences: int) -> Tensor:
+    """Some places of [1, heads, places, size] as [sequences, heads, places of each, size]."""
+    taken = x[0][:, at] if isinstance(at, slice) else x[0].index_select(1, at)
+    return taken.unflatten(1, (sequences, -1)).transpose(0, 1)
+
+
+def _sees(queries: int, keys: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
+    """Which keys each of the last queries of a sequence sees, [1, queries, keys]; None if it is all up to its own."""
+    if queries == 1 or (queries == keys and (sliding_window is None or keys <= sliding_window)):
+        return None
+    place = torch.arange(keys - queries, keys, device=device).view(-1, 1)
+    at = torch.arange(keys, device=device)
+    sees = at <= place
+    if sliding_window is not None:
+        sees &= at > place - sliding_window
+    return sees[None]
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    sees: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention, [sequences, heads, queries, head size].
+
+    `sees` is [sequences, queries, keys], without it a query sees all keys up to its own; `sinks` [sequences, heads,
+    queries].
+    """
+    heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
+    mask = None if sees is None else sees[:, None]
+    plain = softcap is None and sinks is None
+    if plain and queries == 1:  # all heads of a group are queries of one key head
+        grouped = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+        attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+        return attended.reshape(*query.shape[:3], -1)
+    key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
+    if plain:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
+    scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = query.new_ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[..., None].to(scores.dtype)], 3)
+    return scores.softmax(3, dtype=torch.float32)[..., :keys].to(value.dtype) @ value
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionInterface.register(INVARIANT, partial(packed_attention, invariant=True))

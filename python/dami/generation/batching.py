@@ -1,0 +1,443 @@
+"""λ in transformers' continuous batching: what `init_continuous_batching` of a patched model returns.
+
+A request's λ is one of its `logit_processor_kwargs`, which transformers keeps for it wherever it goes (queue, fork,
+eviction, ranks of a tensor-parallel group). In each step λ of every request is written beside the arguments of the
+logits processors, in static storage; `packed_lam` expands it, on the device, to the tokens of the packed row.
+"""
+
+from __future__ import annotations
+
+import copy
+import numbers
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.generation.continuous_batching import cb_logits_processors, continuous_api, requests
+
+from dami.dial.choosing import named
+from dami.dial.patch import patch_of
+from dami.dial.values import as_lam, one_lam
+from dami.generation import attention
+from dami.generation.sampling import Sampler, Sampling
+from dami.keywords import check_keywords
+from dami.layers.base import LerpModule
+
+NEEDED = {
+    continuous_api.ContinuousBatchingManager: (
+        "_create_batch_processor",
+        "_generation_loop_body",
+        "_generation_step",
+        "_run_generation_loop",
+        "pause",
+    ),
+    continuous_api.ContinuousBatchProcessor: ("prepare_next_batch", "update_batch"),
+    cb_logits_processors.ContinuousBatchingLogitsProcessorList: (
+        "check_kwargs",
+        "fill_defaults",
+        "prepare_tensor_args",
+    ),
+    requests.RequestState: ("create_equivalent_initial_request", "update_and_check_completion"),
+}
+HONOURED = {
+    "max_new_tokens", "max_length", "eos_token_id", "num_return_sequences", "do_sample", "temperature", "top_k",
+    "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "suppress_tokens", "remove_invalid_values",
+    "renormalize_logits",
+}  # fmt: skip  # settings of a generation config; from do_sample on they look at one row of logits and nothing else
+IDLE = {
+    "use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile",
+    "prefill_chunk_size", "continuous_batching_config", "low_memory", "pad_token_id", "bos_token_id",
+    "decoder_start_token_id", "return_dict_in_generate", "early_stopping", "length_penalty", "is_assistant",
+    "num_assistant_tokens", "num_assistant_tokens_schedule", "speculation_type", "assistant_confidence_threshold",
+    "assistant_lookbehind", "target_lookbehind", "assistant_early_exit", "assistant_ensemble_weight",
+    "prompt_lookup_num_tokens", "max_matching_ngram_size", "transformers_version", "_from_model_config",
+}  # fmt: skip  # those that change no token, or none without another one
+NEUTRAL = {
+    "num_beams": 1, "num_beam_groups": 1, "repetition_penalty": 1, "encoder_repetition_penalty": 1, "guidance_scale": 1,
+    "min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
+    "penalty_alpha": 0, "diversity_penalty": 0,
+}  # fmt: skip
+
+
+TOKEN_BITS = 23  # of the int32 that tells blocks apart; the others are λ's
+TOKENS = 1 << TOKEN_BITS
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the generation loop, or a look at it while it has nothing to do.
+
+    Attributes:
+        waiting: requests that no step has taken up yet.
+        running: requests that hold blocks.
+        rows: requests of this step.
+        tokens: that it computed.
+        blocks: share of the KV cache that requests hold, 0 to 1.
+        seconds: that it took.
+    """
+
+    waiting: int
+    running: int
+    rows: int
+    tokens: int
+    blocks: float
+    seconds: float
+
+
+class Prompts(list[Any]):
+    """Prompts on their way through transformers' `generate_batch`, with an intensity for each."""
+
+    def __init__(self, prompts: Sequence[Any], intensities: Sequence[float]) -> None:
+        super().__init__(prompts)
+        self.intensities = intensities
+
+
+class LerpManager(continuous_api.ContinuousBatchingManager):
+    """transformers' manager, each of whose requests has its own λ."""
+
+    parts: dict[str, Any]  # λ of the modules that `dami.intensity` had set apart when the loop began
+    sampler: Sampler | None
+    on_step: Callable[[Step], None] | None
+
+    @classmethod
+    def of(cls, manager: continuous_api.ContinuousBatchingManager) -> LerpManager:
+        """Makes a manager of a patched model one of this class.
+
+        Raises:
+            ValueError: this version of transformers lacks something that is needed, or the model cannot run packed
+                rows at several λ, or has too many tokens.
+        """
+        if isinstance(manager, cls):
+            return manager
+        for owner, names in NEEDED.items():
+            if missing := [name for name in names if not hasattr(owner, name)]:
+                raise ValueError(f"continuous batching of a patched model needs another transformers: no {missing}")
+        vocabulary = cast(Any, manager.model).get_input_embeddings().num_embeddings
+        if vocabulary > TOKENS and manager.continuous_batching_config.allow_block_sharing:
+            raise ValueError(
+                f"allow_block_sharing must be False for a vocabulary of {vocabulary}: blocks are told apart by λ and "
+                f"by tokens below {TOKENS}"
+            )
+        manager.__class__ = cls
+        lerped = cast(LerpManager, manager)
+        lerped.parts = {}
+        lerped.sampler = lerped.on_step = None
+        lerped.logit_processor = LerpProcessors(manager.logit_processor)
+        try:
+            check_packed(manager.model)
+            lerped.switch_to_cb_friendly_attn(manager.model, manager.continuous_batching_config.auto_switch_to_flash)
+        except BaseException:
+            manager.model.set_attn_implementation(
+                manager._original_attn_impl or manager.model.config._attn_implementation
+            )
+            raise
+        return lerped
+
+    def sample_per_request(self) -> None:
+        """Lets requests bring a `Sampling`, as `add_request(…, sampling=…)`, and ask for log-probabilities.
+
+        It is called before the start, on a manager that takes the likeliest token and batches synchronously.
+        """
+        self.sampler = Sampler()
+        cast(LerpProcessors, self.logit_processor).attach(self.sampler)
+
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
+        super().switch_to_cb_friendly_attn(model, auto_switch_to_flash)
+        chosen = model.config._attn_implementation
+        if auto_switch_to_flash and chosen in ("sdpa", "paged|eager"):
+            original = self._original_attn_impl or chosen
+            model.set_attn_implementation(attention.INVARIANT if patch_of(model).running.invariant else attention.NAME)
+            self._original_attn_impl = original
+        elif chosen == "paged|eager" and getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+            raise ValueError("attn_implementation 'eager' leaves out soft caps in continuous batching: use the default")
+        patch_of(model).attention = self._original_attn_impl
+
+    def start(self) -> None:
+        """As transformers' own; RuntimeError if another thread runs the model."""
+        if self.is_running():
+            super().start()  # it says so
+        else:
+            patch_of(self.model).hold.start_batching(super().start)
+
+    def stop(self, *args: Any, **options: Any) -> None:
+        super().stop(*args, **options)
+        patch_of(self.model).attention = self._original_attn_impl
+
+    def _run_generation_loop(self, *args: Any, **options: Any) -> None:
+        with patch_of(self.model).hold.batching():
+            super()._run_generation_loop(*args, **options)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        with super().pause(), patch_of(self.model).hold.paused():
+            yield
+
+    def add_request(
+        self,
+        input_ids: list[int],
+        request_id: str | None = None,
+        max_new_tokens: int | None = None,
+        *args: Any,
+        intensity: float | str | None = None,
+        **options: Any,
+    ) -> str | None:
+        """As transformers' own.
+
+        Args:
+            input_ids: of the prompt, one at least, all of them in the model's vocabulary.
+            intensity: λ of the request, one finite number or a preset's name; by default where the model's dial stands.
+            request_id, max_new_tokens, args, options: as there; without `max_new_tokens` the config's `max_length`
+                counts as it does for `generate`.
+
+        Raises:
+            TypeError, ValueError: `intensity` is not one finite number, or the prompt is no list of the model's tokens
+                with room for an answer.
+        """
+        check_keywords("add_request", options, "intensity")
+        lam = patch_of(self.model).dial.lam if intensity is None else named(self.model, intensity)
+        options["intensity"] = one_lam(lam)
+        room = check_prompt(self.model, self.generation_config, input_ids, max_new_tokens, "input_ids")
+        return super().add_request(input_ids, request_id, room, *args, **options)
+
+    def add_requests(self, inputs: list[list[int]], *args: Any, intensity: Any = None, **options: Any) -> list[str]:
+        """As transformers' own, with a λ for all prompts or one for each: numbers, or presets' names.
+
+        Raises:
+            TypeError, ValueError: `intensity` is neither.
+        """
+        check_keywords("add_requests", options, "intensity")
+        if intensity is None and isinstance(inputs, Prompts):
+            intensity = inputs.intensities
+        wanted = patch_of(self.model).dial.lam if intensity is None else named(self.model, intensity)
+        lam = as_lam(wanted, torch.device("cpu"), len(inputs)).expand(len(inputs)).tolist()
+        ids = [""] * len(inputs)
+        for value in dict.fromkeys(lam):
+            places = [place for place, each in enumerate(lam) if each == value]
+            alike = super().add_requests([inputs[place] for place in places], *args, intensity=value, **options)
+            for place, name in zip(places, alike, strict=True):
+                ids[place] = name
+        return ids
+
+    def _create_batch_processor(self) -> continuous_api.ContinuousBatchProcessor:
+        before = self.batch_processor
+        processor = super()._create_batch_processor()
+        if processor is not before:
+            key_blocks(processor)
+            unblock_after_cancellations(processor.scheduler)
+            if self.sampler is not None:
+                self.sampler.report_through(processor.inputs_and_outputs)
+        modules = [module for module in self.model.modules() if isinstance(module, LerpModule) and module.lerp.part]
+        parts = {module.lerp.name: module.lerp.lam.tolist() for module in modules}
+        if processor is before and parts != self.parts:
+            processor.cache.free_all_requests(clear_ledgers=True)  # its blocks were read at other λ
+        self.parts = parts
+        return processor
+
+    def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
+        start, before = time.perf_counter(), self.current_batch
+        goes_on = super()._generation_loop_body(batch_processor, bootstrapping)
+        if self.on_step is not None:
+            scheduler, stepped = batch_processor.scheduler, self.current_batch > before
+            states = batch_processor.inputs_and_outputs.requests_in_batch if stepped else []
+            self.on_step(
+                Step(
+                    waiting=self.input_queue.qsize() + len(scheduler.waiting_requests),
+                    running=len(scheduler.active_requests),
+                    rows=len(states),
+                    tokens=sum(state.query_length for state in states),
+                    blocks=blocks_in_use(batch_processor.cache),
+                    seconds=time.perf_counter() - start if stepped else 0.0,
+                )
+            )
+        return goes_on
+
+
+class LerpProcessors(cb_logits_processors.ContinuousBatchingLogitsProcessorList):
+    """transformers' list of logits processors, the last row of whose arguments is λ of every request of the step."""
+
+    def __init__(self, processors: cb_logits_processors.ContinuousBatchingLogitsProcessorList) -> None:
+        self.__dict__.update(processors.__dict__)
+        self.sampler: Sampler | None = None
+        self.own_rows = processors.tensors_required
+        self.tensors_required += 1
+        self.supported_keys = {**self.supported_keys, "intensity": float}
+
+    def attach(self, sampler: Sampler) -> None:
+        """Before any storage is made for the arguments."""
+        self.sampler = sampler
+        self.tensors_required += sampler.rows
+        self.supported_keys["sampling"] = Sampling
+        self.do_processing = True
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        super().fill_defaults(int32_tensor)
+        int32_tensor[self.own_rows :].zero_()
+
+    def prepare_tensor_args(self, requests_in_batch: list[Any], arg_storage: Tensor) -> Tensor:
+        super().prepare_tensor_args(requests_in_batch, arg_storage)
+        lam = [request.state.logit_processor_kwargs.get("intensity", 0.0) for request in requests_in_batch]
+        arg_storage[-1, : len(lam)] = torch.tensor(lam).view(torch.int32).to(arg_storage.device)
+        if self.sampler is not None:
+            states = [request.state for request in requests_in_batch if request.has_new_token]
+            self.sampler.prepare(states, arg_storage[self.own_rows : -1])
+        return arg_storage
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
+        scores = super().__call__(input_ids, scores, logits_processor_args)
+        if self.sampler is not None:
+            scores = self.sampler(scores, logits_processor_args[self.own_rows : -1])
+        return scores
+
+
+def check_config(config: Any) -> None:
+    """Refuses settings of a generation config that continuous batching would ignore: ValueError."""
+    for name, value in config.to_dict().items():
+        unused = value is None or value is False or value == NEUTRAL.get(name)
+        if not unused and name not in HONOURED | IDLE:
+            raise ValueError(
+                f"generation_config.{name} must be left out, which continuous batching does not have, got {value!r}"
+            )
+
+
+def check_prompt(model: Any, config: Any, prompt: Any, max_new_tokens: int | None, name: str) -> int | None:
+    """How many tokens a prompt's answer may have, None for no limit.
+
+    Raises:
+        TypeError, ValueError: the prompt, which is called `name`, is no list of token ids, or there is no room.
+    """
+    wanted = f"{name} must be a list of token ids, one at least"
+    kinds = {*map(type, prompt)} if isinstance(prompt, (list, tuple)) else {bool}
+    if not all(issubclass(kind, numbers.Integral) and kind is not bool for kind in kinds):
+        raise TypeError(f"{wanted}, got {prompt!r:.60}")
+    if not prompt:
+        raise ValueError(f"{wanted}, got none")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if min(prompt) < 0 or max(prompt) >= vocabulary:
+        raise ValueError(f"{name} must be from 0 to {vocabulary - 1}, got {min(prompt)} to {max(prompt)}")
+    limit, room = "max_new_tokens", config.max_new_tokens if max_new_tokens is None else max_new_tokens
+    if room is None and config.max_length is not None:
+        limit, room = f"max_length less the {len(prompt)} tokens of {name}", config.max_length - len(prompt)
+    if room is not None and room < 1:
+        raise ValueError(f"{limit} must be at least 1, got {room}")
+    return room
+
+
+def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
+    """Prompts as `generate` takes them, `input_ids` and `attention_mask` [prompts, length], padded on the left."""
+    length = max(map(len, prompts), default=0)
+    ids = [[0] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+
+def packed_lam(inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """λ of every token of a packed row, float32 [tokens], and of those whose logits are wanted, where not all are.
+
+    Args:
+        inputs: what continuous batching gives the model's forward pass.
+    """
+    lam = inputs["logits_processor_args"][-1].view(torch.float32)
+    ends = inputs["cu_seq_lens_q"][1:].contiguous()
+    tokens = torch.arange(inputs["input_ids"].shape[1], dtype=ends.dtype, device=ends.device)
+    sequence = torch.searchsorted(ends, tokens, right=True).clamp(max=len(ends) - 1)  # the clamp is for padding
+    lam = lam[sequence]
+    kept = inputs.get("logits_to_keep")
+    return lam, lam[kept] if isinstance(kept, Tensor) else None
+
+
+@torch.no_grad()
+def check_packed(model: Any) -> None:
+    """Runs three sequences as one packed row, λ = NaN for the second: it must reach its logits, and no others.
+
+    Raises:
+        ValueError: it does not, or a module does not take tokens of several sequences in one row.
+    """
+    patch = patch_of(model)
+    if patch.packs:
+        return
+    before = model.config._attn_implementation
+    sizes = {value for value in model.config.get_text_config().to_dict().values() if isinstance(value, int)}
+    tokens = next(number for number in count(9) if number not in sizes)  # for `LerpModule._packed_rows`
+    lengths = (tokens - 3, 2, 1)
+    begins = torch.tensor([0, tokens - 3, tokens - 1, tokens], dtype=torch.int32, device=model.device)
+    lam = torch.tensor([0.0, float("nan"), 1.0], device=model.device)
+    last = {"logits_to_keep": begins[1:].long() - 1} if model._supports_logits_to_keep() else {}
+    model.set_attn_implementation(attention.NAME)
+    apart = [(m.lerp, m.lerp.part) for m in model.modules() if isinstance(m, LerpModule)]
+    try:
+        for lerp, _ in apart:
+            lerp.part = None  # one λ for its part would hide where the tokens are
+        logits = model(
+            input_ids=torch.arange(3, 3 + tokens, device=model.device).unsqueeze(0),
+            position_ids=torch.tensor([[place for length in lengths for place in range(length)]], device=model.device),
+            cu_seq_lens_q=begins,
+            cu_seq_lens_k=begins,
+            logits_processor_args=lam.view(torch.int32).unsqueeze(0),
+            use_cache=False,
+            **last,
+        ).logits
+    finally:
+        for lerp, part in apart:
+            lerp.part = part
+        model.set_attn_implementation(before)
+    missing = logits[0].isnan()
+    reached = torch.tensor([False, True, False], device=model.device)
+    if not last:
+        reached = reached.repeat_interleave(begins.diff())
+    if not torch.equal(missing.all(1), reached) or not torch.equal(missing.any(1), reached):
+        raise ValueError(
+            f"{type(model).__name__} cannot be batched continuously at several λ: one reaches other sequences"
+        )
+    patch.packs = True
+
+
+def key_blocks(processor: continuous_api.ContinuousBatchProcessor) -> None:
+    """Makes requests share blocks of the KV cache at equal λ only.
+
+    transformers finds blocks by the tokens from the prompt's first on. Here the bits of λ are in the first four of
+    them, above those of the token ids: no page holds less than four tokens.
+    """
+    cache, scheduler = processor.cache, processor.scheduler
+    search, mark = cache.search_prefix_match, cache.mark_complete_blocks
+
+    def search_prefix_match(request_id: str, prompt_ids: list[int]) -> int:
+        return search(request_id, keyed(prompt_ids, scheduler.waiting_requests[request_id]))
+
+    def mark_complete_blocks(state: Any, complete_blocks: dict[str, int]) -> None:
+        if complete_blocks and cache.allow_block_sharing:
+            state = copy.copy(state)
+            state.initial_tokens = keyed(state.initial_tokens, state)
+        mark(state, complete_blocks)
+
+    cache.search_prefix_match, cache.mark_complete_blocks = search_prefix_match, mark_complete_blocks  # type: ignore[method-assign]
+
+
+def keyed(tokens: list[int], state: Any) -> list[int]:
+    """A prompt that equals another one's where tokens and λ are equal: an int32 of 8 bits of λ and 23 of a token."""
+    bits = struct.pack("<f", state.logit_processor_kwargs.get("intensity", 0.0))
+    return [token | byte << TOKEN_BITS for token, byte in zip(tokens, bits, strict=False)] + tokens[len(bits) :]
+
+
+def blocks_in_use(cache: Any) -> float:
+    """Share of a KV cache that requests hold, 0 to 1: blocks kept for prompts to come are not in use."""
+    kept = sum(len(each.ledger.cached_blocks) / each.num_blocks for each in cache.cache_allocators.values())
+    return round(1.0 - cache.compute_free_capacity() - kept, 6) + 0.0  # −0 is 0
+
+
+def unblock_after_cancellations(scheduler: Any) -> None:
+    """Lets waiting requests in when blocks become free by cancellation, as transformers does when a request ends."""
+    clear = scheduler.clear_cancelled_requests
+
+    def clear_cancelled_requests() -> list[Any]:
+        cancelled = clear()
+        if cancelled:
+            scheduler.block_new_requests = False
+        return cancelled
+
+    scheduler.clear_cancelled_requests = clear_cancelled_requests

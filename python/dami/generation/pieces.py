@@ -1,0 +1,82 @@
+"""Decoding in pieces, between which the rows that have ended leave the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.generation import GenerateDecoderOnlyOutput
+
+PIECE = 16  # tokens: few enough that little is computed for rows that have ended, many enough to cost nothing
+CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"  # its name in 5.24
+KNOWN = {"do_sample", "max_new_tokens", "min_p", "repetition_penalty", "temperature", "top_k", "top_p"}
+
+
+def generate_in_pieces(
+    model: Any,
+    batch: Mapping[str, Tensor],
+    intensities: Sequence[float] | Mapping[Any, Sequence[float]] | None = None,
+    **options: Any,
+) -> Tensor:
+    """What `model.generate` generates, at a price that goes by the tokens and not by the longest answer.
+
+    Answers at different λ differ many times over in length, and `generate` computes every row until the last has ended.
+
+    Args:
+        model: a patched model, or an ordinary one with `intensities` None.
+        batch: `input_ids` and `attention_mask`, int64 [rows, length], padded on the left.
+        intensities: λ, one per row; or a mapping of parts of the model to these.
+        options: of `generate`, none but those in `KNOWN`.
+
+    Returns:
+        The generated tokens, int64 [rows, tokens]; what follows a row's end token means nothing.
+
+    Raises:
+        ValueError: another option, which might not mean in pieces what it means in one.
+    """
+    if options.keys() - KNOWN:
+        raise ValueError(f"options must be of {sorted(KNOWN)}, got {sorted(options.keys() - KNOWN)}")
+    ids, seen = batch["input_ids"], batch["attention_mask"]
+    length, config = ids.shape[1], model.generation_config
+    limit = options.pop("max_new_tokens", None) or config.max_new_tokens or (config.max_length or 20) - length
+    ends = end_tokens(model).to(ids.device)
+    out = ids.new_full((len(ids), limit), config.pad_token_id or 0)
+    rows, cache, told = torch.arange(len(ids), device=ids.device), None, 0
+    parts = intensities if isinstance(intensities, Mapping) else {} if intensities is None else {None: intensities}
+    lams = {part: torch.tensor(values, dtype=torch.float32, device=ids.device) for part, values in parts.items()}
+    most = PIECE if _can_shrink(model) else limit
+    while told < limit:
+        if lams:
+            of_rows = {part: lam[rows] for part, lam in lams.items()}
+            options["intensity"] = of_rows.get(None, of_rows)
+        piece = model.generate(
+            input_ids=ids, attention_mask=seen, max_new_tokens=min(most, limit - told), return_dict_in_generate=True,
+            num_beams=1, num_return_sequences=1, **{CACHE: cache}, **options,
+        )  # fmt: skip
+        ids, cache = piece.sequences, piece[CACHE]
+        news = ids[:, length + told :]
+        out[rows, told : told + news.shape[1]] = news
+        told += news.shape[1]
+        seen = torch.nn.functional.pad(seen, (0, news.shape[1]), value=1)
+        running = ~torch.isin(ids[:, length:], ends).any(1)
+        if not running.any():
+            break
+        if not running.all():
+            rows, ids, seen = rows[running], ids[running], seen[running]
+            cache.batch_select_indices(running.nonzero().flatten())
+    return out[:, :told]
+
+
+def end_tokens(model: Any) -> Tensor:
+    """Ids of the tokens that end an answer, int64 [any number]."""
+    ids = model.generation_config.eos_token_id
+    return torch.tensor([] if ids is None else [ids] if isinstance(ids, int) else ids, dtype=torch.int64)
+
+
+def _can_shrink(model: Any) -> bool:
+    """Whether rows can leave the model's cache, which holds keys and values only: a state-space model's cannot."""
+    layers = DynamicCache(config=model.config).layers
+    return not getattr(model, "_is_stateful", False) and all(isinstance(layer, DynamicLayer) for layer in layers)

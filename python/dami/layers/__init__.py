@@ -1,0 +1,1 @@
+"""The modules of a patched model."""

@@ -1,0 +1,208 @@
+"""`LerpModule`: what all patched modules share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dami.dial.state import PatchedModule, Stored
+from dami.layers.row_parameter import RowParameter, blend
+from dami_kernels import LerpWeight
+from dami_kernels.weight import FLOAT_DTYPES
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def placeholder(like: Tensor, shape: torch.Size) -> Tensor:
+    """A tensor of a shape, and of the dtype and device of `like`, that takes the memory of one number: NaN.
+
+    It stands where a format does not keep the base as it was, for all who ask a parameter what it is.
+    """
+    return like.new_full((), float("nan")).expand(shape)
+
+
+def check_dtypes(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Refuses what `.to()` and its like are about to do to a module if no operator could take its weights then."""
+    kinds = {(parameter.dtype, parameter.device) for parameter in module.parameters() if parameter.is_floating_point()}
+    for dtype, device in kinds:
+        wanted = fn(torch.empty(0, dtype=dtype, device=device)).dtype
+        if wanted not in FLOAT_DTYPES:
+            raise TypeError(
+                f"a patched model computes in float32, bfloat16 or float16, got {wanted}: for a model in {wanted} make "
+                "a merged copy, dami.materialize(model, intensity), and convert that"
+            )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a class that is made while the program runs is made again, in a process that loads what another has pickled.
+
+    Attributes:
+        factory: the function that makes it.
+        arguments: the function's; a class among them that is made itself is given as its recipe.
+    """
+
+    factory: Callable[..., type[nn.Module]]
+    arguments: tuple[Any, ...]
+
+
+def recipe_of(cls: type[nn.Module]) -> type[nn.Module] | Recipe:
+    """The recipe of a class, or the class itself where it has none and is found by its name."""
+    return vars(cls).get("recipe", cls)
+
+
+def rebuild(recipe: type[nn.Module] | Recipe) -> nn.Module:
+    """An empty module of a class; pickle fills it."""
+    cls = _class_of(recipe)
+    return cls.__new__(cls)
+
+
+def _class_of(recipe: Any) -> Any:
+    if isinstance(recipe, Recipe):
+        return recipe.factory(*map(_class_of, recipe.arguments))
+    return recipe
+
+
+class LerpModule(PatchedModule):
+    """What all patched modules share. A subclass is a kind: which modules it patches, and their forward.
+
+    A kind's forward takes the ends of `operands` to an operator. All that a module reads beside, or another module
+    reads of it, is at λ: `module.name` is the blended tensor, or a `RowParameter` if each sequence has its own λ.
+    """
+
+    kind: ClassVar[str]
+    replaces: ClassVar[type[nn.Module] | None] = None
+    operands: ClassVar[tuple[str, ...]] = ("weight", "bias")
+
+    @classmethod
+    def fit(cls, module: nn.Module) -> dict[str, Any] | None:
+        """Settings of the operator that computes what `module` does, or None if this kind does not fit."""
+        return {} if cls.replaces is not None and isinstance(module, cls.replaces) else None
+
+    @staticmethod
+    def as_operand(tensor: Tensor) -> Tensor:
+        """A parameter, or a stored tensor, between the module's shape and the operator's: its own inverse."""
+        return tensor
+
+    def ends(self, name: str) -> LerpWeight:
+        """Both ends of a parameter as the operators take them; one tensor stands for both where they are identical."""
+        stored = self.lerp.stored.get(name, Stored("pair", (name, name)))
+        parameter = self.as_operand(self.tensor(name))
+        tensors = tuple(self.as_operand(self.tensor(tensor)) for tensor in stored.names)
+        return LerpWeight(tensors, stored.format, parameter.shape, parameter.dtype)
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter or buffer as it is stored."""
+        return self._parameters[name] if name in self._parameters else self._buffers[name]  # type: ignore[return-value]
+
+    def __getattr__(self, name: str) -> Any:
+        lerp = self.__dict__.get("lerp")
+        if lerp is None or name not in lerp.stored:
+            return super().__getattr__(name)
+        if "_hf_hook" in self.__dict__ and sys._getframe(1).f_globals["__name__"].startswith("accelerate."):
+            return super().__getattr__(name)  # its hooks put the stored tensors in their places and take them away
+        lam, outside = lerp.lam, lerp.running.sequences is None
+        if outside and (name in self.operands or (lam.dim() == 0 and lam.item() == 0)):
+            return super().__getattr__(name)  # for all who look at a model that does not run: the base, λ = 0
+        ends = self.ends(name)
+        if name in self.operands or lam.dim():
+            value: Tensor = RowParameter(f"{lerp.name}.{name}", lam.to(ends.device), lerp.running, ends)
+        else:
+            value = blend(ends, lam.to(ends.device))
+        return self.as_operand(value)
+
+    def bias_ends(self) -> LerpWeight | None:
+        return None if self._parameters.get("bias") is None else self.ends("bias")
+
+    def rows(self, x: Tensor, features: int = 1) -> tuple[Tensor, dict[str, Any]]:
+        """`x` with its rows in the order of the sequences, and the operator's arguments that give each row its λ.
+
+        Args:
+            x: its first dimension is the batch, B sequences or any multiple (beams of one sequence are neighbours), or
+                1 for what all sequences share, such as the positions [1, T]: it is then expanded to B.
+            features: how many trailing dimensions are not rows.
+        """
+        lam, running = self.lerp.lam.to(x.device), self.lerp.running
+        if lam.dim() and running.packed is not None:
+            return x, self._packed_rows(x, lam, features)
+        if isinstance(x, RowParameter):
+            x = x.of_batch()
+        if lam.dim() == 0:
+            return x, {"lam": lam}
+        flat = x.dim() <= features + 1
+        if x.shape[0] == 1 and not flat:
+            x = x.expand(lam.shape[0], *x.shape[1:])
+        count = x.shape[0] if x.dim() > features else 1
+        # rows [n, K] of fewer tokens than all were gathered: nobody knows from where
+        gathered = flat and running.sequences and count % (running.sequences * (running.tokens or 1)) != 0
+        if count % lam.shape[0] != 0 or gathered or not running.counts(count):
+            raise ValueError(
+                f"intensity must hold one number per sequence, got {lam.shape[0]} for an input of shape "
+                f"{list(x.shape)} of {self.lerp.name}"
+            )
+        return x, {"lam": lam, "rows_per_lam": x.shape[: x.dim() - features].numel() // lam.shape[0]}
+
+    def _packed_rows(self, x: Tensor, lam: Tensor, features: int) -> dict[str, Any]:
+        """The operator's arguments for `x` of a packed row, whose tokens are one of the dimensions before the features.
+
+        Which one is seen at the first row, by `dami.generation.batching.check_packed`, whose number of tokens is
+        that of no other dimension.
+        """
+        if self.lerp.group == "head" and self.lerp.running.kept is not None:
+            lam = self.lerp.running.kept
+        lead, tokens = x.shape[: x.dim() - features], len(lam)
+        if self.lerp.tokens_at is None and lead.count(tokens) == 1:
+            self.lerp.tokens_at = lead.index(tokens)
+        at = self.lerp.tokens_at
+        if at is None or at >= len(lead) or lead[at] != tokens:
+            raise ValueError(
+                f"{self.lerp.name} cannot tell the {tokens} tokens of a packed row, each at its own intensity, in an "
+                f"input of shape {list(x.shape)}"
+            )
+        outer, inner = lead[:at].numel(), lead[at + 1 :].numel()
+        if outer == 1:
+            return {"lam": lam, "rows_per_lam": inner}
+        rows = torch.arange(tokens, dtype=torch.int32, device=x.device)
+        return {"lam": lam, "row_to_lam": rows.repeat_interleave(inner).repeat(outer)}
+
+    def placeholders(self) -> list[str]:
+        """Names of the parameters that are placeholders."""
+        return [name for name, stored in self.lerp.stored.items() if name not in stored.names]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As any module's, for `.to()` and its like; but scales keep their dtype, and placeholders take no memory."""
+        check_dtypes(self, fn)
+        scales = {id(parameter) for name, parameter in self._parameters.items() if name.endswith("_scale")}
+        placeholders = {id(self.tensor(name)) for name in self.placeholders()}
+
+        def move(tensor: Tensor) -> Tensor:
+            if id(tensor) in placeholders:
+                return placeholder(fn(tensor.new_empty(())), tensor.shape)
+            moved = fn(tensor)
+            return tensor.to(moved.device) if id(tensor) in scales else moved
+
+        return super()._apply(move, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """As any module's; but placeholders are not part of a state."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.placeholders():
+            destination.pop(prefix + name, None)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: Any) -> None:
+        missing: list[str] = lists[0]
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+        missing[:] = [name for name in missing if name.removeprefix(prefix) not in self.placeholders()]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return rebuild, (recipe_of(type(self)),), self.__dict__
+
+
+def own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers of a module, those of its children aside."""
+    return [(name, t) for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None]

@@ -1,0 +1,103 @@
+"""Every parameter of a patched model: its kind, its format, its bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from dami.dial.patch import patch_of
+from dami.layers.base import LerpModule, own_tensors
+
+
+@dataclass(frozen=True)
+class ParameterRow:
+    """One parameter of a patched model.
+
+    Attributes:
+        name: its qualified name.
+        kind: of the module it belongs to: "linear", "conv1d", "embedding", "rms_norm", "layer_norm", or the class name
+            of a module that is not patched.
+        shape: of either end.
+        dtype: of either end, as the operator takes it.
+        format: how its ends are stored, None where they are identical.
+        nbytes: bytes of all that is stored for it; 0 where it is tied.
+        tied_to: the name of the parameter it is tied to, None otherwise.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    format: str | None
+    nbytes: int
+    tied_to: str | None
+
+    @property
+    def interpolated(self) -> bool:
+        """Whether the ends differ."""
+        return self.format is not None
+
+
+@dataclass(frozen=True)
+class Description:
+    """Every parameter of a patched model, how it is stored and what it weighs; printable."""
+
+    rows: tuple[ParameterRow, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters of both ends, as stored."""
+        return sum(row.nbytes for row in self.rows)
+
+    def __str__(self) -> str:
+        cells = [("parameter", "kind", "shape", "dtype", "ends", "bytes")]
+        for row in self.rows:
+            ends = f"interpolated ({row.format})" if row.format else "identical"
+            nbytes = f"tied to {row.tied_to}" if row.tied_to else f"{row.nbytes:,}"
+            cells.append((row.name, row.kind, "×".join(map(str, row.shape)), row.dtype, ends, nbytes))
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+        ]
+        lines.insert(1, "  ".join("─" * width for width in widths))
+        interpolated = sum(row.interpolated for row in self.rows)
+        lines.append(f"{len(self.rows)} parameters, {interpolated} interpolated, {self.nbytes:,} bytes")
+        return "\n".join(lines)
+
+
+def describe(model: PreTrainedModel) -> Description:
+    """Every parameter of a patched model, and every buffer that is interpolated: its kind, its format, its bytes.
+
+    `print(describe(model))` shows a table; `.rows` holds the same as data.
+
+    Raises:
+        TypeError: the model is not patched.
+    """
+    patch_of(model)
+    rows: dict[int, ParameterRow] = {}
+    tied: list[ParameterRow] = []
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        lerp = module.lerp if isinstance(module, LerpModule) else None
+        added = {name for own, stored in lerp.stored.items() for name in stored.names if name != own} if lerp else set()
+        for name, parameter in own_tensors(module):
+            stored = lerp.stored.get(name) if lerp else None
+            if name in added or not (stored or isinstance(parameter, nn.Parameter)):
+                continue
+            names = stored.names if stored else (name,)
+            first = rows.get(id(parameter))
+            row = ParameterRow(
+                name=f"{prefix}.{name}" if prefix else name,
+                kind=module.kind if isinstance(module, LerpModule) else type(module).__name__,
+                shape=tuple(parameter.shape),
+                dtype=str(parameter.dtype).removeprefix("torch."),
+                format=stored.format if stored else None,
+                nbytes=0 if first else sum(dict(own_tensors(module))[tensor].nbytes for tensor in names),
+                tied_to=first.name if first else None,
+            )
+            if first:
+                tied.append(row)
+            else:
+                rows[id(parameter)] = row
+    return Description((*rows.values(), *tied))

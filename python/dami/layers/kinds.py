@@ -1,0 +1,272 @@
+"""The modules of a patched model.
+
+A patched module is the original object with its class changed to a subclass of its class. Its parameters stay where
+they were, under their own names, as the base end; the target end is registered beside them (`weight_target`). So
+isinstance checks, hooks, tied references, `module.weight.dtype`, `.to()` and `state_dict` go on working, and taking the
+patch off gives back the very same modules.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from dami.layers.base import LerpModule, own_tensors, placeholder
+from dami_kernels import LerpWeight, lerp_embedding, lerp_experts, lerp_layer_norm, lerp_linear, lerp_rms_norm
+
+
+class LerpLinear(LerpModule, nn.Linear):
+    """`nn.Linear` at λ."""
+
+    kind = "linear"
+    replaces = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, rows = self.rows(input)
+        return lerp_linear(x, self.ends("weight"), bias=self.bias_ends(), **self.lerp.settings, **rows)
+
+
+class LerpConv1D(LerpModule, Conv1D):
+    """transformers' `Conv1D` at λ: a linear layer whose weight is [K, N].
+
+    While patched, what is stored keeps that orientation and lies transposed in memory, as the operator reads it.
+    """
+
+    kind = "conv1d"
+    replaces = Conv1D
+
+    @staticmethod
+    def as_operand(tensor: Tensor) -> Tensor:
+        return tensor.t() if tensor.dim() == 2 else tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, rows = self.rows(x)
+        return lerp_linear(x, self.ends("weight"), bias=self.bias_ends(), **self.lerp.settings, **rows)
+
+
+class LerpEmbedding(LerpModule, nn.Embedding):
+    """`nn.Embedding` at λ. A subclass that scales the result, as Gemma's does, goes on doing so."""
+
+    kind = "embedding"
+    replaces = nn.Embedding
+
+    @classmethod
+    def fit(cls, module: nn.Module) -> dict[str, Any] | None:
+        return {} if isinstance(module, nn.Embedding) and module.max_norm is None else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        ids, rows = self.rows(input, features=0)
+        return lerp_embedding(ids, self.ends("weight"), **rows)
+
+
+class LerpLayerNorm(LerpModule, nn.LayerNorm):
+    """`nn.LayerNorm` over the last dimension at λ, with or without a bias."""
+
+    kind = "layer_norm"
+    replaces = nn.LayerNorm
+
+    @classmethod
+    def fit(cls, module: nn.Module) -> dict[str, Any] | None:
+        fits = isinstance(module, nn.LayerNorm) and module.weight is not None and module.weight.dim() == 1
+        return {"eps": module.eps} if fits else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, rows = self.rows(input)
+        return lerp_layer_norm(x, self.ends("weight"), bias=self.bias_ends(), **self.lerp.settings, **rows)
+
+
+class LerpRMSNorm(LerpModule):
+    """An RMS norm of any spelling at λ: any module of one vector `weight` that computes x/rms(x)·(offset + weight)."""
+
+    kind = "rms_norm"
+
+    @classmethod
+    def fit(cls, module: nn.Module) -> dict[str, Any] | None:
+        """Finds eps and offset by running the module on random input: many classes, one formula."""
+        parameters = dict(module.named_parameters())
+        weight = parameters.get("weight")
+        takes = len(inspect.signature(type(module).forward).parameters)
+        if len(parameters) != 1 or weight is None or weight.dim() != 1 or takes != 2:  # self and x, and no gate
+            return None
+        generator = torch.Generator().manual_seed(0)
+        w = torch.randn(weight.shape, generator=generator).to(weight.device)
+        numbers = [v for v in vars(module).values() if isinstance(v, (int, float)) and not isinstance(v, bool)]
+        epsilons = [float(number) for number in numbers if 0 < number < float("inf")]
+        for eps in (*epsilons, torch.finfo(torch.float32).eps):  # the last is torch's own where it is given none
+            # as large as eps makes it: the mean square and eps weigh the same
+            x = torch.randn(3, *weight.shape, generator=generator).to(weight.device) * eps**0.5
+            try:
+                y = type(module).forward(with_parameters(module, {"weight": w}), x)
+            except Exception:  # another module altogether, with another signature
+                return None
+            normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+            for offset in (0.0, 1.0):
+                if isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y, normed * (offset + w), rtol=1e-4):
+                    return {"eps": eps, "offset": offset}
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self.tensor("weight").dtype:  # a float32 residual: each spelling has its own dtype for the result
+            with self.lerp.running.entered():
+                return super().forward(x)
+        x, rows = self.rows(x)
+        return lerp_rms_norm(x, self.ends("weight"), **self.lerp.settings, **rows)
+
+
+class LerpExperts(LerpModule):
+    """Fused experts of transformers' interface (`transformers.integrations.moe`) at λ: weights [E, N, K].
+
+    The router is interpolated as any layer is, so a token's own λ decides which experts it goes to, and then at which λ
+    they compute for it.
+    """
+
+    kind = "experts"
+    operands = tuple(name + end for end in ("", "_bias") for name in ("gate_up_proj", "up_proj", "down_proj"))
+    transposed = False
+
+    @classmethod
+    def fit(cls, module: nn.Module) -> dict[str, Any] | None:
+        takes = len(inspect.signature(type(module).forward).parameters)  # self, hidden states, indices, weights
+        described = all(hasattr(module, name) for name in ("has_gate", "has_bias", "_apply_gate"))
+        fits = described and takes == 4
+        return {} if fits and getattr(module, "is_transposed", None) is cls.transposed else None
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        x, rows = self.rows(hidden_states)
+        up, down = "gate_up_proj" if self.has_gate else "up_proj", "down_proj"
+        k = top_k_index.shape[-1]
+        expert, pair = top_k_index.reshape(-1).sort(stable=True)  # pairs of a token and an expert, by expert
+        token = pair // k
+        each = torch.arange(len(self.tensor(up)), device=x.device)
+        where = {"expert_offsets": torch.searchsorted(expert, each, right=True, out_int32=True), "lam": rows["lam"]}
+        if "rows_per_lam" in rows:
+            where["row_to_lam"] = (token // rows["rows_per_lam"]).int()
+        x = lerp_experts(
+            x[token].to(self.tensor(up).dtype), self.ends(up), bias=self._bias(up), **where, **self.lerp.settings
+        )
+        with self.lerp.running.out_of_order():
+            x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
+        x = lerp_experts(x, self.ends(down), bias=self._bias(down), **where, **self.lerp.settings)
+        y = torch.empty_like(x)
+        y[pair] = x  # each token's k rows side by side again
+        if getattr(self, "has_post_expert_norm", False):
+            y = self.post_expert_norm(y)
+        y = y * top_k_weights.reshape(-1, 1)
+        return y.unflatten(0, (-1, k)).sum(1).to(hidden_states.dtype)
+
+    def _bias(self, name: str) -> LerpWeight | None:
+        return self.ends(f"{name}_bias") if self.has_bias else None
+
+
+class LerpTransposedExperts(LerpExperts):
+    """The same with weights [E, K, N], as GPT-OSS has them; they lie transposed in memory while patched."""
+
+    transposed = True
+
+    @staticmethod
+    def as_operand(tensor: Tensor) -> Tensor:
+        return tensor.transpose(1, 2) if tensor.dim() == 3 else tensor
+
+
+class LerpParameters(LerpModule):
+    """Any other module: its own forward, which reads its parameters and buffers at λ."""
+
+    kind = "parameters"
+    operands = ()
+
+    @classmethod
+    def fit(cls, module: nn.Module) -> dict[str, Any] | None:
+        return {}
+
+
+KINDS: tuple[type[LerpModule], ...] = (
+    LerpLinear,
+    LerpConv1D,
+    LerpEmbedding,
+    LerpLayerNorm,
+    LerpRMSNorm,
+    LerpExperts,
+    LerpTransposedExperts,
+    LerpParameters,  # last: it fits everything
+)
+
+
+def with_parameters(module: nn.Module, parameters: Mapping[str, Any]) -> nn.Module:
+    """A shallow copy of a module that holds other parameters; the module itself is left alone."""
+    probe = nn.Module.__new__(type(module))
+    probe.__dict__ = copy.copy(module.__dict__)
+    probe._parameters = dict(parameters)
+    return probe
+
+
+def kind_of(module: nn.Module) -> tuple[type[LerpModule], dict[str, Any]]:
+    """The kind that computes what `module` does, with the operator's settings."""
+    if "forward" in vars(module) and "_old_forward" not in vars(module):  # it no longer asks its class
+        return LerpParameters, {}
+    stored = {*module._parameters, *module._buffers}
+    for kind in KINDS[:-1]:
+        if any(isinstance(getattr(module, name, None), Tensor) and name not in stored for name in kind.operands):
+            continue  # computed of other parameters, as a pruned weight is
+        settings = kind.fit(module)
+        if settings is not None and (kind.replaces in (None, type(module)) or _reaches(kind, module)):
+            return kind, settings
+    return LerpParameters, {}
+
+
+def readers(kinds: Mapping[nn.Module, tuple[type[LerpModule], dict[str, Any]]]) -> dict[int, type[LerpModule]]:
+    """The kind that reads a tensor, by its id: of several modules that share one, the kind whose operator does."""
+    found: dict[int, type[LerpModule]] = {}
+    for module, (kind, _) in kinds.items():
+        for name, tensor in own_tensors(module):
+            reader = kind if name in kind.operands else LerpParameters
+            if found.get(id(tensor), LerpParameters) is LerpParameters:
+                found[id(tensor)] = reader
+    return found
+
+
+def stored_format(format: str, reader: type[LerpModule], name: str, tensor: Tensor) -> str:
+    """How both ends of a tensor are stored where `format` is asked for: what no operator reads stays a pair."""
+    quantised = reader is not LerpParameters and tensor.dim() > 1 and not name.endswith("bias")
+    return format if quantised else "pair"
+
+
+def _reaches(kind: type[LerpModule], module: nn.Module) -> bool:
+    """Whether the forward of a subclass goes through its parent's, which is the one that a patch replaces."""
+
+    class Reached(Exception):
+        pass
+
+    def forward(*_: Any) -> Tensor:
+        raise Reached
+
+    cls = type(module)
+    probe = with_parameters(module, module._parameters)
+    probe.__class__ = type(cls.__name__, (cls, type("Probe", (kind,), {"forward": forward})), {})
+    try:
+        type(probe).forward(probe, torch.zeros(1, 1, dtype=torch.long))
+    except Reached:
+        return True
+    except Exception:
+        return False
+    return False
+
+
+def kind_on_meta(module: nn.Module) -> tuple[type[LerpModule], dict[str, Any]]:
+    """`kind_of` for a module on the meta device, found on a copy on the CPU that takes no memory."""
+    with torch.device("cpu"):
+        parameters = {
+            name: None if parameter is None else placeholder(torch.empty(0, dtype=parameter.dtype), parameter.shape)
+            for name, parameter in module._parameters.items()
+        }
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)  # while loading it is the model's
+        try:
+            return kind_of(with_parameters(module, parameters))
+        finally:
+            torch.set_default_dtype(before)

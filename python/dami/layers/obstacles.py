@@ -1,0 +1,57 @@
+"""What a model reads of its parameters where no λ reaches it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from dami.layers.base import LerpModule, own_tensors
+from dami_kernels.weight import FLOAT_DTYPES
+
+
+def obstacles(model: nn.Module) -> dict[str, str]:
+    """Tensors of a model's state that cannot be interpolated, by name, and why: as a line of an error."""
+    past, lines = _read_elsewhere(model), {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        holder, _, local = name.rpartition(".")
+        owner = model.get_submodule(holder)
+        if isinstance(owner, torch.jit.ScriptModule):
+            reason: str | None = "of a TorchScript module"
+        elif tensor.dtype not in FLOAT_DTYPES:
+            reason = f"as {str(tensor.dtype).removeprefix('torch.')}"
+        elif local == "lerp" or (hasattr(LerpModule, local) and not hasattr(nn.Module, local)):
+            reason = "a name that patched modules have taken"
+        else:
+            reason = past.get(id(tensor))
+        if reason is not None:
+            lines[name] = f"{holder or 'the model'} ({type(owner).__name__}): {local}, {reason}"
+    return lines
+
+
+def unread(model: nn.Module) -> set[str]:
+    """Names of tensors that only training reads: how many batches a norm has seen."""
+    norms = nn.modules.batchnorm._NormBase
+    named = [(f"{name}." if name else "", m) for name, m in model.named_modules() if isinstance(m, norms)]
+    return {f"{prefix}num_batches_tracked" for prefix, _ in named}
+
+
+def _read_elsewhere(model: nn.Module) -> dict[int, str]:
+    """Tensors that are read past their modules' attributes, where no λ reaches them, by id, and how."""
+    found: dict[int, str] = {}
+    for prefix, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers", "_modules"):
+                continue
+            if isinstance(module, nn.RNNBase) and name == "_flat_weights":
+                continue  # made anew of the attributes in each forward pass
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+            found |= {id(each): f"which {prefix}.{name} holds too" for each in held if isinstance(each, Tensor)}
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, (BasePruningMethod, WeightNorm, SpectralNorm)):
+                computed = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
+                remedy = f"from which {type(hook).__name__} computes {computed}: remove that in both models first"
+                found |= {id(t): remedy for name, t in own_tensors(module) if name.startswith(f"{computed}_")}
+    return found

@@ -1,0 +1,98 @@
+"""PEFT adapters on top of a patched model: what they may do, and what would reach one of its two ends only."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from dami.layers.base import LerpModule
+
+
+def adapted_modules(model: nn.Module) -> list[str]:
+    """Names of the modules over which PEFT has put an adapter."""
+    if "peft" not in sys.modules:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    adapters = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return [name for name, module in model.named_modules() if isinstance(module, adapters)]
+
+
+def refuse_adapters(model: nn.Module, what: str, remedy: str) -> None:
+    """ValueError if there is an adapter on the model, which `what` would lose or mistake for a part of the pair."""
+    if names := adapted_modules(model):
+        raise ValueError(f"{what} takes a model without PEFT adapters, got one on {names[0]} and others: {remedy}")
+
+
+def guard_merging() -> None:
+    """Makes PEFT refuse to merge an adapter into a patched model, whose λ=0 end alone it would find."""
+    from peft.tuners.tuners_utils import BaseTuner
+
+    original = BaseTuner._check_merge_allowed
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def check(self: BaseTuner) -> None:
+        if any(isinstance(module, LerpModule) for module in self.model.modules()):
+            raise ValueError(
+                "an adapter cannot be merged into a patched model: it would be in the instruct end only. Leave it on "
+                "top, where it is the same at every intensity, or merge it into both models before patching"
+            )
+        original(self)
+
+    BaseTuner._check_merge_allowed = check  # type: ignore[method-assign]
+
+
+def check_adapters(model: Any) -> None:
+    """Refuses PEFT adapters that read or change a layer's weight, of which a patched layer has two: ValueError."""
+    for name, config in getattr(model, "peft_config", {}).items():
+        settings, method = config.to_dict(), config.peft_type.value
+        odd = [] if method == "IA3" else [method]
+        if method == "LORA":
+            odd = more_than_lora(settings | {"peft_type": method})
+            if settings["init_lora_weights"] not in UNCHANGED:
+                odd.append(f"init_lora_weights={settings['init_lora_weights']!r}")
+            if settings["bias"] != "none":
+                odd.append(f"bias={settings['bias']!r}")
+        if settings.get("modules_to_save"):
+            odd.append(f"modules_to_save={settings['modules_to_save']!r}")
+        if odd:
+            raise ValueError(
+                f"the adapter {name!r} uses {', '.join(odd)}; known to leave the weights alone, of which a patched "
+                "layer has two, are plain LoRA with init_lora_weights=True and IA3: use them, on a pair loaded afresh"
+            )
+        if any(getattr(module, "merged", False) for module in model.modules()):
+            raise ValueError(
+                f"the adapter {name!r} is merged into the instruct end only: call unmerge_adapter(), "
+                "or merge it into both models before patching"
+            )
+
+
+_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?")
+
+
+# Settings under which an adapter is base + up · down: which weights it has, how they are scaled, how it was trained.
+_PLAIN = {
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "r", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "lora_dropout", "fan_in_fan_out", "bias"),
+    *("modules_to_save", "init_lora_weights", "runtime_config", "megatron_core", "qalora_group_size"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of an initialisation
+}
+
+
+UNCHANGED = (True, False, "gaussian", "orthogonal", "eva", "mica")  # initialisations that leave the base alone
+
+
+def more_than_lora(config: Mapping[str, Any]) -> list[str]:
+    """The settings of a PEFT config, as "name=value", under which it may be more than a low-rank difference."""
+    if config.get("peft_type") != "LORA":
+        return [f"peft_type={config.get('peft_type')!r}"]
+    return [f"{name}={value!r}" for name, value in config.items() if value and name not in _PLAIN]

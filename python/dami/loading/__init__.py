@@ -1,0 +1,1 @@
+"""Checkpoints, adapters and packed pairs become patched models."""

@@ -1,0 +1,237 @@
+"""A checkpoint on disk: its config, and the headers and tensors of its files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from dami.loading import adapters
+from dami.patching.compare import Header, first_names
+from dami.patching.ties import TIES
+from dami.sources import local
+
+FILES = ["model*.safetensors", adapters.WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md"]
+
+
+LEGACY_FILES = ["pytorch_model*.bin"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk.
+
+    Attributes:
+        directory: where its files are.
+        name: what others know it by: its name on the hub, or that of its directory or file.
+        gguf: name of its GGUF file, None for any other.
+        trust_remote_code: whether its own modelling code may run.
+        download: options of what is downloaded, `DOWNLOAD`.
+    """
+
+    directory: Path
+    name: str
+    gguf: str | None = None
+    trust_remote_code: bool = False
+    download: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def find(
+        cls, source: str | Path, trust_remote_code: bool = False, download: Mapping[str, Any] | None = None
+    ) -> Checkpoint:
+        """The checkpoint in a directory, a GGUF file or a hub repository, which is downloaded if need be."""
+        path, download = local(source), download or {}
+        if path is not None and path.is_file():
+            return cls(path.parent, path.name, path.name, trust_remote_code, download)
+        if path is not None:
+            return cls(path, path.resolve().name, None, trust_remote_code, download)
+        directory = Path(snapshot_download(str(source), allow_patterns=FILES, **download))
+        if not any(directory.glob("*.safetensors")):
+            directory = Path(snapshot_download(str(source), allow_patterns=LEGACY_FILES, **download))
+        return cls(directory, str(source), None, trust_remote_code, download)
+
+    @property
+    def path(self) -> Path:
+        """Its directory, or its GGUF file."""
+        return self.directory / self.gguf if self.gguf else self.directory
+
+    @property
+    def _where(self) -> dict[str, Any]:
+        gguf = {"gguf_file": self.gguf} if self.gguf else {}
+        # for code that the config names in another repository, of which the revision is not
+        download = {name: value for name, value in self.download.items() if name != "revision"}
+        return {"trust_remote_code": self.trust_remote_code, **gguf, **download}
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is no model of its own, but a LoRA adapter."""
+        return (self.directory / adapters.CONFIG).exists()
+
+    def config(self) -> PreTrainedConfig:
+        if self.is_adapter:
+            raise ValueError(
+                f"instruct must be a whole checkpoint, got the adapter {self.directory}: name the checkpoint that it "
+                "was trained on, and the adapter as the thinking end"
+            )
+        return AutoConfig.from_pretrained(self.directory, **self._where)
+
+    def parent(self) -> dict[str, str | None]:
+        """Its name, and the licence that its model card states."""
+        card = self.directory / "README.md"
+        data = ModelCard.load(card, ignore_metadata_errors=True).data if card.exists() else None
+        return {"name": self.name, "license": data and (data.get("license_name") or data.get("license"))}
+
+    def skeleton(self) -> PreTrainedModel:
+        """Its model without the weights."""
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.config(), trust_remote_code=self.trust_remote_code)
+
+    def tokenizer(self) -> Any:
+        """Its tokenizer, or None if it comes without one."""
+        if self.gguf is None and not any(self.directory.glob("*token*")):
+            return None
+        return AutoTokenizer.from_pretrained(self.directory, **self._where)
+
+    def model(self, **options: Any) -> PreTrainedModel:
+        """The checkpoint as transformers loads it; ValueError if that would leave a parameter at random."""
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            self.directory, output_loading_info=True, **self._where, **options
+        )
+        model, info = loaded
+        if info["missing_keys"]:
+            raise ValueError(
+                f"{self.directory} lacks {len(info['missing_keys'])} tensors: {sorted(info['missing_keys'])}"
+            )
+        return model.eval()
+
+    def has_own_head(self, skeleton: PreTrainedModel) -> bool:
+        """Whether no tie holds: not by its config, nor where both weights are stored and differ, as in transformers."""
+        if not getattr(self.config(), TIES, False):
+            return True
+        files = {name: file for file in self.files() for name in headers_in(file)}
+        prefix = f"{skeleton.base_model_prefix}."
+        for tied in (skeleton._tied_weights_keys or {}).items():
+            both = [next((n for n in (name, name.removeprefix(prefix)) if n in files), None) for name in tied]
+            if all(both):
+                tensors = []
+                for name in filter(None, both):
+                    with safe_open(files[name], framework="pt") as file:
+                        tensors.append(file.get_tensor(name))
+                if not torch.equal(*tensors):
+                    return True
+        return False
+
+    def files(self) -> dict[Path, list[str] | None]:
+        """Its safetensors files, each with the names its index promises, None where there is no index."""
+        index = self.directory / "model.safetensors.index.json"
+        if not index.exists():
+            single = self.directory / "model.safetensors"
+            return {single: None} if single.exists() and self.gguf is None else {}
+        files: dict[Path, list[str] | None] = {}
+        for name, file in json.loads(index.read_text())["weight_map"].items():
+            files.setdefault(self.directory / file, []).append(name)  # type: ignore[union-attr]
+        return files
+
+    def headers(self) -> dict[str, Header]:
+        """Shape and dtype of every stored tensor by name, from the files' headers only; {} if it is not in safetensors.
+
+        Raises:
+            ValueError: files are missing or corrupt, or lack what the index promises; all are named.
+        """
+        headers: dict[str, Header] = {}
+        faults = []
+        for file, promised in self.files().items():
+            if not file.exists():
+                faults.append(f"{file} is missing, the index names it")
+                continue
+            try:
+                found = headers_in(file)
+            except (SafetensorError, OSError) as error:
+                faults.append(f"{file} is corrupt: {error}")
+                continue
+            headers |= found
+            if absent := set(promised or ()) - found.keys():
+                faults.append(f"{file} lacks {sorted(absent)}, which the index promises")
+        if faults:
+            raise ValueError("\n  ".join([f"the checkpoint {self.directory} is damaged:", *faults]))
+        return headers
+
+    def tensors(self, names: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+        """The stored tensors on the CPU, views of their files, one at a time, each under its name in the model."""
+        with logging.tqdm(total=len(names), desc=f"Reading {self.directory.name}") as bar:
+            for file in self.files():
+                with safe_open(file, framework="pt") as tensors:
+                    for name in names.keys() & set(tensors.keys()):
+                        yield names[name], tensors.get_tensor(name)
+                        bar.update()
+
+
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+def headers_in(file: Path) -> dict[str, Header]:
+    """Shape and dtype of every tensor in a safetensors file by name, read from its header only."""
+    with safe_open(file, framework="pt") as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
+        return {
+            name: (list(part.get_shape()), DTYPES.get(part.get_dtype(), part.get_dtype()))
+            for name, part in slices.items()
+        }
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a checkpoint's stored tensors are in the model.
+
+    Attributes:
+        names: the model's name of each tensor, by the stored name; of tied ones only one, under the first's name.
+        headers: shape and dtype by the model's name.
+        strangers: shape and dtype of what the model does not know, by the stored name.
+        complete: whether every tensor of the model is there.
+    """
+
+    names: dict[str, str]
+    headers: dict[str, Header]
+    strangers: dict[str, Header]
+    complete: bool
+
+    @classmethod
+    def of(cls, skeleton: PreTrainedModel, headers: Mapping[str, Header]) -> Stored:
+        """Finds each stored tensor in the model, with or without the prefix of the base model."""
+        firsts = first_names(skeleton)
+        prefix = f"{skeleton.base_model_prefix}."
+        ignored = re.compile("|".join(skeleton._keys_to_ignore_on_load_unexpected or ["(?!)"]))
+        found: dict[str, str] = {}  # stored name by the model's
+        strangers = {}
+        for name, header in headers.items():
+            known = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in firsts), None)
+            if known is not None and (known == firsts[known] or firsts[known] not in found):
+                found[firsts[known]] = name  # of tied ones the first, as transformers takes it
+            elif known is None and not ignored.search(name):
+                strangers[name] = header
+        return cls(
+            names={name: known for known, name in found.items()},
+            headers={known: headers[name] for known, name in found.items()},
+            strangers=strangers,
+            complete=found.keys() == set(firsts.values()),
+        )

@@ -1,0 +1,181 @@
+"""Loading a pair of checkpoints: both are checked before any weight is read, the second is read tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers.utils import logging
+
+from dami.dial.patch import Origin, patch_of
+from dami.estimators.attach import attach
+from dami.layers.kinds import LerpConv1D, LerpExperts, LerpLinear
+from dami.loading import adapters
+from dami.loading.checkpoint import FILES, Checkpoint
+from dami.loading.match import Match
+from dami.patching.patch import interpolate, patch_model
+from dami.sources import FOLDER, SETTINGS, check_packed
+from dami.sources import example_pair as example_pair
+from dami_kernels import formats
+
+FILES.append(f"{FOLDER}/*")
+DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+PARALLEL = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
+LOADING = {  # options of `from_pretrained` that mean the same for a pair; it also takes any setting of the config
+    *("attn_implementation", "experts_implementation", "max_memory", "offload_folder", "offload_buffers"),
+    *("low_cpu_mem_usage", "use_safetensors", "weights_only", "disable_mmap", "generation_config"),
+    *("use_kernels", "allow_all_kernels", "kernel_config", *PARALLEL),
+}
+
+logger = logging.get_logger(__name__)
+
+
+def load_pair(
+    instruct: str | Path,
+    thinking: str | Path | None = None,
+    format: str | None = None,
+    *,
+    device_map: Any = None,
+    dtype: torch.dtype | str = "auto",
+    chat_template: Literal["instruct", "thinking"] = "instruct",
+    invariant: bool = False,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """Loads two checkpoints of one architecture as one patched model, with the instruct end's tokenizer.
+
+    The instruct end is loaded as usual; the thinking end is read tensor by tensor, each going straight to the device
+    and dtype of its base, so that no third copy exists at any time. Everything that does not match is reported at once,
+    from the configs, the tokenizers and the headers of the weight files, before any weight is read.
+
+    One argument is a packed pair, as `dami.pack` and `dami.save_pair` write it: what is stored is loaded as it is.
+
+    An estimator and presets that `dami train-estimator` has put into the folder `intensity` of the packed pair, or of
+    the thinking end, are attached.
+
+    Args:
+        instruct: directory, GGUF file or hub name of the λ=0 end; or directory or hub name of a packed pair.
+        thinking: likewise of the λ=1 end; or a LoRA adapter on the λ=0 end, as PEFT saves it, which `format="lowrank"`
+            keeps as it is. None if `instruct` is a packed pair.
+        format: how embeddings and linear weights are stored, a name of `dami_kernels.formats.names()`. `"pair"` if
+            None; a packed pair has its own.
+        device_map: as in transformers' `from_pretrained`. The CPU if None. Only a packed pair can be offloaded.
+        dtype: as there; "auto" is the dtype of the checkpoints, which then must agree.
+        chat_template: the end whose chat template the tokenizer uses unless told otherwise. Where they differ, it knows
+            both by their names: `tokenizer.apply_chat_template(…, chat_template="thinking")`.
+        invariant: as in `patch_model`.
+        trust_remote_code: as in `from_pretrained`.
+        options: `revision` (one for both ends, or a pair), `token`, `cache_dir`, `force_download` and
+            `local_files_only` for whatever is downloaded; and arguments of `from_pretrained` such as
+            `attn_implementation`, settings of the config included.
+
+    Returns:
+        (model, tokenizer): the model as `dami.patch_model` returns it, in evaluation mode; the tokenizer is None if the
+        instruct end comes without one.
+
+    Raises:
+        TypeError: an option is unknown, or cannot be right for a pair.
+        ValueError: the ends do not match, a shard is missing, a file is corrupt, or a tensor that differs cannot be
+            interpolated; the message names them all.
+        OSError: there is no such directory, file or hub name.
+    """
+    if chat_template not in ("instruct", "thinking"):
+        raise ValueError(f"chat_template must be 'instruct' or 'thinking', got {chat_template!r}")
+    formats.get(format or "pair")
+    downloads = downloads_of({name: options.pop(name) for name in DOWNLOAD if name in options}, thinking is not None)
+    if thinking is not None and (split := set(PARALLEL) & options.keys()):
+        raise ValueError(f"{sorted(split)} need a packed pair, which dami.pack makes of two checkpoints")
+    first = Checkpoint.find(instruct, trust_remote_code, downloads[0])
+    _check_options(options, first)
+    loaded = {"device_map": device_map, "dtype": dtype, **options}
+    if thinking is None:
+        return _load_packed(first, format, chat_template, invariant, **loaded)
+    ends = first, Checkpoint.find(thinking, trust_remote_code, downloads[1])
+    if ends[1].is_adapter:
+        model, tokenizers = _load_adapted(*ends, format or "pair", invariant, **loaded)
+    else:
+        match = Match.of(*ends, dtypes=dtype == "auto")
+        model, tokenizers = ends[0].model(**loaded), match.tokenizers
+        if match.stored[1].complete:
+            tensors = ends[1].tensors(match.stored[1].names)
+            interpolate(model, tensors, format or "pair", invariant=invariant, owned=True)
+        else:
+            logger.warning(f"{thinking} is not stored as the model is: loading it as a second model on the CPU first")
+            patch_model(model, ends[1].model(dtype=model.dtype, **options), format or "pair", invariant=invariant)
+    tokenizer = with_both_templates(tokenizers, chat_template)
+    patch_of(model).origin = Origin([end.parent() for end in ends], tokenizer=tokenizer)
+    return _with_estimator(model, ends[1]), tokenizer
+
+
+def downloads_of(options: Mapping[str, Any], two: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of the downloads of the instruct end and of the thinking end; TypeError if they are others."""
+    if unknown := options.keys() - set(DOWNLOAD):
+        raise TypeError(f"options must be of {list(DOWNLOAD)}, got {sorted(unknown)}")
+    revision = options.get("revision")
+    revisions = revision if isinstance(revision, (tuple, list)) else (revision, revision)
+    if len(revisions) != 2 or not (two or revisions is not revision):
+        raise TypeError(f"revision must be one, or a pair for a pair of checkpoints, got {revision!r}")
+    if revision is None:
+        return dict(options), dict(options)
+    return {**options, "revision": revisions[0]}, {**options, "revision": revisions[1]}
+
+
+def _check_options(options: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Refuses options that `from_pretrained` would drop, or that cannot be right for two ends."""
+    unknown = [name for name in options if name not in LOADING]
+    if unknown:
+        settings = checkpoint.config().to_dict().keys() - {"quantization_config"}
+        unknown = [name for name in unknown if name not in settings]
+    if unknown:
+        raise TypeError(
+            f"options must be settings of the config, or of {sorted({*DOWNLOAD, *LOADING})}, got {unknown}; "
+            "what load_pair cannot find by itself, such as a subfolder, download first and name its directory"
+        )
+
+
+def _with_estimator(model: Any, where: Checkpoint) -> Any:
+    """The model with the estimator and presets that lie beside its weights, if any do."""
+    directory = where.directory / FOLDER
+    return attach(model, directory) if (directory / SETTINGS).exists() else model
+
+
+def _load_packed(
+    pair: Checkpoint, format: str | None, chat_template: str, invariant: bool, **options: Any
+) -> tuple[Any, Any]:
+    """`load_pair` where both ends are packed in one directory."""
+    check_packed(pair.path, format)
+    model, tokenizer = pair.model(**options), pair.tokenizer()
+    if tokenizer is not None and isinstance(tokenizer.chat_template, dict):
+        templates = tokenizer.chat_template
+        templates["default"] = templates.get(chat_template, templates["default"])
+    patch_of(model).running.invariant = invariant
+    for module in model.modules():
+        if isinstance(module, (LerpLinear, LerpConv1D, LerpExperts)) and invariant:
+            module.lerp.settings["invariant"] = True
+    patch_of(model).origin.tokenizer = tokenizer
+    return _with_estimator(model, pair), tokenizer
+
+
+def _load_adapted(
+    instruct: Checkpoint, thinking: Checkpoint, format: str, invariant: bool, **options: Any
+) -> tuple[Any, tuple[Any, Any]]:
+    """The model and both tokenizers where the λ=1 end is a LoRA adapter on the λ=0 end."""
+    adapter = adapters.Adapter.read(thinking.directory)
+    mismatches = adapter.mismatches(instruct.skeleton())
+    if mismatches:
+        raise ValueError("\n  ".join([f"{instruct.directory} and {thinking.directory} do not match:", *mismatches]))
+    model, tokenizers = instruct.model(**options), (instruct.tokenizer(), thinking.tokenizer())
+    interpolate(model, adapter.tensors(model), format, invariant=invariant, owned=True)
+    return model, tokenizers
+
+
+def with_both_templates(tokenizers: tuple[Any, Any], default: str) -> Any:
+    """The instruct end's tokenizer, with both ends' chat templates by name where they differ; None if there is none."""
+    tokenizer, other = tokenizers
+    if tokenizer is not None and other is not None and tokenizer.chat_template != other.chat_template:
+        templates = {"instruct": tokenizer.chat_template, "thinking": other.chat_template}
+        templates = {name: template for name, template in templates.items() if template}
+        tokenizer.chat_template = {"default": templates.get(default, next(iter(templates.values()))), **templates}
+    return tokenizer

@@ -1,0 +1,78 @@
+"""Whether two checkpoints are the ends of a pair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from dami.loading.checkpoint import Checkpoint, Stored
+from dami.patching.compare import config_mismatches, first_names, headers_of, tensor_mismatches
+from dami.patching.ties import TIES
+from dami.sources import check_end
+
+
+@dataclass(frozen=True)
+class Match:
+    """Two checkpoints that go together.
+
+    Attributes:
+        ends: the instruct end and the thinking end.
+        skeleton: the instruct end's model without its weights.
+        tokenizers: of both, None for an end without one.
+        stored: what each stores.
+    """
+
+    ends: tuple[Checkpoint, Checkpoint]
+    skeleton: PreTrainedModel
+    tokenizers: tuple[Any, Any]
+    stored: tuple[Stored, Stored]
+
+    @classmethod
+    def of(cls, instruct: Checkpoint, thinking: Checkpoint, dtypes: bool = True) -> Match:
+        """Compares configs, tokenizers and the headers of the weight files; `dtypes`: whether they have to agree.
+
+        Raises:
+            ValueError: they do not match, which names everything, or files are damaged.
+        """
+        ends = instruct, thinking
+        for end in ends:
+            check_end(end.path)
+        configs = [end.config() for end in ends]
+        tokenizers = instruct.tokenizer(), thinking.tokenizer()
+        skeleton = instruct.skeleton()
+        headers = [end.headers() for end in ends]
+        stored = Stored.of(skeleton, headers[0]), Stored.of(skeleton, headers[1])
+
+        own_heads = [end.has_own_head(skeleton) for end in ends]
+        mismatches = config_mismatches(configs[0], configs[1]) + vocabulary_mismatches(*tokenizers)
+        if configs[0].model_type == configs[1].model_type and headers[1]:
+            known = [{**end.headers, **end.strangers} for end in stored]
+            if not headers[0]:  # not in safetensors: its shapes are the model's
+                shapes = headers_of(skeleton)
+                known[0] = {name: shapes[name] for name in first_names(skeleton).values()}
+            mismatches += tensor_mismatches(known[0], known[1], dtypes=dtypes and bool(headers[0]))
+            if stored[1].complete:
+                both = stored[0].strangers.keys() & stored[1].strangers.keys()
+                mismatches += [f"{name}: in both ends, but not in the model" for name in sorted(both)]
+        if any(own_heads) and any(getattr(config, TIES, False) for config in configs):
+            # One end's head is tied to its embedding, and the other's is not, whatever the configs say.
+            apart = {f"config.{TIES}", *(skeleton._tied_weights_keys or {})}
+            mismatches = [line for line in mismatches if line.partition(":")[0] not in apart]
+            stored = replace(stored[0], complete=False), replace(stored[1], complete=False)
+        if mismatches:
+            names = f"{instruct.directory} and {thinking.directory}"
+            raise ValueError("\n  ".join([f"{names} do not match:", *mismatches]))
+        return cls(ends, skeleton, tokenizers, stored)
+
+
+def vocabulary_mismatches(instruct: Any, thinking: Any) -> list[str]:
+    """One line if two tokenizers give tokens different ids; an end without a tokenizer matches any."""
+    if instruct is None or thinking is None:
+        return []
+    ends = [tokenizer.get_vocab() for tokenizer in (instruct, thinking)]
+    differ = sorted(token for token in ends[0].keys() | ends[1].keys() if ends[0].get(token) != ends[1].get(token))
+    if not differ:
+        return []
+    return [f"tokenizer: {len(differ)} tokens have another id or are in one vocabulary only, such as {differ[:5]}"]

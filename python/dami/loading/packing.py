@@ -1,0 +1,203 @@
+"""`dami.pack`: two checkpoints on disk become a packed pair on disk, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
+
+from dami.estimators.files import copy_estimator
+from dami.files import written_whole
+from dami.layers.base import LerpModule
+from dami.layers.kinds import kind_on_meta, readers, stored_format
+from dami.layers.obstacles import obstacles, unread
+from dami.loading.checkpoint import Checkpoint, Stored, headers_in
+from dami.loading.load import downloads_of, load_pair, with_both_templates
+from dami.loading.match import Match
+from dami.patching.compare import first_names
+from dami.saving.config import PairConfig, by_pattern
+from dami.saving.directory import write_pair
+from dami.saving.model_card import write_model_card
+from dami_kernels import LerpWeight, formats
+from dami_kernels.weight import FLOAT_DTYPES
+
+SHARD = 1 << 30  # bytes; a shard is held in memory until it is written
+CARRIED = ("*.py", "LICENSE*", "generation_config.json")  # files of the instruct end that go along as they are
+
+logger = logging.get_logger(__name__)
+
+
+def pack(
+    instruct: str | Path,
+    thinking: str | Path,
+    directory: str | Path,
+    format: str = "int4",
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    shard_bytes: int = SHARD,
+    **download: Any,
+) -> Path:
+    """Packs two checkpoints of one architecture into one directory, which `dami.load_pair` loads, and returns it.
+
+    Tensors are read from the mapped files of both ends one at a time, so that memory holds no more than a shard of what
+    is written. The directory takes its name when all is written: an interrupted run leaves DIRECTORY.partial at most,
+    which the next one removes.
+
+    Args:
+        instruct, thinking: as in `load_pair`. What is not stored as the model is (GGUF, an adapter, tensors that
+            transformers converts) is loaded first, with a note; both ends are in memory then.
+        directory: where to; it must not exist, or be empty.
+        format: how embeddings and linear weights are stored, a name of `dami_kernels.formats.names()`.
+        overwrite: replaces a directory that exists.
+        trust_remote_code: as in `from_pretrained`.
+        shard_bytes: size of a file at most, unless a single weight is larger.
+        download: `revision`, `token`, `cache_dir`, `force_download` and `local_files_only`, as in `load_pair`.
+
+    Raises:
+        TypeError: an option is unknown.
+        ValueError, OSError: as `load_pair`; or overwriting the directory would remove an end, or it cannot be written.
+        FileExistsError: there is a directory with something in it.
+    """
+    formats.get(format)
+    directory = Path(directory)
+    downloads = downloads_of(download)
+    ends = (
+        Checkpoint.find(instruct, trust_remote_code, downloads[0]),
+        Checkpoint.find(thinking, trust_remote_code, downloads[1]),
+    )
+    with written_whole(directory, overwrite, [end.path for end in ends]) as partial:
+        match = None if ends[1].is_adapter else Match.of(*ends)
+        if match is None or not all(stored.complete for stored in match.stored):
+            logger.warning(f"{instruct} or {thinking} is not stored as the model is: loading both ends first")
+            model, tokenizer = load_pair(instruct, thinking, format, trust_remote_code=trust_remote_code, **download)
+            write_pair(model, partial, tokenizer)
+        else:
+            _pack(match, partial, format, shard_bytes)
+    return directory
+
+
+def _pack(match: Match, directory: Path, format: str, shard_bytes: int) -> None:
+    """Writes all files of the packed pair; peak memory is a shard, and what packing a million weights takes."""
+    ends = [_Reader(end, stored) for end, stored in zip(match.ends, match.stored, strict=True)]
+    names, kinds = list(match.stored[0].headers), _kinds(match)
+    lines, idle = obstacles(match.skeleton), unread(match.skeleton)
+    doubtful = [name for name in names if name in lines and name not in idle]
+    refused = [lines[name] for name in doubtful if not torch.equal(*(end.read(name) for end in ends))]
+    if refused:
+        raise ValueError(
+            "\n  ".join(["these tensors differ between the ends and cannot be interpolated:", *sorted(refused)])
+        )
+    shards, error = _Shards(directory, shard_bytes), _Error()
+    interpolated: dict[str, str] = {}
+    for name in logging.tqdm(names, desc=f"Packing {directory.stem}"):
+        base, target = (end.read(name) for end in ends)
+        kind = kinds[name]
+        if kind is None or torch.equal(base, target):
+            shards.add({name: base})
+            continue
+        interpolated[name] = stored_format(format, kind, name, base)
+        operands = kind.as_operand(base).contiguous(), kind.as_operand(target).contiguous()
+        weight = LerpWeight.pack(*operands, format=interpolated[name])
+        error.add(weight, operands[1])
+        tensors = zip(formats.get(weight.format).TENSORS, map(kind.as_operand, weight.tensors), strict=True)
+        shards.add({name + suffix: tensor.contiguous() for suffix, tensor in tensors})
+    shards.close()
+
+    firsts = first_names(match.skeleton)
+    stored = {name: interpolated[first] for name, first in firsts.items() if first in interpolated}
+    parents = [end.parent() for end in match.ends]
+    quantization = PairConfig(format, by_pattern(stored, firsts), parents, error.relative)
+    instruct = match.ends[0].directory
+    for pattern in CARRIED:
+        for file in instruct.glob(pattern):
+            shutil.copy(file, directory)
+    copy_estimator(match.ends[1].directory, directory)
+    tokenizer = with_both_templates(match.tokenizers, "instruct")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    config = json.loads((instruct / "config.json").read_text()) | {"quantization_config": quantization.to_dict()}
+    config.setdefault("dtype", config.get("torch_dtype", match.stored[0].headers[names[0]][1]))
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    weights = sum(torch.Size(match.stored[0].headers[name][0]).numel() for name in interpolated)
+    write_model_card(directory, quantization, shards.nbytes, weights, tokenizer)
+
+
+def _kinds(match: Match) -> dict[str, type[LerpModule] | None]:
+    """The kind that reads a tensor, by its name; None if it cannot be interpolated."""
+    kinds = readers({module: kind_on_meta(module) for module in match.skeleton.modules()})
+    state = match.skeleton.state_dict(keep_vars=True)
+    return {name: kinds[id(tensor)] if tensor.dtype in FLOAT_DTYPES else None for name, tensor in state.items()}
+
+
+class _Reader:
+    """Reads the tensors of a checkpoint by their names in the model."""
+
+    def __init__(self, checkpoint: Checkpoint, stored: Stored) -> None:
+        self.files = {name: file for file in checkpoint.files() for name in headers_in(file)}
+        self.stored = {name: own for own, name in stored.names.items()}
+
+    def read(self, name: str) -> Tensor:
+        """A view of the file."""
+        stored = self.stored[name]
+        with safe_open(self.files[stored], framework="pt") as file:
+            return file.get_tensor(stored)
+
+
+class _Shards:
+    """Safetensors files of a limited size and their index, under the names that transformers gives them."""
+
+    def __init__(self, directory: Path, limit: int) -> None:
+        self.directory, self.limit, self.nbytes = directory, limit, 0
+        self.held: dict[str, Tensor] = {}
+        self.written: list[tuple[Path, list[str]]] = []
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        """Takes tensors that are to be in one file, and writes those it held before if they do not all fit."""
+        held, more = (sum(tensor.nbytes for tensor in some.values()) for some in (self.held, tensors))
+        if held and held + more > self.limit:
+            self.write()
+        self.held |= tensors
+        self.nbytes += more
+
+    def write(self) -> None:
+        file = self.directory / f"{len(self.written):05}.safetensors"
+        save_file(self.held, file, metadata={"format": "pt"})
+        self.written.append((file, list(self.held)))
+        self.held = {}
+
+    def close(self) -> None:
+        """Writes the rest and the index."""
+        self.write()
+        weight_map: dict[str, str] = {}
+        for number, (file, names) in enumerate(self.written, 1):
+            name = f"model-{number:05}-of-{len(self.written):05}.safetensors"
+            file.rename(file.with_name(name))
+            weight_map |= dict.fromkeys(names, name)
+        index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
+        (self.directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+class _Error:
+    """Root of the squares of what the formats have lost of the λ=1 end, over that of the end."""
+
+    def __init__(self) -> None:
+        self.lost = self.whole = 0.0
+
+    def add(self, weight: LerpWeight, target: Tensor) -> None:
+        if weight.format != "pair":
+            for rows, _, kept in formats.float_blocks(weight.format, weight.tensors, weight.shape[-1]):
+                exact = target[rows].float()
+                self.lost += (kept - exact).square_().sum().item()
+                self.whole += exact.square().sum().item()
+
+    @property
+    def relative(self) -> float:
+        return (self.lost / self.whole) ** 0.5 if self.whole else 0.0

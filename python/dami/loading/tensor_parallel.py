@@ -1,0 +1,127 @@
+"""Tensor parallelism for packed pairs: transformers' styles of splitting a module, for modules that hold two ends.
+
+What is stored beside a weight is split as the weight is, so that each process keeps its part of both ends and
+interpolates it by itself. Kernels take plain tensors: inside a forward each process sees its own parts only.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, _use_local_dtensor_params
+from transformers.distributed.tensor_parallel import ColwiseParallel, EmbeddingParallel, RowwiseParallel
+
+from dami.layers.base import LerpModule
+from dami.saving.config import any_layer
+from dami_kernels.quantize import GROUP
+
+PREFIX = "dami_"
+
+
+def use_our_styles(model: nn.Module, plan: dict[str, str]) -> None:
+    """Replaces, in a tensor-parallel plan, the styles of patched modules by ours.
+
+    Raises:
+        ValueError: a style that we have none for.
+    """
+    patched = {any_layer(name) for name, module in model.named_modules() if isinstance(module, LerpModule)}
+    for name in plan.keys() & patched:
+        style = ALL_PARALLEL_STYLES[plan[name]]
+        if plan[name] == "sequence_parallel":
+            raise ValueError(f"{name} cannot be split as {plan[name]!r} in a packed pair: leave it out of the tp_plan")
+        ours = {ColwiseParallel: LerpColwise, RowwiseParallel: LerpRowwise, EmbeddingParallel: LerpEmbeddingParallel}
+        if type(style) in ours:
+            lerp_style = copy.copy(style)
+            lerp_style.__class__ = ours[type(style)]
+            ALL_PARALLEL_STYLES.register(PREFIX + plan[name], lerp_style)
+            plan[name] = PREFIX + plan[name]
+
+
+class _LerpStyle:
+    """What our styles share; a module that is not patched is split as ever."""
+
+    whole: tuple[str, ...] = ()  # ends of the names of what every process keeps whole
+
+    def should_use_local_tensors(self, module: nn.Module) -> bool:
+        return isinstance(module, LerpModule) or super().should_use_local_tensors(module)  # type: ignore[misc]
+
+    def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
+        if not (isinstance(module, LerpModule) and param.endswith(self.whole)):
+            super().shard_param(module, param, mesh)  # type: ignore[misc]
+
+    def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: Any) -> Any:
+        if isinstance(module, LerpModule) and module.lerp.lam.requires_grad:
+            raise ValueError("intensity takes no gradient under tensor parallelism, where a process has a part of it")
+        return super().transform_inputs_pre_forward(module, args, kwargs, mesh)  # type: ignore[misc]
+
+
+class LerpColwise(_LerpStyle, ColwiseParallel):
+    """Output features are split. Of a low-rank difference only `up` has them."""
+
+    whole = ("_down",)
+
+
+class LerpRowwise(_LerpStyle, RowwiseParallel):
+    """Input features are split, in whole groups that share a scale; the first process adds the bias."""
+
+    whole = ("_up", "bias", "bias_target")
+
+    def validate_param(self, module: Any, param: str, mesh: Any, parameter_name: str | None = None) -> None:
+        if param.endswith("_scale") and module.in_features % (GROUP * mesh.size()):
+            raise ValueError(
+                f"{parameter_name}: {module.in_features} input features cannot be split over {mesh.size()} processes, "
+                f"as {GROUP} of them share a scale"
+            )
+
+    @contextmanager
+    def context_around_forward(self, module: nn.Module, mesh: Any) -> Any:
+        if not isinstance(module, LerpModule):
+            with super().context_around_forward(module, mesh):
+                yield
+            return
+        bias = module._parameters["bias"]
+        if mesh.get_local_rank() > 0:
+            module._parameters["bias"] = None
+        try:
+            with _use_local_dtensor_params(module):
+                yield
+        finally:
+            module._parameters["bias"] = bias
+
+    def transform_output_post_forward(self, module: nn.Module, output: Tensor, mesh: Any) -> Tensor:
+        if not isinstance(module, LerpModule):
+            return super().transform_output_post_forward(module, output, mesh)
+        return (
+            DTensor.from_local(output, mesh, [Partial()], run_check=False)
+            .redistribute(placements=[Replicate()])
+            .to_local()
+        )
+
+
+class LerpEmbeddingParallel(_LerpStyle, EmbeddingParallel):
+    """Rows of the table are split: each process looks up the tokens it has, and their sum is the answer."""
+
+    whole = ("_down",)
+
+    def install_forward(self, module: Any, mesh: Any) -> Any:
+        if not isinstance(module, LerpModule):
+            return super().install_forward(module, mesh)
+        table = next(parameter for parameter in module.parameters() if isinstance(parameter, DTensor))
+        shape, offset = compute_local_shape_and_global_offset(table.shape, mesh, table.placements)
+        forward = module.forward
+
+        def looked_up(ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            own = ids - offset[0]
+            elsewhere = (own < 0) | (own >= shape[0])
+            with _use_local_dtensor_params(module):
+                output = forward(own.masked_fill(elsewhere, 0), *args, **kwargs)
+            output = output.masked_fill(elsewhere.unsqueeze(-1), 0)
+            return self.transform_output_post_forward(module, output, mesh)
+
+        module.forward = looked_up
+        return module

@@ -1,0 +1,1 @@
+"""Two models become one with a dial."""

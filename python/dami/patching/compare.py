@@ -1,0 +1,77 @@
+"""Whether two ends are models of one shape: their tensors and configs compared."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+Header = tuple[list[int], str]
+
+
+# what may differ between the ends without changing what a forward pass computes
+HARMLESS = re.compile(
+    r"_name_or_path|name_or_path|transformers_version|(torch_)?dtype|use_cache|return_dict|.*_token_id"
+    r"|.*_(dropout|pdrop)(_prob)?|dropout|initializer_range|id2label|label2id|problem_type|max_window_layers"
+    r"|task_specific_params|tokenizer_class|output_.*|chunk_size_feed_forward|finetuning_task|_attn_implementation"
+    r"|do_sample|temperature|top_[kp]|max_length|max_new_tokens|repetition_penalty|unsloth.*"
+)
+
+
+STRETCHED = ("dynamic", "longrope", "yarn")  # rotary embeddings that depend on max_position_embeddings
+
+
+def first_names(model: PreTrainedModel) -> dict[str, str]:
+    """The name of every tensor of a model, with the first name of the tensor it is tied to, or its own."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def headers_of(model: PreTrainedModel) -> dict[str, Header]:
+    """Shape and dtype of every parameter and persistent buffer of a model, by name."""
+    return {name: (list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in model.state_dict().items()}
+
+
+def tensor_mismatches(instruct: Mapping[str, Header], thinking: Mapping[str, Header], dtypes: bool = True) -> list[str]:
+    """One line for each tensor that is in one end only or has another shape, or another dtype if `dtypes` count."""
+    lines = [f"{name}: in the instruct end only" for name in instruct if name not in thinking]
+    lines += [f"{name}: in the thinking end only" for name in thinking if name not in instruct]
+    for name, header in instruct.items():
+        (shape, dtype), (other_shape, other_dtype) = header, thinking.get(name, header)
+        if shape != other_shape or (dtypes and dtype != other_dtype):
+            lines.append(
+                f"{name}: {dtype} {shape} in the instruct end, {other_dtype} {other_shape} in the thinking end"
+            )
+    return sorted(lines)
+
+
+def config_mismatches(instruct: PreTrainedConfig, thinking: PreTrainedConfig) -> list[str]:
+    """One line for each setting that differs between two configs and changes what a forward pass computes."""
+    ends = [_flat(config.to_dict()) for config in (instruct, thinking)]
+    for end in ends:
+        if end.get("quantization_config.quant_method") == "gguf":  # of the file: the loaded weights are plain
+            end.update({key: None for key in end if key.startswith("quantization_config.")})
+    if instruct.model_type != thinking.model_type:  # nothing else compares
+        ends = [{"model_type": config.model_type} for config in (instruct, thinking)]
+    types = {value for end in ends for key, value in end.items() if key.endswith("rope_type")}
+    harmless = {"max_position_embeddings"} if types.isdisjoint(STRETCHED) else set()
+    lines = []
+    for key in sorted(ends[0].keys() | ends[1].keys()):
+        values = [end.get(key) for end in ends]
+        unknown = key == "architectures" and None in values
+        name = key.rpartition(".")[2]
+        if values[0] != values[1] and not unknown and name not in harmless and not HARMLESS.fullmatch(name):
+            lines.append(f"config.{key}: {values[0]!r} in the instruct end, {values[1]!r} in the thinking end")
+    return lines
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + str(key)] = value
+    return flat

@@ -1,0 +1,235 @@
+"""Patching: two models become one that answers every sequence at its own λ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dami.dial.patch import Patch, patch_of
+from dami.dial.state import Dial, Lerp, layer_of
+from dami.layers.base import LerpModule, own_tensors
+from dami.layers.classes import reclass
+from dami.layers.kinds import LerpConv1D, LerpExperts, LerpLinear, kind_of, readers, stored_format
+from dami.layers.obstacles import obstacles, unread
+from dami.layers.packed import LowRank, Packed, adapted, patch_module
+from dami.layers.peft import refuse_adapters
+from dami.patching.compare import config_mismatches, first_names, headers_of, tensor_mismatches
+from dami.patching.model import patched_model_class
+from dami.patching.ties import TIES, head_name, tie, untie
+from dami.sources import METHOD
+from dami_kernels import LerpWeight, formats
+
+
+def patch_model(
+    instruct_model: PreTrainedModel, thinking_model: PreTrainedModel, format: str = "pair", *, invariant: bool = False
+) -> PreTrainedModel:
+    """Patches `instruct_model` in place so that each sequence of a batch runs at its own λ, and returns it.
+
+    Every parameter that differs between the two is interpolated, W(λ) = W_instruct + λ (W_thinking − W_instruct); what
+    is identical stays as it is and costs nothing. `format="pair"` shares memory with `thinking_model` where dtype and
+    device agree (not for GPT-2's Conv1D, whose weights are stored transposed). All parameters are frozen while patched.
+    λ is 0 until `intensity` says otherwise. Where the head of one end is tied to its embedding and that of the other is
+    not, the head gets a weight of its own: the tied end's is a copy of its embedding, until the patch is taken off.
+
+    Args:
+        instruct_model: a causal language model, λ=0.
+        thinking_model: another of the same architecture, λ=1. It is left as it is, and may be deleted.
+        format: how embeddings and linear weights are stored, a name of `dami_kernels.formats.names()`.
+        invariant: makes what a linear layer computes for a row independent, bit for bit, of the other rows, of their λ
+            and of their number, at some cost in speed. Whether the whole model is depends on its attention too.
+
+    Raises:
+        TypeError: an argument is not a transformers model, or `instruct_model` is patched already.
+        ValueError: the ends do not match, or a parameter that differs cannot be interpolated: all their names are
+            listed, and the model is left as it was.
+    """
+    for name, model in (("instruct_model", instruct_model), ("thinking_model", thinking_model)):
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(f"{name} must be a transformers model, got {type(model).__name__}")
+        if hasattr(model, "dami_patch"):
+            raise TypeError(f"{name} must not be patched already: call dami.unpatch_model first")
+        refuse_adapters(model, "patch_model", f"merge it into {name}, or put it on the patched model")
+    mismatches = config_mismatches(instruct_model.config, thinking_model.config)
+    mismatches = [
+        line for line in mismatches if not line.startswith(f"config.{TIES}:")
+    ]  # the heads are looked at below
+    if type(instruct_model) is type(thinking_model):  # nothing compares otherwise
+        mismatches += tensor_mismatches(headers_of(instruct_model), headers_of(thinking_model))
+    else:
+        mismatches.append(f"class: {type(instruct_model).__name__} and {type(thinking_model).__name__}")
+    if not mismatches:
+        firsts, thinking = first_names(instruct_model), thinking_model.state_dict()
+        mismatches = [
+            f"{name}: tied to {first} in the instruct end only"
+            for name, first in firsts.items()
+            if name != first and not torch.equal(thinking[name], thinking[first])
+        ]
+        heads = [line for line in mismatches if line.partition(":")[0] == head_name(instruct_model)]
+        mismatches = [line for line in mismatches if line not in heads]
+    if mismatches:
+        raise ValueError("\n  ".join(["instruct_model and thinking_model do not match:", *mismatches]))
+    shared = untie(instruct_model) if heads else None
+    try:
+        own = {name for name, first in first_names(thinking_model).items() if name == first}
+        ends = (  # a copy of what only the thinking end shares, for transformers saves what is shared but once
+            (name, thinking[name] if name in own else thinking[name].clone())
+            for name, first in first_names(instruct_model).items()
+            if name == first
+        )
+        model = interpolate(instruct_model, ends, format, invariant=invariant)
+    except BaseException:
+        if shared is not None:
+            tie(instruct_model, shared)
+        raise
+    model.dami_patch.shared = shared  # type: ignore[union-attr]
+    if head_name(model) is not None and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        setattr(model.config.get_text_config(), TIES, False)  # where a checkpoint's own head has overruled its config
+    return model
+
+
+def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Takes a patch off, in place, and returns the model: the very same modules and parameters as before it.
+
+    Only where the format has not kept the base as it was, `w8d4`, its weights are those that λ=0 ran with.
+    """
+    patch: Patch = patch_of(model)
+    for module in model.modules():
+        if isinstance(module, LerpModule):
+            lerp = module.lerp
+            for name, stored in lerp.stored.items():
+                parameter = module.tensor(name)
+                if name not in stored.names:
+                    parameter.data = module.as_operand(module.ends(name).unpack()[0].to(parameter.dtype))
+                parameter.data = parameter.data.contiguous()
+                for added in stored.names:
+                    if added != name:
+                        delattr(module, added)
+            del module.lerp
+            reclass(module, lerp.original)
+    for parameter in patch.trainable:
+        parameter.requires_grad_(True)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.quantization_config.quant_method == METHOD:
+        quantizer.remove_quantization_config(model)
+    if patch.head is not None:
+        patch.head.remove()
+    if patch.shared is not None:
+        tie(model, patch.shared)
+    del model.dami_patch
+    reclass(model, patch.original)
+    return model
+
+
+def interpolate(
+    model: PreTrainedModel,
+    thinking: Iterable[tuple[str, Tensor | LowRank]],
+    format: str,
+    *,
+    invariant: bool = False,
+    owned: bool = False,
+) -> PreTrainedModel:
+    """Patches `model` with the other end's tensors, one at a time; all checks of names and shapes are behind us.
+
+    Args:
+        model: the instruct end.
+        thinking: names and tensors of the thinking end. Those identical to the model's own are dropped at once.
+        format, invariant: as in `patch_model`.
+        owned: whether the tensors come from files and nobody needs the model if this fails. Then a target that is kept
+            as it is is copied, and a base that its format replaces is let go at once.
+    """
+    formats.get(format)
+    state = model.state_dict(keep_vars=True)
+    offloaded = [name for name, base in state.items() if base.device.type == "meta"]
+    if offloaded:
+        raise ValueError(
+            f"instruct_model must be on devices, not offloaded, got {len(offloaded)} tensors on meta: pack the pair, "
+            "dami pack INSTRUCT THINKING -o DIRECTORY, and load what can be offloaded, dami.load_pair(DIRECTORY, …)"
+        )
+    kinds = {module: kind_of(module) for module in model.modules()}
+    read_by, lines, idle = readers(kinds), obstacles(model), unread(model)
+    packed: dict[int, Packed] = {}  # by the id of the base
+    refused = []
+    for name, tensor in thinking:
+        base = state[name]
+        if isinstance(tensor, Tensor):
+            target = tensor.detach().to(base.device, base.dtype)
+            if torch.equal(base, target):
+                continue
+        if name in idle:
+            continue
+        if name in lines:
+            refused.append(lines[name])
+        else:
+            reader = read_by[id(base)]
+            chosen = stored_format(format, reader, name, base)
+            base_end = reader.as_operand(base.detach()).contiguous()
+            if isinstance(tensor, LowRank):
+                weight = adapted(base_end, tensor, chosen)
+            else:
+                if owned and chosen == "pair":
+                    target = target.clone()  # not a view of a file that may change
+                weight = LerpWeight.pack(base_end, reader.as_operand(target).contiguous(), chosen)
+            packed[id(base)] = Packed.of(weight, reader)
+            if owned:
+                base.requires_grad_(False).data = packed[id(base)].base
+    if refused:
+        raise ValueError(
+            "\n  ".join(["these tensors differ between the ends and cannot be interpolated:", *sorted(refused)])
+        )
+
+    return install(model, kinds, packed, invariant)
+
+
+def install(
+    model: PreTrainedModel,
+    kinds: Mapping[nn.Module, tuple[type[LerpModule], dict[str, Any]]],
+    packed: Mapping[int, Packed],
+    invariant: bool = False,
+) -> PreTrainedModel:
+    """Changes the class of `model`, and of its modules of which a parameter, known by its id, was packed."""
+    # λ is a number even while the model is loaded, on meta: whoever asks for a parameter is given it at that
+    dial = Dial(torch.zeros((), device="cpu" if model.device.type == "meta" else model.device))
+    patch = Patch(dial, type(model), [p for p in model.parameters() if p.requires_grad])
+    reclass(model, patched_model_class(type(model))).dami_patch = patch  # type: ignore[arg-type]
+    model.requires_grad_(False)
+    running = patch.running
+    running.invariant = invariant
+    for name, module in list(model.named_modules()):
+        differing = {local: packed[id(base)] for local, base in own_tensors(module) if id(base) in packed}
+        if differing:
+            kind, settings = kinds[module]
+            if invariant and issubclass(kind, (LerpLinear, LerpConv1D, LerpExperts)):
+                settings = {**settings, "invariant": True}
+            original = patch.original if module is model else type(module)
+            place = _place(model, name, module, kind)
+            patch_module(module, kind, Lerp(dial, original, settings, *place, name=name, running=running), differing)
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        patch.head = head.register_forward_pre_hook(_contiguous)
+    return model
+
+
+def _contiguous(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Before a plain head: the last states of a batch of prompts are a slice, which `F.linear` takes as one product for
+    each row, with a copy of the weight for each: gigabytes and seconds for a vocabulary of 50,000 and 100 rows."""
+    return inputs[0].contiguous(), *inputs[1:]
+
+
+def _place(model: PreTrainedModel, name: str, module: nn.Module, kind: type[LerpModule]) -> tuple[int | None, str]:
+    """Index of a module's layer, None outside the layers, and its group, one of `dial.GROUPS`."""
+    layer = layer_of(name)
+    if kind.kind in ("rms_norm", "layer_norm"):
+        return layer, "norm"
+    if kind.kind == "embedding":
+        return layer, "embed"
+    if module is model.get_output_embeddings():
+        return layer, "head"
+    if layer is None:
+        return layer, "other"
+    if "experts" in name.split("."):
+        return layer, "experts"
+    return layer, "attn" if "att" in name else "mlp"

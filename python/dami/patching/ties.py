@@ -1,0 +1,35 @@
+"""Heads that are tied to the embedding in one end only."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+TIES = "tie_word_embeddings"
+
+
+def head_name(model: PreTrainedModel) -> str | None:
+    """The name of the weight of a model's head."""
+    head = model.get_output_embeddings()
+    return next((f"{name}.weight" for name, module in model.named_modules() if module is head), None)
+
+
+def untie(model: PreTrainedModel) -> nn.Parameter:
+    """Gives the head of a model a weight of its own, a copy, and returns the one it shared."""
+    head = model.get_output_embeddings()
+    shared = head.weight
+    head.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+    _note_ties(model, False)
+    return shared
+
+
+def tie(model: PreTrainedModel, shared: nn.Parameter) -> None:
+    """Takes back `untie`."""
+    model.get_output_embeddings().weight = shared
+    _note_ties(model, True)
+
+
+def _note_ties(model: PreTrainedModel, tied: bool) -> None:
+    setattr(model.config.get_text_config(), TIES, tied)
+    setattr(model.config, TIES, tied)
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)

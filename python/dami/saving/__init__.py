@@ -1,0 +1,1 @@
+"""A patched model becomes a directory."""

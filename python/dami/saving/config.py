@@ -1,0 +1,69 @@
+"""`PairConfig`: what a packed pair's config says of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from dami.sources import METHOD
+from dami_kernels import formats
+
+SUFFIXES = sorted({suffix for name in formats.names() for suffix in formats.get(name).TENSORS} - {""})
+
+
+@register_quantization_config(METHOD)
+class PairConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a packed pair.
+
+    Attributes:
+        format: how embeddings and linear weights are stored.
+        interpolated: the format of every parameter that differs between the ends, by its name; `*` in a name stands for
+            the number of any layer. All others are the same in both ends.
+        parents: name and licence of the two ends: [{"name": …, "license": …}, …]. The licence is None where unknown.
+        error: ‖W(1) − W_thinking‖ / ‖W_thinking‖ over all that `format` stores, None where it was not measured.
+    """
+
+    def __init__(
+        self,
+        format: str,
+        interpolated: Mapping[str, str],
+        parents: Sequence[Mapping[str, str | None]] = (),
+        error: float | None = None,
+        **_: Any,
+    ) -> None:
+        for name in {format, *interpolated.values()}:
+            formats.get(name)
+        self.quant_method: Any = METHOD
+        self.format = format
+        self.interpolated = dict(interpolated)
+        self.parents = [dict(parent) for parent in parents]
+        self.error = error
+
+    def format_of(self, name: str) -> str | None:
+        """The format of a parameter, None if it is the same in both ends."""
+        return self.interpolated.get(name) or self.interpolated.get(any_layer(name))
+
+
+def any_layer(name: str) -> str:
+    """A parameter's name with `*` for every number between dots."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def by_pattern(formats_by_name: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """`formats_by_name`, with one entry for the layers in all of which a parameter is stored alike.
+
+    Args:
+        formats_by_name: the format of the parameters that differ between the ends.
+        names: those of all parameters of the model.
+    """
+    layers: dict[str, set[str | None]] = {}
+    for name in names:
+        layers.setdefault(any_layer(name), set()).add(formats_by_name.get(name))
+    alike = {pattern for pattern, found in layers.items() if len(found) == 1}
+    return {
+        pattern if (pattern := any_layer(name)) in alike else name: format for name, format in formats_by_name.items()
+    }

@@ -1,0 +1,194 @@
+"""The OpenAI-compatible server of `dami serve`: HTTP in and out, around an `Engine`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import re
+from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from dami.serving import playground
+from dami.serving.bodies import read
+from dami.serving.engine import Engine, EngineDead, Overloaded
+from dami.serving.gate import Gate
+from dami.serving.protocol import BadRequest, ChatRequest, CompletionRequest
+from dami.serving.responses import DEAD, NOT_FOUND, RESPONSES, EventStream, error, json_in_pieces
+from dami.serving.service import Answering, Gone, Service, Settings, unless_gone
+from dami.version import __version__
+
+logger = logging.getLogger(__name__)
+JSON = re.compile(r"application/(json|[\w.-]+\+json)\s*(;.*)?", re.IGNORECASE)
+
+
+class BodyRoute(APIRoute):
+    """A route whose endpoint takes a request and its body, which is read outside of the event loop."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        if self.body_field is None:
+            return super().get_route_handler()
+        kind = self.body_field.field_info.annotation
+
+        async def handle(request: Request) -> Response:
+            if not JSON.fullmatch(sent := request.headers.get("content-type", "")):
+                raise BadRequest(f"the header Content-Type must be application/json, got {sent!r}")
+            content = await request.body()
+            body = await unless_gone(request, request.app.state.service.lanes.run(len(content), read, content, kind))
+            return await self.endpoint(request, body)
+
+        return handle
+
+
+def create_app(engine: Engine, tokenizer: Any, settings: Settings | None = None) -> FastAPI:
+    """The server as an ASGI application, which starts and stops the engine.
+
+    Args:
+        engine: what generates; one application for each.
+        tokenizer: the pair's.
+        settings: of the server.
+
+    Raises:
+        ValueError: the default intensity is none of the pair's.
+    """
+    settings = settings or Settings()
+    default = settings.default_intensity
+    if isinstance(default, str) and default not in engine.presets and (default != "auto" or engine.twin is None):
+        raise ValueError(
+            f"default_intensity must be a number, a preset of the pair {sorted(engine.presets)}, or 'auto' if it has "
+            f"an estimator, got {default!r}"
+        )
+    service = Service(engine, tokenizer, settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with engine:
+            dying = asyncio.create_task(_tell_death(app, engine))
+            gc.collect()
+            gc.freeze()  # going through all that torch has loaded would stop everything, for half a second
+            yield
+            gc.unfreeze()
+            dying.cancel()
+            service.lanes.close()
+
+    # The pages that FastAPI draws of the schema load scripts from elsewhere.
+    app = FastAPI(title="dami serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.router.route_class = BodyRoute
+    app.state.engine, app.state.service, app.state.cut_off = engine, service, 0
+
+    def cut_off() -> None:
+        app.state.cut_off += 1
+
+    app.add_middleware(
+        Gate,
+        api_keys=settings.api_keys,
+        allowed_hosts=settings.allowed_hosts,
+        max_body=settings.max_body,
+        read_timeout=settings.read_timeout,
+        count=lambda path, status: service.metrics.requests.labels(path, status).inc(),
+        cut_off=cut_off,
+    )
+
+    async def answer(
+        request: Request, beginning: Coroutine[Any, Any, Answering], whole: Callable[[Answering], dict[str, Any]]
+    ) -> Response:
+        answering = await unless_gone(request, beginning)
+        if answering.body.stream:
+            return EventStream(service.events(answering), partial(service.end, answering))
+        try:
+            content = await unless_gone(request, service.collected(answering, whole))
+        finally:
+            service.end(answering)
+        length = {"Content-Length": str(len(content))}
+        return StreamingResponse(json_in_pieces(content), media_type="application/json", headers=length)
+
+    @app.post("/v1/chat/completions", responses=RESPONSES)
+    async def chat_completions(request: Request, body: ChatRequest) -> Response:
+        """Answers a conversation."""
+        return await answer(request, service.chat(body), service.chat_response)
+
+    @app.post("/v1/completions", responses=RESPONSES)
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        """Continues a text."""
+        return await answer(request, service.complete(body), service.completion_response)
+
+    app.include_router(playground.routes(settings.frontier))
+
+    def model_object() -> dict[str, Any]:
+        return {
+            "id": settings.name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "dami",
+            "max_model_len": engine.max_model_len,
+            "intensity": {
+                "default": settings.default_intensity,
+                "range": list(settings.intensity_range),
+                "presets": engine.presets,
+                "auto": engine.twin is not None,
+                "frontier": bool(settings.frontier),
+            },
+        }
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The one model that is served."""
+        return {"object": "list", "data": [model_object()]}
+
+    @app.get("/v1/models/{model:path}", responses=NOT_FOUND)
+    async def model(model: str) -> dict[str, Any]:
+        """The model, by name."""
+        if model != settings.name:
+            raise BadRequest(f"model must be {settings.name!r}, got {model!r}", "model", "model_not_found", 404)
+        return model_object()
+
+    @app.get("/health", responses=DEAD)
+    async def health() -> JSONResponse:
+        """Whether the engine generates, and how much it has to do."""
+        load = engine.load
+        state = {"status": "ok", "waiting": load.waiting, "running": load.running, "kv_cache_usage": load.kv}
+        if engine.death is not None:
+            return JSONResponse(state | {"status": f"the engine has died: {engine.death}"}, 503)
+        return JSONResponse(state)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.exception_handler(BadRequest)
+    async def bad_request(_: Request, problem: BadRequest) -> Response:
+        return error(problem.status, str(problem), problem.param, problem.code)
+
+    @app.exception_handler(Gone)
+    async def gone(*_: Any) -> Response:
+        return Response(status_code=499)
+
+    @app.exception_handler(StarletteHTTPException)
+    async def http_error(_: Request, problem: StarletteHTTPException) -> Response:
+        return error(problem.status_code, str(problem.detail), headers=problem.headers)
+
+    @app.exception_handler(Overloaded)
+    async def overloaded(_: Request, problem: Overloaded) -> Response:
+        return error(429, str(problem), code="overloaded", headers={"Retry-After": "1"})
+
+    @app.exception_handler(EngineDead)
+    async def dead(_: Request, problem: EngineDead) -> Response:
+        return error(503, f"the engine has died: {problem}", code="engine_dead")
+
+    return app
+
+
+async def _tell_death(app: FastAPI, engine: Engine) -> None:
+    await engine.dead.wait()
+    logger.error("the engine has died: %s", engine.death)
+    on_death: Callable[[], None] | None = getattr(app.state, "on_death", None)
+    if on_death is not None:
+        on_death()
