@@ -38,48 +38,59 @@ def demo(
         run(model, tokenizer, pair, output, questions, seed, out)
 
 
+PromptsArgument = Annotated[list[str] | None, typer.Argument(help="Prompts; or see --file; or on stdin.")]
+FileOption = Annotated[
+    Path | None,
+    typer.Option("--file", "-f", exists=True, dir_okay=False, readable=True, help="Prompts, one a line."),
+]
+IntensityOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--intensity",
+        "-l",
+        parser=number_or_name,
+        metavar="λ|NAME",
+        help="A number, a preset (low, medium, high) or auto. May be given several times. Default: 0, 0.5 and 1.",
+    ),
+]
+StreamOption = Annotated[bool, typer.Option("--stream", help="Show tokens as they come.")]
+AsJsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON object a line for every answer.")]
+ChatTemplateOption = Annotated[
+    str | None,
+    typer.Option(
+        parser=template,
+        metavar="NAME|λ",
+        help="instruct or thinking; or the λ from which on it is thinking's. Default: the pair's.",
+    ),
+]
+RawOption = Annotated[bool, typer.Option("--raw", help="Give prompts as they are, without the chat template.")]
+MaxNewTokensOption = Annotated[int | None, typer.Option(min=1, help="Tokens at most, thought included.")]
+GreedyOption = Annotated[bool, typer.Option("--greedy", help="Take the likeliest token instead of sampling.")]
+TemperatureOption = Annotated[float | None, typer.Option(parser=positive, metavar="NUMBER", help="Of the sampling.")]
+TopPOption = Annotated[float | None, typer.Option(min=0, max=1, help="Of the sampling.")]
+TopKOption = Annotated[int | None, typer.Option(min=0, help="Of the sampling.")]
+BatchSizeOption = Annotated[int, typer.Option(min=1, help="Rows of a batch at most; a prompt takes one for each λ.")]
+
+
 @app.command()
 def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; or see --file; or on stdin.")] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option("--file", "-f", exists=True, dir_okay=False, readable=True, help="Prompts, one a line."),
-    ] = None,
-    intensity: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--intensity",
-            "-l",
-            parser=number_or_name,
-            metavar="λ|NAME",
-            help="A number, a preset (low, medium, high) or auto. May be given several times. Default: 0, 0.5 and 1.",
-        ),
-    ] = None,
+    prompts: PromptsArgument = None,
+    file: FileOption = None,
+    intensity: IntensityOption = None,
     pair: PairOption = None,
     format: FormatOption = None,
     dtype: DtypeOption = "auto",
-    stream: Annotated[bool, typer.Option("--stream", help="Show tokens as they come.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line for every answer.")] = False,
-    chat_template: Annotated[
-        str | None,
-        typer.Option(
-            parser=template,
-            metavar="NAME|λ",
-            help="instruct or thinking; or the λ from which on it is thinking's. Default: the pair's.",
-        ),
-    ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Give prompts as they are, without the chat template.")] = False,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens at most, thought included.")] = None,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token instead of sampling.")] = False,
-    temperature: Annotated[
-        float | None, typer.Option(parser=positive, metavar="NUMBER", help="Of the sampling.")
-    ] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Of the sampling.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=0, help="Of the sampling.")] = None,
+    stream: StreamOption = False,
+    as_json: AsJsonOption = False,
+    chat_template: ChatTemplateOption = None,
+    raw: RawOption = False,
+    max_new_tokens: MaxNewTokensOption = None,
+    greedy: GreedyOption = False,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
     seed: SeedOption = 0,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Rows of a batch at most; a prompt takes one for each λ.")
-    ] = 64,
+    batch_size: BatchSizeOption = 64,
 ) -> None:
     """Answer prompts at several λ at once, side by side.
 

@@ -13,79 +13,101 @@ import typer
 from dami.cli.base import app, err, fail, load, user_errors
 from dami.cli.options import DtypeOption, EndsArgument, FormatOption, finite, number_or_name, template
 
+HostOption = Annotated[str, typer.Option(help="Where to listen. Another address than this lets others in.")]
+PortOption = Annotated[int, typer.Option(min=0, max=65535)]
+ApiKeyOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Requests must bring it; may be given several times. Default: DAMI_API_KEY, if it is set."),
+]
+AllowedHostOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="A name by which clients call the server, beside localhost; may be given several times. "
+        "Default: any, but only localhost while there is no API key and --host is local.",
+    ),
+]
+NameOption = Annotated[str | None, typer.Option("--served-model-name", help="Default: the instruct end's.")]
+DefaultIntensityOption = Annotated[
+    Any,
+    typer.Option(
+        parser=number_or_name, metavar="λ|NAME", help="Of requests that name none: a number, a preset or auto."
+    ),
+]
+IntensityRangeOption = Annotated[
+    tuple[float, float], typer.Option(metavar="LOWEST HIGHEST", help="λ that requests may ask for.")
+]
+ChatTemplateOption = Annotated[
+    str | None,
+    typer.Option(
+        parser=template,
+        metavar="NAME|λ",
+        help="instruct or thinking; or the λ from which on it is thinking's. Default: the pair's.",
+    ),
+]
+MaxModelLenOption = Annotated[
+    int | None, typer.Option(min=2, help="Tokens of prompt and answer. Default: as many as fit.")
+]
+KvMemoryOption = Annotated[float, typer.Option(min=0.0, help="GiB of the KV cache.")]
+MaxBatchTokensOption = Annotated[int, typer.Option(min=1, help="Tokens of a step.")]
+MaxBatchRowsOption = Annotated[int, typer.Option(min=1, help="Sequences of a step.")]
+MaxRequestsOption = Annotated[int, typer.Option(min=1, help="Sequences at once, waiting ones included.")]
+MaxBodyOption = Annotated[int, typer.Option(min=1, help="Bytes of a request.")]
+ReadTimeoutOption = Annotated[
+    int, typer.Option(min=1, metavar="SECONDS", help="For a request's headers, and again for its body.")
+]
+PrefixCacheOption = Annotated[
+    bool, typer.Option(help="Let requests of one λ share the KV cache of equal prompt beginnings.")
+]
+InvariantOption = Annotated[
+    bool, typer.Option("--invariant", help="Make an answer's bits independent of other requests, at some cost.")
+]
+TargetLatencyOption = Annotated[
+    float | None,
+    typer.Option(
+        parser=finite,
+        metavar="SECONDS",
+        help="Let requests with auto or max_intensity think less under load, so that answers take no longer.",
+    ),
+]
+IntensityFloorOption = Annotated[
+    float, typer.Option(parser=finite, metavar="λ", help="How far --target-latency may go down.")
+]
+FrontierOption = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="By dami evaluate. Default: its estimator's."),
+]
+DrainOption = Annotated[
+    int, typer.Option(min=0, help="Seconds that requests have to end after SIGTERM; then they are cut off.")
+]
+
 
 @app.command()
 def serve(
     ends: EndsArgument = None,
-    host: Annotated[str, typer.Option(help="Where to listen. Another address than this lets others in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(help="Requests must bring it; may be given several times. Default: DAMI_API_KEY, if it is set."),
-    ] = None,
-    allowed_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="A name by which clients call the server, beside localhost; may be given several times. "
-            "Default: any, but only localhost while there is no API key and --host is local.",
-        ),
-    ] = None,
-    name: Annotated[str | None, typer.Option("--served-model-name", help="Default: the instruct end's.")] = None,
-    default_intensity: Annotated[
-        Any,
-        typer.Option(
-            parser=number_or_name, metavar="λ|NAME", help="Of requests that name none: a number, a preset or auto."
-        ),
-    ] = "0.5",
-    intensity_range: Annotated[
-        tuple[float, float], typer.Option(metavar="LOWEST HIGHEST", help="λ that requests may ask for.")
-    ] = (-1.0, 2.0),
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    api_key: ApiKeyOption = None,
+    allowed_host: AllowedHostOption = None,
+    name: NameOption = None,
+    default_intensity: DefaultIntensityOption = "0.5",
+    intensity_range: IntensityRangeOption = (-1.0, 2.0),
     format: FormatOption = None,
     dtype: DtypeOption = "auto",
-    chat_template: Annotated[
-        str | None,
-        typer.Option(
-            parser=template,
-            metavar="NAME|λ",
-            help="instruct or thinking; or the λ from which on it is thinking's. Default: the pair's.",
-        ),
-    ] = None,
-    max_model_len: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of prompt and answer. Default: as many as fit.")
-    ] = None,
-    kv_memory: Annotated[float, typer.Option(min=0.0, help="GiB of the KV cache.")] = 1.0,
-    max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 512,
-    max_batch_rows: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 64,
-    max_requests: Annotated[int, typer.Option(min=1, help="Sequences at once, waiting ones included.")] = 4096,
-    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 1 << 20,
-    read_timeout: Annotated[
-        int, typer.Option(min=1, metavar="SECONDS", help="For a request's headers, and again for its body.")
-    ] = 30,
-    prefix_cache: Annotated[
-        bool, typer.Option(help="Let requests of one λ share the KV cache of equal prompt beginnings.")
-    ] = True,
-    invariant: Annotated[
-        bool, typer.Option("--invariant", help="Make an answer's bits independent of other requests, at some cost.")
-    ] = False,
-    target_latency: Annotated[
-        float | None,
-        typer.Option(
-            parser=finite,
-            metavar="SECONDS",
-            help="Let requests with auto or max_intensity think less under load, so that answers take no longer.",
-        ),
-    ] = None,
-    intensity_floor: Annotated[
-        float, typer.Option(parser=finite, metavar="λ", help="How far --target-latency may go down.")
-    ] = 0.0,
-    frontier: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="By dami evaluate. Default: its estimator's."),
-    ] = None,
-    drain: Annotated[
-        int, typer.Option(min=0, help="Seconds that requests have to end after SIGTERM; then they are cut off.")
-    ] = 25,
+    chat_template: ChatTemplateOption = None,
+    max_model_len: MaxModelLenOption = None,
+    kv_memory: KvMemoryOption = 1.0,
+    max_batch_tokens: MaxBatchTokensOption = 512,
+    max_batch_rows: MaxBatchRowsOption = 64,
+    max_requests: MaxRequestsOption = 4096,
+    max_body: MaxBodyOption = 1 << 20,
+    read_timeout: ReadTimeoutOption = 30,
+    prefix_cache: PrefixCacheOption = True,
+    invariant: InvariantOption = False,
+    target_latency: TargetLatencyOption = None,
+    intensity_floor: IntensityFloorOption = 0.0,
+    frontier: FrontierOption = None,
+    drain: DrainOption = 25,
 ) -> None:
     """Serve a pair over HTTP, as OpenAI does, each request at its own λ."""
     try:
@@ -99,14 +121,12 @@ def serve(
     if not intensity_range[0] <= intensity_range[1] or not all(map(math.isfinite, intensity_range)):
         raise fail(f"--intensity-range must be two finite numbers, the lower first, got {intensity_range}")
     from dami.serving.controller import IntensityController
-    from dami.serving.gate import LOOPBACK, check_key
+    from dami.serving.gate import LOOPBACK
     from dami.serving.playground import read_frontier
 
     local = host in LOOPBACK
-    keys = api_key if api_key is not None else [os.environ["DAMI_API_KEY"]] if "DAMI_API_KEY" in os.environ else []
     with user_errors():
-        for key in keys:
-            check_key(key, "DAMI_API_KEY" if api_key is None else "--api-key")
+        keys = keys_of(api_key)
         check_port(host, port)
         given = read_frontier(frontier) if frontier else None
         if target_latency is not None:  # what it refuses is told now
@@ -130,7 +150,7 @@ def serve(
             default_intensity,
             intensity_range,
             "default" if chat_template is None else chat_template,
-            tuple(keys),
+            keys,
             (*LOOPBACK, *(allowed_host or ())) if allowed_host or (local and not keys) else (),
             max_body,
             read_timeout,
@@ -145,6 +165,18 @@ def serve(
     except SystemExit as stopped:  # uvicorn's, which has told why
         raise fail(f"the server did not start on {host} port {port}") from stopped
     raise typer.Exit(code)
+
+
+def keys_of(given: list[str] | None) -> tuple[str, ...]:
+    """The API keys of the command line, or else the one of the environment; ValueError if one is no key."""
+    from dami.serving.gate import check_key
+
+    name, keys = "--api-key", given
+    if keys is None:
+        name, keys = "DAMI_API_KEY", [os.environ["DAMI_API_KEY"]] if "DAMI_API_KEY" in os.environ else []
+    for key in keys:
+        check_key(key, name)
+    return tuple(keys)
 
 
 def check_port(host: str, port: int) -> None:

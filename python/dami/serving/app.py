@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from functools import partial
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -66,21 +66,14 @@ def create_app(engine: Engine, tokenizer: Any, settings: Settings | None = None)
             f"an estimator, got {default!r}"
         )
     service = Service(engine, tokenizer, settings)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with engine:
-            dying = asyncio.create_task(_tell_death(app, engine))
-            gc.collect()
-            gc.freeze()  # going through all that torch has loaded would stop everything, for half a second
-            yield
-            gc.unfreeze()
-            dying.cancel()
-            service.lanes.close()
-
-    # The pages that FastAPI draws of the schema load scripts from elsewhere.
-    app = FastAPI(title="dami serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.router.route_class = BodyRoute
+    app = FastAPI(
+        title="dami serve",
+        version=__version__,
+        lifespan=_lifespan,
+        docs_url=None,  # the pages that FastAPI draws of the schema load scripts from elsewhere
+        redoc_url=None,
+        exception_handlers=ERRORS,
+    )
     app.state.engine, app.state.service, app.state.cut_off = engine, service, 0
 
     def cut_off() -> None:
@@ -95,6 +88,15 @@ def create_app(engine: Engine, tokenizer: Any, settings: Settings | None = None)
         count=lambda path, status: service.metrics.requests.labels(path, status).inc(),
         cut_off=cut_off,
     )
+    app.include_router(answers(service))
+    app.include_router(playground.routes(settings.frontier))
+    app.include_router(information(service))
+    return app
+
+
+def answers(service: Service) -> APIRouter:
+    """What generates."""
+    router = APIRouter(route_class=BodyRoute)
 
     async def answer(
         request: Request, beginning: Coroutine[Any, Any, Answering], whole: Callable[[Answering], dict[str, Any]]
@@ -109,47 +111,36 @@ def create_app(engine: Engine, tokenizer: Any, settings: Settings | None = None)
         length = {"Content-Length": str(len(content))}
         return StreamingResponse(json_in_pieces(content), media_type="application/json", headers=length)
 
-    @app.post("/v1/chat/completions", responses=RESPONSES)
+    @router.post("/v1/chat/completions", responses=RESPONSES)
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """Answers a conversation."""
         return await answer(request, service.chat(body), service.chat_response)
 
-    @app.post("/v1/completions", responses=RESPONSES)
+    @router.post("/v1/completions", responses=RESPONSES)
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Continues a text."""
         return await answer(request, service.complete(body), service.completion_response)
 
-    app.include_router(playground.routes(settings.frontier))
+    return router
 
-    def model_object() -> dict[str, Any]:
-        return {
-            "id": settings.name,
-            "object": "model",
-            "created": service.created,
-            "owned_by": "dami",
-            "max_model_len": engine.max_model_len,
-            "intensity": {
-                "default": settings.default_intensity,
-                "range": list(settings.intensity_range),
-                "presets": engine.presets,
-                "auto": engine.twin is not None,
-                "frontier": bool(settings.frontier),
-            },
-        }
 
-    @app.get("/v1/models")
+def information(service: Service) -> APIRouter:
+    """What tells about the model, the engine and the requests."""
+    router, engine, name = APIRouter(), service.engine, service.settings.name
+
+    @router.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The one model that is served."""
-        return {"object": "list", "data": [model_object()]}
+        return {"object": "list", "data": [service.model_object()]}
 
-    @app.get("/v1/models/{model:path}", responses=NOT_FOUND)
+    @router.get("/v1/models/{model:path}", responses=NOT_FOUND)
     async def model(model: str) -> dict[str, Any]:
         """The model, by name."""
-        if model != settings.name:
-            raise BadRequest(f"model must be {settings.name!r}, got {model!r}", "model", "model_not_found", 404)
-        return model_object()
+        if model != name:
+            raise BadRequest(f"model must be {name!r}, got {model!r}", "model", "model_not_found", 404)
+        return service.model_object()
 
-    @app.get("/health", responses=DEAD)
+    @router.get("/health", responses=DEAD)
     async def health() -> JSONResponse:
         """Whether the engine generates, and how much it has to do."""
         load = engine.load
@@ -158,32 +149,54 @@ def create_app(engine: Engine, tokenizer: Any, settings: Settings | None = None)
             return JSONResponse(state | {"status": f"the engine has died: {engine.death}"}, 503)
         return JSONResponse(state)
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.exception_handler(BadRequest)
-    async def bad_request(_: Request, problem: BadRequest) -> Response:
-        return error(problem.status, str(problem), problem.param, problem.code)
+    return router
 
-    @app.exception_handler(Gone)
-    async def gone(*_: Any) -> Response:
-        return Response(status_code=499)
 
-    @app.exception_handler(StarletteHTTPException)
-    async def http_error(_: Request, problem: StarletteHTTPException) -> Response:
-        return error(problem.status_code, str(problem.detail), headers=problem.headers)
+async def _bad_request(_: Request, problem: Any) -> Response:
+    return error(problem.status, str(problem), problem.param, problem.code)
 
-    @app.exception_handler(Overloaded)
-    async def overloaded(_: Request, problem: Overloaded) -> Response:
-        return error(429, str(problem), code="overloaded", headers={"Retry-After": "1"})
 
-    @app.exception_handler(EngineDead)
-    async def dead(_: Request, problem: EngineDead) -> Response:
-        return error(503, f"the engine has died: {problem}", code="engine_dead")
+async def _gone(*_: Any) -> Response:
+    return Response(status_code=499)
 
-    return app
+
+async def _http_error(_: Request, problem: Any) -> Response:
+    return error(problem.status_code, str(problem.detail), headers=problem.headers)
+
+
+async def _overloaded(_: Request, problem: Any) -> Response:
+    return error(429, str(problem), code="overloaded", headers={"Retry-After": "1"})
+
+
+async def _dead(_: Request, problem: Any) -> Response:
+    return error(503, f"the engine has died: {problem}", code="engine_dead")
+
+
+ERRORS: dict[int | type[Exception], Callable[..., Any]] = {
+    BadRequest: _bad_request,
+    Gone: _gone,
+    StarletteHTTPException: _http_error,
+    Overloaded: _overloaded,
+    EngineDead: _dead,
+}
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    engine: Engine = app.state.engine
+    async with engine:
+        dying = asyncio.create_task(_tell_death(app, engine))
+        gc.collect()
+        gc.freeze()  # going through all that torch has loaded would stop everything, for half a second
+        yield
+        gc.unfreeze()
+        dying.cancel()
+        app.state.service.lanes.close()
 
 
 async def _tell_death(app: FastAPI, engine: Engine) -> None:

@@ -205,6 +205,23 @@ class Service:
         self.defaults = sampling_defaults(engine.model)
         self.created = int(time.time())
 
+    def model_object(self) -> dict[str, Any]:
+        """The model as OpenAI describes one, and what can be asked of its dial."""
+        return {
+            "id": self.settings.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "dami",
+            "max_model_len": self.engine.max_model_len,
+            "intensity": {
+                "default": self.settings.default_intensity,
+                "range": list(self.settings.intensity_range),
+                "presets": self.engine.presets,
+                "auto": self.engine.twin is not None,
+                "frontier": bool(self.settings.frontier),
+            },
+        }
+
     async def chat(self, body: ChatRequest) -> Answering:
         self._check(body, 1)
         messages = [message.plain() for message in body.messages]
