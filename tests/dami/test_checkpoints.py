@@ -349,7 +349,7 @@ def test_revisions_are_one_or_two(ends: tuple[Path, Path]) -> None:
 def test_a_tensor_that_cannot_be_interpolated_stops_the_load(
     ends: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dami.layers.kinds.FLOAT_DTYPES", ())
+    monkeypatch.setattr("dami.layers.obstacles.FLOAT_DTYPES", ())
     with pytest.raises(
         ValueError, match=r"cannot be interpolated:\n  lm_head \(Linear\): weight, as float32\n  model.embed_tokens"
     ):

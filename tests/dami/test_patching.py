@@ -145,7 +145,7 @@ def test_a_head_may_be_tied_in_one_end_only(end: int, tmp_path: Path) -> None:
 
 def test_a_head_is_tied_again_where_patching_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model, thinking = pair("qwen3")
-    monkeypatch.setattr("dami.patching.patch.FLOAT_DTYPES", ())
+    monkeypatch.setattr("dami.layers.obstacles.FLOAT_DTYPES", ())
     assert "cannot be interpolated" in refused(model, untied(thinking), ValueError)[0]
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.config.tie_word_embeddings is True

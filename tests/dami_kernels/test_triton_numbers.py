@@ -307,9 +307,9 @@ def test_norms_of_any_size(kernels: dict[str, Kernel], D: int, M: int, dtype: to
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
-def test_embedding_of_strided_ids_and_weights(kernels: dict[str, Kernel], ids_dtype: torch.dtype) -> None:
+def test_embedding_of_strided_weights(kernels: dict[str, Kernel], ids_dtype: torch.dtype) -> None:
     weight = [end.t() for end in ends(1030, 11, dtype=torch.bfloat16)]
-    ids = torch.randint(0, 11, (9, 2), dtype=ids_dtype, device=DEVICE)[:, 1]
+    ids = torch.randint(0, 11, (9,), dtype=ids_dtype, device=DEVICE)
     lam = torch.tensor([0.0, 1.0, 0.5] * 3, device=DEVICE)
     y = kernels["lerp_embedding"](ids, weight, lam, None, 1, "pair", weight[0].dtype, weight[0].shape[1])
     oracle = reference.lerp_embedding(ids.long(), tuple(weight), lam)

@@ -52,7 +52,7 @@ MERGED = """---
 # {instruct} and {thinking}, merged at λ = {lam}
 
 An ordinary checkpoint, which `transformers` loads: the weights {rest} · W(0) + {lam} · W(1) of two others, written by
-`dami merge` (`pip install dami-kernels`).
+`dami merge` of the package dami-kernels.
 
 | λ | checkpoint | licence |
 |---|---|---|
