@@ -92,7 +92,12 @@ def test_style_and_tests_both_decide(tmp_path: Path) -> None:
     for name in (".torch", ".package", ".test"):
         (tmp_path / name).touch()
     for tests, style in ((0, 0), (1, 0), (0, 1)):
-        for name, code, said in (("python", tests, "the tests"), ("ruff", style, "the style"), ("mypy", 0, "types")):
+        for name, code, said in (
+            ("python", tests, "the tests"),
+            ("ruff", style, "the style"),
+            ("lint-imports", 0, "imports"),
+            ("mypy", 0, "types"),
+        ):
             (tmp_path / "bin" / name).write_text(f"#!/bin/sh\necho {said}\nexit {code}\n")
             (tmp_path / "bin" / name).chmod(0o755)
         done = make("test", f"VENV={tmp_path}")

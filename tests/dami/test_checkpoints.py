@@ -260,7 +260,7 @@ def test_hub_names_are_downloaded_once_and_only_what_is_needed(
         assert wanted["pytorch_model.bin"] or wanted["model-00001-of-00002.safetensors"]
         return str(ends[name == "someone/thinking"])
 
-    monkeypatch.setattr("dami.loading.load.snapshot_download", download)
+    monkeypatch.setattr("dami.loading.checkpoint.snapshot_download", download)
     model, _ = dami.load_pair("someone/instruct", "someone/thinking")
     assert hasattr(model.lm_head, "weight_target")
     each = [False, True] if legacy else [False]
@@ -286,7 +286,7 @@ def test_options_reach_every_download(
             torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
             (path / "model.safetensors").unlink()
     asked: list[tuple[str, dict[str, Any]]] = []
-    monkeypatch.setattr("dami.loading.load.snapshot_download", stand_in(ends, asked))
+    monkeypatch.setattr("dami.loading.checkpoint.snapshot_download", stand_in(ends, asked))
     options = {"token": "hf_secret", "cache_dir": str(tmp_path / "cache"), "local_files_only": True}
     names = [f"someone/{end}" for end in ("instruct", "thinking")]
     times = 2 if legacy else 1  # once more for what is not in safetensors
@@ -305,7 +305,7 @@ def test_options_reach_every_download(
     assert asked == expected("v1", "v2") * (2 if legacy else 1)  # what is packed by loading is found again
     packed = tmp_path / "packed", tmp_path / "packed"
     asked.clear()
-    monkeypatch.setattr("dami.loading.load.snapshot_download", stand_in(packed, asked))
+    monkeypatch.setattr("dami.loading.checkpoint.snapshot_download", stand_in(packed, asked))
     dami.load_pair("someone/packed", revision="v3", **options)
     assert asked == [("someone/packed", {**options, "revision": "v3"})]
 
@@ -320,7 +320,7 @@ def test_options_reach_the_files_that_a_config_names_elsewhere(
         asked.update(options)
         raise OSError("asked")
 
-    monkeypatch.setattr("dami.loading.load.AutoConfig.from_pretrained", config)
+    monkeypatch.setattr("dami.loading.checkpoint.AutoConfig.from_pretrained", config)
     with pytest.raises(OSError, match="asked"):
         dami.load_pair(*ends, trust_remote_code=True, token="hf_secret", revision="v1", cache_dir="cache")
     assert asked == {"trust_remote_code": True, "token": "hf_secret", "cache_dir": "cache"}

@@ -355,7 +355,7 @@ def test_a_push_carries_the_model_card_and_the_tokenizer(
     ends: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dami.saving.directory.HfApi", FakeApi)
-    monkeypatch.setattr("dami.loading.load.snapshot_download", lambda name, **_: str(ends["thinking" in name]))
+    monkeypatch.setattr("dami.loading.checkpoint.snapshot_download", lambda name, **_: str(ends["thinking" in name]))
     for end in ends:
         (end / "README.md").write_text("---\nlicense: mit\n---\n")
     packed = dami.pack("a/instruct", "a/thinking", tmp_path / "packed")
