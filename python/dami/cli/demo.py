@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from dami.chat import answers_of, ask, encode
+from dami.chat import Answer, answers_of, ask, encode
 from dami.cli.terminal import point_table, side_by_side, size
 from dami.evaluation.frontier import Frontier
 from dami.evaluation.plots import draw_curve, save_curve
@@ -31,7 +31,7 @@ from dami.evaluation.sweeps import sweep
 from dami.evaluation.tasks import JsonLines, Question, last_word, spread
 from dami.generation.pieces import generate_in_pieces
 from dami.loading.checkpoint import Checkpoint
-from dami.loading.load import example_pair
+from dami.sources import example_pair
 from dami.thoughts import Reader
 from dami.version import __version__
 
@@ -169,8 +169,45 @@ def run(
     """
     output.mkdir(parents=True, exist_ok=True)
     held_out = JsonLines(example_pair()[0].parent / "questions.jsonl", "word")
-
     shown = rising(held_out.questions, seed)
+    held_out.questions = spread(held_out.questions, count)
+    # The pair that ships is too small for two threads: beside other processes they would mostly wait for each other.
+    with threads(torch.get_num_threads() if pair else 1):
+        answers = show_answers(model, tokenizer, shown, seed, console)
+        frontier = show_curve(model, tokenizer, held_out, seed, console)
+        save_curve(frontier, output / "curve.png", f"{len(frontier)} held-out questions, 95 % intervals")
+        patched, copies, gaps = show_price(model, tokenizer, pair or example_pair(), shown, console)
+        device = f"{torch.get_num_threads()} CPU threads".replace("1 CPU threads", "1 CPU thread")
+    record = {
+        "versions": {"dami": __version__, "torch": torch.__version__},
+        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else device,
+        "seed": seed,
+        "shown": [
+            asdict(answer) | {"question": asdict(shown[place // len(SHOWN)])} for place, answer in enumerate(answers)
+        ],
+        "questions": len(frontier),
+        "points": [asdict(point) for point in frontier.points],
+        "patched": asdict(patched) | {"tokens": sum(map(len, patched.answers))},
+        "copies": asdict(copies) | {"tokens": sum(map(len, copies.answers))},
+        "gaps": gaps,
+    }
+    (output / "demo.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    console.print(f"Picture and numbers: {output / 'curve.png'}, {output / 'demo.json'}", style="dim", soft_wrap=True)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many CPU threads for the time of a `with` block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def show_answers(model: Any, tokenizer: Any, shown: Sequence[Question], seed: int, console: Console) -> list[Answer]:
+    """Asks every question at the λ of SHOWN, in one batch, and prints the answers side by side."""
     console.rule(f"One batch, {len(shown) * len(SHOWN)} rows: {len(shown)} questions, each at λ = 0, 0.5 and 1")
     torch.manual_seed(seed)
     rows = [(question, lam) for question in shown for lam in SHOWN]
@@ -181,12 +218,15 @@ def run(
         title = f"level {question.level}, {question.task.replace('_', ' ')}, answer {question.answer}"
         verdicts = [bool(last_word(answer.text, question.answer)) for answer in several]
         console.print(side_by_side(several, console, title, verdicts))
+    return answers
 
-    held_out.questions = spread(held_out.questions, count)
+
+def show_curve(model: Any, tokenizer: Any, held_out: JsonLines, seed: int, console: Console) -> Frontier:
+    """Asks every held-out question at the λ of SWEPT, and draws accuracy against tokens."""
     console.rule(f"{len(held_out.questions)} held-out questions at {len(SWEPT)} λ, in mixed batches")
     total = len(held_out.questions) * len(SWEPT)
     console.print(f"{total} answers, {ROWS} at once: most of the time that this takes", style="dim")
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("answers", total=total)
         records = sweep(
             model, tokenizer, held_out, SWEPT, rows=ROWS, seed=seed,
@@ -194,8 +234,16 @@ def run(
         )  # fmt: skip
     frontier = Frontier.of(records)
     console.print(draw_curve(frontier.points, console.width), point_table(frontier.points), sep="\n\n")
-    save_curve(frontier, output / "curve.png", f"{len(frontier)} held-out questions, 95 % intervals")
+    return frontier
 
+
+def show_price(
+    model: Any, tokenizer: Any, pair: Sequence[Any], shown: Sequence[Question], console: Console
+) -> tuple[Cost, Cost, list[float]]:
+    """Asks the questions at the λ of SWEPT again, of one patched model and of merged copies, and prints both costs.
+
+    Returns them, and by how much the copies preferred their token where two answers part.
+    """
     console.rule("The price")
     prompts = [str(question.question) for question in shown]
     console.print(
@@ -204,10 +252,10 @@ def run(
         style="dim",
     )
     costs, gaps = [], []
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("one patched model", total=len(SWEPT) + 1)
         patched = cost_of(model, tokenizer, prompts, SWEPT)
-        ends = [Checkpoint.find(end).model(dtype=model.dtype).to(model.device) for end in pair or example_pair()]
+        ends = [Checkpoint.find(end).model(dtype=model.dtype).to(model.device) for end in pair]
         for place, lam in enumerate(SWEPT):
             progress.update(bar, advance=1, description=f"merged copy, λ = {lam:g}")
             merged = merged_copy(ends[0], ends[1], lam)
@@ -224,24 +272,7 @@ def run(
         Text(verdict(patched, copies, len(SWEPT), gaps, model.dtype), "bold"),
         sep="\n",
     )
-
-    record = {
-        "versions": {"dami": __version__, "torch": torch.__version__},
-        "device": torch.cuda.get_device_name()
-        if model.device.type == "cuda"
-        else f"{torch.get_num_threads()} CPU threads",
-        "seed": seed,
-        "shown": [
-            asdict(answer) | {"question": asdict(question)} for (question, _), answer in zip(rows, answers, strict=True)
-        ],
-        "questions": len(frontier),
-        "points": [asdict(point) for point in frontier.points],
-        "patched": asdict(patched) | {"tokens": sum(map(len, patched.answers))},
-        "copies": asdict(copies) | {"tokens": sum(map(len, copies.answers))},
-        "gaps": gaps,
-    }
-    (output / "demo.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-    console.print(f"Picture and numbers: {output / 'curve.png'}, {output / 'demo.json'}", style="dim", soft_wrap=True)
+    return patched, copies, gaps
 
 
 def price_table(patched: Cost, copies: Cost, count: int) -> Table:
