@@ -19,10 +19,10 @@ from dami.prompts import Prompt, as_prompt
 @app.command()
 def demo(
     output: Annotated[
-        Path, typer.Option("--output", "-o", file_okay=False, help="Directory of the picture and the numbers.")
+        Path, typer.Option("--output", "-o", file_okay=False, help="Directory for the picture and the numbers.")
     ] = Path("demo-output"),
     pair: PairOption = None,
-    questions: Annotated[int, typer.Option(min=1, help="Questions of the sweep, each asked at 11 λ.")] = 120,
+    questions: Annotated[int, typer.Option(min=1, help="Questions in the sweep. Each is asked at 11 λ.")] = 120,
     seed: SeedOption = 0,
 ) -> None:
     """See the idea work.
@@ -38,10 +38,12 @@ def demo(
         run(model, tokenizer, pair, output, questions, seed, out)
 
 
-PromptsArgument = Annotated[list[str] | None, typer.Argument(help="Prompts; or see --file; or on stdin.")]
+PromptsArgument = Annotated[list[str] | None, typer.Argument(help="The prompts. Or give a file, or pipe them in.")]
 FileOption = Annotated[
     Path | None,
-    typer.Option("--file", "-f", exists=True, dir_okay=False, readable=True, help="Prompts, one a line."),
+    typer.Option(
+        "--file", "-f", exists=True, dir_okay=False, readable=True, help="Read the prompts from a file, one per line."
+    ),
 ]
 IntensityOption = Annotated[
     list[str] | None,
@@ -50,26 +52,31 @@ IntensityOption = Annotated[
         "-l",
         parser=number_or_name,
         metavar="λ|NAME",
-        help="A number, a preset (low, medium, high) or auto. May be given several times. Default: 0, 0.5 and 1.",
+        help="The λ to answer at: a number, a preset (low, medium, high) or auto. Repeatable. Default: 0, 0.5 and 1.",
     ),
 ]
 StreamOption = Annotated[bool, typer.Option("--stream", help="Show tokens as they come.")]
-AsJsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON object a line for every answer.")]
+AsJsonOption = Annotated[bool, typer.Option("--json", help="Print each answer as a JSON object on a line.")]
 ChatTemplateOption = Annotated[
     str | None,
     typer.Option(
         parser=template,
         metavar="NAME|λ",
-        help="instruct or thinking; or the λ from which on it is thinking's. Default: the pair's.",
+        help="The chat template: instruct, thinking, or the λ from which to use thinking's. Default: the pair's own.",
     ),
 ]
-RawOption = Annotated[bool, typer.Option("--raw", help="Give prompts as they are, without the chat template.")]
-MaxNewTokensOption = Annotated[int | None, typer.Option(min=1, help="Tokens at most, thought included.")]
-GreedyOption = Annotated[bool, typer.Option("--greedy", help="Take the likeliest token instead of sampling.")]
-TemperatureOption = Annotated[float | None, typer.Option(parser=positive, metavar="NUMBER", help="Of the sampling.")]
-TopPOption = Annotated[float | None, typer.Option(min=0, max=1, help="Of the sampling.")]
-TopKOption = Annotated[int | None, typer.Option(min=0, help="Of the sampling.")]
-BatchSizeOption = Annotated[int, typer.Option(min=1, help="Rows of a batch at most; a prompt takes one for each λ.")]
+RawOption = Annotated[bool, typer.Option("--raw", help="Send prompts as they are, without the chat template.")]
+MaxNewTokensOption = Annotated[int | None, typer.Option(min=1, help="The most tokens to generate, thought included.")]
+GreedyOption = Annotated[bool, typer.Option("--greedy", help="Take the most likely token instead of sampling.")]
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option(parser=positive, metavar="NUMBER", help="Sampling temperature. Default: as the pair says."),
+]
+TopPOption = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Sample from the likeliest tokens that hold this probability.")
+]
+TopKOption = Annotated[int | None, typer.Option(min=0, help="Sample from this many likeliest tokens. 0 means all.")]
+BatchSizeOption = Annotated[int, typer.Option(min=1, help="The most rows in a batch. A prompt takes one row per λ.")]
 
 
 @app.command()

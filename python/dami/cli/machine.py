@@ -25,10 +25,11 @@ def bench(context: typer.Context) -> None:
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False) -> None:
     """See what runs here, why, and whether it is right.
 
-    What is installed, which kernels run here, and what to do about problems: for a bug report.
+    It reports what is installed, which kernels run here and why, and what to do about problems. Attach it to a bug
+    report.
     """
     with user_errors(), err.status("running every operator"):
         from dami.doctor import examine

@@ -47,15 +47,25 @@ def evaluate(
     dtype: DtypeOption = "auto",
     intensity: Annotated[
         list[float] | None,
-        typer.Option("--intensity", "-l", parser=finite, metavar="LAMBDA", help="λ to ask at; 0 to 1 in tenths."),
+        typer.Option(
+            "--intensity",
+            "-l",
+            parser=finite,
+            metavar="LAMBDA",
+            help="A λ to ask at. Repeatable. Default: 0 to 1 in tenths.",
+        ),
     ] = None,
-    questions: Annotated[int | None, typer.Option(min=1, help="How many. Default: all of a file, 100 else.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Answers to a question at one λ.")] = 1,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="How many questions to ask. Default: all in a file, 100 of a dataset.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many answers to sample per question and λ.")] = 1,
     verifier: VerifierOption = None,
     rows: RowsOption = 64,
     max_tokens: MaxTokensOption = None,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token.")] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Directory.")] = Path("evaluation"),
+    greedy: Annotated[bool, typer.Option("--greedy", help="Take the most likely token instead of sampling.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Directory for the results.")] = Path(
+        "evaluation"
+    ),
     seed: SeedOption = 0,
 ) -> None:
     """Ask every question at every λ, and report the frontier.
@@ -120,15 +130,23 @@ def train_estimator(
     dtype: DtypeOption = "auto",
     intensity: Annotated[
         list[float] | None,
-        typer.Option("--intensity", "-l", parser=finite, metavar="LAMBDA", help="λ to ask at; 0 to 1 in fifths."),
+        typer.Option(
+            "--intensity",
+            "-l",
+            parser=finite,
+            metavar="LAMBDA",
+            help="A λ to ask at. Repeatable. Default: 0 to 1 in fifths.",
+        ),
     ] = None,
-    router: Annotated[bool, typer.Option("--router", help="Choose between the two ends only.")] = False,
-    trial: Annotated[int, typer.Option(min=0, help="Tokens of a trial answer to read too.")] = 0,
+    router: Annotated[bool, typer.Option("--router", help="Choose only between the two ends.")] = False,
+    trial: Annotated[int, typer.Option(min=0, help="Also read this many tokens of a trial answer.")] = 0,
     price: Annotated[
-        float, typer.Option(min=0, help="Accuracy that as many tokens as the thinking end takes must bring.")
+        float, typer.Option(min=0, help="The accuracy gain that is worth as many tokens as the thinking end takes.")
     ] = 0.2,
-    questions: Annotated[int | None, typer.Option(min=1, help="How many. Default: all of a file, 100 else.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Answers to a question at one λ.")] = 2,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="How many questions to ask. Default: all in a file, 100 of a dataset.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many answers to sample per question and λ.")] = 2,
     verifier: VerifierOption = None,
     rows: RowsOption = 64,
     max_tokens: MaxTokensOption = None,
@@ -189,15 +207,21 @@ def study(
     intensity: Annotated[
         list[float] | None,
         typer.Option(
-            "--intensity", "-l", parser=finite, metavar="LAMBDA", help="λ of the path; −0.2 to 1.2 in tenths."
+            "--intensity",
+            "-l",
+            parser=finite,
+            metavar="LAMBDA",
+            help="A λ on the path. Repeatable. Default: −0.2 to 1.2 in tenths.",
         ),
     ] = None,
-    questions: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
+    questions: Annotated[int, typer.Option(min=1, help="How many questions to ask.")] = 100,
     verifier: VerifierOption = None,
     rows: RowsOption = 256,
     max_tokens: MaxTokensOption = None,
-    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Directory.")] = Path("study"),
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the most likely token.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Directory for the results.")] = Path(
+        "study"
+    ),
     seed: SeedOption = 0,
 ) -> None:
     """Study the path between the ends, and each part alone.

@@ -55,7 +55,9 @@ def template(text: str) -> str | float:
 PairOption = Annotated[
     tuple[str, str] | None,
     typer.Option(
-        "--pair", metavar="INSTRUCT THINKING", help="Two directories or hub names. Default: the shipped pair."
+        "--pair",
+        metavar="INSTRUCT THINKING",
+        help="The two checkpoints: directories or hub names. Default: the shipped pair.",
     ),
 ]
 
@@ -79,7 +81,7 @@ TaskArgument = Annotated[
 
 FormatOption = Annotated[
     str | None,
-    typer.Option("--format", parser=format_name, metavar="NAME", help=f"How the pair is kept: {', '.join(FORMATS)}."),
+    typer.Option("--format", parser=format_name, metavar="NAME", help=f"How to store the pair: {', '.join(FORMATS)}."),
 ]
 
 
@@ -88,24 +90,28 @@ DtypeOption = Annotated[
     typer.Option(
         "--dtype",
         metavar="auto|NAME",
-        help="Of what is computed: bfloat16, float16 or float32. Default: the checkpoints'; of a GGUF file float32.",
+        help="The dtype to compute in: bfloat16, float16 or float32. Default: the checkpoints' own, float32 for "
+        "a GGUF file.",
     ),
 ]
 
 
-SeedOption = Annotated[int, typer.Option(help="Seed of the sampling.")]
+SeedOption = Annotated[int, typer.Option(help="Seed for sampling.")]
 
 
 VerifierOption = Annotated[
     str | None,
-    typer.Option(help="Of a file's questions that name none: math (math-verify), word (the last) or contains."),
+    typer.Option(
+        help="How to judge answers to questions that name no verifier: math (math-verify), word (the last word) or "
+        "contains."
+    ),
 ]
 
 
-RowsOption = Annotated[int, typer.Option(min=1, help="Rows of a batch, which holds all λ of a question.")]
+RowsOption = Annotated[int, typer.Option(min=1, help="Rows in a batch. All λ of a question share one.")]
 
 
-MaxTokensOption = Annotated[int | None, typer.Option(min=1, help="Tokens of an answer, at most.")]
+MaxTokensOption = Annotated[int | None, typer.Option(min=1, help="The most tokens in an answer.")]
 
 
 OutputOption = Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Directory to write.")]

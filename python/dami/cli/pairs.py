@@ -18,9 +18,9 @@ def describe(
     format: FormatOption = None,
     dtype: DtypeOption = "auto",
 ) -> None:
-    """Show every parameter of a pair, how it is kept, and the sum.
+    """Show every parameter of a pair and how it is stored.
 
-    The sum is the bytes of all, against merged copies.
+    The last line compares the bytes with those of merged copies.
     """
     model, _ = load(ends, format, dtype)
     import dami
@@ -39,14 +39,16 @@ def pack(
         ),
     ] = None,
     format: Annotated[
-        str, typer.Option("--format", parser=format_name, metavar="NAME", help="How the pair is kept.")
+        str, typer.Option("--format", parser=format_name, metavar="NAME", help="How to store the pair.")
     ] = "int4",
     overwrite: OverwriteOption = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Let checkpoints run code.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the checkpoints run their own code.")
+    ] = False,
 ) -> None:
     """Pack two checkpoints into one directory.
 
-    Tensor by tensor, never both models in memory; to load, or to share.
+    It works tensor by tensor, never with both models in memory. Load the directory, or share it.
     """
     instruct, thinking = ends if ends and len(ends) == 2 else sources.example_pair()
     if ends and len(ends) != 2:
@@ -72,7 +74,7 @@ def merge(
 ) -> None:
     """Write an ordinary checkpoint of a pair at one λ.
 
-    Where one λ is enough, it is the faster choice.
+    Where one λ is enough, a merged checkpoint is faster than a pair.
     """
     inputs = ends or [str(end) for end in sources.example_pair()]
     with user_errors():

@@ -13,72 +13,78 @@ import typer
 from dami.cli.base import app, err, fail, load, user_errors
 from dami.cli.options import DtypeOption, EndsArgument, FormatOption, finite, number_or_name, template
 
-HostOption = Annotated[str, typer.Option(help="Where to listen. Another address than this lets others in.")]
-PortOption = Annotated[int, typer.Option(min=0, max=65535)]
+HostOption = Annotated[str, typer.Option(help="The address to listen on. Any but the default lets other machines in.")]
+PortOption = Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on. 0 takes a free one.")]
 ApiKeyOption = Annotated[
     list[str] | None,
-    typer.Option(help="Requests must bring it; may be given several times. Default: DAMI_API_KEY, if it is set."),
+    typer.Option(help="A key that requests must bring. Repeatable. Default: DAMI_API_KEY, if set."),
 ]
 AllowedHostOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME",
-        help="A name by which clients call the server, beside localhost; may be given several times. "
-        "Default: any, but only localhost while there is no API key and --host is local.",
+        help="A host name that clients may use besides localhost. Repeatable. "
+        "Default: any name; but only localhost if --host is local and there is no API key.",
     ),
 ]
-NameOption = Annotated[str | None, typer.Option("--served-model-name", help="Default: the instruct end's.")]
+NameOption = Annotated[
+    str | None, typer.Option("--served-model-name", help="The model's name in the API. Default: the instruct end's.")
+]
 DefaultIntensityOption = Annotated[
     Any,
     typer.Option(
-        parser=number_or_name, metavar="λ|NAME", help="Of requests that name none: a number, a preset or auto."
+        parser=number_or_name, metavar="λ|NAME", help="For requests that name no λ: a number, a preset or auto."
     ),
 ]
 IntensityRangeOption = Annotated[
-    tuple[float, float], typer.Option(metavar="LOWEST HIGHEST", help="λ that requests may ask for.")
+    tuple[float, float], typer.Option(metavar="LOWEST HIGHEST", help="The range of λ that requests may ask for.")
 ]
 ChatTemplateOption = Annotated[
     str | None,
     typer.Option(
         parser=template,
         metavar="NAME|λ",
-        help="instruct or thinking; or the λ from which on it is thinking's. Default: the pair's.",
+        help="The chat template: instruct, thinking, or the λ from which to use thinking's. Default: the pair's own.",
     ),
 ]
 MaxModelLenOption = Annotated[
-    int | None, typer.Option(min=2, help="Tokens of prompt and answer. Default: as many as fit.")
+    int | None, typer.Option(min=2, help="The most tokens of prompt and answer together. Default: as many as fit.")
 ]
-KvMemoryOption = Annotated[float, typer.Option(min=0.0, help="GiB of the KV cache.")]
-MaxBatchTokensOption = Annotated[int, typer.Option(min=1, help="Tokens of a step.")]
-MaxBatchRowsOption = Annotated[int, typer.Option(min=1, help="Sequences of a step.")]
-MaxRequestsOption = Annotated[int, typer.Option(min=1, help="Sequences at once, waiting ones included.")]
-MaxBodyOption = Annotated[int, typer.Option(min=1, help="Bytes of a request.")]
+KvMemoryOption = Annotated[float, typer.Option(min=0.0, help="Size of the KV cache in GiB.")]
+MaxBatchTokensOption = Annotated[int, typer.Option(min=1, help="The most tokens in a step.")]
+MaxBatchRowsOption = Annotated[int, typer.Option(min=1, help="The most sequences in a step.")]
+MaxRequestsOption = Annotated[
+    int, typer.Option(min=1, help="The most sequences at once, waiting ones included. One request may take a quarter.")
+]
+MaxBodyOption = Annotated[int, typer.Option(min=1, help="The most bytes in a request.")]
 ReadTimeoutOption = Annotated[
-    int, typer.Option(min=1, metavar="SECONDS", help="For a request's headers, and again for its body.")
+    int, typer.Option(min=1, metavar="SECONDS", help="Time for a request's headers, and again for its body.")
 ]
-PrefixCacheOption = Annotated[
-    bool, typer.Option(help="Let requests of one λ share the KV cache of equal prompt beginnings.")
-]
+PrefixCacheOption = Annotated[bool, typer.Option(help="Share the KV cache of equal prompt beginnings at one λ.")]
 InvariantOption = Annotated[
-    bool, typer.Option("--invariant", help="Make an answer's bits independent of other requests, at some cost.")
+    bool, typer.Option("--invariant", help="Make answers bitwise independent of other requests. Costs some speed.")
 ]
 TargetLatencyOption = Annotated[
     float | None,
     typer.Option(
         parser=finite,
         metavar="SECONDS",
-        help="Let requests with auto or max_intensity think less under load, so that answers take no longer.",
+        help="Under load, lower the λ of requests with auto or max_intensity to keep answers this quick.",
     ),
 ]
 IntensityFloorOption = Annotated[
-    float, typer.Option(parser=finite, metavar="λ", help="How far --target-latency may go down.")
+    float, typer.Option(parser=finite, metavar="λ", help="The lowest λ that --target-latency may grant.")
 ]
 FrontierOption = Annotated[
     Path | None,
-    typer.Option(exists=True, dir_okay=False, help="By dami evaluate. Default: its estimator's."),
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        help="A frontier.json of dami evaluate. Default: the one stored with the estimator.",
+    ),
 ]
 DrainOption = Annotated[
-    int, typer.Option(min=0, help="Seconds that requests have to end after SIGTERM; then they are cut off.")
+    int, typer.Option(min=0, help="Seconds that running requests have after SIGTERM before they are cut off.")
 ]
 
 
@@ -109,7 +115,7 @@ def serve(
     frontier: FrontierOption = None,
     drain: DrainOption = 25,
 ) -> None:
-    """Serve a pair over HTTP, as OpenAI does, each request at its own λ."""
+    """Serve a pair over OpenAI's API, each request at its own λ."""
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
