@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
+
+T = TypeVar("T")
 
 METHOD = "dami"  # quant_method of a packed pair
 ADAPTER = "adapter_config.json"
@@ -76,10 +78,11 @@ def check_preset(name: str, presets: Iterable[str]) -> None:
         raise ValueError(f"intensity must be a number, {there} or 'auto', got {name!r}")
 
 
-def check_estimator(estimator: Any) -> None:
-    """Raises ValueError if there is none."""
+def check_estimator(estimator: T | None) -> T:
+    """The estimator; ValueError if there is none."""
     if estimator is None:
         raise ValueError('intensity="auto" needs an estimator: attach one with dami.attach(model, estimator)')
+    return estimator
 
 
 def check_pair(ends: Sequence[str], format: str | None, intensities: Iterable[float | str] = ()) -> None:

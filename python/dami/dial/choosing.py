@@ -49,8 +49,7 @@ def resolved(model: nn.Module, intensity: Any, batch: Mapping[str, Any], prompts
     if len(values) != prompts:
         raise ValueError(f"intensity must be a real number, or one per sequence, got {len(values)} for {prompts}")
     patch = patch_of(model)
-    estimator = patch.estimator
-    check_estimator(estimator)
+    estimator = check_estimator(patch.estimator)
     inputs = {
         "input_ids" if name == "inputs" else name: tensor[places] if tensor.shape[:1] == (prompts,) else tensor
         for name, tensor in batch.items()

@@ -20,7 +20,7 @@ def device_of(model: nn.Module) -> torch.device:
     return getattr(model, "device", patch_of(model).dial.lam.device)
 
 
-def patch_of(model: nn.Module) -> Any:
+def patch_of(model: nn.Module) -> Patch:
     """What `patch_model` keeps on a model; TypeError if it is not patched."""
     patch = getattr(model, "dami_patch", None)
     if patch is None:

@@ -68,13 +68,14 @@ def materialize(model: PreTrainedModel, intensity: float) -> PreTrainedModel:
                 )
             state[f"{prefix}.{name}" if prefix else name] = merged[id(tensor)].contiguous()
     with torch.device("meta"):
-        plain = patch.original(config)
+        plain: Any = patch.original(config)
     for name, tensor in state.items():
         holder, _, local = name.rpartition(".")
         module = plain.get_submodule(holder)
         if local in module._parameters:
-            tensor = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
-        setattr(module, local, tensor)
+            setattr(module, local, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+        else:
+            setattr(module, local, tensor)
     plain.tie_weights()
     plain.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
     return plain.eval()

@@ -283,7 +283,7 @@ class Service:
                 raise BadRequest(f"the estimator failed: {problem}", code="estimator_failed", status=500) from problem
             values = [min(max(value, low), high) for value in found]
         else:
-            values = [float(self.engine.presets.get(asked, asked))] * len(prompts)
+            values = [float(self.engine.presets[asked] if isinstance(asked, str) else asked)] * len(prompts)
         if body.max_intensity is not None:
             values = [min(value, body.max_intensity) for value in values]
         adjustable = asked == "auto" or body.max_intensity is not None
