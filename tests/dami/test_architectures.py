@@ -28,19 +28,21 @@ TYPES = {cls.model_type: cls for cls in MODEL_FOR_CAUSAL_LM_MAPPING}
 HEAD = """# Architectures
 
 What `dami.patch_model` does with each causal language model of transformers {version}, found by running it.
-`python -m tests.dami.test_architectures` writes this page: it builds a small random model of every type, and another at
-some distance in each parameter and buffer, and compares every row of one float32 batch at λ = {lams}
-with a plain model whose weights were merged at that λ. The batch has {lengths} tokens each, then four more
-are generated with the model's cache, and at last it has as many tokens as sequences, where layouts are easily confused.
-The error is the norm of the difference of a row's logits over the norm of the logits, the worst of all.
+
+`python -m tests.dami.test_architectures` writes this page. For every type it builds a small random model, and a second
+one that differs from it in each parameter and buffer. It patches the two, runs float32 batches at λ = {lams},
+and compares every row with a plain model whose weights were merged at that λ. The batches have {lengths} tokens per
+sequence. After the first, four more tokens are generated with the model's cache. A last batch has as many tokens as
+sequences, where layouts are easily confused. The error is the norm of the difference of a row's logits, divided by the
+norm of the logits; the table gives the largest.
 
 | result | types | meaning |
 |---|---|---|
 {counts}
 
-Patching is by what modules are and compute, never by a type's name ([patching](patching.md)), so models outside this
-list, from `trust_remote_code` for instance, fare as those here that are built alike. What cannot be told apart is
-refused, never guessed.
+Patching goes by what modules are and compute, never by a type's name ([patching](patching.md)). So models outside this
+list, for instance from `trust_remote_code`, do as well as the models here that are built alike. What cannot be told
+apart is refused, never guessed.
 
 | type | class | result | error | reason |
 |---|---|---|---|---|
