@@ -20,7 +20,7 @@ POINTS = [
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiny models take no second thread, and servers that start or stop need not collect all garbage of a test run."""
-    monkeypatch.setattr(gc, "collect", lambda: 0)
+    monkeypatch.setattr(gc, "collect", lambda generation=2: 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
