@@ -89,7 +89,8 @@ def merged(packed: Path, lam: float) -> PreTrainedModel:
                 parameter.copy_(tensors[name])
                 continue
             parts = tuple(tensors[name + suffix] for suffix in formats.get(format).TENSORS)
-            base, target = LerpWeight(parts, format, parameter.shape, parameter.dtype).unpack()
+            dtype = parts[0].dtype if parts[0].is_floating_point() else parameter.dtype  # as stored
+            base, target = LerpWeight(parts, format, parameter.shape, dtype).unpack()
             parameter.copy_(base.double() + lam * (target.double() - base.double()))
     return model
 
