@@ -159,6 +159,11 @@ def check_dtypes(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
             )
 
 
+def runs_again() -> bool:
+    """Whether this thread is in a backward pass, where what runs forward has run before."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class LerpModule(nn.Module):
     """What all patched modules share. A subclass is a kind: which modules it patches, and their forward.
 
@@ -220,6 +225,11 @@ class LerpModule(nn.Module):
             features: how many trailing dimensions are not rows.
         """
         lam, running = self.lerp.lam.to(x.device), self.lerp.running
+        if running.sequences is None and runs_again():
+            raise RuntimeError(
+                f"{self.lerp.name} runs again in the backward pass, where it does not know the λ it ran at: checkpoint "
+                "layers by model.gradient_checkpointing_enable(), or the whole model, model(…, intensity=…)"
+            )
         if lam.dim() and running.packed is not None:
             return x, self._packed_rows(x, lam, features)
         if isinstance(x, RowParameter):

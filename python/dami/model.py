@@ -19,10 +19,11 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.utils.hooks import RemovableHandle
 
 from dami import dial as dials
+from dami.checkpointing import checkpointing, checkpoints
 from dami.dial import Dial, as_lam, check_rows, named, one_lam, patch_of
 from dami.independence import check_independence
 from dami.keywords import OURS, check_keywords
-from dami.layers import LerpModule, Pass, check_dtypes
+from dami.layers import LerpModule, Pass, check_dtypes, runs_again
 from dami.schedules import Course, course_of, resolved
 from dami.threads import Hold
 
@@ -168,11 +169,6 @@ def patched_model_class(original: Any) -> type[LerpModel]:
         dial = self.dami_patch.dial
         lam = dial.lam.to(self.device) if intensity is None else as_lam(named(self, intensity), self.device, sequences)
         check_rows(self.dami_patch, lam, sequences)
-        if self.training and is_grad_enabled() and any(getattr(m, "gradient_checkpointing", 0) for m in self.modules()):
-            raise ValueError(
-                "a patched model takes no gradient checkpointing, which would run modules again after λ has changed: "
-                "call model.gradient_checkpointing_disable()"
-            )
         if lam.dim() == 1 and len(lam) > 1:
             media = [n for n in kwargs if MEDIA.search(n) and n != self.main_input_name and kwargs[n] is not None]
             if media:
@@ -185,7 +181,10 @@ def patched_model_class(original: Any) -> type[LerpModel]:
         dial.lam, dial.rest = lam, dial.lam if dial.rest is None else dial.rest
         running.sequences, running.tokens = batch, tokens
         try:
-            return original.forward(self, *args, **kwargs)
+            if torch.compiler.is_compiling() or not is_grad_enabled() or not checkpoints(self):
+                return original.forward(self, *args, **kwargs)
+            with checkpointing(self):
+                return original.forward(self, *args, **kwargs)
         finally:
             dial.lam, dial.rest, running.sequences, running.tokens = before
 
@@ -193,6 +192,12 @@ def patched_model_class(original: Any) -> type[LerpModel]:
     def held_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
+        if kwargs.get("intensity") is None and runs_again():
+            raise RuntimeError(
+                "the model runs again in the backward pass, as a checkpoint does it, where λ may be another: "
+                "give it λ as an argument, model(…, intensity=…), or checkpoint its layers, "
+                "model.gradient_checkpointing_enable()"
+            )
         with self.dami_patch.hold:
             return forward(self, *args, **kwargs)
 
