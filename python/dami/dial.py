@@ -51,8 +51,9 @@ class Dial:
             self.lam, self.rest = before
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy stands where this dial will once all blocks and passes are left."""
-        return {"lam": self.lam if self.rest is None else self.rest, "rest": None}
+        """A copy stands where this dial will once all blocks and passes are left; a computed λ is its value there."""
+        lam = self.lam if self.rest is None else self.rest
+        return {"lam": lam if lam.is_leaf else lam.detach(), "rest": None}
 
 
 def as_lam(intensity: Any, device: torch.device, sequences: int | None = None, name: str = "intensity") -> Tensor:

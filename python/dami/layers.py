@@ -305,6 +305,14 @@ class LerpModule(nn.Module):
         model = "dami_patch" in self.__dict__  # it has parameters of its own
         return _rebuild, (_kind_of(type(self)), self.lerp.original, model), self.__dict__
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As any module's; but a deep copy has given placeholders all the memory that they stand for."""
+        super().__setstate__(state)
+        for name in self.placeholders():
+            tensor = self.tensor(name)
+            if any(tensor.stride()):
+                tensor.data = placeholder(tensor, tensor.shape)
+
 
 class LerpLinear(LerpModule, nn.Linear):
     """`nn.Linear` at λ."""
