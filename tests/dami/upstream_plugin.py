@@ -1,4 +1,4 @@
-"""A pytest plugin for transformers' own tests: every model that they build becomes a patched pair.
+"""A pytest plugin for transformers' own tests: every causal language model that they build becomes a patched pair.
 
 `test_upstream.py` runs it in a checkout of transformers, whose package `tests` is then the only one of that name. The
 environment variable DAMI_UPSTREAM is λ of every model, "mixed" for another in each row, or "plain" to patch none.
@@ -17,15 +17,17 @@ import pytest
 import torch
 from dami.model import _sequences, patched_model_class
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 LAM = os.environ["DAMI_UPSTREAM"]
 ROWS = (0.0, 0.5, 1.0)  # λ of the rows of a mixed batch, in turn
+NAMES = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_MAPPING_NAMES.values()}  # causal models, and bodies alone
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    packages = {f"transformers.models.{item.path.parent.name}." for item in items}
+    packages = {f"transformers.models.{item.path.parent.name}" for item in items}
     for cls in _subclasses(PreTrainedModel) if LAM != "plain" else ():
-        if any(cls.__module__.startswith(package) for package in packages):
+        if cls.__module__.rpartition(".")[0] in packages and cls.__name__ in NAMES:
             _build_pairs(cls)
 
 
