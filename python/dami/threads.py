@@ -33,14 +33,28 @@ class Hold:
         return Hold, ()  # nobody holds a copy
 
     def __enter__(self) -> None:
-        me = threading.get_ident()
-        if self._batching != me:
-            self._lock_when_free()
-            self._thread, self._depth = me, self._depth + 1
-            self._lock.release()
+        self._enter(threading.get_ident())
 
     def __exit__(self, *_: object) -> None:
-        if self._batching != threading.get_ident():
+        self._exit(threading.get_ident())
+
+    @contextmanager
+    def of(self, thread: int) -> Iterator[None]:
+        """What a thread does in the name of another, as if that had entered."""
+        self._enter(thread)
+        try:
+            yield
+        finally:
+            self._exit(thread)
+
+    def _enter(self, thread: int) -> None:
+        if self._batching != thread:
+            self._lock_when_free(thread)
+            self._thread, self._depth = thread, self._depth + 1
+            self._lock.release()
+
+    def _exit(self, thread: int) -> None:
+        if self._batching != thread:
             with self._lock:
                 self._depth -= 1
                 if not self._depth:
@@ -48,7 +62,7 @@ class Hold:
 
     def start_batching(self, start: Callable[[], None]) -> None:
         """Starts the thread of continuous batching, which runs its loop inside `batching`."""
-        self._lock_when_free()
+        self._lock_when_free(threading.get_ident())
         self._batching = 0
         self._lock.release()
         try:
@@ -77,11 +91,11 @@ class Hold:
             with self._lock:
                 self._pauses -= 1
 
-    def _lock_when_free(self) -> None:
+    def _lock_when_free(self, thread: int) -> None:
         """Takes the lock when the model is this thread's, or nobody's."""
         deadline = None
         self._lock.acquire()
-        while reason := self._reason_to_wait():
+        while reason := self._reason_to_wait(thread):
             self._lock.release()
             deadline = deadline or time.monotonic() + GRACE
             if time.monotonic() > deadline:
@@ -89,8 +103,8 @@ class Hold:
             time.sleep(0.001)
             self._lock.acquire()
 
-    def _reason_to_wait(self) -> str | None:
-        if self._thread is not None and self._thread != threading.get_ident():
+    def _reason_to_wait(self, thread: int) -> str | None:
+        if self._thread is not None and self._thread != thread:
             return (
                 "the model is in use by another thread, which runs it or is inside a `with dami.intensity(model, …)` "
                 "block: it has one λ for all threads, so give each thread a model of its own, dami.twin(model)"

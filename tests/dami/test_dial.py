@@ -12,6 +12,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import dami
 import numpy as np
 import pytest
@@ -227,6 +228,43 @@ def test_a_copy_made_in_a_block_or_a_pass_is_at_rest(
             dami.unpatch_model(each)
 
 
+def _untied(instruct: Any, thinking: Any) -> Any:
+    thinking.lm_head.weight = torch.nn.Parameter(thinking.lm_head.weight + 0.1)
+    return dami.patch_model(instruct, thinking)
+
+
+def _offloaded(instruct: Any, thinking: Any) -> Any:
+    return accelerate.cpu_offload(dami.patch_model(instruct, thinking), execution_device="cpu")
+
+
+def _compiled(instruct: Any, thinking: Any) -> Any:
+    model = dami.patch_model(instruct, thinking)
+    model.compile(backend="eager")
+    return model
+
+
+def _adapted(instruct: Any, thinking: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False)
+    return peft.get_peft_model(dami.patch_model(instruct, thinking), config).eval()
+
+
+@pytest.mark.parametrize("make", [dami.patch_model, _untied, _offloaded, _compiled, _adapted])
+@torch.no_grad()
+def test_a_deep_copy_of_any_model_runs_as_it_does(make: Callable[..., Any]) -> None:
+    model, inputs, lam = make(*pair("qwen3")), batch("left"), [0.0, 0.3, 0.7, 1.0]
+    wanted = model(**inputs, intensity=lam).logits
+    other = copy.deepcopy(model)
+    assert {id(p) for p in model.parameters()}.isdisjoint(id(p) for p in other.parameters())
+    with dami.intensity(model, 0.5):
+        assert torch.equal(other(**inputs, intensity=lam).logits, wanted)
+    tied, kept = (
+        each.get_output_embeddings()._parameters["weight"] is each.get_input_embeddings()._parameters["weight"]
+        for each in (model, other)
+    )
+    assert tied is kept
+
+
 @torch.no_grad()
 def test_a_copied_module_leaves_the_part_behind(model: PreTrainedModel) -> None:
     x = torch.randn(2, 3, 24)
@@ -241,7 +279,9 @@ def test_a_copied_module_leaves_the_part_behind(model: PreTrainedModel) -> None:
 def test_a_copy_of_a_twin_stands_where_the_twin_does(model: PreTrainedModel) -> None:
     inputs = batch("left")
     wanted = model(**inputs, intensity=0.4).logits
-    twin = dami.twin(model, 0.4)
+    with torch.enable_grad():
+        computed = torch.tensor(0.2, requires_grad=True) * 2
+    twin = dami.twin(model, computed)
     with dami.intensity(twin, 0.9):
         other = copy.deepcopy(twin)
     assert torch.equal(other(**inputs).logits, wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import dami
 import pytest
@@ -72,13 +73,14 @@ def test_taking_the_patch_off(family: str, format: str) -> None:
 
 @torch.no_grad()
 def test_a_base_that_is_not_kept_leaves_a_placeholder() -> None:
-    """Of the right shape, dtype and device, for all who ask; without memory, even after a change of dtype."""
+    """Of the right shape, dtype and device, for all who ask; without memory, even in another dtype or a copy."""
     model = dami.patch_model(*pair("llama"), "w8d4")
-    for kept in (model, model.half(), copy.deepcopy(model)):
+    copies = copy.deepcopy(model), dami.twin(model), pickle.loads(pickle.dumps(model))
+    for kept in (model, model.half(), *copies):
         weight = kept.lm_head.weight
         assert (weight.shape, weight.dtype) == ((101, 24), kept.dtype)
         assert weight.isnan().all()
-    assert model.lm_head.weight.untyped_storage().nbytes() <= 4
+        assert weight.untyped_storage().nbytes() <= 4
     assert dami.unpatch_model(copy.deepcopy(model)).lm_head.weight.isfinite().all()
 
 

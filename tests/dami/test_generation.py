@@ -315,17 +315,6 @@ def test_a_pipeline_takes_one_lam_or_one_per_prompt() -> None:
         said(intensity=iter(lams[:1]), batch_size=2)
 
 
-def test_gradient_checkpointing_is_refused(model: PreTrainedModel) -> None:
-    lam = torch.tensor(0.5, requires_grad=True)
-    model.train()
-    model.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match=r"takes no gradient checkpointing.*call model.gradient_checkpointing_disable"):
-        model(**batch("left"), intensity=lam)
-    model.gradient_checkpointing_disable()
-    model(**batch("left"), intensity=lam).logits.mean().backward()
-    assert lam.grad is not None
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from dami.saving.config import PairConfig, by_pattern
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, MambaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, MambaConfig, PreTrainedModel
 
 from tests.dami import architectures
 from tests.dami.families import batch, merged, pair
@@ -132,7 +133,7 @@ def test_importing_dami_is_enough_before_or_after_transformers(
 ) -> None:
     directory = dami.pack(*ends, tmp_path / "packed")
     code = (
-        f"import {first}, dami, sys; from transformers import AutoModelForCausalLM as Auto; "
+        f"import {first}, dami, sys; from transformers import AutoConfig, AutoModelForCausalLM as Auto; "
         "print(hasattr(Auto.from_pretrained(sys.argv[1]), 'dami_patch'))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -305,6 +306,17 @@ def test_a_damaged_packed_pair_is_refused(ends: tuple[Path, Path], tmp_path: Pat
     edit_tensors(directory, lambda tensors: tensors.pop("model.layers.1.mlp.down_proj.weight"))
     with pytest.raises(ValueError, match=r"down_proj.weight \(Linear\): the files lack the base"):
         AutoModelForCausalLM.from_pretrained(directory)
+
+
+def test_a_config_of_other_sizes_is_refused(ends: tuple[Path, Path], tmp_path: Path) -> None:
+    directory = dami.pack(*ends, tmp_path / "packed", format="pair")
+    config = AutoConfig.from_pretrained(directory)
+    config.intermediate_size += 8
+    with pytest.raises(ValueError, match="does not fit its model") as caught:
+        AutoModelForCausalLM.from_pretrained(directory, config=config, ignore_mismatched_sizes=True)
+    lines = str(caught.value).split("\n  ")[1:]
+    assert len(lines) == 2 * 3
+    assert re.match(r"model.layers.0.mlp.gate_proj.weight \(Linear\): .*shape \[48, 24\].*got .*\[40, 24\]", lines[0])
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.37, 1.0, 1.2])

@@ -39,8 +39,9 @@ class Dial:
             self.lam, self.rest = before
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy stands where this dial will once all blocks and passes are left."""
-        return {"lam": self.lam if self.rest is None else self.rest, "rest": None}
+        """A copy stands where this dial will once all blocks and passes are left; a computed λ is its value there."""
+        lam = self.lam if self.rest is None else self.rest
+        return {"lam": lam if lam.is_leaf else lam.detach(), "rest": None}
 
 
 def layer_of(name: str) -> int | None:

@@ -38,6 +38,11 @@ def check_dtypes(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
             )
 
 
+def runs_again() -> bool:
+    """Whether this thread is in a backward pass, where what runs forward has run before."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a class that is made while the program runs is made again, in a process that loads what another has pickled.
@@ -128,6 +133,11 @@ class LerpModule(PatchedModule):
             features: how many trailing dimensions are not rows.
         """
         lam, running = self.lerp.lam.to(x.device), self.lerp.running
+        if running.sequences is None and runs_again():
+            raise RuntimeError(
+                f"{self.lerp.name} runs again in the backward pass, where it does not know the λ it ran at: checkpoint "
+                "layers by model.gradient_checkpointing_enable(), or the whole model, model(…, intensity=…)"
+            )
         if lam.dim() and running.packed is not None:
             return x, self._packed_rows(x, lam, features)
         if isinstance(x, RowParameter):
@@ -201,6 +211,14 @@ class LerpModule(PatchedModule):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return rebuild, (recipe_of(type(self)),), self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As any module's; but a deep copy has given placeholders all the memory that they stand for."""
+        super().__setstate__(state)
+        for name in self.placeholders():
+            tensor = self.tensor(name)
+            if any(tensor.stride()):
+                tensor.data = placeholder(tensor, tensor.shape)
 
 
 def own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -79,7 +79,11 @@ class PairQuantizer(HfQuantizer):
                     continue
                 tensors = [_to_come(h, parameter, s) for s, h in zip(suffixes, found, strict=True) if h]
                 operand = kind.as_operand(parameter)
-                weight = LerpWeight(tuple(map(kind.as_operand, tensors)), format, operand.shape, operand.dtype)
+                try:
+                    weight = LerpWeight(tuple(map(kind.as_operand, tensors)), format, operand.shape, operand.dtype)
+                except ValueError as error:  # of another shape, as the given config has it
+                    faults.append(f"{names[0]} ({type(module).__name__}): {error}")
+                    continue
                 packed[id(parameter)] = Packed.of(weight, kind)
         if faults:
             raise ValueError("\n  ".join(["the packed pair does not fit its model:", *faults]))

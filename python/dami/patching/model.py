@@ -22,7 +22,8 @@ from dami.dial.turning import check_rows
 from dami.dial.values import as_lam
 from dami.generation.steering import course_of
 from dami.keywords import OURS, check_keywords
-from dami.layers.base import LerpModule, Recipe, check_dtypes, rebuild, recipe_of
+from dami.layers.base import LerpModule, Recipe, check_dtypes, rebuild, recipe_of, runs_again
+from dami.layers.checkpointing import checkpointing, checkpoints
 from dami.layers.peft import check_adapters, guard_merging
 from dami.patching.independence import check_independence
 from dami.saving.directory import push, save
@@ -100,11 +101,6 @@ def patched_model_class(original: Any) -> type[LerpModel]:
         dial = self.dami_patch.dial
         lam = dial.lam.to(self.device) if intensity is None else as_lam(named(self, intensity), self.device, sequences)
         check_rows(self.dami_patch, lam, sequences)
-        if self.training and is_grad_enabled() and any(getattr(m, "gradient_checkpointing", 0) for m in self.modules()):
-            raise ValueError(
-                "a patched model takes no gradient checkpointing, which would run modules again after λ has changed: "
-                "call model.gradient_checkpointing_disable()"
-            )
         if lam.dim() == 1 and len(lam) > 1:
             media = [n for n in kwargs if MEDIA.search(n) and n != self.main_input_name and kwargs[n] is not None]
             if media:
@@ -117,7 +113,10 @@ def patched_model_class(original: Any) -> type[LerpModel]:
         dial.lam, dial.rest = lam, dial.lam if dial.rest is None else dial.rest
         running.sequences, running.tokens = batch, tokens
         try:
-            return original.forward(self, *args, **kwargs)
+            if torch.compiler.is_compiling() or not is_grad_enabled() or not checkpoints(self):
+                return original.forward(self, *args, **kwargs)
+            with checkpointing(self):
+                return original.forward(self, *args, **kwargs)
         finally:
             dial.lam, dial.rest, running.sequences, running.tokens = before
 
@@ -125,6 +124,12 @@ def patched_model_class(original: Any) -> type[LerpModel]:
     def held_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
+        if kwargs.get("intensity") is None and runs_again():
+            raise RuntimeError(
+                "the model runs again in the backward pass, as a checkpoint does it, where λ may be another: "
+                "give it λ as an argument, model(…, intensity=…), or checkpoint its layers, "
+                "model.gradient_checkpointing_enable()"
+            )
         with self.dami_patch.hold:
             return forward(self, *args, **kwargs)
 
