@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import dami
 import pytest
@@ -42,3 +43,9 @@ def test_every_public_name_is_there_and_no_other() -> None:
 def test_old_names_are_there(name: str) -> None:
     module, _, name = f"dami.{name}".rpartition(".")
     assert getattr(importlib.import_module(module), name) is not None
+
+
+def test_the_version_stands_in_one_place_and_is_cited() -> None:
+    root = Path(__file__).resolve().parents[2]
+    assert 'dynamic = ["version"]' in (root / "pyproject.toml").read_text()
+    assert f"\nversion: {dami.__version__}\n" in (root / "CITATION.cff").read_text()
