@@ -94,7 +94,7 @@ def test_formats() -> None:
 
 
 def test_the_names_of_formats() -> None:
-    assert sorted(cli.FORMATS) == formats.names()
+    assert sorted(cli.options.FORMATS) == formats.names()
 
 
 def test_generate_shows_intensities_side_by_side() -> None:
@@ -230,13 +230,13 @@ def test_bench_runs_the_checkouts_benchmarks(monkeypatch: pytest.MonkeyPatch, tm
     (tmp_path / "benchmarks").mkdir()
     script = tmp_path / "benchmarks" / "__main__.py"
     script.write_text("import pathlib, sys; pathlib.Path('ran').write_text(' '.join(sys.argv[1:])); sys.exit(3)")
-    monkeypatch.setattr(cli, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(cli.machine, "CHECKOUT", tmp_path)
     assert run("bench", "--quick", "-n", "1").exit_code == 3
     assert (tmp_path / "ran").read_text() == "--quick -n 1"
 
 
 def test_bench_outside_a_checkout_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cli, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(cli.machine, "CHECKOUT", tmp_path)
     result = run("bench")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "make bench" in result.stderr

@@ -10,6 +10,7 @@ import dami
 import pytest
 import torch
 from dami import schedules
+from dami.dial.choosing import resolved
 from dami.dial.patch import Estimator
 from dami.estimators import StaticIntensity
 from torch import Tensor
@@ -313,12 +314,12 @@ def test_auto_of_an_invariant_model_does_not_depend_on_neighbours() -> None:
     batch = prompts()
     rows = len(batch["input_ids"])
     with torch.no_grad():
-        together = schedules.resolved(model, "auto", batch, rows)
+        together = resolved(model, "auto", batch, rows)
         assert [len(ids) for ids in asked] == [1] * rows
         for row in range(rows):
             ids = batch["input_ids"][row : row + 1, batch["attention_mask"][row].bool()]
             assert torch.equal(asked[row], ids)
-            assert schedules.resolved(model, "auto", {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 1) == [
+            assert resolved(model, "auto", {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 1) == [
                 together[row]
             ]
         embedded = {
@@ -326,7 +327,7 @@ def test_auto_of_an_invariant_model_does_not_depend_on_neighbours() -> None:
             "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]),
         }
         asked.clear()
-        schedules.resolved(model, ["auto", "auto"], embedded, 2)
+        resolved(model, ["auto", "auto"], embedded, 2)
         assert [each.shape[1] for each in asked] == [2, 3]
 
 
