@@ -39,6 +39,11 @@ def read_task(task: str | None, pair: Sequence[str] | None, verifier: str | None
         return load_task(task or str(sources.QUESTIONS), count, seed, **({"verifier": verifier} if verifier else {}))
 
 
+QuestionsOption = Annotated[
+    int | None, typer.Option(min=1, help="How many questions to ask. Default: all in a file, 100 of a dataset.")
+]
+
+
 @app.command()
 def evaluate(
     task: TaskArgument = None,
@@ -55,9 +60,7 @@ def evaluate(
             help="A λ to ask at. Repeatable. Default: 0 to 1 in tenths.",
         ),
     ] = None,
-    questions: Annotated[
-        int | None, typer.Option(min=1, help="How many questions to ask. Default: all in a file, 100 of a dataset.")
-    ] = None,
+    questions: QuestionsOption = None,
     samples: Annotated[int, typer.Option(min=1, help="How many answers to sample per question and λ.")] = 1,
     verifier: VerifierOption = None,
     rows: RowsOption = 64,
@@ -143,9 +146,7 @@ def train_estimator(
     price: Annotated[
         float, typer.Option(min=0, help="The accuracy gain that is worth as many tokens as the thinking end takes.")
     ] = 0.2,
-    questions: Annotated[
-        int | None, typer.Option(min=1, help="How many questions to ask. Default: all in a file, 100 of a dataset.")
-    ] = None,
+    questions: QuestionsOption = None,
     samples: Annotated[int, typer.Option(min=1, help="How many answers to sample per question and λ.")] = 2,
     verifier: VerifierOption = None,
     rows: RowsOption = 64,
