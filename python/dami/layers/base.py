@@ -26,6 +26,25 @@ def placeholder(like: Tensor, shape: torch.Size) -> Tensor:
     return like.new_full((), float("nan")).expand(shape)
 
 
+def supply_placeholders(module: LerpModule) -> None:
+    """Gives a module's placeholders to the hooks of accelerate that offload it: no state dict and no file holds them.
+
+    Each is given on the device where the module computes: a hook would copy it there with all that it stands for.
+    """
+    hook: Any = module.__dict__.get("_hf_hook")
+    for each in getattr(hook, "hooks", (hook,)):  # several in sequence, or one
+        weights = getattr(each, "weights_map", None)
+        if weights is None:
+            continue
+        prefix, held = getattr(weights, "prefix", ""), getattr(weights, "dataset", weights)
+        held = getattr(held, "state_dict", held)  # of a loader from files, which looks there first
+        for name in module.placeholders():
+            tensor = module.tensor(name)
+            if tensor is not None:  # the quantizer registers it when all else is loaded
+                like = torch.empty(0, dtype=tensor.dtype, device=torch.device(each.execution_device))
+                held[prefix + name] = placeholder(like, tensor.shape)
+
+
 def check_dtypes(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
     """Refuses what `.to()` and its like are about to do to a module if no operator could take its weights then."""
     kinds = {(parameter.dtype, parameter.device) for parameter in module.parameters() if parameter.is_floating_point()}
@@ -120,6 +139,11 @@ class LerpModule(PatchedModule):
         else:
             value = blend(ends, lam.to(ends.device))
         return self.as_operand(value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_hf_hook":
+            supply_placeholders(self)
 
     def bias_ends(self) -> LerpWeight | None:
         return None if self._parameters.get("bias") is None else self.ends("bias")
