@@ -13,7 +13,7 @@ from dami import registration
 from dami.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from dami.dial.turning import intensity
+    from dami.dial.turning import intensity, set_intensity
     from dami.estimators.attach import attach
     from dami.layers.describe import describe
     from dami.loading.load import load_pair
@@ -34,6 +34,7 @@ _HOME = {
     "pack": "loading.packing",
     "patch_model": "patching.patch",
     "save_pair": "saving.directory",
+    "set_intensity": "dial.turning",
     "twin": "patching.model",
     "unpatch_model": "patching.patch",
 }
@@ -48,6 +49,7 @@ __all__ = [
     "pack",
     "patch_model",
     "save_pair",
+    "set_intensity",
     "twin",
     "unpatch_model",
 ]

@@ -83,8 +83,8 @@ BAD = [
     ([True] * 4, TypeError, r"intensity must be a real number, or one per sequence, got \[True"),
     (1e300, ValueError, r"intensity must be finite, got 1e\+300"),
     (10**400, ValueError, "intensity must be a real number, or one per sequence, within the range of floats"),
-    ("0.5", ValueError, "intensity must be a number, a preset, of which the model has none, or 'auto', got '0.5'"),
-    ([0.0, "1", 0.5, 1.0], ValueError, "intensity must be a number, a preset, of which the model has none, or 'auto'"),
+    ("0.5", ValueError, "intensity must be a number,? (or )?a preset, of which the model has none,.* got '0.5'"),
+    ([0.0, "1", 0.5, 1.0], ValueError, "intensity must be a number,? (or )?a preset, of which the model has none,"),
     (True, TypeError, "intensity must be a real number, or one per sequence, got True"),
     (1j, TypeError, "intensity must be a real number, or one per sequence, got complex"),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -24,7 +25,7 @@ class Line:
 
     dial: Dial
     fixed: Tensor
-    schedules: list[tuple[Schedule, list[int]]]
+    schedules: Sequence[tuple[Schedule, list[int]]]
     prompt: Tensor | None
 
     def turn(self, step: int, tokens: Tensor) -> None:

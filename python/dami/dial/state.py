@@ -128,7 +128,8 @@ class Lerp:
         name: the module's, in its model.
         running: the forward pass of its model.
         tokens_at: which dimension of its input the tokens of a packed row are, once it has met one.
-        part: the dial that it reads instead, while `dami.intensity` sets its part of the model apart.
+        part: the dial that it reads instead, while its part of the model is set apart.
+        resting: what `part` is outside of `with dami.intensity(…)` blocks, as `dami.set_intensity` has set it.
     """
 
     dial: Dial
@@ -141,6 +142,7 @@ class Lerp:
     running: Pass = field(default_factory=Pass)
     tokens_at: int | None = None
     part: Dial | None = None
+    resting: Dial | None = None
 
     @property
     def lam(self) -> Tensor:
@@ -160,4 +162,4 @@ class Lerp:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in no `with` block, and in no pass."""
-        return {**vars(self), "part": None}
+        return {**vars(self), "part": self.resting}
