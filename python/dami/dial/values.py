@@ -65,8 +65,8 @@ class Intensity:
             value = list(islice(value, sequences))
         if isinstance(value, str) and value != AUTO:
             value = _preset(value, caller, presets)
-        elif isinstance(value, str) or callable(value):
-            caller.check("schedule" if callable(value) else "auto")
+        for_all = isinstance(value, str) or callable(value)  # "auto", or a schedule
+        if for_all:
             value = [value] * (sequences or 1)
         auto: list[int] = []
         schedules: dict[int, tuple[Schedule, list[int]]] = {}
@@ -85,7 +85,7 @@ class Intensity:
                     entries[place] = _preset(each, caller, presets)
             value = entries
         numbers = _checked(value, caller.argument, sequences, f"; {caller.name} takes {caller.wanted}")
-        if numbers.dim() and "numbers" not in caller.takes:
+        if numbers.dim() and not for_all and "numbers" not in caller.takes:
             raise ValueError(f"{caller.argument} must be one number, got {len(numbers)}: {caller.name} takes no more")
         return cls(numbers, auto, list(schedules.values()))
 

@@ -26,6 +26,7 @@ from dami.keywords import OURS, check_keywords
 from dami.layers.base import LerpModule, Recipe, check_dtypes, rebuild, recipe_of, runs_again
 from dami.layers.checkpointing import checkpointing, checkpoints
 from dami.layers.peft import check_adapters, guard_merging
+from dami.layers.status import Status
 from dami.patching.independence import check_independence
 from dami.saving.directory import push, save
 
@@ -96,6 +97,11 @@ class LerpModel(PreTrainedModel):
         if not self.dami_patch.checked and not torch.compiler.is_compiling():
             check_independence(self, self.dami_patch.original.forward)
             self.dami_patch.checked = True
+
+    @property
+    def dami(self) -> Status:
+        """What the pair is and where it stands: ends, format, bytes, λ, presets, estimator, frontier. Print it."""
+        return Status(self)
 
     @property
     def device(self) -> Any:

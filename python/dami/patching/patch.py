@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from dami.layers.obstacles import obstacles, unread
 from dami.layers.packed import LowRank, Packed, adapted, patch_module
 from dami.layers.peft import refuse_adapters
 from dami.patching.compare import config_mismatches, first_names, headers_of, tensor_mismatches
-from dami.patching.model import patched_model_class
+from dami.patching.model import PairModel, patched_model_class
 from dami.patching.ties import TIES, head_name, tie, untie
 from dami.sources import METHOD
 from dami_kernels import LerpWeight, formats
@@ -26,7 +26,7 @@ from dami_kernels import LerpWeight, formats
 
 def patch_model(
     instruct_model: PreTrainedModel, thinking_model: PreTrainedModel, format: str = "pair", *, invariant: bool = False
-) -> PreTrainedModel:
+) -> PairModel:
     """Patches `instruct_model` in place so that each sequence of a batch runs at its own λ, and returns it.
 
     Every parameter that differs between the two is interpolated, W(λ) = W_instruct + λ (W_thinking − W_instruct); what
@@ -85,7 +85,7 @@ def patch_model(
         if shared is not None:
             tie(instruct_model, shared)
         raise
-    model.dami_patch.shared = shared  # type: ignore[union-attr]
+    model.dami_patch.shared = shared
     if head_name(model) is not None and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         setattr(model.config.get_text_config(), TIES, False)  # where a checkpoint's own head has overruled its config
     return model
@@ -131,7 +131,7 @@ def interpolate(
     *,
     invariant: bool = False,
     owned: bool = False,
-) -> PreTrainedModel:
+) -> PairModel:
     """Patches `model` with the other end's tensors, one at a time; all checks of names and shapes are behind us.
 
     Args:
@@ -189,13 +189,15 @@ def install(
     kinds: Mapping[nn.Module, tuple[type[LerpModule], dict[str, Any]]],
     packed: Mapping[int, Packed],
     invariant: bool = False,
-) -> PreTrainedModel:
+) -> PairModel:
     """Changes the class of `model`, and of its modules of which a parameter, known by its id, was packed."""
+    original: Any = type(model)
     # λ is a number even while the model is loaded, on meta: whoever asks for a parameter is given it at that
     dial = Dial(torch.zeros((), device="cpu" if model.device.type == "meta" else model.device))
-    patch = Patch(dial, type(model), [p for p in model.parameters() if p.requires_grad])
-    reclass(model, patched_model_class(type(model))).dami_patch = patch  # type: ignore[arg-type]
-    model.requires_grad_(False)
+    patch = Patch(dial, original, [p for p in model.parameters() if p.requires_grad])
+    pair: PairModel = reclass(model, cast(Any, patched_model_class(original)))
+    pair.dami_patch = patch
+    pair.requires_grad_(False)
     running = patch.running
     running.invariant = invariant
     for name, module in list(model.named_modules()):
@@ -204,13 +206,13 @@ def install(
             kind, settings = kinds[module]
             if invariant and issubclass(kind, (LerpLinear, LerpConv1D, LerpExperts)):
                 settings = {**settings, "invariant": True}
-            original = patch.original if module is model else type(module)
+            before = patch.original if module is model else type(module)
             place = _place(model, name, module, kind)
-            patch_module(module, kind, Lerp(dial, original, settings, *place, name=name, running=running), differing)
+            patch_module(module, kind, Lerp(dial, before, settings, *place, name=name, running=running), differing)
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
         patch.head = head.register_forward_pre_hook(_contiguous)
-    return model
+    return pair
 
 
 def _contiguous(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -122,9 +122,7 @@ def push(
 
 def config_of(model: PreTrainedModel) -> PairConfig:
     """The `quantization_config` of a patched model."""
-    origin, rows = patch_of(model).origin, describe(model).rows
-    stored = {row.name: row.format for row in rows if row.format is not None}
-    packed = sorted(set(stored.values()) - {"pair"})
-    return PairConfig(
-        packed[0] if packed else "pair", by_pattern(stored, (row.name for row in rows)), origin.parents, origin.error
-    )
+    origin, description = patch_of(model).origin, describe(model)
+    stored = {row.name: row.format for row in description.rows if row.format is not None}
+    interpolated = by_pattern(stored, (row.name for row in description.rows))
+    return PairConfig(description.format, interpolated, origin.parents, origin.error)
