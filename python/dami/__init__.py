@@ -15,6 +15,7 @@ from dami.version import __version__ as __version__
 if TYPE_CHECKING:
     from dami.dial.turning import intensity, set_intensity
     from dami.estimators.attach import attach
+    from dami.estimators.registry import register_estimator
     from dami.layers.describe import describe
     from dami.loading.load import load_pair
     from dami.loading.packing import pack
@@ -33,6 +34,7 @@ _HOME = {
     "materialize": "saving.merging",
     "pack": "loading.packing",
     "patch_model": "patching.patch",
+    "register_estimator": "estimators.registry",
     "save_pair": "saving.directory",
     "set_intensity": "dial.turning",
     "twin": "patching.model",
@@ -48,6 +50,7 @@ __all__ = [
     "materialize",
     "pack",
     "patch_model",
+    "register_estimator",
     "save_pair",
     "set_intensity",
     "twin",

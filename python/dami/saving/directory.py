@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
 from dami.dial.patch import patch_of
-from dami.estimators.files import FOLDER, Stored
+from dami.estimators.files import FOLDER, StoredIntensity
 from dami.files import written_whole
 from dami.layers.describe import describe
 from dami.layers.peft import refuse_adapters
@@ -88,7 +88,7 @@ def save(
         write_model_card(directory, config, nbytes, weights, model.dami_patch.origin.tokenizer)
         patch = model.dami_patch
         if patch.estimator is not None or patch.presets:
-            Stored(patch.estimator, patch.presets, patch.frontier).save(Path(directory) / FOLDER)
+            StoredIntensity(patch.estimator, patch.presets, patch.frontier).save(Path(directory) / FOLDER)
 
 
 def push(
