@@ -221,7 +221,7 @@ def test_a_copy_made_in_a_block_or_a_pass_is_at_rest(
         model.generate(**inputs, intensity={"mlp": lambda step, tokens: 0.5}, max_new_tokens=1)
     assert len(copies) == 2 + 2 * len(model.model.layers)
     for each in copies:
-        assert each.dami_patch.course is None
+        assert each.dami_patch.program is None
         assert torch.equal(each.model.norm.weight, model.model.norm.weight)  # as it is seen outside a pass
         assert torch.equal(each(**inputs).logits, wanted[0])
         assert torch.equal(each(**inputs, intensity=lam).logits, wanted[1])

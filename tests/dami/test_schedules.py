@@ -204,7 +204,7 @@ def test_bad_parts_are_refused(
         with pytest.raises(error, match=message):
             run(**prompts(), intensity=parts)
     assert all(module.lerp.part is None for module in model.modules() if hasattr(module, "lerp"))
-    assert model.dami_patch.course is None
+    assert model.dami_patch.program is None
 
 
 def test_parts_exclude_layers_and_modules(model: PreTrainedModel) -> None:
@@ -227,7 +227,7 @@ def test_a_schedule_that_returns_something_else_is_named(
 ) -> None:
     with pytest.raises(error, match=message):
         model.generate(**prompts(), intensity=schedule, **GREEDY)
-    assert model.dami_patch.course is None
+    assert model.dami_patch.program is None
     assert model.dami_patch.dial.lam == 0
 
 

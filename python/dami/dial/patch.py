@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dami.dial.course import Course
-from dami.dial.state import Dial, Pass
+from dami.dial.program import DialProgram
+from dami.dial.state import Dial, ForwardState
 from dami.threads import Hold
 
 
@@ -57,7 +57,7 @@ class Patch:
         resting: those that `dami.set_intensity` has set apart, and no block.
         frontier: what both were measured on, as `dami.evaluation.report.summary` says it; {} if nothing was.
         hold: of the thread that runs the model.
-        course: turns the dials of the `generate` that is running, if one is.
+        program: turns the dials of the `generate` that is running, if one is.
         running: the forward pass that the model is in.
         attention: the implementation outside of continuous batching, while the model is set up for that; None else.
         checked: whether `check_independence` has passed.
@@ -76,8 +76,8 @@ class Patch:
     resting: list[Dial] = field(default_factory=list)
     frontier: Mapping[str, Any] = field(default_factory=dict)
     hold: Hold = field(default_factory=Hold)
-    course: Course | None = None
-    running: Pass = field(default_factory=Pass)
+    program: DialProgram | None = None
+    running: ForwardState = field(default_factory=ForwardState)
     attention: str | None = None
     checked: bool = False
     packs: bool = False
@@ -87,7 +87,7 @@ class Patch:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in no block, and runs no `generate`."""
-        return {**vars(self), "parts": [*self.resting], "course": None}
+        return {**vars(self), "parts": [*self.resting], "program": None}
 
 
 class Estimator(Protocol):

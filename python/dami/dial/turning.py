@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dami.callers import CALLERS
 from dami.dial.patch import Patch, device_of, patch_of
-from dami.dial.state import GROUPS, Dial, PatchedModule, layer_of
+from dami.dial.state import MODULE_GROUPS, Dial, PatchedModule, layer_of
 from dami.dial.values import AnyIntensity, Intensity, layer_indices, module_names
 
 Modules = str | Iterable[str] | None  # groups and patterns of names
@@ -144,7 +144,7 @@ def check_rows(patch: Patch, lam: Tensor, rows: int | None) -> None:
     for each in (lam, *(part.lam for part in patch.parts)):
         if rows is None or each.dim() == 0:
             continue
-        if rows != len(each) and (patch.course is None or rows % len(each) != 0):
+        if rows != len(each) and (patch.program is None or rows % len(each) != 0):
             raise ValueError(f"intensity must hold one number per sequence, got {len(each)} for {rows} sequences")
 
 
@@ -159,7 +159,7 @@ def _chosen(model: nn.Module, layers: Layers, modules: Modules) -> list[PatchedM
         pattern: [
             module
             for name, module in inside.items()
-            if (module.lerp.group == pattern if pattern in GROUPS else fnmatch.fnmatchcase(name, pattern))
+            if (module.lerp.group == pattern if pattern in MODULE_GROUPS else fnmatch.fnmatchcase(name, pattern))
         ]
         for pattern in names
     }

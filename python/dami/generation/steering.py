@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from dami.callers import CALLERS, PROMPT
 from dami.dial.choosing import chosen
-from dami.dial.course import Course, Line
 from dami.dial.patch import device_of, patch_of
+from dami.dial.program import DialProgram, DialTrack
 from dami.dial.turning import separate
 from dami.dial.values import Intensity, as_lam
 
 
 @contextmanager
-def course_of(
+def programmed(
     model: nn.Module, intensity: Any, prompt_intensity: Any, prompts: int, options: Mapping[str, Any]
 ) -> Iterator[None]:
     """Sets the λ of a patched model for one `generate`, whose forward passes run inside the `with` block.
@@ -40,28 +40,28 @@ def course_of(
     prompt = None
     if prompt_intensity is not None:
         prompt = Intensity.parse(prompt_intensity, PROMPT, patch.presets, prompts).to(device)
-    before = patch.course
+    before = patch.program
     for apart in patch.parts:
         as_lam(apart.lam, device, prompts)
     with ExitStack() as stack:
-        lines = []
+        tracks = []
         whole = stack.enter_context(separate(model))
         if wanted is None or (prompt is not None and wanted.parts):
-            lines.append(Line(whole, as_lam(whole.lam, device, prompts), [], prompt))
+            tracks.append(DialTrack(whole, as_lam(whole.lam, device, prompts), [], prompt))
         elif not wanted.parts:
-            lines.append(Line(whole, wanted.to(device), wanted.schedules, prompt))
+            tracks.append(DialTrack(whole, wanted.to(device), wanted.schedules, prompt))
         for modules, layers, part in wanted.parts if wanted is not None else ():
             dial = stack.enter_context(separate(model, modules, layers))
-            lines.append(Line(dial, part.to(device), part.schedules, prompt))
+            tracks.append(DialTrack(dial, part.to(device), part.schedules, prompt))
         _refuse(
             model,
             options,
-            prompt is not None or any(line.schedules for line in lines),
-            mixed=any(line.fixed.numel() > 1 for line in lines),
+            prompt is not None or any(track.schedules for track in tracks),
+            mixed=any(track.fixed.numel() > 1 for track in tracks),
         )
-        patch.course = Course(lines)
-        stack.callback(setattr, patch, "course", before)
-        patch.course.turn(torch.empty(prompts, 0, dtype=torch.int64), prompt=True)  # an encoder runs before any pass
+        patch.program = DialProgram(tracks)
+        stack.callback(setattr, patch, "program", before)
+        patch.program.turn(torch.empty(prompts, 0, dtype=torch.int64), prompt=True)  # an encoder runs before any pass
         yield
 
 

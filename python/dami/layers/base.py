@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dami.dial.state import PatchedModule, Stored
+from dami.dial.state import PatchedModule, StoredEnds
 from dami.layers.row_parameter import RowParameter, blend
 from dami_kernels import LerpWeight
 from dami_kernels.weight import FLOAT_DTYPES
@@ -115,7 +115,7 @@ class LerpModule(PatchedModule):
 
     def ends(self, name: str) -> LerpWeight:
         """Both ends of a parameter as the operators take them; one tensor stands for both where they are identical."""
-        stored = self.lerp.stored.get(name, Stored("pair", (name, name)))
+        stored = self.lerp.stored.get(name, StoredEnds("pair", (name, name)))
         parameter = self.as_operand(self.tensor(name))
         tensors = tuple(self.as_operand(self.tensor(tensor)) for tensor in stored.names)
         return LerpWeight(tensors, stored.format, parameter.shape, parameter.dtype)

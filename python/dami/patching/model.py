@@ -21,7 +21,7 @@ from dami.dial.choosing import chosen
 from dami.dial.patch import Patch, patch_of
 from dami.dial.turning import check_rows, set_intensity, turned
 from dami.dial.values import AnyIntensity, Intensity, IntensityLike
-from dami.generation.steering import course_of
+from dami.generation.steering import programmed
 from dami.keywords import OURS, check_keywords
 from dami.layers.base import LerpModule, Recipe, check_dtypes, rebuild, recipe_of, runs_again
 from dami.layers.checkpointing import checkpointing, checkpoints
@@ -69,7 +69,7 @@ class LerpModel(PreTrainedModel):
             if wanted.parts:
                 with turned(self, wanted):
                     return self._forward(None, args, kwargs)
-        if patch.course is None:
+        if patch.program is None:
             check_adapters(self)
         if "logits_processor_args" in kwargs:
             return _packed_forward(self, args, kwargs)
@@ -174,13 +174,13 @@ class PairModel(LerpModel, GenerationMixin):
         options = inspect.signature(self.dami_patch.original.generate).bind(self, *args, **kwargs).arguments
         options |= options.pop("kwargs", {})
         prompts = _sequences(self, args, kwargs) or 1
-        with self.dami_patch.hold, course_of(self, intensity, prompt_intensity, prompts, options):
+        with self.dami_patch.hold, programmed(self, intensity, prompt_intensity, prompts, options):
             return super().generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own, which calls it before each forward pass of `generate`: the dials turn here."""
-        if self.dami_patch.course is not None:
-            self.dami_patch.course.turn(input_ids, prompt=bool(kwargs.get("is_first_iteration")))
+        if self.dami_patch.program is not None:
+            self.dami_patch.program.turn(input_ids, prompt=bool(kwargs.get("is_first_iteration")))
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
