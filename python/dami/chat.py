@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from dami.callers import CALLERS
 from dami.dial.choosing import estimates
 from dami.dial.patch import patch_of
-from dami.dial.values import Intensity
+from dami.dial.values import Intensity, IntensityLike
 from dami.generation.pieces import KNOWN, end_tokens, generate_in_pieces
 from dami.prompts import Prompt
 from dami.thoughts import Reader
@@ -32,7 +33,7 @@ class Answer:
 
 
 def encode(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     chat_template: ChatTemplate | None = "default",
     intensities: Sequence[float] | None = None,
@@ -51,7 +52,7 @@ def encode(
 
 
 def render(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     chat_template: ChatTemplate | None = "default",
     intensities: Sequence[float] | None = None,
@@ -75,7 +76,7 @@ def render(
             raise ValueError("a list of messages needs the chat template: drop chat_template=None (--raw)")
         return texts
     lams = [None] * len(prompts) if intensities is None else intensities
-    return [
+    rendered = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
             chat_template=_template(tokenizer, chat_template, lam),
@@ -84,9 +85,10 @@ def render(
         )
         for prompt, lam in zip(prompts, lams, strict=True)
     ]
+    return cast(list[str], rendered)  # as tokenize=False has it
 
 
-def _template(tokenizer: Any, wanted: ChatTemplate, lam: float | None) -> str:
+def _template(tokenizer: PreTrainedTokenizerBase, wanted: ChatTemplate, lam: float | None) -> str:
     """The template for a row at λ, as text."""
     templates = tokenizer.chat_template
     if not templates:
@@ -106,9 +108,9 @@ def _template(tokenizer: Any, wanted: ChatTemplate, lam: float | None) -> str:
 
 def ask(
     model: Any,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    intensities: Sequence[float | str] | float | str | torch.Tensor | None,
+    intensities: IntensityLike | None,
     chat_template: ChatTemplate | None = "default",
     **options: Any,
 ) -> list[Answer]:
@@ -136,9 +138,9 @@ def ask(
 
 def numbers_of(
     model: Any,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    intensities: Sequence[float | str] | float | str | torch.Tensor,
+    intensities: IntensityLike,
     chat_template: ChatTemplate | None = "default",
 ) -> list[float]:
     """λ of every row, with the presets' and the estimator's in place of names."""

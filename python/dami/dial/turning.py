@@ -56,9 +56,9 @@ def intensity(
 def set_intensity(model: nn.Module, intensity: AnyIntensity) -> None:
     """Sets λ of a patched model, until it is set anew.
 
-    A `with dami.intensity(…)` block and the `intensity` of a call come before it, and leave it as it was. A copy and a
-    twin keep it; a saved pair and an unpatched model do not. (It is no attribute to assign to: a wrapper of the model,
-    such as PEFT's, would keep that to itself.)
+    A `with dami.intensity(…)` block and the `intensity` of a call come before it, and leave it as it was. A copy
+    keeps it; a twin, a saved pair and an unpatched model do not. (It is no attribute to assign to: a wrapper of the
+    model, such as PEFT's, would keep that to itself.)
 
     Args:
         model: a patched model.
