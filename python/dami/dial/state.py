@@ -90,6 +90,18 @@ class ForwardState:
         return vars(ForwardState(invariant=self.invariant))
 
     @contextmanager
+    def during(
+        self, sequences: int, tokens: int, packed: Tensor | None = None, kept: Tensor | None = None
+    ) -> Iterator[None]:
+        """A pass of so many sequences and tokens of each, for the time of a `with` block."""
+        before = self.sequences, self.tokens, self.packed, self.kept
+        self.sequences, self.tokens, self.packed, self.kept = sequences, tokens, packed, kept
+        try:
+            yield
+        finally:
+            self.sequences, self.tokens, self.packed, self.kept = before
+
+    @contextmanager
     def out_of_order(self) -> Iterator[None]:
         """For a while rows are not in the order of the sequences, and no module may take them for it."""
         self.ordered = False

@@ -82,7 +82,6 @@ def _leaks(model: Any, forward: Any, modules: Sequence[LerpModule]) -> bool:
     """Whether λ = NaN for one sequence in these modules reaches the other sequence's logits; no if it does not run."""
     running, everyone = model.dami_patch.running, [m for m in model.modules() if isinstance(m, LerpModule)]
     parts, names = [module.lerp.part for module in everyone], inspect.signature(forward).parameters
-    before = running.sequences, running.tokens
     failures: list[Exception] = []
     try:
         for length, poisoned in RUNS:
@@ -92,9 +91,9 @@ def _leaks(model: Any, forward: Any, modules: Sequence[LerpModule]) -> bool:
             at_rest, turned = Dial(lam), Dial(lam.index_fill(0, torch.tensor([poisoned], device=lam.device), NAN))
             for module in everyone:
                 module.lerp.part = turned if module in modules else at_rest
-            running.sequences, running.tokens = 2, length
             try:
-                logits = forward(model, **inputs, **({"use_cache": False} if "use_cache" in names else {})).logits
+                with running.during(2, length):
+                    logits = forward(model, **inputs, **({"use_cache": False} if "use_cache" in names else {})).logits
             except Exception as error:
                 failures.append(error)
                 continue
@@ -108,6 +107,5 @@ def _leaks(model: Any, forward: Any, modules: Sequence[LerpModule]) -> bool:
             )
         return False
     finally:
-        running.sequences, running.tokens = before
         for module, part in zip(everyone, parts, strict=True):
             module.lerp.part = part

@@ -78,6 +78,7 @@ class LerpModel(PreTrainedModel):
         check_rows(patch, lam, sequences)
         if lam.dim() == 1 and len(lam) > 1:
             self._check_mixed(kwargs)
+        # as `dial.turned` and `running.during` do it, which would break a compiled graph
         before = dial.lam, dial.rest, running.sequences, running.tokens
         dial.lam, dial.rest = lam, dial.lam if dial.rest is None else dial.rest
         running.sequences, running.tokens = _batch(args, kwargs)
@@ -244,13 +245,8 @@ def _packed_forward(model: LerpModel, args: tuple[Any, ...], kwargs: dict[str, A
     from dami.generation.rowwise import Rowwise
 
     running, (lam, kept) = model.dami_patch.running, packed_lam(kwargs)
-    before = running.sequences, running.tokens, running.packed, running.kept
-    running.sequences, running.tokens, running.packed, running.kept = len(lam), 1, lam, kept
-    try:
-        with Rowwise() if running.invariant else nullcontext():
-            return model.dami_patch.original.forward(model, *args, **kwargs)
-    finally:
-        running.sequences, running.tokens, running.packed, running.kept = before
+    with running.during(len(lam), 1, lam, kept), Rowwise() if running.invariant else nullcontext():
+        return model.dami_patch.original.forward(model, *args, **kwargs)
 
 
 def twin(model: M, intensity: IntensityLike = 0.0) -> M:
