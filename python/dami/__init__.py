@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from dami.layers.describe import describe
     from dami.loading.load import load_pair
     from dami.loading.packing import pack
-    from dami.patching.model import twin
+    from dami.patching.model import PairModel, twin
     from dami.patching.patch import patch_model, unpatch_model
     from dami.saving.directory import save_pair
     from dami.saving.merging import materialize
     from dami.sources import example_pair
 
 _HOME = {
+    "PairModel": "patching.model",
     "attach": "estimators.attach",
     "describe": "layers.describe",
     "example_pair": "sources",
@@ -42,6 +43,7 @@ _HOME = {
 }
 
 __all__ = [
+    "PairModel",
     "attach",
     "describe",
     "example_pair",

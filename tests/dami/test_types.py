@@ -7,7 +7,6 @@ from typing import Any
 import dami
 import numpy as np
 import torch
-from dami.patching.model import PairModel
 from dami.schedules import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import assert_type
@@ -15,7 +14,7 @@ from typing_extensions import assert_type
 
 def test_a_users_program() -> None:
     model, tokenizer = dami.load_pair(*dami.example_pair())
-    assert_type(model, PairModel)
+    assert_type(model, dami.PairModel)
     assert_type(tokenizer, PreTrainedTokenizerBase | Any)
     plain: PreTrainedModel = model  # it goes wherever transformers' own do
     batch: Any = tokenizer(["1 + 1 ="], return_tensors="pt")
@@ -26,13 +25,13 @@ def test_a_users_program() -> None:
         model(**batch)
     dami.set_intensity(model, "low")
     assert_type(model.dami.intensity, float | list[float])
-    assert_type(dami.twin(model, 0.5), PairModel)
-    assert_type(dami.attach(model, None), PairModel)
+    assert_type(dami.twin(model, 0.5), dami.PairModel)
+    assert_type(dami.attach(model, None), dami.PairModel)
     assert_type(dami.materialize(model, 0.5), PreTrainedModel)
     assert_type(dami.unpatch_model(plain), PreTrainedModel)
 
 
-def wrong(model: PairModel, batch: dict[str, torch.Tensor]) -> None:
+def wrong(model: dami.PairModel, batch: dict[str, torch.Tensor]) -> None:
     """Never run: what mypy is to find."""
     model.generate(intensity={0.5})  # type: ignore[arg-type]
     model.generate(prompt_intensity={"mlp": 0.5})  # type: ignore[arg-type]

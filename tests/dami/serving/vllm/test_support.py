@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -160,6 +161,9 @@ def test_settings_that_are_wrong(extra: dict[str, Any], message: str) -> None:
 
 def test_one_intensity_has_one_key() -> None:
     checked = Settings().checked
+    for number in (0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5)):  # whatever else is a number in dami
+        assert checked(number) == 0.5
+    assert checked(torch.tensor(1)) == checked(np.int64(1)) == 1.0
     assert checked(0.1) == checked(float(torch.tensor(0.1)))  # as the kernels take it
     assert str(checked(-0.0)) == "0.0"
 
