@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 AUTO = "auto"
-DEFAULT = 0.0  # λ where nobody has named one: the instruct end, under whose name a pair is patched, served and saved
+DEFAULT_INTENSITY = 0.0  # where nobody names one: the instruct end, whose name a pair is served and saved under
 
-KINDS = {  # in the words of the refusals
+INTENSITY_KINDS = {  # in the words of the refusals
     "number": "a number",
     "numbers": "one per sequence",
     "preset": "a preset",
@@ -26,7 +26,7 @@ class Caller:
 
     Attributes:
         name: as its user calls it.
-        takes: the kinds that it takes, of `KINDS`.
+        takes: the kinds that it takes, of `INTENSITY_KINDS`.
         argument: what the intensity is called there.
     """
 
@@ -37,15 +37,14 @@ class Caller:
     @property
     def wanted(self) -> str:
         """What it takes, in words."""
-        return listed(words for kind, words in KINDS.items() if kind in self.takes)
+        return listed(words for kind, words in INTENSITY_KINDS.items() if kind in self.takes)
 
     def check(self, kind: str, got: str | None = None) -> None:
         """TypeError if it does not take a kind: what it takes, and who takes what it was given."""
         if kind not in self.takes:
             others = listed((each.name for each in CALLERS.values() if kind in each.takes), "and")
-            raise TypeError(
-                f"{self.name} takes {self.wanted} as {self.argument}, got {got or KINDS[kind]}, which is for {others}"
-            )
+            got = got or INTENSITY_KINDS[kind]
+            raise TypeError(f"{self.name} takes {self.wanted} as {self.argument}, got {got}, which is for {others}")
 
     def preset(self, name: str, presets: Collection[str]) -> None:
         """TypeError if it takes no presets; ValueError if there is none of this name."""

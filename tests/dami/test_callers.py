@@ -12,7 +12,7 @@ import dami
 import numpy as np
 import pytest
 import torch
-from dami.callers import CALLERS, KINDS, from_text
+from dami.callers import CALLERS, INTENSITY_KINDS, from_text
 from dami.chat import ask
 from dami.dial.values import Intensity
 from dami.estimators import StaticIntensity
@@ -173,16 +173,16 @@ def test_what_no_caller_takes(caller: str, subjects: tuple[Any, Any, Any]) -> No
 
 
 def test_the_table_is_what_refusals_go_by_and_what_the_docs_show() -> None:
-    assert HEAD[1:] == list(KINDS)
+    assert HEAD[1:] == list(INTENSITY_KINDS)
     for caller, kinds in TAKES.items():
         assert CALLERS[caller].takes == kinds
     page = (Path(__file__).parents[2] / "docs" / "generation.md").read_text()
     shown = {}
     for line in page.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == len(KINDS) + 1 and set(cells[1:]) <= {"yes", "–"}:
+        if len(cells) == len(INTENSITY_KINDS) + 1 and set(cells[1:]) <= {"yes", "–"}:
             for name in re.findall("`(.+?)`", cells[0]):
-                shown[name] = {kind for kind, cell in zip(KINDS, cells[1:], strict=True) if cell == "yes"}
+                shown[name] = {kind for kind, cell in zip(INTENSITY_KINDS, cells[1:], strict=True) if cell == "yes"}
     assert shown == {name: set(caller.takes) for name, caller in CALLERS.items()} | {"prompt_intensity": _PROMPT}
 
 

@@ -49,7 +49,7 @@ class LerpModel(PreTrainedModel):
         Without `intensity`, λ is where `dami.set_intensity` or a `with dami.intensity(…)` block has put it.
         """
         if torch.compiler.is_compiling():
-            return self._forward(intensity, args, kwargs)
+            return self._forward_at(intensity, args, kwargs)
         if intensity is None and runs_again():
             raise RuntimeError(
                 "the model runs again in the backward pass, as a checkpoint does it, where λ may be another: "
@@ -57,9 +57,9 @@ class LerpModel(PreTrainedModel):
                 "model.gradient_checkpointing_enable()"
             )
         with self.dami_patch.hold:
-            return self._forward(intensity, args, kwargs)
+            return self._forward_at(intensity, args, kwargs)
 
-    def _forward(self, intensity: AnyIntensity | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _forward_at(self, intensity: AnyIntensity | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward pass, which the thread that calls it holds the model for."""
         check_keywords("forward", kwargs, "intensity")
         patch, sequences = self.dami_patch, _sequences(self, args, kwargs)
@@ -68,7 +68,7 @@ class LerpModel(PreTrainedModel):
             wanted = Intensity.parse(intensity, CALLERS["forward"], patch.presets, sequences)
             if wanted.parts:
                 with turned(self, wanted):
-                    return self._forward(None, args, kwargs)
+                    return self._forward_at(None, args, kwargs)
         if patch.program is None:
             check_adapters(self)
         if "logits_processor_args" in kwargs:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from dami.callers import CALLERS, DEFAULT
+from dami.callers import CALLERS, DEFAULT_INTENSITY
 from dami.chat import ChatTemplate, render
 from dami.dial.values import Intensity
 from dami.generation.sampling import Sampling
@@ -51,7 +51,7 @@ class Settings:
     """
 
     name: str = "dami"
-    default_intensity: float | str = DEFAULT
+    default_intensity: float | str = DEFAULT_INTENSITY
     intensity_range: tuple[float, float] = (-1.0, 2.0)
     chat_template: ChatTemplate = "default"
     api_keys: tuple[str, ...] = ()

@@ -594,7 +594,7 @@ def test_presets_and_a_controller(monkeypatch: pytest.MonkeyPatch) -> None:
         ):
             response = server.post(CHAT, asked(max_tokens=2, ignore_eos=True, **options)).json()
             assert response["intensity"] == granted
-        assert "it has high, low" in server.post(CHAT, asked(intensity="medium")).text
+        assert "one of ['high', 'low'] or 'auto', got 'medium'" in server.post(CHAT, asked(intensity="medium")).text
         until(lambda: ("finish", 0.5, 2) in controller.calls)
     started = [call[1] for call in controller.calls if call[0] == "start"]
     assert started == [0.0, 1.0, 0.9, 0.1, 0.25, 0.25, 0.5]  # the first two by the engine, before any request

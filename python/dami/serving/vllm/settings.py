@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from vllm.exceptions import VLLMValidationError
 
-from dami.callers import AUTO, CALLERS, DEFAULT
+from dami.callers import AUTO, CALLERS, DEFAULT_INTENSITY
 from dami.dial.values import Intensity
 from dami_kernels import formats
 
@@ -42,7 +42,7 @@ class Settings:
 
     thinking: str | None = None
     format: str | None = None
-    default_intensity: float = DEFAULT
+    default_intensity: float = DEFAULT_INTENSITY
     intensity_range: tuple[float, float] = (-1.0, 2.0)
 
     @classmethod
