@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import sys
 from collections.abc import Mapping
@@ -11,17 +10,14 @@ from typing import Any
 from torch import nn
 
 from dami.layers.base import LerpModule
+from dami.upstream import adapter_classes, before_merging
 
 
 def adapted_modules(model: nn.Module) -> list[str]:
     """Names of the modules over which PEFT has put an adapter."""
     if "peft" not in sys.modules:
         return []
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    adapters = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    return [name for name, module in model.named_modules() if isinstance(module, adapters)]
+    return [name for name, module in model.named_modules() if isinstance(module, adapter_classes())]
 
 
 def refuse_adapters(model: nn.Module, what: str, remedy: str) -> None:
@@ -32,22 +28,15 @@ def refuse_adapters(model: nn.Module, what: str, remedy: str) -> None:
 
 def guard_merging() -> None:
     """Makes PEFT refuse to merge an adapter into a patched model, whose λ=0 end alone it would find."""
-    from peft.tuners.tuners_utils import BaseTuner
+    before_merging(_refuse_merging)
 
-    original = BaseTuner._check_merge_allowed
-    if hasattr(original, "__wrapped__"):
-        return
 
-    @functools.wraps(original)
-    def check(self: BaseTuner) -> None:
-        if any(isinstance(module, LerpModule) for module in self.model.modules()):
-            raise ValueError(
-                "an adapter cannot be merged into a patched model: it would be in the instruct end only. Leave it on "
-                "top, where it is the same at every intensity, or merge it into both models before patching"
-            )
-        original(self)
-
-    BaseTuner._check_merge_allowed = check  # type: ignore[method-assign]
+def _refuse_merging(model: nn.Module) -> None:
+    if any(isinstance(module, LerpModule) for module in model.modules()):
+        raise ValueError(
+            "an adapter cannot be merged into a patched model: it would be in the instruct end only. Leave it on top, "
+            "where it is the same at every intensity, or merge it into both models before patching"
+        )
 
 
 def check_adapters(model: Any) -> None:

@@ -20,6 +20,7 @@ from dami.loading import adapters
 from dami.patching.compare import Header, first_names
 from dami.patching.ties import TIES
 from dami.sources import local
+from dami.upstream import ignored_keys, ties_of
 
 FILES = ["model*.safetensors", adapters.WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md"]
 
@@ -120,7 +121,7 @@ class Checkpoint:
             return True
         files = {name: file for file in self.files() for name in headers_in(file)}
         prefix = f"{skeleton.base_model_prefix}."
-        for tied in (skeleton._tied_weights_keys or {}).items():
+        for tied in ties_of(skeleton).items():
             both = [next((n for n in (name, name.removeprefix(prefix)) if n in files), None) for name in tied]
             if all(both):
                 tensors = []
@@ -220,7 +221,7 @@ class Stored:
         """Finds each stored tensor in the model, with or without the prefix of the base model."""
         firsts = first_names(skeleton)
         prefix = f"{skeleton.base_model_prefix}."
-        ignored = re.compile("|".join(skeleton._keys_to_ignore_on_load_unexpected or ["(?!)"]))
+        ignored = re.compile("|".join(ignored_keys(skeleton) or ["(?!)"]))
         found: dict[str, str] = {}  # stored name by the model's
         strangers = {}
         for name, header in headers.items():

@@ -11,6 +11,7 @@ from dami.loading.checkpoint import Checkpoint, Stored
 from dami.patching.compare import config_mismatches, first_names, headers_of, tensor_mismatches
 from dami.patching.ties import TIES
 from dami.sources import check_end
+from dami.upstream import ties_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Match:
                 mismatches += [f"{name}: in both ends, but not in the model" for name in sorted(both)]
         if any(own_heads) and any(getattr(config, TIES, False) for config in configs):
             # One end's head is tied to its embedding, and the other's is not, whatever the configs say.
-            apart = {f"config.{TIES}", *(skeleton._tied_weights_keys or {})}
+            apart = {f"config.{TIES}", *ties_of(skeleton)}
             mismatches = [line for line in mismatches if line.partition(":")[0] not in apart]
             stored = replace(stored[0], complete=False), replace(stored[1], complete=False)
         if mismatches:

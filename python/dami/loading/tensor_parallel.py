@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, _use_local_dtensor_params
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.distributed.tensor_parallel import ColwiseParallel, EmbeddingParallel, RowwiseParallel
 
 from dami.layers.base import LerpModule
 from dami.saving.config import any_layer
+from dami.upstream import local_parameters, local_shape_and_offset, parameters_of
 from dami_kernels.quantize import GROUP
 
 PREFIX = "dami_"
@@ -84,14 +84,15 @@ class LerpRowwise(_LerpStyle, RowwiseParallel):
             with super().context_around_forward(module, mesh):
                 yield
             return
-        bias = module._parameters["bias"]
+        own = parameters_of(module)
+        bias = own["bias"]
         if mesh.get_local_rank() > 0:
-            module._parameters["bias"] = None
+            own["bias"] = None
         try:
-            with _use_local_dtensor_params(module):
+            with local_parameters(module):
                 yield
         finally:
-            module._parameters["bias"] = bias
+            own["bias"] = bias
 
     def transform_output_post_forward(self, module: nn.Module, output: Tensor, mesh: Any) -> Tensor:
         if not isinstance(module, LerpModule):
@@ -112,13 +113,13 @@ class LerpEmbeddingParallel(_LerpStyle, EmbeddingParallel):
         if not isinstance(module, LerpModule):
             return super().install_forward(module, mesh)
         table = next(parameter for parameter in module.parameters() if isinstance(parameter, DTensor))
-        shape, offset = compute_local_shape_and_global_offset(table.shape, mesh, table.placements)
+        shape, offset = local_shape_and_offset(table, mesh)
         forward = module.forward
 
         def looked_up(ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             own = ids - offset[0]
             elsewhere = (own < 0) | (own >= shape[0])
-            with _use_local_dtensor_params(module):
+            with local_parameters(module):
                 output = forward(own.masked_fill(elsewhere, 0), *args, **kwargs)
             output = output.masked_fill(elsewhere.unsqueeze(-1), 0)
             return self.transform_output_post_forward(module, output, mesh)

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dami.sources import METHOD
@@ -15,7 +14,6 @@ from dami_kernels import formats
 SUFFIXES = sorted({suffix for name in formats.names() for suffix in formats.get(name).TENSORS} - {""})
 
 
-@register_quantization_config(METHOD)
 class PairConfig(QuantizationConfigMixin):
     """The `quantization_config` of a packed pair.
 

@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from dami.dial.choosing import named
 from dami.dial.patch import patch_of
 from dami.dial.values import one_lam
-from dami.layers.base import LerpModule
+from dami.layers.base import LerpModule, own_tensors
 from dami.layers.peft import refuse_adapters
 from dami.saving.model_card import write_merged_card
 from dami.sources import METHOD
+from dami.upstream import parameters_of
 
 
 def write_merged(model: PreTrainedModel, directory: str | Path, tokenizer: Any, intensity: float) -> None:
@@ -57,8 +58,8 @@ def materialize(model: PreTrainedModel, intensity: float) -> PreTrainedModel:
         beside = (
             {name for own, stored in lerp.stored.items() for name in stored.names if name != own} if lerp else set()
         )
-        for name, tensor in {**module._parameters, **module._buffers}.items():
-            if tensor is None or name in beside:
+        for name, tensor in own_tensors(module):
+            if name in beside:
                 continue
             if id(tensor) not in merged:
                 merged[id(tensor)] = (
@@ -72,7 +73,7 @@ def materialize(model: PreTrainedModel, intensity: float) -> PreTrainedModel:
     for name, tensor in state.items():
         holder, _, local = name.rpartition(".")
         module = plain.get_submodule(holder)
-        if local in module._parameters:
+        if local in parameters_of(module):
             setattr(module, local, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
         else:
             setattr(module, local, tensor)
