@@ -114,10 +114,8 @@ RELIED_ON = (
 check("dami_kernels", RELIED_ON, TESTED, "it")
 
 from torch import _C  # noqa: E402  (each is there, as was just seen)
-from torch._functorch.utils import enable_single_level_autograd_function  # noqa: E402
 from torch.autograd import forward_ad  # noqa: E402
 from torch.autograd.function import _SingleLevelFunction  # noqa: E402
-from torch.utils import _pytree as pytree  # noqa: E402
 
 SingleLevelFunction = _SingleLevelFunction
 below_autograd = _C._AutoDispatchBelowAutograd

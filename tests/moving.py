@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+
 from dami_kernels.upstream import Place
 
 
@@ -24,7 +26,13 @@ def break_place(monkeypatch: pytest.MonkeyPatch, place: Place, way: str) -> str:
     found: Any = getattr(real, owner)
     for member in members:
         found = getattr(found, member)
-    new: Any = type("Other", (), {}) if isinstance(found, type) else (lambda other: None)
+    new: Any = type("Other", (), {})
+    if not isinstance(found, type):
+
+        def new(other: Any = None, *rest: Any, **options: Any) -> None: ...
+
+        if way == "idle":
+            new.__signature__ = inspect.signature(found)
     for member in reversed(members):
         new = SimpleNamespace(**{member: new})
 

@@ -26,7 +26,7 @@ from dami_kernels.upstream import Place
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from transformers import PreTrainedModel
-    from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
+    from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T", bound=Tensor)
@@ -108,9 +108,7 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
             does="call _gradient_checkpointing_func",
             proof=_calls_checkpoint,
         ),
-        Place(
-            "accelerate.hooks:add_hook_to_module", ("module", "hook"), "set _hf_hook and _old_forward", _sets_hook
-        ),
+        Place("accelerate.hooks:add_hook_to_module", ("module", "hook"), "set _hf_hook and _old_forward", _sets_hook),
     ),
     "the loading of a packed pair": (
         Place(
@@ -170,9 +168,7 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
             f"{BATCHING}.continuous_api:ContinuousBatchingManager.switch_to_cb_friendly_attn",
             ("self", "model", "auto_switch_to_flash"),
         ),
-        using(
-            f"{BATCHING}.continuous_api:ContinuousBatchingManager.switch_to_cb_friendly_attn", "_original_attn_impl"
-        ),
+        using(f"{BATCHING}.continuous_api:ContinuousBatchingManager.switch_to_cb_friendly_attn", "_original_attn_impl"),
         using(
             f"{BATCHING}.continuous_api:ContinuousMixin.init_continuous_batching",
             "_cached_continuous_batching_manager",
@@ -185,6 +181,15 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
         Place(f"{BATCHING}.continuous_api:ContinuousBatchingManager._run_generation_loop", ("self",)),
         Place(f"{BATCHING}.continuous_api:ContinuousBatchProcessor", ("inputs_and_outputs", "scheduler")),
         keeping(f"{BATCHING}.continuous_api:OutputRouter", "_lock", "result_handlers"),
+        Place(
+            f"{BATCHING}.cb_logits_processors:ContinuousBatchingLogitsProcessor",
+            ("supported_kwargs", "ignored_kwargs", "fill_defaults", "prepare_tensor_args"),
+        ),
+        keeping(
+            f"{BATCHING}.cb_logits_processors:ContinuousBatchingLogitsProcessorList",
+            *("logits_processor", "tensors_required", "supported_keys", "ignored_keys", "do_processing"),
+            made=lambda cls: cls([]),
+        ),
         Place(
             f"{BATCHING}.cb_logits_processors:ContinuousBatchingLogitsProcessorList.prepare_tensor_args",
             ("self", "requests_in_batch", "arg_storage"),
@@ -227,7 +232,8 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
 @functools.cache
 def check(group: str) -> None:
     """Raises `Moved` if what a group of `RELIED_ON` needs is not there, or is not as dami was written for."""
-    upstream.check(group, RELIED_ON[group], TESTED, f"dami {__version__}")
+    with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():  # wherever it is first asked for
+        upstream.check(group, RELIED_ON[group], TESTED, f"dami {__version__}")
 
 
 def needs(group: str) -> Callable[[F], F]:
@@ -340,7 +346,7 @@ CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 @needs("a patched model")
 def attention_of(model: PreTrainedModel) -> str:
     """The name of the attention that a model computes with."""
-    return model.config._attn_implementation  # type: ignore[return-value]
+    return model.config._attn_implementation
 
 
 @needs("a patched model")
@@ -389,16 +395,6 @@ def local_shape_and_offset(tensor: DTensor, mesh: Any) -> tuple[tuple[int, ...],
 # transformers: continuous batching
 
 
-def attention_before(manager: ContinuousBatchingManager) -> str | None:
-    """The attention of a manager's model before the manager changed it, None if it has not."""
-    return manager._original_attn_impl
-
-
-def note_attention_before(manager: ContinuousBatchingManager, name: str) -> None:
-    """Has a manager give its model this attention back when it stops."""
-    manager._original_attn_impl = name  # type: ignore[assignment]
-
-
 def replace_method(owner: Any, name: str, method: Callable[..., Any]) -> None:
     """Has one object of transformers call our function in the place of its method."""
     assert callable(getattr(owner, name))
@@ -421,12 +417,12 @@ def adapter_classes() -> tuple[type[nn.Module], ...]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    return BaseTunerLayer, AuxiliaryTrainingWrapper
+    return cast(tuple[type[nn.Module], ...], (BaseTunerLayer, AuxiliaryTrainingWrapper))
 
 
 @needs("PEFT adapters on a pair")
 def before_merging(guard: Callable[[nn.Module], None]) -> None:
-    """Has PEFT call `guard` with the model that it is about to merge an adapter into. Once: later calls change nothing."""
+    """Has PEFT call `guard` with a model into which it is about to merge an adapter; later calls change nothing."""
     from peft.tuners.tuners_utils import BaseTuner
 
     original = BaseTuner._check_merge_allowed

@@ -38,7 +38,8 @@ for module in sys.argv[1:]:
     if child == 0:
         importlib.import_module(module)
         from transformers.quantizers import auto
-        print(module, "dami" in auto.AUTO_QUANTIZER_MAPPING, "dami" in auto.AUTO_QUANTIZATION_CONFIG_MAPPING, flush=True)
+        known = [auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING]
+        print(module, *("dami" in names for names in known), flush=True)
         os._exit(0)
     os.waitpid(child, 0)
 """

@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
+
 from dami_kernels import upstream
 from dami_kernels.upstream import Moved, Place
-
 from tests.moving import break_place, ways
 
 BROKEN = [pytest.param(place, way, id=f"{place.path} {way}") for place in upstream.RELIED_ON for way in ways(place)]

@@ -69,9 +69,8 @@ class PairQuantizer(HfQuantizer):
         for module in _patched(model):
             for name in module.placeholders():
                 # no parameter until all is loaded: nobody is to look for it in the files, to count or to move it
-                awaited, parameters_of(module)[name] = parameters_of(module)[name], None
-                keep_from_initialization(awaited)
-                vars(module)[name] = awaited
+                vars(module)[name], parameters_of(module)[name] = module.tensor(name), None
+                keep_from_initialization(vars(module)[name])
         for target, source in list(model.all_tied_weights_keys.items()):
             holder, _, local = target.rpartition(".")
             for name in _beside(model.get_submodule(holder), local):
@@ -87,7 +86,6 @@ class PairQuantizer(HfQuantizer):
             ValueError: it is not all there, or does not fit; every fault is named.
         """
         from dami.layers.base import own_tensors
-        from dami.layers.packed import Packed
 
         packed: dict[int, Packed] = {}
         faults = []

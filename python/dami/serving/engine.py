@@ -23,6 +23,7 @@ from dami.dial.patch import patch_of
 from dami.generation.batching import LerpManager, Step, padded
 from dami.generation.sampling import Logprobs, Sampling
 from dami.serving.controller import IntensityController
+from dami.upstream import forget_handler
 
 GIB = 1 << 30
 PAGE = 16  # tokens of a block: prompts share whole blocks only
@@ -325,9 +326,7 @@ class Engine:
         return True
 
     def _unregister(self, row: Row) -> None:
-        router = self.manager.output_router
-        with router._lock:
-            router.result_handlers.pop(row.name, None)
+        forget_handler(self.manager.output_router, row.name)
 
     async def estimate(self, prompt: list[int]) -> float:
         """λ that the pair's estimator chooses for a prompt; prompts that come together are estimated in one batch.
