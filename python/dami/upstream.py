@@ -25,7 +25,7 @@ from dami_kernels.upstream import Place
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -107,6 +107,11 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
             "transformers.modeling_layers:GradientCheckpointingLayer",
             does="call _gradient_checkpointing_func",
             proof=_calls_checkpoint,
+        ),
+        keeping(
+            "transformers.integrations.moe:use_experts_implementation",
+            "_apply_gate",
+            made=lambda use: use(type("Experts", (nn.Module,), {})),
         ),
         Place("accelerate.hooks:add_hook_to_module", ("module", "hook"), "set _hf_hook and _old_forward", _sets_hook),
     ),
@@ -217,6 +222,7 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
             ("state", "has_new_token", "complete_blocks", "query_length"),
         ),
     ),
+    "an alignment of neurons": (Place("transformers:PreTrainedConfig._experts_implementation"),),
     "PEFT adapters on a pair": (
         Place("peft.tuners.tuners_utils:BaseTuner._check_merge_allowed", ("self",)),
         Place("peft.tuners.tuners_utils:BaseTunerLayer"),
@@ -365,6 +371,22 @@ def ties_of(model: PreTrainedModel) -> dict[str, str]:
 def ignored_keys(model: PreTrainedModel) -> list[str]:
     """Patterns of the tensors that a model's checkpoints may hold and it does not read."""
     return list(model._keys_to_ignore_on_load_unexpected or ())
+
+
+def describes_experts(module: nn.Module) -> bool:
+    """Whether a module of experts says of itself what transformers' own ways to compute experts need to know."""
+    return all(hasattr(module, name) for name in ("has_gate", "has_bias", "_apply_gate"))
+
+
+def gated(experts: Any, x: Tensor) -> Tensor:
+    """What a module of experts makes of the product of its first weights."""
+    return experts._apply_gate(x)
+
+
+@needs("an alignment of neurons")
+def compute_experts_one_by_one(config: PreTrainedConfig) -> None:
+    """Has a model compute its experts by its own code, in any dtype."""
+    config._experts_implementation = "eager"
 
 
 @needs("the loading of a packed pair")

@@ -75,6 +75,7 @@ USES: dict[str, Callable[[Any], Any]] = {
     "an offloaded pair": lambda model: upstream.execution_device(model),
     "tensor parallelism of a pair": lambda model: _split(),
     "continuous batching of a pair": lambda model: model.init_continuous_batching(),
+    "an alignment of neurons": lambda model: upstream.compute_experts_one_by_one(model.config),
     "PEFT adapters on a pair": lambda model: setattr(model, "peft_config", {}),
 }
 

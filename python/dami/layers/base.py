@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from dami.dial.state import PatchedModule, Stored
 from dami.layers.row_parameter import RowParameter, blend
+from dami.upstream import asked_by_hook, buffers_of, in_backward, parameters_of
 from dami_kernels import LerpWeight
 from dami_kernels.weight import FLOAT_DTYPES
 
@@ -40,7 +40,7 @@ def check_dtypes(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
 
 def runs_again() -> bool:
     """Whether this thread is in a backward pass, where what runs forward has run before."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and in_backward()
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class LerpModule(PatchedModule):
         lerp = self.__dict__.get("lerp")
         if lerp is None or name not in lerp.stored:
             return super().__getattr__(name)
-        if "_hf_hook" in self.__dict__ and sys._getframe(1).f_globals["__name__"].startswith("accelerate."):
+        if asked_by_hook(self):
             return super().__getattr__(name)  # its hooks put the stored tensors in their places and take them away
         lam, outside = lerp.lam, lerp.running.sequences is None
         if outside and (name in self.operands or (lam.dim() == 0 and lam.item() == 0)):
@@ -223,4 +223,4 @@ class LerpModule(PatchedModule):
 
 def own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters and buffers of a module, those of its children aside."""
-    return [(name, t) for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None]
+    return [(name, t) for name, t in (*parameters_of(module).items(), *buffers_of(module).items()) if t is not None]

@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch import nn
 
 from dami.layers.base import LerpModule, M, Recipe, recipe_of
+from dami.upstream import rewrap
 
 
 @functools.cache
@@ -24,6 +25,5 @@ def patched_class(kind: type[LerpModule], original: Any) -> type[LerpModule]:
 def reclass(module: nn.Module, cls: type[M]) -> M:
     """Changes a module's class in place, and what accelerate's hooks have kept of the old one."""
     module.__class__ = cls
-    if "_old_forward" in module.__dict__:
-        module._old_forward = cls.forward.__get__(module)
+    rewrap(module, cls.forward)
     return cast(M, module)

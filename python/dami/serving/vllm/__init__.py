@@ -19,7 +19,7 @@ def register() -> None:
         try:
             _install()
         except Exception as error:
-            support.FAULTS.append(f"{type(error).__name__}: {error}")
+            support.FAULTS.append(f"raises {type(error).__name__}: {error}")
     if support.FAULTS:
         support.refuse_pairs()
 

@@ -6,6 +6,8 @@ All mapping of names, merging and sharding is vLLM's own: what stands beside a w
 from __future__ import annotations
 
 import copy
+import functools
+import logging
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -16,9 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
-from vllm.model_executor import model_loader
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -30,16 +32,27 @@ from dami.serving.vllm import runners, self_test, support
 from dami.serving.vllm.methods import LAM, NORMS, LinearMethod, PairMethod, adopt, suffix_of
 from dami.serving.vllm.quantization import METHOD, PairQuantization
 from dami.serving.vllm.settings import KEYS, Settings
+from dami.upstream import parameters_of
 from dami.version import __version__
 from dami_kernels import LerpWeight, formats
 
 LOAD_FORMATS = ("auto", "hf", "safetensors")
 
 
+@functools.cache
 def install() -> None:
-    """Puts our loader in the place of vLLM's for the load formats that pairs come in."""
-    for load_format in LOAD_FORMATS:
-        model_loader._LOAD_FORMAT_TO_MODEL_LOADER[load_format] = PairLoader
+    """Registers our loader for the load formats that pairs come in. Models that are no pairs it leaves to vLLM's own.
+
+    So vLLM's warnings that its own is overwritten, one for each format in each process, say nothing that matters.
+    """
+    log = logging.getLogger(register_model_loader.__module__)
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        for load_format in LOAD_FORMATS:
+            register_model_loader(load_format)(PairLoader)
+    finally:
+        log.setLevel(before)
 
 
 class PairLoader(DefaultModelLoader):
@@ -112,7 +125,7 @@ class PairLoader(DefaultModelLoader):
             module.__class__ = NORMS[type(module)]
             module.register_buffer(LAM, pair.rows.tokens, persistent=False)
             vector = "weight"
-        elif isinstance(module, LinearBase) and module._parameters.get("bias") is not None:
+        elif isinstance(module, LinearBase) and parameters_of(module).get("bias") is not None:
             if not pair.keep_pair([f"{part}.bias" for part in pair.parts(name)]):
                 return
             if not isinstance(module.quant_method, LinearMethod) or module.skip_bias_add:
@@ -120,7 +133,7 @@ class PairLoader(DefaultModelLoader):
             vector = "bias"
         else:
             return
-        base = module._parameters[vector]
+        base: Any = parameters_of(module)[vector]
         target = nn.Parameter(base.detach().clone(), requires_grad=False)
         set_weight_attrs(target, dict(vars(base)))
         module.register_parameter(f"{vector}_target", target)

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
 from dami.serving.vllm.rows import Rows
+from dami.upstream import parameters_of
 from dami_kernels import LerpWeight, formats, lerp_embedding, lerp_experts, lerp_linear, lerp_rms_norm
 from dami_kernels.quantize import GROUP
 
@@ -93,16 +94,17 @@ def register_factors(
 
 def ends_of(layer: nn.Module, name: str, format: str, shape: Sequence[int], dtype: torch.dtype) -> LerpWeight:
     """Both ends of a weight as the operators take them."""
-    tensors = tuple(layer._parameters[name + suffix_of(suffix)] for suffix in formats.get(format).TENSORS)
+    own = parameters_of(layer)
+    tensors = tuple(own[name + suffix_of(suffix)] for suffix in formats.get(format).TENSORS)
     return LerpWeight(tensors, format, torch.Size(shape), dtype)  # type: ignore[arg-type]
 
 
 def vector_ends(layer: nn.Module, name: str) -> LerpWeight | None:
     """Both ends of a norm's weight or of a bias; one tensor stands for both where they are the same."""
-    base = layer._parameters.get(name)
+    base = parameters_of(layer).get(name)
     if base is None:
         return None
-    target = layer._parameters.get(f"{name}_target")
+    target = parameters_of(layer).get(f"{name}_target")
     return LerpWeight((base, base if target is None else target), "pair", base.shape, base.dtype)
 
 
@@ -177,7 +179,8 @@ class EmbeddingMethod(PairMethod, LinearMethodBase):
     def share(self, layer: Any) -> None:
         """Ties a layer's weight to that of `tied_to`."""
         for suffix in formats.get(self.format).TENSORS:
-            layer._parameters["weight" + suffix_of(suffix)] = self.tied_to._parameters["weight" + suffix_of(suffix)]
+            name = "weight" + suffix_of(suffix)
+            parameters_of(layer)[name] = parameters_of(self.tied_to)[name]
 
 
 def adopt(layer: Any, method: PairMethod) -> None:
