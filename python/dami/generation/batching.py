@@ -58,7 +58,7 @@ TOKENS = 1 << TOKEN_BITS
 
 
 @dataclass(frozen=True)
-class Step:
+class StepLoad:
     """One step of the generation loop, or a look at it while it has nothing to do.
 
     Attributes:
@@ -92,7 +92,7 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
     parts: dict[str, Any]  # λ of the modules that `dami.intensity` had set apart when the loop began
     sampler: Sampler | None
     _original_attn_impl: str | None  # type: ignore[assignment]  # transformers': the model's before it was set up
-    on_step: Callable[[Step], None] | None
+    on_step: Callable[[StepLoad], None] | None
 
     @classmethod
     def of(cls, manager: continuous_api.ContinuousBatchingManager) -> LerpManager:
@@ -232,7 +232,7 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
             scheduler, stepped = batch_processor.scheduler, self.current_batch > before
             states = batch_processor.inputs_and_outputs.requests_in_batch if stepped else []
             self.on_step(
-                Step(
+                StepLoad(
                     waiting=self.input_queue.qsize() + len(scheduler.waiting_requests),
                     running=len(scheduler.active_requests),
                     rows=len(states),

@@ -101,6 +101,11 @@ class LerpModule(PatchedModule):
         tensors = tuple(self.as_operand(self.tensor(tensor)) for tensor in stored.names)
         return LerpWeight(tensors, stored.format, parameter.shape, parameter.dtype)
 
+    def beside(self, name: str) -> tuple[str, ...]:
+        """Names of what is stored beside a parameter or buffer; none where it is the same in both ends."""
+        stored = self.lerp.stored.get(name)
+        return () if stored is None else tuple(tensor for tensor in stored.names if tensor != name)
+
     def tensor(self, name: str) -> Tensor:
         """A parameter or buffer as it is stored."""
         return self._parameters[name] if name in self._parameters else self._buffers[name]  # type: ignore[return-value]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dami.layers.base import LerpModule, own_tensors, placeholder
+from dami.layers.routing import by_expert
 from dami.upstream import OF_MODULES, buffers_of, describes_experts, gated, is_wrapped, parameters_of
 from dami_kernels import LerpWeight, lerp_embedding, lerp_experts, lerp_layer_norm, lerp_linear, lerp_rms_norm
 
@@ -140,10 +141,9 @@ class LerpExperts(LerpModule):
         x, rows = self.rows(hidden_states)
         up, down = "gate_up_proj" if self.has_gate else "up_proj", "down_proj"
         k = top_k_index.shape[-1]
-        expert, pair = top_k_index.reshape(-1).sort(stable=True)  # pairs of a token and an expert, by expert
+        _, pair, offsets = by_expert(top_k_index, len(self.tensor(up)))
         token = pair // k
-        each = torch.arange(len(self.tensor(up)), device=x.device)
-        where = {"expert_offsets": torch.searchsorted(expert, each, right=True, out_int32=True), "lam": rows["lam"]}
+        where = {"expert_offsets": offsets, "lam": rows["lam"]}
         if "rows_per_lam" in rows:
             where["row_to_lam"] = (token // rows["rows_per_lam"]).int()
         x = lerp_experts(

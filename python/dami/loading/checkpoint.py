@@ -201,7 +201,7 @@ def headers_in(file: Path) -> dict[str, Header]:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensors:
     """What a checkpoint's stored tensors are in the model.
 
     Attributes:
@@ -217,7 +217,7 @@ class Stored:
     complete: bool
 
     @classmethod
-    def of(cls, skeleton: PreTrainedModel, headers: Mapping[str, Header]) -> Stored:
+    def of(cls, skeleton: PreTrainedModel, headers: Mapping[str, Header]) -> StoredTensors:
         """Finds each stored tensor in the model, with or without the prefix of the base model."""
         firsts = first_names(skeleton)
         prefix = f"{skeleton.base_model_prefix}."

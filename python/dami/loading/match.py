@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from dami.loading.checkpoint import Checkpoint, Stored
+from dami.loading.checkpoint import Checkpoint, StoredTensors
 from dami.patching.compare import config_mismatches, first_names, headers_of, tensor_mismatches
 from dami.patching.ties import TIES
 from dami.sources import check_end
@@ -28,7 +28,7 @@ class Match:
     ends: tuple[Checkpoint, Checkpoint]
     skeleton: PreTrainedModel
     tokenizers: tuple[Any, Any]
-    stored: tuple[Stored, Stored]
+    stored: tuple[StoredTensors, StoredTensors]
 
     @classmethod
     def of(cls, instruct: Checkpoint, thinking: Checkpoint, dtypes: bool = True) -> Match:
@@ -44,7 +44,7 @@ class Match:
         tokenizers = instruct.tokenizer(), thinking.tokenizer()
         skeleton = instruct.skeleton()
         headers = [end.headers() for end in ends]
-        stored = Stored.of(skeleton, headers[0]), Stored.of(skeleton, headers[1])
+        stored = StoredTensors.of(skeleton, headers[0]), StoredTensors.of(skeleton, headers[1])
 
         own_heads = [end.has_own_head(skeleton) for end in ends]
         mismatches = config_mismatches(configs[0], configs[1]) + vocabulary_mismatches(*tokenizers)

@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from dami.layers.kinds import kind_on_meta
 from dami.saving.config import SUFFIXES, PairConfig
-from dami.sources import METHOD
+from dami.sources import QUANT_METHOD
 from dami.upstream import check, execution_device, keep_at_hand, keep_from_initialization, parameters_of
 from dami_kernels import LerpWeight, formats
 from dami_kernels.quantize import SCALE
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from dami.patching.compare import Header
 
 check("the loading of a packed pair")
-register_quantization_config(METHOD)(PairConfig)
+register_quantization_config(QUANT_METHOD)(PairConfig)
 
 
-@register_quantizer(METHOD)
+@register_quantizer(QUANT_METHOD)
 class PairQuantizer(HfQuantizer):
     """Loads packed pairs: patches the empty model, so that every stored tensor goes straight to its place."""
 
@@ -57,6 +57,7 @@ class PairQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         """Patches the model on the meta device, as the headers of the files say what will come."""
+        from dami.layers.base import LerpModule
         from dami.layers.kinds import readers
         from dami.loading.checkpoint import headers_in
         from dami.patching.patch import install
@@ -73,7 +74,8 @@ class PairQuantizer(HfQuantizer):
                 keep_from_initialization(vars(module)[name])
         for target, source in list(model.all_tied_weights_keys.items()):
             holder, _, local = target.rpartition(".")
-            for name in _beside(model.get_submodule(holder), local):
+            module = model.get_submodule(holder)
+            for name in module.beside(local) if isinstance(module, LerpModule) else ():
                 suffix = name.removeprefix(local)
                 model.all_tied_weights_keys[target + suffix] = source + suffix
 
@@ -113,7 +115,7 @@ class PairQuantizer(HfQuantizer):
         for module in _patched(model):
             for local, stored in module.lerp.stored.items():
                 tensors = [module.tensor(name) for name in stored.names]
-                added |= {id(module.tensor(name)) for name in _beside(module, local)}
+                added |= {id(module.tensor(name)) for name in module.beside(local)}
                 if isinstance(module, (LerpConv1D, LerpTransposedExperts)):
                     for tensor in tensors:
                         tensor.data = module.as_operand(module.as_operand(tensor.data).contiguous())
@@ -201,11 +203,3 @@ def _patched(model: nn.Module) -> list[LerpModule]:
     from dami.layers.base import LerpModule
 
     return [module for module in model.modules() if isinstance(module, LerpModule)]
-
-
-def _beside(module: nn.Module, name: str) -> list[str]:
-    """Names of what is stored beside a parameter of a module."""
-    from dami.layers.base import LerpModule
-
-    stored = module.lerp.stored.get(name) if isinstance(module, LerpModule) else None
-    return [tensor for tensor in stored.names if tensor != name] if stored else []

@@ -19,7 +19,7 @@ from dami.layers.peft import refuse_adapters
 from dami.saving.config import PairConfig, by_pattern
 from dami.saving.model_card import write_model_card
 
-SHARD = "4GB"
+MAX_SHARD_SIZE = "4GB"
 
 
 def save_pair(
@@ -28,7 +28,7 @@ def save_pair(
     tokenizer: Any = None,
     *,
     overwrite: bool = False,
-    max_shard_size: int | str = SHARD,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> Path:
     """Writes a patched model as one directory, which `dami.load_pair(directory)` loads, and returns it.
 
@@ -53,7 +53,7 @@ def save_pair(
 
 
 def write_pair(
-    model: PreTrainedModel, directory: str | Path, tokenizer: Any, max_shard_size: int | str = SHARD
+    model: PreTrainedModel, directory: str | Path, tokenizer: Any, max_shard_size: int | str = MAX_SHARD_SIZE
 ) -> None:
     """Writes a patched model and its tokenizer into a directory."""
     if tokenizer is not None and model.should_save_on_this_rank(True):
@@ -101,7 +101,7 @@ def push(
     token: bool | str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    max_shard_size: int | str = SHARD,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> Any:
     """`push_to_hub` of a patched model: uploads what `save_pair` writes, model card and tokenizer included.
 

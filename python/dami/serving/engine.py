@@ -20,7 +20,7 @@ import dami
 from dami.chat import end_tokens
 from dami.dial.choosing import resolved
 from dami.dial.patch import patch_of
-from dami.generation.batching import LerpManager, Step, padded
+from dami.generation.batching import LerpManager, StepLoad, padded
 from dami.generation.sampling import Logprobs, Sampling
 from dami.serving.controller import IntensityController
 from dami.upstream import forget_handler
@@ -371,12 +371,12 @@ class Engine:
             return intensity
         return self.controller.grant(intensity, adjustable)
 
-    def _hand_over(self, step: Step) -> None:
+    def _hand_over(self, step: StepLoad) -> None:
         """Called in the generation thread after each step."""
         with contextlib.suppress(RuntimeError):  # the event loop is closed
             self._loop.call_soon_threadsafe(self._observe, step)
 
-    def _observe(self, step: Step) -> None:
+    def _observe(self, step: StepLoad) -> None:
         self.load = Load(step.waiting, step.running, step.blocks)
         if self.controller is not None:
             longest = next(iter(self.waiting.values()), None)

@@ -30,8 +30,8 @@ from dami.patching.compare import Header, config_mismatches, tensor_mismatches
 from dami.saving.config import SUFFIXES
 from dami.serving.vllm import runners, self_test, support
 from dami.serving.vllm.methods import LAM, NORMS, LinearMethod, PairMethod, adopt, suffix_of
-from dami.serving.vllm.quantization import METHOD, PairQuantization
-from dami.serving.vllm.settings import KEYS, Settings
+from dami.serving.vllm.quantization import QUANT_METHOD, PairQuantization
+from dami.serving.vllm.settings import KEYS, PairSettings
 from dami.upstream import parameters_of
 from dami.version import __version__
 from dami_kernels import LerpWeight, formats
@@ -68,11 +68,11 @@ class PairLoader(DefaultModelLoader):
         self.pair: PairQuantization | None = None
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
-        self.pair = PairQuantization.of(vllm_config) if model_config.quantization == METHOD else None
+        self.pair = PairQuantization.of(vllm_config) if model_config.quantization == QUANT_METHOD else None
         if self.pair is None:
             if self.own:
                 raise ValueError(
-                    f"{', '.join(self.own)} of the loader's extra config need a pair: --quantization {METHOD}"
+                    f"{', '.join(self.own)} of the loader's extra config need a pair: --quantization {QUANT_METHOD}"
                 )
             return super().load_model(vllm_config, model_config, prefix)
         support.check_features(vllm_config)
@@ -85,7 +85,7 @@ class PairLoader(DefaultModelLoader):
     def create_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         if self.pair is None:
             return super().create_model(vllm_config, model_config, prefix)
-        self.pair.settings = settings = Settings.of(self.own)
+        self.pair.settings = settings = PairSettings.of(self.own)
         if (self.pair.interpolated is None) != (settings.thinking is not None):
             needed = "must name the λ=1 end" if settings.thinking is None else "must be left out of a packed pair"
             raise ValueError(f"thinking in --model-loader-extra-config {needed}, got {settings.thinking!r}")
@@ -100,7 +100,7 @@ class PairLoader(DefaultModelLoader):
         # what is compiled depends on these, and is kept by a hash of the config
         vllm_config.additional_config = {
             **vllm_config.additional_config,
-            METHOD: [__version__, settings.thinking, settings.format],
+            QUANT_METHOD: [__version__, settings.thinking, settings.format],
         }
         model = super().create_model(vllm_config, model_config, prefix)
         for name, module in model.named_modules():
@@ -169,7 +169,7 @@ class PairLoader(DefaultModelLoader):
                 target = file.get_tensor(name)
             format = pair.format_of(name)
             if format is not None:
-                yield from named(name, LerpWeight.pack(base.contiguous(), target, format))
+                yield from tensors_of(name, LerpWeight.pack(base.contiguous(), target, format))
             elif base.equal(target):
                 yield name, base
             else:
@@ -205,7 +205,7 @@ def packed_weights(
         elif format is None or _stores(pair, name, ""):
             yield name, tensor
         else:
-            yield from named(name, LerpWeight.pack(tensor, tensor, format))
+            yield from tensors_of(name, LerpWeight.pack(tensor, tensor, format))
     if awaited:
         raise ValueError(f"the packed pair lacks {', '.join(sorted(awaited))}")
 
@@ -216,7 +216,7 @@ def _stores(pair: PairQuantization, name: str, suffix: str) -> bool:
     return format is not None and suffix in formats.get(format).TENSORS
 
 
-def named(name: str, weight: LerpWeight) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(name: str, weight: LerpWeight) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a packed weight under vLLM's names."""
     for suffix, tensor in zip(formats.get(weight.format).TENSORS, weight.tensors, strict=True):
         yield name + suffix_of(suffix), tensor

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from dami.sources import METHOD
+from dami.sources import QUANT_METHOD
 from dami_kernels.upstream import Place
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def refuse_pairs() -> None:
         from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
     except Exception:
         return
-    if METHOD in QUANTIZATION_METHODS:
+    if QUANT_METHOD in QUANTIZATION_METHODS:
         return  # the plugin's own, which tells them too
 
     class Refusal(QuantizationConfig):
@@ -164,7 +164,7 @@ def refuse_pairs() -> None:
             return 0
 
         def get_name(self) -> Any:
-            return METHOD
+            return QUANT_METHOD
 
         def get_supported_act_dtypes(self) -> list[Any]:
             return []
@@ -172,7 +172,7 @@ def refuse_pairs() -> None:
         def get_quant_method(self, layer: Any, prefix: str) -> None:
             return None
 
-    register_quantization_config(METHOD)(Refusal)
+    register_quantization_config(QUANT_METHOD)(Refusal)
 
 
 def _version(name: str) -> str | None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import starmap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,17 +15,28 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dami_kernels.upstream import Place
 from tests.dami.serving.vllm import pairs
 from tests.dami.serving.vllm.engines import engine
+from tests.moving import break_place, ways
 
 vllm = pytest.importorskip("vllm")
 
 from dami.serving.vllm import register, support  # noqa: E402
-from dami.serving.vllm.settings import Settings, check_arguments  # noqa: E402
+from dami.serving.vllm.settings import PairSettings, check_arguments  # noqa: E402
 
 
 def test_this_vllm_fits() -> None:
     assert support.FAULTS == []
+
+
+BROKEN = [(place, way) for place in starmap(Place, support.RELIED_ON.items()) for way in ways(place)]
+
+
+@pytest.mark.parametrize(("place", "way"), BROKEN)
+def test_what_has_moved_is_named(place: Place, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = break_place(monkeypatch, place, way)
+    assert said in "\n".join(support.faults())
 
 
 def test_what_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,11 +170,11 @@ def test_what_is_not_supported_is_named(changed: dict[str, Any], named: str) -> 
 )
 def test_settings_that_are_wrong(extra: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Settings.of(extra)
+        PairSettings.of(extra)
 
 
 def test_one_intensity_has_one_key() -> None:
-    checked = Settings().checked
+    checked = PairSettings().checked
     assert checked(0.1) == checked(float(torch.tensor(0.1)))  # as the kernels take it
     assert str(checked(-0.0)) == "0.0"
 
