@@ -81,6 +81,13 @@ def test_a_module_that_has_moved_breaks_no_other_model() -> None:
     assert not [line for line in tried if not line.endswith(": refused")], done.stdout
 
 
+def test_a_plugin_that_cannot_be_imported_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("dami.serving.vllm.support")
+    monkeypatch.setitem(sys.modules, "dami.serving.vllm.support", None)
+    with pytest.warns(RuntimeWarning, match="vLLM goes on without dami's plugin, which could not be imported: ModuleNotFoundError: "):
+        register()
+
+
 def test_arguments_of_processors_of_the_user_s_are_theirs() -> None:
     check_arguments(["intensity", "kv_transfer_params"], others_may_read=False)
     check_arguments(["their_own"], others_may_read=True)
