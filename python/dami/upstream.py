@@ -24,6 +24,7 @@ from dami_kernels.upstream import Moved as Moved
 from dami_kernels.upstream import Place
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
     from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.generation.continuous_batching.continuous_api import OutputRouter
@@ -204,6 +205,7 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
             ("self", "int32_tensor"),
         ),
         Place(f"{BATCHING}.input_outputs:ContinuousBatchingIOs.prepare_batch_update", ("self",)),
+        using(f"{BATCHING}.input_outputs:ContinuousBatchingIOs.prepare_batch_update", "requests_in_batch"),
         Place(f"{BATCHING}.input_outputs:ContinuousBatchingAsyncIOs.prepare_batch_update", ("self",)),
         Place(f"{BATCHING}.cache:PagedAttentionCache.search_prefix_match", ("self", "request_id", "prompt_ids")),
         Place(f"{BATCHING}.cache:PagedAttentionCache.mark_complete_blocks", ("self", "state", "complete_blocks")),
@@ -407,7 +409,7 @@ def local_parameters(module: nn.Module) -> AbstractContextManager[None]:
 
 
 @needs("tensor parallelism of a pair")
-def local_shape_and_offset(tensor: DTensor, mesh: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def local_shape_and_offset(tensor: DTensor, mesh: DeviceMesh) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shape of this process's part of a tensor, and where it begins."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 

@@ -20,9 +20,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.continuous_batching import cb_logits_processors, continuous_api
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
+from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
+from transformers.generation.continuous_batching.scheduler import Scheduler
 
 from dami import upstream
 from dami.dial.choosing import named
@@ -225,12 +228,14 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         self.parts = parts
         return processor
 
-    def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
+    def _generation_loop_body(
+        self, batch_processor: continuous_api.ContinuousBatchProcessor, bootstrapping: bool
+    ) -> bool:
         start, before = time.perf_counter(), self.current_batch
         goes_on = super()._generation_loop_body(batch_processor, bootstrapping)
         if self.on_step is not None:
             scheduler, stepped = batch_processor.scheduler, self.current_batch > before
-            states = batch_processor.inputs_and_outputs.requests_in_batch if stepped else []
+            states = cast(Any, batch_processor.inputs_and_outputs).requests_in_batch if stepped else []
             self.on_step(
                 StepLoad(
                     waiting=self.input_queue.qsize() + len(scheduler.waiting_requests),
@@ -266,14 +271,14 @@ class LerpProcessors(cb_logits_processors.ContinuousBatchingLogitsProcessorList)
         super().fill_defaults(int32_tensor)
         int32_tensor[-1].zero_()
 
-    def prepare_tensor_args(self, requests_in_batch: list[Any], arg_storage: Tensor) -> Tensor:
+    def prepare_tensor_args(self, requests_in_batch: list[FutureRequestState], arg_storage: Tensor) -> Tensor:
         super().prepare_tensor_args(requests_in_batch, arg_storage)
         lam = [request.state.logit_processor_kwargs.get("intensity", 0.0) for request in requests_in_batch]
         arg_storage[-1, : len(lam)] = torch.tensor(lam).view(torch.int32).to(arg_storage.device)
         return arg_storage
 
 
-def check_config(config: Any) -> None:
+def check_config(config: GenerationConfig) -> None:
     """Refuses settings of a generation config that continuous batching would ignore: ValueError."""
     for name, value in config.to_dict().items():
         unused = value is None or value is False or value == NEUTRAL.get(name)
@@ -283,7 +288,9 @@ def check_config(config: Any) -> None:
             )
 
 
-def check_prompt(model: Any, config: Any, prompt: Any, max_new_tokens: int | None, name: str) -> int | None:
+def check_prompt(
+    model: Any, config: GenerationConfig, prompt: Any, max_new_tokens: int | None, name: str
+) -> int | None:
     """How many tokens a prompt's answer may have, None for no limit.
 
     Raises:
@@ -391,7 +398,7 @@ def key_blocks(processor: continuous_api.ContinuousBatchProcessor) -> None:
     def search_prefix_match(request_id: str, prompt_ids: list[int]) -> int:
         return search(request_id, keyed(prompt_ids, scheduler.waiting_requests[request_id]))
 
-    def mark_complete_blocks(state: Any, complete_blocks: dict[str, int]) -> None:
+    def mark_complete_blocks(state: RequestState, complete_blocks: dict[str, int]) -> None:
         if complete_blocks and cache.allow_block_sharing:
             state = copy.copy(state)
             state.initial_tokens = keyed(state.initial_tokens, state)
@@ -401,23 +408,23 @@ def key_blocks(processor: continuous_api.ContinuousBatchProcessor) -> None:
     upstream.replace_method(cache, "mark_complete_blocks", mark_complete_blocks)
 
 
-def keyed(tokens: list[int], state: Any) -> list[int]:
+def keyed(tokens: list[int], state: RequestState) -> list[int]:
     """A prompt that equals another one's where tokens and λ are equal: an int32 of 8 bits of λ and 23 of a token."""
     bits = struct.pack("<f", state.logit_processor_kwargs.get("intensity", 0.0))
     return [token | byte << TOKEN_BITS for token, byte in zip(tokens, bits, strict=False)] + tokens[len(bits) :]
 
 
-def blocks_in_use(cache: Any) -> float:
+def blocks_in_use(cache: PagedAttentionCache) -> float:
     """Share of a KV cache that requests hold, 0 to 1: blocks kept for prompts to come are not in use."""
     kept = sum(len(each.ledger.cached_blocks) / each.num_blocks for each in cache.cache_allocators.values())
     return round(1.0 - cache.compute_free_capacity() - kept, 6) + 0.0  # −0 is 0
 
 
-def unblock_after_cancellations(scheduler: Any) -> None:
+def unblock_after_cancellations(scheduler: Scheduler) -> None:
     """Lets waiting requests in when blocks become free by cancellation, as transformers does when a request ends."""
     clear = scheduler.clear_cancelled_requests
 
-    def clear_cancelled_requests() -> list[Any]:
+    def clear_cancelled_requests() -> list[RequestState]:
         cancelled = clear()
         if cancelled:
             scheduler.block_new_requests = False

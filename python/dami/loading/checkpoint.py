@@ -13,7 +13,14 @@ import torch
 from huggingface_hub import ModelCard, snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from dami.loading import adapters
@@ -97,7 +104,7 @@ class Checkpoint:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(self.config(), trust_remote_code=self.trust_remote_code)
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Its tokenizer, or None if it comes without one."""
         if self.gguf is None and not any(self.directory.glob("*token*")):
             return None

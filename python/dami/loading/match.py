@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dami.loading.checkpoint import Checkpoint, StoredTensors
 from dami.patching.compare import config_mismatches, first_names, headers_of, tensor_mismatches
@@ -27,7 +26,7 @@ class Match:
 
     ends: tuple[Checkpoint, Checkpoint]
     skeleton: PreTrainedModel
-    tokenizers: tuple[Any, Any]
+    tokenizers: tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None]
     stored: tuple[StoredTensors, StoredTensors]
 
     @classmethod
@@ -68,7 +67,9 @@ class Match:
         return cls(ends, skeleton, tokenizers, stored)
 
 
-def vocabulary_mismatches(instruct: Any, thinking: Any) -> list[str]:
+def vocabulary_mismatches(
+    instruct: PreTrainedTokenizerBase | None, thinking: PreTrainedTokenizerBase | None
+) -> list[str]:
     """One line if two tokenizers give tokens different ids; an end without a tokenizer matches any."""
     if instruct is None or thinking is None:
         return []

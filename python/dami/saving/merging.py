@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dami.dial.choosing import named
 from dami.dial.patch import patch_of
@@ -20,7 +20,9 @@ from dami.sources import QUANT_METHOD
 from dami.upstream import parameters_of
 
 
-def write_merged(model: PreTrainedModel, directory: str | Path, tokenizer: Any, intensity: float) -> None:
+def write_merged(
+    model: PreTrainedModel, directory: str | Path, tokenizer: PreTrainedTokenizerBase | None, intensity: float
+) -> None:
     """Writes an ordinary checkpoint of a patched model at one λ into a directory, with a model card.
 
     Raises:

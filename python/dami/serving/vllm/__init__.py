@@ -13,8 +13,8 @@ def register() -> None:
     """Makes pairs known to vLLM; models that are not pairs are left as they were. May be called again.
 
     Where vLLM is not as the plugin needs it, a pair is refused when it is to be served, and nothing else is touched:
-    vLLM calls this for every model, and what it raised would keep all of them from starting. Where dami itself cannot be
-    imported, that is a warning, and vLLM knows no pairs.
+    vLLM calls this for every model, and what it raised would keep all of them from starting. Where the plugin itself
+    cannot be imported, there is a warning, and vLLM knows no pairs.
     """
     try:
         from dami.serving.vllm import support  # which imports nothing of vLLM unguarded

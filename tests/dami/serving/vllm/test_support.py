@@ -84,7 +84,8 @@ def test_a_module_that_has_moved_breaks_no_other_model() -> None:
 def test_a_plugin_that_cannot_be_imported_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("dami.serving.vllm.support")
     monkeypatch.setitem(sys.modules, "dami.serving.vllm.support", None)
-    with pytest.warns(RuntimeWarning, match="vLLM goes on without dami's plugin, which could not be imported: ModuleNotFoundError: "):
+    said = "vLLM goes on without dami's plugin, which could not be imported: ModuleNotFoundError: "
+    with pytest.warns(RuntimeWarning, match=said):
         register()
 
 
