@@ -113,11 +113,15 @@ RELIED_ON = (
 )
 check("dami_kernels", RELIED_ON, TESTED, "it")
 
-from torch import _C  # noqa: E402  (each is there, as was just seen)
+import torch._functorch.utils  # noqa: E402  (each is there, as was just seen)
+import torch.autograd.function  # noqa: E402
+from torch import _C  # noqa: E402
 from torch.autograd import forward_ad  # noqa: E402
-from torch.autograd.function import _SingleLevelFunction  # noqa: E402
+from torch.utils import _pytree  # noqa: E402
 
-SingleLevelFunction = _SingleLevelFunction
+pytree = _pytree
+SingleLevelFunction = torch.autograd.function._SingleLevelFunction
+single_level_functions = torch._functorch.utils.enable_single_level_autograd_function
 below_autograd = _C._AutoDispatchBelowAutograd
 after_autograd = _C._after_autograd_keyset
 forward_gradients = forward_ad._set_fwd_grad_enabled
