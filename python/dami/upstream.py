@@ -219,6 +219,7 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
             f"{BATCHING}.requests:RequestState",
             ("initial_tokens", "generated_tokens", "logit_processor_kwargs", "create_equivalent_initial_request"),
         ),
+        Place(f"{BATCHING}.requests:RequestState.update_and_check_completion", ("self", "token_id", "logprob")),
         Place(
             f"{BATCHING}.requests:FutureRequestState.__init__",
             ("state", "has_new_token", "complete_blocks", "query_length"),
