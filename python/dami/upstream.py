@@ -89,9 +89,6 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
         Place("torch.nn:Module._apply", ("self", "fn", "recurse")),
         Place("torch.nn:Module._save_to_state_dict", ("self", "destination", "prefix", "keep_vars")),
         Place("torch.nn:Module._load_from_state_dict", ("self", "state_dict", "prefix", "strict", "missing_keys")),
-        Place("torch.nn:Module._compiled_call_impl"),
-        keeping("torch.nn:RNN", "_flat_weights", made=lambda cls: cls(1, 1)),
-        Place("torch.nn.utils.prune:BasePruningMethod", ("_tensor_name",)),
         Place("torch:Tensor._make_wrapper_subclass"),
         Place("torch._C:_current_graph_task_id"),
         Place("torch.utils._pytree:tree_flatten", ("tree",)),
@@ -100,6 +97,9 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
         Place("torch.utils._python_dispatch:TorchDispatchMode.__torch_dispatch__", ("self", "func", "types", "args")),
     ),
     "a patched model": (
+        Place("torch.nn:Module._compiled_call_impl"),
+        keeping("torch.nn:RNN", "_flat_weights", made=lambda cls: cls(1, 1)),
+        Place("torch.nn.utils.prune:BasePruningMethod", ("_tensor_name",)),
         Place("transformers:PreTrainedConfig._attn_implementation"),
         Place("transformers:PreTrainedModel._is_stateful"),
         Place("transformers:PreTrainedModel._tied_weights_keys"),
@@ -288,6 +288,7 @@ def hooks_of(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
     return module._forward_hooks, module._forward_pre_hooks
 
 
+@needs("a patched model")
 def pruned_name(pruning: Any) -> str:
     """Which parameter a hook of `torch.nn.utils.prune` computes."""
     return pruning._tensor_name

@@ -483,9 +483,7 @@ def test_an_old_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 def test_another_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(LerpManager.__mro__[1], "_generation_loop_body")
     upstream.check.cache_clear()
-    with pytest.raises(
-        ImportError, match=r"has no \S+:ContinuousBatchingManager._generation_loop_body"
-    ):
+    with pytest.raises(ImportError, match=r"has no \S+:ContinuousBatchingManager._generation_loop_body"):
         patched("qwen3").init_continuous_batching(GREEDY, SMALL)
 
 
