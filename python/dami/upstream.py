@@ -268,7 +268,8 @@ from torch.utils._pytree import tree_flatten as tree_flatten  # noqa: E402
 from torch.utils._pytree import tree_map as tree_map  # noqa: E402
 from torch.utils._pytree import tree_unflatten as tree_unflatten  # noqa: E402
 
-OF_MODULES = ("_parameters", "_buffers", "_modules")  # attributes of a module that hold others
+PARAMETERS = "_parameters"  # attribute of a module
+OF_MODULES = (PARAMETERS, "_buffers", "_modules")  # those that hold what is registered in it
 FLAT_WEIGHTS = "_flat_weights"  # of torch's recurrent layers, made anew of their parameters in each pass
 OF_ONE_OBJECT = ("_compiled_call", "_cached_continuous_batching_manager")  # attributes of a model that no copy has
 
@@ -314,12 +315,12 @@ def hook_of(module: nn.Module) -> Any:
     return vars(module).get(HOOKED)
 
 
+@needs("a patched model")
 def is_wrapped(module: nn.Module) -> bool:
     """Whether accelerate has put a forward of its own before that of the module's class."""
     return "_old_forward" in vars(module)
 
 
-@needs("a patched model")
 def rewrap(module: nn.Module, forward: Callable[..., Any]) -> None:
     """Gives accelerate's forward, if a module has it, another one to call."""
     if is_wrapped(module):
@@ -349,8 +350,8 @@ def keep_at_hand(module: nn.Module, name: str) -> None:
 
 # transformers: models
 
-CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 # where modules keep what checkpoints them: layers of transformers, and the wrappers of torch, which FSDP takes
+CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
 @needs("a patched model")

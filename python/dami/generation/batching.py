@@ -352,11 +352,8 @@ def check_packed(model: Any) -> None:
     lengths = (tokens - 3, 2, 1)
     begins = torch.tensor([0, tokens - 3, tokens - 1, tokens], dtype=torch.int32, device=model.device)
     lam = torch.tensor([0.0, float("nan"), 1.0], device=model.device)
-    last = (
-        {"logits_to_keep": begins[1:].long() - 1}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters
-        else {}
-    )
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    last = {"logits_to_keep": begins[1:].long() - 1} if keeps else {}
     model.set_attn_implementation(attention.NAME)
     apart = [(m.lerp, m.lerp.part) for m in model.modules() if isinstance(m, LerpModule)]
     try:

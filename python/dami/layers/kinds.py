@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dami.layers.base import LerpModule, own_tensors, placeholder
 from dami.layers.routing import by_expert
-from dami.upstream import OF_MODULES, buffers_of, describes_experts, gated, is_wrapped, parameters_of
+from dami.upstream import PARAMETERS, buffers_of, describes_experts, gated, is_wrapped, parameters_of
 from dami_kernels import LerpWeight, lerp_embedding, lerp_experts, lerp_layer_norm, lerp_linear, lerp_rms_norm
 
 
@@ -200,7 +200,7 @@ def with_parameters(module: nn.Module, parameters: Mapping[str, Any]) -> nn.Modu
     """A shallow copy of a module that holds other parameters; the module itself is left alone."""
     probe = nn.Module.__new__(type(module))
     vars(probe).update(vars(module))
-    vars(probe)[OF_MODULES[0]] = dict(parameters)
+    vars(probe)[PARAMETERS] = dict(parameters)
     return probe
 
 
