@@ -64,11 +64,11 @@ def check_adapters(model: Any) -> None:
             )
 
 
-_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?")
+LORA_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?")
 
 
 # Settings under which an adapter is base + up · down: which weights it has, how they are scaled, how it was trained.
-_PLAIN = {
+PLAIN_LORA = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "lora_dropout", "fan_in_fan_out", "bias"),
@@ -84,4 +84,4 @@ def more_than_lora(config: Mapping[str, Any]) -> list[str]:
     """The settings of a PEFT config, as "name=value", under which it may be more than a low-rank difference."""
     if config.get("peft_type") != "LORA":
         return [f"peft_type={config.get('peft_type')!r}"]
-    return [f"{name}={value!r}" for name, value in config.items() if value and name not in _PLAIN]
+    return [f"{name}={value!r}" for name, value in config.items() if value and name not in PLAIN_LORA]

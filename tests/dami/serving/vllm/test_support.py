@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import subprocess
@@ -79,6 +80,25 @@ def test_a_module_that_has_moved_breaks_no_other_model() -> None:
     tried = done.stdout.splitlines()
     assert len(tried) > 20
     assert not [line for line in tried if not line.endswith(": refused")], done.stdout
+
+
+def test_the_loader_is_registered_without_a_warning_for_models_that_are_no_pairs() -> None:
+    from dami.serving.vllm import loader
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader import get_model_loader
+
+    told: list[logging.LogRecord] = []
+    log, handler = logging.getLogger("vllm.model_executor.model_loader"), logging.Handler(logging.WARNING)
+    handler.emit = told.append  # type: ignore[method-assign]
+    level = log.level
+    log.addHandler(handler)
+    try:
+        loader.install.__wrapped__()
+    finally:
+        log.removeHandler(handler)
+    assert (told, log.level) == ([], level)
+    for load_format in loader.LOAD_FORMATS:
+        assert type(get_model_loader(LoadConfig(load_format=load_format))) is loader.PairLoader
 
 
 def test_a_plugin_that_cannot_be_imported_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
