@@ -453,7 +453,7 @@ def before_merging(guard: Callable[[nn.Module], None]) -> None:
     from peft.tuners.tuners_utils import BaseTuner
 
     original = BaseTuner._check_merge_allowed
-    if hasattr(original, "__wrapped__"):
+    if hasattr(original, "guarded_by_dami"):
         return
 
     @functools.wraps(original)
@@ -461,4 +461,5 @@ def before_merging(guard: Callable[[nn.Module], None]) -> None:
         guard(self.model)
         original(self)
 
+    guarded.guarded_by_dami = True  # type: ignore[attr-defined]
     BaseTuner._check_merge_allowed = guarded  # type: ignore[method-assign]

@@ -17,7 +17,8 @@ def adapted_modules(model: nn.Module) -> list[str]:
     """Names of the modules over which PEFT has put an adapter."""
     if "peft" not in sys.modules:
         return []
-    return [name for name, module in model.named_modules() if isinstance(module, adapter_classes())]
+    adapters = adapter_classes()
+    return [name for name, module in model.named_modules() if isinstance(module, adapters)]
 
 
 def refuse_adapters(model: nn.Module, what: str, remedy: str) -> None:
