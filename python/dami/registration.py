@@ -1,8 +1,13 @@
-"""Makes packed pairs known to transformers without importing it, so that `import dami` stays instant."""
+"""Makes packed pairs known to transformers without importing it, so that `import dami` stays instant.
+
+Whatever is wrong with dami or its dependencies, transformers goes on without it: this file only warns. Who loads a pair
+by `dami.load_pair` is told the error itself.
+"""
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import MetaPathFinder
@@ -17,9 +22,21 @@ REGISTRY = "transformers.quantizers.auto"
 def register() -> None:
     """Registers `dami.loading.quantizer` with transformers: now, or as soon as its registry is imported."""
     if REGISTRY in sys.modules:
-        import_module("dami.loading.quantizer")
+        _register_quantizer()
     else:
         sys.meta_path.insert(0, _AfterRegistry())
+
+
+def _register_quantizer() -> None:
+    try:
+        import_module("dami.loading.quantizer")
+    except Exception as error:
+        warnings.warn(
+            "dami could not make packed pairs known to transformers, which goes on without them: "
+            f"{type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 class _AfterRegistry(MetaPathFinder):
@@ -36,7 +53,7 @@ class _AfterRegistry(MetaPathFinder):
 
             def run_and_register(module: ModuleType) -> None:
                 run(module)
-                import_module("dami.loading.quantizer")
+                _register_quantizer()
 
             loader.exec_module = run_and_register
         return spec

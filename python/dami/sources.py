@@ -11,7 +11,7 @@ from dami.callers import AUTO, CALLERS, Caller
 
 T = TypeVar("T")
 
-METHOD = "dami"  # quant_method of a packed pair
+QUANT_METHOD = "dami"  # quant_method of a packed pair
 ADAPTER = "adapter_config.json"
 FOLDER, SETTINGS = "intensity", "intensity.json"  # of an estimator and presets: the folder in a pair, the file in that
 QUESTIONS = Path(__file__).parent / "data" / "pair" / "questions.jsonl"  # held out from the pair that ships
@@ -54,7 +54,7 @@ def packed_format(path: Path) -> str | None:
         quantization = json.loads(file.read_text(encoding="utf-8")).get("quantization_config") or {}
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} must be a JSON object: {error}") from error
-    return quantization.get("format") if quantization.get("quant_method") == METHOD else None
+    return quantization.get("format") if quantization.get("quant_method") == QUANT_METHOD else None
 
 
 def check_packed(path: Path, format: str | None) -> None:

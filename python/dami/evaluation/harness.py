@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 import dami
+from dami.upstream import check
 from dami_kernels.installation import needs
 
 try:
@@ -19,6 +20,8 @@ try:
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
     raise ImportError(needs("dami.evaluation.harness", "lm_eval", "eval")) from error
+
+check("lm-evaluation-harness")
 
 
 @register_model("dami")

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from dami.upstream import compute_experts_one_by_one, parameters_of
+
 Move = list[tuple[str, int, Tensor]]  # a parameter's name, a dimension of it, and the new order along it
 
 SEPARATE = ("q_proj", "k_proj", "v_proj")
@@ -81,7 +83,7 @@ def _moves(module: nn.Module, config: Any, random: torch.Generator) -> Iterator[
         yield from _heads(module, tuple(name for name in FUSED if name in linears), out, config, random)
     elif len(linears) > 1:
         yield from _neurons(linears, module, random)
-    elif {"gate_up_proj", "down_proj"} <= module._parameters.keys():
+    elif {"gate_up_proj", "down_proj"} <= parameters_of(module).keys():
         yield from _expert_neurons(module, random)
 
 
@@ -101,10 +103,10 @@ def _heads(
     if torch.equal(heads, torch.arange(queries)):
         return
     of_queries, of_shared = rows(heads, width), rows(groups, width)
-    beside = [(name, 0, heads) for name, parameter in module._parameters.items() if _is(parameter, queries)]
+    beside = [(name, 0, heads) for name, parameter in parameters_of(module).items() if _is(parameter, queries)]
     for name, child in module.named_children():
         for index in (of_queries, of_shared):
-            if name not in (*inputs, out) and _is(child._parameters.get("weight"), len(index)):
+            if name not in (*inputs, out) and _is(parameters_of(child).get("weight"), len(index)):
                 beside.append((f"{name}.weight", 0, index))
                 break
     orders: list[tuple[Tensor, ...]]
@@ -129,7 +131,7 @@ def _neurons(linears: Mapping[str, nn.Module], module: nn.Module, random: torch.
             between = [
                 (f"{name}.{local}", 0, order)
                 for name, child in module.named_children()
-                for local, parameter in child._parameters.items()
+                for local, parameter in parameters_of(child).items()
                 if name not in linears and _is(parameter, neurons)
             ]
             yield [*move, *_inputs(module, down, order), *between]
@@ -144,7 +146,7 @@ def _expert_neurons(module: nn.Module, random: torch.Generator) -> Iterator[Move
         if doubled[other] == 2 * neurons:
             order = torch.randperm(neurons, generator=random)
             for both in (torch.cat([order, neurons + order]), torch.stack([2 * order, 2 * order + 1], 1).flatten()):
-                biases = [(n, 1, both) for n in module._parameters if n.startswith("gate_up_proj_bias")]
+                biases = [(n, 1, both) for n in parameters_of(module) if n.startswith("gate_up_proj_bias")]
                 yield [("gate_up_proj", other, both), ("down_proj", dim, order), *biases]
 
 
@@ -181,7 +183,7 @@ def _is_same(module: nn.Module, move: Move, args: Any, kwargs: Any) -> bool:
     exact = copy.deepcopy(module).double()
     config: Any = getattr(exact, "config", None)
     if config is not None:
-        config._experts_implementation = "eager"  # the grouped product takes no float64
+        compute_experts_one_by_one(config)  # the grouped product takes no float64
     args, kwargs = _double(args), _double(kwargs)
     before = _first(exact(*args, **kwargs))
     _apply(exact, move)

@@ -8,10 +8,11 @@ logits processors, in static storage; `packed_lam` expands it, on the device, to
 from __future__ import annotations
 
 import copy
+import inspect
 import numbers
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -19,32 +20,22 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.generation.continuous_batching import cb_logits_processors, continuous_api, requests
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation.continuous_batching import cb_logits_processors, continuous_api
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
+from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
+from transformers.generation.continuous_batching.scheduler import Scheduler
 
+from dami import upstream
 from dami.callers import CALLERS, Caller
 from dami.dial.patch import patch_of
 from dami.dial.values import Intensity
 from dami.generation import attention
-from dami.generation.sampling import Sampler, Sampling
+from dami.generation.sampling import Sampler
 from dami.keywords import check_keywords
 from dami.layers.base import LerpModule
 
-NEEDED = {
-    continuous_api.ContinuousBatchingManager: (
-        "_create_batch_processor",
-        "_generation_loop_body",
-        "_generation_step",
-        "_run_generation_loop",
-        "pause",
-    ),
-    continuous_api.ContinuousBatchProcessor: ("prepare_next_batch", "update_batch"),
-    cb_logits_processors.ContinuousBatchingLogitsProcessorList: (
-        "check_kwargs",
-        "fill_defaults",
-        "prepare_tensor_args",
-    ),
-    requests.RequestState: ("create_equivalent_initial_request", "update_and_check_completion"),
-}
 HONOURED = {
     "max_new_tokens", "max_length", "eos_token_id", "num_return_sequences", "do_sample", "temperature", "top_k",
     "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "suppress_tokens", "remove_invalid_values",
@@ -70,7 +61,7 @@ TOKENS = 1 << TOKEN_BITS
 
 
 @dataclass(frozen=True)
-class Step:
+class StepLoad:
     """One step of the generation loop, or a look at it while it has nothing to do.
 
     Attributes:
@@ -103,21 +94,20 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
 
     parts: dict[str, Any]  # λ of the modules that `dami.intensity` had set apart when the loop began
     sampler: Sampler | None
-    on_step: Callable[[Step], None] | None
+    _original_attn_impl: str | None  # type: ignore[assignment]  # transformers': the model's before it was set up
+    on_step: Callable[[StepLoad], None] | None
 
     @classmethod
     def of(cls, manager: continuous_api.ContinuousBatchingManager) -> LerpManager:
         """Makes a manager of a patched model one of this class.
 
         Raises:
-            ValueError: this version of transformers lacks something that is needed, or the model cannot run packed
-                rows at several λ, or has too many tokens.
+            ImportError: this version of transformers lacks something that is needed.
+            ValueError: the model cannot run packed rows at several λ, or has too many tokens.
         """
         if isinstance(manager, cls):
             return manager
-        for owner, names in NEEDED.items():
-            if missing := [name for name in names if not hasattr(owner, name)]:
-                raise ValueError(f"continuous batching of a patched model needs another transformers: no {missing}")
+        upstream.check("continuous batching of a pair")
         vocabulary = cast(Any, manager.model).get_input_embeddings().num_embeddings
         if vocabulary > TOKENS and manager.continuous_batching_config.allow_block_sharing:
             raise ValueError(
@@ -128,14 +118,13 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         lerped = cast(LerpManager, manager)
         lerped.parts = {}
         lerped.sampler = lerped.on_step = None
-        lerped.logit_processor = LerpProcessors(manager.logit_processor)
+        lerped.logit_processor = LerpProcessors(manager.logit_processor.logits_processor)
         try:
             check_packed(manager.model)
             lerped.switch_to_cb_friendly_attn(manager.model, manager.continuous_batching_config.auto_switch_to_flash)
         except BaseException:
-            manager.model.set_attn_implementation(
-                manager._original_attn_impl or manager.model.config._attn_implementation
-            )
+            if lerped._original_attn_impl is not None:
+                manager.model.set_attn_implementation(lerped._original_attn_impl)
             raise
         return lerped
 
@@ -145,11 +134,11 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         It is called before the start, on a manager that takes the likeliest token and batches synchronously.
         """
         self.sampler = Sampler()
-        cast(LerpProcessors, self.logit_processor).attach(self.sampler)
+        self.logit_processor = LerpProcessors([*self.logit_processor.logits_processor, *self.sampler.processors])
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         super().switch_to_cb_friendly_attn(model, auto_switch_to_flash)
-        chosen = model.config._attn_implementation
+        chosen = upstream.attention_of(model)
         if auto_switch_to_flash and chosen in ("sdpa", "paged|eager"):
             original = self._original_attn_impl or chosen
             model.set_attn_implementation(attention.INVARIANT if patch_of(model).running.invariant else attention.NAME)
@@ -242,14 +231,16 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         self.parts = parts
         return processor
 
-    def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
+    def _generation_loop_body(
+        self, batch_processor: continuous_api.ContinuousBatchProcessor, bootstrapping: bool
+    ) -> bool:
         start, before = time.perf_counter(), self.current_batch
         goes_on = super()._generation_loop_body(batch_processor, bootstrapping)
         if self.on_step is not None:
             scheduler, stepped = batch_processor.scheduler, self.current_batch > before
-            states = batch_processor.inputs_and_outputs.requests_in_batch if stepped else []
+            states = cast(Any, batch_processor.inputs_and_outputs).requests_in_batch if stepped else []
             self.on_step(
-                Step(
+                StepLoad(
                     waiting=self.input_queue.qsize() + len(scheduler.waiting_requests),
                     running=len(scheduler.active_requests),
                     rows=len(states),
@@ -262,43 +253,35 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
 
 
 class LerpProcessors(cb_logits_processors.ContinuousBatchingLogitsProcessorList):
-    """transformers' list of logits processors, the last row of whose arguments is λ of every request of the step."""
+    """transformers' list of logits processors, with one more row of arguments, the last: λ of every request of a step.
 
-    def __init__(self, processors: cb_logits_processors.ContinuousBatchingLogitsProcessorList) -> None:
-        self.__dict__.update(processors.__dict__)
-        self.sampler: Sampler | None = None
-        self.own_rows = processors.tensors_required
-        self.tensors_required += 1
-        self.supported_keys = {**self.supported_keys, "intensity": float}
+    λ cannot be a processor of its own, as these hear only of requests that get a token in the step.
+    """
 
-    def attach(self, sampler: Sampler) -> None:
-        """Before any storage is made for the arguments."""
-        self.sampler = sampler
-        self.tensors_required += sampler.rows
-        self.supported_keys["sampling"] = Sampling
-        self.do_processing = True
+    def __init__(self, processors: Iterable[Any]) -> None:
+        """`processors` have been through transformers' own list: it has said which it drops."""
+        super().__init__(LogitsProcessorList())
+        self.logits_processor.extend(processors)
+        per_request = [each for each in self.logits_processor if isinstance(each, ContinuousBatchingLogitsProcessor)]
+        for each in per_request:
+            self.supported_keys |= each.supported_kwargs
+            self.ignored_keys |= {*each.ignored_kwargs}
+        self.supported_keys["intensity"] = float
+        self.tensors_required = len(per_request) + 1
+        self.do_processing = len(self.logits_processor) > 0
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
         super().fill_defaults(int32_tensor)
-        int32_tensor[self.own_rows :].zero_()
+        int32_tensor[-1].zero_()
 
-    def prepare_tensor_args(self, requests_in_batch: list[Any], arg_storage: Tensor) -> Tensor:
+    def prepare_tensor_args(self, requests_in_batch: list[FutureRequestState], arg_storage: Tensor) -> Tensor:
         super().prepare_tensor_args(requests_in_batch, arg_storage)
         lam = [request.state.logit_processor_kwargs.get("intensity", 0.0) for request in requests_in_batch]
         arg_storage[-1, : len(lam)] = torch.tensor(lam).view(torch.int32).to(arg_storage.device)
-        if self.sampler is not None:
-            states = [request.state for request in requests_in_batch if request.has_new_token]
-            self.sampler.prepare(states, arg_storage[self.own_rows : -1])
         return arg_storage
 
-    def __call__(self, input_ids: torch.LongTensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
-        scores = super().__call__(input_ids, scores, logits_processor_args)
-        if self.sampler is not None:
-            scores = self.sampler(scores, logits_processor_args[self.own_rows : -1])
-        return scores
 
-
-def check_config(config: Any) -> None:
+def check_config(config: GenerationConfig) -> None:
     """Refuses settings of a generation config that continuous batching would ignore: ValueError."""
     for name, value in config.to_dict().items():
         unused = value is None or value is False or value == NEUTRAL.get(name)
@@ -308,7 +291,9 @@ def check_config(config: Any) -> None:
             )
 
 
-def check_prompt(model: Any, config: Any, prompt: Any, max_new_tokens: int | None, name: str) -> int | None:
+def check_prompt(
+    model: Any, config: GenerationConfig, prompt: Any, max_new_tokens: int | None, name: str
+) -> int | None:
     """How many tokens a prompt's answer may have, None for no limit.
 
     Raises:
@@ -364,13 +349,14 @@ def check_packed(model: Any) -> None:
     patch = patch_of(model)
     if patch.packs:
         return
-    before = model.config._attn_implementation
+    before = upstream.attention_of(model)
     sizes = {value for value in model.config.get_text_config().to_dict().values() if isinstance(value, int)}
     tokens = next(number for number in count(9) if number not in sizes)  # for `LerpModule._packed_rows`
     lengths = (tokens - 3, 2, 1)
     begins = torch.tensor([0, tokens - 3, tokens - 1, tokens], dtype=torch.int32, device=model.device)
     lam = torch.tensor([0.0, float("nan"), 1.0], device=model.device)
-    last = {"logits_to_keep": begins[1:].long() - 1} if model._supports_logits_to_keep() else {}
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    last = {"logits_to_keep": begins[1:].long() - 1} if keeps else {}
     model.set_attn_implementation(attention.NAME)
     apart = [(m.lerp, m.lerp.part) for m in model.modules() if isinstance(m, LerpModule)]
     try:
@@ -412,35 +398,36 @@ def key_blocks(processor: continuous_api.ContinuousBatchProcessor) -> None:
     def search_prefix_match(request_id: str, prompt_ids: list[int]) -> int:
         return search(request_id, keyed(prompt_ids, scheduler.waiting_requests[request_id]))
 
-    def mark_complete_blocks(state: Any, complete_blocks: dict[str, int]) -> None:
+    def mark_complete_blocks(state: RequestState, complete_blocks: dict[str, int]) -> None:
         if complete_blocks and cache.allow_block_sharing:
             state = copy.copy(state)
             state.initial_tokens = keyed(state.initial_tokens, state)
         mark(state, complete_blocks)
 
-    cache.search_prefix_match, cache.mark_complete_blocks = search_prefix_match, mark_complete_blocks  # type: ignore[method-assign]
+    upstream.replace_method(cache, "search_prefix_match", search_prefix_match)
+    upstream.replace_method(cache, "mark_complete_blocks", mark_complete_blocks)
 
 
-def keyed(tokens: list[int], state: Any) -> list[int]:
+def keyed(tokens: list[int], state: RequestState) -> list[int]:
     """A prompt that equals another one's where tokens and λ are equal: an int32 of 8 bits of λ and 23 of a token."""
     bits = struct.pack("<f", state.logit_processor_kwargs.get("intensity", 0.0))
     return [token | byte << TOKEN_BITS for token, byte in zip(tokens, bits, strict=False)] + tokens[len(bits) :]
 
 
-def blocks_in_use(cache: Any) -> float:
+def blocks_in_use(cache: PagedAttentionCache) -> float:
     """Share of a KV cache that requests hold, 0 to 1: blocks kept for prompts to come are not in use."""
     kept = sum(len(each.ledger.cached_blocks) / each.num_blocks for each in cache.cache_allocators.values())
     return round(1.0 - cache.compute_free_capacity() - kept, 6) + 0.0  # −0 is 0
 
 
-def unblock_after_cancellations(scheduler: Any) -> None:
+def unblock_after_cancellations(scheduler: Scheduler) -> None:
     """Lets waiting requests in when blocks become free by cancellation, as transformers does when a request ends."""
     clear = scheduler.clear_cancelled_requests
 
-    def clear_cancelled_requests() -> list[Any]:
+    def clear_cancelled_requests() -> list[RequestState]:
         cancelled = clear()
         if cancelled:
             scheduler.block_new_requests = False
         return cancelled
 
-    scheduler.clear_cancelled_requests = clear_cancelled_requests
+    upstream.replace_method(scheduler, "clear_cancelled_requests", clear_cancelled_requests)

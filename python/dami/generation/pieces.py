@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from dami.upstream import is_stateful
+
 PIECE = 16  # tokens: few enough that little is computed for rows that have ended, many enough to cost nothing
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"  # its name in 5.24
 KNOWN = {"do_sample", "max_new_tokens", "min_p", "repetition_penalty", "temperature", "top_k", "top_p"}
@@ -79,4 +81,4 @@ def end_tokens(model: Any) -> Tensor:
 def _can_shrink(model: Any) -> bool:
     """Whether rows can leave the model's cache, which holds keys and values only: a state-space model's cannot."""
     layers = DynamicCache(config=model.config).layers
-    return not getattr(model, "_is_stateful", False) and all(isinstance(layer, DynamicLayer) for layer in layers)
+    return not is_stateful(model) and all(isinstance(layer, DynamicLayer) for layer in layers)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from dami.upstream import TorchDispatchMode
 
 NAMES = ("cos", "elu", "erf", "exp", "gelu", "log", "mish", "sigmoid", "silu", "sin", "softplus", "tanh")
 FUNCTIONS = {getattr(torch.ops.aten, name) for name in NAMES}

@@ -6,12 +6,18 @@ in between change what it draws.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
+from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingAsyncIOs, ContinuousBatchingIOs
+from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
+
+from dami.upstream import replace_method
 
 
 @dataclass(frozen=True)
@@ -52,57 +58,72 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 8) / (1 << 24)  # as many bits as a float32 holds
 
 
-class Sampler:
-    """Draws the next tokens of a step, of which some rows may be greedy and others not."""
+class _Setting(ContinuousBatchingLogitsProcessor):
+    """Brings one number of each request's `Sampling` to the device, where the sampler reads it: `values`, [rows]."""
 
-    rows = 4  # of the arguments of logits processors, one number for a request: temperature, top_p, top_k, chance
+    supported_kwargs = {"sampling": Sampling}  # noqa: RUF012 (an attribute of the parent's)
+    ignored_kwargs = ()
+
+    def __init__(self, of: Callable[[RequestState], float], dtype: torch.dtype = torch.float32) -> None:
+        self.of, self.dtype = of, dtype
+        self.values = torch.empty(0)
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> Tensor:
+        numbers = [self.of(request.state) for request in requests_with_new_token]
+        return torch.tensor(numbers, dtype=self.dtype).view(torch.int32)
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        self.values = tensor_arg[: len(scores)].view(self.dtype)
+        return scores
+
+
+class Sampler(_Setting):
+    """Draws the next tokens of a step, of which some rows may be greedy and others not.
+
+    Attributes:
+        processors: itself, the last, and those that bring it the requests' settings: all to be in transformers' list.
+    """
 
     def __init__(self) -> None:
-        self._logprobs: list[int | None] = []
+        super().__init__(_chance)
+        self.temperature = _Setting(lambda state: sampling_of(state).temperature)
+        self.top_p = _Setting(lambda state: sampling_of(state).top_p)
+        self.top_k = _Setting(lambda state: sampling_of(state).top_k, torch.int32)
+        self.processors = (self.temperature, self.top_p, self.top_k, self)
+        self._wanted: list[int | None] = []
         self._found: list[Logprobs | None] | None = None
 
-    def prepare(self, states: list[Any], storage: Tensor) -> None:
-        """Writes what the requests of a step ask for into `storage`, int32 [rows, requests at most]."""
-        asked = [state.logit_processor_kwargs.get("sampling", Sampling()) for state in states]
-        lengths = [len(state.initial_tokens) + len(state.generated_tokens) for state in states]
-        numbers = torch.tensor(
-            [
-                [s.temperature for s in asked],
-                [s.top_p for s in asked],
-                [0.0] * len(asked),
-                [uniform(s.seed, length) for s, length in zip(asked, lengths, strict=True)],
-            ]
-        ).view(torch.int32)
-        numbers[2] = torch.tensor([s.top_k for s in asked], dtype=torch.int32)
-        storage[:, : len(asked)] = numbers.to(storage.device)
-        self._logprobs = [s.logprobs for s in asked]
+    def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> Tensor:
+        self._wanted = [sampling_of(request.state).logprobs for request in requests_with_new_token]
         self._found = None
+        return super().prepare_tensor_args(requests_with_new_token)
 
-    def __call__(self, scores: Tensor, arguments: Tensor) -> Tensor:
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         """Scores [rows, vocabulary] whose largest of each row is the token to take."""
-        temperature, top_p, _, chance = arguments[:, : len(scores)].view(torch.float32).unsqueeze(2)
-        chosen = torch.where(
-            temperature > 0,
-            draw(scores, temperature, top_p, arguments[2, : len(scores)], chance),
-            scores.argmax(1, True),
-        )
-        if any(wanted is not None for wanted in self._logprobs):
+        scores = super().__call__(scores, tensor_arg)
+        temperature, top_p, chance = (each.values.unsqueeze(1) for each in (self.temperature, self.top_p, self))
+        drawn = draw(scores, temperature, top_p, self.top_k.values, chance)
+        chosen = torch.where(temperature > 0, drawn, scores.argmax(1, True))
+        if any(wanted is not None for wanted in self._wanted):
             self._found = self._look_up(scores, chosen)
         return scores.scatter(1, chosen, torch.inf)
 
     def _look_up(self, scores: Tensor, chosen: Tensor) -> list[Logprobs | None]:
         logprobs = scores.log_softmax(1)
-        most = max(wanted or 0 for wanted in self._logprobs)
+        most = max(wanted or 0 for wanted in self._wanted)
         values, ids = (x.tolist() for x in logprobs.topk(most, 1))
         own = logprobs.gather(1, chosen).squeeze(1).tolist()
         return [
             None
             if wanted is None
             else Logprobs(own[row], tuple(zip(ids[row][:wanted], values[row][:wanted], strict=True)))
-            for row, wanted in enumerate(self._logprobs)
+            for row, wanted in enumerate(self._wanted)
         ]
 
-    def report_through(self, outputs: Any) -> None:
+    def report_through(self, outputs: ContinuousBatchingIOs | ContinuousBatchingAsyncIOs) -> None:
         """Hands the log-probabilities of a step to transformers' requests, which keep them beside their tokens."""
         prepare = outputs.prepare_batch_update
 
@@ -110,7 +131,16 @@ class Sampler:
             requests, tokens, _ = prepare()
             return requests, tokens, self._found
 
-        outputs.prepare_batch_update = prepare_batch_update
+        replace_method(outputs, "prepare_batch_update", prepare_batch_update)
+
+
+def sampling_of(state: RequestState) -> Sampling:
+    """How a request's tokens are drawn."""
+    return state.logit_processor_kwargs.get("sampling", Sampling())
+
+
+def _chance(state: RequestState) -> float:
+    return uniform(sampling_of(state).seed, len(state.initial_tokens) + len(state.generated_tokens))
 
 
 def draw(scores: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, chance: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from dami.dial.state import PatchedModule, StoredEnds
 from dami.layers.row_parameter import RowParameter, blend
+from dami.upstream import HOOKED, asked_by_hook, buffers_of, in_backward, offloading, parameters_of
 from dami_kernels import LerpWeight
 from dami_kernels.weight import FLOAT_DTYPES
 
@@ -31,18 +31,11 @@ def supply_placeholders(module: LerpModule) -> None:
 
     Each is given on the device where the module computes: a hook would copy it there with all that it stands for.
     """
-    hook: Any = module.__dict__.get("_hf_hook")
-    for each in getattr(hook, "hooks", (hook,)):  # several in sequence, or one
-        weights = getattr(each, "weights_map", None)
-        if weights is None:
-            continue
-        prefix, held = getattr(weights, "prefix", ""), getattr(weights, "dataset", weights)
-        held = getattr(held, "state_dict", held)  # of a loader from files, which looks there first
+    for held, prefix, device in offloading(module):
         for name in module.placeholders():
             tensor = module.tensor(name)
             if tensor is not None:  # the quantizer registers it when all else is loaded
-                like = torch.empty(0, dtype=tensor.dtype, device=torch.device(each.execution_device))
-                held[prefix + name] = placeholder(like, tensor.shape)
+                held[prefix + name] = placeholder(torch.empty(0, dtype=tensor.dtype, device=device), tensor.shape)
 
 
 def check_dtypes(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
@@ -59,7 +52,7 @@ def check_dtypes(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
 
 def runs_again() -> bool:
     """Whether this thread is in a backward pass, where what runs forward has run before."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and in_backward()
 
 
 @dataclass(frozen=True)
@@ -120,6 +113,11 @@ class LerpModule(PatchedModule):
         tensors = tuple(self.as_operand(self.tensor(tensor)) for tensor in stored.names)
         return LerpWeight(tensors, stored.format, parameter.shape, parameter.dtype)
 
+    def beside(self, name: str) -> tuple[str, ...]:
+        """Names of what is stored beside a parameter or buffer; none where it is the same in both ends."""
+        stored = self.lerp.stored.get(name)
+        return () if stored is None else tuple(tensor for tensor in stored.names if tensor != name)
+
     def tensor(self, name: str) -> Tensor:
         """A parameter or buffer as it is stored."""
         return self._parameters[name] if name in self._parameters else self._buffers[name]  # type: ignore[return-value]
@@ -128,7 +126,7 @@ class LerpModule(PatchedModule):
         lerp = self.__dict__.get("lerp")
         if lerp is None or name not in lerp.stored:
             return super().__getattr__(name)
-        if "_hf_hook" in self.__dict__ and sys._getframe(1).f_globals["__name__"].startswith("accelerate."):
+        if asked_by_hook(self):
             return super().__getattr__(name)  # its hooks put the stored tensors in their places and take them away
         lam, outside = lerp.lam, lerp.running.sequences is None
         if outside and (name in self.operands or (lam.dim() == 0 and lam.item() == 0)):
@@ -142,7 +140,7 @@ class LerpModule(PatchedModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "_hf_hook":
+        if name == HOOKED:
             supply_placeholders(self)
 
     def bias_ends(self) -> LerpWeight | None:
@@ -247,4 +245,4 @@ class LerpModule(PatchedModule):
 
 def own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters and buffers of a module, those of its children aside."""
-    return [(name, t) for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None]
+    return [(name, t) for name, t in (*parameters_of(module).items(), *buffers_of(module).items()) if t is not None]

@@ -15,14 +15,12 @@ from typing import Any
 from torch import nn
 
 from dami.dial.state import PatchedModule
-
-# where modules keep what checkpoints them: layers of transformers, and the wrappers of torch, which FSDP takes
-NAMES = {"_gradient_checkpointing_func", "checkpoint_fn"}
+from dami.upstream import CHECKPOINTS
 
 
 def checkpoints(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
     """Where a model's modules keep what checkpoints them."""
-    return [(vars(module), name) for module in model.modules() for name in NAMES if name in vars(module)]
+    return [(vars(module), name) for module in model.modules() for name in CHECKPOINTS if name in vars(module)]
 
 
 @contextmanager

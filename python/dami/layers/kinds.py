@@ -8,7 +8,6 @@ patch off gives back the very same modules.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dami.layers.base import LerpModule, own_tensors, placeholder
+from dami.layers.routing import by_expert
+from dami.upstream import PARAMETERS, buffers_of, describes_experts, gated, is_wrapped, parameters_of
 from dami_kernels import LerpWeight, lerp_embedding, lerp_experts, lerp_layer_norm, lerp_linear, lerp_rms_norm
 
 
@@ -133,25 +134,23 @@ class LerpExperts(LerpModule):
     @classmethod
     def fit(cls, module: nn.Module) -> dict[str, Any] | None:
         takes = len(inspect.signature(type(module).forward).parameters)  # self, hidden states, indices, weights
-        described = all(hasattr(module, name) for name in ("has_gate", "has_bias", "_apply_gate"))
-        fits = described and takes == 4
+        fits = describes_experts(module) and takes == 4
         return {} if fits and getattr(module, "is_transposed", None) is cls.transposed else None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         x, rows = self.rows(hidden_states)
         up, down = "gate_up_proj" if self.has_gate else "up_proj", "down_proj"
         k = top_k_index.shape[-1]
-        expert, pair = top_k_index.reshape(-1).sort(stable=True)  # pairs of a token and an expert, by expert
+        _, pair, offsets = by_expert(top_k_index, len(self.tensor(up)))
         token = pair // k
-        each = torch.arange(len(self.tensor(up)), device=x.device)
-        where = {"expert_offsets": torch.searchsorted(expert, each, right=True, out_int32=True), "lam": rows["lam"]}
+        where = {"expert_offsets": offsets, "lam": rows["lam"]}
         if "rows_per_lam" in rows:
             where["row_to_lam"] = (token // rows["rows_per_lam"]).int()
         x = lerp_experts(
             x[token].to(self.tensor(up).dtype), self.ends(up), bias=self._bias(up), **where, **self.lerp.settings
         )
         with self.lerp.running.out_of_order():
-            x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
+            x = gated(self, x) if self.has_gate else self.act_fn(x)
         x = lerp_experts(x, self.ends(down), bias=self._bias(down), **where, **self.lerp.settings)
         y = torch.empty_like(x)
         y[pair] = x  # each token's k rows side by side again
@@ -200,16 +199,16 @@ KINDS: tuple[type[LerpModule], ...] = (
 def with_parameters(module: nn.Module, parameters: Mapping[str, Any]) -> nn.Module:
     """A shallow copy of a module that holds other parameters; the module itself is left alone."""
     probe = nn.Module.__new__(type(module))
-    probe.__dict__ = copy.copy(module.__dict__)
-    probe._parameters = dict(parameters)
+    vars(probe).update(vars(module))
+    vars(probe)[PARAMETERS] = dict(parameters)
     return probe
 
 
 def kind_of(module: nn.Module) -> tuple[type[LerpModule], dict[str, Any]]:
     """The kind that computes what `module` does, with the operator's settings."""
-    if "forward" in vars(module) and "_old_forward" not in vars(module):  # it no longer asks its class
+    if "forward" in vars(module) and not is_wrapped(module):  # it no longer asks its class
         return LerpParameters, {}
-    stored = {*module._parameters, *module._buffers}
+    stored = {*parameters_of(module), *buffers_of(module)}
     for kind in KINDS[:-1]:
         if any(isinstance(getattr(module, name, None), Tensor) and name not in stored for name in kind.operands):
             continue  # computed of other parameters, as a pruned weight is
@@ -246,7 +245,7 @@ def _reaches(kind: type[LerpModule], module: nn.Module) -> bool:
         raise Reached
 
     cls = type(module)
-    probe = with_parameters(module, module._parameters)
+    probe = with_parameters(module, parameters_of(module))
     probe.__class__ = type(cls.__name__, (cls, type("Probe", (kind,), {"forward": forward})), {})
     try:
         type(probe).forward(probe, torch.zeros(1, 1, dtype=torch.long))
@@ -262,7 +261,7 @@ def kind_on_meta(module: nn.Module) -> tuple[type[LerpModule], dict[str, Any]]:
     with torch.device("cpu"):
         parameters = {
             name: None if parameter is None else placeholder(torch.empty(0, dtype=parameter.dtype), parameter.shape)
-            for name, parameter in module._parameters.items()
+            for name, parameter in parameters_of(module).items()
         }
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)  # while loading it is the model's

@@ -9,7 +9,13 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from dami.layers.base import LerpModule, own_tensors
+from dami.upstream import FLAT_WEIGHTS, OF_MODULES, hooks_of, pruned_name
 from dami_kernels.weight import FLOAT_DTYPES
+
+COUNTING = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)  # norms that count batches
 
 
 def obstacles(model: nn.Module) -> dict[str, str]:
@@ -33,8 +39,7 @@ def obstacles(model: nn.Module) -> dict[str, str]:
 
 def unread(model: nn.Module) -> set[str]:
     """Names of tensors that only training reads: how many batches a norm has seen."""
-    norms = nn.modules.batchnorm._NormBase
-    named = [(f"{name}." if name else "", m) for name, m in model.named_modules() if isinstance(m, norms)]
+    named = [(f"{name}." if name else "", m) for name, m in model.named_modules() if isinstance(m, COUNTING)]
     return {f"{prefix}num_batches_tracked" for prefix, _ in named}
 
 
@@ -43,15 +48,15 @@ def _read_elsewhere(model: nn.Module) -> dict[int, str]:
     found: dict[int, str] = {}
     for prefix, module in model.named_modules():
         for name, value in vars(module).items():
-            if name in ("_parameters", "_buffers", "_modules"):
+            if name in OF_MODULES:
                 continue
-            if isinstance(module, nn.RNNBase) and name == "_flat_weights":
+            if isinstance(module, nn.RNNBase) and name == FLAT_WEIGHTS:
                 continue  # made anew of the attributes in each forward pass
             held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
             found |= {id(each): f"which {prefix}.{name} holds too" for each in held if isinstance(each, Tensor)}
-        for hook in module._forward_pre_hooks.values():
+        for hook in hooks_of(module)[1].values():
             if isinstance(hook, (BasePruningMethod, WeightNorm, SpectralNorm)):
-                computed = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
+                computed = pruned_name(hook) if isinstance(hook, BasePruningMethod) else hook.name
                 remedy = f"from which {type(hook).__name__} computes {computed}: remove that in both models first"
                 found |= {id(t): remedy for name, t in own_tensors(module) if name.startswith(f"{computed}_")}
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import sys
 from collections.abc import Mapping
@@ -11,16 +10,14 @@ from typing import Any
 from torch import nn
 
 from dami.layers.base import LerpModule
+from dami.upstream import adapter_classes, before_merging
 
 
 def adapted_modules(model: nn.Module) -> list[str]:
     """Names of the modules over which PEFT has put an adapter."""
     if "peft" not in sys.modules:
         return []
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    adapters = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    adapters = adapter_classes()
     return [name for name, module in model.named_modules() if isinstance(module, adapters)]
 
 
@@ -32,22 +29,15 @@ def refuse_adapters(model: nn.Module, what: str, remedy: str) -> None:
 
 def guard_merging() -> None:
     """Makes PEFT refuse to merge an adapter into a patched model, whose λ=0 end alone it would find."""
-    from peft.tuners.tuners_utils import BaseTuner
+    before_merging(_refuse_merging)
 
-    original = BaseTuner._check_merge_allowed
-    if hasattr(original, "__wrapped__"):
-        return
 
-    @functools.wraps(original)
-    def check(self: BaseTuner) -> None:
-        if any(isinstance(module, LerpModule) for module in self.model.modules()):
-            raise ValueError(
-                "an adapter cannot be merged into a patched model: it would be in the instruct end only. Leave it on "
-                "top, where it is the same at every intensity, or merge it into both models before patching"
-            )
-        original(self)
-
-    BaseTuner._check_merge_allowed = check  # type: ignore[method-assign]
+def _refuse_merging(model: nn.Module) -> None:
+    if any(isinstance(module, LerpModule) for module in model.modules()):
+        raise ValueError(
+            "an adapter cannot be merged into a patched model: it would be in the instruct end only. Leave it on top, "
+            "where it is the same at every intensity, or merge it into both models before patching"
+        )
 
 
 def check_adapters(model: Any) -> None:
@@ -75,11 +65,11 @@ def check_adapters(model: Any) -> None:
             )
 
 
-_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?")
+LORA_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?")
 
 
 # Settings under which an adapter is base + up · down: which weights it has, how they are scaled, how it was trained.
-_PLAIN = {
+PLAIN_LORA = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "lora_dropout", "fan_in_fan_out", "bias"),
@@ -95,4 +85,4 @@ def more_than_lora(config: Mapping[str, Any]) -> list[str]:
     """The settings of a PEFT config, as "name=value", under which it may be more than a low-rank difference."""
     if config.get("peft_type") != "LORA":
         return [f"peft_type={config.get('peft_type')!r}"]
-    return [f"{name}={value!r}" for name, value in config.items() if value and name not in _PLAIN]
+    return [f"{name}={value!r}" for name, value in config.items() if value and name not in PLAIN_LORA]

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dami.dial.state import ForwardState
+from dami.upstream import storageless, tree_flatten, tree_map, tree_unflatten
 from dami_kernels import LerpWeight, lerp_embedding, lerp_linear
 from dami_kernels.rows import lerp
 
@@ -72,7 +72,7 @@ class RowParameter(Tensor):
         like = ends if rows is None else rows
         assert like is not None
         shape = like.shape if rows is None else like.shape[1:]
-        self = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        self = storageless(cls, shape, like.dtype, like.device)
         self.label, self.lam, self.running, self.ends, self._rows = label, lam, running, ends, rows
         return self
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dami.layers.packed import LowRank
-from dami.layers.peft import _LORA, UNCHANGED, more_than_lora
+from dami.layers.peft import LORA_FACTOR, UNCHANGED, more_than_lora
 from dami.patching.compare import first_names
 from dami.sources import ADAPTER
 
@@ -62,7 +62,7 @@ class Adapter:
         whole = {}
         for name, tensor in load_file(directory / WEIGHTS).items():
             name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-            match = _LORA.fullmatch(name)
+            match = LORA_FACTOR.fullmatch(name)
             if match:
                 kind = (match["embedding"] or "") + match["factor"]
                 factors.setdefault(f"{match['module']}.weight", {})[kind] = tensor

@@ -13,13 +13,21 @@ import torch
 from huggingface_hub import ModelCard, snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from dami.loading import adapters
 from dami.patching.compare import Header, first_names
 from dami.patching.ties import TIES
 from dami.sources import local
+from dami.upstream import ignored_keys, ties_of
 
 FILES = ["model*.safetensors", adapters.WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md"]
 
@@ -96,7 +104,7 @@ class Checkpoint:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(self.config(), trust_remote_code=self.trust_remote_code)
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Its tokenizer, or None if it comes without one."""
         if self.gguf is None and not any(self.directory.glob("*token*")):
             return None
@@ -120,7 +128,7 @@ class Checkpoint:
             return True
         files = {name: file for file in self.files() for name in headers_in(file)}
         prefix = f"{skeleton.base_model_prefix}."
-        for tied in (skeleton._tied_weights_keys or {}).items():
+        for tied in ties_of(skeleton).items():
             both = [next((n for n in (name, name.removeprefix(prefix)) if n in files), None) for name in tied]
             if all(both):
                 tensors = []
@@ -200,7 +208,7 @@ def headers_in(file: Path) -> dict[str, Header]:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensors:
     """What a checkpoint's stored tensors are in the model.
 
     Attributes:
@@ -216,11 +224,11 @@ class Stored:
     complete: bool
 
     @classmethod
-    def of(cls, skeleton: PreTrainedModel, headers: Mapping[str, Header]) -> Stored:
+    def of(cls, skeleton: PreTrainedModel, headers: Mapping[str, Header]) -> StoredTensors:
         """Finds each stored tensor in the model, with or without the prefix of the base model."""
         firsts = first_names(skeleton)
         prefix = f"{skeleton.base_model_prefix}."
-        ignored = re.compile("|".join(skeleton._keys_to_ignore_on_load_unexpected or ["(?!)"]))
+        ignored = re.compile("|".join(ignored_keys(skeleton) or ["(?!)"]))
         found: dict[str, str] = {}  # stored name by the model's
         strangers = {}
         for name, header in headers.items():

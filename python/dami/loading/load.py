@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+import dami.loading.quantizer  # noqa: F401  (raises what keeps packed pairs unknown to transformers, if anything does)
 from dami.dial.patch import Origin, patch_of
 from dami.estimators.attach import attach
 from dami.layers.kinds import LerpConv1D, LerpExperts, LerpLinear

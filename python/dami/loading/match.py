@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dami.loading.checkpoint import Checkpoint, Stored
+from dami.loading.checkpoint import Checkpoint, StoredTensors
 from dami.patching.compare import config_mismatches, first_names, headers_of, tensor_mismatches
 from dami.patching.ties import TIES
 from dami.sources import check_end
+from dami.upstream import ties_of
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Match:
 
     ends: tuple[Checkpoint, Checkpoint]
     skeleton: PreTrainedModel
-    tokenizers: tuple[Any, Any]
-    stored: tuple[Stored, Stored]
+    tokenizers: tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None]
+    stored: tuple[StoredTensors, StoredTensors]
 
     @classmethod
     def of(cls, instruct: Checkpoint, thinking: Checkpoint, dtypes: bool = True) -> Match:
@@ -43,7 +43,7 @@ class Match:
         tokenizers = instruct.tokenizer(), thinking.tokenizer()
         skeleton = instruct.skeleton()
         headers = [end.headers() for end in ends]
-        stored = Stored.of(skeleton, headers[0]), Stored.of(skeleton, headers[1])
+        stored = StoredTensors.of(skeleton, headers[0]), StoredTensors.of(skeleton, headers[1])
 
         own_heads = [end.has_own_head(skeleton) for end in ends]
         mismatches = config_mismatches(configs[0], configs[1]) + vocabulary_mismatches(*tokenizers)
@@ -58,7 +58,7 @@ class Match:
                 mismatches += [f"{name}: in both ends, but not in the model" for name in sorted(both)]
         if any(own_heads) and any(getattr(config, TIES, False) for config in configs):
             # One end's head is tied to its embedding, and the other's is not, whatever the configs say.
-            apart = {f"config.{TIES}", *(skeleton._tied_weights_keys or {})}
+            apart = {f"config.{TIES}", *ties_of(skeleton)}
             mismatches = [line for line in mismatches if line.partition(":")[0] not in apart]
             stored = replace(stored[0], complete=False), replace(stored[1], complete=False)
         if mismatches:
@@ -67,7 +67,9 @@ class Match:
         return cls(ends, skeleton, tokenizers, stored)
 
 
-def vocabulary_mismatches(instruct: Any, thinking: Any) -> list[str]:
+def vocabulary_mismatches(
+    instruct: PreTrainedTokenizerBase | None, thinking: PreTrainedTokenizerBase | None
+) -> list[str]:
     """One line if two tokenizers give tokens different ids; an end without a tokenizer matches any."""
     if instruct is None or thinking is None:
         return []

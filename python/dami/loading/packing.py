@@ -19,7 +19,7 @@ from dami.files import written_whole
 from dami.layers.base import LerpModule
 from dami.layers.kinds import kind_on_meta, readers, stored_format
 from dami.layers.obstacles import obstacles, unread
-from dami.loading.checkpoint import Checkpoint, Stored, headers_in
+from dami.loading.checkpoint import Checkpoint, StoredTensors, headers_in
 from dami.loading.load import downloads_of, load_pair, with_both_templates
 from dami.loading.match import Match
 from dami.patching.compare import first_names
@@ -29,7 +29,7 @@ from dami.saving.model_card import write_model_card
 from dami_kernels import LerpWeight, formats
 from dami_kernels.weight import FLOAT_DTYPES
 
-SHARD = "1GiB"  # a shard is held in memory until it is written
+SHARD_SIZE = "1GiB"  # a shard is held in memory until it is written
 CARRIED = ("*.py", "LICENSE*", "generation_config.json")  # files of the instruct end that go along as they are
 
 logger = logging.get_logger(__name__)
@@ -43,7 +43,7 @@ def pack(
     *,
     overwrite: bool = False,
     trust_remote_code: bool = False,
-    max_shard_size: int | str = SHARD,
+    max_shard_size: int | str = SHARD_SIZE,
     shard_bytes: int | None = None,
     **download: Any,
 ) -> Path:
@@ -145,7 +145,7 @@ def _kinds(match: Match) -> dict[str, type[LerpModule] | None]:
 class _Reader:
     """Reads the tensors of a checkpoint by their names in the model."""
 
-    def __init__(self, checkpoint: Checkpoint, stored: Stored) -> None:
+    def __init__(self, checkpoint: Checkpoint, stored: StoredTensors) -> None:
         self.files = {name: file for file in checkpoint.files() for name in headers_in(file)}
         self.stored = {name: own for own, name in stored.names.items()}
 

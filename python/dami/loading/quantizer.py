@@ -5,28 +5,33 @@ transformers imports this file while it is being imported itself, so what needs 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from dami.layers.kinds import kind_on_meta
 from dami.saving.config import SUFFIXES, PairConfig
-from dami.sources import METHOD
+from dami.sources import QUANT_METHOD
+from dami.upstream import check, execution_device, keep_from_initialization, parameters_of
 from dami_kernels import LerpWeight, formats
 from dami_kernels.quantize import SCALE
 
 if TYPE_CHECKING:
     from dami.layers.base import LerpModule
+    from dami.layers.packed import Packed
     from dami.patching.compare import Header
 
+check("the loading of a packed pair")
+register_quantization_config(QUANT_METHOD)(PairConfig)
 
-@register_quantizer(METHOD)
+
+@register_quantizer(QUANT_METHOD)
 class PairQuantizer(HfQuantizer):
     """Loads packed pairs: patches the empty model, so that every stored tensor goes straight to its place."""
 
@@ -43,7 +48,7 @@ class PairQuantizer(HfQuantizer):
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
         """What stands beside a parameter is split as the parameter is."""
         super().update_parallel_plan(model, plan)
-        if plan and getattr(model.config, "distributed_config", None) is not None:
+        if plan and _is_split(model):
             from dami.loading.tensor_parallel import use_our_styles
 
             use_our_styles(model, plan)
@@ -52,15 +57,38 @@ class PairQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         """Patches the model on the meta device, as the headers of the files say what will come."""
-        from dami.layers.base import own_tensors
+        from dami.layers.base import LerpModule
         from dami.layers.kinds import readers
-        from dami.layers.packed import Packed
         from dami.loading.checkpoint import headers_in
         from dami.patching.patch import install
 
+        if _is_split(model):
+            check("tensor parallelism of a pair")
         headers = {name: header for file in checkpoint_files or () for name, header in headers_in(Path(file)).items()}
         kinds = {module: kind_on_meta(module) for module in model.modules()}
-        read_by = readers(kinds)
+        install(model, kinds, self._packed(model, headers, readers(kinds)))
+        for module in _patched(model):
+            for name in module.placeholders():
+                # no parameter until all is loaded: nobody is to look for it in the files, to count or to move it
+                vars(module)[name], parameters_of(module)[name] = module.tensor(name), None
+                keep_from_initialization(vars(module)[name])
+        for target, source in list(model.all_tied_weights_keys.items()):
+            holder, _, local = target.rpartition(".")
+            module = model.get_submodule(holder)
+            for name in module.beside(local) if isinstance(module, LerpModule) else ():
+                suffix = name.removeprefix(local)
+                model.all_tied_weights_keys[target + suffix] = source + suffix
+
+    def _packed(
+        self, model: Any, headers: Mapping[str, Header], read_by: Mapping[int, type[LerpModule]]
+    ) -> dict[int, Packed]:
+        """What the files hold of each interpolated parameter, empty, by the id of the model's empty parameter.
+
+        Raises:
+            ValueError: it is not all there, or does not fit; every fault is named.
+        """
+        from dami.layers.base import own_tensors
+
         packed: dict[int, Packed] = {}
         faults = []
         for prefix, module in model.named_modules():
@@ -69,35 +97,13 @@ class PairQuantizer(HfQuantizer):
                 format = next(filter(None, map(self.quantization_config.format_of, names)), None)
                 if format is None or id(parameter) in packed:
                     continue
-                suffixes, kind = formats.get(format).TENSORS, read_by[id(parameter)]
-                found = [next((headers[n + s] for n in names if n + s in headers), None) for s in suffixes]
-                absent = [
-                    suffix or "the base" for suffix, header in zip(suffixes, found, strict=True) if header is None
-                ]
-                if absent:
-                    faults.append(f"{names[0]} ({type(module).__name__}): the files lack {', '.join(absent)}")
-                    continue
-                tensors = [_to_come(h, parameter, s) for s, h in zip(suffixes, found, strict=True) if h]
-                operand = kind.as_operand(parameter)
                 try:
-                    weight = LerpWeight(tuple(map(kind.as_operand, tensors)), format, operand.shape, operand.dtype)
-                except ValueError as error:  # of another shape, as the given config has it
+                    packed[id(parameter)] = _to_come(parameter, names, format, headers, read_by[id(parameter)])
+                except ValueError as error:
                     faults.append(f"{names[0]} ({type(module).__name__}): {error}")
-                    continue
-                packed[id(parameter)] = Packed.of(weight, kind)
         if faults:
             raise ValueError("\n  ".join(["the packed pair does not fit its model:", *faults]))
-        install(model, kinds, packed)
-        for module in _patched(model):
-            for name in module.placeholders():
-                # no parameter until all is loaded: nobody is to look for it in the files, to count or to move it
-                module.__dict__[name], module._parameters[name] = module._parameters[name], None
-                module.__dict__[name]._is_hf_initialized = True
-        for target, source in list(model.all_tied_weights_keys.items()):
-            holder, _, local = target.rpartition(".")
-            for name in _beside(model.get_submodule(holder), local):
-                suffix = name.removeprefix(local)
-                model.all_tied_weights_keys[target + suffix] = source + suffix
+        return packed
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         """What could not be done on the meta device."""
@@ -109,7 +115,7 @@ class PairQuantizer(HfQuantizer):
         for module in _patched(model):
             for local, stored in module.lerp.stored.items():
                 tensors = [module.tensor(name) for name in stored.names]
-                added |= {id(module.tensor(name)) for name in _beside(module, local)}
+                added |= {id(module.tensor(name)) for name in module.beside(local)}
                 if isinstance(module, (LerpConv1D, LerpTransposedExperts)):
                     for tensor in tensors:
                         tensor.data = module.as_operand(module.as_operand(tensor.data).contiguous())
@@ -117,7 +123,7 @@ class PairQuantizer(HfQuantizer):
                     before = module.__dict__.pop(local)
                     like = torch.empty(0, dtype=before.dtype, device=_device_of(module, tensors[0]))
                     shape = _local_shape(before.shape, tensors[0])
-                    module._parameters[local] = nn.Parameter(placeholder(like, shape), requires_grad=False)
+                    parameters_of(module)[local] = nn.Parameter(placeholder(like, shape), requires_grad=False)
             supply_placeholders(module)
         for target, source in model.all_tied_weights_keys.items():  # transformers has tied what is stored
             holder, _, local = target.rpartition(".")
@@ -131,9 +137,14 @@ class PairQuantizer(HfQuantizer):
         model.requires_grad_(False)
 
 
+def _is_split(model: Any) -> bool:
+    """Whether the model is loaded in parts, by several processes."""
+    return getattr(model.config, "distributed_config", None) is not None
+
+
 def _device_of(module: nn.Module, tensor: Tensor) -> torch.device:
     """Where a module's tensor is, or is brought to by a hook of accelerate if it is offloaded."""
-    return torch.device(module._hf_hook.execution_device) if tensor.is_meta else tensor.device  # type: ignore[union-attr, arg-type]
+    return execution_device(module) if tensor.is_meta else tensor.device
 
 
 def _local_shape(shape: torch.Size, stored: Tensor) -> torch.Size:
@@ -150,7 +161,31 @@ def _stored_names(model: Any, name: str) -> tuple[str, ...]:
     return name, source, *targets, prefix + name, name.removeprefix(prefix)
 
 
-def _to_come(header: Header, parameter: Tensor, suffix: str) -> Tensor:
+def _to_come(
+    parameter: Tensor, names: Sequence[str], format: str, headers: Mapping[str, Header], kind: type[LerpModule]
+) -> Packed:
+    """Both ends of a parameter as the files have them, empty; ValueError if it is not all there, or does not fit.
+
+    Args:
+        parameter: of the empty model.
+        names: under one of which it is stored.
+        format: in which it is stored.
+        headers: of all tensors in the files.
+        kind: of the module that reads it.
+    """
+    from dami.layers.packed import Packed
+
+    suffixes = formats.get(format).TENSORS
+    found = {suffix: next((headers[n + suffix] for n in names if n + suffix in headers), None) for suffix in suffixes}
+    if absent := [suffix or "the base" for suffix, header in found.items() if header is None]:
+        raise ValueError(f"the files lack {', '.join(absent)}")
+    tensors = [_empty(header, parameter, suffix) for suffix, header in found.items() if header is not None]
+    operand = kind.as_operand(parameter)
+    weight = LerpWeight(tuple(map(kind.as_operand, tensors)), format, operand.shape, operand.dtype)
+    return Packed.of(weight, kind)
+
+
+def _empty(header: Header, parameter: Tensor, suffix: str) -> Tensor:
     """An empty tensor as a stored one will be once it is loaded, on the device of the empty parameter it belongs to.
 
     That is meta, or the CPU where a model makes a parameter by a function that does not heed the default device.
@@ -168,11 +203,3 @@ def _patched(model: nn.Module) -> list[LerpModule]:
     from dami.layers.base import LerpModule
 
     return [module for module in model.modules() if isinstance(module, LerpModule)]
-
-
-def _beside(module: nn.Module, name: str) -> list[str]:
-    """Names of what is stored beside a parameter of a module."""
-    from dami.layers.base import LerpModule
-
-    stored = module.lerp.stored.get(name) if isinstance(module, LerpModule) else None
-    return [tensor for tensor in stored.names if tensor != name] if stored else []

@@ -7,17 +7,19 @@ interpolates it by itself. Kernels take plain tensors: inside a forward each pro
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, _use_local_dtensor_params
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.distributed.tensor_parallel import ColwiseParallel, EmbeddingParallel, RowwiseParallel
 
 from dami.layers.base import LerpModule
 from dami.saving.config import any_layer
+from dami.upstream import local_parameters, local_shape_and_offset, parameters_of
 from dami_kernels.quantize import GROUP
 
 PREFIX = "dami_"
@@ -50,11 +52,11 @@ class _LerpStyle:
     def should_use_local_tensors(self, module: nn.Module) -> bool:
         return isinstance(module, LerpModule) or super().should_use_local_tensors(module)  # type: ignore[misc]
 
-    def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
+    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
         if not (isinstance(module, LerpModule) and param.endswith(self.whole)):
             super().shard_param(module, param, mesh)  # type: ignore[misc]
 
-    def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: Any) -> Any:
+    def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: DeviceMesh) -> Any:
         if isinstance(module, LerpModule) and module.lerp.lam.requires_grad:
             raise ValueError("intensity takes no gradient under tensor parallelism, where a process has a part of it")
         return super().transform_inputs_pre_forward(module, args, kwargs, mesh)  # type: ignore[misc]
@@ -71,7 +73,7 @@ class LerpRowwise(_LerpStyle, RowwiseParallel):
 
     whole = ("_up", "bias", "bias_target")
 
-    def validate_param(self, module: Any, param: str, mesh: Any, parameter_name: str | None = None) -> None:
+    def validate_param(self, module: Any, param: str, mesh: DeviceMesh, parameter_name: str | None = None) -> None:
         if param.endswith("_scale") and module.in_features % (GROUP * mesh.size()):
             raise ValueError(
                 f"{parameter_name}: {module.in_features} input features cannot be split over {mesh.size()} processes, "
@@ -79,21 +81,22 @@ class LerpRowwise(_LerpStyle, RowwiseParallel):
             )
 
     @contextmanager
-    def context_around_forward(self, module: nn.Module, mesh: Any) -> Any:
+    def context_around_forward(self, module: nn.Module, mesh: DeviceMesh) -> Iterator[None]:
         if not isinstance(module, LerpModule):
             with super().context_around_forward(module, mesh):
                 yield
             return
-        bias = module._parameters["bias"]
+        own = parameters_of(module)
+        bias = own["bias"]
         if mesh.get_local_rank() > 0:
-            module._parameters["bias"] = None
+            own["bias"] = None
         try:
-            with _use_local_dtensor_params(module):
+            with local_parameters(module):
                 yield
         finally:
-            module._parameters["bias"] = bias
+            own["bias"] = bias
 
-    def transform_output_post_forward(self, module: nn.Module, output: Tensor, mesh: Any) -> Tensor:
+    def transform_output_post_forward(self, module: nn.Module, output: Tensor, mesh: DeviceMesh) -> Tensor:
         if not isinstance(module, LerpModule):
             return super().transform_output_post_forward(module, output, mesh)
         return (
@@ -108,17 +111,17 @@ class LerpEmbeddingParallel(_LerpStyle, EmbeddingParallel):
 
     whole = ("_down",)
 
-    def install_forward(self, module: Any, mesh: Any) -> Any:
+    def install_forward(self, module: Any, mesh: DeviceMesh) -> Any:
         if not isinstance(module, LerpModule):
             return super().install_forward(module, mesh)
         table = next(parameter for parameter in module.parameters() if isinstance(parameter, DTensor))
-        shape, offset = compute_local_shape_and_global_offset(table.shape, mesh, table.placements)
+        shape, offset = local_shape_and_offset(table, mesh)
         forward = module.forward
 
         def looked_up(ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             own = ids - offset[0]
             elsewhere = (own < 0) | (own >= shape[0])
-            with _use_local_dtensor_params(module):
+            with local_parameters(module):
                 output = forward(own.masked_fill(elsewhere, 0), *args, **kwargs)
             output = output.masked_fill(elsewhere.unsqueeze(-1), 0)
             return self.transform_output_post_forward(module, output, mesh)

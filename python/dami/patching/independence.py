@@ -19,6 +19,7 @@ from torch import nn
 
 from dami.dial.state import Dial
 from dami.layers.base import LerpModule
+from dami.upstream import hooks_of
 
 NAN = float("nan")
 # tokens, more than there are sequences, as many, and a step of decoding; and the sequence at NaN
@@ -59,7 +60,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
     Hooks that the check's passes install stay: transformers has a model capture its hidden states so, once and for all.
     """
-    hooks = [hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+    hooks = [hooks for m in model.modules() for hooks in hooks_of(m)]
     kept = [(dict(each), each) for each in hooks]
     training = [(module, module.training) for module in model.modules()]
     try:

@@ -29,6 +29,7 @@ from dami.layers.peft import check_adapters, guard_merging
 from dami.layers.status import Status
 from dami.patching.independence import check_independence
 from dami.saving.directory import push, save
+from dami.upstream import OF_ONE_OBJECT, execution_device, hook_of
 
 if TYPE_CHECKING:  # at run time the other parent, a class of transformers, brings them
     from transformers import GenerationMixin, PreTrainedModel
@@ -107,8 +108,8 @@ class LerpModel(PreTrainedModel):
     @property
     def device(self) -> Any:
         """Where the model computes: its parameters may be offloaded, and then are on no device."""
-        device, hook = next(self.parameters()).device, getattr(self, "_hf_hook", None)
-        return hook.execution_device if hook is not None and device.type == "meta" else device
+        device = next(self.parameters()).device
+        return execution_device(self) if device.type == "meta" and hook_of(self) is not None else device
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -276,7 +277,6 @@ def twin(model: M, intensity: IntensityLike = 0.0) -> M:
     return other
 
 
-OF_ONE_OBJECT = ("_compiled_call", "_cached_continuous_batching_manager")  # attributes that no copy has
 BATCHING = "5.24"  # from which on transformers updates a paged cache before it calls the attention
 MEDIA = re.compile("pixel|image|video|audio|input_features|input_values")
 INPUTS = ("inputs", "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")

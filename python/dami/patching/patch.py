@@ -20,7 +20,7 @@ from dami.layers.peft import refuse_adapters
 from dami.patching.compare import config_mismatches, first_names, headers_of, tensor_mismatches
 from dami.patching.model import PairModel, patched_model_class
 from dami.patching.ties import TIES, head_name, tie, untie
-from dami.sources import METHOD
+from dami.sources import QUANT_METHOD
 from dami_kernels import LerpWeight, formats
 
 
@@ -115,15 +115,14 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
                 if name not in stored.names:
                     parameter.data = module.as_operand(module.ends(name).unpack()[0].to(parameter.dtype))
                 parameter.data = parameter.data.contiguous()
-                for added in stored.names:
-                    if added != name:
-                        delattr(module, added)
+                for added in module.beside(name):
+                    delattr(module, added)
             del module.lerp
             reclass(module, lerp.original)
     for parameter in patch.trainable:
         parameter.requires_grad_(True)
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and quantizer.quantization_config.quant_method == METHOD:
+    if quantizer is not None and quantizer.quantization_config.quant_method == QUANT_METHOD:
         quantizer.remove_quantization_config(model)
     if patch.head is not None:
         patch.head.remove()

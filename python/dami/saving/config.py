@@ -6,16 +6,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from dami.sources import METHOD
+from dami.sources import QUANT_METHOD
 from dami_kernels import formats
 
 SUFFIXES = sorted({suffix for name in formats.names() for suffix in formats.get(name).TENSORS} - {""})
 
 
-@register_quantization_config(METHOD)
 class PairConfig(QuantizationConfigMixin):
     """The `quantization_config` of a packed pair.
 
@@ -37,7 +35,7 @@ class PairConfig(QuantizationConfigMixin):
     ) -> None:
         for name in {format, *interpolated.values()}:
             formats.get(name)
-        self.quant_method: Any = METHOD
+        self.quant_method: Any = QUANT_METHOD
         self.format = format
         self.interpolated = dict(interpolated)
         self.parents = [dict(parent) for parent in parents]

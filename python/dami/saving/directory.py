@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
-from transformers import PreTrainedModel
+from huggingface_hub import CommitInfo, HfApi
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dami.dial.patch import patch_of
 from dami.estimators.files import FOLDER, StoredIntensity
@@ -19,16 +19,16 @@ from dami.layers.peft import refuse_adapters
 from dami.saving.config import PairConfig, by_pattern
 from dami.saving.model_card import write_model_card
 
-SHARD = "4GB"
+MAX_SHARD_SIZE = "4GB"
 
 
 def save_pair(
     model: PreTrainedModel,
     directory: str | Path,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     overwrite: bool = False,
-    max_shard_size: int | str = SHARD,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> Path:
     """Writes a patched model as one directory, which `dami.load_pair(directory)` loads, and returns it.
 
@@ -53,7 +53,10 @@ def save_pair(
 
 
 def write_pair(
-    model: PreTrainedModel, directory: str | Path, tokenizer: Any, max_shard_size: int | str = SHARD
+    model: PreTrainedModel,
+    directory: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> None:
     """Writes a patched model and its tokenizer into a directory."""
     if tokenizer is not None and model.should_save_on_this_rank(True):
@@ -95,14 +98,14 @@ def push(
     model: PreTrainedModel,
     repo_id: str,
     *,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     commit_message: str = "Upload a packed pair",
     private: bool | None = None,
     token: bool | str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    max_shard_size: int | str = SHARD,
-) -> Any:
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> CommitInfo:
     """`push_to_hub` of a patched model: uploads what `save_pair` writes, model card and tokenizer included.
 
     The arguments are those of transformers' `push_to_hub` and of `save_pair`.

@@ -8,18 +8,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dami.callers import CALLERS
 from dami.dial.patch import patch_of
 from dami.dial.values import Intensity
-from dami.layers.base import LerpModule
+from dami.layers.base import LerpModule, own_tensors
 from dami.layers.peft import refuse_adapters
 from dami.saving.model_card import write_merged_card
-from dami.sources import METHOD
+from dami.sources import QUANT_METHOD
+from dami.upstream import parameters_of
 
 
-def write_merged(model: PreTrainedModel, directory: str | Path, tokenizer: Any, intensity: float | str) -> float:
+def write_merged(
+    model: PreTrainedModel,
+    directory: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    intensity: float | str,
+) -> float:
     """Writes an ordinary checkpoint of a patched model at one λ into a directory, with a model card, and returns λ.
 
     Raises:
@@ -52,34 +58,39 @@ def materialize(model: PreTrainedModel, intensity: float | str) -> PreTrainedMod
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise ValueError("model must be on devices to make a merged copy, not offloaded")
     config = copy.deepcopy(model.config)
-    if getattr(model, "quantization_method", None) == METHOD:
+    if getattr(model, "quantization_method", None) == QUANT_METHOD:
         del config.quantization_config
-    merged: dict[int, Tensor] = {}
-    state = {}
-    for prefix, module in model.named_modules():
-        lerp = module.lerp if isinstance(module, LerpModule) else None
-        beside = (
-            {name for own, stored in lerp.stored.items() for name in stored.names if name != own} if lerp else set()
-        )
-        for name, tensor in {**module._parameters, **module._buffers}.items():
-            if tensor is None or name in beside:
-                continue
-            if id(tensor) not in merged:
-                merged[id(tensor)] = (
-                    module.as_operand(module.ends(name).materialize(lam))
-                    if isinstance(module, LerpModule) and name in module.lerp.stored
-                    else tensor.detach().clone()
-                )
-            state[f"{prefix}.{name}" if prefix else name] = merged[id(tensor)].contiguous()
+    state = _state_at(model, lam)
     with torch.device("meta"):
         plain: Any = patch.original(config)
     for name, tensor in state.items():
         holder, _, local = name.rpartition(".")
         module = plain.get_submodule(holder)
-        if local in module._parameters:
+        if local in parameters_of(module):
             setattr(module, local, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
         else:
             setattr(module, local, tensor)
     plain.tie_weights()
     plain.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
     return plain.eval()
+
+
+def _state_at(model: nn.Module, lam: float) -> dict[str, Tensor]:
+    """New tensors of a patched model's weights and buffers at λ, by name; those that share memory go on sharing it."""
+    merged: dict[int, Tensor] = {}
+    state = {}
+    for prefix, module in model.named_modules():
+        lerp = module if isinstance(module, LerpModule) else None
+        stored = {} if lerp is None else lerp.lerp.stored
+        beside = set() if lerp is None else {name for own in stored for name in lerp.beside(own)}
+        for name, tensor in own_tensors(module):
+            if name in beside:
+                continue
+            if id(tensor) not in merged:
+                if lerp is not None and name in stored:
+                    value = lerp.as_operand(lerp.ends(name).materialize(lam))
+                else:
+                    value = tensor.detach().clone()
+                merged[id(tensor)] = value.contiguous()
+            state[f"{prefix}.{name}" if prefix else name] = merged[id(tensor)]
+    return state

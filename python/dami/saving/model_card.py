@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCardData
+from transformers import PreTrainedTokenizerBase
 
 from dami.saving.config import PairConfig
 from dami_kernels import formats
@@ -63,7 +63,9 @@ TEMPLATES = """ The instruct end's chat template is used unless another is
 named: `tokenizer.apply_chat_template(…, chat_template="thinking")`."""
 
 
-def write_model_card(directory: str | Path, config: PairConfig, nbytes: int, weights: int, tokenizer: Any) -> None:
+def write_model_card(
+    directory: str | Path, config: PairConfig, nbytes: int, weights: int, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
     """Writes README.md.
 
     Args:

@@ -20,9 +20,10 @@ import dami
 from dami.chat import end_tokens
 from dami.dial.choosing import estimates
 from dami.dial.patch import patch_of
-from dami.generation.batching import LerpManager, Step, padded
+from dami.generation.batching import LerpManager, StepLoad, padded
 from dami.generation.sampling import Logprobs, Sampling
 from dami.serving.controller import IntensityController
+from dami.upstream import forget_handler
 
 GIB = 1 << 30
 PAGE = 16  # tokens of a block: prompts share whole blocks only
@@ -325,9 +326,7 @@ class Engine:
         return True
 
     def _unregister(self, row: Row) -> None:
-        router = self.manager.output_router
-        with router._lock:
-            router.result_handlers.pop(row.name, None)
+        forget_handler(self.manager.output_router, row.name)
 
     async def estimate(self, prompt: list[int]) -> float:
         """λ that the pair's estimator chooses for a prompt; prompts that come together are estimated in one batch.
@@ -372,12 +371,12 @@ class Engine:
             return intensity
         return self.controller.grant(intensity, adjustable)
 
-    def _hand_over(self, step: Step) -> None:
+    def _hand_over(self, step: StepLoad) -> None:
         """Called in the generation thread after each step."""
         with contextlib.suppress(RuntimeError):  # the event loop is closed
             self._loop.call_soon_threadsafe(self._observe, step)
 
-    def _observe(self, step: Step) -> None:
+    def _observe(self, step: StepLoad) -> None:
         self.load = Load(step.waiting, step.running, step.blocks)
         if self.controller is not None:
             longest = next(iter(self.waiting.values()), None)

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from dami import upstream
 from dami.generation.batching import HONOURED, IDLE, NEUTRAL, LerpManager, check_config, keyed
+from dami.generation.sampling import Sampler, Sampling
 from transformers import (
     AfmoeConfig,
     CohereConfig,
@@ -479,8 +481,9 @@ def test_an_old_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_another_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(LerpManager.__mro__[1], "_generation_step")
-    with pytest.raises(ValueError, match=r"needs another transformers: no \['_generation_step'\]"):
+    monkeypatch.delattr(LerpManager.__mro__[1], "_generation_loop_body")
+    upstream.check.cache_clear()
+    with pytest.raises(ImportError, match=r"has no \S+:ContinuousBatchingManager._generation_loop_body"):
         patched("qwen3").init_continuous_batching(GREEDY, SMALL)
 
 
@@ -494,22 +497,20 @@ def test_with_invariant_no_bit_depends_on_the_others(family: str) -> None:
         seen: dict[int, list[torch.Tensor]] = {row: [] for row in rows}
         manager = model.init_continuous_batching(GREEDY, batching)
         manager.sample_per_request()
-        sample, sampler = type(manager.sampler).__call__, manager.sampler
-        states: list[Any] = []
-        prepare = sampler.prepare
-        sampler.prepare = lambda new, storage: states.__setitem__(slice(None), new) or prepare(new, storage)
 
-        class Seeing(type(sampler)):  # type: ignore[misc]
-            def __call__(self, scores: torch.Tensor, arguments: torch.Tensor) -> torch.Tensor:
-                for state, row in zip(states, scores, strict=False):
-                    seen[int(state.request_id)].append(row.clone())
-                return sample(self, scores, arguments)
+        class Seeing(Sampler):
+            def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> torch.Tensor:
+                self.requests = [request.state.request_id for request in requests_with_new_token]
+                return super().prepare_tensor_args(requests_with_new_token)
 
-        sampler.__class__ = Seeing
+            def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+                for request, row in zip(self.requests, scores, strict=False):
+                    seen[int(request)].append(row.clone())
+                return super().__call__(scores, tensor_arg)
+
+        manager.sampler.__class__ = Seeing
         manager.start()
         try:
-            from dami.generation.sampling import Sampling
-
             for row in rows:
                 manager.add_request(asked[row], str(row), intensity=LAM[row], sampling=Sampling(temperature=0))
             for _ in rows:

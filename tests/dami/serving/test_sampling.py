@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from dami.generation.batching import LerpProcessors
 from dami.generation.sampling import Sampler, Sampling, draw, uniform
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
 CASES = [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.3, 0.8, 0), (1.0, 1.0, 5), (0.9, 0.6, 7), (1.0, 1e-6, 0), (2.0, 1.0, 1)]
 
@@ -59,16 +61,19 @@ def test_chance_is_uniform_and_of_its_arguments_only() -> None:
 
 
 def run(*asked: tuple[Sampling, int], scores: torch.Tensor) -> tuple[list[int], Any]:
+    """The tokens that transformers' list of processors leaves the likeliest, and the log-probabilities of the step."""
     sampler = Sampler()
-    states = [
-        SimpleNamespace(logit_processor_kwargs={"sampling": s}, initial_tokens=[0] * n, generated_tokens=[])
+    processors = LerpProcessors(sampler.processors)
+    requests = [
+        FutureRequestState(RequestState(f"{n}", [0] * n, logit_processor_kwargs={"sampling": s}), True, {}, 1)
         for s, n in asked
     ]
-    storage = torch.zeros(Sampler.rows, 16, dtype=torch.int32)
-    sampler.prepare(states, storage)
-    outputs = SimpleNamespace(prepare_batch_update=lambda: ("requests", "tokens", None))
+    storage = torch.zeros(processors.tensors_required, 16, dtype=torch.int32)
+    processors.fill_defaults(storage)
+    processors.prepare_tensor_args(requests, storage)
+    outputs: Any = SimpleNamespace(prepare_batch_update=lambda: ("requests", "tokens", None))
     sampler.report_through(outputs)
-    tokens = sampler(scores, storage).argmax(1)[: len(asked)].tolist()
+    tokens = processors(torch.empty(1, 0, dtype=torch.int64), scores, storage).argmax(1)[: len(asked)].tolist()
     return tokens, outputs.prepare_batch_update()[2]
 
 

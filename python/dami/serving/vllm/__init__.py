@@ -6,20 +6,30 @@ vLLM the quantisation method "dami", by which a packed pair's config names it, a
 
 from __future__ import annotations
 
+import warnings
+
 
 def register() -> None:
     """Makes pairs known to vLLM; models that are not pairs are left as they were. May be called again.
 
     Where vLLM is not as the plugin needs it, a pair is refused when it is to be served, and nothing else is touched:
-    vLLM calls this for every model, and what it raised would keep all of them from starting.
+    vLLM calls this for every model, and what it raised would keep all of them from starting. Where the plugin itself
+    cannot be imported, there is a warning, and vLLM knows no pairs.
     """
-    from dami.serving.vllm import support  # which imports nothing of vLLM unguarded
-
+    try:
+        from dami.serving.vllm import support  # which imports nothing of vLLM unguarded
+    except Exception as error:
+        warnings.warn(
+            f"vLLM goes on without dami's plugin, which could not be imported: {type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
     if not support.FAULTS:
         try:
             _install()
         except Exception as error:
-            support.FAULTS.append(f"{type(error).__name__}: {error}")
+            support.FAULTS.append(f"raises {type(error).__name__}: {error}")
     if support.FAULTS:
         support.refuse_pairs()
 

@@ -6,6 +6,8 @@ All mapping of names, merging and sharding is vLLM's own: what stands beside a w
 from __future__ import annotations
 
 import copy
+import functools
+import logging
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -16,9 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
-from vllm.model_executor import model_loader
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -28,18 +30,29 @@ from dami.patching.compare import Header, config_mismatches, tensor_mismatches
 from dami.saving.config import SUFFIXES
 from dami.serving.vllm import runners, self_test, support
 from dami.serving.vllm.methods import LAM, NORMS, LinearMethod, PairMethod, adopt, suffix_of
-from dami.serving.vllm.quantization import METHOD, PairQuantization
-from dami.serving.vllm.settings import KEYS, Settings
+from dami.serving.vllm.quantization import QUANT_METHOD, PairQuantization
+from dami.serving.vllm.settings import KEYS, PairSettings
+from dami.upstream import parameters_of
 from dami.version import __version__
 from dami_kernels import LerpWeight, formats
 
 LOAD_FORMATS = ("auto", "hf", "safetensors")
 
 
+@functools.cache
 def install() -> None:
-    """Puts our loader in the place of vLLM's for the load formats that pairs come in."""
-    for load_format in LOAD_FORMATS:
-        model_loader._LOAD_FORMAT_TO_MODEL_LOADER[load_format] = PairLoader
+    """Registers our loader for the load formats that pairs come in. Models that are no pairs it leaves to vLLM's own.
+
+    So vLLM's warnings that its own is overwritten, one for each format in each process, say nothing that matters.
+    """
+    log = logging.getLogger(register_model_loader.__module__)
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        for load_format in LOAD_FORMATS:
+            register_model_loader(load_format)(PairLoader)
+    finally:
+        log.setLevel(before)
 
 
 class PairLoader(DefaultModelLoader):
@@ -55,11 +68,11 @@ class PairLoader(DefaultModelLoader):
         self.pair: PairQuantization | None = None
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
-        self.pair = PairQuantization.of(vllm_config) if model_config.quantization == METHOD else None
+        self.pair = PairQuantization.of(vllm_config) if model_config.quantization == QUANT_METHOD else None
         if self.pair is None:
             if self.own:
                 raise ValueError(
-                    f"{', '.join(self.own)} of the loader's extra config need a pair: --quantization {METHOD}"
+                    f"{', '.join(self.own)} of the loader's extra config need a pair: --quantization {QUANT_METHOD}"
                 )
             return super().load_model(vllm_config, model_config, prefix)
         support.check_features(vllm_config)
@@ -72,7 +85,7 @@ class PairLoader(DefaultModelLoader):
     def create_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         if self.pair is None:
             return super().create_model(vllm_config, model_config, prefix)
-        self.pair.settings = settings = Settings.of(self.own)
+        self.pair.settings = settings = PairSettings.of(self.own)
         if (self.pair.interpolated is None) != (settings.thinking is not None):
             needed = "must name the λ=1 end" if settings.thinking is None else "must be left out of a packed pair"
             raise ValueError(f"thinking in --model-loader-extra-config {needed}, got {settings.thinking!r}")
@@ -87,7 +100,7 @@ class PairLoader(DefaultModelLoader):
         # what is compiled depends on these, and is kept by a hash of the config
         vllm_config.additional_config = {
             **vllm_config.additional_config,
-            METHOD: [__version__, settings.thinking, settings.format],
+            QUANT_METHOD: [__version__, settings.thinking, settings.format],
         }
         model = super().create_model(vllm_config, model_config, prefix)
         for name, module in model.named_modules():
@@ -112,7 +125,7 @@ class PairLoader(DefaultModelLoader):
             module.__class__ = NORMS[type(module)]
             module.register_buffer(LAM, pair.rows.tokens, persistent=False)
             vector = "weight"
-        elif isinstance(module, LinearBase) and module._parameters.get("bias") is not None:
+        elif isinstance(module, LinearBase) and parameters_of(module).get("bias") is not None:
             if not pair.keep_pair([f"{part}.bias" for part in pair.parts(name)]):
                 return
             if not isinstance(module.quant_method, LinearMethod) or module.skip_bias_add:
@@ -120,7 +133,7 @@ class PairLoader(DefaultModelLoader):
             vector = "bias"
         else:
             return
-        base = module._parameters[vector]
+        base: Any = parameters_of(module)[vector]
         target = nn.Parameter(base.detach().clone(), requires_grad=False)
         set_weight_attrs(target, dict(vars(base)))
         module.register_parameter(f"{vector}_target", target)
@@ -156,7 +169,7 @@ class PairLoader(DefaultModelLoader):
                 target = file.get_tensor(name)
             format = pair.format_of(name)
             if format is not None:
-                yield from named(name, LerpWeight.pack(base.contiguous(), target, format))
+                yield from tensors_of(name, LerpWeight.pack(base.contiguous(), target, format))
             elif base.equal(target):
                 yield name, base
             else:
@@ -192,7 +205,7 @@ def packed_weights(
         elif format is None or _stores(pair, name, ""):
             yield name, tensor
         else:
-            yield from named(name, LerpWeight.pack(tensor, tensor, format))
+            yield from tensors_of(name, LerpWeight.pack(tensor, tensor, format))
     if awaited:
         raise ValueError(f"the packed pair lacks {', '.join(sorted(awaited))}")
 
@@ -203,7 +216,7 @@ def _stores(pair: PairQuantization, name: str, suffix: str) -> bool:
     return format is not None and suffix in formats.get(format).TENSORS
 
 
-def named(name: str, weight: LerpWeight) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(name: str, weight: LerpWeight) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a packed weight under vLLM's names."""
     for suffix, tensor in zip(formats.get(weight.format).TENSORS, weight.tensors, strict=True):
         yield name + suffix_of(suffix), tensor

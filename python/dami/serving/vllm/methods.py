@@ -18,7 +18,9 @@ from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
-from dami.serving.vllm.rows import Rows
+from dami.layers.routing import by_expert
+from dami.serving.vllm.rows import StepIntensities
+from dami.upstream import parameters_of
 from dami_kernels import LerpWeight, formats, lerp_embedding, lerp_experts, lerp_linear, lerp_rms_norm
 from dami_kernels.quantize import GROUP
 
@@ -93,16 +95,17 @@ def register_factors(
 
 def ends_of(layer: nn.Module, name: str, format: str, shape: Sequence[int], dtype: torch.dtype) -> LerpWeight:
     """Both ends of a weight as the operators take them."""
-    tensors = tuple(layer._parameters[name + suffix_of(suffix)] for suffix in formats.get(format).TENSORS)
+    own = parameters_of(layer)
+    tensors = tuple(own[name + suffix_of(suffix)] for suffix in formats.get(format).TENSORS)
     return LerpWeight(tensors, format, torch.Size(shape), dtype)  # type: ignore[arg-type]
 
 
 def vector_ends(layer: nn.Module, name: str) -> LerpWeight | None:
     """Both ends of a norm's weight or of a bias; one tensor stands for both where they are the same."""
-    base = layer._parameters.get(name)
+    base = parameters_of(layer).get(name)
     if base is None:
         return None
-    target = layer._parameters.get(f"{name}_target")
+    target = parameters_of(layer).get(f"{name}_target")
     return LerpWeight((base, base if target is None else target), "pair", base.shape, base.dtype)
 
 
@@ -118,7 +121,7 @@ def check_groups(layer: Any, format: str, size: int, whole: int) -> None:
 class PairMethod:
     """What linear layers and embeddings share."""
 
-    def __init__(self, rows: Rows, format: str, ranks: Sequence[int]) -> None:
+    def __init__(self, rows: StepIntensities, format: str, ranks: Sequence[int]) -> None:
         """
         Args:
             rows: λ of the model's steps.
@@ -177,7 +180,8 @@ class EmbeddingMethod(PairMethod, LinearMethodBase):
     def share(self, layer: Any) -> None:
         """Ties a layer's weight to that of `tied_to`."""
         for suffix in formats.get(self.format).TENSORS:
-            layer._parameters["weight" + suffix_of(suffix)] = self.tied_to._parameters["weight" + suffix_of(suffix)]
+            name = "weight" + suffix_of(suffix)
+            parameters_of(layer)[name] = parameters_of(self.tied_to)[name]
 
 
 def adopt(layer: Any, method: PairMethod) -> None:
@@ -199,7 +203,7 @@ def adopt(layer: Any, method: PairMethod) -> None:
 class ExpertsMethod(FusedMoEMethodBase):
     """A token's experts at its λ; the router's choice is at that λ too."""
 
-    def __init__(self, moe: Any, rows: Rows, formats: dict[str, str | None]) -> None:
+    def __init__(self, moe: Any, rows: StepIntensities, formats: dict[str, str | None]) -> None:
         super().__init__(moe)
         self.rows = rows
         # where only one of the two differs, the other is kept as a pair as well
@@ -252,7 +256,7 @@ class ExpertsMethod(FusedMoEMethodBase):
     ) -> Tensor:
         up, down = self.ends(layer)
         k = topk_ids.shape[-1]
-        _, pair, offsets = by_expert(topk_ids, layer.expert_map, up.shape[0])
+        _, pair, offsets = by_expert(topk_ids, up.shape[0], layer.expert_map)
         token = pair // k
         where = {"expert_offsets": offsets, "lam": layer.intensity[: x.shape[0]], "row_to_lam": token.int()}
         gate, value = lerp_experts(x[token], up, **where).chunk(2, -1)
@@ -262,27 +266,7 @@ class ExpertsMethod(FusedMoEMethodBase):
         return (y.unflatten(0, (-1, k)) * topk_weights.unsqueeze(-1)).sum(1).to(x.dtype)
 
 
-def by_expert(ids: Tensor, expert_map: Tensor | None, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs of a token and an expert, sorted by expert.
-
-    Args:
-        ids: [tokens, k], the experts of each token.
-        expert_map: the place of each expert in this process, -1 for those of others; None if all are here.
-        experts: how many are here.
-
-    Returns:
-        The experts, those of others after the last; which pair each is; int32 [experts], the end of each one's rows.
-    """
-    ids = ids.reshape(-1).long()
-    if expert_map is not None:
-        ids = expert_map[ids].long()
-        ids = torch.where(ids < 0, experts, ids)
-    expert, pair = ids.sort(stable=True)
-    each = torch.arange(experts, device=ids.device)
-    return expert, pair, torch.searchsorted(expert, each, right=True, out_int32=True)
-
-
-class LerpNorm(nn.Module):
+class PairNorm(nn.Module):
     """An RMS norm at λ: a norm of vLLM's with its class changed, and the other end beside its weight."""
 
     intensity: Tensor
@@ -299,16 +283,16 @@ class LerpNorm(nn.Module):
         return y if residual is None else (y, residual)
 
 
-class LerpRMSNorm(LerpNorm, RMSNorm):
+class PairRMSNorm(PairNorm, RMSNorm):
     """x / rms(x) · w(λ)."""
 
     offset = 0.0
 
 
-class LerpGemmaRMSNorm(LerpNorm, GemmaRMSNorm):
+class PairGemmaRMSNorm(PairNorm, GemmaRMSNorm):
     """x / rms(x) · (1 + w(λ))."""
 
     offset = 1.0
 
 
-NORMS = {RMSNorm: LerpRMSNorm, GemmaRMSNorm: LerpGemmaRMSNorm}
+NORMS = {RMSNorm: PairRMSNorm, GemmaRMSNorm: PairGemmaRMSNorm}

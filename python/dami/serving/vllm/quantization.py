@@ -18,9 +18,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 
 from dami.saving.config import any_layer
 from dami.serving.vllm import methods, support
-from dami.serving.vllm.rows import Rows
-from dami.serving.vllm.settings import Settings
-from dami.sources import METHOD
+from dami.serving.vllm.rows import StepIntensities
+from dami.serving.vllm.settings import PairSettings
+from dami.sources import QUANT_METHOD
 
 EXPERTS = re.compile(r"(.*\.experts)\.(?:\d+\.)?(gate_up_proj|gate_proj|up_proj|down_proj)(?:\.weight)?")
 
@@ -39,16 +39,16 @@ class PairQuantization(QuantizationConfig):
         super().__init__()
         support.check_installation()
         self.interpolated = interpolated
-        self.settings = Settings()
+        self.settings = PairSettings()
         self.ranks: dict[str, int] = {}
         self.stored: dict[str, str] = {}
-        self._rows: Rows | None = None
+        self._rows: StepIntensities | None = None
 
     @staticmethod
     def register() -> None:
         """Registers the method, once."""
-        if METHOD not in QUANTIZATION_METHODS:
-            register_quantization_config(METHOD)(PairQuantization)
+        if QUANT_METHOD not in QUANTIZATION_METHODS:
+            register_quantization_config(QUANT_METHOD)(PairQuantization)
 
     @staticmethod
     def of(config: VllmConfig) -> PairQuantization | None:
@@ -56,14 +56,14 @@ class PairQuantization(QuantizationConfig):
         return config.quant_config if isinstance(config.quant_config, PairQuantization) else None
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> StepIntensities:
         """The λ of a step; made while the model is."""
         if self._rows is None:
-            self._rows = Rows(get_current_vllm_config())
+            self._rows = StepIntensities(get_current_vllm_config())
         return self._rows
 
     def get_name(self) -> Any:
-        return METHOD
+        return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         return [torch.float32, torch.bfloat16, torch.float16]

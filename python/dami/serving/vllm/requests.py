@@ -14,7 +14,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
 from dami.serving.vllm.quantization import PairQuantization
-from dami.serving.vllm.settings import KEY, KEYS, RequestError, Settings, check_arguments, resembles_key
+from dami.serving.vllm.settings import KEY, KEYS, PairSettings, RequestError, check_arguments, resembles_key
 from dami.serving.vllm.support import wrap
 
 
@@ -27,10 +27,10 @@ def install() -> None:
     wrap(BeamSearchOfflineMixin, "beam_search", _refuse_beams)
 
 
-def settings_of(config: Any) -> Settings:
+def settings_of(config: Any) -> PairSettings:
     """The settings of an engine that serves a pair."""
     extra = config.load_config.model_loader_extra_config
-    return Settings.of({key: extra[key] for key in KEYS if key in extra})
+    return PairSettings.of({key: extra[key] for key in KEYS if key in extra})
 
 
 @cache

@@ -10,7 +10,7 @@ from torch import Tensor
 from vllm.config import VllmConfig
 
 
-class Rows:
+class StepIntensities:
     """The λ of a step.
 
     Attributes:

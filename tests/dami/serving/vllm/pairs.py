@@ -10,7 +10,7 @@ from pathlib import Path
 import dami
 import torch
 import transformers
-from dami.loading.quantizer import METHOD
+from dami.loading.quantizer import QUANT_METHOD
 from dami.saving.config import PairConfig
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -78,7 +78,7 @@ def merged(packed: Path, lam: float) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(packed)
     stored = config.quantization_config
     del config.quantization_config
-    assert stored.pop("quant_method") == METHOD
+    assert stored.pop("quant_method") == QUANT_METHOD
     pair = PairConfig(**stored)
     tensors = {name: tensor for file in packed.glob("*.safetensors") for name, tensor in load_file(file).items()}
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import shutil
 import subprocess
 import sys
+from itertools import starmap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,17 +17,28 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dami_kernels.upstream import Place
 from tests.dami.serving.vllm import pairs
 from tests.dami.serving.vllm.engines import engine
+from tests.moving import break_place, ways
 
 vllm = pytest.importorskip("vllm")
 
 from dami.serving.vllm import register, support  # noqa: E402
-from dami.serving.vllm.settings import Settings, check_arguments  # noqa: E402
+from dami.serving.vllm.settings import PairSettings, check_arguments  # noqa: E402
 
 
 def test_this_vllm_fits() -> None:
     assert support.FAULTS == []
+
+
+BROKEN = [(place, way) for place in starmap(Place, support.RELIED_ON.items()) for way in ways(place)]
+
+
+@pytest.mark.parametrize(("place", "way"), BROKEN)
+def test_what_has_moved_is_named(place: Place, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = break_place(monkeypatch, place, way)
+    assert said in "\n".join(support.faults())
 
 
 def test_what_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,19 +53,21 @@ def test_what_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         },
     )
     module, method, parameter, field = support.faults()
-    assert "No module named 'vllm.no_such_module'" in module
+    assert module == "has no vllm.no_such_module:x: No module named 'vllm.no_such_module'"
     assert "has no attribute 'no_such'" in method
-    assert "GPUModelRunner._prepare_inputs has no no_such_parameter, but self, scheduler_output" in parameter
-    assert "NewRequestData has no no_such_field, but" in field
+    assert re.match(
+        "has no no_such_parameter in .*GPUModelRunner._prepare_inputs, but self, scheduler_output", parameter
+    )
+    assert re.match("has no no_such_field in .*NewRequestData, but", field)
 
 
 def test_another_vllm_serves_no_pair_and_all_else(packed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     register()  # for the tests that come after
-    monkeypatch.setattr(support, "FAULTS", ["vllm.somewhere:something: is gone"])
+    monkeypatch.setattr(support, "FAULTS", ["has no vllm.somewhere:something"])
     register()  # does nothing, and raises nothing
     with (
         pytest.raises(
-            Exception, match=r"dami's plugin fits vLLM 0.32 and 0.33, and this is vllm.*\n.*something: is gone"
+            Exception, match=r"dami's plugin fits vLLM 0.32 and 0.33, and this is vllm.*, which\n  has no .*something"
         ),
         engine(packed("qwen3", "int8")),
     ):
@@ -65,6 +81,33 @@ def test_a_module_that_has_moved_breaks_no_other_model() -> None:
     tried = done.stdout.splitlines()
     assert len(tried) > 20
     assert not [line for line in tried if not line.endswith(": refused")], done.stdout
+
+
+def test_the_loader_is_registered_without_a_warning_for_models_that_are_no_pairs() -> None:
+    from dami.serving.vllm import loader
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader import get_model_loader
+
+    told: list[logging.LogRecord] = []
+    log, handler = logging.getLogger("vllm.model_executor.model_loader"), logging.Handler(logging.WARNING)
+    handler.emit = told.append  # type: ignore[method-assign]
+    level = log.level
+    log.addHandler(handler)
+    try:
+        loader.install.__wrapped__()
+    finally:
+        log.removeHandler(handler)
+    assert (told, log.level) == ([], level)
+    for load_format in loader.LOAD_FORMATS:
+        assert type(get_model_loader(LoadConfig(load_format=load_format))) is loader.PairLoader
+
+
+def test_a_plugin_that_cannot_be_imported_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("dami.serving.vllm.support")
+    monkeypatch.setitem(sys.modules, "dami.serving.vllm.support", None)
+    said = "vLLM goes on without dami's plugin, which could not be imported: ModuleNotFoundError: "
+    with pytest.warns(RuntimeWarning, match=said):
+        register()
 
 
 def test_arguments_of_processors_of_the_user_s_are_theirs() -> None:
@@ -156,11 +199,11 @@ def test_what_is_not_supported_is_named(changed: dict[str, Any], named: str) -> 
 )
 def test_settings_that_are_wrong(extra: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Settings.of(extra)
+        PairSettings.of(extra)
 
 
 def test_one_intensity_has_one_key() -> None:
-    checked = Settings().checked
+    checked = PairSettings().checked
     for number in (0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5)):  # whatever else is a number in dami
         assert checked(number) == 0.5
     assert checked(torch.tensor(1)) == checked(np.int64(1)) == 1.0

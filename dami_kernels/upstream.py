@@ -1,0 +1,138 @@
+"""What the kernels rely on in torch that is not part of its public interface, and the check that it is still there.
+
+A package may move such a name in any release. So each is stated here once, as a `Place`, and found through this file:
+where one has moved, the error says which, and in which version of its package. `dami.upstream` states in the same way
+what the models rely on.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+TESTED = {"torch": "2.13"}
+
+
+class Moved(ImportError):
+    """Another package no longer has something that we rely on, or has changed it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A name of another package.
+
+    Attributes:
+        path: "module:name", or "module:class.member".
+        names: of a function the parameters that we pass or name; of a class the fields, attributes and methods.
+        does: what else we rely on, as in "it does not keep _parameters".
+        proof: given what is at the path, whether that is so.
+    """
+
+    path: str
+    names: tuple[str, ...] = ()
+    does: str = ""
+    proof: Callable[[Any], bool] | None = None
+
+    def fault(self) -> str | None:
+        """What is not there or is different, as the end of a sentence, "torch 2.13 …"; None if all is well."""
+        module, _, path = self.path.partition(":")
+        try:
+            found: Any = functools.reduce(getattr, path.split("."), importlib.import_module(module))
+        except Exception as error:  # what a module raises while it is imported can be anything
+            return f"has no {self.path}: {error}"
+        known = _names_of(found) if self.names else []
+        if absent := [name for name in self.names if name not in known and not _is_member(found, name)]:
+            return f"has no {', '.join(absent)} in {self.path}, but {', '.join(known)}"
+        if self.proof is not None:
+            try:
+                holds, why = self.proof(found), ""
+            except Exception as error:
+                holds, why = False, f": {type(error).__name__}: {error}"
+            if not holds:
+                return f"has a {self.path} that does not {self.does}{why}"
+        return None
+
+
+def _names_of(found: Any) -> list[str]:
+    """The parameters of a function, or the fields of a class."""
+    if not isinstance(found, type):
+        return list(inspect.signature(found).parameters)
+    if is_dataclass(found):
+        return [field.name for field in fields(found)]
+    return [name for cls in found.__mro__ for name in vars(cls).get("__annotations__", {})]
+
+
+def _is_member(found: Any, name: str) -> bool:
+    return isinstance(found, type) and hasattr(found, name)
+
+
+def check(what: str, places: Iterable[Place], tested: Mapping[str, str], by: str) -> None:
+    """Finds every place, and raises `Moved` for those that are not as we rely on them.
+
+    Args:
+        what: needs them, for the message.
+        places: of any packages.
+        tested: the versions that we know to fit, by package.
+        by: who has tested them.
+    """
+    lines = []
+    for place in places:
+        if fault := place.fault():
+            package = place.path.partition(":")[0].partition(".")[0]
+            lines.append(f"{package} {version_of(package)} {fault} ({by} was tested with {tested[package]})")
+    if lines:
+        raise Moved("\n  ".join([f"{what} does not fit what is installed:", *lines]))
+
+
+def version_of(package: str) -> str:
+    """The installed version of a package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "of an unknown version"
+
+
+RELIED_ON = (
+    Place("torch._functorch.utils:enable_single_level_autograd_function"),
+    Place("torch.autograd.function:_SingleLevelFunction", ("forward", "backward", "jvp", "save_for_backward")),
+    Place("torch.autograd.forward_ad:_set_fwd_grad_enabled"),
+    Place("torch.autograd.forward_ad:_current_level"),
+    Place("torch._C:_AutoDispatchBelowAutograd"),
+    Place("torch._C:_after_autograd_keyset"),
+    Place("torch._C:_are_functorch_transforms_active"),
+    Place("torch:ops.aten.relu.default._schema.arguments"),
+    Place("torch.utils._pytree:tree_flatten", ("tree", "is_leaf")),
+    Place("torch.utils._pytree:tree_unflatten", ("leaves", "treespec")),
+    Place("torch.utils._pytree:tree_leaves", ("tree", "is_leaf")),
+    Place("torch.utils._pytree:tree_map_only", ("func", "tree")),
+)
+check("dami_kernels", RELIED_ON, TESTED, "it")
+
+import torch._functorch.utils  # noqa: E402  (each is there, as was just seen)
+import torch.autograd.function  # noqa: E402
+from torch import _C  # noqa: E402
+from torch.autograd import forward_ad  # noqa: E402
+from torch.utils import _pytree  # noqa: E402
+
+pytree = _pytree
+SingleLevelFunction = torch.autograd.function._SingleLevelFunction
+single_level_functions = torch._functorch.utils.enable_single_level_autograd_function
+below_autograd = _C._AutoDispatchBelowAutograd
+after_autograd = _C._after_autograd_keyset
+forward_gradients = forward_ad._set_fwd_grad_enabled
+in_transforms = _C._are_functorch_transforms_active
+
+
+def in_forward_mode() -> bool:
+    """Whether derivatives are being computed forwards."""
+    return forward_ad._current_level >= 0
+
+
+def argument_names(op: Any) -> list[str]:
+    """Of an operator, from its schema."""
+    return [argument.name for argument in op._schema.arguments]

@@ -1,0 +1,467 @@
+"""What dami relies on in torch, transformers, accelerate, PEFT and lm-eval that is not part of their public interfaces.
+
+Their private names, and their methods that we override or replace, are stated here, and no other file of dami uses one
+but through this file; those of vLLM are in `serving/vllm/support.py`, torch's that the kernels need in
+`dami_kernels/upstream.py`. A group is checked before it is first used. Where a package has moved something, the error
+names it, the version that is installed and the versions that fit.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from dami.version import __version__
+from dami_kernels import upstream
+from dami_kernels.upstream import Moved as Moved
+from dami_kernels.upstream import Place
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.generation.continuous_batching.continuous_api import OutputRouter
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T", bound=Tensor)
+
+TESTED = {
+    "torch": "2.13",
+    "transformers": "5.23 and 5.24",
+    "accelerate": "1.15",
+    "peft": "0.21",
+    "lm_eval": "0.4.9",
+}
+
+
+def keeping(path: str, *names: str, made: Callable[[Any], Any] = lambda cls: cls()) -> Place:
+    """A class whose objects must have attributes of these names; `made` makes one."""
+    return Place(
+        path, does=f"keep {', '.join(names)}", proof=lambda cls: all(hasattr(made(cls), name) for name in names)
+    )
+
+
+def _sets_hook(add_hook: Any) -> bool:
+    from accelerate.hooks import ModelHook
+
+    return {"_hf_hook", "_old_forward", "forward"} <= vars(add_hook(nn.Identity(), ModelHook())).keys()
+
+
+def _spares_marked(ones_: Any) -> bool:
+    marked, other = torch.zeros(2), torch.zeros(2)
+    marked._is_hf_initialized = True  # type: ignore[attr-defined]
+    ones_(marked)
+    ones_(other)
+    return not marked.any() and bool(other.all())
+
+
+def _calls_checkpoint(layer: Any) -> bool:
+    called: list[Any] = []
+    module = type("Layer", (layer,), {"forward": lambda self, x: x})().train()
+    module.gradient_checkpointing, module._gradient_checkpointing_func = True, lambda *args: called.append(args)
+    module(torch.zeros(1))
+    return bool(called)
+
+
+def using(path: str, *names: str) -> Place:
+    """A function whose code must name these attributes."""
+
+    def names_them(function: Any) -> bool:
+        code = inspect.unwrap(function).__code__
+        return {*names} <= {*code.co_names, *code.co_consts}
+
+    return Place(path, does=f"use {', '.join(names)}", proof=names_them)
+
+
+BATCHING = "transformers.generation.continuous_batching"
+STYLES = "transformers.distributed.tensor_parallel"
+
+RELIED_ON: dict[str, tuple[Place, ...]] = {
+    "dami": (
+        keeping("torch.nn:Module", "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"),
+        Place("torch.nn:Module._apply", ("self", "fn", "recurse")),
+        Place("torch.nn:Module._save_to_state_dict", ("self", "destination", "prefix", "keep_vars")),
+        Place("torch.nn:Module._load_from_state_dict", ("self", "state_dict", "prefix", "strict", "missing_keys")),
+        Place("torch:Tensor._make_wrapper_subclass"),
+        Place("torch._C:_current_graph_task_id"),
+        Place("torch.utils._pytree:tree_flatten", ("tree",)),
+        Place("torch.utils._pytree:tree_map", ("func", "tree")),
+        Place("torch.utils._pytree:tree_unflatten", ("leaves", "treespec")),
+        Place("torch.utils._python_dispatch:TorchDispatchMode.__torch_dispatch__", ("self", "func", "types", "args")),
+    ),
+    "a patched model": (
+        Place("torch.nn:Module._compiled_call_impl"),
+        keeping("torch.nn:RNN", "_flat_weights", made=lambda cls: cls(1, 1)),
+        Place("torch.nn.utils.prune:BasePruningMethod", ("_tensor_name",)),
+        Place("transformers:PreTrainedConfig._attn_implementation"),
+        Place("transformers:PreTrainedModel._is_stateful"),
+        Place("transformers:PreTrainedModel._tied_weights_keys"),
+        Place("transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected"),
+        Place(
+            "transformers.modeling_layers:GradientCheckpointingLayer",
+            does="call _gradient_checkpointing_func",
+            proof=_calls_checkpoint,
+        ),
+        keeping(
+            "transformers.integrations.moe:use_experts_implementation",
+            "_apply_gate",
+            made=lambda use: use(type("Experts", (nn.Module,), {})),
+        ),
+        Place("accelerate.hooks:add_hook_to_module", ("module", "hook"), "set _hf_hook and _old_forward", _sets_hook),
+    ),
+    "the loading of a packed pair": (
+        Place(
+            "transformers.quantizers.base:HfQuantizer._process_model_before_weight_loading", ("self", "model", "kwargs")
+        ),
+        Place(
+            "transformers.quantizers.base:HfQuantizer._process_model_after_weight_loading", ("self", "model", "kwargs")
+        ),
+        Place(
+            "transformers.initialization:ones_",
+            does="leave alone what _is_hf_initialized marks",
+            proof=_spares_marked,
+        ),
+    ),
+    "an offloaded pair": (
+        Place("accelerate.hooks:AlignDevicesHook.__init__", ("execution_device", "weights_map")),
+        keeping("accelerate.hooks:AlignDevicesHook", "execution_device", "weights_map"),
+        keeping("accelerate.hooks:SequentialHook", "hooks"),
+        keeping("accelerate.utils:PrefixedDataset", "dataset", "prefix", made=lambda cls: cls({}, "")),
+        keeping("accelerate.utils:OffloadedWeightsLoader", "state_dict", made=lambda cls: cls(state_dict={})),
+    ),
+    "tensor parallelism of a pair": (
+        Place("transformers.quantizers.base:HfQuantizer.update_parallel_plan", ("self", "model", "plan")),
+        Place("transformers.distributed.parallel_utils:ALL_PARALLEL_STYLES.register"),
+        Place("transformers.distributed.parallel_utils:_use_local_dtensor_params", ("module",)),
+        Place(
+            "torch.distributed.tensor._utils:compute_local_shape_and_global_offset",
+            ("global_shape", "mesh", "placements"),
+        ),
+        Place(f"{STYLES}:TensorParallelLayer.should_use_local_tensors", ("self", "module")),
+        Place(f"{STYLES}:TensorParallelLayer.shard_param", ("self", "module", "param", "mesh")),
+        Place(f"{STYLES}:TensorParallelLayer.validate_param", ("self", "module", "param", "mesh", "parameter_name")),
+        Place(
+            f"{STYLES}:TensorParallelLayer.transform_inputs_pre_forward", ("self", "module", "args", "kwargs", "mesh")
+        ),
+        Place(f"{STYLES}:TensorParallelLayer.context_around_forward", ("self", "module", "mesh")),
+        Place(f"{STYLES}:TensorParallelLayer.transform_output_post_forward", ("self", "module", "output", "mesh")),
+        Place(f"{STYLES}:TensorParallelLayer.install_forward", ("self", "module", "mesh")),
+        Place(f"{STYLES}:ColwiseParallel", ("transform_inputs_pre_forward",)),
+        Place(f"{STYLES}:RowwiseParallel", ("context_around_forward",)),
+        Place(f"{STYLES}:EmbeddingParallel", ("install_forward",)),
+    ),
+    "continuous batching of a pair": (
+        Place(
+            f"{BATCHING}.continuous_api:ContinuousBatchingManager.__init__",
+            ("model", "generation_config", "continuous_batching_config"),
+        ),
+        Place(
+            f"{BATCHING}.continuous_api:ContinuousBatchingManager.add_request",
+            ("self", "input_ids", "request_id", "max_new_tokens", "streaming", "eos_token_id"),
+        ),
+        Place(f"{BATCHING}.continuous_api:ContinuousBatchingManager.add_requests", ("self", "inputs")),
+        Place(f"{BATCHING}.continuous_api:ContinuousBatchingManager.pause", ("self",)),
+        Place(f"{BATCHING}.continuous_api:ContinuousBatchingManager.start", ("self",)),
+        Place(f"{BATCHING}.continuous_api:ContinuousBatchingManager.stop", ("self", "block", "hard_stop")),
+        Place(
+            f"{BATCHING}.continuous_api:ContinuousBatchingManager.switch_to_cb_friendly_attn",
+            ("self", "model", "auto_switch_to_flash"),
+        ),
+        using(f"{BATCHING}.continuous_api:ContinuousBatchingManager.switch_to_cb_friendly_attn", "_original_attn_impl"),
+        using(
+            f"{BATCHING}.continuous_api:ContinuousMixin.init_continuous_batching",
+            "_cached_continuous_batching_manager",
+        ),
+        Place(f"{BATCHING}.continuous_api:ContinuousBatchingManager._create_batch_processor", ("self",)),
+        Place(
+            f"{BATCHING}.continuous_api:ContinuousBatchingManager._generation_loop_body",
+            ("self", "batch_processor", "bootstrapping"),
+        ),
+        Place(f"{BATCHING}.continuous_api:ContinuousBatchingManager._run_generation_loop", ("self",)),
+        Place(f"{BATCHING}.continuous_api:ContinuousBatchProcessor", ("inputs_and_outputs", "scheduler")),
+        keeping(f"{BATCHING}.continuous_api:OutputRouter", "_lock", "result_handlers"),
+        Place(
+            f"{BATCHING}.cb_logits_processors:ContinuousBatchingLogitsProcessor",
+            ("supported_kwargs", "ignored_kwargs", "fill_defaults", "prepare_tensor_args"),
+        ),
+        keeping(
+            f"{BATCHING}.cb_logits_processors:ContinuousBatchingLogitsProcessorList",
+            *("logits_processor", "tensors_required", "supported_keys", "ignored_keys", "do_processing"),
+            made=lambda cls: cls([]),
+        ),
+        Place(
+            f"{BATCHING}.cb_logits_processors:ContinuousBatchingLogitsProcessorList.prepare_tensor_args",
+            ("self", "requests_in_batch", "arg_storage"),
+        ),
+        Place(
+            f"{BATCHING}.cb_logits_processors:ContinuousBatchingLogitsProcessorList.fill_defaults",
+            ("self", "int32_tensor"),
+        ),
+        Place(f"{BATCHING}.input_outputs:ContinuousBatchingIOs.prepare_batch_update", ("self",)),
+        using(f"{BATCHING}.input_outputs:ContinuousBatchingIOs.prepare_batch_update", "requests_in_batch"),
+        Place(f"{BATCHING}.input_outputs:ContinuousBatchingAsyncIOs.prepare_batch_update", ("self",)),
+        Place(f"{BATCHING}.cache:PagedAttentionCache.search_prefix_match", ("self", "request_id", "prompt_ids")),
+        Place(f"{BATCHING}.cache:PagedAttentionCache.mark_complete_blocks", ("self", "state", "complete_blocks")),
+        Place(f"{BATCHING}.cache:PagedAttentionCache.free_all_requests", ("self", "clear_ledgers")),
+        Place(f"{BATCHING}.cache:PagedAttentionCache.compute_free_capacity", ("self",)),
+        Place(f"{BATCHING}.cache_allocators.cache_allocator:CacheAllocator", ("num_blocks",)),
+        using(f"{BATCHING}.cache_allocators.cache_allocator:CacheAllocator.mark_complete_blocks", "ledger"),
+        keeping(f"{BATCHING}.cache_allocators.cache_allocator:BlockLedger", "cached_blocks"),
+        Place(f"{BATCHING}.scheduler:Scheduler.clear_cancelled_requests", ("self",)),
+        Place(
+            f"{BATCHING}.requests:RequestState",
+            ("initial_tokens", "generated_tokens", "logit_processor_kwargs", "create_equivalent_initial_request"),
+        ),
+        Place(f"{BATCHING}.requests:RequestState.update_and_check_completion", ("self", "token_id", "logprob")),
+        Place(
+            f"{BATCHING}.requests:FutureRequestState.__init__",
+            ("state", "has_new_token", "complete_blocks", "query_length"),
+        ),
+    ),
+    "an alignment of neurons": (Place("transformers:PreTrainedConfig._experts_implementation"),),
+    "PEFT adapters on a pair": (
+        Place("peft.tuners.tuners_utils:BaseTuner._check_merge_allowed", ("self",)),
+        Place("peft.tuners.tuners_utils:BaseTunerLayer"),
+        Place("peft.utils.other:AuxiliaryTrainingWrapper"),
+    ),
+    "lm-evaluation-harness": (
+        Place("lm_eval.models.huggingface:HFLM._model_call", ("self", "inps")),
+        Place("lm_eval.models.huggingface:HFLM._model_generate", ("self", "context", "max_length", "stop")),
+    ),
+}
+
+
+@functools.cache
+def check(group: str) -> None:
+    """Raises `Moved` if what a group of `RELIED_ON` needs is not there, or is not as dami was written for."""
+    with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():  # wherever it is first asked for
+        upstream.check(group, RELIED_ON[group], TESTED, f"dami {__version__}")
+
+
+def needs(group: str) -> Callable[[F], F]:
+    """Checks a group before a function of this file first runs."""
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            check(group)
+            return function(*args, **kwargs)
+
+        return cast(F, run)
+
+    return decorate
+
+
+# torch: what every part of dami needs
+
+check("dami")
+
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # noqa: E402  (as was just seen)
+from torch.utils._pytree import tree_flatten as tree_flatten  # noqa: E402
+from torch.utils._pytree import tree_map as tree_map  # noqa: E402
+from torch.utils._pytree import tree_unflatten as tree_unflatten  # noqa: E402
+
+PARAMETERS = "_parameters"  # attribute of a module
+OF_MODULES = (PARAMETERS, "_buffers", "_modules")  # those that hold what is registered in it
+FLAT_WEIGHTS = "_flat_weights"  # of torch's recurrent layers, made anew of their parameters in each pass
+OF_ONE_OBJECT = ("_compiled_call", "_cached_continuous_batching_manager")  # attributes of a model that no copy has
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """A module's own parameters by name, those that it has registered as None too; what changes here changes there."""
+    return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """A module's own buffers, as `parameters_of`."""
+    return module._buffers
+
+
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    """A module's hooks that run after its forward, and those that run before."""
+    return module._forward_hooks, module._forward_pre_hooks
+
+
+@needs("a patched model")
+def pruned_name(pruning: Any) -> str:
+    """Which parameter a hook of `torch.nn.utils.prune` computes."""
+    return pruning._tensor_name
+
+
+def in_backward() -> bool:
+    """Whether this thread is in a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def storageless(cls: type[T], shape: torch.Size, dtype: torch.dtype, device: torch.device) -> T:
+    """A tensor of a subclass that has no storage of its own."""
+    return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+
+
+# accelerate: hooks that bring a module's parameters to where it computes
+
+HOOKED = "_hf_hook"  # attribute of a module that has a hook
+
+
+def hook_of(module: nn.Module) -> Any:
+    """accelerate's hook on a module, or None."""
+    return vars(module).get(HOOKED)
+
+
+@needs("a patched model")
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether accelerate has put a forward of its own before that of the module's class."""
+    return "_old_forward" in vars(module)
+
+
+def rewrap(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Gives accelerate's forward, if a module has it, another one to call."""
+    if is_wrapped(module):
+        module._old_forward = forward.__get__(module)
+
+
+def asked_by_hook(module: nn.Module) -> bool:
+    """Whether a hook of accelerate asks for an attribute; called by the module's `__getattr__`."""
+    return HOOKED in vars(module) and sys._getframe(2).f_globals["__name__"].startswith("accelerate.")
+
+
+@needs("an offloaded pair")
+def execution_device(module: nn.Module) -> torch.device:
+    """Where an offloaded module computes."""
+    return torch.device(hook_of(module).execution_device)
+
+
+@needs("an offloaded pair")
+def offloading(module: nn.Module) -> Iterator[tuple[MutableMapping[str, Tensor], str, torch.device]]:
+    """Where hooks take a module's weights from: what holds them by name, the prefix of its own, where they bring them."""
+    hook = hook_of(module)
+    for each in getattr(hook, "hooks", (hook,)):  # several in sequence, or one
+        weights = getattr(each, "weights_map", None)
+        if weights is not None:
+            held = getattr(weights, "dataset", weights)
+            held = getattr(held, "state_dict", held)  # of a loader from files, which looks there first
+            yield held, getattr(weights, "prefix", ""), torch.device(each.execution_device)
+
+
+# transformers: models
+
+# where modules keep what checkpoints them: layers of transformers, and the wrappers of torch, which FSDP takes
+CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
+
+
+@needs("a patched model")
+def attention_of(model: PreTrainedModel) -> str:
+    """The name of the attention that a model computes with."""
+    return model.config._attn_implementation
+
+
+@needs("a patched model")
+def is_stateful(model: nn.Module) -> bool:
+    """Whether a model's cache holds more than keys and values."""
+    return getattr(model, "_is_stateful", False)
+
+
+@needs("a patched model")
+def ties_of(model: PreTrainedModel) -> dict[str, str]:
+    """Which weights of a model's class are tied where its config asks for it: the names of their sources, by name."""
+    return dict(model._tied_weights_keys or {})
+
+
+@needs("a patched model")
+def ignored_keys(model: PreTrainedModel) -> list[str]:
+    """Patterns of the tensors that a model's checkpoints may hold and it does not read."""
+    return list(model._keys_to_ignore_on_load_unexpected or ())
+
+
+def describes_experts(module: nn.Module) -> bool:
+    """Whether a module of experts says of itself what transformers' own ways to compute experts need to know."""
+    return all(hasattr(module, name) for name in ("has_gate", "has_bias", "_apply_gate"))
+
+
+def gated(experts: Any, x: Tensor) -> Tensor:
+    """What a module of experts makes of the product of its first weights."""
+    return experts._apply_gate(x)
+
+
+@needs("an alignment of neurons")
+def compute_experts_one_by_one(config: PreTrainedConfig) -> None:
+    """Has a model compute its experts by its own code, in any dtype."""
+    config._experts_implementation = "eager"
+
+
+@needs("the loading of a packed pair")
+def keep_from_initialization(tensor: Tensor) -> None:
+    """Marks a tensor as one that transformers must not initialise."""
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+# transformers: tensor parallelism
+
+
+@needs("tensor parallelism of a pair")
+def local_parameters(module: nn.Module) -> AbstractContextManager[None]:
+    """For a while a module's parameters are this process's parts of them."""
+    from transformers.distributed.parallel_utils import _use_local_dtensor_params
+
+    return _use_local_dtensor_params(module)
+
+
+@needs("tensor parallelism of a pair")
+def local_shape_and_offset(tensor: DTensor, mesh: DeviceMesh) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape of this process's part of a tensor, and where it begins."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
+
+
+# transformers: continuous batching
+
+
+def replace_method(owner: Any, name: str, method: Callable[..., Any]) -> None:
+    """Has one object of transformers call our function in the place of its method."""
+    assert callable(getattr(owner, name))
+    setattr(owner, name, method)
+
+
+@needs("continuous batching of a pair")
+def forget_handler(router: OutputRouter, request_id: str) -> None:
+    """Takes back `register_result_handler`."""
+    with router._lock:
+        router.result_handlers.pop(request_id, None)
+
+
+# PEFT
+
+
+@needs("PEFT adapters on a pair")
+def adapter_classes() -> tuple[type[nn.Module], ...]:
+    """The classes of modules that PEFT puts over others."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return cast(tuple[type[nn.Module], ...], (BaseTunerLayer, AuxiliaryTrainingWrapper))
+
+
+@needs("PEFT adapters on a pair")
+def before_merging(guard: Callable[[nn.Module], None]) -> None:
+    """Has PEFT call `guard` with a model into which it is about to merge an adapter; later calls change nothing."""
+    from peft.tuners.tuners_utils import BaseTuner
+
+    original = BaseTuner._check_merge_allowed
+    if hasattr(original, "guarded_by_dami"):
+        return
+
+    @functools.wraps(original)
+    def guarded(self: BaseTuner) -> None:
+        guard(self.model)
+        original(self)
+
+    guarded.guarded_by_dami = True  # type: ignore[attr-defined]
+    BaseTuner._check_merge_allowed = guarded  # type: ignore[method-assign]
