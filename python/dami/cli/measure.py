@@ -242,7 +242,7 @@ def study(
             sources.local(each)
     model, tokenizer = load(pair, format, dtype, intensities=intensity or ())
     from dami.evaluation import study as studies
-    from dami.evaluation.study_report import write_report
+    from dami.evaluation.study_report import circumstances, write_report
 
     options: dict[str, Any] = {"do_sample": sample}
     if max_tokens:
@@ -263,7 +263,7 @@ def study(
         "pair": " and ".join(pair) if pair else "the shipped pair",
         "format": format,
         "answers": "sampled" if sample else "greedy",
-        **studies.circumstances(model, CHECKOUT),
+        **circumstances(model, CHECKOUT),
         "command": shlex.join(["dami", *sys.argv[1:]]),
     }
     write_report(found, output, about)

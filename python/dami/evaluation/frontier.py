@@ -7,43 +7,16 @@ question are drawn together, as they were answered together, so differences betw
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dami.evaluation.statistics import Array, Interval, bootstrap, proportions
+from dami.evaluation.statistics import wilson as wilson
 from dami.evaluation.sweeps import Record
-
-Array = NDArray[np.float64]
-RESAMPLES = 2000
-Z95 = 1.959964  # half-width of a 95 % interval in standard deviations
-
-
-def wilson(accuracy: float, count: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson's), which stays inside [0, 1] and does not vanish at its ends.
-
-    (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n)
-    """
-    p, z2n = accuracy, Z95**2 / count
-    middle = p + z2n / 2
-    half = Z95 * math.sqrt(p * (1 - p) / count + z2n / (4 * count))
-    return max(0.0, (middle - half) / (1 + z2n)), min(1.0, (middle + half) / (1 + z2n))
-
-
-class Interval(NamedTuple):
-    """An estimate, and the ends of its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})"
 
 
 @dataclass(frozen=True)
@@ -145,31 +118,20 @@ class Frontier:
         order = np.random.default_rng(seed).permutation(len(self))
         return self.select(order[: len(self) // 2]), self.select(order[len(self) // 2 :])
 
-    @cached_property
-    def _draws(self) -> NDArray[np.int64]:
-        """Questions of every resample, [RESAMPLES, questions]."""
-        return np.random.default_rng(self.seed).integers(0, len(self), (RESAMPLES, len(self)))
-
     def interval(self, statistic: Callable[[Array, Array], Array]) -> list[Interval]:
         """Intervals of statistics of the mean scores and mean tokens, [L] each, which give [any number]."""
-        value = np.atleast_1d(statistic(self.scores.mean(0), self.tokens.mean(0)))
-        if not len(value):
-            return []
-        drawn = np.stack(
-            [np.atleast_1d(statistic(self.scores[rows].mean(0), self.tokens[rows].mean(0))) for rows in self._draws]
+        return bootstrap(
+            lambda rows: statistic(self.scores[rows].mean(0), self.tokens[rows].mean(0)), len(self), self.seed
         )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # where a statistic is nan in all resamples
-            low, high = np.nanpercentile(drawn, [2.5, 97.5], axis=0)
-        return [Interval(*map(float, triple)) for triple in zip(value, low, high, strict=True)]
 
     @cached_property
     def points(self) -> list[Point]:
         """One for every λ."""
-        accuracy = [Interval(p, *wilson(p, len(self))) for p in self.scores.mean(0).tolist()]
         tokens = self.interval(lambda scores, tokens: tokens)
         shares = (self.thinking.mean(0).tolist(), self.well_formed.mean(0).tolist())
-        return [Point(*values) for values in zip(self.intensities, accuracy, tokens, *shares, strict=True)]
+        return [
+            Point(*values) for values in zip(self.intensities, proportions(self.scores), tokens, *shares, strict=True)
+        ]
 
     def best_static(self, scored_on: Frontier, tokens: float = np.inf) -> Choice:
         """The λ with the best accuracy here within a mean number of tokens, the cheaper of equals, scored elsewhere.

@@ -5,18 +5,22 @@ from __future__ import annotations
 import html
 import io
 import json
+import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedModel
 
-from dami.evaluation.frontier import Interval
+from dami.doctor import installed, machine
 from dami.evaluation.path import Barrier, Similarity, between_neighbours
 from dami.evaluation.plots import color
 from dami.evaluation.report import ICON, STYLE
-from dami.evaluation.study import Study, Way
+from dami.evaluation.statistics import Interval
+from dami.evaluation.study import PathResult, Study
 from dami.files import write_text, written_file
 
 CONTROL_COLORS = ("#d9822b", "#7a4fa3", "#4c8c4a", "#8c564b")
@@ -66,7 +70,22 @@ def write_report(study: Study, directory: str | Path, about: Mapping[str, Any]) 
     write_text(directory / "report.html", page(study, svgs, about))
 
 
-def ways_of(study: Study) -> dict[str, Way]:
+def circumstances(model: PreTrainedModel, checkout: Path) -> dict[str, str]:
+    """Date, device, versions and commit of a run; the commit is of a checkout, if it is one."""
+    commit = "unknown"
+    if (checkout / ".git").exists():
+        command = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, cwd=checkout, capture_output=True, text=True).stdout.strip() or commit
+    facts = machine()
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": facts["GPU"] if model.device.type == "cuda" else facts["CPU"],
+        "versions": ", ".join(f"{package} {version}" for package, version in installed().items()),
+        "commit": commit,
+    }
+
+
+def ways_of(study: Study) -> dict[str, PathResult]:
     """All paths by name, the pair's first."""
     return {
         "the pair": study.pair,
@@ -96,7 +115,7 @@ def _axes(rows: int, columns: int, size: tuple[float, float], **shared: Any) -> 
 def draw_path(study: Study) -> Any:
     """Losses, accuracy, tokens and thoughts along every path, with intervals, and the chords between the ends."""
     figure, axes = _axes(2, 3, (12.5, 7), sharex=True)
-    panels: list[tuple[str, Callable[[Way], list[Interval]], float]] = [
+    panels: list[tuple[str, Callable[[PathResult], list[Interval]], float]] = [
         *((f"{TITLES[kind]}, nats a token", lambda way, kind=kind: way.losses[kind], 1.0)
           for kind in ("answer", "instruct", "thinking")),
         ("right answers, %", lambda way: way.accuracy, 100.0),

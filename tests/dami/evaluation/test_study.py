@@ -14,7 +14,16 @@ import pytest
 import torch
 from dami.cli import app
 from dami.evaluation import load_task
-from dami.evaluation.study import Setting, answer, cells_of, control_pair, intensity_of, parts_of, read, study
+from dami.evaluation.study import (
+    Setting,
+    answer,
+    control_pair,
+    model_parts,
+    module_cells,
+    read_texts,
+    row_intensities,
+    study,
+)
 from dami.evaluation.study_report import write_report
 from dami.layers.base import LerpModule
 from typer.testing import CliRunner
@@ -40,12 +49,12 @@ def task() -> Any:
 
 
 def all_settings(model: Any, lams: Sequence[float] = LAMS) -> list[Setting]:
-    return [*map(Setting, lams), *(Setting(end, part) for end in (0.0, 1.0) for part in parts_of(model))]
+    return [*map(Setting, lams), *(Setting(end, part) for end in (0.0, 1.0) for part in model_parts(model))]
 
 
 def test_parts_cover_the_model(shipped: tuple[Any, Any]) -> None:
     model, _ = shipped
-    parts, cells = parts_of(model), set(cells_of(model))
+    parts, cells = model_parts(model), set(module_cells(model))
     assert list(parts) == [
         "first third", "middle third", "last third", "attention", "MLP", "norms", "embeddings",
     ]  # fmt: skip
@@ -57,8 +66,8 @@ def test_parts_cover_the_model(shipped: tuple[Any, Any]) -> None:
     assert [sorted({layer for _, layer in third}) for third in thirds] == [[0, 1], [2, 3], [4, 5]]
 
 
-def test_a_model_of_two_layers_has_two_parts_of_layers() -> None:
-    assert [name for name in parts_of(dami.patch_model(*random_pair("qwen3"))) if "third" in name] == [
+def test_a_model_of_two_layers_has_two_model_parts_layers() -> None:
+    assert [name for name in model_parts(dami.patch_model(*random_pair("qwen3"))) if "third" in name] == [
         "first third", "middle third",
     ]  # fmt: skip
 
@@ -66,8 +75,8 @@ def test_a_model_of_two_layers_has_two_parts_of_layers() -> None:
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
 def test_every_module_gets_its_own_intensity(family: str) -> None:
     model = dami.patch_model(*random_pair(family))
-    settings, parts = all_settings(model), parts_of(model)
-    with dami.intensity(model, intensity_of(settings, model)):
+    settings, parts = all_settings(model), model_parts(model)
+    with dami.intensity(model, row_intensities(settings, model)):
         for module in model.modules():
             if isinstance(module, LerpModule):
                 cell = (module.lerp.group, module.lerp.layer)
@@ -89,7 +98,7 @@ def test_rows_of_ablations_are_what_dami_intensity_gives(shipped: tuple[Any, Any
         "all but last third": [(1.0, None, "*"), (0.0, range(4, 6), None)],
     }
     settings = all_settings(model)
-    logits = model(ids.expand(len(settings), -1), intensity=intensity_of(settings, model)).logits
+    logits = model(ids.expand(len(settings), -1), intensity=row_intensities(settings, model)).logits
     for name, steps in by_hand.items():
         mapping = {(modules or "*", tuple(layers)) if layers else modules: lam for lam, layers, modules in steps
                    if not isinstance(modules, list)}  # fmt: skip
@@ -106,7 +115,7 @@ def test_reading_is_the_loss_of_merged_models(shipped: tuple[Any, Any], task: An
         "answer": [question.answer + tokenizer.eos_token for question in task.questions],
         "thinking": [f"<think>1 + {n} = {n + 1}</think>{n + 1}" for n in range(4)],
     }
-    found = read(model, tokenizer, task, said, all_settings(model))
+    found = read_texts(model, tokenizer, task, said, all_settings(model))
     at = [1, 0, 3]  # some of the path, in any order
     for place in at:
         merged = dami.materialize(model, LAMS[place]).double().eval()
@@ -143,8 +152,8 @@ def test_an_answer_is_read_after_a_closed_thought(shipped: tuple[Any, Any], task
     closed = copy.deepcopy(tokenizer)
     closed.chat_template += "{% if add_generation_prompt %}<think></think>{% endif %}"
     said = {"answer": ["12"] * 4, "thinking": ["</think>12"] * 4}
-    wanted = read(model, closed, task, {"answer": ["12"] * 4, "thinking": ["12"] * 4}, settings)
-    found = read(model, opening, task, said, settings)
+    wanted = read_texts(model, closed, task, {"answer": ["12"] * 4, "thinking": ["12"] * 4}, settings)
+    found = read_texts(model, opening, task, said, settings)
     assert found.losses["answer"] == pytest.approx(wanted.losses["answer"], rel=1e-5)
 
 
