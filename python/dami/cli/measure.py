@@ -242,7 +242,7 @@ def study(
             sources.local(each)
     model, tokenizer = load(pair, format, dtype, intensities=intensity or ())
     from dami.evaluation import study as studies
-    from dami.evaluation.study_report import circumstances, write_report
+    from dami.evaluation.study.report import circumstances, write_study_report
 
     options: dict[str, Any] = {"do_sample": sample}
     if max_tokens:
@@ -261,10 +261,10 @@ def study(
         )  # fmt: skip
     about = {
         "pair": " and ".join(pair) if pair else "the shipped pair",
-        "format": format,
+        "format": format or "pair",
         "answers": "sampled" if sample else "greedy",
         **circumstances(model, CHECKOUT),
         "command": shlex.join(["dami", *sys.argv[1:]]),
     }
-    write_report(found, output, about)
+    write_study_report(found, output, about)
     out.print(f"Page, pictures, numbers: {output / 'report.html'}, path.svg, study.json", style="dim", soft_wrap=True)

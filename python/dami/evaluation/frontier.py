@@ -183,7 +183,7 @@ class Frontier:
             width = tokens[2:] - tokens[:-2]
             with np.errstate(divide="ignore", invalid="ignore"):
                 share = (tokens[1:-1] - tokens[:-2]) / width
-            chord = scores[:-2] + share * (scores[2:] - scores[:-2])
+                chord = scores[:-2] + share * (scores[2:] - scores[:-2])
             return np.where((share >= 0) & (share <= 1), scores[1:-1] - chord, np.nan)
 
         ends = zip(self.intensities, self.intensities[2:], strict=False)

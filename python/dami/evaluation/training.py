@@ -14,10 +14,10 @@ from torch import Tensor
 from dami.chat import encode
 from dami.estimators.files import Stored
 from dami.estimators.preference import Features, PreferenceEstimator, fit
+from dami.evaluation.findings import Findings
 from dami.evaluation.frontier import Frontier
 from dami.evaluation.policies import Outcome, play
 from dami.evaluation.presets import presets_of
-from dami.evaluation.report import summary
 from dami.evaluation.sweeps import Record, sweep
 from dami.evaluation.tasks import TO_TRAIN, Task, check_distinct, check_enough
 
@@ -98,7 +98,7 @@ def train_estimator(
     outcomes = {p: play(measured, estimator.at(p).choose(unseen).double().numpy().round(6)) for p in PRICES}
     budgets = {p: outcome.tokens.value for p, outcome in outcomes.items()}
     estimator = replace(estimator, budgets=budgets)
-    about = {"task": task.name, **summary(frontier), "estimator, on questions held out": {
+    about = {"task": task.name, **Findings.of(frontier).to_json(), "estimator, on questions held out": {
         str(p): asdict(outcome) for p, outcome in outcomes.items()
     }}  # fmt: skip
     stored = Stored(estimator, presets_of(frontier), about)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,20 @@ import pytest
 import torch
 from dami.cli import app
 from dami.evaluation import load_task
+from dami.evaluation.pages import render
 from dami.evaluation.study import (
     Setting,
     answer,
     control_pair,
     model_parts,
     module_cells,
+    read_study,
     read_texts,
     row_intensities,
     study,
 )
-from dami.evaluation.study_report import write_report
+from dami.evaluation.study.figures import TEXTS, ends_and_ablations, paths_of, pictures
+from dami.evaluation.study.report import layers_of, most_of, worst_step, write_study_report
 from dami.layers.base import LerpModule
 from typer.testing import CliRunner
 
@@ -246,23 +251,70 @@ def test_a_study_says_what_its_parts_say(found: Any, shipped: tuple[Any, Any]) -
 
 
 def test_the_report_is_one_page_with_all_numbers(found: Any, tmp_path: Path) -> None:
-    write_report(found, tmp_path / "out", {"pair": "a < b & <i>c</i>"})
+    found = replace(found, controls={})  # their panels are alike
+    write_study_report(found, tmp_path / "out", {"pair": "a < b & <i>c</i>", "versions": "dami 1"})
     page = (tmp_path / "out" / "report.html").read_text()
     parser = Text()
     parser.feed(page)
     assert "a < b & <i>c</i>" in parser.text
-    assert parser.open.count("svg") == 4
+    assert parser.open.count("svg") == 6 + 2 * 3 + 3  # along the path, by two measures, of ablations
     assert "i" not in parser.open
     assert "img" not in parser.open
-    for name in ("all but embeddings", "control: permuted: layer 6", "model.layers.5.mlp"):
+    for name in ("all but embeddings", "layer 6", "model.layers.5.mlp"):
         assert name in parser.text
+    assert page.index("<h2>Findings") < page.index("<figure") < page.index("<h2>This run") < page.index("dami 1")
     for name in ("path", "cka", "cosine", "ablations"):
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (tmp_path / "out" / f"{name}.svg").read_text()
     numbers = json.loads((tmp_path / "out" / "study.json").read_text())
-    assert numbers["about"] == {"pair": "a < b & <i>c</i>"}
+    assert numbers["about"]["pair"] == "a < b & <i>c</i>"
     assert numbers["pair"]["accuracy"][1] == list(found.pair.accuracy[1])
     assert len(numbers["pair"]["similarity"]) == len(found.pair.similarity)
+
+
+def test_a_study_is_read_from_its_numbers(found: Any, tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text(json.dumps({"about": {}, **asdict(found)}))
+    assert read_study(tmp_path / "study.json") == found
+
+
+def test_estimates_and_intervals_have_columns_of_their_own(found: Any, tmp_path: Path) -> None:
+    """Every row of a table has as many cells as its heading."""
+    page = render(
+        "study.html", {name: {} for name in pictures(found)}, title="", study=found, paths=paths_of(found), texts=TEXTS,
+        steps={name: worst_step(path) for name, path in paths_of(found).items()},
+        layers={name: list(layers_of(path)) for name, path in paths_of(found).items()}, most=most_of(found),
+        rows=ends_and_ablations(found), about={},
+    )  # fmt: skip
+    tables = page.split("<table>")[1:]
+    assert len(tables) == 4
+    for table in tables:
+        head, *rows = re.findall(r"<tr>.*?</tr>", table, re.DOTALL)
+        assert head.count("95 % interval") > 1
+        assert {len(re.findall("<t[hd]", row)) for row in rows} == {len(re.findall("<th", head))}
+        for value, low, high in re.findall(r"<td>([-−+.\d]+)</td><td class=\"interval\">(\S+) to (\S+)</td>", table):
+            value, low, high = (float(each.replace("−", "-")) for each in (value, low, high))
+            assert low <= value <= high or value == pytest.approx(low, abs=1)
+    assert found.ablations[0].name in tables[3]
+    assert f"<td>{100 * found.ablations[0].accuracy.value:.0f}</td>" in tables[3]
+
+
+def test_lines_are_drawn_through_three_points_at_least(found: Any) -> None:
+    def two(path: Any) -> Any:
+        ends = [path.intensities.index(end) for end in (0.0, 1.0)]
+        lists = {name: [getattr(path, name)[at] for at in ends] for name in ("accuracy", "tokens", "thoughts")}
+        similarity = [each for each in path.similarity if {each.intensity, each.other} == {0.0, 1.0}]
+        losses = {kind: [losses[at] for at in ends] for kind, losses in path.losses.items()}
+        return replace(path, intensities=(0.0, 1.0), losses=losses, similarity=similarity, **lists)
+
+    short = replace(found, pair=two(found.pair), controls={})
+    for shown, joined in ((replace(found, controls={}), True), (short, False)):
+        for name, picture in pictures(shown).items():
+            for title, figure in picture.apart().items():
+                (axes,) = figure.axes
+                through = [line for line in axes.lines if len(set(line.get_xdata())) > 1]
+                if name != "ablations":
+                    assert any(line.get_linestyle() != "None" for line in through) is joined, (name, title)
+                    assert len(axes.texts) == (1 if name == "path" else 7)  # labels of the lines
 
 
 @pytest.mark.parametrize(
@@ -302,7 +354,7 @@ def test_the_instruct_end_is_no_control(shipped: tuple[Any, Any], task: Any) -> 
 def test_the_command_writes_the_report_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["study", "--questions", "4", "-l", "0", "-l", "1", "--max-tokens", "4", "-o", str(tmp_path)]
     written: list[Any] = []
-    monkeypatch.setattr("dami.evaluation.study_report.write_report", lambda *each: written.append(each))
+    monkeypatch.setattr("dami.evaluation.study.report.write_study_report", lambda *each: written.append(each))
     for _ in range(2):
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dami.evaluation.study.answers import Trial, answer
 from dami.evaluation.study.controls import PERMUTED, control_pair
 from dami.evaluation.study.reading import TeacherForced, read_texts
-from dami.evaluation.study.results import Ablation, PathResult, Study
+from dami.evaluation.study.results import Ablation, PathResult, Study, read_study
 from dami.evaluation.study.run import PATH, study
 from dami.evaluation.study.settings import ModuleCell, Setting, model_parts, module_cells, row_intensities
 
@@ -29,6 +29,7 @@ __all__ = [
     "control_pair",
     "model_parts",
     "module_cells",
+    "read_study",
     "read_texts",
     "row_intensities",
     "study",

@@ -40,7 +40,7 @@ def control_pair(
         permuted = permute(other, {name: tensor.to(model.device) for name, tensor in batch.items()}, seed)
     else:
         other = AutoModelForCausalLM.from_pretrained(control, dtype=instruct.dtype).eval()
-        other.to(model.device)  # type: ignore[arg-type]  # transformers hides the signature
+        other.to(model.device)
     patched = patch_model(instruct, other)
     if not module_cells(patched):
         raise ValueError(f"the control {control} must differ from the instruct end")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -79,6 +82,33 @@ class Study:
     controls: dict[str, PathResult]
     permuted: list[str]
     ablations: list[Ablation]
+
+
+def read_study(path: str | Path) -> Study:
+    """A study from the `study.json` of its report."""
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    return Study(
+        found["task"],
+        found["questions"],
+        _path_of(found["pair"]),
+        {name: _path_of(control) for name, control in found["controls"].items()},
+        found["permuted"],
+        [Ablation(**_intervals(each)) for each in found["ablations"]],
+    )
+
+
+def _path_of(found: dict[str, Any]) -> PathResult:
+    barriers = {kind: Barrier(**_intervals(each)) for kind, each in found.pop("barriers").items()}
+    similarity = [Similarity(**_intervals(each)) for each in found.pop("similarity")]
+    lams = tuple(found.pop("intensities"))
+    losses = {kind: [Interval(*each) for each in values] for kind, values in found.pop("losses").items()}
+    shares = {name: [Interval(*each) for each in values] for name, values in found.items()}
+    return PathResult(intensities=lams, losses=losses, barriers=barriers, similarity=similarity, **shares)
+
+
+def _intervals(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows lists only."""
+    return {name: Interval(*value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def _tables(settings: Sequence[Setting], trials: Sequence[Trial]) -> dict[str, Array]:
