@@ -163,7 +163,7 @@ def label_points(axes: Axes, line: Sequence[tuple[float, float]], labels: Sequen
         half = SETTINGS["font.size"] * np.array([0.62 * len(label.text), 1.1]) / 2
         offsets = [
             np.array([dx, dy]) * (half + away)
-            for away in (4, 12, 24)
+            for away in (6, 14, 26)
             for dx, dy in ((0.7, -1), (1, 0), (-0.7, 1), (0, -1), (0, 1), (-1, 0), (0.7, 1), (-0.7, -1))
         ]
         corners = [(place + offset - half, place + offset + half) for offset in offsets]
