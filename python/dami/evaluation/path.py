@@ -13,16 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from dami.evaluation.statistics import Z95, Array, Interval, Places, bootstrap
 
 FOLDS = 20
 
 
-def cka(x: Any, y: Any) -> float:
+def cka(x: ArrayLike, y: ArrayLike) -> float:
     """Debiased linear CKA of the same N states in two representations: 1 if they are alike but for rotation and scale.
 
     ⟨U(xxᵀ), U(yyᵀ)⟩ / (‖U(xxᵀ)‖ ‖U(yyᵀ)‖), where U takes off rows' and columns' means and the diagonal. About 0 if they
@@ -145,7 +145,7 @@ class Barrier:
     sag: Interval
 
 
-def above_chord(intensities: Sequence[float], values: Any) -> Array:
+def above_chord(intensities: Sequence[float], values: ArrayLike) -> Array:
     """How far values [..., L] lie above the straight line through those at λ = 0 and λ = 1.
 
     Raises:

@@ -10,9 +10,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dami.chat import ask
+from dami.chat import Answer, ask
 from dami.evaluation.journal import answered_batches, run_settings
 from dami.evaluation.tasks import Task, check_distinct
+
+Row = tuple[int, int, float]  # a question's place, which of its samples, and λ
 
 
 @dataclass(frozen=True)
@@ -90,30 +92,33 @@ def sweep(
     settings = run_settings(model, task, rows, seed, options)
     settings |= {"intensities": [float(lam) for lam in intensities], "samples": samples}
 
-    def answer(asked: Sequence[tuple[int, int, float]]) -> list[Record]:
+    def answer(asked: Sequence[Row]) -> list[Record]:
         prompts = [task.questions[index].question for index, _, _ in asked]
         answers = ask(model, tokenizer, prompts, [lam for _, _, lam in asked], **options)
-        return [
-            Record(
-                task=task.questions[index].task or task.name,
-                index=index,
-                level=task.questions[index].level,
-                intensity=lam,
-                sample=sample,
-                score=task.score(index, said.text),
-                tokens=said.tokens,
-                thought=said.thought,
-                text=said.text,
-                finished=said.finished,
-            )
-            for (index, sample, lam), said in zip(asked, answers, strict=True)
-        ]
+        return [_record(task, row, said) for row, said in zip(asked, answers, strict=True)]
 
     records: list[Record] = []
     for news in answered_batches(Record, batches, answer, None if path is None else Path(path), settings):
         records += news
         on_batch(news)
     return records
+
+
+def _record(task: Task, row: Row, said: Answer) -> Record:
+    index, sample, lam = row
+    question = task.questions[index]
+    return Record(
+        task=question.task or task.name,
+        index=index,
+        level=question.level,
+        intensity=lam,
+        sample=sample,
+        score=task.score(index, said.text),
+        tokens=said.tokens,
+        thought=said.thought,
+        text=said.text,
+        finished=said.finished,
+    )
 
 
 def read_records(path: str | Path) -> list[Record]:
