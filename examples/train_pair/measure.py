@@ -99,7 +99,7 @@ def csv_row(group: tuple[float, str, int], answered: Sequence[tuple[bool, Answer
     """What is told of the answers to one task and level at one intensity."""
     n, tokens = len(answered), [answer.tokens for _, answer in answered]
     accuracy, length = fmean(right for right, _ in answered), fmean(tokens)
-    margin = 1.96 * stdev(tokens) / math.sqrt(n)
+    margin = 1.96 * stdev(tokens) / math.sqrt(n) if n > 1 else math.nan  # one answer has no interval
     well_formed = fmean(answer.finished and bool(answer.text) for _, answer in answered)
     numbers = (accuracy, *wilson(accuracy, n), length, length - margin, length + margin, well_formed)
     return dict(zip(COLUMNS[4:-1], (*group, n, *(round(number, 4) for number in numbers)), strict=True))
