@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dami.evaluation.frontier import Choice, Frontier, Point, Step
+from dami.evaluation.frontier import Frontier, Point, StaticChoice, StepChange
 from dami.evaluation.statistics import Interval
 
 
@@ -27,13 +27,13 @@ class Findings:
 
     questions: int
     points: list[Point]
-    best_static: Choice
+    best_static: StaticChoice
     oracle: tuple[float, float]
     hypervolume: Interval
     transition: tuple[float, float] | None
-    monotone_accuracy: list[Step]
-    monotone_tokens: list[Step]
-    convexity: list[Step]
+    monotone_accuracy: list[StepChange]
+    monotone_tokens: list[StepChange]
+    convexity: list[StepChange]
 
     @classmethod
     def of(cls, frontier: Frontier) -> Findings:
@@ -65,7 +65,7 @@ class Findings:
         }
 
 
-def verdict(steps: Sequence[Step]) -> str:
+def verdict(steps: Sequence[StepChange]) -> str:
     """Which steps are sure to go down: what refutes monotonicity, or convexity."""
     down = [f"{step.start:g} to {step.end:g}" for step in steps if step.change.high < 0]
     up = sum(step.change.low > 0 for step in steps)

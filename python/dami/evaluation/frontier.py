@@ -31,7 +31,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Choice:
+class StaticChoice:
     """One λ chosen on some questions and scored on others."""
 
     intensity: float
@@ -40,7 +40,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepChange:
     """What changes from one λ to another; it is sure to be a gain if `change.low` > 0, a loss if `change.high` < 0."""
 
     start: float
@@ -133,7 +133,7 @@ class Frontier:
             Point(*values) for values in zip(self.intensities, proportions(self.scores), tokens, *shares, strict=True)
         ]
 
-    def best_static(self, scored_on: Frontier, tokens: float = np.inf) -> Choice:
+    def best_static(self, scored_on: Frontier, tokens: float = np.inf) -> StaticChoice:
         """The λ with the best accuracy here within a mean number of tokens, the cheaper of equals, scored elsewhere.
 
         Raises:
@@ -144,7 +144,7 @@ class Frontier:
             raise ValueError(f"tokens must allow the cheapest λ, {cost.min():.1f}, got {tokens:.1f}")
         best = min(np.flatnonzero(cost <= tokens), key=lambda i: (-accuracy[i], cost[i]))
         there = scored_on.points[int(best)]
-        return Choice(there.intensity, there.accuracy, there.tokens)
+        return StaticChoice(there.intensity, there.accuracy, there.tokens)
 
     def best_each(self, price: float = 0.0) -> Array:
         """λ of the greatest score − price · tokens for every question, [questions]; of equals the cheapest.
@@ -160,19 +160,19 @@ class Frontier:
         here = np.equal.outer(self.best_each(price), np.asarray(self.intensities))
         return float(self.scores[here].mean()), float(self.tokens[here].mean())
 
-    def monotone_accuracy(self) -> list[Step]:
+    def monotone_accuracy(self) -> list[StepChange]:
         """Change of the accuracy from every λ to the next."""
         return self._steps(lambda scores, tokens: np.diff(scores))
 
-    def monotone_tokens(self) -> list[Step]:
+    def monotone_tokens(self) -> list[StepChange]:
         """Change of the mean tokens from every λ to the next."""
         return self._steps(lambda scores, tokens: np.diff(tokens))
 
-    def _steps(self, change: Callable[[Array, Array], Array]) -> list[Step]:
+    def _steps(self, change: Callable[[Array, Array], Array]) -> list[StepChange]:
         pairs = zip(self.intensities, self.intensities[1:], strict=False)
-        return [Step(*ends, change) for ends, change in zip(pairs, self.interval(change), strict=True)]
+        return [StepChange(*ends, change) for ends, change in zip(pairs, self.interval(change), strict=True)]
 
-    def convexity(self) -> list[Step]:
+    def convexity(self) -> list[StepChange]:
         """How far each inner λ lies above the chord of its neighbours, in accuracy at its own tokens.
 
         Above all of them, what the points enclose is convex, and thinking pays less and less. A point whose tokens are
@@ -187,7 +187,7 @@ class Frontier:
             return np.where((share >= 0) & (share <= 1), scores[1:-1] - chord, np.nan)
 
         ends = zip(self.intensities, self.intensities[2:], strict=False)
-        return [Step(*pair, change) for pair, change in zip(ends, self.interval(above), strict=True)]
+        return [StepChange(*pair, change) for pair, change in zip(ends, self.interval(above), strict=True)]
 
     def accuracy_at(self, tokens: float) -> Interval:
         """The best accuracy that static λ reach at a mean number of tokens, if queries may be dealt to two λ by lot."""

@@ -16,7 +16,7 @@ from dami.evaluation.statistics import Interval
 Figures = Mapping[str, "str | Mapping[str, str]"]  # SVG elements by title, or by section and title
 
 
-def render(template: str, figures: Figures, **values: Any) -> str:
+def render(template: str, figures: Figures, **values: object) -> str:
     """A page.
 
     Args:

@@ -26,7 +26,7 @@ def write_report(
     task: Task,
     records: Sequence[Record],
     directory: Path,
-    about: Mapping[str, Any],
+    about: Mapping[str, object],
     chosen: Sequence[float] | None = None,
 ) -> Frontier:
     """Writes frontier.json, frontier.png, frontier.svg and report.html, which needs no other file.

@@ -11,6 +11,7 @@ An SVG of `svg` has a style sheet of its own, which swaps the colours below wher
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -88,7 +89,7 @@ def svg(figure: Figure) -> str:
     text = io.StringIO()
     with styled():
         figure.savefig(text, format="svg", metadata=NO_METADATA)
-    drawn = text.getvalue()
+    drawn = re.sub(r'<g id="[^"]*"', "<g", text.getvalue())  # nothing refers to groups, and pages hold several pictures
     rules = "".join(
         f'[style*="{property}: {light}"]{{{property}:{dark}!important}}'
         for light, dark in DARK.items()

@@ -37,6 +37,7 @@ def test_every_color_of_a_picture_can_be_read_on_light_and_dark() -> None:
     for drawn in map(svg, curve_figures(Frontier.of(records(*RISING))).values()):
         assert drawn.startswith("<svg")
         style, shapes = re.search(r"<style>(.*?)</style>(.*)", drawn, re.DOTALL).groups()  # type: ignore[union-attr]
+        assert "<g id" not in drawn  # several stand on a page
         used = set(re.findall(r"(?:fill|stroke): (#\w{6})", shapes))
         assert {BLUE, INK} <= used <= DARK.keys()
         assert style.startswith("@media (prefers-color-scheme: dark)")
@@ -110,7 +111,7 @@ def test_a_page_fits_a_phone_and_follows_its_colors(tmp_path: Path) -> None:
             for chart in browser.find_elements("css selector", "svg"):
                 assert chart.size["width"] > 350
             page = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-            chart = browser.execute_script("return getComputedStyle(document.querySelector('#patch_1 path')).fill")
+            chart = browser.execute_script("return getComputedStyle(document.querySelector('svg path')).fill")
             assert page == chart == paper
     finally:
         browser.quit()
