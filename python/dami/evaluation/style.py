@@ -18,11 +18,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dami.files import write_text, written_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Point = NDArray[np.float64]  # [2], in points of the figure
 
 # Okabe and Ito's colours (jfly.uni-koeln.de/color), apart for the colour-blind; of text and paper GitHub's.
 INK, MUTED, GRID, PAPER = "#1f2328", "#59636e", "#d1d9e0", "#ffffff"
@@ -144,8 +149,6 @@ def label_points(axes: Axes, line: Sequence[tuple[float, float]], labels: Sequen
         line: the points that it goes through, in data coordinates.
         labels: x and y in data coordinates, text and colour of each.
     """
-    import numpy as np
-
     figure: Any = axes.figure  # typed as if it might be a part of one
     figure.draw_without_rendering()  # the layout decides where points come to lie
     in_points = 72 / figure.dpi * axes.transData.transform([*line, *((label.x, label.y) for label in labels)])
@@ -153,9 +156,9 @@ def label_points(axes: Axes, line: Sequence[tuple[float, float]], labels: Sequen
     steps = np.linspace(0, 1, 12)[:, None]
     avoided = np.concatenate([at, *(a + steps * (b - a) for a, b in pairwise(through))])
     bottom, top = 72 / figure.dpi * axes.bbox.get_points()
-    taken: list[tuple[Any, Any]] = []  # low and high corners
+    taken: list[tuple[Point, Point]] = []  # low and high corners
 
-    def hidden(low: Any, high: Any) -> float:
+    def hidden(low: Point, high: Point) -> float:
         labels = sum((a < high).all() and (b > low).all() for a, b in taken)
         outside = (low < bottom).any() or (high > top + 2).any()
         return float(((avoided > low) & (avoided < high)).all(1).sum() + 20 * labels + 10 * outside)
