@@ -17,6 +17,7 @@ import torch
 from dami.cli import app
 from dami.evaluation import load_task
 from dami.evaluation.pages import render
+from dami.evaluation.statistics import Interval
 from dami.evaluation.study import (
     Setting,
     answer,
@@ -277,14 +278,19 @@ def test_a_study_is_read_from_its_numbers(found: Any, tmp_path: Path) -> None:
     assert read_study(tmp_path / "study.json") == found
 
 
-def test_estimates_and_intervals_have_columns_of_their_own(found: Any, tmp_path: Path) -> None:
-    """Every row of a table has as many cells as its heading."""
-    page = render(
+def page_of(found: Any) -> str:
+    """Without pictures."""
+    return render(
         "study.html", {name: {} for name in pictures(found)}, title="", study=found, paths=paths_of(found), texts=TEXTS,
         steps={name: worst_step(path) for name, path in paths_of(found).items()},
         layers={name: list(layers_of(path)) for name, path in paths_of(found).items()}, most=most_of(found),
         rows=ends_and_ablations(found), about={},
     )  # fmt: skip
+
+
+def test_estimates_and_intervals_have_columns_of_their_own(found: Any, tmp_path: Path) -> None:
+    """Every row of a table has as many cells as its heading."""
+    page = page_of(found)
     tables = page.split("<table>")[1:]
     assert len(tables) == 4
     for table in tables:
@@ -296,6 +302,26 @@ def test_estimates_and_intervals_have_columns_of_their_own(found: Any, tmp_path:
             assert low <= value <= high or value == pytest.approx(low, abs=1)
     assert found.ablations[0].name in tables[3]
     assert f"<td>{100 * found.ablations[0].accuracy.value:.0f}</td>" in tables[3]
+
+
+def test_findings_are_as_sure_as_their_intervals(found: Any) -> None:
+    def gains(only: Interval, without: Interval) -> Any:
+        """One part by itself, and all but another."""
+        both = [each for each in found.ablations if each.name in ("only MLP", "all but norms")]
+        return replace(found, ablations=[replace(each, gain=g) for each, g in zip(both, (only, without), strict=True)])
+
+    sure = page_of(gains(Interval(0.3, 0.1, 0.5), Interval(-0.2, -0.3, -0.1)))
+    assert "<strong>MLP</strong> adds the most accuracy, +30 points (+10 to +50)" in sure
+    assert "without <strong>norms</strong> the most accuracy is lost, −20 points (−30 to −10)" in sure
+    unsure = page_of(gains(Interval(0.3, 0.0, 0.5), Interval(-0.2, -0.3, 0.0)))
+    assert "no part surely adds accuracy; MLP comes closest, +30 points (+0 to +50)" in unsure
+    assert "no part is surely missed; norms is missed most, −20 points (−30 to +0)" in unsure
+    assert "no barrier can be seen" not in sure
+    ends = replace(found.pair, intensities=(0.0, 1.0), accuracy=found.pair.accuracy[:2], tokens=found.pair.tokens[:2])
+    similarity = [each for each in ends.similarity if {each.intensity, each.other} == {0.0, 1.0}]
+    assert "so no barrier can be seen" in page_of(
+        replace(found, pair=replace(ends, similarity=similarity), controls={})
+    )
 
 
 def test_lines_are_drawn_through_three_points_at_least(found: Any) -> None:
