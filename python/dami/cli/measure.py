@@ -237,6 +237,7 @@ def study(
             sources.local(each)
     model, tokenizer = load(pair, format, dtype, intensities=intensity or ())
     from dami.evaluation import study as studies
+    from dami.evaluation.report import verifiers_of
     from dami.evaluation.study.report import circumstances, write_study_report
 
     options: dict[str, Any] = {"do_sample": sample}
@@ -257,6 +258,7 @@ def study(
     about = {
         "pair": " and ".join(pair) if pair else "the shipped pair",
         "format": format or "pair",
+        "verifier": ", ".join(verifiers_of(asked)),
         "answers": "sampled" if sample else "greedy",
         **circumstances(model, CHECKOUT),
         "command": shlex.join(["dami", *sys.argv[1:]]),

@@ -85,7 +85,7 @@ def import_verifier(name: str) -> None:
         found = getattr(
             _import_file(Path(module)) if module.endswith(".py") else importlib.import_module(module), function
         )
-    except (ImportError, OSError, AttributeError, ValueError) as error:
+    except (ImportError, OSError, AttributeError, ValueError, SyntaxError) as error:
         raise ValueError(f"verifier {name!r} must be MODULE:FUNCTION or FILE.py:FUNCTION: {error}") from error
     if not callable(found):
         raise ValueError(f"verifier {name!r} must be a function of a text and an answer, got {found!r}")

@@ -389,6 +389,7 @@ def test_the_command_writes_the_report_and_goes_on(tmp_path: Path, monkeypatch: 
     assert first == second
     assert directory == tmp_path
     assert about["answers"] == "greedy"
+    assert about["verifier"] == "word"
     assert {"pair", "format", "date", "device", "versions", "commit", "command"} <= about.keys()
     assert len((tmp_path / "pair.jsonl").read_text().splitlines()) == 1 + 4 * (2 + 14)
 

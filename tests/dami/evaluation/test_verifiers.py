@@ -115,6 +115,7 @@ def test_a_questions_file_imports_nothing(tmp_path: Path) -> None:
         ("{}/none.py:near", "FILE.py:FUNCTION: there is no file .*none.py"),
         ("{}/own.py:far", "FILE.py:FUNCTION: module .* has no attribute 'far'"),
         ("{}/own.py:wrong", "must be a function of a text and an answer, got 3"),
+        ("{}/broken.py:near", r"FILE.py:FUNCTION: .*\(broken.py, line 2\)"),
         ("no_such_module:near", "MODULE:FUNCTION or FILE.py:FUNCTION: No module named 'no_such_module'"),
         (":near", "MODULE:FUNCTION or FILE.py:FUNCTION: Empty module name"),
         ("far", r"verifier must be one of \['contains', 'math', 'word'\], got 'far'"),
@@ -122,6 +123,7 @@ def test_a_questions_file_imports_nothing(tmp_path: Path) -> None:
 )
 def test_a_function_that_is_not_there_is_named(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(NEAR)
+    (tmp_path / "broken.py").write_text("\ndef near(:")
     with pytest.raises(ValueError, match=message):
         JsonLines(write(tmp_path / "q.jsonl", {"question": "?", "answer": 7}), name.format(tmp_path))
 
