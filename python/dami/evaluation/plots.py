@@ -99,9 +99,10 @@ def draw_levels(axes: Axes, frontier: Frontier) -> None:
 def curve_figures(frontier: Frontier, reached: Sequence[Reached] = ()) -> dict[str, Figure]:
     """Accuracy against tokens, and accuracy over λ, each by itself, with what is shown as its title."""
     drawn: dict[str, Figure] = {}
+    by_level = ", by level of difficulty" if len(set(frontier.levels.tolist())) > 1 else ""
     for title, draw in (
         ("Right answers against tokens, λ at each point", lambda axes: draw_frontier(axes, frontier.points, reached)),
-        ("Right answers over λ, by level of difficulty", lambda axes: draw_levels(axes, frontier)),
+        (f"Right answers over λ{by_level}", lambda axes: draw_levels(axes, frontier)),
     ):
         drawn[title], (axes,) = panels(4.8, 3.7)
         draw(axes)

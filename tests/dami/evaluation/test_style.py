@@ -48,6 +48,17 @@ def test_every_color_of_a_picture_can_be_read_on_light_and_dark() -> None:
         assert contrast(DARK[color], DARK[paper]) > 3, color
 
 
+def test_levels_are_told_apart_where_there_are_several() -> None:
+    several = Frontier.of(records(*RISING))
+    for frontier, title, labels in (
+        (several, "Right answers over λ, by level of difficulty", ["level 1", "level 2"]),
+        (several.of_level(1), "Right answers over λ", [""]),
+    ):
+        (axes,) = curve_figures(frontier)[title].axes
+        assert sorted(text.get_text() for text in axes.texts) == labels
+        assert len(axes.lines) == len(labels)
+
+
 def test_the_same_picture_is_the_same_file(tmp_path: Path) -> None:
     for name in ("a.svg", "b.svg"):
         (figure,) = list(curve_figures(Frontier.of(records(*RISING))).values())[:1]
