@@ -1,87 +1,91 @@
-"""Draws docs/images/linear-*.png from results/linear.csv, bfloat16: python -m benchmarks.plot
+"""Draws the pictures of the docs from results: python -m benchmarks.plot
 
-Time over that of F.linear on one merged weight, for every format and kind of λ, at three numbers of rows.
+linear-*.svg, from linear.csv, bfloat16: time over that of F.linear on one merged weight, for every format and kind of
+λ, at three numbers of rows. study-path.svg, from study_shipped.json. The README's is of examples/train_pair/measure.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from dami.evaluation.study import read_study
+from dami.evaluation.study.figures import pictures
+from dami.evaluation.style import BLUE, GREEN, INK, MUTED, PURPLE, VERMILION, panels, save, styled
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from benchmarks.linear import BLEND, COPIES, MERGED, OURS, TWO
-from benchmarks.record import latest
+from benchmarks.record import RESULTS, latest
 from benchmarks.tables import FORMATS, Row, is_cpu, is_gpu, measured
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 METHODS = [*((OURS, format) for format in FORMATS), (TWO, ""), (BLEND, ""), (COPIES, "")]  # from above
-KINDS = {  # label, marker, colour: apart for the colour-blind too, on white and in grey
-    "distinct": ("every row its own λ", "o", "#d1495b"),
-    "uniform": ("a λ for each sequence", "s", "#e3a008"),
-    "identical": ("one λ for all", "s", "#1f6f8b"),
-    "zero": ("λ = 0 for all", "^", "#7d8597"),
+KINDS = {  # label, marker, colour, and how far from the middle of its line
+    "distinct": ("every row its own λ", "o", VERMILION, -0.16),
+    "uniform": ("a λ for each sequence", "D", PURPLE, 0.0),
+    "identical": ("one λ for all", "s", BLUE, 0.0),
+    "zero": ("λ = 0 for all", "^", MUTED, 0.16),
 }
-FEWEST, MOST = 0.2, 16  # ratios shown; what is slower stands at the edge
+FEWEST, MOST = 0.22, 24  # ratios shown
 
 
-def draw(axis: Axes, rows: list[Row], m: str) -> None:
-    """One panel: a line for each method at one number of rows, a mark for each kind of λ."""
+def ratios(rows: Sequence[Row], m: str) -> dict[tuple[str, str, str], float]:
+    """Time over that of F.linear on one merged weight of the same run, by kind of λ, method and format."""
     by = latest([row for row in rows if row["m"] == m], "lam", "method", "format")
-    axis.axvspan(FEWEST, 1, color="#2a9d8f", alpha=0.12, lw=0, label="faster than one merged weight")
-    for beside, (kind, (label, marker, color)) in zip((-0.2, 0, 0, 0.2), KINDS.items(), strict=True):
+    found = {}
+    for (kind, method, format), row in by.items():
         unit = by.get((kind, MERGED, ""))
-        found = {
-            place + beside: float(row["median_ms"]) / float(unit["median_ms"])
-            for place, method in enumerate(METHODS)
-            if unit and (row := by.get((kind, *method))) and row["date"] == unit["date"]
-        }
-        ratios = [min(ratio, 0.85 * MOST) for ratio in found.values()]
-        if found:
-            axis.plot(ratios, [*found], marker, color=color, ms=8, mec="white", label=label)
-    axis.set_xscale("log", base=2)
-    axis.set_xlim(FEWEST, MOST)
-    ticks = [0.25, 0.5, 1, 2, 4, 8]
-    axis.set_xticks(ticks, ["¼", "½", "1", "2", "4", "8"])
-    axis.set_yticks(range(len(METHODS)), [format or method for method, format in METHODS])
-    axis.set_ylim(len(METHODS) - 0.4, -0.6)
-    axis.grid(axis="x", alpha=0.3)
-    axis.tick_params(axis="y", length=0)
-    axis.spines[["top", "right", "left"]].set_visible(False)
+        if unit and unit["date"] == row["date"]:  # only what ran together is compared
+            found[kind, method, format] = float(row["median_ms"]) / float(unit["median_ms"])
+    return found
 
 
-def figure(groups: dict[str, list[Row]], sizes: list[str], path: Path) -> None:
-    """A picture with a line of panels for each group of rows, one for each of `sizes`; nothing where there are none."""
-    groups = {name: rows for name, rows in groups.items() if rows}
-    if not groups:
-        return
-    plt.rcParams.update({"font.size": 12})
-    picture, axes = plt.subplots(
-        len(groups), len(sizes), figsize=(12, 0.6 + 3.7 * len(groups)), squeeze=False, sharey=True, layout="constrained"
+def draw(axes: Axes, found: dict[tuple[str, str, str], float]) -> None:
+    """One panel: a line for each method, a mark on it for each kind of λ."""
+    axes.axvspan(FEWEST, 1, color=GREEN, alpha=0.12, lw=0)
+    axes.text(
+        0.03, 0.03, "faster than\none merged\nmodel", transform=axes.transAxes, va="bottom", color=MUTED, fontsize=10
     )
-    for line, (name, rows) in zip(axes, groups.items(), strict=True):
-        for axis, m in zip(line, sizes, strict=True):
-            draw(axis, rows, m)
-            axis.set_title(f"{name}, {m} row{'s' if m != '1' else ''}", fontsize=12, loc="left")
-    for axis in axes[-1]:
-        axis.set_xlabel("time / F.linear on one merged weight")
-    handles = {
-        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    picture.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
-    picture.savefig(path, dpi=110)
-    plt.close(picture)
+    for place, (method, format) in enumerate(METHODS):
+        line = [value for (_, *key), value in found.items() if key == [method, format]]
+        if line:
+            axes.plot([min(line), max(line)], [place, place], color=MUTED, lw=1, alpha=0.6, zorder=1)
+    for kind, (label, marker, color, beside) in KINDS.items():
+        at = {place + beside: found.get((kind, *method)) for place, method in enumerate(METHODS)}
+        y, x = [y for y, value in at.items() if value], [value for value in at.values() if value]
+        if x:
+            axes.plot(x, y, marker, color=color, ms=7, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set(xlim=(FEWEST, MOST), ylim=(len(METHODS) - 0.4, -0.6))
+    axes.set_xticks([0.25, 0.5, 1, 2, 4, 8, 16], ["¼", "½", "1", "2", "4", "8", "16"])
+    axes.set_yticks(range(len(METHODS)), [format or method for method, format in METHODS])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+
+
+@styled()
+def linear(rows: Sequence[Row], sizes: Sequence[str]) -> Figure:
+    """A panel for each number of rows."""
+    figure, axes = panels(11, 4.6, columns=len(sizes), sharey=True)
+    for each, m in zip(axes, sizes, strict=True):
+        draw(each, ratios(rows, m))
+        each.set_title(f"{m} row{'s' if m != '1' else ''}")
+    figure.supxlabel("time relative to F.linear on one merged weight", color=INK, fontsize=11)
+    handles = {label: handle for each in axes for handle, label in zip(*each.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=len(handles))
+    return figure
 
 
 def main() -> None:
-    names = {"avx512_bf16": "AVX-512", "avx2": "AVX2"}
-    cpu = {name: measured("linear.csv", is_cpu, model="square", dtype="bf16", isa=isa) for isa, name in names.items()}
-    figure(cpu, ["1", "16", "256"], IMAGES / "linear-cpu.png")
+    for name, isa in (("linear-cpu", "avx512_bf16"), ("linear-cpu-avx2", "avx2")):
+        rows = measured("linear.csv", is_cpu, model="square", dtype="bf16", isa=isa)
+        save(linear(rows, ["1", "16", "256"]), IMAGES / f"{name}.svg")
     gpu = measured("linear.csv", is_gpu, model="Qwen3-4B", layer="gate_up", dtype="bf16")
-    figure({"gate_up of Qwen3-4B": gpu}, ["1", "16", "4096"], IMAGES / "linear-gpu.png")
+    if gpu:
+        save(linear(gpu, ["1", "16", "4096"]), IMAGES / "linear-gpu.svg")
+    save(pictures(read_study(RESULTS / "study_shipped.json"))["path"].together(), IMAGES / "study-path.svg")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import pytest
 import torch
 from dami import cli
 from dami.chat import ask
+from dami.evaluation import verifiers
 from dami.evaluation.tasks import last_word
 from typer.main import get_command
 
@@ -93,6 +94,7 @@ def test_code_runs(
     """Python blocks of a page run in order, in one namespace, in an empty directory; `text` blocks are their output."""
     text = page.read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(verifiers, "VERIFIERS", dict(verifiers.VERIFIERS))  # a page may register one
     namespace = {"__name__": "__main__"}
     printed = ""
     for block in blocks(text):

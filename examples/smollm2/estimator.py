@@ -17,9 +17,11 @@ from typing import Any
 
 import dami
 import torch
+from dami.cli.terminal import outcome_table
 from dami.evaluation.tasks import load_task
 from dami.evaluation.training import train_estimator
 from instruct import smollm2_file
+from rich.console import Console
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train_pair"))
@@ -65,8 +67,7 @@ def main() -> None:
             model, tokenizer, task, args.work, INTENSITIES, samples=1, rows=120, seed=1,
             on_batch=lambda news: bar.update(len(news)), do_sample=False, max_new_tokens=128,
         )  # fmt: skip
-    for price, outcome in trained.outcomes.items():
-        print(f"price {price:<5} accuracy {outcome.accuracy}, tokens {outcome.tokens}, gain {outcome.gain}")
+    Console().print(outcome_table(trained.outcomes, trained.stored.estimator.price))
     trained.stored.save(HERE / "adapter" / "intensity")
 
 

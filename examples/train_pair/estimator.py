@@ -9,8 +9,10 @@ from pathlib import Path
 
 import dami
 import torch
+from dami.cli.terminal import outcome_table
 from dami.evaluation import load_task
 from dami.evaluation.training import train_estimator
+from rich.console import Console
 from tasks import LEVELS, TASKS, draw
 from tqdm import tqdm
 
@@ -58,8 +60,7 @@ def main() -> None:
         trained = train_estimator(
             model, tokenizer, task, args.work, rows=440, seed=1, on_batch=lambda news: bar.update(len(news))
         )
-    for price, outcome in trained.outcomes.items():
-        print(f"price {price:<5} accuracy {outcome.accuracy}, tokens {outcome.tokens}, gain {outcome.gain}")
+    Console().print(outcome_table(trained.outcomes, trained.stored.estimator.price))
     trained.stored.save(PAIR / "thinking" / "intensity")
 
 

@@ -7,24 +7,25 @@ python examples/train_pair/measure.py --plot-only    # plot the CSV's latest run
 import argparse
 import csv
 import datetime
-import itertools
 import json
 import math
 import platform
 import subprocess
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-import matplotlib
-
-matplotlib.use("Agg")
 import dami
-import matplotlib.pyplot as plt
 import torch
 import transformers
-from dami.chat import ask
-from dami.evaluation.frontier import wilson
+from dami.chat import Answer, ask
+from dami.evaluation.frontier import Point
+from dami.evaluation.plots import Reached, draw_frontier
+from dami.evaluation.statistics import Interval, wilson
+from dami.evaluation.style import BLUE, VERMILION, panels, save, styled
+from rich.console import Console
+from rich.table import Table
 from tasks import score
 from tqdm import tqdm
 from transformers import set_seed
@@ -32,6 +33,7 @@ from transformers import set_seed
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ["commit", "date", "device", "versions", "intensity", "task", "level", "n", "accuracy", "acc_low", "acc_high"]
 COLUMNS += ["tokens_mean", "tokens_low", "tokens_high", "well_formed", "sampling"]
+PRICES = ("0.2", "0.5", "1")  # at which the estimator is shown, the default first
 
 
 def measure(pair: Path, csv_path: Path, intensities: list[float], batch_size: int, limit: int | None) -> None:
@@ -41,21 +43,9 @@ def measure(pair: Path, csv_path: Path, intensities: list[float], batch_size: in
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = dami.load_pair(pair / "instruct", pair / "thinking", device_map=device)
-    by_group = defaultdict(list)
-    for line in (pair / "questions.jsonl").read_text().splitlines():
-        question = json.loads(line)
-        by_group[question["task"], question["level"]].append(question)
-    # Questions of one level have answers of like length, which wastes least of a batch.
-    questions = [q for group in sorted(by_group, key=lambda group: group[1]) for q in by_group[group][:limit]]
+    questions = questions_of(pair, limit)
     per_batch = max(batch_size // len(intensities), 1)
-
-    commit = ["git", "describe", "--always", "--dirty"]
-    run = {
-        "commit": subprocess.run(commit, cwd=ROOT, capture_output=True, text=True).stdout.strip(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, dami {dami.__version__}",
-    }
+    run = facts(device)
     sampled = f"temperature {model.generation_config.temperature}, top_p {model.generation_config.top_p}"
     new = not csv_path.exists()
     csv_path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,28 +60,52 @@ def measure(pair: Path, csv_path: Path, intensities: list[float], batch_size: in
                 batch = [(q, intensity) for q in questions[start : start + per_batch] for intensity in intensities]
                 answers = ask(model, tokenizer, [q["question"] for q, _ in batch], [i for _, i in batch], **options)
                 for (question, intensity), answer in zip(batch, answers, strict=True):
-                    right = answer.text == question["answer"]
-                    if right != (score(question["task"], answer.text, question["answer"]) == 1.0):
-                        raise ValueError(f"reasoning-gym scores {answer.text!r} otherwise, for {question}")
-                    well_formed = answer.finished and bool(answer.text)
-                    results[intensity, question["task"], question["level"]].append((right, answer.tokens, well_formed))
-            for group, rows in results.items():
-                n, (rights, tokens, well_formed) = len(rows), zip(*rows, strict=True)
-                accuracy, length, margin = fmean(rights), fmean(tokens), 1.96 * stdev(tokens) / math.sqrt(n)
-                numbers = (
-                    accuracy,
-                    *wilson(accuracy, n),
-                    length,
-                    length - margin,
-                    length + margin,
-                    fmean(well_formed),
-                )
-                values = (*group, n, *(round(number, 4) for number in numbers), sampling)
-                writer.writerow(run | dict(zip(COLUMNS[4:], values, strict=True)))
+                    group = (intensity, question["task"], question["level"])
+                    results[group].append((is_right(question, answer), answer))
+            for group, answered in results.items():
+                writer.writerow(run | csv_row(group, answered) | {"sampling": sampling})
             file.flush()
 
 
-def pool(rows: list[dict]) -> dict[str, float]:
+def questions_of(pair: Path, limit: int | None) -> list[dict]:
+    """The pair's questions, those of one level together: their answers have like lengths, which wastes least."""
+    by_group = defaultdict(list)
+    for line in (pair / "questions.jsonl").read_text().splitlines():
+        question = json.loads(line)
+        by_group[question["task"], question["level"]].append(question)
+    return [q for group in sorted(by_group, key=lambda group: group[1]) for q in by_group[group][:limit]]
+
+
+def facts(device: str) -> dict[str, str]:
+    """What is told of the run."""
+    commit = ["git", "describe", "--always", "--dirty"]
+    return {
+        "commit": subprocess.run(commit, cwd=ROOT, capture_output=True, text=True).stdout.strip(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, dami {dami.__version__}",
+    }
+
+
+def is_right(question: dict, answer: Answer) -> bool:
+    """Whether an answer is right, on which reasoning-gym has to agree."""
+    right = answer.text == question["answer"]
+    if right != (score(question["task"], answer.text, question["answer"]) == 1.0):
+        raise ValueError(f"reasoning-gym scores {answer.text!r} otherwise, for {question}")
+    return right
+
+
+def csv_row(group: tuple[float, str, int], answered: Sequence[tuple[bool, Answer]]) -> dict[str, object]:
+    """What is told of the answers to one task and level at one intensity."""
+    n, tokens = len(answered), [answer.tokens for _, answer in answered]
+    accuracy, length = fmean(right for right, _ in answered), fmean(tokens)
+    margin = 1.96 * stdev(tokens) / math.sqrt(n) if n > 1 else math.nan  # one answer has no interval
+    well_formed = fmean(answer.finished and bool(answer.text) for _, answer in answered)
+    numbers = (accuracy, *wilson(accuracy, n), length, length - margin, length + margin, well_formed)
+    return dict(zip(COLUMNS[4:-1], (*group, n, *(round(number, 4) for number in numbers)), strict=True))
+
+
+def pool(intensity: float, rows: list[dict]) -> Point:
     """Pool rows of several tasks or levels, each counting by its number of questions."""
     n = sum(int(row["n"]) for row in rows)
 
@@ -100,17 +114,13 @@ def pool(rows: list[dict]) -> dict[str, float]:
 
     margins = (int(row["n"]) * (float(row["tokens_high"]) - float(row["tokens_low"])) / 2 for row in rows)
     accuracy, tokens, margin = mean("accuracy"), mean("tokens_mean"), math.hypot(*margins) / n
-    low, high = wilson(accuracy, n)
-    return {
-        "n": n,
-        "accuracy": accuracy,
-        "acc_low": low,
-        "acc_high": high,
-        "tokens": tokens,
-        "tokens_low": tokens - margin,
-        "tokens_high": tokens + margin,
-        "well_formed": mean("well_formed"),
-    }
+    return Point(
+        intensity,
+        Interval(accuracy, *wilson(accuracy, n)),
+        Interval(tokens, tokens - margin, tokens + margin),
+        math.nan,  # thoughts are not counted
+        mean("well_formed"),
+    )
 
 
 def latest(csv_path: Path, greedy: bool) -> dict[float, list[dict]]:
@@ -125,80 +135,55 @@ def latest(csv_path: Path, greedy: bool) -> dict[float, list[dict]]:
 
 
 def print_table(csv_path: Path) -> None:
-    """Print accuracy and tokens by intensity and level, as Markdown."""
+    """Print accuracy and tokens by intensity and level."""
     for greedy in (False, True):
         curve = latest(csv_path, greedy)
         levels = sorted({int(row["level"]) for rows in curve.values() for row in rows})
-        print(f"\n{'greedy' if greedy else 'sampled'}: accuracy % / tokens")
-        print("| λ | " + " | ".join(f"level {level}" for level in levels) + " | all | well formed % |")
-        print("|---" * (len(levels) + 3) + "|")
+        table = Table(title=f"{'greedy' if greedy else 'sampled'}: accuracy in % / tokens per answer", box=None)
+        for head in ("λ", *(f"level {level}" for level in levels), "all", "well formed, %"):
+            table.add_column(head, justify="right")
         for intensity, rows in curve.items():
-            pools = [pool([row for row in rows if int(row["level"]) == level]) for level in levels] + [pool(rows)]
-            cells = [f"{100 * p['accuracy']:.0f} / {p['tokens']:.0f}" for p in pools]
-            print(f"| {intensity:g} | " + " | ".join(cells) + f" | {100 * pools[-1]['well_formed']:.0f} |")
+            parts = [[row for row in rows if int(row["level"]) == level] for level in levels]
+            points = [pool(intensity, part) for part in (*parts, rows)]
+            cells = [f"{100 * point.accuracy.value:.0f} / {point.tokens.value:.0f}" for point in points]
+            table.add_row(f"{intensity:g}", *cells, f"{100 * points[-1].well_formed:.0f}")
+        Console().print(table)
 
 
+def estimated(estimators_path: Path) -> list[Reached]:
+    """What the pair's estimator reached in the latest run, at several prices of a token."""
+    with open(estimators_path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    newest = max(row["date"] for row in rows)
+    by_policy = {row["policy"]: row for row in rows if row["date"] == newest}
+    found = []
+    for price in PRICES:
+        row = by_policy[f"preference, price {price}"]
+        accuracy = Interval(*(float(row[name]) for name in ("accuracy", "accuracy_low", "accuracy_high")))
+        name = f"auto, price {price}" + (" (default)" if price == PRICES[0] else "")
+        found.append(Reached(name, Interval(*[float(row["tokens"])] * 3), accuracy))
+    return found
+
+
+@styled()
 def plot(csv_path: Path, estimators_path: Path, image_path: Path) -> None:
     """Plot accuracy against tokens: a point for every λ, and what the pair's estimator reaches at three prices.
 
     Bands and bars are 95 % intervals.
     """
     curve = latest(csv_path, greedy=False)
-    pools = [pool(rows) for rows in curve.values()]
-    tokens = [p["tokens"] for p in pools]
-    accuracy, low, high = ([100 * p[name] for p in pools] for name in ("accuracy", "acc_low", "acc_high"))
-    static, auto = "#1f6f8b", "#d1495b"  # apart for the colour-blind too, on white and in grey
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 13})
-    figure, axes = plt.subplots(figsize=(9, 5.4), layout="constrained")
-    axes.fill_between(tokens, low, high, color=static, alpha=0.18, lw=0)
-    axes.plot(tokens, accuracy, "o-", color=static, lw=2, ms=7, label="one λ for every question")
-    names = {0.0: "λ = 0, Instruct", 1.0: "λ = 1, Thinking"}
-    gaps = [after - before for before, after in itertools.pairwise(tokens)] + [math.inf]
-    for intensity, x, y, gap in zip(curve, tokens, accuracy, gaps, strict=True):
-        crowded = gap < 0.05 * tokens[-1]  # the next label is to be to the right of this one
-        axes.annotate(
-            names.get(intensity, f"{intensity:g}"),
-            (x, y),
-            xytext={0.0: (-8, -24), 1.0: (0, 12)}.get(intensity, (3 if crowded else 6, -18)),
-            textcoords="offset points",
-            ha="right" if intensity == 1 or (crowded and intensity) else "left",
-            color=static,
-            weight="bold" if intensity in names else None,
-            fontsize=12,
-        )
-    with open(estimators_path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    newest = max(row["date"] for row in rows)
-    prices = {
-        "preference, price 1": "tokens dear",
-        "preference, price 0.5": "",
-        "preference, price 0.2": "default price",
-    }
-    found = [row for row in rows if row["date"] == newest and row["policy"] in prices]
-    points = [[100 * float(row[name]) for name in ("accuracy", "accuracy_low", "accuracy_high")] for row in found]
-    x = [float(row["tokens"]) for row in found]
-    y = [point[0] for point in points]
-    errors = [[point[0] - point[1] for point in points], [point[2] - point[0] for point in points]]
-    axes.errorbar(
-        x,
-        y,
-        errors,
-        fmt="D",
-        color=auto,
-        ms=8,
-        capsize=3,
-        label='intensity="auto": a λ for each question, by the price of a token',
+    figure, (axes,) = panels(8, 4.7)
+    draw_frontier(axes, [pool(intensity, rows) for intensity, rows in curve.items()], estimated(estimators_path))
+    count = sum(int(row["n"]) for row in curve[0.0])
+    axes.set_title(f"The shipped pair, {count} held-out questions: λ = 0 is Instruct, λ = 1 is Thinking")
+    key = (
+        ("one λ for every question", BLUE),
+        ('intensity="auto": a λ for each question, by the price of a token', VERMILION),
     )
-    for row, *at in zip(found, x, y, strict=True):
-        axes.annotate(
-            prices[row["policy"]], at, xytext=(-10, 6), textcoords="offset points", ha="right", color=auto, fontsize=12
-        )
-    axes.set(xlabel="tokens per answer", ylabel="right answers, %", xlim=(0, 1.06 * tokens[-1]), ylim=(0, 100))
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, loc="lower right")
-    axes.set_title(f"The shipped pair, {pools[0]['n']} held-out questions", loc="left", fontsize=13)
+    for place, (text, color) in enumerate(key):
+        axes.text(0.98, 0.12 - 0.07 * place, text, color=color, ha="right", transform=axes.transAxes)
     image_path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(image_path, dpi=130)
+    save(figure, image_path)
 
 
 def main() -> None:
@@ -207,7 +192,7 @@ def main() -> None:
     parser.add_argument("--pair", type=Path, default=ROOT / "python/dami/data/pair")
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/results/pair_curve.csv")
     parser.add_argument("--estimators", type=Path, default=ROOT / "benchmarks/results/estimators_shipped.csv")
-    parser.add_argument("--image", type=Path, default=ROOT / "docs/images/pair-curve.png")
+    parser.add_argument("--image", type=Path, default=ROOT / "docs/images/pair-curve.svg")
     parser.add_argument("--intensities", type=float, nargs="+", default=[i / 10 for i in range(11)])
     parser.add_argument("--batch-size", type=int, default=440, help="rows (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="questions of each task and level (default: all)")

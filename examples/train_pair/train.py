@@ -194,8 +194,8 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, directory:
     tokenizer.save_pretrained(directory)
 
 
-def main() -> None:
-    """Train, save, and say how long it took."""
+def arguments() -> argparse.Namespace:
+    """What the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=PAIR, help="directory of the pair (default: %(default)s)")
     parser.add_argument(
@@ -220,8 +220,35 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def write_held_out(args: argparse.Namespace) -> set[str]:
+    """Writes the held-out questions beside the pair, and returns their texts."""
+    held_out = draw_held_out(args.held_out)
+    with open(args.out / "questions.jsonl", "w") as file:
+        for q in held_out:
+            line = {"task": q.task, "level": q.level, "question": q.text, "answer": q.answer, "verifier": "word"}
+            print(json.dumps(line), file=file)
+    return {q.text for q in held_out}
+
+
+def training_questions(args: argparse.Namespace, held_out: set[str]) -> dict[str, list[Question]]:
+    """Questions of every task, none of them held out."""
+    return {
+        task: [
+            question
+            for level in LEVELS
+            for question in draw(task, level, args.questions, (10 * args.seed + level) * 10_000_000)
+            if question.text not in held_out
+        ]
+        for task in TASKS
+    }
+
+
+def main() -> None:
+    """Train, save, and say how long it took."""
+    args = arguments()
     start = time.monotonic()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -229,21 +256,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    held_out = draw_held_out(args.held_out)
-    with open(args.out / "questions.jsonl", "w") as file:
-        for q in held_out:
-            line = {"task": q.task, "level": q.level, "question": q.text, "answer": q.answer, "verifier": "word"}
-            print(json.dumps(line), file=file)
-    held_out_texts = {q.text for q in held_out}
-    questions = {
-        task: [
-            question
-            for level in LEVELS
-            for question in draw(task, level, args.questions, (10 * args.seed + level) * 10_000_000)
-            if question.text not in held_out_texts
-        ]
-        for task in TASKS
-    }
+    questions = training_questions(args, write_held_out(args))
     if args.tokenizer:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.tokenizer)
     else:

@@ -340,7 +340,7 @@ def execution_device(module: nn.Module) -> torch.device:
 
 @needs("an offloaded pair")
 def offloading(module: nn.Module) -> Iterator[tuple[MutableMapping[str, Tensor], str, torch.device]]:
-    """Where hooks take a module's weights from: what holds them by name, the prefix of its own, where they bring them."""
+    """Where hooks take a module's weights from: what holds them by name, the prefix of its own, and the device."""
     hook = hook_of(module)
     for each in getattr(hook, "hooks", (hook,)):  # several in sequence, or one
         weights = getattr(each, "weights_map", None)

@@ -38,6 +38,9 @@ def test_every_public_name_is_there_and_no_other() -> None:
         "serving.server.run",
         "estimators.Estimator",
         "estimators.training.train_estimator",
+        "evaluation.study_report.write_report",
+        "evaluation.frontier.wilson",
+        "evaluation.tasks.same_math",
     ],
 )
 def test_old_names_are_there(name: str) -> None:

@@ -3,9 +3,13 @@
 import json
 import random
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from itertools import combinations
 from pathlib import Path
 
 import pytest
+from dami.chat import Answer
+from dami.evaluation.statistics import wilson
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIR = ROOT / "python" / "dami" / "data" / "pair"
@@ -81,3 +85,44 @@ def test_held_out_questions_are_the_shipped_ones(tasks):
     for task in tasks.TASKS:
         for level in tasks.LEVELS:
             assert 20 <= sum((q.task, q.level) == (task, level) for q in drawn) <= 40
+
+
+@pytest.fixture(scope="module")
+def measure():
+    pytest.importorskip("reasoning_gym")
+    spec = spec_from_file_location("train_pair_measure", ROOT / "examples" / "train_pair" / "measure.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pooled_rows_count_by_their_questions(measure):
+    group = (0.5, "gcd", 1)
+    texts = [("7", 3), ("7", 5), ("8", 7), ("", 9)]
+    answers = [Answer("?", 0.5, "", text, tokens, True) for text, tokens in texts]
+    easy = measure.csv_row(group, [(True, answers[0]), (True, answers[1])])
+    hard = measure.csv_row(group, [(True, answers[0]), (False, answers[1]), (False, answers[2]), (False, answers[3])])
+    assert (easy["accuracy"], easy["tokens_mean"], hard["well_formed"]) == (1, 4, 0.75)
+    point = measure.pool(0.5, [easy, hard])
+    assert point.intensity == 0.5
+    assert point.accuracy.value == pytest.approx(3 / 6)
+    assert point.accuracy[1:] == pytest.approx(wilson(0.5, 6))
+    assert point.tokens.value == pytest.approx((2 * 4 + 4 * 6) / 6)
+    assert point.well_formed == pytest.approx((2 + 3) / 6)
+
+
+def test_the_readmes_picture_starts_at_0_and_names_every_intensity_and_the_estimator(measure, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(measure, "save", lambda figure, path: shown.append((figure, path)))
+    results = ROOT / "benchmarks" / "results"
+    measure.plot(results / "pair_curve.csv", results / "estimators_shipped.csv", tmp_path / "a.svg")
+    ((figure, path),) = shown
+    assert path == tmp_path / "a.svg"
+    (axes,) = figure.axes
+    assert (axes.get_xlim()[0], axes.get_ylim()[0]) == (0, 0)
+    texts = [text.get_text() for text in axes.texts]
+    for lam in ("λ = 0", *(f"{i / 10:g}" for i in range(1, 10)), "λ = 1", "auto, price 0.2 (default)", "auto, price 1"):
+        assert lam in texts
+    labels = [text.get_window_extent() for text in axes.texts]
+    assert not any(a.overlaps(b) for a, b in combinations(labels, 2))
+    assert len(axes.collections) >= 1  # the band

@@ -159,8 +159,6 @@ def train_estimator(
     dami.attach(model, OUTPUT) then lets intensity="auto" choose. Named `intensity` inside a packed pair or a thinking
     end, OUTPUT is loaded with it. A run that was interrupted goes on where it ended.
     """
-    from rich.table import Table
-
     from dami.evaluation.tasks import TO_TRAIN, check_distinct, check_enough
 
     if router and intensity:
@@ -172,6 +170,7 @@ def train_estimator(
         check_distinct(lams)
         check_enough(asked, TO_TRAIN)
     model, tokenizer = load(pair, format, dtype, intensities=lams)
+    from dami.cli.terminal import outcome_table
     from dami.evaluation.training import train_estimator
 
     with user_errors(), progress_bars() as progress:
@@ -181,11 +180,7 @@ def train_estimator(
             on_batch=lambda news: progress.advance(bar, len(news)),
             **({"max_new_tokens": max_tokens} if max_tokens else {}),
         )  # fmt: skip
-    table = Table("price", "accuracy", "tokens", "best static λ with as many", "gain")
-    for each, outcome in trained.outcomes.items():
-        cells = map(str, (outcome.accuracy, outcome.tokens, outcome.static, outcome.gain))
-        table.add_row(f"{each:g}", *cells, style="bold" if each == price else None)
-    out.print(table)
+    out.print(outcome_table(trained.outcomes, price))
     presets = ", ".join(f"{name} λ={lam:g}" for name, lam in trained.stored.presets.items())
     out.print(f"{output}: an estimator at price {price:g}; {presets}.", style="dim", soft_wrap=True)
 
@@ -242,7 +237,8 @@ def study(
             sources.local(each)
     model, tokenizer = load(pair, format, dtype, intensities=intensity or ())
     from dami.evaluation import study as studies
-    from dami.evaluation.study_report import write_report
+    from dami.evaluation.report import verifiers_of
+    from dami.evaluation.study.report import circumstances, write_study_report
 
     options: dict[str, Any] = {"do_sample": sample}
     if max_tokens:
@@ -261,10 +257,11 @@ def study(
         )  # fmt: skip
     about = {
         "pair": " and ".join(pair) if pair else "the shipped pair",
-        "format": format,
+        "format": format or "pair",
+        "verifier": ", ".join(verifiers_of(asked)),
         "answers": "sampled" if sample else "greedy",
-        **studies.circumstances(model, CHECKOUT),
+        **circumstances(model, CHECKOUT),
         "command": shlex.join(["dami", *sys.argv[1:]]),
     }
-    write_report(found, output, about)
+    write_study_report(found, output, about)
     out.print(f"Page, pictures, numbers: {output / 'report.html'}, path.svg, study.json", style="dim", soft_wrap=True)

@@ -103,8 +103,9 @@ SeedOption = Annotated[int, typer.Option(help="Seed for sampling.")]
 VerifierOption = Annotated[
     str | None,
     typer.Option(
-        help="How to judge answers to questions that name no verifier: math (math-verify), word (the last word) or "
-        "contains."
+        metavar="NAME|FILE.py:FUNCTION",
+        help="How to judge answers to questions that name no verifier: math (math-verify), word (the last word), "
+        "contains, or a function of your own, of a file or as MODULE:FUNCTION.",
     ),
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from textwrap import wrap
 from typing import Any
@@ -21,6 +21,7 @@ from transformers import TextStreamer
 from dami.chat import Answer, ChatTemplate, Prompt, answers_of, ask, encode, numbers_of
 from dami.evaluation.frontier import Point
 from dami.evaluation.plots import color
+from dami.evaluation.policies import Outcome
 from dami.layers.describe import Description, ParameterRow
 from dami.thoughts import Reader
 
@@ -202,4 +203,13 @@ def point_table(points: Sequence[Point], title: Text | None = None) -> Table:
             f"{p.tokens.value:.0f}",
             f"{p.tokens.low:.0f} to {p.tokens.high:.0f}",
         )
+    return table
+
+
+def outcome_table(outcomes: Mapping[float, Outcome], price: float) -> Table:
+    """One row per price of a token: what an estimator reaches, its own price in bold."""
+    table = Table("price", "accuracy", "tokens", "best static λ with as many", "gain", box=None, pad_edge=False)
+    for each, outcome in outcomes.items():
+        cells = map(str, (outcome.accuracy, outcome.tokens, outcome.static, outcome.gain))
+        table.add_row(f"{each:g}", *cells, style="bold" if each == price else None)
     return table

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dami.estimators.registry import register_estimator
 from dami.generation.pieces import end_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Signals:
 
 
 @torch.no_grad()
-def signals(model: Any, batch: Mapping[str, Tensor], tokens: int) -> Signals:
+def signals(model: PreTrainedModel, batch: Mapping[str, Tensor], tokens: int) -> Signals:
     """Generates a trial answer of at most so many tokens for every prompt, at λ=0, and reads it at both ends at once.
 
     Args:
@@ -71,7 +74,7 @@ def signals(model: Any, batch: Mapping[str, Tensor], tokens: int) -> Signals:
 
 
 @torch.no_grad()
-def confidence(model: Any, batch: Mapping[str, Tensor], tokens: int) -> Tensor:
+def confidence(model: PreTrainedModel, batch: Mapping[str, Tensor], tokens: int) -> Tensor:
     """`Signals.confidence` by itself, float32 [B]: what generating the trial answer has computed anyway.
 
     Args:
@@ -129,7 +132,7 @@ class ConfidenceEstimator:
         if not self.doubt > 0:
             raise ValueError(f"doubt must be positive, got {self.doubt!r}")
 
-    def estimate(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    def estimate(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
         """λ of every prompt, float32 [B]; as `Estimator` says."""
         return self.choose(signals(model, batch, self.tokens))
 
@@ -160,7 +163,7 @@ class ConfidenceRouter:
         if not 0 < self.sure < 1:
             raise ValueError(f"sure must be between 0 and 1, got {self.sure!r}")
 
-    def estimate(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    def estimate(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
         """λ of every prompt, float32 [B]; as `Estimator` says."""
         return self.choose(confidence(model, batch, self.tokens))
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dami.estimators.confidence import Signals, signals
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @torch.no_grad()
-def prompt_states(model: Any, batch: Mapping[str, Tensor], layers: Sequence[int]) -> Tensor:
+def prompt_states(model: PreTrainedModel, batch: Mapping[str, Tensor], layers: Sequence[int]) -> Tensor:
     """The instruct end's hidden states at each prompt's last token, of several layers side by side: one forward pass.
 
     Args:
@@ -42,7 +45,7 @@ def prompt_states(model: Any, batch: Mapping[str, Tensor], layers: Sequence[int]
     return torch.cat([states[layer][rows, last.to(rows.device)].float().cpu() for layer in layers], 1)
 
 
-def trial_signals(model: Any, batch: Mapping[str, Tensor], tokens: int) -> Tensor:
+def trial_signals(model: PreTrainedModel, batch: Mapping[str, Tensor], tokens: int) -> Tensor:
     """`confidence.signals` as float32 [B, 4] on the CPU, probabilities as logarithms."""
     found: Signals = signals(model, batch, tokens)
     columns = {field.name: getattr(found, field.name) for field in fields(found)}

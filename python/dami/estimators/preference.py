@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from torch import Tensor, nn
 
 from dami.estimators.features import prompt_states, trial_signals
 from dami.estimators.registry import register_estimator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DEGREE = 3  # of the utility in λ: enough for any shape that has been seen, and so smooth that neighbouring λ share data
 PRICES = (0.005, 2.0)  # that utilities are fitted at: their logarithms are uniform
@@ -43,12 +46,12 @@ class Features:
     trial: int = 0
 
     @classmethod
-    def of(cls, model: Any, trial: int = 0) -> Features:
+    def of(cls, model: PreTrainedModel, trial: int = 0) -> Features:
         """Those of a layer two thirds up, where a model knows most of a prompt, and of the last one."""
         depth = model.config.get_text_config().num_hidden_layers
         return cls((round(depth * 2 / 3), depth), trial)
 
-    def __call__(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
         """float32 [B, features] on the CPU."""
         found = [prompt_states(model, batch, self.layers)]
         if self.trial:
@@ -132,7 +135,7 @@ class PreferenceEstimator:
         gain, cost = self.utilities(features)
         return torch.tensor(self.intensities)[(gain - self.price * cost).argmax(1)]
 
-    def estimate(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    def estimate(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
         """λ of every prompt, float32 [B]; as `Estimator` says."""
         return self.choose(self.features(model, batch))
 

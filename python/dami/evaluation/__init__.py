@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dami.evaluation.frontier import Frontier
     from dami.evaluation.sweeps import Record, read_records, sweep
     from dami.evaluation.tasks import JsonLines, Question, ReasoningGym, Task, load_task
+    from dami.evaluation.verifiers import register_verifier
 
 _HOME = {
     "Frontier": "frontier",
@@ -24,10 +25,22 @@ _HOME = {
     "Task": "tasks",
     "load_task": "tasks",
     "read_records": "sweeps",
+    "register_verifier": "verifiers",
     "sweep": "sweeps",
 }
 
-__all__ = ["Frontier", "JsonLines", "Question", "ReasoningGym", "Record", "Task", "load_task", "read_records", "sweep"]
+__all__ = [
+    "Frontier",
+    "JsonLines",
+    "Question",
+    "ReasoningGym",
+    "Record",
+    "Task",
+    "load_task",
+    "read_records",
+    "register_verifier",
+    "sweep",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,43 +7,16 @@ question are drawn together, as they were answered together, so differences betw
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dami.evaluation.statistics import Array, Interval, bootstrap, proportions
+from dami.evaluation.statistics import wilson as wilson
 from dami.evaluation.sweeps import Record
-
-Array = NDArray[np.float64]
-RESAMPLES = 2000
-Z95 = 1.959964  # half-width of a 95 % interval in standard deviations
-
-
-def wilson(accuracy: float, count: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson's), which stays inside [0, 1] and does not vanish at its ends.
-
-    (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n)
-    """
-    p, z2n = accuracy, Z95**2 / count
-    middle = p + z2n / 2
-    half = Z95 * math.sqrt(p * (1 - p) / count + z2n / (4 * count))
-    return max(0.0, (middle - half) / (1 + z2n)), min(1.0, (middle + half) / (1 + z2n))
-
-
-class Interval(NamedTuple):
-    """An estimate, and the ends of its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})"
 
 
 @dataclass(frozen=True)
@@ -58,7 +31,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Choice:
+class StaticChoice:
     """One λ chosen on some questions and scored on others."""
 
     intensity: float
@@ -67,7 +40,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepChange:
     """What changes from one λ to another; it is sure to be a gain if `change.low` > 0, a loss if `change.high` < 0."""
 
     start: float
@@ -145,33 +118,22 @@ class Frontier:
         order = np.random.default_rng(seed).permutation(len(self))
         return self.select(order[: len(self) // 2]), self.select(order[len(self) // 2 :])
 
-    @cached_property
-    def _draws(self) -> NDArray[np.int64]:
-        """Questions of every resample, [RESAMPLES, questions]."""
-        return np.random.default_rng(self.seed).integers(0, len(self), (RESAMPLES, len(self)))
-
     def interval(self, statistic: Callable[[Array, Array], Array]) -> list[Interval]:
         """Intervals of statistics of the mean scores and mean tokens, [L] each, which give [any number]."""
-        value = np.atleast_1d(statistic(self.scores.mean(0), self.tokens.mean(0)))
-        if not len(value):
-            return []
-        drawn = np.stack(
-            [np.atleast_1d(statistic(self.scores[rows].mean(0), self.tokens[rows].mean(0))) for rows in self._draws]
+        return bootstrap(
+            lambda rows: statistic(self.scores[rows].mean(0), self.tokens[rows].mean(0)), len(self), self.seed
         )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # where a statistic is nan in all resamples
-            low, high = np.nanpercentile(drawn, [2.5, 97.5], axis=0)
-        return [Interval(*map(float, triple)) for triple in zip(value, low, high, strict=True)]
 
     @cached_property
     def points(self) -> list[Point]:
         """One for every λ."""
-        accuracy = [Interval(p, *wilson(p, len(self))) for p in self.scores.mean(0).tolist()]
         tokens = self.interval(lambda scores, tokens: tokens)
         shares = (self.thinking.mean(0).tolist(), self.well_formed.mean(0).tolist())
-        return [Point(*values) for values in zip(self.intensities, accuracy, tokens, *shares, strict=True)]
+        return [
+            Point(*values) for values in zip(self.intensities, proportions(self.scores), tokens, *shares, strict=True)
+        ]
 
-    def best_static(self, scored_on: Frontier, tokens: float = np.inf) -> Choice:
+    def best_static(self, scored_on: Frontier, tokens: float = np.inf) -> StaticChoice:
         """The λ with the best accuracy here within a mean number of tokens, the cheaper of equals, scored elsewhere.
 
         Raises:
@@ -182,7 +144,7 @@ class Frontier:
             raise ValueError(f"tokens must allow the cheapest λ, {cost.min():.1f}, got {tokens:.1f}")
         best = min(np.flatnonzero(cost <= tokens), key=lambda i: (-accuracy[i], cost[i]))
         there = scored_on.points[int(best)]
-        return Choice(there.intensity, there.accuracy, there.tokens)
+        return StaticChoice(there.intensity, there.accuracy, there.tokens)
 
     def best_each(self, price: float = 0.0) -> Array:
         """λ of the greatest score − price · tokens for every question, [questions]; of equals the cheapest.
@@ -198,19 +160,19 @@ class Frontier:
         here = np.equal.outer(self.best_each(price), np.asarray(self.intensities))
         return float(self.scores[here].mean()), float(self.tokens[here].mean())
 
-    def monotone_accuracy(self) -> list[Step]:
+    def monotone_accuracy(self) -> list[StepChange]:
         """Change of the accuracy from every λ to the next."""
         return self._steps(lambda scores, tokens: np.diff(scores))
 
-    def monotone_tokens(self) -> list[Step]:
+    def monotone_tokens(self) -> list[StepChange]:
         """Change of the mean tokens from every λ to the next."""
         return self._steps(lambda scores, tokens: np.diff(tokens))
 
-    def _steps(self, change: Callable[[Array, Array], Array]) -> list[Step]:
+    def _steps(self, change: Callable[[Array, Array], Array]) -> list[StepChange]:
         pairs = zip(self.intensities, self.intensities[1:], strict=False)
-        return [Step(*ends, change) for ends, change in zip(pairs, self.interval(change), strict=True)]
+        return [StepChange(*ends, change) for ends, change in zip(pairs, self.interval(change), strict=True)]
 
-    def convexity(self) -> list[Step]:
+    def convexity(self) -> list[StepChange]:
         """How far each inner λ lies above the chord of its neighbours, in accuracy at its own tokens.
 
         Above all of them, what the points enclose is convex, and thinking pays less and less. A point whose tokens are
@@ -221,11 +183,11 @@ class Frontier:
             width = tokens[2:] - tokens[:-2]
             with np.errstate(divide="ignore", invalid="ignore"):
                 share = (tokens[1:-1] - tokens[:-2]) / width
-            chord = scores[:-2] + share * (scores[2:] - scores[:-2])
+                chord = scores[:-2] + share * (scores[2:] - scores[:-2])
             return np.where((share >= 0) & (share <= 1), scores[1:-1] - chord, np.nan)
 
         ends = zip(self.intensities, self.intensities[2:], strict=False)
-        return [Step(*pair, change) for pair, change in zip(ends, self.interval(above), strict=True)]
+        return [StepChange(*pair, change) for pair, change in zip(ends, self.interval(above), strict=True)]
 
     def accuracy_at(self, tokens: float) -> Interval:
         """The best accuracy that static λ reach at a mean number of tokens, if queries may be dealt to two λ by lot."""

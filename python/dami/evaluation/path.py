@@ -13,18 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 
-from dami.evaluation.frontier import RESAMPLES, Z95, Interval
+from dami.evaluation.statistics import Z95, Array, Interval, Places, bootstrap
 
-Array = NDArray[np.float64]
 FOLDS = 20
 
 
-def cka(x: Any, y: Any) -> float:
+def cka(x: ArrayLike, y: ArrayLike) -> float:
     """Debiased linear CKA of the same N states in two representations: 1 if they are alike but for rotation and scale.
 
     ⟨U(xxᵀ), U(yyᵀ)⟩ / (‖U(xxᵀ)‖ ‖U(yyᵀ)‖), where U takes off rows' and columns' means and the diagonal. About 0 if they
@@ -48,7 +46,7 @@ def _gram(x: Array) -> Array:
     return x @ x.T
 
 
-def _directions(grams: Sequence[Array], rows: NDArray[np.int64]) -> Array:
+def _directions(grams: Sequence[Array], rows: Places) -> Array:
     """The Gram matrices of some of the states, U-centred, of length 1, as vectors: [len(grams), n²]."""
     n = len(rows)
     flat = []
@@ -89,9 +87,7 @@ def compared(intensities: Sequence[float]) -> list[tuple[int, int]]:
     return list(dict.fromkeys(pairs))
 
 
-def similarities(
-    layer: int, states: Array, questions: NDArray[np.int64], intensities: Sequence[float]
-) -> list[Similarity]:
+def similarities(layer: int, states: Array, questions: Places, intensities: Sequence[float]) -> list[Similarity]:
     """Similarity of a layer's states between the λ of `compared`.
 
     Args:
@@ -107,7 +103,7 @@ def similarities(
     cosines = np.stack([(unit[i] * unit[j]).sum(1) for i, j in pairs])
     grams = [_gram(x) for x in states]
 
-    def measure(rows: NDArray[np.int64]) -> Array:
+    def measure(rows: Places) -> Array:
         directions = _directions(grams, rows)
         return np.stack([(directions @ directions.T)[first, second], cosines[:, rows].mean(1)])
 
@@ -149,7 +145,7 @@ class Barrier:
     sag: Interval
 
 
-def above_chord(intensities: Sequence[float], values: Any) -> Array:
+def above_chord(intensities: Sequence[float], values: ArrayLike) -> Array:
     """How far values [..., L] lie above the straight line through those at λ = 0 and λ = 1.
 
     Raises:
@@ -162,7 +158,7 @@ def above_chord(intensities: Sequence[float], values: Any) -> Array:
     return values - (1 - lams) * at0 - lams * at1
 
 
-def barrier(intensities: Sequence[float], means: Callable[[NDArray[np.int64]], Array], questions: int) -> Barrier:
+def barrier(intensities: Sequence[float], means: Callable[[Places], Array], questions: int) -> Barrier:
     """The barrier of a value, [L] for any questions that are drawn.
 
     Args:
@@ -174,7 +170,7 @@ def barrier(intensities: Sequence[float], means: Callable[[NDArray[np.int64]], A
     inside = (lams >= 0) & (lams <= 1)
     ends = [lams.tolist().index(end) for end in (0.0, 1.0)]
 
-    def three(rows: NDArray[np.int64]) -> Array:
+    def three(rows: Places) -> Array:
         values = means(rows)
         above = above_chord(intensities, values)[inside]
         return np.array([above.max(), values[inside].max() - values[ends].mean(), (-above).max()])
@@ -182,11 +178,3 @@ def barrier(intensities: Sequence[float], means: Callable[[NDArray[np.int64]], A
     above = above_chord(intensities, means(np.arange(questions)))
     height, above_mean, sag = bootstrap(three, questions)
     return Barrier(height, float(lams[inside][above[inside].argmax()]), above_mean, sag)
-
-
-def bootstrap(statistic: Callable[[NDArray[np.int64]], Array], questions: int, seed: int = 0) -> list[Interval]:
-    """Intervals of statistics, [any number], of questions drawn with replacement, by their places."""
-    draws = np.random.default_rng(seed).integers(0, questions, (RESAMPLES, questions))
-    value = statistic(np.arange(questions))
-    low, high = np.percentile(np.stack([statistic(rows) for rows in draws]), [2.5, 97.5], axis=0)
-    return [Interval(*map(float, triple)) for triple in zip(value, low, high, strict=True)]

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dami.upstream import compute_experts_one_by_one, parameters_of
@@ -47,10 +48,10 @@ def permute(model: PreTrainedModel, batch: Mapping[str, Tensor], seed: int = 0) 
     """
     random = torch.Generator().manual_seed(seed)
     moves = {name: list(_moves(module, model.config, random)) for name, module in model.named_modules()}
-    calls: dict[str, tuple[Any, Any]] = {}
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
-    def remember(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def remember(name: str) -> RemovableHandle:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             calls[name] = args, kwargs
 
         return model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
@@ -73,7 +74,7 @@ def permute(model: PreTrainedModel, batch: Mapping[str, Tensor], seed: int = 0) 
     return permuted
 
 
-def _moves(module: nn.Module, config: Any, random: torch.Generator) -> Iterator[Move]:
+def _moves(module: nn.Module, config: PreTrainedConfig, random: torch.Generator) -> Iterator[Move]:
     """Orders that could leave what a module computes as it is; it has to be tried."""
     linears = {name: child for name, child in module.named_children() if isinstance(child, (nn.Linear, Conv1D))}
     out = next((name for name in OUTPUT if name in linears), None)
@@ -88,7 +89,7 @@ def _moves(module: nn.Module, config: Any, random: torch.Generator) -> Iterator[
 
 
 def _heads(
-    module: nn.Module, inputs: tuple[str, ...], out: str, config: Any, random: torch.Generator
+    module: nn.Module, inputs: tuple[str, ...], out: str, config: PreTrainedConfig, random: torch.Generator
 ) -> Iterator[Move]:
     queries = getattr(config, "num_attention_heads", 1)
     shared = getattr(config, "num_key_value_heads", None) or queries
@@ -176,7 +177,7 @@ def _apply(module: nn.Module, move: Move) -> None:
         parameter.data = parameter.data.index_select(dim, order.to(parameter.device))
 
 
-def _is_same(module: nn.Module, move: Move, args: Any, kwargs: Any) -> bool:
+def _is_same(module: nn.Module, move: Move, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a module gives in float64 what it gave, once its parameters are moved."""
     if any(len(order) != module.get_parameter(name).shape[dim] for name, dim, order in move):
         return False

@@ -5,12 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 from rich.text import Text
 
-from dami.evaluation.frontier import Frontier, Interval, Point
-from dami.files import written_file
+from dami.evaluation.frontier import Frontier, Point
+from dami.evaluation.statistics import Array, Interval
+from dami.evaluation.style import (
+    BLUE,
+    INK,
+    VERMILION,
+    Label,
+    label_ends,
+    label_points,
+    line_or_points,
+    panels,
+    save,
+    styled,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLORS = ((59, 76, 192), (170, 130, 190), (180, 4, 38))  # λ = 0, 0.5, 1: cool to warm
 
@@ -23,62 +40,88 @@ def color(intensity: float) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def save_curve(frontier: Frontier, to: Path | TextIO, title: str) -> None:
-    """Draws accuracy against tokens, and that of every level against λ: a PNG or SVG by its name, or an SVG as text."""
-    from matplotlib.figure import Figure
+class Reached(NamedTuple):
+    """What a policy other than one λ for all reaches, to be shown beside the λ."""
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    figure.suptitle(title)
+    name: str
+    tokens: Interval
+    accuracy: Interval
 
-    points = frontier.points
-    cost, right_share = [p.tokens.value for p in points], [100 * p.accuracy.value for p in points]
-    left.plot(
-        [cost[0], cost[-1]], [right_share[0], right_share[-1]], "--", color="0.6", lw=1,
-        label="each question to one end or the other, by lot",
-    )  # fmt: skip
-    left.plot(cost, right_share, color="0.35", lw=1.2, zorder=1)
-    for p in points:
-        rgb = tuple(channel / 255 for channel in color(p.intensity))
-        tokens, accuracy = p.tokens, Interval(*(100 * value for value in p.accuracy))
-        left.errorbar(
-            tokens.value,
-            accuracy.value,
-            xerr=[[tokens.value - tokens.low], [tokens.high - tokens.value]],
-            yerr=[[accuracy.value - accuracy.low], [accuracy.high - accuracy.value]],
-            fmt="none", ecolor=(*rgb, 0.45), elinewidth=1, zorder=2,
-        )  # fmt: skip
-        left.plot(tokens.value, accuracy.value, "o", color=rgb, ms=6, zorder=3)
-        left.annotate(
-            f"{'λ = ' if p is points[0] else ''}{p.intensity:g}",
-            (tokens.value, accuracy.value),
-            xytext=(-5, 6),
-            textcoords="offset points",
-            ha="right",
-            fontsize=8,
-            color=rgb,
-        )
-    left.set(xlabel="tokens per answer", ylabel="right answers, %", ylim=(0, 100))
-    left.set_xlim(left=0)
-    left.legend(loc="lower right", frameon=False, fontsize=8)
 
-    levels = sorted(set(frontier.levels.tolist()))
-    for place, level in enumerate(levels):
-        shade = 0.8 * (1 - place / max(1, len(levels) - 1))
-        right.plot(
-            frontier.intensities, 100 * frontier.of_level(level).scores.mean(0), "o-", ms=3.5, lw=1.4,
-            color=(shade, shade, shade), label=f"level {level}",
-        )  # fmt: skip
-    right.set(xlabel="intensity λ", ylabel="right answers, %", ylim=(0, 103))
-    right.legend(frameon=False, fontsize=8, title="difficulty", title_fontsize=8)
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    if isinstance(to, Path):
-        with written_file(to) as file:
-            figure.savefig(file, dpi=150)
+def draw_frontier(axes: Axes, points: Sequence[Point], reached: Sequence[Reached] = ()) -> None:
+    """Draws accuracy against tokens, λ at each point, with 95 % intervals: of rising tokens a band, else bars."""
+    tokens, accuracy = ([getattr(p, name) for p in points] for name in ("tokens", "accuracy"))
+    x, y = [each.value for each in tokens], [100 * each.value for each in accuracy]
+    axes.plot(x, y, line_or_points(len(points)), color=BLUE)
+    if len(points) > 2 and all(a < b for a, b in pairwise(x)):
+        low, high = ([100 * getattr(each, end) for each in accuracy] for end in ("low", "high"))
+        axes.fill_between(x, low, high, color=BLUE, alpha=0.18, lw=0)
     else:
-        figure.savefig(to, format="svg")
+        axes.errorbar(x, y, _reach(accuracy), fmt="none", ecolor=BLUE, elinewidth=1.2, alpha=0.6)
+    for each in reached:
+        axes.errorbar(
+            each.tokens.value, 100 * each.accuracy.value, _reach([each.accuracy]), fmt="D", color=VERMILION, ms=7,
+            elinewidth=1.2,
+        )  # fmt: skip
+    costliest = max([*x, *(each.tokens.value for each in reached)])
+    axes.set(xlabel="tokens per answer", ylabel="right answers, %", xlim=(0, 1.08 * costliest), ylim=(0, 104))
+    labels = [
+        Label(a, b, f"{'λ = ' if p in (points[0], points[-1]) else ''}{p.intensity:g}")
+        for a, b, p in zip(x, y, points, strict=True)
+    ]
+    labels += [Label(each.tokens.value, 100 * each.accuracy.value, each.name, VERMILION) for each in reached]
+    label_points(axes, [*zip(x, y, strict=True)], labels)
+
+
+def _reach(shares: Sequence[Interval]) -> Array:
+    """Lengths of error bars in percent, [2, points]."""
+    percent = 100 * np.array(shares)
+    return np.abs(percent[:, 1:] - percent[:, :1]).T
+
+
+def draw_levels(axes: Axes, frontier: Frontier) -> None:
+    """Draws accuracy over λ, a line for each level of difficulty, the hardest the darkest."""
+    levels = sorted(set(frontier.levels.tolist()))
+    lams = frontier.intensities
+    axes.set(
+        xlabel="intensity λ", ylabel="right answers, %", xlim=(lams[0], max(lams[-1], lams[0] + 0.1)), ylim=(0, 104)
+    )
+    ends = []
+    for place, level in enumerate(levels):
+        values = 100 * frontier.of_level(level).scores.mean(0)
+        alpha = 1 - 0.65 * (len(levels) - 1 - place) / max(1, len(levels) - 1)
+        axes.plot(lams, values, line_or_points(len(lams)), color=BLUE, alpha=alpha, clip_on=False)
+        ends.append((float(values[-1]), f"level {level}" if len(levels) > 1 else "", INK))
+    label_ends(axes, ends)
+
+
+@styled()
+def curve_figures(frontier: Frontier, reached: Sequence[Reached] = ()) -> dict[str, Figure]:
+    """Accuracy against tokens, and accuracy over λ, each by itself, with what is shown as its title."""
+    drawn: dict[str, Figure] = {}
+    by_level = ", by level of difficulty" if len(set(frontier.levels.tolist())) > 1 else ""
+    for title, draw in (
+        ("Right answers against tokens, λ at each point", lambda axes: draw_frontier(axes, frontier.points, reached)),
+        (f"Right answers over λ{by_level}", lambda axes: draw_levels(axes, frontier)),
+    ):
+        drawn[title], (axes,) = panels(4.8, 3.7)
+        draw(axes)
+    return drawn
+
+
+@styled()
+def curve_figure(frontier: Frontier, title: str, reached: Sequence[Reached] = ()) -> Figure:
+    """Both in one picture."""
+    figure, (left, right) = panels(11, 4.4, columns=2, width_ratios=(1.25, 1))
+    figure.suptitle(title, x=0.01, ha="left")
+    draw_levels(right, frontier)
+    draw_frontier(left, frontier.points, reached)
+    return figure
+
+
+def save_curve(frontier: Frontier, path: Path, title: str) -> None:
+    """Draws accuracy against tokens, and that of every level over λ, as a PNG or SVG by its name."""
+    save(curve_figure(frontier, title), path)
 
 
 def draw_curve(points: Sequence[Point], width: int, height: int = 15) -> Text:

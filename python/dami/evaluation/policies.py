@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dami.evaluation.frontier import Array, Frontier, Interval, hull_at
+from dami.evaluation.frontier import Frontier, hull_at
+from dami.evaluation.statistics import Array, Interval
 
 
 @dataclass(frozen=True)

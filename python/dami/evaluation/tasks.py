@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
+from dami.evaluation.verifiers import can_judge, check_known, import_optional, import_verifier, verify
+from dami.evaluation.verifiers import last_word as last_word
+from dami.evaluation.verifiers import same_math as same_math
 from dami.prompts import Prompt, as_prompt
 
 
@@ -51,42 +51,6 @@ class Task(Protocol):
         """How right `text` is as the answer to `questions[index]`, from 0 to 1; thoughts are cut off already."""
 
 
-def last_word(text: str, answer: str) -> float:
-    """1 if the last number of `text` is `answer`, or its last word where that is no number."""
-    pattern = r"-?\d+" if re.fullmatch(r"-?\d+", answer) else r"\w+"
-    return float(re.findall(pattern, text.replace(",", ""))[-1:] == [answer])
-
-
-def contains(text: str, answer: str) -> float:
-    """1 if `answer` stands anywhere in `text`, as whole words."""
-    return float(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text) is not None)
-
-
-def same_math(text: str, answer: str) -> float:
-    r"""1 if math-verify finds `text` to say what `answer` says: numbers, fractions, sets, \boxed{…} and so on."""
-    math_verify = _math_verify()
-    gold = math_verify.parse(answer if "$" in answer or "\\" in answer else f"${answer}$")
-    return float(math_verify.verify(gold, math_verify.parse(text)))
-
-
-VERIFIERS: dict[str, Callable[[str, str], float]] = {"word": last_word, "contains": contains, "math": same_math}
-NUMBER = re.compile(r"-?\d+(\.\d+)?")
-WORDS = re.compile(r"(?=.*[^\W\d_]{3})[^\W\d_]+([ '-][^\W\d_]+)*")
-
-
-@cache
-def can_judge(verifier: str, answer: str) -> bool:
-    """Whether a verifier finds an answer right where it is said as it is.
-
-    Mathematics does not judge words: Tuesday would be the product of its letters.
-    """
-    if verifier != "math":
-        return answer != "" and VERIFIERS[verifier](answer, answer) == 1
-    if NUMBER.fullmatch(answer):  # saves math-verify's time
-        return True
-    return not WORDS.fullmatch(answer) and same_math(rf"\boxed{{{answer}}}", answer) == 1
-
-
 @dataclass
 class JsonLines:
     """Questions from a file of JSON objects, one a line, with `question` (or `problem`, or `prompt`) and `answer`.
@@ -96,7 +60,8 @@ class JsonLines:
     Args:
         path: the file.
         verifier: of lines that name none: "math" (math-verify), "word" (the last number, or word, of the text must be
-            the answer), or "contains" (the answer must stand anywhere in the text).
+            the answer), "contains" (the answer must stand anywhere in the text), another that is registered, or
+            MODULE:FUNCTION or FILE.py:FUNCTION, which is imported. Lines can only name what is registered then.
 
     Raises:
         ValueError: an unknown verifier, one that cannot judge an answer, a line that is no question, or a file without
@@ -110,14 +75,11 @@ class JsonLines:
     questions: list[Question] = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.verifier not in VERIFIERS:
-            raise ValueError(_unknown(self.verifier))
+        import_verifier(self.verifier)
         self.name = Path(self.path).stem
         self.questions = [self._question(number, line) for number, line in lines_of(Path(self.path))]
         if not self.questions:
             raise ValueError(f"{self.path} must hold questions, and is empty")
-        if any(question.verifier == "math" for question in self.questions):
-            _math_verify()
 
     def _question(self, number: int, line: str) -> Question:
         try:
@@ -135,8 +97,10 @@ class JsonLines:
                 f"{self.path}:{number} must be a JSON object with question (or problem, or prompt) and answer, got "
                 f"{line[:80]!r}"
             ) from error
-        if question.verifier not in VERIFIERS:
-            raise ValueError(f"{self.path}:{number}: {_unknown(question.verifier)}")
+        try:
+            check_known(question.verifier)
+        except ValueError as error:
+            raise ValueError(f"{self.path}:{number}: {error}") from error
         if not can_judge(question.verifier, question.answer):
             raise ValueError(
                 f"{self.path}:{number}: the verifier {question.verifier!r} cannot judge the answer "
@@ -147,11 +111,7 @@ class JsonLines:
 
     def score(self, index: int, text: str) -> float:
         question = self.questions[index]
-        return VERIFIERS[question.verifier](text, question.answer)
-
-
-def _unknown(verifier: Any) -> str:
-    return f"verifier must be one of {sorted(VERIFIERS)}, got {verifier!r}"
+        return verify(question.verifier, text, question.answer)
 
 
 class ReasoningGym:
@@ -168,7 +128,7 @@ class ReasoningGym:
     """
 
     def __init__(self, dataset: str, count: int = 100, seed: int = 0, **config: Any) -> None:
-        reasoning_gym: Any = _import("reasoning_gym")
+        reasoning_gym = import_optional("reasoning_gym")
         known = reasoning_gym.factory.DATASETS
         if dataset not in known:
             raise ValueError(f"dataset must be one of reasoning-gym's, such as 'chain_sum', got {dataset!r}")
@@ -236,16 +196,3 @@ def lines_of(path: Path) -> list[tuple[int, str]]:
         raise ValueError(f"{path} must be text in UTF-8: {error}") from error
     # JSON may hold what str.splitlines takes for the end of a line
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-
-
-def _math_verify() -> Any:
-    return _import("math_verify")
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        from dami_kernels.installation import needs  # here, as the kernels' package imports torch
-
-        raise ImportError(needs("this", name)) from error

@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dami.chat import encode
+from dami.chat import ChatTemplate, encode
 from dami.estimators.files import StoredIntensity
 from dami.estimators.preference import Features, PreferenceEstimator, fit
+from dami.evaluation.findings import Findings
 from dami.evaluation.frontier import Frontier
 from dami.evaluation.policies import Outcome, play
 from dami.evaluation.presets import presets_of
-from dami.evaluation.report import summary
 from dami.evaluation.sweeps import Record, sweep
 from dami.evaluation.tasks import TO_TRAIN, Task, check_distinct, check_enough
 
@@ -39,8 +41,8 @@ class Trained:
 
 
 def train_estimator(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     task: Task,
     directory: str | Path,
     intensities: Sequence[float] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
@@ -88,17 +90,8 @@ def train_estimator(
     frontier = Frontier.of(records)
     read = Features.of(model, trial)
     features = features_of(model, tokenizer, task, read, rows, options.get("chat_template", "default"))
-
-    fitted = frontier.select(np.flatnonzero(~held))
-    weights = fit(features[torch.tensor(~held)], fitted.scores, fitted.tokens, frontier.intensities, seed)
-    lams = np.linspace(frontier.intensities[0], frontier.intensities[-1], CHOICES).round(6).tolist()
-    choices = frontier.intensities if len(intensities) == 2 else tuple(lams)
-    estimator = PreferenceEstimator(choices, read, weights, price)
-    measured, unseen = frontier.select(np.flatnonzero(held)), features[torch.tensor(held)]
-    outcomes = {p: play(measured, estimator.at(p).choose(unseen).double().numpy().round(6)) for p in PRICES}
-    budgets = {p: outcome.tokens.value for p, outcome in outcomes.items()}
-    estimator = replace(estimator, budgets=budgets)
-    about = {"task": task.name, **summary(frontier), "estimator, on questions held out": {
+    estimator, outcomes = _fitted(frontier, features, held, PreferenceEstimator((), read, {}, price), seed)
+    about = {"task": task.name, **Findings.of(frontier).to_json(), "estimator, on questions held out": {
         str(p): asdict(outcome) for p, outcome in outcomes.items()
     }}  # fmt: skip
     stored = StoredIntensity(estimator, presets_of(frontier), about)
@@ -106,9 +99,28 @@ def train_estimator(
     return Trained(stored, outcomes)
 
 
+def _fitted(
+    frontier: Frontier, features: Tensor, held: NDArray[np.bool_], empty: PreferenceEstimator, seed: int
+) -> tuple[PreferenceEstimator, dict[float, Outcome]]:
+    """An estimator fitted to the questions that are not held out, and what it reaches on the others, by price."""
+    lams = frontier.intensities
+    fitted = frontier.select(np.flatnonzero(~held))
+    weights = fit(features[torch.tensor(~held)], fitted.scores, fitted.tokens, lams, seed)
+    choices = lams if len(lams) == 2 else tuple(np.linspace(lams[0], lams[-1], CHOICES).round(6).tolist())
+    estimator = replace(empty, intensities=choices, weights=weights)
+    measured, unseen = frontier.select(np.flatnonzero(held)), features[torch.tensor(held)]
+    outcomes = {p: play(measured, estimator.at(p).choose(unseen).double().numpy().round(6)) for p in PRICES}
+    return replace(estimator, budgets={p: outcome.tokens.value for p, outcome in outcomes.items()}), outcomes
+
+
 @torch.no_grad()
 def features_of(
-    model: Any, tokenizer: Any, task: Task, read: Features, rows: int = 64, chat_template: Any = "default"
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    read: Features,
+    rows: int = 64,
+    chat_template: ChatTemplate | None = "default",
 ) -> Tensor:
     """The features of all questions of a task, float32 [questions, F] on the CPU."""
     prompts = [question.question for question in task.questions]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from dami.evaluation import Frontier, Record
-from dami.evaluation.frontier import Z95, hull_at, wilson
+from dami.evaluation.frontier import hull_at
+from dami.evaluation.statistics import Z95, wilson
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray

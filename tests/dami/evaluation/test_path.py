@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from dami.evaluation.path import above_chord, barrier, between_neighbours, bootstrap, cka, compared, similarities
+from dami.evaluation.path import above_chord, barrier, between_neighbours, cka, compared, similarities
+from dami.evaluation.statistics import bootstrap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

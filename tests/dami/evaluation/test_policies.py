@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
+from dami.cli.terminal import outcome_table
 from dami.evaluation import Frontier
 from dami.evaluation.policies import at_random, auroc, lots_between, play
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 LAMS = (0.0, 0.5, 1.0)
 
@@ -84,3 +88,17 @@ def test_what_cannot_be_played_is_refused() -> None:
         play(table(), np.zeros(399))
     with pytest.raises(ValueError, match=r"policy must choose λ from 0 to 1, as measured, got -0\.5 to 1"):
         play(table(), np.linspace(-0.5, 1, 400))
+
+
+def test_outcomes_are_shown_by_price_with_the_estimators_own_in_bold() -> None:
+    frontier = table()
+    outcomes = {price: play(frontier, np.full(len(frontier), lam)) for price, lam in ((0.1, 1.0), (0.5, 0.0))}
+    shown = outcome_table(outcomes, 0.5)
+    assert [row.style for row in shown.rows] == [None, "bold"]
+    console = Console(width=200, file=io.StringIO())
+    console.print(shown)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    for line, (price, outcome) in zip(lines[1:], outcomes.items(), strict=True):
+        assert line.split()[0] == f"{price:g}"
+        for value in (outcome.accuracy, outcome.tokens, outcome.static, outcome.gain):
+            assert str(value) in line

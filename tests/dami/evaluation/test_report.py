@@ -10,7 +10,8 @@ import dami
 import pytest
 from dami.cli import app
 from dami.evaluation import JsonLines, load_task, read_records
-from dami.evaluation.report import write_report
+from dami.evaluation.pages import excerpt
+from dami.evaluation.report import verifiers_of, write_report
 from typer.testing import CliRunner
 
 from tests.dami.evaluation.test_frontier import RISING, records
@@ -41,7 +42,7 @@ def test_a_report_shows_numbers_and_answers_and_escapes_them(tmp_path: Path) -> 
     assert "Is 1 < 2 & <b>so</b>?" in parser.text
     assert "b" not in parser.open
     assert "a & b" in parser.text
-    assert parser.open.count("svg") == 1
+    assert parser.open.count("svg") == 2  # that of the icon is in an attribute
     assert parser.open.count("link") == 1
     assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
@@ -51,6 +52,43 @@ def test_a_report_shows_numbers_and_answers_and_escapes_them(tmp_path: Path) -> 
     assert len(numbers["points"]) == 4
     assert (tmp_path / "out" / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "out" / "frontier.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Short\n  enough", "Short enough"),
+        ("What is the sum of these numbers: " + "17 + " * 40, "What is the sum of these numbers: 17 + 17 + …"),
+        ("问题很长" * 30, "问题很长" * 11 + "…"),  # no spaces to cut at
+        ("x" * 50, "x" * 44 + "…"),
+    ],
+)
+def test_an_excerpt_ends_between_words(text: str, shown: str) -> None:
+    found = excerpt(text, 45)
+    assert found == shown
+    assert len(found) <= 45
+
+
+def test_a_page_says_which_verifiers_judge(tmp_path: Path) -> None:
+    questions = tmp_path / "q.jsonl"
+    lines = [{"question": "1 + 1", "answer": 2, "verifier": name} for name in ("word", "math", "word")]
+    questions.write_text("\n".join(map(json.dumps, lines)))
+    assert verifiers_of(JsonLines(questions)) == ["math", "word"]
+    write_report(JsonLines(questions), records(*RISING, questions=3), tmp_path, {"format": "pair"})
+    assert json.loads((tmp_path / "frontier.json").read_text())["verifier"] == "math, word"
+    assert "<dt>verifier</dt><dd>math, word</dd>" in (tmp_path / "report.html").read_text()
+    assert verifiers_of(load_task("chain_sum", 2)) == ["that of chain_sum"]
+
+
+def test_an_estimators_choice_is_shown_on_the_page(tmp_path: Path) -> None:
+    questions = tmp_path / "q.jsonl"
+    questions.write_text("\n".join([json.dumps({"question": "1 + 1 =", "answer": "2"})] * 6))
+    lams = sorted({record.intensity for record in records(*RISING)})
+    write_report(JsonLines(questions, "word"), records(*RISING, questions=6), tmp_path, {}, [lams[1]] * 6)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("The estimator's choice: ") == 6
+    outcome = json.loads((tmp_path / "frontier.json").read_text())["estimator"]
+    assert f"{outcome['accuracy'][0]:.0%}" in page[page.index("<dt>estimator</dt>") :]
 
 
 def test_evaluate_asks_reports_and_goes_on(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,21 @@ import pytest
 import torch
 from dami.cli import app
 from dami.evaluation import load_task
-from dami.evaluation.study import Setting, answer, cells_of, control_pair, intensity_of, parts_of, read, study
-from dami.evaluation.study_report import write_report
+from dami.evaluation.pages import render
+from dami.evaluation.statistics import Interval
+from dami.evaluation.study import (
+    Setting,
+    answer,
+    control_pair,
+    model_parts,
+    module_cells,
+    read_study,
+    read_texts,
+    row_intensities,
+    study,
+)
+from dami.evaluation.study.figures import TEXTS, ends_and_ablations, paths_of, pictures
+from dami.evaluation.study.report import layers_of, most_of, worst_step, write_study_report
 from dami.layers.base import LerpModule
 from typer.testing import CliRunner
 
@@ -40,12 +55,12 @@ def task() -> Any:
 
 
 def all_settings(model: Any, lams: Sequence[float] = LAMS) -> list[Setting]:
-    return [*map(Setting, lams), *(Setting(end, part) for end in (0.0, 1.0) for part in parts_of(model))]
+    return [*map(Setting, lams), *(Setting(end, part) for end in (0.0, 1.0) for part in model_parts(model))]
 
 
 def test_parts_cover_the_model(shipped: tuple[Any, Any]) -> None:
     model, _ = shipped
-    parts, cells = parts_of(model), set(cells_of(model))
+    parts, cells = model_parts(model), set(module_cells(model))
     assert list(parts) == [
         "first third", "middle third", "last third", "attention", "MLP", "norms", "embeddings",
     ]  # fmt: skip
@@ -57,8 +72,8 @@ def test_parts_cover_the_model(shipped: tuple[Any, Any]) -> None:
     assert [sorted({layer for _, layer in third}) for third in thirds] == [[0, 1], [2, 3], [4, 5]]
 
 
-def test_a_model_of_two_layers_has_two_parts_of_layers() -> None:
-    assert [name for name in parts_of(dami.patch_model(*random_pair("qwen3"))) if "third" in name] == [
+def test_a_model_of_two_layers_has_two_model_parts_layers() -> None:
+    assert [name for name in model_parts(dami.patch_model(*random_pair("qwen3"))) if "third" in name] == [
         "first third", "middle third",
     ]  # fmt: skip
 
@@ -66,8 +81,8 @@ def test_a_model_of_two_layers_has_two_parts_of_layers() -> None:
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
 def test_every_module_gets_its_own_intensity(family: str) -> None:
     model = dami.patch_model(*random_pair(family))
-    settings, parts = all_settings(model), parts_of(model)
-    with dami.intensity(model, intensity_of(settings, model)):
+    settings, parts = all_settings(model), model_parts(model)
+    with dami.intensity(model, row_intensities(settings, model)):
         for module in model.modules():
             if isinstance(module, LerpModule):
                 cell = (module.lerp.group, module.lerp.layer)
@@ -89,7 +104,7 @@ def test_rows_of_ablations_are_what_dami_intensity_gives(shipped: tuple[Any, Any
         "all but last third": [(1.0, None, "*"), (0.0, range(4, 6), None)],
     }
     settings = all_settings(model)
-    logits = model(ids.expand(len(settings), -1), intensity=intensity_of(settings, model)).logits
+    logits = model(ids.expand(len(settings), -1), intensity=row_intensities(settings, model)).logits
     for name, steps in by_hand.items():
         mapping = {(modules or "*", tuple(layers)) if layers else modules: lam for lam, layers, modules in steps
                    if not isinstance(modules, list)}  # fmt: skip
@@ -106,7 +121,7 @@ def test_reading_is_the_loss_of_merged_models(shipped: tuple[Any, Any], task: An
         "answer": [question.answer + tokenizer.eos_token for question in task.questions],
         "thinking": [f"<think>1 + {n} = {n + 1}</think>{n + 1}" for n in range(4)],
     }
-    found = read(model, tokenizer, task, said, all_settings(model))
+    found = read_texts(model, tokenizer, task, said, all_settings(model))
     at = [1, 0, 3]  # some of the path, in any order
     for place in at:
         merged = dami.materialize(model, LAMS[place]).double().eval()
@@ -143,8 +158,8 @@ def test_an_answer_is_read_after_a_closed_thought(shipped: tuple[Any, Any], task
     closed = copy.deepcopy(tokenizer)
     closed.chat_template += "{% if add_generation_prompt %}<think></think>{% endif %}"
     said = {"answer": ["12"] * 4, "thinking": ["</think>12"] * 4}
-    wanted = read(model, closed, task, {"answer": ["12"] * 4, "thinking": ["12"] * 4}, settings)
-    found = read(model, opening, task, said, settings)
+    wanted = read_texts(model, closed, task, {"answer": ["12"] * 4, "thinking": ["12"] * 4}, settings)
+    found = read_texts(model, opening, task, said, settings)
     assert found.losses["answer"] == pytest.approx(wanted.losses["answer"], rel=1e-5)
 
 
@@ -237,23 +252,95 @@ def test_a_study_says_what_its_parts_say(found: Any, shipped: tuple[Any, Any]) -
 
 
 def test_the_report_is_one_page_with_all_numbers(found: Any, tmp_path: Path) -> None:
-    write_report(found, tmp_path / "out", {"pair": "a < b & <i>c</i>"})
+    found = replace(found, controls={})  # their panels are alike
+    write_study_report(found, tmp_path / "out", {"pair": "a < b & <i>c</i>", "versions": "dami 1"})
     page = (tmp_path / "out" / "report.html").read_text()
     parser = Text()
     parser.feed(page)
     assert "a < b & <i>c</i>" in parser.text
-    assert parser.open.count("svg") == 4
+    assert parser.open.count("svg") == 6 + 2 * 3 + 3  # along the path, by two measures, of ablations
     assert "i" not in parser.open
     assert "img" not in parser.open
-    for name in ("all but embeddings", "control: permuted: layer 6", "model.layers.5.mlp"):
+    for name in ("all but embeddings", "layer 6", "model.layers.5.mlp"):
         assert name in parser.text
+    assert page.index("<h2>Findings") < page.index("<figure") < page.index("<h2>This run") < page.index("dami 1")
     for name in ("path", "cka", "cosine", "ablations"):
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (tmp_path / "out" / f"{name}.svg").read_text()
     numbers = json.loads((tmp_path / "out" / "study.json").read_text())
-    assert numbers["about"] == {"pair": "a < b & <i>c</i>"}
+    assert numbers["about"]["pair"] == "a < b & <i>c</i>"
     assert numbers["pair"]["accuracy"][1] == list(found.pair.accuracy[1])
     assert len(numbers["pair"]["similarity"]) == len(found.pair.similarity)
+
+
+def test_a_study_is_read_from_its_numbers(found: Any, tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text(json.dumps({"about": {}, **asdict(found)}))
+    assert read_study(tmp_path / "study.json") == found
+
+
+def page_of(found: Any) -> str:
+    """Without pictures."""
+    return render(
+        "study.html", {name: {} for name in pictures(found)}, title="", study=found, paths=paths_of(found), texts=TEXTS,
+        steps={name: worst_step(path) for name, path in paths_of(found).items()},
+        layers={name: list(layers_of(path)) for name, path in paths_of(found).items()}, most=most_of(found),
+        rows=ends_and_ablations(found), about={},
+    )  # fmt: skip
+
+
+def test_estimates_and_intervals_have_columns_of_their_own(found: Any, tmp_path: Path) -> None:
+    """Every row of a table has as many cells as its heading."""
+    page = page_of(found)
+    tables = page.split("<table>")[1:]
+    assert len(tables) == 4
+    for table in tables:
+        head, *rows = re.findall(r"<tr>.*?</tr>", table, re.DOTALL)
+        assert head.count("95 % interval") > 1
+        assert {len(re.findall("<t[hd]", row)) for row in rows} == {len(re.findall("<th", head))}
+        for value, low, high in re.findall(r"<td>([-−+.\d]+)</td><td class=\"interval\">(\S+) to (\S+)</td>", table):
+            value, low, high = (float(each.replace("−", "-")) for each in (value, low, high))
+            assert low <= value <= high or value == pytest.approx(low, abs=1)
+    assert found.ablations[0].name in tables[3]
+    assert f"<td>{100 * found.ablations[0].accuracy.value:.0f}</td>" in tables[3]
+
+
+def test_findings_are_as_sure_as_their_intervals(found: Any) -> None:
+    def gains(only: Interval, without: Interval) -> Any:
+        """One part by itself, and all but another."""
+        both = [each for each in found.ablations if each.name in ("only MLP", "all but norms")]
+        return replace(found, ablations=[replace(each, gain=g) for each, g in zip(both, (only, without), strict=True)])
+
+    sure = page_of(gains(Interval(0.3, 0.1, 0.5), Interval(-0.2, -0.3, -0.1)))
+    assert "<strong>MLP</strong> adds the most accuracy, +30 points (+10 to +50)" in sure
+    assert "without <strong>norms</strong> the most accuracy is lost, −20 points (−30 to −10)" in sure
+    unsure = page_of(gains(Interval(0.3, 0.0, 0.5), Interval(-0.2, -0.3, 0.0)))
+    assert "no part surely adds accuracy; MLP comes closest, +30 points (+0 to +50)" in unsure
+    assert "no part is surely missed; norms is missed most, −20 points (−30 to +0)" in unsure
+    assert "no barrier can be seen" not in sure
+    ends = replace(found.pair, intensities=(0.0, 1.0), accuracy=found.pair.accuracy[:2], tokens=found.pair.tokens[:2])
+    similarity = [each for each in ends.similarity if {each.intensity, each.other} == {0.0, 1.0}]
+    assert "so no barrier can be seen" in page_of(
+        replace(found, pair=replace(ends, similarity=similarity), controls={})
+    )
+
+
+def test_lines_are_drawn_through_three_points_at_least(found: Any) -> None:
+    def two(path: Any) -> Any:
+        ends = [path.intensities.index(end) for end in (0.0, 1.0)]
+        lists = {name: [getattr(path, name)[at] for at in ends] for name in ("accuracy", "tokens", "thoughts")}
+        similarity = [each for each in path.similarity if {each.intensity, each.other} == {0.0, 1.0}]
+        losses = {kind: [losses[at] for at in ends] for kind, losses in path.losses.items()}
+        return replace(path, intensities=(0.0, 1.0), losses=losses, similarity=similarity, **lists)
+
+    short = replace(found, pair=two(found.pair), controls={})
+    for shown, joined in ((replace(found, controls={}), True), (short, False)):
+        for name, picture in pictures(shown).items():
+            for title, figure in picture.apart().items():
+                (axes,) = figure.axes
+                through = [line for line in axes.lines if len(set(line.get_xdata())) > 1]
+                if name != "ablations":
+                    assert any(line.get_linestyle() != "None" for line in through) is joined, (name, title)
+                    assert len(axes.texts) == (1 if name == "path" else 7)  # labels of the lines
 
 
 @pytest.mark.parametrize(
@@ -293,7 +380,7 @@ def test_the_instruct_end_is_no_control(shipped: tuple[Any, Any], task: Any) -> 
 def test_the_command_writes_the_report_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["study", "--questions", "4", "-l", "0", "-l", "1", "--max-tokens", "4", "-o", str(tmp_path)]
     written: list[Any] = []
-    monkeypatch.setattr("dami.evaluation.study_report.write_report", lambda *each: written.append(each))
+    monkeypatch.setattr("dami.evaluation.study.report.write_study_report", lambda *each: written.append(each))
     for _ in range(2):
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output
@@ -302,6 +389,7 @@ def test_the_command_writes_the_report_and_goes_on(tmp_path: Path, monkeypatch: 
     assert first == second
     assert directory == tmp_path
     assert about["answers"] == "greedy"
+    assert about["verifier"] == "word"
     assert {"pair", "format", "date", "device", "versions", "commit", "command"} <= about.keys()
     assert len((tmp_path / "pair.jsonl").read_text().splitlines()) == 1 + 4 * (2 + 14)
 

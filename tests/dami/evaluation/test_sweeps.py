@@ -11,7 +11,7 @@ import pytest
 import torch
 from dami.chat import Answer
 from dami.evaluation import JsonLines, Record, load_task, read_records, sweep
-from dami.evaluation.sweeps import fingerprint
+from dami.evaluation.journal import fingerprint
 from torch import nn
 
 from tests.dami.families import pair
