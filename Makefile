@@ -15,7 +15,7 @@ CUDA     = $(if $(shell command -v nvcc),There is nvcc: those for GPUs take minu
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-serving test-machines lint bench bench-gpu tune-gpu gpu-test clean
+.PHONY: help demo test test-serving test-machines lint bench bench-gpu tune-gpu gpu-test hub-kernels clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ tune-gpu: ## Measure the launch parameters of this GPU, which bench-gpu then use
 
 gpu-test: $(VENV)/.test ## Run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+hub-kernels: $(VENV)/.package ## Write the operators as a kernel of the Hugging Face hub: build/hub-kernels
+	$(BIN)/python -m tools.hub_kernels build/hub-kernels
 
 clean: ## Remove what was built, but not .venv
 	rm -rf build dist *.egg-info dami_kernels/_*.so $(VENV)/.package $(VENV)/.test .venv-serving-*/.test

@@ -8,9 +8,6 @@ from __future__ import annotations
 import shlex
 from importlib.metadata import PackageNotFoundError, requires
 
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-
 AGAIN = "this package again as before, with pip's --no-cache-dir --force-reinstall --no-deps"
 
 
@@ -22,6 +19,10 @@ def needs(what: str, module: str, extra: str | None = None) -> str:
         module: the name that could not be imported.
         extra: of pyproject.toml; the command brings all that it asks for. With None the module's package alone.
     """
+    # Here, since kernels of the Hugging Face hub, which are made of this package, may import torch only.
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
     try:
         known = [Requirement(line) for line in requires("dami-kernels") or ()]
     except PackageNotFoundError:  # a checkout in PYTHONPATH
