@@ -64,6 +64,7 @@ class LerpWeight:
 
     @property
     def device(self) -> torch.device:
+        """Where the stored tensors are."""
         return self.tensors[0].device
 
     @property

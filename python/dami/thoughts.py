@@ -119,6 +119,7 @@ class Reader:
 
     @classmethod
     def of(cls, tokenizer: Any) -> Reader:
+        """A reader of what a tokenizer decodes, with the tags of the tokenizer's family."""
         return cls(tokenizer, tags_of(tokenizer))
 
     def opens(self, prompt: str) -> bool:
