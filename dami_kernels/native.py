@@ -10,6 +10,7 @@ environment variable DAMI_CPU_ISA names.
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from functools import cache
 
@@ -21,7 +22,11 @@ from dami_kernels.installation import AGAIN
 try:
     _C = importlib.import_module("dami_kernels._C")
 except ImportError as error:
-    WHY_NOT: str | None = f"the compiled part is missing ({error}): install a C++ compiler, then {AGAIN}"
+    WHY_NOT: str | None = (
+        "there are no kernels for Windows; Linux inside WSL has them"
+        if sys.platform == "win32"
+        else f"the compiled part is missing ({error}): install a C++ compiler, then {AGAIN}"
+    )
 else:
     WHY_NOT = None
     _TYPES = {torch.float32: _C.Type.f32, torch.bfloat16: _C.Type.bf16, torch.float16: _C.Type.f16}
