@@ -19,7 +19,7 @@ pytest.importorskip("ninja")
 ROOT = Path(__file__).resolve().parents[1]
 TOP = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile")
 TOP += ("mkdocs.yml", "pyproject.toml", "setup.py")
-FOLDERS = (".ci", "benchmarks", "csrc", "dami_kernels", "docs", "examples", "python", "tests", "tools")
+FOLDERS = (".ci", "benchmarks", "csrc", "dami_kernels", "deploy", "docs", "examples", "python", "tests", "tools")
 TABLE = "dami_kernels/tuning/tables/A_GPU.json"  # as `make tune-gpu` writes them
 BUILT = shutil.ignore_patterns("__pycache__", "*.so", "*.o", "*.egg-info")
 CODE = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
