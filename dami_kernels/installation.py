@@ -1,6 +1,6 @@
 """What to install for the parts that need more than the package itself.
 
-The commands work however the package came: no index needs to have it.
+The commands work even if no package index has this package.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def needs(what: str, module: str, extra: str | None = None) -> str:
     Args:
         what: the part that cannot run.
         module: the name that could not be imported.
-        extra: of pyproject.toml; the command brings all that it asks for. With None the module's package alone.
+        extra: an extra of pyproject.toml, all of whose packages the command installs. With None, only the module's.
     """
     # Here, since kernels of the Hugging Face hub, which are made of this package, may import torch only.
     from packaging.requirements import Requirement
