@@ -76,6 +76,20 @@ def test_the_wheel_has_the_packages_and_their_data(wheel: zipfile.ZipFile) -> No
     assert "dami/data/pair/questions.jsonl" in found
 
 
+def test_an_image_is_given_what_the_wheel_is_built_from(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """Of the checkout, Docker sees only what .dockerignore lets through."""
+    context = tmp_path / "context"
+    for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines():
+        if line.startswith("!"):
+            source = ROOT / line[1:]
+            if source.is_dir():
+                shutil.copytree(source, context / line[1:], ignore=BUILT)
+            else:
+                shutil.copy(source, context / line[1:])
+    built = zipfile.ZipFile(build("wheel", context, tmp_path))
+    assert {*built.namelist()} == {*wheel.namelist()} - {TABLE}
+
+
 def test_every_pattern_of_package_data_matches_something() -> None:
     tomllib = pytest.importorskip("tomllib")
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
