@@ -15,7 +15,7 @@ CUDA     = $(if $(shell command -v nvcc),There is nvcc: those for GPUs take minu
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-serving test-machines lint bench bench-gpu tune-gpu gpu-test clean
+.PHONY: help demo test test-serving test-machines lint bench bench-gpu tune-gpu gpu-test docs hub-kernels clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,9 +54,15 @@ tune-gpu: ## Measure the launch parameters of this GPU, which bench-gpu then use
 gpu-test: $(VENV)/.test ## Run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
+docs: $(VENV)/.docs ## Build the site of the documentation, strictly: build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
+hub-kernels: $(VENV)/.package ## Write the operators as a kernel of the Hugging Face hub: build/hub-kernels
+	$(BIN)/python -m tools.hub_kernels build/hub-kernels
+
 clean: ## Remove what was built, but not .venv
-	rm -rf build dist *.egg-info dami_kernels/_*.so $(VENV)/.package $(VENV)/.test .venv-serving-*/.test
-	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-output
+	rm -rf build dist *.egg-info dami_kernels/_*.so $(VENV)/.package $(VENV)/.test $(VENV)/.docs .venv-serving-*/.test
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .cache demo-output
 
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
@@ -79,6 +85,10 @@ $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	$(PIP) install -q --no-deps mergekit==0.1.5 immutables
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -q 'triton==3.6.*'
 	@touch $(VENV)/.package $@
+
+$(VENV)/.docs: $(VENV)/.package
+	$(PIP) install -q -e '.[docs]'
+	@touch $@
 
 # vLLM for the CPU pins a torch of its own; what it asks for besides, for images and sounds, does not fit that torch.
 .venv-serving-0.32/.vllm:

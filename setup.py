@@ -1,6 +1,7 @@
 """Builds the compiled parts with ninja, no torch needed: dami_kernels._C, one set of flags per instruction set, in a
 few seconds; where there is CUDA's compiler nvcc also dami_kernels._cuda, which takes minutes on a small machine.
-DAMI_CUDA=0 leaves that out, DAMI_CUDA=1 makes it a fault if it cannot be built.
+DAMI_CUDA=0 leaves that out, DAMI_CUDA=1 makes it a fault if it cannot be built. Windows gets neither: the sources are
+written for GCC and Clang.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def wants_cuda() -> bool:
         sys.exit(f"DAMI_CUDA must be 0 (without the CUDA kernels) or 1 (not without them), got {CUDA_WISH!r}")
     if CUDA_WISH == "1" and NVCC is None:
         sys.exit("DAMI_CUDA=1 asks for the CUDA kernels, and there is no nvcc in CUDA_HOME/bin or in PATH")
-    return NVCC is not None and CUDA_WISH != "0"
+    return NVCC is not None and CUDA_WISH != "0" and (sys.platform != "win32" or CUDA_WISH == "1")
 
 
 NVCC = find_nvcc()
@@ -95,6 +96,8 @@ class BuildWithNinja(build_ext):
 
 def write_cpu(ninja: Writer, target: str, includes: list[str]) -> str:
     """Writes what ninja is to do, and says it in words."""
+    if sys.platform == "win32":
+        raise CompileError("there are no kernels for Windows, where operators run as plain torch")
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None:
         raise CompileError("there is no C++ compiler (c++, g++ or clang++; or name one in CXX)")

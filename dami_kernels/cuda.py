@@ -53,7 +53,7 @@ def lerp_linear(
 
     Args:
         bias: [] or a pair of [N].
-        invariant: a row's bits depend on nothing but this row in any case, among calls of this function.
+        invariant: has no effect: a row's bits depend on this row only, among calls of this function.
 
     Raises:
         RuntimeError: if the compiled part is missing, with the remedy, or if CUDA reports an error.

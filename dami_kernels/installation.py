@@ -1,15 +1,12 @@
 """What to install for the parts that need more than the package itself.
 
-The commands work however the package came: no index needs to have it.
+The commands work even if no package index has this package.
 """
 
 from __future__ import annotations
 
 import shlex
 from importlib.metadata import PackageNotFoundError, requires
-
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 AGAIN = "this package again as before, with pip's --no-cache-dir --force-reinstall --no-deps"
 
@@ -20,8 +17,12 @@ def needs(what: str, module: str, extra: str | None = None) -> str:
     Args:
         what: the part that cannot run.
         module: the name that could not be imported.
-        extra: of pyproject.toml; the command brings all that it asks for. With None the module's package alone.
+        extra: an extra of pyproject.toml, all of whose packages the command installs. With None, only the module's.
     """
+    # Here, since kernels of the Hugging Face hub, which are made of this package, may import torch only.
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
     try:
         known = [Requirement(line) for line in requires("dami-kernels") or ()]
     except PackageNotFoundError:  # a checkout in PYTHONPATH

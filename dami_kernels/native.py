@@ -1,15 +1,16 @@
 """Thin calls into the compiled CPU kernels (csrc/cpu): the operators, with their torch schemas' arguments.
 
-Addresses are all that the kernels get. So arguments must be as `ops.library` has checked them: λ, its map, ids and
-offsets dense, and weights what their format says.
+The kernels receive only addresses, so the arguments must be as `ops.library` has checked them: λ, its map, ids and
+offsets are dense, and weights are what their format says.
 
-Which instruction set they use is decided when this module is loaded: the best the CPU has, or the one that the
-environment variable DAMI_CPU_ISA names.
+The instruction set is chosen when this module is loaded: the best that the CPU has, or the one that the environment
+variable DAMI_CPU_ISA names.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from functools import cache
 
@@ -21,7 +22,11 @@ from dami_kernels.installation import AGAIN
 try:
     _C = importlib.import_module("dami_kernels._C")
 except ImportError as error:
-    WHY_NOT: str | None = f"the compiled part is missing ({error}): install a C++ compiler, then {AGAIN}"
+    WHY_NOT: str | None = (
+        "there are no kernels for Windows; Linux inside WSL has them"
+        if sys.platform == "win32"
+        else f"the compiled part is missing ({error}): install a C++ compiler, then {AGAIN}"
+    )
 else:
     WHY_NOT = None
     _TYPES = {torch.float32: _C.Type.f32, torch.bfloat16: _C.Type.bf16, torch.float16: _C.Type.f16}
@@ -171,12 +176,12 @@ def use_isa(name: str) -> None:
 
 
 def peak_flops(dtype: torch.dtype) -> float:
-    """Operations a second when torch's threads do nothing but the multiply-adds of `lerp_linear` on `dtype`."""
+    """Operations per second if torch's threads do nothing but the multiply-adds of `lerp_linear` on `dtype`."""
     return _C.peak_flops(_TYPES[dtype], torch.get_num_threads())
 
 
 def read_bandwidth(data: Tensor) -> float:
-    """Bytes a second at which torch's threads read `data`, which should be larger than the caches."""
+    """Bytes per second at which torch's threads read `data`, which should be larger than the caches."""
     return _C.read_bandwidth(data.data_ptr(), data.nbytes, torch.get_num_threads())
 
 
@@ -197,7 +202,7 @@ def _tensors_of(format: str) -> int:
 
 
 def _in_place(stored: list[Tensor]) -> list[Tensor]:
-    """What can be read where it lies: each dense along its last dimension."""
+    """The tensors themselves if each is dense along its last dimension, else dense copies, with one warning."""
     if all(map(_is_dense, stored)):
         return stored
     _warn_of_copies()

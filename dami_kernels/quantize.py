@@ -1,4 +1,4 @@
-"""Symmetric quantisation in groups along the last dimension, with the scale that leaves the least squared error."""
+"""Symmetric quantisation in groups along the last dimension, with the scale of least squared error."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _STRETCHES = (0.85, 0.92, 1.0, 1.08)
 def quantize(values: Tensor, bits: int, group: int = GROUP) -> tuple[Tensor, Tensor]:
     """Codes and scales: values ≈ codes · scales, in groups along the last dimension.
 
-    For each of some first scales s, codes q = round(v / s) and then the scale that is best for these codes,
-    Σ v q / Σ q² (least squares), rounded to bfloat16 before the codes are taken once more; the best of them stays.
+    Several initial scales s are tried. Each gives codes q = round(v / s), then the scale that is best for these codes,
+    Σ v q / Σ q² (least squares), rounded to bfloat16, and with it the final codes. The result of least error is kept.
 
     Args:
         values: float32 [..., K], finite.

@@ -1,4 +1,4 @@
-"""Which λ a row takes: the three ways to give it, checked and brought to one."""
+"""Which λ a row takes: there are three ways to say it, which become one after a check."""
 
 from __future__ import annotations
 

@@ -17,14 +17,14 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class LerpWeight:
     """Two ends of one weight, W(λ) = base + λ (target − base), in a storage format.
 
-    Build it with `LerpWeight.pack`. It holds no third tensor: `pair` shares memory with what it was packed from. One
-    that is built of stored tensors is checked against its format: a ValueError or TypeError says what does not fit.
+    Build it with `LerpWeight.pack`. In the format `pair` it shares memory with the tensors it was packed from. If you
+    build it from stored tensors, they are checked against the format: a ValueError or TypeError says what does not fit.
 
     Attributes:
         tensors: the stored tensors, as the format lays them out.
         format: name of the format, a file of `dami_kernels.formats`.
-        shape: of either end: [N, K], [V, D], [E, N, K] for experts, [D] for a norm or a bias.
-        dtype: of either end, and of what the operators take and return.
+        shape: shape of either end: [N, K], [V, D], [E, N, K] for experts, [D] for a norm or a bias.
+        dtype: dtype of either end, and of the operators' inputs and outputs.
     """
 
     tensors: tuple[Tensor, ...]
@@ -64,6 +64,7 @@ class LerpWeight:
 
     @property
     def device(self) -> torch.device:
+        """Where the stored tensors are."""
         return self.tensors[0].device
 
     @property
@@ -77,7 +78,7 @@ class LerpWeight:
         return self.nbytes / max(self.shape.numel(), 1)
 
     def to(self, dtype: torch.dtype) -> LerpWeight:
-        """The same weight for operands of another dtype: codes and scales stay as they are."""
+        """Returns the weight for operands of another dtype. Codes and scales stay as they are."""
         if dtype == self.dtype:
             return self
         tensors = tuple(
@@ -87,11 +88,11 @@ class LerpWeight:
         return LerpWeight(tensors, self.format, self.shape, dtype)
 
     def unpack(self) -> tuple[Tensor, Tensor]:
-        """Base and target as the operators see them: an end as it is stored, or in float32 where it is quantised."""
+        """Returns base and target as the operators see them: as stored, or in float32 if the end is quantised."""
         return formats.get(self.format).unpack(*self.tensors, columns=self.shape[-1])
 
     def materialize(self, lam: float) -> Tensor:
-        """One merged weight, blended in float32 and rounded once to the weight's dtype: the only way to get a copy."""
+        """Returns a merged copy at λ, blended in float32 and rounded once to the weight's dtype."""
         merged = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         for rows, base, target in formats.float_blocks(self.format, self.tensors, self.shape[-1]):
             merged[rows] = lerp(base, target, base.new_tensor(lam))

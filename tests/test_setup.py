@@ -111,6 +111,25 @@ def test_what_cannot_be_is_refused(build: Build, cuda: str, message: str) -> Non
     assert message in done.stderr
 
 
+def test_windows_gets_no_kernels_and_says_so(build: Build) -> None:
+    """As without a compiler, the build goes on and the package installs; test_packaging.py has that."""
+    code = """
+import runpy, sys, setuptools
+setuptools.setup = lambda **options: None
+script = runpy.run_path("setup.py")
+sys.platform = "win32"
+try:
+    script["write_cpu"](None, "", [])
+except setuptools.errors.CompileError as error:
+    print(error)
+print(script["wants_cuda"]())
+"""
+    build.compiler("nvcc")
+    _, environment = build.command(None)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == "there are no kernels for Windows, where operators run as plain torch\nFalse\n", done.stderr
+
+
 @pytest.mark.skipif(not Path("/dev/tty").exists(), reason="needs terminals")
 def test_progress_goes_to_the_terminal_where_the_output_is_hidden(build: Build) -> None:
     """As with pip, which shows the output of a build with -v only."""

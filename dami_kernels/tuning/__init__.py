@@ -1,4 +1,4 @@
-"""How the GPU kernels cut their work up: pure functions of shape, dtype, format and device."""
+"""Launch parameters of the GPU kernels: pure functions of shape, dtype, format and device."""
 
 from dami_kernels.tuning.config import LinearConfig
 from dami_kernels.tuning.device import H100, Device, device_of

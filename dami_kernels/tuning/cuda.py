@@ -31,7 +31,7 @@ def warps_at_once(format: str, device: Device) -> int:
 
 @lru_cache(1 << 14)  # a decode step asks some hundred times
 def decode_warps(N: int, K: int, format: str, device: Device) -> int:
-    """Warps of a block, which share the work along K, for a weight [N, K]. The number of rows does not matter.
+    """Warps of a block for a weight [N, K]. They share the work along K. The number of rows does not matter.
 
     The least time by this model, in bytes at full speed: blocks run in rounds of as many as the processors hold. A
     round waits for one latency, then its bytes come at full speed if enough of them are under way, one step of each
@@ -59,7 +59,7 @@ def decode_warps(N: int, K: int, format: str, device: Device) -> int:
 def prefers_cuda(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Device) -> bool:
     """Whether the CUDA kernel was measured to be faster than Triton's on x [M, K] and a weight [N, K].
 
-    As this GPU's table has it for the nearest M; without one, not.
+    True if this GPU's table says so for the nearest M, False without a table.
     """
     measured = load_table(device.name).get((N, K, dtype, format)) if device.name else None
     return measured is not None and nearest(measured, M).prefers_cuda

@@ -16,7 +16,7 @@ class Device:
         arch: "sm_90", "gfx942", …
         processors: streaming multiprocessors, or compute units.
         shared: bytes of shared memory that one program may take.
-        name: as torch gives it, by which its table of measurements is found; empty if there shall be none.
+        name: the name that torch gives it, which finds its table of measurements; empty for no table.
     """
 
     arch: str

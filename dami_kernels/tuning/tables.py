@@ -1,4 +1,4 @@
-"""Measured launch parameters: a JSON file per GPU in `tables/`, and the look-up of the nearest number of rows."""
+"""Measured launch parameters: a JSON file for each GPU in `tables/`, looked up by the nearest number of rows."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ LOG = logging.getLogger("dami_kernels")
 
 @dataclass(frozen=True)
 class LinearEntry:
-    """The fastest configuration that was found for x [M, K] and weights with N features in all.
+    """The fastest measured configuration for x [M, K] and weights with N features in all.
 
     Attributes:
-        config: of Triton's kernel.
-        prefers_cuda: whether the kernel in CUDA C++ was faster still.
+        config: configuration of the Triton kernel.
+        prefers_cuda: whether the CUDA C++ kernel was faster than that.
     """
 
     M: int
@@ -39,7 +39,7 @@ class LinearEntry:
 
 
 def table_path(device_name: str) -> Path:
-    """Where the table of a GPU is looked for, by its name as torch gives it."""
+    """Path of the table of a GPU, given its name in torch."""
     return TABLES / f"{device_name.replace(' ', '_').replace('/', '_')}.json"
 
 
@@ -53,7 +53,7 @@ def save_table(path: Path, entries: Iterable[LinearEntry]) -> None:
 
 @cache
 def load_table(device_name: str) -> dict[tuple[int, int, torch.dtype, str], list[LinearEntry]]:
-    """The entries of a GPU's table by (N, K, dtype, format); none if it has no table. Says once which it is."""
+    """The entries of a GPU's table by (N, K, dtype, format), empty if it has no table. Logs which table it is."""
     from dami_kernels.tuning.config import LinearConfig
 
     path = table_path(device_name)
@@ -70,5 +70,5 @@ def load_table(device_name: str) -> dict[tuple[int, int, torch.dtype, str], list
 
 
 def nearest(entries: list[LinearEntry], M: int) -> LinearEntry:
-    """The entry whose number of rows is nearest to M by ratio; of two, the one with more rows."""
+    """The entry whose number of rows is nearest to M by ratio; if two are equally near, the one with more rows."""
     return min(entries, key=lambda entry: (abs(math.log(entry.M / M)), -entry.M))

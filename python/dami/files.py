@@ -1,4 +1,4 @@
-"""Directories and files that are written whole or not at all. Nothing here needs torch: a bad path is told at once."""
+"""Directories and files that are written completely or not at all. Nothing here needs torch: bad paths fail fast."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ MARK = ".incomplete"  # in a directory that is being written: only one that has 
 def written_whole(directory: str | Path, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> Iterator[Path]:
     """A directory to write to, which takes its name at the end of the block, or is removed if that fails.
 
-    Until then it is called DIRECTORY.partial; one that an interrupted run has left is removed first. What is to be
-    replaced stays until then, and a link to it stays a link. Where several processes hold a model, all of them enter
-    the block, and the first makes, names or removes the directory.
+    Until then it is called DIRECTORY.partial. One that an interrupted run has left is removed first. A directory that
+    is replaced stays until the end, and a link to it stays a link. If several processes hold a model, all of them enter
+    the block, and the first one creates, renames or removes the directory.
 
     Args:
         directory: it must not exist, or be empty.
@@ -130,7 +130,7 @@ def check_directory(directory: str | Path) -> None:
 def written_file(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write a file to, which takes its name at the end of the block.
 
-    Until then the old file stays, and after an error too.
+    The old file stays until then, and after an error.
     """
     real = Path(os.path.realpath(path))
     beside = real.with_name(f".partial-{real.name}")
@@ -144,7 +144,7 @@ def written_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a file in UTF-8, whole or not at all."""
+    """Writes a file in UTF-8, completely or not at all."""
     with written_file(path) as beside:
         beside.write_text(text, encoding="utf-8")
 

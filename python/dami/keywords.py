@@ -1,4 +1,4 @@
-"""Keywords that are meant for us and misspelt: transformers' `**kwargs` would take them, and λ would be another."""
+"""Finds misspelt keywords of ours: transformers' `**kwargs` would swallow them, and the default λ would apply."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ALIKE = 0.75  # of difflib, from 0 to 1: no keyword in transformers is as much l
 
 @torch.compiler.assume_constant_result  # a graph is traced for the keywords of one call
 def meant(name: str) -> str | None:
-    """Which of our keywords a keyword of nobody else's is meant for; None if it is not like any."""
+    """The keyword of ours that an unknown keyword probably means, or None."""
     return _meant(name)
 
 
@@ -27,12 +27,12 @@ def _meant(name: str) -> str | None:
 
 
 def check_keywords(function: str, given: Iterable[str], *takes: str) -> None:
-    """Refuses what is like one of our keywords: TypeError.
+    """Raises a TypeError if a keyword looks like a misspelling of one of ours.
 
     Args:
-        function: that was called.
-        given: the keywords that it would hand on.
-        takes: those of ours that it takes itself.
+        function: name of the function that was called.
+        given: keywords that it would pass on.
+        takes: keywords of ours that it accepts.
     """
     for name in given:
         ours = meant(name)

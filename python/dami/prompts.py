@@ -9,10 +9,10 @@ Prompt = str | list[dict[str, str]]  # a user's question, or a conversation in t
 
 
 def as_prompt(value: Any) -> Prompt:
-    """The value, if it is a prompt.
+    """Returns the value if it is a prompt.
 
     Raises:
-        ValueError: it is neither a text nor a list of messages.
+        ValueError: it is neither a string nor a list of messages.
     """
     messages = isinstance(value, list) and all(isinstance(each, dict) and "role" in each for each in value)
     if isinstance(value, str) or (messages and value):

@@ -2,12 +2,12 @@
 
 A schedule is a callable `schedule(step, tokens) -> λ`:
 
-    step    how many tokens have been generated; 0 while the prompt is read
-    tokens  int64 [rows, step], what its rows have generated so far, on the model's device; rows that have ended are
-            padded, and the beams of a sequence are rows of their own
+    step    number of tokens generated so far; 0 while the prompt is read
+    tokens  int64 [rows, step] on the model's device: the tokens that its rows have generated so far; rows that have
+            ended are padded, and each beam of a sequence is a row
     λ       a real number for all its rows, or a tensor [rows]
 
-It is asked before every forward pass, and must not remember anything between calls: beams change places.
+It is called before every forward pass. It must not keep state between calls, because beams change places.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Schedule = Callable[[int, Tensor], float | Tensor]
 
 @dataclass(frozen=True)
 class linear:
-    """From `start` to `end` in equal parts over the first `steps` tokens, and `end` from there on."""
+    """A schedule from `start` to `end` in equal steps over the first `steps` tokens, and `end` after them."""
 
     start: float
     end: float
@@ -39,12 +39,12 @@ class linear:
 
 @dataclass(frozen=True)
 class switch_after:
-    """One λ up to and including the tokens `ids` in what a row generates, and another after them.
+    """A schedule with one λ until a row has generated the tokens `ids`, and another λ after them.
 
     Args:
-        ids: a token, or several in a row, such as `tokenizer.encode("</think>", add_special_tokens=False)`.
-        before: λ until a row has generated them: the thought.
-        after: λ from there on: the answer.
+        ids: one token or several consecutive ones, such as `tokenizer.encode("</think>", add_special_tokens=False)`.
+        before: λ until a row has generated them, which is the thought.
+        after: λ after them, which is the answer.
     """
 
     ids: int | Sequence[int]

@@ -1,4 +1,4 @@
-"""What can be told of a pair's checkpoints without loading them, and without torch."""
+"""What the files of a pair's checkpoints tell without loading them, and without torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ QUESTIONS = Path(__file__).parent / "data" / "pair" / "questions.jsonl"  # held 
 
 
 def example_pair() -> tuple[Path, Path]:
-    """Directories of the pair that ships with dami: its instruct end and its thinking end."""
+    """Returns the directories of the pair that ships with dami: the instruct end and the thinking end."""
     pair = QUESTIONS.parent
     return pair / "instruct", pair / "thinking"
 
@@ -27,7 +27,7 @@ def local(source: str | Path) -> Path | None:
     """The directory or the GGUF file of a checkpoint on disk; None if `source` can only be a name on the hub.
 
     Raises:
-        OSError: it is no such name, and there is no such checkpoint.
+        OSError: `source` is no name on the hub, and there is no such checkpoint on disk.
     """
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".gguf":
@@ -85,7 +85,7 @@ def check_pair(
     intensities: Iterable[float | str] = (),
     caller: Caller = CALLERS["dami generate"],
 ) -> None:
-    """Raises what loading a pair and asking at these λ would raise, as far as files on disk tell.
+    """Raises the errors of loading a pair and asking it at these λ, as far as the files on disk show them.
 
     Args:
         ends: a packed pair, or an instruct and a thinking end, as `load_pair` takes them.

@@ -1,18 +1,18 @@
-"""Thoughts told apart from answers, on the token ids that a model generated.
+"""Separates thoughts from answers, given the token ids that a model generated.
 
-Tags are found in the texts of the tokens, special ones included. So it does not matter whether a tag is one special
-token or is spelled by several, nor whether a token holds more than the tag.
+Tags are found in the texts of the tokens, including special tokens. It therefore does not matter whether a tag is one
+special token or several tokens, nor whether a token contains more than the tag.
 
-The rule, for tags in the order in which they come:
+The rules, applied to tags in the order in which they appear:
 
-1. Outside a thought, a start tag opens one. A row is inside from the beginning if its prompt ends with a start tag.
-2. An end tag closes the thought. If none is open, what stands between it and the tag before is a thought all the same:
+1. Outside a thought, a start tag opens one. A row begins inside a thought if its prompt ends with a start tag.
+2. An end tag closes the thought. If none is open, the text between it and the previous tag is a thought nevertheless:
    its start tag was left out, or it was closed too early and went on.
-3. Inside a thought, another start tag is only dropped.
+3. Inside a thought, another start tag is ignored.
 4. A thought that no end tag closes ends before the first `instead` of its tags, such as a call of a tool.
-5. Else, if the row came to its end by itself and no tag but its prompt's opened the thought, it never took it up: all
-   of it is the answer. That is what comes of a thinking template at a low λ.
-6. Else it is all thought, and there is no answer.
+5. Otherwise, if the row ended by itself and only its prompt opened the thought, the model never began to think, and
+   all of the text is the answer. Thinking templates give such rows at a low λ.
+6. Otherwise all of the text is a thought, and there is no answer.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Tags:
     """How the models of a family mark a thought.
 
     Attributes:
-        start: opens it.
-        ends: each closes it.
-        instead: each ends it where no end tag follows, and belongs to the answer.
+        start: the tag that opens a thought.
+        ends: tags, each of which closes it.
+        instead: tags, each of which ends a thought that no end tag closes; they belong to the answer.
     """
 
     start: str
@@ -55,7 +55,7 @@ FAMILIES = (
 
 
 def tags_of(tokenizer: Any) -> Tags:
-    """The tags of a tokenizer's family: those its chat template writes or its vocabulary has; else `<think>`."""
+    """The tags of a tokenizer's family, which its chat template or vocabulary contains; otherwise `<think>`."""
     templates = getattr(tokenizer, "chat_template", None) or ""
     text = "".join(templates.values()) if isinstance(templates, dict) else templates
     vocabulary = tokenizer.get_vocab()
@@ -67,9 +67,9 @@ class Segment:
     """Neighbouring tokens of one kind.
 
     Attributes:
-        kind: of what they say.
-        ids: the tokens. One that holds a tag and more is counted to the tag, its other text to the neighbour.
-        text: what they say, without special tokens.
+        kind: whether they are a thought, an answer or a tag.
+        ids: the tokens. One that contains a tag and more counts as the tag; its other text goes to the neighbour.
+        text: their text, without special tokens.
     """
 
     kind: Kind
@@ -79,11 +79,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a row said.
+    """The segments of a row.
 
     Attributes:
         segments: in order; together they hold every token.
-        closed: whether it ends outside a thought.
+        closed: whether the row ends outside a thought.
     """
 
     segments: tuple[Segment, ...]
@@ -91,12 +91,12 @@ class Reading:
 
     @property
     def thought(self) -> str:
-        """All that was thought, without space at its ends."""
+        """The text of all thoughts, stripped."""
         return self._all("thought")
 
     @property
     def answer(self) -> str:
-        """All that was said outside of thoughts, without space at its ends."""
+        """The text outside of thoughts, stripped."""
         return self._all("answer")
 
     def _all(self, kind: Kind) -> str:
@@ -109,8 +109,8 @@ class Reader:
     """Reads rows of token ids.
 
     Attributes:
-        tokenizer: of the model that generated them.
-        tags: of its family.
+        tokenizer: the tokenizer of the model that generated them.
+        tags: the tags of its family.
     """
 
     tokenizer: Any
@@ -119,19 +119,20 @@ class Reader:
 
     @classmethod
     def of(cls, tokenizer: Any) -> Reader:
+        """A reader of what a tokenizer decodes, with the tags of the tokenizer's family."""
         return cls(tokenizer, tags_of(tokenizer))
 
     def opens(self, prompt: str) -> bool:
-        """Whether a prompt ends with a start tag, as that of some thinking templates does."""
+        """Whether a prompt ends with a start tag, as some thinking templates do."""
         return prompt.rstrip().endswith(self.tags.start)
 
     def read(self, ids: Sequence[int], *, inside: bool = False, finished: bool = False) -> Reading:
-        """Splits generated tokens into thoughts, answers and tags, by the module's rule.
+        """Splits generated tokens into thoughts, answers and tags, by the module's rules.
 
         Args:
-            ids: of one row, up to its end token or as far as it has come.
+            ids: tokens of one row, up to its end token or as far as it has been generated.
             inside: whether its prompt ends inside a thought.
-            finished: whether it came to its end by itself.
+            finished: whether the row ended by itself.
         """
         texts = [self.text(token) for token in ids]
         spans, closed = _spans("".join(texts), self.tags, inside, finished)

@@ -20,4 +20,5 @@ class StaticIntensity:
     intensity: float
 
     def estimate(self, model: Any, batch: Mapping[str, Tensor]) -> list[float]:
+        """Returns λ for each prompt of a batch of tensors [prompts, ...]."""
         return [self.intensity] * len(next(iter(batch.values())))

@@ -18,16 +18,16 @@ M = TypeVar("M", bound=nn.Module)
 def attach(
     model: M, estimator: Estimator | str | PathLike[str] | None, presets: Mapping[str, float] | None = None
 ) -> M:
-    """Gives a patched model the estimator that `generate(intensity="auto")` asks, or takes it off; returns the model.
+    """Sets or removes the estimator that `generate(intensity="auto")` asks, and returns the model.
 
     Args:
         model: a patched model.
         estimator: any object with `estimate(model, batch) -> λ of each prompt`; or a directory that `dami
-            train-estimator` wrote, with its presets; or None.
-        presets: λ by name, for `generate(intensity="low")`; None leaves those that are there.
+            train-estimator` wrote, whose presets are then used too; or None for no estimator.
+        presets: λ by name, for `generate(intensity="low")`. None keeps the present ones.
 
     Raises:
-        TypeError: the model is not patched, the estimator has no method `estimate`, or a preset is no number.
+        TypeError: the model is not patched, the estimator has no method `estimate`, or a preset is not a number.
         ValueError: a preset is called "auto", or is not finite; or the directory holds no estimator.
         OSError: there is no such directory.
     """

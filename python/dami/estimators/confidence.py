@@ -1,7 +1,7 @@
-"""λ from confidence, nothing trained: how sure is the instruct end of a short answer, and does the other end agree?
+"""λ from confidence, without training: how sure is the instruct end of a short answer, and does the other end agree?
 
-The confidence in a trial answer, as the geometric mean of its tokens' probabilities, is DEER's (arXiv 2504.15895); what
-λ is made of it is ours. The two ends are two rows of one batch.
+The confidence in a trial answer, the geometric mean of its tokens' probabilities, comes from DEER (arXiv 2504.15895);
+the formula for λ is ours. The two ends are two rows of one batch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Signals:
 
     @property
     def gap(self) -> Tensor:
-        """How much likelier the tokens are to the instruct end than to the thinking end, in nats per token."""
+        """How much likelier the instruct end finds the tokens than the thinking end does, in nats per token."""
         return self.confidence.log() - self.thinking_confidence.log()
 
 
@@ -109,17 +109,17 @@ def _trial(model: Any, batch: Mapping[str, Tensor], tokens: int) -> tuple[Tensor
 class ConfidenceEstimator:
     """λ = (1 − cᵏ) (apart + (alike − apart) a): no training, no labels.
 
-    c is the instruct end's confidence in a trial answer. 1 − cᵏ is the chance that of k tokens, each as sure as the
-    trial's are on average, at least one would be another if they were drawn: a sure instruct end answers itself.
-    a = min(1, e^−gap) says how far the thinking end would have begun likewise: where it would, thinking is short, and
-    more of it costs little; where it would set out on a way of its own, it is long.
+    c is the instruct end's confidence in a trial answer. 1 − cᵏ is the probability that, of k sampled tokens as certain
+    as the trial's are on average, at least one differs: if the instruct end is sure, it answers alone.
+    a = min(1, e^−gap) measures how likely the thinking end is to begin in the same way. If it is likely, thinking is
+    short and more of it costs little; if not, thinking is long.
 
     Attributes:
-        tokens: of the trial answer, at most: what an estimate costs, beside one pass over it at both ends.
-        doubt: k. Larger means more thinking for all but the surest.
-        apart, alike: λ of an unsure prompt, where a is 0 and where it is 1.
+        tokens: most tokens of the trial answer. An estimate costs these and one pass over them at both ends.
+        doubt: k. A larger k means more thinking for all prompts but the surest.
+        apart, alike: λ of an unsure prompt if a is 0, and if a is 1.
 
-    The form and the defaults were chosen on answers of the pair that ships with dami: docs/intensity.md says how.
+    Form and defaults were chosen on answers of the shipped pair; docs/intensity.md says how.
     """
 
     tokens: int = 20
@@ -133,11 +133,11 @@ class ConfidenceEstimator:
             raise ValueError(f"doubt must be positive, got {self.doubt!r}")
 
     def estimate(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-        """λ of every prompt, float32 [B]; as `Estimator` says."""
+        """Returns λ for each prompt, float32 [B], as `Estimator` says."""
         return self.choose(signals(model, batch, self.tokens))
 
     def choose(self, found: Signals) -> Tensor:
-        """λ that the signals of a trial answer stand for, float32 [B]."""
+        """Returns λ for the signals of a trial answer, float32 [B]."""
         agreement = found.gap.neg().exp().clamp(max=1)
         return (1 - found.confidence**self.doubt) * (self.apart + (self.alike - self.apart) * agreement)
 
@@ -147,12 +147,12 @@ class ConfidenceEstimator:
 class ConfidenceRouter:
     """λ = 0 where the instruct end is sure of a trial answer, λ = 1 where it is not: no training, no labels.
 
-    For pairs whose middle is worse than their ends, which `ConfidenceEstimator` cannot know: `dami evaluate` shows it
-    without labels too, as thoughts that do not come to their end.
+    It is for pairs that are worse between their ends than at them, which `ConfidenceEstimator` cannot know. `dami
+    evaluate` shows this even without labels, by thoughts that do not end.
 
     Attributes:
-        tokens: of the trial answer, at most.
-        sure: the confidence in it from which on it is believed, in (0, 1).
+        tokens: most tokens of the trial answer.
+        sure: the least confidence at which the trial answer is trusted, in (0, 1).
     """
 
     tokens: int = 3
@@ -164,11 +164,11 @@ class ConfidenceRouter:
             raise ValueError(f"sure must be between 0 and 1, got {self.sure!r}")
 
     def estimate(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-        """λ of every prompt, float32 [B]; as `Estimator` says."""
+        """Returns λ for each prompt, float32 [B], as `Estimator` says."""
         return self.choose(confidence(model, batch, self.tokens))
 
     def choose(self, found: Tensor) -> Tensor:
-        """λ that a confidence stands for, float32 [B]."""
+        """Returns λ for a confidence, float32 [B]."""
         return (found < self.sure).float()
 
 

@@ -100,11 +100,11 @@ class PreferenceEstimator:
         )
 
     def at(self, price: float) -> PreferenceEstimator:
-        """The same at another price."""
+        """Returns this estimator at another price."""
         return replace(self, price=price)
 
     def within(self, tokens: float) -> PreferenceEstimator:
-        """The same at the lowest price at which answers to questions like those of the fit keep to a mean of `tokens`.
+        """Returns this estimator at the lowest price whose answers had a mean length of at most `tokens`.
 
         Raises:
             ValueError: no price has led to so few, or none has been measured.
@@ -136,7 +136,7 @@ class PreferenceEstimator:
         return torch.tensor(self.intensities)[(gain - self.price * cost).argmax(1)]
 
     def estimate(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-        """λ of every prompt, float32 [B]; as `Estimator` says."""
+        """Returns λ for each prompt, float32 [B], as `Estimator` says."""
         return self.choose(self.features(model, batch))
 
 

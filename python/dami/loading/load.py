@@ -51,25 +51,25 @@ def load_pair(
 ) -> tuple[PairModel, Tokenizer]:
     """Loads two checkpoints of one architecture as one patched model, with the instruct end's tokenizer.
 
-    The instruct end is loaded as usual; the thinking end is read tensor by tensor, each going straight to the device
-    and dtype of its base, so that no third copy exists at any time. Everything that does not match is reported at once,
-    from the configs, the tokenizers and the headers of the weight files, before any weight is read.
+    The instruct end is loaded as usual. The thinking end is read tensor by tensor, each directly to the device and
+    dtype of its base, so there is never a third copy. Before any weight is read, the configs, the tokenizers and the
+    headers of the weight files are compared, and one error reports everything that does not match.
 
-    One argument is a packed pair, as `dami.pack` and `dami.save_pair` write it: what is stored is loaded as it is.
+    With one argument it loads a packed pair, as `dami.pack` and `dami.save_pair` write it, in the format it has.
 
-    An estimator and presets that `dami train-estimator` has put into the folder `intensity` of the packed pair, or of
-    the thinking end, are attached.
+    If the packed pair, or the thinking end, has a folder `intensity` written by `dami train-estimator`, the estimator
+    and the presets in it are attached.
 
     Args:
         instruct: directory, GGUF file or hub name of the λ=0 end; or directory or hub name of a packed pair.
-        thinking: likewise of the λ=1 end; or a LoRA adapter on the λ=0 end, as PEFT saves it, which `format="lowrank"`
-            keeps as it is. None if `instruct` is a packed pair.
+        thinking: the λ=1 end in the same way; or a LoRA adapter on the λ=0 end, as PEFT saves it, which
+            `format="lowrank"` keeps unchanged. None if `instruct` is a packed pair.
         format: how embeddings and linear weights are stored, a name of `dami_kernels.formats.names()`. `"pair"` if
             None; a packed pair has its own.
-        device_map: as in transformers' `from_pretrained`. The CPU if None. Only a packed pair can be offloaded.
-        dtype: as there; "auto" is the dtype of the checkpoints, which then must agree.
-        chat_template: the end whose chat template the tokenizer uses unless told otherwise. Where they differ, it knows
-            both by their names: `tokenizer.apply_chat_template(…, chat_template="thinking")`.
+        device_map: as in transformers' `from_pretrained`. None means the CPU. Only a packed pair can be offloaded.
+        dtype: as in `from_pretrained`. "auto" is the dtype of the checkpoints, which then must agree.
+        chat_template: the end whose chat template the tokenizer uses by default. If the two differ, it knows both by
+            name: `tokenizer.apply_chat_template(…, chat_template="thinking")`.
         invariant: as in `patch_model`.
         trust_remote_code: as in `from_pretrained`.
         options: `revision` (one for both ends, or a pair), `token`, `cache_dir`, `force_download` and

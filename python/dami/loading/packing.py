@@ -49,19 +49,19 @@ def pack(
 ) -> Path:
     """Packs two checkpoints of one architecture into one directory, which `dami.load_pair` loads, and returns it.
 
-    Tensors are read from the mapped files of both ends one at a time, so that memory holds no more than a shard of what
-    is written. The directory takes its name when all is written: an interrupted run leaves DIRECTORY.partial at most,
-    which the next one removes.
+    Tensors are read one at a time from the mapped files of both ends, so memory holds no more than one shard of the
+    output. The directory gets its name when everything is written. An interrupted run leaves DIRECTORY.partial, which
+    the next run removes.
 
     Args:
-        instruct, thinking: as in `load_pair`. What is not stored as the model is (GGUF, an adapter, tensors that
-            transformers converts) is loaded first, with a note; both ends are in memory then.
-        directory: where to; it must not exist, or be empty.
+        instruct, thinking: as in `load_pair`. Checkpoints that are not stored as the model is (GGUF, an adapter,
+            tensors that transformers converts) are loaded first, with a note; both ends are then in memory.
+        directory: the directory to write; it must not exist, or be empty.
         format: how embeddings and linear weights are stored, a name of `dami_kernels.formats.names()`.
-        overwrite: replaces a directory that exists.
+        overwrite: whether to replace an existing directory.
         trust_remote_code: as in `from_pretrained`.
-        max_shard_size: of a file, unless a single weight is larger: bytes, or a text such as "1GB".
-        shard_bytes: its old name.
+        max_shard_size: largest size of a file, unless a single weight is larger: bytes, or a text such as "1GB".
+        shard_bytes: the old name of `max_shard_size`.
         download: `revision`, `token`, `cache_dir`, `force_download` and `local_files_only`, as in `load_pair`.
 
     Raises:

@@ -40,7 +40,11 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class LerpModel(PreTrainedModel):
-    """First parent of a patched model's class."""
+    """What a patched model has beside the methods of its original class, of which it is the first parent.
+
+    The original's `forward` and `generate_batch` take one more keyword, `intensity`; its `generate` takes `intensity`
+    and `prompt_intensity`.
+    """
 
     dami_patch: Patch
 

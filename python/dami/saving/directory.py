@@ -32,14 +32,14 @@ def save_pair(
 ) -> Path:
     """Writes a patched model as one directory, which `dami.load_pair(directory)` loads, and returns it.
 
-    With dami imported, `AutoModelForCausalLM.from_pretrained(directory)` loads it too. The directory takes its name
-    when all is written.
+    With dami imported, `AutoModelForCausalLM.from_pretrained(directory)` loads it too. The directory gets its name when
+    everything is written.
 
     Args:
         model: a patched model.
-        directory: where to; it must not exist, or be empty.
+        directory: the directory to write; it must not exist, or be empty.
         tokenizer: the pair's; by default the one that `load_pair` returned with the model.
-        overwrite: replaces a directory that exists.
+        overwrite: whether to replace an existing directory.
         max_shard_size: as in `save_pretrained`.
 
     Raises:

@@ -42,11 +42,10 @@ def write_merged(
 
 @torch.no_grad()
 def materialize(model: PreTrainedModel, intensity: float | str) -> PreTrainedModel:
-    """A merged copy: a plain model of a patched model's weights at one λ, which stays as it is.
+    """Returns a merged copy: an ordinary model of the weights at one λ. The patched model does not change.
 
-    Where one λ is enough, the copy is the faster choice: it reads the bytes of one model instead of a pair. Each weight
-    is blended in float32 and rounded once, as in mergekit's linear merge. `save_pretrained` writes an ordinary
-    checkpoint.
+    If one λ is enough, the copy is faster, as it reads the bytes of one model instead of a pair. Each weight is blended
+    in float32 and rounded once, as in mergekit's linear merge. `save_pretrained` writes an ordinary checkpoint.
 
     Raises:
         TypeError, ValueError: the model is not patched or is offloaded, or `intensity` is neither one finite number nor
