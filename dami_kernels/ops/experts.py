@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dami_kernels import formats
-from dami_kernels.ops import library
+from dami_kernels.ops import direct, library
 from dami_kernels.rows import along, lam_map, lam_per_row, lerp, sum_per_lam
 from dami_kernels.weight import LerpWeight
 
 
-@library.autocast("product")
+@library.public("product", direct.lerp_experts)
 def lerp_experts(
     x: Tensor,
     weight: LerpWeight,

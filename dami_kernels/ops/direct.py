@@ -1,0 +1,135 @@
+"""The shortest way from a public function to its CPU kernel: past torch's dispatcher, which costs more than a small product.
+
+Each takes the arguments of the public function of its name, after one that says whether gradients are recorded. It
+returns None where it cannot serve: for tensors that are not plain ones on the CPU, want a gradient, have to be copied
+first or do not fit. The compiled part looks at what every tensor is at this call; no address is ever remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dami_kernels import native
+from dami_kernels.weight import LerpWeight
+
+_C = None if native.WHY_NOT else native._C
+
+
+def lerp_linear(
+    graph: bool,
+    x: Tensor,
+    weight: LerpWeight,
+    lam: Tensor,
+    bias: LerpWeight | None = None,
+    *,
+    rows_per_lam: int | None = None,
+    row_to_lam: Tensor | None = None,
+    invariant: bool = False,
+) -> Tensor | None:
+    if _C is None or not _fits(x, weight):
+        return None
+    return _C.linears(
+        graph, x, weight.tensors, _ends(bias), lam, row_to_lam, rows_per_lam, weight.format, weight.shape[-1], invariant
+    )
+
+
+def lerp_linears(
+    graph: bool,
+    x: Tensor,
+    weights: Sequence[LerpWeight],
+    lam: Tensor,
+    biases: Sequence[LerpWeight] | None = None,
+    *,
+    rows_per_lam: int | None = None,
+    row_to_lam: Tensor | None = None,
+    invariant: bool = False,
+) -> tuple[Tensor, ...] | None:
+    if _C is None or not weights or not all([_fits(x, weight) for weight in weights]):
+        return None
+    format, columns = weights[0].format, weights[0].shape[-1]
+    if any([weight.format != format for weight in weights]):
+        return None
+    tensors = [tensor for weight in weights for tensor in weight.tensors]
+    ends = [tensor for bias in biases or () for tensor in _ends(bias)]
+    y = _C.linears(graph, x, tensors, ends, lam, row_to_lam, rows_per_lam, format, columns, invariant)
+    return None if y is None else y.split([weight.shape[0] for weight in weights], -1)
+
+
+def lerp_experts(
+    graph: bool,
+    x: Tensor,
+    weight: LerpWeight,
+    lam: Tensor,
+    expert_offsets: Tensor,
+    bias: LerpWeight | None = None,
+    *,
+    rows_per_lam: int | None = None,
+    row_to_lam: Tensor | None = None,
+    invariant: bool = False,
+) -> Tensor | None:
+    if _C is None or not _fits(x, weight):
+        return None
+    return _C.experts(
+        graph, x, weight.tensors, _ends(bias), lam, row_to_lam, rows_per_lam, expert_offsets, weight.format,
+        weight.shape[-1], invariant,
+    )  # fmt: skip
+
+
+def lerp_embedding(
+    graph: bool,
+    ids: Tensor,
+    weight: LerpWeight,
+    lam: Tensor,
+    *,
+    rows_per_lam: int | None = None,
+    row_to_lam: Tensor | None = None,
+) -> Tensor | None:
+    if _C is None or type(ids) is not Tensor or type(weight) is not LerpWeight or not ids.is_cpu:
+        return None
+    dtype = weight.dtype
+    return _C.embedding(
+        graph, ids, weight.tensors, lam, row_to_lam, rows_per_lam, weight.format, native.DTYPES[dtype], dtype,
+        weight.shape[-1],
+    )  # fmt: skip
+
+
+def lerp_rms_norm(
+    graph: bool,
+    x: Tensor,
+    weight: LerpWeight,
+    lam: Tensor,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
+    rows_per_lam: int | None = None,
+    row_to_lam: Tensor | None = None,
+) -> Tensor | None:
+    if _C is None or not _fits(x, weight):
+        return None
+    return _C.rms_norm(graph, x, weight.tensors, lam, row_to_lam, rows_per_lam, eps, offset)
+
+
+def lerp_layer_norm(
+    graph: bool,
+    x: Tensor,
+    weight: LerpWeight,
+    lam: Tensor,
+    bias: LerpWeight | None = None,
+    eps: float = 1e-5,
+    *,
+    rows_per_lam: int | None = None,
+    row_to_lam: Tensor | None = None,
+) -> Tensor | None:
+    if _C is None or not _fits(x, weight):
+        return None
+    return _C.layer_norm(graph, x, weight.tensors, _ends(bias), lam, row_to_lam, rows_per_lam, eps)
+
+
+def _fits(x: Tensor, weight: LerpWeight) -> bool:
+    return type(x) is Tensor and type(weight) is LerpWeight and weight.dtype is x.dtype and x.is_cpu
+
+
+def _ends(bias: LerpWeight | None) -> Sequence[Tensor]:
+    return () if bias is None else bias.tensors
