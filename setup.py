@@ -30,7 +30,9 @@ ISA_FLAGS = {  # by source file
     "aarch64": {"neon": ""},
 }
 MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine())
-SOURCES = {CSRC / "bindings.cpp": "-O1", CSRC / "torch" / "calls.cpp": "", CSRC / "torch" / "python.cpp": ""} | {
+SOURCES = {CSRC / "bindings.cpp": "-O1"} | {
+    CSRC / "torch" / f"{name}.cpp": "" for name in ("calls", "python", "dispatcher")
+} | {
     CSRC / "cpu" / f"{name}.cpp": flags
     for name, flags in {"isa": "", "operators": "", "parallel": "", "scalar": "", **ISA_FLAGS.get(MACHINE, {})}.items()
 }

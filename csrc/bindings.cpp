@@ -4,6 +4,7 @@
 
 #include "cpu/api.h"
 #include "torch/calls.h"
+#include "torch/dispatcher.h"
 #include "torch/python.h"
 
 namespace py = pybind11;
@@ -16,7 +17,7 @@ PYBIND11_MODULE(_C, module) {
   for (const Format& format : formats) tensors_of[format.name] = format.tensors();
   module.attr("FORMATS") = tensors_of;  // the number of tensors of each
 
-  if (add_operators(module.ptr()) != 0) throw py::error_already_set();
+  if (add_operators(module.ptr()) != 0 || add_dispatcher(module.ptr()) != 0) throw py::error_already_set();
 
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   module.def("isa", [] { return isa().name; });

@@ -10,8 +10,11 @@ environment variable DAMI_CPU_ISA names.
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -141,6 +144,16 @@ def lerp_layer_norm(
             False, _dense(x), _in_place(weight), _in_place(bias), *_lams(lam, row_to_lam, rows_per_lam), eps
         )
     )
+
+
+def register(reraise: Callable[[], None]) -> None:
+    """Registers the kernels with torch's dispatcher, past Python.
+
+    The operator `_NAME` in Python gets the calls that the kernel of `NAME` does not take. It may return a scalar
+    instead of a matrix; `reraise` is then to raise its error.
+    """
+    library = Path(torch.__file__).parent / "lib" / ("libtorch_cpu" + (".dylib" if sys.platform == "darwin" else ".so"))
+    _C.register_kernels(str(library), reraise)
 
 
 def isa() -> str:

@@ -5,15 +5,6 @@
 namespace dami {
 namespace {
 
-int64_t bytes_of(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::i64: return 8;
-    case Dtype::f32: case Dtype::i32: return 4;
-    case Dtype::bf16: case Dtype::f16: return 2;
-    default: return 1;
-  }
-}
-
 std::optional<Type> type_of(Dtype dtype) {
   switch (dtype) {
     case Dtype::f32: return Type::f32;
@@ -130,6 +121,15 @@ bool is_pair(const Tensor* ends, Dtype dtype, int dims, const int64_t* size) {
 }
 
 }  // namespace
+
+int64_t bytes_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::i64: return 8;
+    case Dtype::f32: case Dtype::i32: return 4;
+    case Dtype::bf16: case Dtype::f16: return 2;
+    default: return 1;
+  }
+}
 
 const Format* find_format(std::string_view name) {
   for (const Format& format : formats)

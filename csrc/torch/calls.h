@@ -13,6 +13,8 @@ namespace dami {
 
 enum class Dtype { f32, bf16, f16, i8, u8, i32, i64, other };
 
+int64_t bytes_of(Dtype);
+
 // A tensor in the memory of the CPU; sizes and strides belong to torch.
 struct Tensor {
   void* data = nullptr;

@@ -106,9 +106,8 @@ class Reader {
       PyObject* object = PySequence_Fast_GET_ITEM(sequence, i);
       tensors[i] = operand(object);
       const Object storage = call(object, name.untyped_storage);
-      const int64_t size = tensors[i].dtype == Dtype::f32 ? 4 : tensors[i].dtype >= Dtype::i8 ? 1 : 2;
       tensors[i].bytes = integer(call(storage.get(), name.nbytes).get()) -
-                         integer(call(object, name.storage_offset).get()) * size;
+                         integer(call(object, name.storage_offset).get()) * bytes_of(tensors[i].dtype);
     }
     return tensors;
   }

@@ -8,13 +8,14 @@ first or do not fit. The compiled part looks at what every tensor is at this cal
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from dami_kernels import native
 from dami_kernels.weight import LerpWeight
 
-_C = None if native.WHY_NOT else native._C
+_C: Any = getattr(native, "_C", None)  # none of these is called without it
 
 
 def lerp_linear(
@@ -28,7 +29,7 @@ def lerp_linear(
     row_to_lam: Tensor | None = None,
     invariant: bool = False,
 ) -> Tensor | None:
-    if _C is None or not _fits(x, weight):
+    if not _fits(x, weight):
         return None
     return _C.linears(
         graph, x, weight.tensors, _ends(bias), lam, row_to_lam, rows_per_lam, weight.format, weight.shape[-1], invariant
@@ -46,13 +47,15 @@ def lerp_linears(
     row_to_lam: Tensor | None = None,
     invariant: bool = False,
 ) -> tuple[Tensor, ...] | None:
-    if _C is None or not weights or not all([_fits(x, weight) for weight in weights]):
+    if not weights or not all([_fits(x, weight) for weight in weights]):
+        return None
+    if biases is not None and len(biases) != len(weights):
         return None
     format, columns = weights[0].format, weights[0].shape[-1]
     if any([weight.format != format for weight in weights]):
         return None
     tensors = [tensor for weight in weights for tensor in weight.tensors]
-    ends = [tensor for bias in biases or () for tensor in _ends(bias)]
+    ends = [tensor for bias in biases or () for tensor in _ends(bias) or (None,)]
     y = _C.linears(graph, x, tensors, ends, lam, row_to_lam, rows_per_lam, format, columns, invariant)
     return None if y is None else y.split([weight.shape[0] for weight in weights], -1)
 
@@ -69,7 +72,7 @@ def lerp_experts(
     row_to_lam: Tensor | None = None,
     invariant: bool = False,
 ) -> Tensor | None:
-    if _C is None or not _fits(x, weight):
+    if not _fits(x, weight):
         return None
     return _C.experts(
         graph, x, weight.tensors, _ends(bias), lam, row_to_lam, rows_per_lam, expert_offsets, weight.format,
@@ -86,7 +89,7 @@ def lerp_embedding(
     rows_per_lam: int | None = None,
     row_to_lam: Tensor | None = None,
 ) -> Tensor | None:
-    if _C is None or type(ids) is not Tensor or type(weight) is not LerpWeight or not ids.is_cpu:
+    if type(ids) is not Tensor or type(weight) is not LerpWeight or not ids.is_cpu:
         return None
     dtype = weight.dtype
     return _C.embedding(
@@ -106,7 +109,7 @@ def lerp_rms_norm(
     rows_per_lam: int | None = None,
     row_to_lam: Tensor | None = None,
 ) -> Tensor | None:
-    if _C is None or not _fits(x, weight):
+    if not _fits(x, weight):
         return None
     return _C.rms_norm(graph, x, weight.tensors, lam, row_to_lam, rows_per_lam, eps, offset)
 
@@ -122,7 +125,7 @@ def lerp_layer_norm(
     rows_per_lam: int | None = None,
     row_to_lam: Tensor | None = None,
 ) -> Tensor | None:
-    if _C is None or not _fits(x, weight):
+    if not _fits(x, weight):
         return None
     return _C.layer_norm(graph, x, weight.tensors, _ends(bias), lam, row_to_lam, rows_per_lam, eps)
 
@@ -131,5 +134,6 @@ def _fits(x: Tensor, weight: LerpWeight) -> bool:
     return type(x) is Tensor and type(weight) is LerpWeight and weight.dtype is x.dtype and x.is_cpu
 
 
-def _ends(bias: LerpWeight | None) -> Sequence[Tensor]:
-    return () if bias is None else bias.tensors
+def _ends(bias: LerpWeight | None) -> Sequence[Tensor] | None:
+    """The tensors of a bias; None, which is not taken, where it is something else."""
+    return () if bias is None else bias.tensors if type(bias) is LerpWeight else None

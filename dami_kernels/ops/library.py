@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -31,6 +32,14 @@ LIBRARY = torch.library.Library("dami", "DEF")
 
 
 PLAIN: dict[str, Callable[..., Any]] = {}  # every operator's version in plain torch
+CHECKED: dict[str, Callable[..., Any]] = {}  # what checks an operator's arguments, and finds what computes it
+
+_raised = threading.local()
+
+
+def reraise() -> None:
+    """Raises what the last operator `_NAME` of this thread has caught: the C interface of torch loses what was raised."""
+    raise _raised.__dict__.pop("error")
 
 
 def kernel_of(name: str, device: str) -> Callable[..., Any] | str:
@@ -70,7 +79,12 @@ def define(
     name = schema.split("(")[0]
     PLAIN[name] = plain
 
+    def filled(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """No list as an empty one. In the schema it is none, as exported programs turn empty lists into that."""
+        return tuple([[] if arg is None and i in optional else arg for i, arg in enumerate(args)])
+
     def run(*args: Any) -> Any:
+        args = filled(args)
         check(*args)
         # Of λ, its map, ids and offsets kernels take the numbers to lie side by side.
         args = tuple([x.contiguous() if isinstance(x, Tensor) and x.dim() == 1 else x for x in args])
@@ -82,15 +96,28 @@ def define(
         except NotImplementedError as error:
             return slowly(str(error), *args)
 
+    def caught(*args: Any) -> Any:
+        try:
+            return CHECKED[name](*args)
+        except Exception as error:
+            _raised.error = error
+            return torch.empty(())
+
     def slowly(why: str, *args: Any) -> Any:
         _warn_once(f"dami::{name} runs as plain torch, many times slower: {why}")
         return plain(*args)
 
+    CHECKED[name] = run
+    LIBRARY.define(f"_{schema}")
+    LIBRARY.impl(f"_{name}", caught, "CompositeExplicitAutograd")
+    LIBRARY.impl(f"_{name}", torch.library.fallthrough_kernel, "Autograd")
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dami::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.dami, name).default
-    LIBRARY.impl(name, _differentiable(op, gradients, tangent), "Autograd", with_keyset=True)
+    optional = [i for i, argument in enumerate(op._schema.arguments) if str(argument.type) == "Optional[List[Tensor]]"]
+    derivatives = (lambda dy, *args: gradients(dy, *filled(args)), lambda dx, dlam, *args: tangent(dx, dlam, *filled(args)))
+    LIBRARY.impl(name, _differentiable(op, *derivatives), "Autograd", with_keyset=True)
     register_vmap(name)
 
 
@@ -188,7 +215,7 @@ def is_eager() -> bool:
     )
 
 
-def public(kind: Literal["product", "norm", "lookup"], direct: Callable[..., Tensor | None]) -> Callable[[F], F]:
+def public(kind: Literal["product", "norm", "lookup"], direct: Callable[..., Any]) -> Callable[[F], F]:
     """Makes a public function of x, or ids, go the shortest way, and follow `torch.autocast` as torch's counterpart does.
 
     The shortest way is `direct`, which takes the function's arguments after one that says whether gradients are
@@ -205,7 +232,7 @@ def public(kind: Literal["product", "norm", "lookup"], direct: Callable[..., Ten
 
         @wraps(function)
         def run(*args: Any, **options: Any) -> Any:
-            if is_eager():
+            if not native.WHY_NOT and is_eager():
                 y = direct(torch.is_grad_enabled(), *args, **options)
                 if y is not None:
                     return y

@@ -62,7 +62,7 @@ def lerp_linear(
         y = torch.ops.dami.lerp_linear(
             flat,
             list(weight.tensors),
-            [] if bias is None else list(bias.tensors),
+            None if bias is None else list(bias.tensors),
             lam,
             row_to_lam,
             rows_per_lam,
@@ -116,7 +116,7 @@ def lerp_linears(
     y = torch.ops.dami.lerp_linears(
         x.reshape(rows, x.shape[-1]),
         [tensor for weight in weights for tensor in weight.tensors],
-        [tensor for bias in biases or () for tensor in bias.tensors],
+        None if biases is None else [tensor for bias in biases for tensor in bias.tensors],
         lam,
         row_to_lam,
         rows_per_lam,
@@ -261,7 +261,7 @@ def _tangent(
 
 
 library.define(
-    "lerp_linear(Tensor x, Tensor[] weight, Tensor[] bias, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, "
+    "lerp_linear(Tensor x, Tensor[] weight, Tensor[]? bias, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, "
     "str format, bool invariant) -> Tensor",
     check=_check_operands,
     fake=_fake,
@@ -270,7 +270,7 @@ library.define(
     tangent=_tangent,
 )
 library.define(
-    "lerp_linears(Tensor x, Tensor[] weights, Tensor[] biases, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, "
+    "lerp_linears(Tensor x, Tensor[] weights, Tensor[]? biases, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, "
     "str format, bool invariant) -> Tensor",
     check=_check_operands,
     fake=_fakes,
