@@ -30,12 +30,20 @@ ISA_FLAGS = {  # by source file
     "aarch64": {"neon": ""},
 }
 MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine())
-SOURCES = {CSRC / "bindings.cpp": "-O1"} | {
-    CSRC / "torch" / f"{name}.cpp": "" for name in ("calls", "python", "dispatcher")
-} | {
-    CSRC / "cpu" / f"{name}.cpp": flags
-    for name, flags in {"isa": "", "operators": "", "parallel": "", "scalar": "", **ISA_FLAGS.get(MACHINE, {})}.items()
-}
+SOURCES = (
+    {CSRC / "bindings.cpp": "-O1"}
+    | {CSRC / "torch" / f"{name}.cpp": "" for name in ("calls", "python", "dispatcher")}
+    | {
+        CSRC / "cpu" / f"{name}.cpp": flags
+        for name, flags in {
+            "isa": "",
+            "operators": "",
+            "parallel": "",
+            "scalar": "",
+            **ISA_FLAGS.get(MACHINE, {}),
+        }.items()
+    }
+)
 # No contraction: a·b + c is fused where the kernels say so and nowhere else: the same bits from every compiler.
 # GCC 12 finds its own intrinsics uninitialized.
 FLAGS = (

@@ -33,6 +33,7 @@ else:
     _C.connect(Tensor, Parameter, torch.get_num_threads)
     _C.isa()  # a DAMI_CPU_ISA that cannot be had is refused here, not at the first call
 
+
 def lerp_linear(
     x: Tensor,
     weight: list[Tensor],
@@ -61,10 +62,9 @@ def lerp_linears(
     each = _tensors_of(format)
     if not x.shape[0]:
         return x.new_empty(0, sum([weight.shape[0] for weight in weights[::each]]))
-    return _taken(_C.linears(
-        False, _dense(x), _in_place(weights), _in_place(biases), *_lams(lam, row_to_lam, rows_per_lam), format, x.shape[1],
-        invariant,
-    ))  # fmt: skip
+    lams = _lams(lam, row_to_lam, rows_per_lam)
+    stored = _in_place(weights), _in_place(biases)
+    return _taken(_C.linears(False, _dense(x), *stored, *lams, format, x.shape[1], invariant))
 
 
 def lerp_experts(
@@ -85,10 +85,9 @@ def lerp_experts(
     _tensors_of(format)
     if not x.shape[0]:
         rows_per_lam = 1
-    return _taken(_C.experts(
-        False, _dense(x), _in_place(weight), _in_place(bias), *_lams(lam, row_to_lam, rows_per_lam), _plain(offsets), format,
-        x.shape[1], invariant,
-    ))  # fmt: skip
+    lams = _lams(lam, row_to_lam, rows_per_lam)
+    stored = _in_place(weight), _in_place(bias)
+    return _taken(_C.experts(False, _dense(x), *stored, *lams, _plain(offsets), format, x.shape[1], invariant))
 
 
 def lerp_embedding(
@@ -105,9 +104,8 @@ def lerp_embedding(
     _tensors_of(format)
     if not ids.shape[0]:
         return weight[0].new_empty(0, columns, dtype=dtype)
-    return _taken(_C.embedding(
-        False, _plain(ids), _in_place(weight), *_lams(lam, row_to_lam, rows_per_lam), format, DTYPES[dtype], dtype, columns,
-    ))  # fmt: skip
+    lams = _lams(lam, row_to_lam, rows_per_lam)
+    return _taken(_C.embedding(False, _plain(ids), _in_place(weight), *lams, format, DTYPES[dtype], dtype, columns))
 
 
 def lerp_rms_norm(
@@ -122,9 +120,7 @@ def lerp_rms_norm(
     """y_i = x_i / sqrt(mean(x_i²) + eps) · (offset + w(λ_i)): x [rows, D], weight a pair of [D]."""
     if not x.shape[0]:
         return torch.empty(x.shape, dtype=x.dtype)
-    return _taken(
-        _C.rms_norm(False, _dense(x), _in_place(weight), *_lams(lam, row_to_lam, rows_per_lam), eps, offset)
-    )
+    return _taken(_C.rms_norm(False, _dense(x), _in_place(weight), *_lams(lam, row_to_lam, rows_per_lam), eps, offset))
 
 
 def lerp_layer_norm(
@@ -140,9 +136,7 @@ def lerp_layer_norm(
     if not x.shape[0]:
         return torch.empty(x.shape, dtype=x.dtype)
     return _taken(
-        _C.layer_norm(
-            False, _dense(x), _in_place(weight), _in_place(bias), *_lams(lam, row_to_lam, rows_per_lam), eps
-        )
+        _C.layer_norm(False, _dense(x), _in_place(weight), _in_place(bias), *_lams(lam, row_to_lam, rows_per_lam), eps)
     )
 
 

@@ -1,6 +1,7 @@
-"""The shortest way from a public function to its CPU kernel: past torch's dispatcher, which costs more than a small product.
+"""The shortest way from a public function to its CPU kernel, past torch's dispatcher.
 
-Each takes the arguments of the public function of its name, after one that says whether gradients are recorded. It
+A small product takes a fraction of the time that the dispatcher and what Python does below it do. Each function
+takes the arguments of the public function of its name, after one that says whether gradients are recorded. It
 returns None where it cannot serve: for tensors that are not plain ones on the CPU, want a gradient, have to be copied
 first or do not fit. The compiled part looks at what every tensor is at this call; no address is ever remembered.
 """
@@ -47,12 +48,12 @@ def lerp_linears(
     row_to_lam: Tensor | None = None,
     invariant: bool = False,
 ) -> tuple[Tensor, ...] | None:
-    if not weights or not all([_fits(x, weight) for weight in weights]):
+    if not weights or not all(_fits(x, weight) for weight in weights):
         return None
     if biases is not None and len(biases) != len(weights):
         return None
     format, columns = weights[0].format, weights[0].shape[-1]
-    if any([weight.format != format for weight in weights]):
+    if any(weight.format != format for weight in weights):
         return None
     tensors = [tensor for weight in weights for tensor in weight.tensors]
     ends = [tensor for bias in biases or () for tensor in _ends(bias) or (None,)]

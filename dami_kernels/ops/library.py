@@ -38,7 +38,7 @@ _raised = threading.local()
 
 
 def reraise() -> None:
-    """Raises what the last operator `_NAME` of this thread has caught: the C interface of torch loses what was raised."""
+    """Raises what the last operator `_NAME` of this thread has caught, as torch's C interface loses it."""
     raise _raised.__dict__.pop("error")
 
 
@@ -116,7 +116,10 @@ def define(
     torch.library.register_fake(f"dami::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.dami, name).default
     optional = [i for i, argument in enumerate(op._schema.arguments) if str(argument.type) == "Optional[List[Tensor]]"]
-    derivatives = (lambda dy, *args: gradients(dy, *filled(args)), lambda dx, dlam, *args: tangent(dx, dlam, *filled(args)))
+    derivatives = (
+        lambda dy, *args: gradients(dy, *filled(args)),
+        lambda dx, dlam, *args: tangent(dx, dlam, *filled(args)),
+    )
     LIBRARY.impl(name, _differentiable(op, *derivatives), "Autograd", with_keyset=True)
     register_vmap(name)
 
@@ -216,7 +219,7 @@ def is_eager() -> bool:
 
 
 def public(kind: Literal["product", "norm", "lookup"], direct: Callable[..., Any]) -> Callable[[F], F]:
-    """Makes a public function of x, or ids, go the shortest way, and follow `torch.autocast` as torch's counterpart does.
+    """Makes a public function of x, or ids, go the shortest way, and follow `torch.autocast` as torch's own does.
 
     The shortest way is `direct`, which takes the function's arguments after one that says whether gradients are
     recorded, and returns None where it cannot serve. With torch's dispatcher in between a small call takes ten times
