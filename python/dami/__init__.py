@@ -13,8 +13,9 @@ from dami import registration
 from dami.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from dami.dial.turning import intensity
+    from dami.dial.turning import intensity, set_intensity
     from dami.estimators.attach import attach
+    from dami.estimators.registry import register_estimator
     from dami.layers.describe import describe
     from dami.loading.load import load_pair
     from dami.loading.packing import pack
@@ -33,7 +34,9 @@ _HOME = {
     "materialize": "saving.merging",
     "pack": "loading.packing",
     "patch_model": "patching.patch",
+    "register_estimator": "estimators.registry",
     "save_pair": "saving.directory",
+    "set_intensity": "dial.turning",
     "twin": "patching.model",
     "unpatch_model": "patching.patch",
 }
@@ -47,7 +50,9 @@ __all__ = [
     "materialize",
     "pack",
     "patch_model",
+    "register_estimator",
     "save_pair",
+    "set_intensity",
     "twin",
     "unpatch_model",
 ]

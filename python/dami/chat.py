@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from dami.dial.choosing import resolved
+from dami.callers import CALLERS
+from dami.dial.choosing import estimates
+from dami.dial.patch import patch_of
+from dami.dial.values import Intensity
 from dami.generation.pieces import KNOWN, end_tokens, generate_in_pieces
 from dami.prompts import Prompt
 from dami.thoughts import Reader
@@ -106,17 +108,17 @@ def ask(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Prompt],
-    intensities: Sequence[float | str] | None,
+    intensities: Sequence[float | str] | float | str | torch.Tensor | None,
     chat_template: ChatTemplate | None = "default",
     **options: Any,
 ) -> list[Answer]:
-    """Answers all prompts in one batch, row i at `intensities[i]`.
+    """Answers all prompts in one batch, each at its own λ.
 
     Args:
         model: a patched model; or an ordinary one, with `intensities` None.
         tokenizer: its tokenizer.
         prompts: one per row.
-        intensities: one per row: a number, a preset's name, or "auto".
+        intensities: for all rows or one per row: a number, a preset's name, or "auto".
         chat_template: as in `encode`. Where it depends on λ, an estimator is shown the instruct end's.
         options: passed to `model.generate`.
     """
@@ -136,22 +138,20 @@ def numbers_of(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Prompt],
-    intensities: Sequence[float | str],
+    intensities: Sequence[float | str] | float | str | torch.Tensor,
     chat_template: ChatTemplate | None = "default",
 ) -> list[float]:
     """λ of every row, with the presets' and the estimator's in place of names."""
-    batch: dict[str, Any] = {}
-    if "auto" in intensities:
+    wanted = Intensity.parse(intensities, CALLERS["dami.chat.ask"], patch_of(model).presets, len(prompts))
+    lams = wanted.each(len(prompts))
+    if wanted.auto:
         fixed = chat_template if chat_template is None or isinstance(chat_template, str) else "instruct"
         _, batch = encode(tokenizer, prompts, fixed)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    lams = resolved(model, list(intensities), batch, len(prompts))
-    return [_decimal(lam) if given == "auto" else float(lam) for given, lam in zip(intensities, lams, strict=True)]
-
-
-def _decimal(lam: float) -> float:
-    """The shortest decimal number that is the same in float32, as which estimators give λ: 0.4, not 0.40000000596."""
-    return float(str(np.float32(lam)))
+        found = estimates(model, batch, len(prompts), wanted.auto)
+        for place, lam in zip(wanted.auto, found.numpy(), strict=True):
+            lams[place] = float(str(lam))  # the shortest decimal number: 0.4, not 0.40000000596
+    return lams
 
 
 def answers_of(

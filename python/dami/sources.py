@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from dami.callers import AUTO, CALLERS, Caller
+
 T = TypeVar("T")
 
 METHOD = "dami"  # quant_method of a packed pair
@@ -70,14 +72,6 @@ def check_end(path: Path) -> None:
         raise ValueError(f"{path} is a packed pair, not one end of a pair: load it alone")
 
 
-def check_preset(name: str, presets: Iterable[str]) -> None:
-    """Raises ValueError unless `name` is that of a preset."""
-    known = sorted(presets)
-    if name not in known:
-        there = f"one of {known}" if known else "a preset, of which the model has none,"
-        raise ValueError(f"intensity must be a number, {there} or 'auto', got {name!r}")
-
-
 def check_estimator(estimator: T | None) -> T:
     """The estimator; ValueError if there is none."""
     if estimator is None:
@@ -85,21 +79,30 @@ def check_estimator(estimator: T | None) -> T:
     return estimator
 
 
-def check_pair(ends: Sequence[str], format: str | None, intensities: Iterable[float | str] = ()) -> None:
+def check_pair(
+    ends: Sequence[str],
+    format: str | None,
+    intensities: Iterable[float | str] = (),
+    caller: Caller = CALLERS["dami generate"],
+) -> None:
     """Raises what loading a pair and asking at these λ would raise, as far as files on disk tell.
 
     Args:
         ends: a packed pair, or an instruct and a thinking end, as `load_pair` takes them.
         format: likewise.
         intensities: numbers, names of presets, "auto".
+        caller: who was given them.
     """
+    names = {each for each in intensities if isinstance(each, str)}
+    if AUTO in names:
+        caller.check("auto")
     paths = [local(end) for end in ends]
     for path in paths:
         if path is not None and len(ends) == 1:
             check_packed(path, format)
         elif path is not None:
             check_end(path)
-    where, names = paths[-1], {each for each in intensities if isinstance(each, str)}
+    where = paths[-1]
     if where is None or not names:
         return
     file = where / FOLDER / SETTINGS
@@ -108,7 +111,7 @@ def check_pair(ends: Sequence[str], format: str | None, intensities: Iterable[fl
         presets, estimator = known.get("presets", ()), known.get("estimator")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} must hold an estimator's settings and presets: {error!r}") from error
-    for name in names - {"auto"}:
-        check_preset(name, presets)
-    if "auto" in names:
+    for name in names - {AUTO}:
+        caller.preset(name, presets)
+    if AUTO in names:
         check_estimator(estimator)

@@ -224,6 +224,10 @@ def test_a_pair_is_packed_described_and_merged(tmp_path: Path) -> None:
     assert "quantization_config" not in config
     assert (merged / "tokenizer.json").exists()
     assert run("merge", instruct, thinking, "-l", "0.8", "-o", str(merged)).exit_code == 2
+    refused = run("merge", instruct, thinking, "-l", "auto", "-o", str(tmp_path / "auto"))
+    assert "dami merge takes a number or a preset as intensity, got 'auto'" in refused.stderr
+    assert "λ=0.4." in run("merge", instruct, thinking, "-l", "low", "-o", str(tmp_path / "low")).stdout
+    assert "merged at λ = 0.4" in (tmp_path / "low" / "README.md").read_text()
 
 
 def test_bench_runs_the_checkouts_benchmarks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import torch
 import transformers
 from dami.dial.values import as_lam
 from dami.keywords import meant
+from dami.layers.status import Status
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.utils import TransformersKwargs
@@ -83,8 +84,8 @@ BAD = [
     ([True] * 4, TypeError, r"intensity must be a real number, or one per sequence, got \[True"),
     (1e300, ValueError, r"intensity must be finite, got 1e\+300"),
     (10**400, ValueError, "intensity must be a real number, or one per sequence, within the range of floats"),
-    ("0.5", ValueError, "intensity must be a number, a preset, of which the model has none, or 'auto', got '0.5'"),
-    ([0.0, "1", 0.5, 1.0], ValueError, "intensity must be a number, a preset, of which the model has none, or 'auto'"),
+    ("0.5", ValueError, "intensity must be a number,? (or )?a preset, of which the model has none,.* got '0.5'"),
+    ([0.0, "1", 0.5, 1.0], ValueError, "intensity must be a number,? (or )?a preset, of which the model has none,"),
     (True, TypeError, "intensity must be a real number, or one per sequence, got True"),
     (1j, TypeError, "intensity must be a real number, or one per sequence, got complex"),
 ]
@@ -220,7 +221,7 @@ def test_a_copy_made_in_a_block_or_a_pass_is_at_rest(
         model.generate(**inputs, intensity={"mlp": lambda step, tokens: 0.5}, max_new_tokens=1)
     assert len(copies) == 2 + 2 * len(model.model.layers)
     for each in copies:
-        assert each.dami_patch.course is None
+        assert each.dami_patch.program is None
         assert torch.equal(each.model.norm.weight, model.model.norm.weight)  # as it is seen outside a pass
         assert torch.equal(each(**inputs).logits, wanted[0])
         assert torch.equal(each(**inputs, intensity=lam).logits, wanted[1])
@@ -450,3 +451,158 @@ def test_transformers_reads_the_signatures_it_knows(model: PreTrainedModel) -> N
         assert patched["intensity"].kind is inspect.Parameter.KEYWORD_ONLY
     assert type(model).__name__ == "Qwen3ForCausalLM"
     assert model.can_generate()
+
+
+def _seen(model: PreTrainedModel) -> dict[str, Any]:
+    """λ that modules of three groups read."""
+    layer = model.model.layers[1]
+    modules = {"embed": model.model.embed_tokens, "attn": layer.self_attn.q_proj, "mlp": layer.mlp.up_proj}
+    return {group: module.lerp.lam.tolist() for group, module in modules.items()}
+
+
+@torch.no_grad()
+def test_an_intensity_that_is_set_holds_until_it_is_set_anew(model: PreTrainedModel) -> None:
+    inputs = batch("left")
+    wanted = {lam: model(**inputs, intensity=lam).logits for lam in (0.0, 0.25, 0.5)}
+    dami.set_intensity(model, 0.25)
+    assert torch.equal(model(**inputs).logits, wanted[0.25])
+    assert torch.equal(model(**inputs, intensity=0.5).logits, wanted[0.5])
+    with dami.intensity(model, 0.5):
+        assert torch.equal(model(**inputs).logits, wanted[0.5])
+        assert torch.equal(model(**inputs, intensity=0.0).logits, wanted[0.0])
+    assert torch.equal(model(**inputs).logits, wanted[0.25])
+    generated = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert torch.equal(generated, model.generate(**inputs, intensity=0.25, max_new_tokens=3, do_sample=False))
+    dami.set_intensity(model, [0.0, 0.25, 0.5, 1.0])
+    assert torch.equal(model(**inputs).logits, model(**inputs, intensity=[0.0, 0.25, 0.5, 1.0]).logits)
+    dami.set_intensity(model, 0.0)
+    assert torch.equal(model(**inputs).logits, wanted[0.0])
+
+
+@torch.no_grad()
+def test_parts_that_are_set_apart_stay_so_and_blocks_go_over_them(model: PreTrainedModel) -> None:
+    inputs = batch("left")
+    dami.set_intensity(model, {"attn": 0.75, "*": 0.25, ("mlp", 1): 0.5})  # "*" comes later, and has the attention
+    with dami.intensity(model, {"*": 0.25, ("mlp", 1): 0.5}):
+        wanted = model(**inputs).logits
+    assert _seen(model) == {"embed": 0.25, "attn": 0.25, "mlp": 0.5}
+    assert torch.equal(model(**inputs).logits, wanted)
+    assert torch.equal(model(**inputs, intensity={("mlp", 1): 0.5, "embed": 0.25}).logits, wanted)
+    with dami.intensity(model, 0.0):
+        assert _seen(model) == {"embed": 0.0, "attn": 0.0, "mlp": 0.5}
+        with dami.intensity(model, 1.0, modules="mlp"):
+            assert _seen(model) == {"embed": 0.0, "attn": 0.0, "mlp": 1.0}
+    assert _seen(model) == {"embed": 0.25, "attn": 0.25, "mlp": 0.5}
+    dami.set_intensity(model, {"attn": 1.0})  # the last one's part follows the whole model again
+    assert _seen(model) == {"embed": 0.25, "attn": 1.0, "mlp": 0.25}
+    dami.set_intensity(model, 0.5)
+    assert _seen(model) == {"embed": 0.5, "attn": 0.5, "mlp": 0.5}
+    assert torch.equal(model(**inputs).logits, model(**inputs, intensity=0.5).logits)
+
+
+@pytest.mark.parametrize("how", COPIES)
+@torch.no_grad()
+def test_a_copy_keeps_what_is_set_and_a_twin_stands_where_it_is_told(model: PreTrainedModel, how: str) -> None:
+    dami.set_intensity(model, {"*": 0.25, "mlp": 0.5})
+    with dami.intensity(model, 1.0), dami.intensity(model, 0.75, modules="mlp"):
+        other = COPIES[how](model)
+    wanted = {"embed": 0.0, "attn": 0.0, "mlp": 0.0} if how == "twin" else {"embed": 0.25, "attn": 0.25, "mlp": 0.5}
+    assert _seen(other) == wanted
+    dami.set_intensity(other, 1.0)
+    assert _seen(other) == {"embed": 1.0, "attn": 1.0, "mlp": 1.0}
+    assert _seen(model) == {"embed": 0.25, "attn": 0.25, "mlp": 0.5}
+
+
+@torch.no_grad()
+def test_a_pair_is_saved_and_unpatched_without_what_is_set(model: PreTrainedModel, tmp_path: Path) -> None:
+    inputs = batch("left")
+    wanted = model(**inputs).logits
+    dami.set_intensity(model, {"*": 0.25, "mlp": 0.5})
+    dami.save_pair(model, tmp_path / "pair")
+    assert torch.equal(dami.load_pair(tmp_path / "pair")[0](**inputs).logits, wanted)
+    plain = dami.unpatch_model(model)
+    assert not hasattr(plain, "dami")
+    again = dami.patch_model(plain, pair("qwen3")[1])
+    assert _seen(again) == {"embed": 0.0, "attn": 0.0, "mlp": 0.0}
+
+
+def test_an_intensity_is_set_outside_of_blocks_and_calls_only(model: PreTrainedModel) -> None:
+    dami.set_intensity(model, 0.25)
+    for block in ({}, {"modules": "mlp"}):
+        with dami.intensity(model, 0.5, **block), pytest.raises(RuntimeError, match="sets λ for good: call it outside"):
+            dami.set_intensity(model, 1.0)
+
+    def meddles(step: int, tokens: torch.Tensor) -> float:
+        dami.set_intensity(model, 1.0)
+        return 0.5
+
+    with pytest.raises(RuntimeError, match="sets λ for good: call it outside"):
+        model.generate(**batch("left"), intensity=meddles, max_new_tokens=2)
+    for bad, error in (
+        ({"nothing": 0.5}, ValueError),
+        ({"mlp": 0.5, "*": float("nan")}, ValueError),
+        ("auto", TypeError),
+    ):
+        with pytest.raises(error):
+            dami.set_intensity(model, bad)
+    assert _seen(model) == {"embed": 0.25, "attn": 0.25, "mlp": 0.25}
+    with pytest.raises(TypeError, match="model must be patched"):
+        dami.set_intensity(pair("qwen3")[0], 0.5)
+
+
+def test_the_gradient_of_a_checkpointed_pass_is_at_the_part_that_was_set(model: PreTrainedModel) -> None:
+    """Though λ is set anew before the backward pass runs the layers again."""
+    inputs = batch("left")
+    model.train()
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        lam = torch.tensor(0.25, requires_grad=True)
+        dami.set_intensity(model, {"*": 0.5, "mlp": lam})
+        loss = model(**inputs).logits.square().mean()
+        dami.set_intensity(model, 0.0)
+        loss.backward()
+        gradients.append(lam.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_status_of_a_model(model: PreTrainedModel) -> None:
+    model = dami.patch_model(*pair("qwen3"), format="int4")
+    status = model.dami
+    assert (status.format, status.nbytes) == ("int4", dami.describe(model).nbytes)
+    assert (status.intensity, status.parts, status.ends) == (0.0, (), (None, None))
+    assert (status.presets, status.estimator, status.frontier) == ({}, None, {})
+    dami.attach(model, dami.estimators.StaticIntensity(0.5), {"low": 0.2})
+    dami.set_intensity(model, {"*": [0.0, 0.3, 0.7, 1.0], ("mlp", 1): 0.4})
+    assert status.intensity == [0.0, 0.3, 0.7, 1.0]
+    [part] = status.parts
+    assert (part.intensity, part.groups) == (0.4, ("mlp",))
+    assert part.modules == tuple(f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down"))
+    with dami.intensity(model, 0.9, layers=1, modules="mlp"):
+        assert [part.intensity for part in status.parts] == [0.9]
+    assert (status.presets, type(status.estimator).__name__) == ({"low": 0.2}, "StaticIntensity")
+    lines = [line.split(maxsplit=1) for line in str(status).splitlines()]
+    assert lines[0] == ["Qwen3ForCausalLM"]
+    assert dict(lines[1:]) == {
+        "instruct": "not known",
+        "thinking": "not known",
+        "format": f"int4; {_counted(model)}",
+        "bytes": f"{status.nbytes:,}",
+        "intensity": "[0.0, 0.3, 0.7, 1.0]; 0.4 in 3 modules (mlp)",
+        "presets": "low 0.2",
+        "estimator": "StaticIntensity",
+        "frontier": "not measured",
+    }
+    shipped, _ = dami.load_pair(*dami.example_pair())
+    assert shipped.dami.ends == ("instruct", "thinking")
+    assert shipped.dami.frontier == shipped.dami_patch.frontier != {}
+    assert "frontier   measured at 6 λ" in str(shipped.dami)
+    with pytest.raises(TypeError, match="model must be patched"):
+        Status(pair("qwen3")[0])
+
+
+def _counted(model: PreTrainedModel) -> str:
+    formats = [row.format for row in dami.describe(model).rows]
+    kinds = f"{formats.count('int4')} as int4, {formats.count('pair')} as pair"
+    return f"{len(formats)} of {len(formats)} parameters differ: {kinds}"

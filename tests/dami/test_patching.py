@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import dami
 import pytest
 import torch
@@ -175,6 +176,39 @@ def test_an_offloaded_model() -> None:
     model.lm_head.to("meta")
     with pytest.raises(ValueError, match="instruct_model must be on devices, not offloaded, got 1 tensors on meta"):
         dami.patch_model(model, thinking)
+
+
+def _dispatched(model: PreTrainedModel, folder: Path) -> None:
+    places = {name: "cpu" for name, _ in model.model.named_children() if name != "layers"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk", "lm_head": "cpu"}
+    places = {name if "." in name or name == "lm_head" else f"model.{name}": place for name, place in places.items()}
+    accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=folder)
+
+
+OFFLOADS: dict[str, Callable[[PreTrainedModel, Path], Any]] = {
+    "cpu_offload": lambda model, folder: accelerate.cpu_offload(model, execution_device=torch.device("cpu")),
+    "disk_offload": lambda model, folder: accelerate.disk_offload(model, folder, execution_device=torch.device("cpu")),
+    "dispatch_model": _dispatched,
+}
+
+
+@pytest.mark.parametrize("how", OFFLOADS)
+@pytest.mark.parametrize("format", ["pair", "int8", "int4", "w8d4"])
+@torch.no_grad()
+def test_accelerate_offloads_a_model_in_memory(format: str, how: str, tmp_path: Path) -> None:
+    model, inputs, lam = dami.patch_model(*pair("qwen3"), format=format), batch("left"), [0.0, 0.3, 0.7, 1.0]
+    wanted = model(**inputs, intensity=lam).logits
+    OFFLOADS[how](model, tmp_path)
+    assert any(parameter.is_meta for parameter in model.parameters())
+    for each in (model, copy.deepcopy(model)):
+        assert torch.equal(each(**inputs, intensity=lam).logits, wanted)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert torch.equal(model(**inputs, intensity=lam).logits, wanted)
+    placeholders = [
+        module.tensor(n) for module in model.modules() if hasattr(module, "lerp") for n in module.placeholders()
+    ]
+    assert bool(placeholders) is (format == "w8d4")
+    assert all(tensor.untyped_storage().nbytes() == tensor.element_size() for tensor in placeholders)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

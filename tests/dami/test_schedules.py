@@ -10,7 +10,7 @@ import dami
 import pytest
 import torch
 from dami import schedules
-from dami.dial.choosing import resolved
+from dami.dial.choosing import estimates
 from dami.dial.patch import Estimator
 from dami.estimators import StaticIntensity
 from torch import Tensor
@@ -204,7 +204,7 @@ def test_bad_parts_are_refused(
         with pytest.raises(error, match=message):
             run(**prompts(), intensity=parts)
     assert all(module.lerp.part is None for module in model.modules() if hasattr(module, "lerp"))
-    assert model.dami_patch.course is None
+    assert model.dami_patch.program is None
 
 
 def test_parts_exclude_layers_and_modules(model: PreTrainedModel) -> None:
@@ -227,7 +227,7 @@ def test_a_schedule_that_returns_something_else_is_named(
 ) -> None:
     with pytest.raises(error, match=message):
         model.generate(**prompts(), intensity=schedule, **GREEDY)
-    assert model.dami_patch.course is None
+    assert model.dami_patch.program is None
     assert model.dami_patch.dial.lam == 0
 
 
@@ -253,8 +253,9 @@ def test_assisted_decoding_has_one_lam_for_all_steps(model: PreTrainedModel, int
 
 
 def test_a_schedule_is_for_generate(model: PreTrainedModel) -> None:
-    for use in (FALLING, "auto"):
-        with pytest.raises(TypeError, match="schedules and 'auto' are for generate"):
+    takes = "forward takes a number, one per sequence, a preset or a mapping of parts as intensity"
+    for use, whose in (FALLING, "a schedule, which is for generate$"), ("auto", "'auto', which is for generate, "):
+        with pytest.raises(TypeError, match=f"^{takes}, got {whose}"):
             model(**prompts(), intensity=use)
 
 
@@ -314,20 +315,18 @@ def test_auto_of_an_invariant_model_does_not_depend_on_neighbours() -> None:
     batch = prompts()
     rows = len(batch["input_ids"])
     with torch.no_grad():
-        together = resolved(model, "auto", batch, rows)
+        together = estimates(model, batch, rows)
         assert [len(ids) for ids in asked] == [1] * rows
         for row in range(rows):
             ids = batch["input_ids"][row : row + 1, batch["attention_mask"][row].bool()]
             assert torch.equal(asked[row], ids)
-            assert resolved(model, "auto", {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 1) == [
-                together[row]
-            ]
+            assert estimates(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 1) == together[row]
         embedded = {
             "inputs_embeds": torch.randn(2, 3, model.config.hidden_size),
             "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]),
         }
         asked.clear()
-        resolved(model, ["auto", "auto"], embedded, 2)
+        estimates(model, embedded, 2)
         assert [each.shape[1] for each in asked] == [2, 3]
 
 
@@ -347,6 +346,8 @@ def test_a_preset_stands_for_its_number_wherever_a_number_does(model: PreTrained
         model.generate(**inputs, intensity="lo", **GREEDY)
     dami.attach(model, None, {})
     with pytest.raises(ValueError, match="a preset, of which the model has none, or 'auto', got 'low'"):
+        model.generate(**inputs, intensity="low")
+    with pytest.raises(ValueError, match="a number or a preset, of which the model has none, got 'low'"):
         model(**inputs, intensity="low")
     with pytest.raises(ValueError, match='presets must have names other than "auto"'):
         dami.attach(model, None, {"auto": 0.5})

@@ -53,7 +53,7 @@ def test_packed_saved_and_saved_again_it_is_the_pair(family: str, format: str, t
     instruct, thinking = pair(family)
     paths = save(instruct, tmp_path / "a"), save(thinking, tmp_path / "b", max_shard_size="20KB")
     model, _ = dami.load_pair(*paths, format)
-    dami.pack(*paths, tmp_path / "packed", format, shard_bytes=15_000)
+    dami.pack(*paths, tmp_path / "packed", format, max_shard_size="15KB")
     dami.save_pair(model, tmp_path / "saved")
     assert len(list((tmp_path / "packed").glob("*.safetensors"))) > 1
     stored = [
@@ -386,6 +386,29 @@ def _device_maps(model: PreTrainedModel) -> dict[str, dict[str, str]]:
     """Device maps that put a part, or all, on the disk."""
     some = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
     return {"some": {**some, "model.rotary_emb": "cpu", "lm_head": "cpu"}, "all": {"": "disk"}}
+
+
+@pytest.mark.parametrize("how", ["pack", "pack, old name", "pack what is loaded", "save_pair", "save_pretrained"])
+def test_files_are_no_larger_than_asked_for(ends: tuple[Path, Path], how: str, tmp_path: Path) -> None:
+    to = tmp_path / "pair"
+    if how == "pack what is loaded":
+        AutoModelForCausalLM.from_pretrained(ends[1]).save_pretrained(ends[1], safe_serialization=False)
+    if how.startswith("pack"):
+        dami.pack(*ends, to, **({"shard_bytes": 20_000} if "old" in how else {"max_shard_size": "20KB"}))
+    elif how == "save_pair":
+        dami.save_pair(dami.load_pair(*ends)[0], to, max_shard_size="20KB")
+    else:
+        dami.load_pair(*ends)[0].save_pretrained(to, max_shard_size="20KB")
+    files = list(to.glob("*.safetensors"))
+    assert len(files) > 1
+    assert all(len(load_file(file)) == 1 or file.stat().st_size < 22_000 for file in files)
+    assert torch.isfinite(logits(dami.load_pair(to)[0])).all()
+
+
+def test_what_is_no_size_is_refused(ends: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`size` much is not in a valid format"):
+        dami.pack(*ends, tmp_path / "pair", max_shard_size="much")
+    assert not (tmp_path / "pair").exists()
 
 
 @every_format

@@ -83,7 +83,7 @@ def _mixed(method: Any) -> Any:
     @functools.wraps(method)
     def at_several(self: Any, *args: Any, intensity: Any = None, **kwargs: Any) -> Any:
         rows = _sequences(self, args, kwargs)
-        if intensity is None and self.dami_patch.course is None and rows is not None:
+        if intensity is None and self.dami_patch.program is None and rows is not None:
             intensity = [ROWS[row % len(ROWS)] for row in range(rows)]
         return method(self, *args, intensity=intensity, **kwargs)
 

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from dami import sources
+from dami.callers import CALLERS, Caller
 from dami.version import __version__
 
 CHECKOUT = Path(__file__).resolve().parents[3]
@@ -74,6 +75,7 @@ def load(
     invariant: bool = False,
     intensities: Sequence[float | str] = (),
     device: str | None = None,
+    caller: Caller = CALLERS["dami generate"],
 ) -> tuple[Any, Any]:
     """Loads a packed pair or two checkpoints, onto the GPU if there is one and no other device is named.
 
@@ -88,7 +90,7 @@ def load(
         raise fail(f"a pair is one packed directory or two checkpoints, got {len(pair)}")
     ends = [*(pair or map(str, sources.example_pair()))]
     with user_errors():
-        sources.check_pair(ends, format, intensities)
+        sources.check_pair(ends, format, intensities, caller)
     outside = [lam for lam in intensities if not isinstance(lam, str) and not 0 <= lam <= 1]
     if outside:
         told = ", ".join(f"{lam:g}" for lam in outside)

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from dami.callers import from_text
 
 FORMATS = ("pair", "int8", "int4", "w8d4", "lowrank")  # dami_kernels.formats.names(), which needs torch
 
 
 def finite(text: str) -> float:
     """Reads a λ."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
+    value = number_or_name(str(text))  # a default is a number already
+    if isinstance(value, str):
         raise typer.BadParameter(f"must be a finite number such as 0.5, got {text!r}")
-    return value + 0.0  # no -0.0
+    return value
 
 
 def number_or_name(text: str) -> float | str:
     """Reads a λ, or the name of a preset, or "auto"."""
-    return text if text.isidentifier() and text.lower() not in ("nan", "inf", "infinity") else finite(text)
+    try:
+        return from_text(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def positive(text: str) -> float:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dami import sources
+from dami.callers import CALLERS
 from dami.cli.base import app, err, fail, load, out, user_errors
-from dami.cli.options import DtypeOption, EndsArgument, FormatOption, OutputOption, OverwriteOption, finite, format_name
+from dami.cli.options import (
+    DtypeOption,
+    EndsArgument,
+    FormatOption,
+    OutputOption,
+    OverwriteOption,
+    format_name,
+    number_or_name,
+)
 from dami.files import check_new, written_whole
 
 
@@ -68,7 +77,10 @@ def pack(
 @app.command()
 def merge(
     output: OutputOption,
-    intensity: Annotated[float, typer.Option("--intensity", "-l", parser=finite, metavar="λ", help="Of the copy.")],
+    intensity: Annotated[
+        Any,
+        typer.Option("--intensity", "-l", parser=number_or_name, metavar="λ|NAME", help="A number, or a preset."),
+    ],
     ends: EndsArgument = None,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -79,9 +91,10 @@ def merge(
     inputs = ends or [str(end) for end in sources.example_pair()]
     with user_errors():
         check_new(output, overwrite, inputs)
-    model, tokenizer = load(ends, intensities=[intensity], device="cpu")  # each weight is read once
+    caller = CALLERS["dami merge"]
+    model, tokenizer = load(ends, intensities=[intensity], caller=caller, device="cpu")  # each weight is read once
     from dami.saving.merging import write_merged
 
     with user_errors(), written_whole(output, overwrite, inputs) as partial:
-        write_merged(model, partial, tokenizer, intensity)
-    out.print(f"{output}: an ordinary checkpoint at λ={intensity:g}.")
+        lam = write_merged(model, partial, tokenizer, intensity)
+    out.print(f"{output}: an ordinary checkpoint at λ={lam:g}.")

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dami.callers import CALLERS, DEFAULT
 from dami.cli.base import app, err, fail, load, user_errors
 from dami.cli.options import DtypeOption, EndsArgument, FormatOption, finite, number_or_name, template
 
@@ -96,7 +97,7 @@ def serve(
     api_key: ApiKeyOption = None,
     allowed_host: AllowedHostOption = None,
     name: NameOption = None,
-    default_intensity: DefaultIntensityOption = "0.5",
+    default_intensity: DefaultIntensityOption = str(DEFAULT),
     intensity_range: IntensityRangeOption = (-1.0, 2.0),
     format: FormatOption = None,
     dtype: DtypeOption = "auto",
@@ -137,7 +138,7 @@ def serve(
         given = read_frontier(frontier) if frontier else None
         if target_latency is not None:  # what it refuses is told now
             IntensityController(target_latency, max_batch_rows, intensity_floor)
-    model, tokenizer = load(ends, format, dtype, invariant, [default_intensity])
+    model, tokenizer = load(ends, format, dtype, invariant, [default_intensity], caller=CALLERS["dami serve"])
     from dami.dial.patch import patch_of
     from dami.serving.app import create_app
     from dami.serving.engine import Engine, Limits

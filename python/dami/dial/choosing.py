@@ -1,55 +1,61 @@
-"""Names become numbers: presets, and what an estimator chooses for "auto"."""
+"""What an estimator chooses, in place of "auto"."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dami.callers import Caller
 from dami.dial.patch import patch_of
-from dami.dial.values import as_lam
-from dami.sources import check_estimator, check_preset
+from dami.dial.values import Intensity, as_lam
+from dami.sources import check_estimator
 
 
-def named(model: nn.Module, intensity: Any) -> Any:
-    """An intensity with the model's presets, such as "low", in place of their names; "auto" and all else are left.
-
-    Raises:
-        TypeError: the model is not patched.
-        ValueError: it has no preset of that name.
-    """
-    if isinstance(intensity, (list, tuple)):
-        return [named(model, each) if isinstance(each, str) else each for each in intensity]
-    if not isinstance(intensity, str) or intensity == "auto":
-        return intensity
-    presets = patch_of(model).presets
-    check_preset(intensity, presets)
-    return presets[intensity]
-
-
-def resolved(model: nn.Module, intensity: Any, batch: Mapping[str, Any], prompts: int) -> Any:
-    """An intensity with numbers for presets' names, and what the estimator chooses wherever it says "auto".
+def chosen(model: nn.Module, value: Any, caller: Caller, batch: Mapping[str, Any], prompts: int) -> Intensity:
+    """An intensity as `Intensity.parse` reads it, with numbers where the estimator was to choose.
 
     Args:
         model: a patched model.
-        intensity: anything that `generate` takes.
-        batch: arguments of `generate` by name; the estimator is given the tensors, for the prompts that want it only.
+        value, caller: as there.
+        batch: arguments of `generate` by name, of which the estimator is given the tensors.
         prompts: how many there are.
 
     Raises:
-        ValueError: there is no estimator, or no such preset.
+        TypeError, ValueError: as there; or there is no estimator, or what it says is no λ.
     """
-    value = named(model, intensity)
-    values = [value] * prompts if isinstance(value, str) else value
-    places = [i for i, each in enumerate(values) if isinstance(each, str)] if isinstance(values, list) else []
-    if not places:
-        return value
-    if len(values) != prompts:
-        raise ValueError(f"intensity must be a real number, or one per sequence, got {len(values)} for {prompts}")
+    return _without_auto(model, Intensity.parse(value, caller, patch_of(model).presets, prompts), batch, prompts)
+
+
+def _without_auto(model: nn.Module, intensity: Intensity, batch: Mapping[str, Any], prompts: int) -> Intensity:
+    if intensity.parts:
+        parts = [(names, layers, _without_auto(model, each, batch, prompts)) for names, layers, each in intensity.parts]
+        return replace(intensity, parts=parts)
+    if not intensity.auto:
+        return intensity
+    numbers = intensity.numbers.clone()
+    numbers[list(intensity.auto)] = estimates(model, batch, prompts, intensity.auto).to(numbers.dtype)
+    return replace(intensity, numbers=numbers, auto=())
+
+
+def estimates(model: nn.Module, batch: Mapping[str, Any], prompts: int, places: Sequence[int] | None = None) -> Tensor:
+    """The λ that the estimator of a patched model chooses: float32 [P] on the CPU.
+
+    Args:
+        model: a patched model.
+        batch: arguments of `generate` by name; the estimator is given the tensors, for the P prompts only.
+        prompts: how many there are in the batch.
+        places: of the P prompts that are asked about; all if None.
+
+    Raises:
+        TypeError, ValueError: there is no estimator, or what it says is no λ.
+    """
     patch = patch_of(model)
     estimator = check_estimator(patch.estimator)
+    places = list(range(prompts) if places is None else places)
     inputs = {
         "input_ids" if name == "inputs" else name: tensor[places] if tensor.shape[:1] == (prompts,) else tensor
         for name, tensor in batch.items()
@@ -59,12 +65,8 @@ def resolved(model: nn.Module, intensity: Any, batch: Mapping[str, Any], prompts
     if patch.running.invariant:  # λ must not depend on the other prompts either
         groups = [_alone(inputs, row, len(places)) for row in range(len(places))]
     several = len(places) // len(groups)
-    chosen = [
-        as_lam(estimator.estimate(model, group), torch.device("cpu"), several).expand(several) for group in groups
-    ]
-    for place, lam in zip(places, torch.cat(chosen).tolist(), strict=True):
-        values[place] = lam
-    return values
+    found = (as_lam(estimator.estimate(model, group), torch.device("cpu"), several) for group in groups)
+    return torch.cat([lam.expand(several) for lam in found])
 
 
 def _alone(batch: Mapping[str, Tensor], row: int, prompts: int) -> dict[str, Tensor]:

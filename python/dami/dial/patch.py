@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dami.dial.course import Course
-from dami.dial.state import Dial, Pass
+from dami.dial.program import DialProgram
+from dami.dial.state import Dial, ForwardState
 from dami.threads import Hold
 
 
@@ -48,15 +48,16 @@ class Patch:
     """What `patch_model` keeps on a model.
 
     Attributes:
-        dial: the λ of all modules, except where `dami.intensity` sets a part of them apart.
+        dial: the λ of all modules, except where a part of them is set apart.
         original: the model's class before.
         trainable: the parameters that required a gradient before.
         estimator: what chooses λ for `generate(intensity="auto")`.
         presets: λ by name, such as "low".
-        parts: the dials of the parts that `dami.intensity` has set apart, the innermost last.
+        parts: the dials of the parts that are set apart, the innermost last.
+        resting: those that `dami.set_intensity` has set apart, and no block.
         frontier: what both were measured on, as `dami.evaluation.report.summary` says it; {} if nothing was.
         hold: of the thread that runs the model.
-        course: turns the dials of the `generate` that is running, if one is.
+        program: turns the dials of the `generate` that is running, if one is.
         running: the forward pass that the model is in.
         attention: the implementation outside of continuous batching, while the model is set up for that; None else.
         checked: whether `check_independence` has passed.
@@ -67,15 +68,16 @@ class Patch:
     """
 
     dial: Dial
-    original: type[nn.Module]
+    original: type[Any]
     trainable: list[nn.Parameter]
     estimator: Estimator | None = None
     presets: Mapping[str, float] = field(default_factory=dict)
     parts: list[Dial] = field(default_factory=list)
+    resting: list[Dial] = field(default_factory=list)
     frontier: Mapping[str, Any] = field(default_factory=dict)
     hold: Hold = field(default_factory=Hold)
-    course: Course | None = None
-    running: Pass = field(default_factory=Pass)
+    program: DialProgram | None = None
+    running: ForwardState = field(default_factory=ForwardState)
     attention: str | None = None
     checked: bool = False
     packs: bool = False
@@ -85,7 +87,7 @@ class Patch:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in no block, and runs no `generate`."""
-        return {**vars(self), "parts": [], "course": None}
+        return {**vars(self), "parts": [*self.resting], "program": None}
 
 
 class Estimator(Protocol):

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-GROUPS = ("attn", "embed", "experts", "head", "mlp", "norm", "other")
+MODULE_GROUPS = ("attn", "embed", "experts", "head", "mlp", "norm", "other")
 
 
 @dataclass(eq=False)
@@ -53,11 +53,11 @@ def layer_of(name: str) -> int | None:
 class PatchedModule(nn.Module):
     """A module of a patched model, whatever it computes."""
 
-    lerp: Lerp
+    lerp: ModuleState
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredEnds:
     """In which format a patched module keeps both ends of a parameter, and the names of its tensors."""
 
     format: str
@@ -65,7 +65,7 @@ class Stored:
 
 
 @dataclass(eq=False)
-class Pass:
+class ForwardState:
     """The forward pass that a model is in; its modules share it.
 
     Attributes:
@@ -87,7 +87,7 @@ class Pass:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in no pass."""
-        return vars(Pass(invariant=self.invariant))
+        return vars(ForwardState(invariant=self.invariant))
 
     @contextmanager
     def out_of_order(self) -> Iterator[None]:
@@ -115,7 +115,7 @@ class Pass:
 
 
 @dataclass(eq=False)
-class Lerp:
+class ModuleState:
     """What a patched module knows beyond the original.
 
     Attributes:
@@ -123,12 +123,13 @@ class Lerp:
         original: its class before.
         settings: keyword arguments of its operator, such as a norm's eps, or a linear layer's `invariant`.
         layer: index of its layer, None outside the layers.
-        group: one of `dial.GROUPS`.
+        group: one of `dial.MODULE_GROUPS`.
         stored: where the ends of every parameter and buffer that is interpolated are, by its name.
         name: the module's, in its model.
         running: the forward pass of its model.
         tokens_at: which dimension of its input the tokens of a packed row are, once it has met one.
-        part: the dial that it reads instead, while `dami.intensity` sets its part of the model apart.
+        part: the dial that it reads instead, while its part of the model is set apart.
+        resting: what `part` is outside of `with dami.intensity(…)` blocks, as `dami.set_intensity` has set it.
     """
 
     dial: Dial
@@ -136,11 +137,12 @@ class Lerp:
     settings: dict[str, Any]
     layer: int | None
     group: str
-    stored: dict[str, Stored] = field(default_factory=dict)
+    stored: dict[str, StoredEnds] = field(default_factory=dict)
     name: str = ""
-    running: Pass = field(default_factory=Pass)
+    running: ForwardState = field(default_factory=ForwardState)
     tokens_at: int | None = None
     part: Dial | None = None
+    resting: Dial | None = None
 
     @property
     def lam(self) -> Tensor:
@@ -160,4 +162,4 @@ class Lerp:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in no `with` block, and in no pass."""
-        return {**vars(self), "part": None}
+        return {**vars(self), "part": self.resting}

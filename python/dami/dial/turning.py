@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from dami.dial.choosing import named
-from dami.dial.patch import device_of, patch_of
-from dami.dial.state import GROUPS, Dial, PatchedModule, layer_of
-from dami.dial.values import Intensity, Part, as_lam, layer_indices, module_names, parts_of
+from dami.callers import CALLERS
+from dami.dial.patch import Patch, device_of, patch_of
+from dami.dial.state import MODULE_GROUPS, Dial, PatchedModule, layer_of
+from dami.dial.values import AnyIntensity, Intensity, layer_indices, module_names
+
+Modules = str | Iterable[str] | None  # groups and patterns of names
+Layers = int | Iterable[int] | None  # indices
 
 
 @contextmanager
 def intensity(
     model: nn.Module,
-    intensity: Intensity | Mapping[Part, Intensity],
-    layers: int | Iterable[int] | None = None,
-    modules: str | Iterable[str] | None = None,
+    intensity: AnyIntensity,
+    layers: Layers = None,
+    modules: Modules = None,
 ) -> Iterator[None]:
     """Sets λ of a patched model, or of a part of it, for the time of a `with` block.
 
@@ -43,25 +45,73 @@ def intensity(
         TypeError, ValueError: naming the argument, what came and what was wanted. The model is left as it was.
         RuntimeError: another thread runs the model, or is inside such a block.
     """
+    patch = patch_of(model)
+    wanted = Intensity.parse(intensity, CALLERS["dami.intensity"], patch.presets)
+    if wanted.parts and (layers is not None or modules is not None):
+        raise ValueError("layers and modules are for one intensity: name them in the mapping's keys")
+    with nullcontext() if torch.compiler.is_compiling() else patch.hold, turned(model, wanted, modules, layers):
+        yield
+
+
+def set_intensity(model: nn.Module, intensity: AnyIntensity) -> None:
+    """Sets λ of a patched model, until it is set anew.
+
+    A `with dami.intensity(…)` block and the `intensity` of a call come before it, and leave it as it was. A copy and a
+    twin keep it; a saved pair and an unpatched model do not. (It is no attribute to assign to: a wrapper of the model,
+    such as PEFT's, would keep that to itself.)
+
+    Args:
+        model: a patched model.
+        intensity: a number or a preset, or one of these per sequence of the batches to come; or a mapping of parts of
+            the model to these, as `dami.intensity` takes it, where "*" is the whole model. A part keeps its λ whatever
+            a call says of the whole model. What an earlier call has set apart and this one does not name follows the
+            whole model again.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted. The model is left as it was.
+        RuntimeError: inside a `with dami.intensity(…)` block or a `generate`, or while another thread runs the model.
+    """
+    patch, device = patch_of(model), device_of(model)
+    wanted = Intensity.parse(intensity, CALLERS["dami.set_intensity"], patch.presets)
+    whole, apart = patch.dial.lam, list[tuple[list[PatchedModule], Dial]]()
+    for names, layers, part in wanted.parts or [("*", None, wanted)]:
+        if names == "*" and layers is None:
+            whole, apart = part.to(device), []
+        else:
+            apart.append((_chosen(model, layers, names), Dial(part.to(device))))
+    with patch.hold:
+        if patch.dial.rest is not None or len(patch.parts) > len(patch.resting):
+            raise RuntimeError(
+                "set_intensity sets λ for good: call it outside of `with dami.intensity(…)` blocks and of generate"
+            )
+        for module in model.modules():
+            if isinstance(module, PatchedModule):
+                module.lerp.part = module.lerp.resting = None
+        for modules, dial in apart:
+            for module in modules:
+                module.lerp.part = module.lerp.resting = dial
+        patch.dial.lam, patch.resting = whole, [dial for _, dial in apart]
+        patch.parts = [*patch.resting]
+
+
+@contextmanager
+def turned(
+    model: nn.Module,
+    wanted: Intensity,
+    modules: Modules = None,
+    layers: Layers = None,
+) -> Iterator[None]:
+    """A patched model, or a part of it, at an intensity for the time of a `with` block."""
     device = device_of(model)
-    parts: list[tuple[Any, Any, Any]] = [(modules, layers, intensity)]
-    if isinstance(intensity, Mapping):
-        if layers is not None or modules is not None:
-            raise ValueError("layers and modules are for one intensity: name them in the mapping's keys")
-        parts = parts_of(intensity)
     with ExitStack() as stack:
-        if not torch.compiler.is_compiling():
-            stack.enter_context(patch_of(model).hold)
-        for names, indices, value in parts:
-            lam = as_lam(named(model, value), device)
-            stack.enter_context(separate(model, names, indices)).lam = lam
+        whole: Sequence[tuple[Modules, Layers, Intensity]] = [(modules, layers, wanted)]
+        for names, indices, part in wanted.parts or whole:
+            stack.enter_context(separate(model, names, indices)).lam = part.to(device)
         yield
 
 
 @contextmanager
-def separate(
-    model: nn.Module, modules: str | Iterable[str] | None = None, layers: int | Iterable[int] | None = None
-) -> Iterator[Dial]:
+def separate(model: nn.Module, modules: Modules = None, layers: Layers = None) -> Iterator[Dial]:
     """The dial of a part of a patched model, which no other module reads for the time of a `with` block.
 
     It can be turned inside, and stands where it stood afterwards. The whole model's dial is the patch's own.
@@ -81,7 +131,7 @@ def separate(
         yield part
 
 
-def check_rows(patch: Any, lam: Tensor, rows: int | None) -> None:
+def check_rows(patch: Patch, lam: Tensor, rows: int | None) -> None:
     """Refuses λ, of the whole model and of its parts, that are not one for each row of a forward pass: ValueError.
 
     Only `generate` may run more: copies of each sequence, which are neighbours.
@@ -94,13 +144,11 @@ def check_rows(patch: Any, lam: Tensor, rows: int | None) -> None:
     for each in (lam, *(part.lam for part in patch.parts)):
         if rows is None or each.dim() == 0:
             continue
-        if rows != len(each) and (patch.course is None or rows % len(each) != 0):
+        if rows != len(each) and (patch.program is None or rows % len(each) != 0):
             raise ValueError(f"intensity must hold one number per sequence, got {len(each)} for {rows} sequences")
 
 
-def _chosen(
-    model: nn.Module, layers: int | Iterable[int] | None, modules: str | Iterable[str] | None
-) -> list[PatchedModule]:
+def _chosen(model: nn.Module, layers: Layers, modules: Modules) -> list[PatchedModule]:
     """The patched modules that `intensity`'s `layers` and `modules` name: each layer is one of the model's, of which
     nothing may be interpolated, and each name of `modules` says something."""
     indices = layer_indices(layers)
@@ -111,12 +159,12 @@ def _chosen(
         pattern: [
             module
             for name, module in inside.items()
-            if (module.lerp.group == pattern if pattern in GROUPS else fnmatch.fnmatchcase(name, pattern))
+            if (module.lerp.group == pattern if pattern in MODULE_GROUPS else fnmatch.fnmatchcase(name, pattern))
         ]
         for pattern in names
     }
     unknown = set(indices or ()) - {layer_of(name) for name, _ in model.named_modules()}
-    strangers: list[Any] = sorted(unknown) or [pattern for pattern in found if not found[pattern]]
+    strangers: Sequence[int | str] = sorted(unknown) or [pattern for pattern in found if not found[pattern]]
     if strangers or not names:
         raise ValueError(
             f"layers={layers} and modules={modules!r} name no interpolated module by {strangers}; there are layers "

@@ -1,8 +1,10 @@
-"""What an intensity means: numbers, sequences and tensors become λ; mappings become parts."""
+"""What an intensity means: `Intensity.parse` reads it for every caller, as `dami.callers` has what each takes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from numbers import Real
 from operator import index
 from typing import Any
@@ -10,18 +12,102 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Intensity = float | str | Sequence[float | str] | Tensor  # a string is the name of a preset, or "auto"
+from dami.callers import AUTO, Caller
+from dami.schedules import Schedule
 
-
+IntensityLike = float | str | Schedule | Sequence[float | str | Schedule] | Tensor  # a string is a preset, or "auto"
 Part = str | tuple[str, int | Iterable[int]]  # a group or pattern of modules, in all layers or in some
+AnyIntensity = IntensityLike | Mapping[Part, IntensityLike]
 
 
-def as_lam(intensity: Any, device: torch.device, sequences: int | None = None, name: str = "intensity") -> Tensor:
-    """The float32 tensor [] or [B] that a public `intensity` means.
+@dataclass(eq=False)
+class Intensity:
+    """An intensity as a caller was given it: checked, with numbers for presets.
+
+    Attributes:
+        numbers: [] or [B]: the tensor that was given, or else float64 on the CPU; 0 where an estimator or a schedule
+            is to say.
+        auto: places in [B] for which the estimator chooses.
+        schedules: each with the places in [B] that it is for.
+        parts: module pattern, layers and intensity of each part of the model. Where there are any, they say it all.
+    """
+
+    numbers: Tensor
+    auto: Sequence[int] = ()
+    schedules: Sequence[tuple[Schedule, list[int]]] = ()
+    parts: Sequence[tuple[str, list[int] | None, Intensity]] = ()
+
+    @classmethod
+    def parse(
+        cls, value: Any, caller: Caller, presets: Mapping[str, float] | None = None, sequences: int | None = None
+    ) -> Intensity:
+        """Reads what a caller was given.
+
+        Args:
+            value: of a kind that the caller takes: a real number; one per sequence, as a list, another sequence, an
+                array of NumPy's or a tensor, of floats or integers; a preset's name, "auto" or a schedule, for all
+                sequences or in a list; a mapping of parts of the model to these; or an iterator, of which the first
+                are taken. Gradients flow through a tensor.
+            caller: of `dami.callers`.
+            presets: λ by name.
+            sequences: B, if known. A caller that takes "auto" or schedules knows it.
+
+        Raises:
+            TypeError: of a kind that the caller does not take, or of none, such as a bool, bytes or a set.
+            ValueError: NaN or infinite, of more than one dimension or the wrong length, or no preset's name.
+        """
+        if isinstance(value, Mapping):
+            caller.check("parts")
+            part = caller.of_a_part()
+            parts = [(*key, cls.parse(each, part, presets, sequences)) for key, each in _parts(value)]
+            return cls(torch.zeros(()), parts=parts)
+        if isinstance(value, Iterator) and "iterator" in caller.takes:
+            value = list(islice(value, sequences))
+        if isinstance(value, str) and value != AUTO:
+            value = _preset(value, caller, presets)
+        for_all = isinstance(value, str) or callable(value)  # "auto", or a schedule
+        if for_all:
+            value = [value] * (sequences or 1)
+        auto: list[int] = []
+        schedules: dict[int, tuple[Schedule, list[int]]] = {}
+        if isinstance(value, Sequence) and not isinstance(value, BYTES):
+            entries = list(value)
+            for place, each in enumerate(value):
+                if callable(each):
+                    caller.check("schedule")
+                    schedules.setdefault(id(each), (each, []))[1].append(place)
+                    entries[place] = 0.0
+                elif isinstance(each, str) and each == AUTO:
+                    caller.check("auto")
+                    auto.append(place)
+                    entries[place] = 0.0
+                elif isinstance(each, str):
+                    entries[place] = _preset(each, caller, presets)
+            value = entries
+        numbers = _checked(value, caller.argument, sequences, f"; {caller.name} takes {caller.wanted}")
+        if numbers.dim() and not for_all and "numbers" not in caller.takes:
+            raise ValueError(f"{caller.argument} must be one number, got {len(numbers)}: {caller.name} takes no more")
+        return cls(numbers, auto, list(schedules.values()))
+
+    def to(self, device: torch.device) -> Tensor:
+        """The numbers as λ: float32 [] or [B]."""
+        return self.numbers.to(device, torch.float32)
+
+    def each(self, sequences: int) -> list[float]:
+        """The number of every sequence."""
+        return self.numbers.expand(sequences).tolist()
+
+    @property
+    def one(self) -> float:
+        """The only number, as float32 holds it."""
+        return self.to(torch.device("cpu")).item() + 0.0  # −0 is 0
+
+
+def as_lam(numbers: Any, device: torch.device, sequences: int | None = None, name: str = "intensity") -> Tensor:
+    """The float32 tensor [] or [B] of numbers that nobody has parsed, such as a schedule's.
 
     Args:
-        intensity: a real number, or one per sequence: a list, a tuple, another sequence of numbers, an array of NumPy's
-            or a tensor, [] or [B], of floats or integers. Gradients flow through a tensor.
+        numbers: a real number or one per sequence, as `Intensity.parse` takes them.
         device: where the result is wanted.
         sequences: B, if known.
         name: of the argument, for errors.
@@ -30,59 +116,64 @@ def as_lam(intensity: Any, device: torch.device, sequences: int | None = None, n
         TypeError: anything else, such as a bool, bytes, a set, a mapping, or an array of another dtype.
         ValueError: NaN or infinite, of more than one dimension, or of the wrong length.
     """
-    wanted = f"{name} must be {NUMBERS}"
-    if isinstance(intensity, Tensor):
-        if not intensity.is_floating_point() and intensity.dtype not in INTEGERS:
-            raise TypeError(f"{wanted}, as a tensor of floats or integers, got {intensity.dtype}")
-        lam = intensity.to(device, torch.float32)
-    else:
-        lam = torch.tensor(_floats(intensity, name), dtype=torch.float64).float().to(device)  # too large is infinite
-    if lam.dim() > 1 or lam.numel() == 0:
-        raise ValueError(f"{wanted}, got shape {list(lam.shape)}")
-    if sequences is not None and lam.dim() == 1 and len(lam) != sequences:
-        raise ValueError(f"{wanted}, got {len(lam)} for {sequences} sequences")
-    if not torch.compiler.is_compiling() and not bool(lam.isfinite().all()):
-        raise ValueError(f"{name} must be finite, got {intensity}")
-    return lam
+    return _checked(numbers, name, sequences).to(device, torch.float32)
 
 
-NUMBERS = "a real number, or one per sequence"
-
-
-INTEGERS = {getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)}
-
-
-def _floats(intensity: Any, name: str) -> Any:
-    """A number as a float, a sequence or an array of numbers as a list; TypeError if it is none of these."""
-    wanted = f"{name} must be {NUMBERS}"
-    if hasattr(intensity, "__array__") and not isinstance(intensity, Real):
-        array = intensity.__array__()
-        if array.dtype.kind not in "iuf":
-            raise TypeError(f"{wanted}, as an array of floats or integers, got {array.dtype}")
-        return array.tolist()
-    if not isinstance(intensity, (Real, Sequence)) or isinstance(intensity, (str, bytes, bytearray, memoryview)):
-        elsewhere = name == "intensity" and (callable(intensity) or intensity == "auto")
-        hint = "; schedules and 'auto' are for generate" if elsewhere else ""
-        raise TypeError(f"{wanted}, got {type(intensity).__name__}{hint}")
-    numbers = [intensity] if isinstance(intensity, Real) else intensity
-    if not all(isinstance(number, Real) and not isinstance(number, bool) for number in numbers):
-        raise TypeError(f"{wanted}, got {intensity!r}")
-    try:
-        return float(intensity) if isinstance(intensity, Real) else [float(number) for number in numbers]
-    except OverflowError:
-        raise ValueError(f"{wanted}, within the range of floats, got {intensity}") from None
-
-
-def one_lam(intensity: Any, name: str = "intensity") -> float:
-    """The one λ that an `intensity` means, as float32 holds it; TypeError or ValueError if it means none or several."""
-    lam = as_lam(intensity, torch.device("cpu"), name=name)
+def one_lam(number: Any, name: str) -> float:
+    """One λ that nobody has parsed, as float32 holds it; TypeError or ValueError if it is none, or several."""
+    lam = as_lam(number, torch.device("cpu"), name=name)
     if lam.dim():
         raise ValueError(f"{name} must be one number, got {len(lam)}")
     return lam.item() + 0.0  # −0 is 0
 
 
-def parts_of(intensities: Mapping[Any, Any]) -> list[tuple[str, list[int] | None, Any]]:
-    """The modules, the layers and the intensity of every part in a mapping, as `intensity` takes it."""
+BYTES = (str, bytes, bytearray, memoryview)
+INTEGERS = {getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)}
+
+
+def _preset(name: str, caller: Caller, presets: Mapping[str, float] | None) -> float:
+    caller.preset(name, presets or {})
+    return presets[name]  # type: ignore[index]  # there are some now
+
+
+def _checked(numbers: Any, name: str, sequences: int | None = None, hint: str = "") -> Tensor:
+    """Numbers as a tensor [] or [B]: the one given, or one of float64 on the CPU; `hint` ends a TypeError."""
+    wanted = f"{name} must be a real number, or one per sequence"
+    if not isinstance(numbers, Tensor):
+        found = torch.tensor(_floats(numbers, wanted, hint), dtype=torch.float64)
+    elif numbers.is_floating_point() or numbers.dtype in INTEGERS:
+        found = numbers
+    else:
+        raise TypeError(f"{wanted}, as a tensor of floats or integers, got {numbers.dtype}{hint}")
+    if found.dim() > 1 or found.numel() == 0:
+        raise ValueError(f"{wanted}, got shape {list(found.shape)}")
+    if sequences is not None and found.dim() == 1 and len(found) != sequences:
+        raise ValueError(f"{wanted}, got {len(found)} for {sequences} sequences")
+    if not torch.compiler.is_compiling() and not bool(found.float().isfinite().all()):  # too large is infinite
+        raise ValueError(f"{name} must be finite, got {numbers}")
+    return found
+
+
+def _floats(numbers: Any, wanted: str, hint: str) -> Any:
+    """A number as a float, a sequence or an array of numbers as a list; TypeError if it is none of these."""
+    if hasattr(numbers, "__array__") and not isinstance(numbers, Real):
+        array = numbers.__array__()
+        if array.dtype.kind not in "iuf":
+            raise TypeError(f"{wanted}, as an array of floats or integers, got {array.dtype}{hint}")
+        return array.tolist()
+    if not isinstance(numbers, (Real, Sequence)) or isinstance(numbers, BYTES):
+        raise TypeError(f"{wanted}, got {type(numbers).__name__}{hint}")
+    several = [numbers] if isinstance(numbers, Real) else numbers
+    if not all(isinstance(number, Real) and not isinstance(number, bool) for number in several):
+        raise TypeError(f"{wanted}, got {numbers!r}{hint}")
+    try:
+        return float(numbers) if isinstance(numbers, Real) else [float(number) for number in several]
+    except OverflowError:
+        raise ValueError(f"{wanted}, within the range of floats, got {numbers}") from None
+
+
+def _parts(intensities: Mapping[Any, Any]) -> list[tuple[tuple[str, list[int] | None], Any]]:
+    """The modules and layers that each key of a mapping names, and its intensity."""
     if not intensities:
         raise ValueError("intensity must name a part of the model, got an empty mapping")
     parts = []
@@ -92,7 +183,7 @@ def parts_of(intensities: Mapping[Any, Any]) -> list[tuple[str, list[int] | None
         if not isinstance(modules, str):
             raise TypeError(wanted)
         try:
-            parts.append((modules, layer_indices(layers), value))
+            parts.append(((modules, layer_indices(layers)), value))
         except TypeError as error:
             raise TypeError(f"{wanted}: {error}") from None
     return parts

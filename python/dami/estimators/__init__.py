@@ -9,8 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from dami.dial.patch import Estimator as Estimator
+from dami.estimators.registry import register_estimator
 
 
+@register_estimator("static")
 @dataclass(frozen=True)
 class StaticIntensity:
     """The same λ for every prompt: the baseline that any other estimator has to beat."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from dami.dial.patch import Estimator, patch_of
 from dami.dial.values import one_lam
-from dami.estimators.files import Stored
+from dami.estimators.files import StoredIntensity
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -33,7 +33,7 @@ def attach(
     """
     patch = patch_of(model)
     if isinstance(estimator, (str, PathLike)):
-        stored = Stored.load(estimator)
+        stored = StoredIntensity.load(estimator)
         patch.frontier = stored.frontier
         return attach(model, stored.estimator, stored.presets if presets is None else presets)
     if estimator is not None and not callable(getattr(estimator, "estimate", None)):

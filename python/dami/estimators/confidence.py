@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dami.estimators.registry import register_estimator
 from dami.generation.pieces import end_tokens
 
 
@@ -100,6 +101,7 @@ def _trial(model: Any, batch: Mapping[str, Tensor], tokens: int) -> tuple[Tensor
     return trial.sequences, seen, ended.cumsum(1) - ended == 0, trial.logits
 
 
+@register_estimator("confidence")
 @dataclass(frozen=True)
 class ConfidenceEstimator:
     """λ = (1 − cᵏ) (apart + (alike − apart) a): no training, no labels.
@@ -137,6 +139,7 @@ class ConfidenceEstimator:
         return (1 - found.confidence**self.doubt) * (self.apart + (self.alike - self.apart) * agreement)
 
 
+@register_estimator("confidence router")
 @dataclass(frozen=True)
 class ConfidenceRouter:
     """λ = 0 where the instruct end is sure of a trial answer, λ = 1 where it is not: no training, no labels.

@@ -9,32 +9,26 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from dami.dial.patch import Estimator
-from dami.estimators import StaticIntensity
-from dami.estimators.confidence import ConfidenceEstimator, ConfidenceRouter
-from dami.estimators.preference import Features, PreferenceEstimator
+from dami.estimators import confidence, preference  # noqa: F401  # which register theirs
+from dami.estimators.registry import estimator_of, state_of
 from dami.files import write_text, written_file
 from dami.sources import FOLDER, SETTINGS
 
 WEIGHTS, FRONTIER = "estimator.safetensors", "frontier.json"
-KINDS: dict[str, type[Any]] = {
-    "static": StaticIntensity,
-    "confidence": ConfidenceEstimator,
-    "confidence router": ConfidenceRouter,
-    "preference": PreferenceEstimator,
-}
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
+class StoredIntensity:
     """What a directory holds.
 
     Attributes:
@@ -48,7 +42,7 @@ class Stored:
     frontier: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, directory: str | PathLike[str]) -> Stored:
+    def load(cls, directory: str | PathLike[str]) -> StoredIntensity:
         """Reads a directory.
 
         Raises:
@@ -70,32 +64,25 @@ class Stored:
         """Writes a directory, which is made if need be, and returns it.
 
         Raises:
-            TypeError: an estimator of another kind, which only its own code could save.
+            TypeError: the estimator's class is not registered, or JSON cannot hold its settings.
         """
         directory = Path(directory)
-        kind = next((kind for kind, cls in KINDS.items() if type(self.estimator) is cls), None)
-        if self.estimator is not None and kind is None:
-            raise TypeError(
-                f"estimator must be one of dami's {sorted(KINDS)} to be saved, got {type(self.estimator).__name__}: "
-                "take it off with dami.attach(model, None)"
-            )
-        directory.mkdir(parents=True, exist_ok=True)
         estimator: dict[str, Any] | None = None
-        if isinstance(self.estimator, PreferenceEstimator):
+        weights: Mapping[str, Tensor] = {}
+        if self.estimator is not None:
+            kind, state, weights = state_of(self.estimator)
+            estimator = {"kind": kind, **state}
+        try:
+            settings = json.dumps({"estimator": estimator, "presets": dict(self.presets)}, indent=1)
+        except TypeError as error:
+            raise TypeError(f"estimator must have settings that JSON can hold, got {self.estimator}: {error}") from None
+        directory.mkdir(parents=True, exist_ok=True)
+        if weights:
             with written_file(directory / WEIGHTS) as file:
-                save_file(dict(self.estimator.weights), file)
-            estimator = {
-                "kind": kind,
-                **asdict(self.estimator),
-                "budgets": [*map(list, self.estimator.budgets.items())],
-            }
-            del estimator["weights"]
-        elif self.estimator is not None:
-            estimator = {"kind": kind, **asdict(self.estimator)}  # type: ignore[call-overload]  # a dataclass, by KINDS
+                save_file(dict(weights), file)
         if self.frontier:
             write_text(directory / FRONTIER, json.dumps(self.frontier, indent=1, ensure_ascii=False) + "\n")
-        settings = {"estimator": estimator, "presets": dict(self.presets)}
-        write_text(directory / SETTINGS, json.dumps(settings, indent=1) + "\n")  # last: it is what is looked for
+        write_text(directory / SETTINGS, settings + "\n")  # last: it is what is looked for
         return directory
 
 
@@ -108,11 +95,5 @@ def copy_estimator(pair: Path, to: Path) -> None:
 
 
 def _estimator(directory: Path, kind: str, **settings: Any) -> Estimator:
-    if kind == "preference":
-        settings |= {
-            "intensities": tuple(settings["intensities"]),
-            "features": Features(tuple(settings["features"]["layers"]), settings["features"]["trial"]),
-            "budgets": {float(price): float(tokens) for price, tokens in settings["budgets"]},
-            "weights": load_file(directory / WEIGHTS),
-        }
-    return KINDS[kind](**settings)
+    weights = directory / WEIGHTS
+    return estimator_of(kind, settings, load_file(weights) if weights.exists() else {})

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dami.estimators.features import prompt_states, trial_signals
+from dami.estimators.registry import register_estimator
 
 DEGREE = 3  # of the utility in λ: enough for any shape that has been seen, and so smooth that neighbouring λ share data
 PRICES = (0.005, 2.0)  # that utilities are fitted at: their logarithms are uniform
@@ -55,6 +56,7 @@ class Features:
         return torch.cat(found, 1)
 
 
+@register_estimator("preference")
 @dataclass(frozen=True, eq=False)
 class PreferenceEstimator:
     """The λ of the greatest utility, for each prompt.
@@ -77,6 +79,22 @@ class PreferenceEstimator:
     def __post_init__(self) -> None:
         if not self.price >= 0:
             raise ValueError(f"price must be a number of at least 0, got {self.price!r}")
+
+    def state(self) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+        """Settings and weights, as `from_state` takes them."""
+        settings = {"intensities": self.intensities, "features": asdict(self.features), "price": self.price}
+        return {**settings, "budgets": [*map(list, self.budgets.items())]}, self.weights
+
+    @classmethod
+    def from_state(cls, settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> PreferenceEstimator:
+        """The estimator of settings that went through JSON, and of weights."""
+        return cls(
+            tuple(settings["intensities"]),
+            Features(tuple(settings["features"]["layers"]), settings["features"]["trial"]),
+            weights,
+            settings["price"],
+            {float(price): float(tokens) for price, tokens in settings["budgets"]},
+        )
 
     def at(self, price: float) -> PreferenceEstimator:
         """The same at another price."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dami.chat import encode
-from dami.estimators.files import Stored
+from dami.estimators.files import StoredIntensity
 from dami.estimators.preference import Features, PreferenceEstimator, fit
 from dami.evaluation.frontier import Frontier
 from dami.evaluation.policies import Outcome, play
@@ -34,7 +34,7 @@ class Trained:
         outcomes: on the questions held out from the fit, by price.
     """
 
-    stored: Stored
+    stored: StoredIntensity
     outcomes: Mapping[float, Outcome]
 
 
@@ -101,7 +101,7 @@ def train_estimator(
     about = {"task": task.name, **summary(frontier), "estimator, on questions held out": {
         str(p): asdict(outcome) for p, outcome in outcomes.items()
     }}  # fmt: skip
-    stored = Stored(estimator, presets_of(frontier), about)
+    stored = StoredIntensity(estimator, presets_of(frontier), about)
     stored.save(directory)
     return Trained(stored, outcomes)
 

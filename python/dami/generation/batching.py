@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from transformers.generation.continuous_batching import cb_logits_processors, continuous_api, requests
 
-from dami.dial.choosing import named
+from dami.callers import CALLERS, Caller
 from dami.dial.patch import patch_of
-from dami.dial.values import as_lam, one_lam
+from dami.dial.values import Intensity
 from dami.generation import attention
 from dami.generation.sampling import Sampler, Sampling
 from dami.keywords import check_keywords
@@ -200,8 +200,7 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
                 with room for an answer.
         """
         check_keywords("add_request", options, "intensity")
-        lam = patch_of(self.model).dial.lam if intensity is None else named(self.model, intensity)
-        options["intensity"] = one_lam(lam)
+        options["intensity"] = self._parse(intensity, CALLERS["add_request"]).one
         room = check_prompt(self.model, self.generation_config, input_ids, max_new_tokens, "input_ids")
         return super().add_request(input_ids, request_id, room, *args, **options)
 
@@ -214,8 +213,7 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         check_keywords("add_requests", options, "intensity")
         if intensity is None and isinstance(inputs, Prompts):
             intensity = inputs.intensities
-        wanted = patch_of(self.model).dial.lam if intensity is None else named(self.model, intensity)
-        lam = as_lam(wanted, torch.device("cpu"), len(inputs)).expand(len(inputs)).tolist()
+        lam = self._parse(intensity, CALLERS["add_requests"], len(inputs)).each(len(inputs))
         ids = [""] * len(inputs)
         for value in dict.fromkeys(lam):
             places = [place for place, each in enumerate(lam) if each == value]
@@ -223,6 +221,11 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
             for place, name in zip(places, alike, strict=True):
                 ids[place] = name
         return ids
+
+    def _parse(self, intensity: Any, caller: Caller, prompts: int | None = None) -> Intensity:
+        """The λ of requests, by default where the model's dial stands."""
+        patch = patch_of(self.model)
+        return Intensity.parse(patch.dial.lam if intensity is None else intensity, caller, patch.presets, prompts)
 
     def _create_batch_processor(self) -> continuous_api.ContinuousBatchProcessor:
         before = self.batch_processor

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dami.dial.choosing import named, resolved
-from dami.dial.course import Course, Line
+from dami.callers import CALLERS, PROMPT
+from dami.dial.choosing import chosen
 from dami.dial.patch import device_of, patch_of
+from dami.dial.program import DialProgram, DialTrack
 from dami.dial.turning import separate
-from dami.dial.values import as_lam, parts_of
-from dami.schedules import Schedule
+from dami.dial.values import Intensity, as_lam
 
 
 @contextmanager
-def course_of(
+def programmed(
     model: nn.Module, intensity: Any, prompt_intensity: Any, prompts: int, options: Mapping[str, Any]
 ) -> Iterator[None]:
     """Sets the λ of a patched model for one `generate`, whose forward passes run inside the `with` block.
@@ -37,49 +36,33 @@ def course_of(
     """
     patch = patch_of(model)
     device = device_of(model)
-    if isinstance(intensity, Iterator):
-        intensity = list(islice(intensity, prompts))
-    parts: list[tuple[Any, Any, Any]] = [(None, None, intensity)]
-    if isinstance(intensity, Mapping):
-        parts = parts_of(intensity)
-    parts = [(modules, layers, resolved(model, value, options, prompts)) for modules, layers, value in parts]
-    prompt = prompt_intensity if prompt_intensity is None else named(model, prompt_intensity)
-    prompt = prompt if prompt is None else as_lam(prompt, device, prompts, "prompt_intensity")
-    before = patch.course
-    for part in patch.parts:
-        as_lam(part.lam, device, prompts)
+    wanted = None if intensity is None else chosen(model, intensity, CALLERS["generate"], options, prompts)
+    prompt = None
+    if prompt_intensity is not None:
+        prompt = Intensity.parse(prompt_intensity, PROMPT, patch.presets, prompts).to(device)
+    before = patch.program
+    for apart in patch.parts:
+        as_lam(apart.lam, device, prompts)
     with ExitStack() as stack:
-        lines = []
+        tracks = []
         whole = stack.enter_context(separate(model))
-        if prompt is not None and isinstance(intensity, Mapping):
-            lines.append(Line(whole, as_lam(whole.lam, device, prompts), [], prompt))
-        for modules, layers, value in parts:
-            dial = whole if modules is None else stack.enter_context(separate(model, modules, layers))
-            fixed, schedules = _split(dial.lam if value is None else value, device, prompts)
-            lines.append(Line(dial, fixed, schedules, prompt))
+        if wanted is None or (prompt is not None and wanted.parts):
+            tracks.append(DialTrack(whole, as_lam(whole.lam, device, prompts), [], prompt))
+        elif not wanted.parts:
+            tracks.append(DialTrack(whole, wanted.to(device), wanted.schedules, prompt))
+        for modules, layers, part in wanted.parts if wanted is not None else ():
+            dial = stack.enter_context(separate(model, modules, layers))
+            tracks.append(DialTrack(dial, part.to(device), part.schedules, prompt))
         _refuse(
             model,
             options,
-            prompt is not None or any(line.schedules for line in lines),
-            mixed=any(line.fixed.numel() > 1 for line in lines),
+            prompt is not None or any(track.schedules for track in tracks),
+            mixed=any(track.fixed.numel() > 1 for track in tracks),
         )
-        patch.course = Course(lines)
-        stack.callback(setattr, patch, "course", before)
-        patch.course.turn(torch.empty(prompts, 0, dtype=torch.int64), prompt=True)  # an encoder runs before any pass
+        patch.program = DialProgram(tracks)
+        stack.callback(setattr, patch, "program", before)
+        patch.program.turn(torch.empty(prompts, 0, dtype=torch.int64), prompt=True)  # an encoder runs before any pass
         yield
-
-
-def _split(value: Any, device: torch.device, prompts: int) -> tuple[Tensor, list[tuple[Schedule, list[int]]]]:
-    """What is fixed of an intensity, and its schedules, each with the prompts it is for."""
-    values = [value] * prompts if callable(value) else value
-    if not isinstance(values, Sequence) or isinstance(values, str) or not any(map(callable, values)):
-        return as_lam(value, device, prompts), []
-    fixed = as_lam([0.0 if callable(each) else each for each in values], device, prompts)
-    places: dict[int, list[int]] = {}
-    for place, each in enumerate(values):
-        if callable(each):
-            places.setdefault(id(each), []).append(place)
-    return fixed, [(values[several[0]], several) for several in places.values()]
 
 
 SEVERAL_STEPS_IN_ONE = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")

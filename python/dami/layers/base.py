@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dami.dial.state import PatchedModule, Stored
+from dami.dial.state import PatchedModule, StoredEnds
 from dami.layers.row_parameter import RowParameter, blend
 from dami_kernels import LerpWeight
 from dami_kernels.weight import FLOAT_DTYPES
@@ -24,6 +24,25 @@ def placeholder(like: Tensor, shape: torch.Size) -> Tensor:
     It stands where a format does not keep the base as it was, for all who ask a parameter what it is.
     """
     return like.new_full((), float("nan")).expand(shape)
+
+
+def supply_placeholders(module: LerpModule) -> None:
+    """Gives a module's placeholders to the hooks of accelerate that offload it: no state dict and no file holds them.
+
+    Each is given on the device where the module computes: a hook would copy it there with all that it stands for.
+    """
+    hook: Any = module.__dict__.get("_hf_hook")
+    for each in getattr(hook, "hooks", (hook,)):  # several in sequence, or one
+        weights = getattr(each, "weights_map", None)
+        if weights is None:
+            continue
+        prefix, held = getattr(weights, "prefix", ""), getattr(weights, "dataset", weights)
+        held = getattr(held, "state_dict", held)  # of a loader from files, which looks there first
+        for name in module.placeholders():
+            tensor = module.tensor(name)
+            if tensor is not None:  # the quantizer registers it when all else is loaded
+                like = torch.empty(0, dtype=tensor.dtype, device=torch.device(each.execution_device))
+                held[prefix + name] = placeholder(like, tensor.shape)
 
 
 def check_dtypes(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
@@ -96,7 +115,7 @@ class LerpModule(PatchedModule):
 
     def ends(self, name: str) -> LerpWeight:
         """Both ends of a parameter as the operators take them; one tensor stands for both where they are identical."""
-        stored = self.lerp.stored.get(name, Stored("pair", (name, name)))
+        stored = self.lerp.stored.get(name, StoredEnds("pair", (name, name)))
         parameter = self.as_operand(self.tensor(name))
         tensors = tuple(self.as_operand(self.tensor(tensor)) for tensor in stored.names)
         return LerpWeight(tensors, stored.format, parameter.shape, parameter.dtype)
@@ -120,6 +139,11 @@ class LerpModule(PatchedModule):
         else:
             value = blend(ends, lam.to(ends.device))
         return self.as_operand(value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_hf_hook":
+            supply_placeholders(self)
 
     def bias_ends(self) -> LerpWeight | None:
         return None if self._parameters.get("bias") is None else self.ends("bias")

@@ -51,6 +51,11 @@ class Description:
         """Bytes of all parameters of both ends, as stored."""
         return sum(row.nbytes for row in self.rows)
 
+    @property
+    def format(self) -> str:
+        """How embeddings and linear weights are stored. Norms and biases are a "pair" in every format."""
+        return min({row.format for row in self.rows if row.format not in (None, "pair")}, default="pair")
+
     def __str__(self) -> str:
         cells = [("parameter", "kind", "shape", "dtype", "ends", "bytes")]
         for row in self.rows:

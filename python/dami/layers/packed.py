@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dami.dial.state import Lerp, Stored
+from dami.dial.state import ModuleState, StoredEnds
 from dami.layers.base import LerpModule, placeholder
 from dami.layers.classes import patched_class, reclass
 from dami_kernels import LerpWeight, formats
@@ -56,10 +56,12 @@ class Packed:
         return cls(weight, base, beside)
 
 
-def patch_module(original: nn.Module, kind: type[LerpModule], lerp: Lerp, differing: Mapping[str, Packed]) -> None:
+def patch_module(
+    original: nn.Module, kind: type[LerpModule], state: ModuleState, differing: Mapping[str, Packed]
+) -> None:
     """Changes a module's class and registers, beside each tensor that differs, what its format stores."""
     module = reclass(original, patched_class(kind, type(original)))  # type: ignore[arg-type]
-    module.lerp = lerp
+    module.lerp = state
     for name, packed in differing.items():
         base = module.tensor(name)
         base.data = packed.base
@@ -69,4 +71,4 @@ def patch_module(original: nn.Module, kind: type[LerpModule], lerp: Lerp, differ
             else:
                 module.register_buffer(name + suffix, parameter.data)
         format = packed.weight.format
-        lerp.stored[name] = Stored(format, tuple(name + suffix for suffix in formats.get(format).TENSORS))
+        state.stored[name] = StoredEnds(format, tuple(name + suffix for suffix in formats.get(format).TENSORS))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from dami.dial.state import Pass
+from dami.dial.state import ForwardState
 from dami_kernels import LerpWeight, lerp_embedding, lerp_linear
 from dami_kernels.rows import lerp
 
@@ -61,13 +61,13 @@ class RowParameter(Tensor):
 
     label: str
     lam: Tensor
-    running: Pass
+    running: ForwardState
     ends: LerpWeight | None
     _rows: Tensor | None
 
     @staticmethod
     def __new__(
-        cls, label: str, lam: Tensor, running: Pass, ends: LerpWeight | None, rows: Tensor | None = None
+        cls, label: str, lam: Tensor, running: ForwardState, ends: LerpWeight | None, rows: Tensor | None = None
     ) -> RowParameter:
         like = ends if rows is None else rows
         assert like is not None

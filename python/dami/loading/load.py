@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from dami.dial.patch import Origin, patch_of
@@ -15,6 +16,7 @@ from dami.layers.kinds import LerpConv1D, LerpExperts, LerpLinear
 from dami.loading import adapters
 from dami.loading.checkpoint import FILES, Checkpoint
 from dami.loading.match import Match
+from dami.patching.model import PairModel
 from dami.patching.patch import interpolate, patch_model
 from dami.sources import FOLDER, SETTINGS, check_packed
 from dami.sources import example_pair as example_pair
@@ -28,6 +30,8 @@ LOADING = {  # options of `from_pretrained` that mean the same for a pair; it al
     *("low_cpu_mem_usage", "use_safetensors", "weights_only", "disable_mmap", "generation_config"),
     *("use_kernels", "allow_all_kernels", "kernel_config", *PARALLEL),
 }
+
+Tokenizer = PreTrainedTokenizerBase | Any  # None where the instruct end has none, which few need to ask for
 
 logger = logging.get_logger(__name__)
 
@@ -43,7 +47,7 @@ def load_pair(
     invariant: bool = False,
     trust_remote_code: bool = False,
     **options: Any,
-) -> tuple[Any, Any]:
+) -> tuple[PairModel, Tokenizer]:
     """Loads two checkpoints of one architecture as one patched model, with the instruct end's tokenizer.
 
     The instruct end is loaded as usual; the thinking end is read tensor by tensor, each going straight to the device
@@ -97,13 +101,14 @@ def load_pair(
         model, tokenizers = _load_adapted(*ends, format or "pair", invariant, **loaded)
     else:
         match = Match.of(*ends, dtypes=dtype == "auto")
-        model, tokenizers = ends[0].model(**loaded), match.tokenizers
+        plain, tokenizers = ends[0].model(**loaded), match.tokenizers
         if match.stored[1].complete:
             tensors = ends[1].tensors(match.stored[1].names)
-            interpolate(model, tensors, format or "pair", invariant=invariant, owned=True)
+            model = interpolate(plain, tensors, format or "pair", invariant=invariant, owned=True)
         else:
             logger.warning(f"{thinking} is not stored as the model is: loading it as a second model on the CPU first")
-            patch_model(model, ends[1].model(dtype=model.dtype, **options), format or "pair", invariant=invariant)
+            other = ends[1].model(dtype=plain.dtype, **options)
+            model = patch_model(plain, other, format or "pair", invariant=invariant)
     tokenizer = with_both_templates(tokenizers, chat_template)
     patch_of(model).origin = Origin([end.parent() for end in ends], tokenizer=tokenizer)
     return _with_estimator(model, ends[1]), tokenizer
@@ -135,7 +140,7 @@ def _check_options(options: Mapping[str, Any], checkpoint: Checkpoint) -> None:
         )
 
 
-def _with_estimator(model: Any, where: Checkpoint) -> Any:
+def _with_estimator(model: PairModel, where: Checkpoint) -> PairModel:
     """The model with the estimator and presets that lie beside its weights, if any do."""
     directory = where.directory / FOLDER
     return attach(model, directory) if (directory / SETTINGS).exists() else model
@@ -143,10 +148,10 @@ def _with_estimator(model: Any, where: Checkpoint) -> Any:
 
 def _load_packed(
     pair: Checkpoint, format: str | None, chat_template: str, invariant: bool, **options: Any
-) -> tuple[Any, Any]:
+) -> tuple[PairModel, Tokenizer]:
     """`load_pair` where both ends are packed in one directory."""
     check_packed(pair.path, format)
-    model, tokenizer = pair.model(**options), pair.tokenizer()
+    model, tokenizer = cast(PairModel, pair.model(**options)), pair.tokenizer()
     if tokenizer is not None and isinstance(tokenizer.chat_template, dict):
         templates = tokenizer.chat_template
         templates["default"] = templates.get(chat_template, templates["default"])
@@ -160,18 +165,18 @@ def _load_packed(
 
 def _load_adapted(
     instruct: Checkpoint, thinking: Checkpoint, format: str, invariant: bool, **options: Any
-) -> tuple[Any, tuple[Any, Any]]:
+) -> tuple[PairModel, tuple[Tokenizer, Tokenizer]]:
     """The model and both tokenizers where the λ=1 end is a LoRA adapter on the λ=0 end."""
     adapter = adapters.Adapter.read(thinking.directory)
     mismatches = adapter.mismatches(instruct.skeleton())
     if mismatches:
         raise ValueError("\n  ".join([f"{instruct.directory} and {thinking.directory} do not match:", *mismatches]))
-    model, tokenizers = instruct.model(**options), (instruct.tokenizer(), thinking.tokenizer())
-    interpolate(model, adapter.tensors(model), format, invariant=invariant, owned=True)
-    return model, tokenizers
+    plain = instruct.model(**options)
+    model = interpolate(plain, adapter.tensors(plain), format, invariant=invariant, owned=True)
+    return model, (instruct.tokenizer(), thinking.tokenizer())
 
 
-def with_both_templates(tokenizers: tuple[Any, Any], default: str) -> Any:
+def with_both_templates(tokenizers: tuple[Tokenizer, Tokenizer], default: str) -> Tokenizer:
     """The instruct end's tokenizer, with both ends' chat templates by name where they differ; None if there is none."""
     tokenizer, other = tokenizers
     if tokenizer is not None and other is not None and tokenizer.chat_template != other.chat_template:

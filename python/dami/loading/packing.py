@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,7 +29,7 @@ from dami.saving.model_card import write_model_card
 from dami_kernels import LerpWeight, formats
 from dami_kernels.weight import FLOAT_DTYPES
 
-SHARD = 1 << 30  # bytes; a shard is held in memory until it is written
+SHARD = "1GiB"  # a shard is held in memory until it is written
 CARRIED = ("*.py", "LICENSE*", "generation_config.json")  # files of the instruct end that go along as they are
 
 logger = logging.get_logger(__name__)
@@ -42,7 +43,8 @@ def pack(
     *,
     overwrite: bool = False,
     trust_remote_code: bool = False,
-    shard_bytes: int = SHARD,
+    max_shard_size: int | str = SHARD,
+    shard_bytes: int | None = None,
     **download: Any,
 ) -> Path:
     """Packs two checkpoints of one architecture into one directory, which `dami.load_pair` loads, and returns it.
@@ -58,16 +60,19 @@ def pack(
         format: how embeddings and linear weights are stored, a name of `dami_kernels.formats.names()`.
         overwrite: replaces a directory that exists.
         trust_remote_code: as in `from_pretrained`.
-        shard_bytes: size of a file at most, unless a single weight is larger.
+        max_shard_size: of a file, unless a single weight is larger: bytes, or a text such as "1GB".
+        shard_bytes: its old name.
         download: `revision`, `token`, `cache_dir`, `force_download` and `local_files_only`, as in `load_pair`.
 
     Raises:
         TypeError: an option is unknown.
-        ValueError, OSError: as `load_pair`; or overwriting the directory would remove an end, or it cannot be written.
+        ValueError, OSError: as `load_pair`; or `max_shard_size` is no size, overwriting the directory would
+            remove an end, or it cannot be written.
         FileExistsError: there is a directory with something in it.
     """
     formats.get(format)
     directory = Path(directory)
+    shard_bytes = shard_bytes or convert_file_size_to_int(max_shard_size)
     downloads = downloads_of(download)
     ends = (
         Checkpoint.find(instruct, trust_remote_code, downloads[0]),
@@ -78,7 +83,7 @@ def pack(
         if match is None or not all(stored.complete for stored in match.stored):
             logger.warning(f"{instruct} or {thinking} is not stored as the model is: loading both ends first")
             model, tokenizer = load_pair(instruct, thinking, format, trust_remote_code=trust_remote_code, **download)
-            write_pair(model, partial, tokenizer)
+            write_pair(model, partial, tokenizer, shard_bytes)
         else:
             _pack(match, partial, format, shard_bytes)
     return directory

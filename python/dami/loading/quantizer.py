@@ -102,7 +102,7 @@ class PairQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         """What could not be done on the meta device."""
         from dami.dial.patch import Origin
-        from dami.layers.base import LerpModule, placeholder
+        from dami.layers.base import LerpModule, placeholder, supply_placeholders
         from dami.layers.kinds import LerpConv1D, LerpTransposedExperts
 
         added = set()
@@ -118,7 +118,7 @@ class PairQuantizer(HfQuantizer):
                     like = torch.empty(0, dtype=before.dtype, device=_device_of(module, tensors[0]))
                     shape = _local_shape(before.shape, tensors[0])
                     module._parameters[local] = nn.Parameter(placeholder(like, shape), requires_grad=False)
-                    _keep_at_hand(module, local)
+            supply_placeholders(module)
         for target, source in model.all_tied_weights_keys.items():  # transformers has tied what is stored
             holder, _, local = target.rpartition(".")
             module = model.get_submodule(holder)
@@ -140,15 +140,6 @@ def _local_shape(shape: torch.Size, stored: Tensor) -> torch.Size:
     """The shape of this process's part of a weight, of which a quantised tensor is `stored`."""
     own = stored.to_local().shape if isinstance(stored, DTensor) else stored.shape
     return torch.Size(n * part // whole for n, part, whole in zip(shape, own, stored.shape, strict=True))
-
-
-def _keep_at_hand(module: nn.Module, name: str) -> None:
-    """Gives a parameter that is in no file to the hooks that bring a module's parameters from there."""
-    hook: Any = getattr(module, "_hf_hook", None)
-    for each in getattr(hook, "hooks", (hook,)):
-        weights = getattr(each, "weights_map", None)
-        if weights is not None:
-            weights.dataset.state_dict[weights.prefix + name] = module.get_parameter(name)
 
 
 def _stored_names(model: Any, name: str) -> tuple[str, ...]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dami.dial.patch import Patch, patch_of
-from dami.dial.state import Dial, Lerp, layer_of
+from dami.dial.state import Dial, ModuleState, layer_of
 from dami.layers.base import LerpModule, own_tensors
 from dami.layers.classes import reclass
 from dami.layers.kinds import LerpConv1D, LerpExperts, LerpLinear, kind_of, readers, stored_format
@@ -18,7 +18,7 @@ from dami.layers.obstacles import obstacles, unread
 from dami.layers.packed import LowRank, Packed, adapted, patch_module
 from dami.layers.peft import refuse_adapters
 from dami.patching.compare import config_mismatches, first_names, headers_of, tensor_mismatches
-from dami.patching.model import patched_model_class
+from dami.patching.model import PairModel, patched_model_class
 from dami.patching.ties import TIES, head_name, tie, untie
 from dami.sources import METHOD
 from dami_kernels import LerpWeight, formats
@@ -26,7 +26,7 @@ from dami_kernels import LerpWeight, formats
 
 def patch_model(
     instruct_model: PreTrainedModel, thinking_model: PreTrainedModel, format: str = "pair", *, invariant: bool = False
-) -> PreTrainedModel:
+) -> PairModel:
     """Patches `instruct_model` in place so that each sequence of a batch runs at its own λ, and returns it.
 
     Every parameter that differs between the two is interpolated, W(λ) = W_instruct + λ (W_thinking − W_instruct); what
@@ -53,42 +53,52 @@ def patch_model(
         if hasattr(model, "dami_patch"):
             raise TypeError(f"{name} must not be patched already: call dami.unpatch_model first")
         refuse_adapters(model, "patch_model", f"merge it into {name}, or put it on the patched model")
-    mismatches = config_mismatches(instruct_model.config, thinking_model.config)
-    mismatches = [
-        line for line in mismatches if not line.startswith(f"config.{TIES}:")
-    ]  # the heads are looked at below
-    if type(instruct_model) is type(thinking_model):  # nothing compares otherwise
-        mismatches += tensor_mismatches(headers_of(instruct_model), headers_of(thinking_model))
-    else:
-        mismatches.append(f"class: {type(instruct_model).__name__} and {type(thinking_model).__name__}")
-    if not mismatches:
-        firsts, thinking = first_names(instruct_model), thinking_model.state_dict()
-        mismatches = [
-            f"{name}: tied to {first} in the instruct end only"
-            for name, first in firsts.items()
-            if name != first and not torch.equal(thinking[name], thinking[first])
-        ]
-        heads = [line for line in mismatches if line.partition(":")[0] == head_name(instruct_model)]
-        mismatches = [line for line in mismatches if line not in heads]
+    mismatches, head_differs = _mismatches(instruct_model, thinking_model)
     if mismatches:
         raise ValueError("\n  ".join(["instruct_model and thinking_model do not match:", *mismatches]))
-    shared = untie(instruct_model) if heads else None
+    shared = untie(instruct_model) if head_differs else None
     try:
-        own = {name for name, first in first_names(thinking_model).items() if name == first}
-        ends = (  # a copy of what only the thinking end shares, for transformers saves what is shared but once
-            (name, thinking[name] if name in own else thinking[name].clone())
-            for name, first in first_names(instruct_model).items()
-            if name == first
-        )
+        ends = _own_tensors(instruct_model, thinking_model)
         model = interpolate(instruct_model, ends, format, invariant=invariant)
     except BaseException:
         if shared is not None:
             tie(instruct_model, shared)
         raise
-    model.dami_patch.shared = shared  # type: ignore[union-attr]
+    model.dami_patch.shared = shared
     if head_name(model) is not None and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         setattr(model.config.get_text_config(), TIES, False)  # where a checkpoint's own head has overruled its config
     return model
+
+
+def _mismatches(instruct: PreTrainedModel, thinking: PreTrainedModel) -> tuple[list[str], bool]:
+    """One line for each way in which two models do not match, and whether the head is tied in the instruct end only."""
+    # a difference of the heads is told by their tensors
+    lines = [
+        line for line in config_mismatches(instruct.config, thinking.config) if not line.startswith(f"config.{TIES}:")
+    ]
+    if type(instruct) is not type(thinking):  # nothing compares otherwise
+        return [*lines, f"class: {type(instruct).__name__} and {type(thinking).__name__}"], False
+    lines += tensor_mismatches(headers_of(instruct), headers_of(thinking))
+    if lines:
+        return lines, False
+    state = thinking.state_dict()
+    untied = {
+        name: f"{name}: tied to {first} in the instruct end only"
+        for name, first in first_names(instruct).items()
+        if name != first and not torch.equal(state[name], state[first])
+    }
+    return [line for name, line in untied.items() if name != head_name(instruct)], head_name(instruct) in untied
+
+
+def _own_tensors(instruct: PreTrainedModel, thinking: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The thinking end's tensors by the names of those that the instruct end has, each once.
+
+    What only the thinking end shares is copied, for transformers saves what is shared but once.
+    """
+    state, own = thinking.state_dict(), {name for name, first in first_names(thinking).items() if name == first}
+    for name, first in first_names(instruct).items():
+        if name == first:
+            yield name, state[name] if name in own else state[name].clone()
 
 
 def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -131,7 +141,7 @@ def interpolate(
     *,
     invariant: bool = False,
     owned: bool = False,
-) -> PreTrainedModel:
+) -> PairModel:
     """Patches `model` with the other end's tensors, one at a time; all checks of names and shapes are behind us.
 
     Args:
@@ -166,13 +176,10 @@ def interpolate(
         else:
             reader = read_by[id(base)]
             chosen = stored_format(format, reader, name, base)
-            base_end = reader.as_operand(base.detach()).contiguous()
-            if isinstance(tensor, LowRank):
-                weight = adapted(base_end, tensor, chosen)
-            else:
-                if owned and chosen == "pair":
-                    target = target.clone()  # not a view of a file that may change
-                weight = LerpWeight.pack(base_end, reader.as_operand(target).contiguous(), chosen)
+            other = tensor if isinstance(tensor, LowRank) else target
+            if owned and chosen == "pair" and isinstance(other, Tensor):
+                other = other.clone()  # not a view of a file that may change
+            weight = _pack(base, other, reader, chosen)
             packed[id(base)] = Packed.of(weight, reader)
             if owned:
                 base.requires_grad_(False).data = packed[id(base)].base
@@ -180,8 +187,15 @@ def interpolate(
         raise ValueError(
             "\n  ".join(["these tensors differ between the ends and cannot be interpolated:", *sorted(refused)])
         )
-
     return install(model, kinds, packed, invariant)
+
+
+def _pack(base: Tensor, other: Tensor | LowRank, reader: type[LerpModule], format: str) -> LerpWeight:
+    """Both ends of a parameter as the operand of the module that reads it."""
+    operand = reader.as_operand(base.detach()).contiguous()
+    if isinstance(other, LowRank):
+        return adapted(operand, other, format)
+    return LerpWeight.pack(operand, reader.as_operand(other).contiguous(), format)
 
 
 def install(
@@ -189,13 +203,15 @@ def install(
     kinds: Mapping[nn.Module, tuple[type[LerpModule], dict[str, Any]]],
     packed: Mapping[int, Packed],
     invariant: bool = False,
-) -> PreTrainedModel:
+) -> PairModel:
     """Changes the class of `model`, and of its modules of which a parameter, known by its id, was packed."""
+    original: Any = type(model)
     # λ is a number even while the model is loaded, on meta: whoever asks for a parameter is given it at that
     dial = Dial(torch.zeros((), device="cpu" if model.device.type == "meta" else model.device))
-    patch = Patch(dial, type(model), [p for p in model.parameters() if p.requires_grad])
-    reclass(model, patched_model_class(type(model))).dami_patch = patch  # type: ignore[arg-type]
-    model.requires_grad_(False)
+    patch = Patch(dial, original, [p for p in model.parameters() if p.requires_grad])
+    pair: PairModel = reclass(model, cast(Any, patched_model_class(original)))
+    pair.dami_patch = patch
+    pair.requires_grad_(False)
     running = patch.running
     running.invariant = invariant
     for name, module in list(model.named_modules()):
@@ -204,13 +220,14 @@ def install(
             kind, settings = kinds[module]
             if invariant and issubclass(kind, (LerpLinear, LerpConv1D, LerpExperts)):
                 settings = {**settings, "invariant": True}
-            original = patch.original if module is model else type(module)
+            before = patch.original if module is model else type(module)
             place = _place(model, name, module, kind)
-            patch_module(module, kind, Lerp(dial, original, settings, *place, name=name, running=running), differing)
+            state = ModuleState(dial, before, settings, *place, name=name, running=running)
+            patch_module(module, kind, state, differing)
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
         patch.head = head.register_forward_pre_hook(_contiguous)
-    return model
+    return pair
 
 
 def _contiguous(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -220,7 +237,7 @@ def _contiguous(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ..
 
 
 def _place(model: PreTrainedModel, name: str, module: nn.Module, kind: type[LerpModule]) -> tuple[int | None, str]:
-    """Index of a module's layer, None outside the layers, and its group, one of `dial.GROUPS`."""
+    """Index of a module's layer, None outside the layers, and its group, one of `dial.MODULE_GROUPS`."""
     layer = layer_of(name)
     if kind.kind in ("rms_norm", "layer_norm"):
         return layer, "norm"

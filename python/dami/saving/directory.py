@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
 from dami.dial.patch import patch_of
-from dami.estimators.files import FOLDER, Stored
+from dami.estimators.files import FOLDER, StoredIntensity
 from dami.files import written_whole
 from dami.layers.describe import describe
 from dami.layers.peft import refuse_adapters
@@ -88,7 +88,7 @@ def save(
         write_model_card(directory, config, nbytes, weights, model.dami_patch.origin.tokenizer)
         patch = model.dami_patch
         if patch.estimator is not None or patch.presets:
-            Stored(patch.estimator, patch.presets, patch.frontier).save(Path(directory) / FOLDER)
+            StoredIntensity(patch.estimator, patch.presets, patch.frontier).save(Path(directory) / FOLDER)
 
 
 def push(
@@ -122,9 +122,7 @@ def push(
 
 def config_of(model: PreTrainedModel) -> PairConfig:
     """The `quantization_config` of a patched model."""
-    origin, rows = patch_of(model).origin, describe(model).rows
-    stored = {row.name: row.format for row in rows if row.format is not None}
-    packed = sorted(set(stored.values()) - {"pair"})
-    return PairConfig(
-        packed[0] if packed else "pair", by_pattern(stored, (row.name for row in rows)), origin.parents, origin.error
-    )
+    origin, description = patch_of(model).origin, describe(model)
+    stored = {row.name: row.format for row in description.rows if row.format is not None}
+    interpolated = by_pattern(stored, (row.name for row in description.rows))
+    return PairConfig(description.format, interpolated, origin.parents, origin.error)

@@ -10,29 +10,32 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dami.dial.choosing import named
+from dami.callers import CALLERS
 from dami.dial.patch import patch_of
-from dami.dial.values import one_lam
+from dami.dial.values import Intensity
 from dami.layers.base import LerpModule
 from dami.layers.peft import refuse_adapters
 from dami.saving.model_card import write_merged_card
 from dami.sources import METHOD
 
 
-def write_merged(model: PreTrainedModel, directory: str | Path, tokenizer: Any, intensity: float) -> None:
-    """Writes an ordinary checkpoint of a patched model at one λ into a directory, with a model card.
+def write_merged(model: PreTrainedModel, directory: str | Path, tokenizer: Any, intensity: float | str) -> float:
+    """Writes an ordinary checkpoint of a patched model at one λ into a directory, with a model card, and returns λ.
 
     Raises:
         TypeError, ValueError: as `materialize`.
     """
-    materialize(model, intensity).save_pretrained(directory)
+    patch = patch_of(model)
+    lam = Intensity.parse(intensity, CALLERS["dami.materialize"], patch.presets).numbers.item()
+    materialize(model, lam).save_pretrained(directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    write_merged_card(directory, patch_of(model).origin.parents, intensity)
+    write_merged_card(directory, patch.origin.parents, lam)
+    return lam
 
 
 @torch.no_grad()
-def materialize(model: PreTrainedModel, intensity: float) -> PreTrainedModel:
+def materialize(model: PreTrainedModel, intensity: float | str) -> PreTrainedModel:
     """A merged copy: a plain model of a patched model's weights at one λ, which stays as it is.
 
     Where one λ is enough, the copy is the faster choice: it reads the bytes of one model instead of a pair. Each weight
@@ -40,11 +43,12 @@ def materialize(model: PreTrainedModel, intensity: float) -> PreTrainedModel:
     checkpoint.
 
     Raises:
-        TypeError, ValueError: the model is not patched or is offloaded, or `intensity` is not one finite number.
+        TypeError, ValueError: the model is not patched or is offloaded, or `intensity` is neither one finite number nor
+            a preset.
     """
     patch = patch_of(model)
     refuse_adapters(model, "materialize", "take it off, unload(), and put it on the copy, as it is the same at every λ")
-    lam = one_lam(named(model, intensity))
+    lam = Intensity.parse(intensity, CALLERS["dami.materialize"], patch.presets).one
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise ValueError("model must be on devices to make a merged copy, not offloaded")
     config = copy.deepcopy(model.config)

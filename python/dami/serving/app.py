@@ -8,6 +8,7 @@ import gc
 import logging
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from dami.callers import CALLERS
+from dami.dial.values import Intensity
 from dami.serving import playground
 from dami.serving.bodies import read
 from dami.serving.engine import Engine, EngineDead, Overloaded
@@ -23,6 +26,7 @@ from dami.serving.gate import Gate
 from dami.serving.protocol import BadRequest, ChatRequest, CompletionRequest
 from dami.serving.responses import DEAD, NOT_FOUND, RESPONSES, EventStream, error, json_in_pieces
 from dami.serving.service import Answering, Gone, Service, Settings, unless_gone
+from dami.sources import check_estimator
 from dami.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -60,11 +64,9 @@ def create_app(engine: Engine, tokenizer: Any, settings: Settings | None = None)
     """
     settings = settings or Settings()
     default = settings.default_intensity
-    if isinstance(default, str) and default not in engine.presets and (default != "auto" or engine.twin is None):
-        raise ValueError(
-            f"default_intensity must be a number, a preset of the pair {sorted(engine.presets)}, or 'auto' if it has "
-            f"an estimator, got {default!r}"
-        )
+    caller = replace(CALLERS["dami serve"], argument="default_intensity")
+    if Intensity.parse(default, caller, engine.presets, 1).auto:
+        check_estimator(engine.twin)
     service = Service(engine, tokenizer, settings)
     app = FastAPI(
         title="dami serve",

@@ -18,7 +18,7 @@ from transformers.generation import ContinuousBatchingConfig
 
 import dami
 from dami.chat import end_tokens
-from dami.dial.choosing import resolved
+from dami.dial.choosing import estimates
 from dami.dial.patch import patch_of
 from dami.generation.batching import LerpManager, Step, padded
 from dami.generation.sampling import Logprobs, Sampling
@@ -364,7 +364,7 @@ class Engine:
     @torch.inference_mode()
     def _estimate(self, prompts: Sequence[list[int]]) -> list[float]:
         assert self.twin is not None
-        return resolved(self.twin, ["auto"] * len(prompts), padded(prompts, self.model.device), len(prompts))
+        return estimates(self.twin, padded(prompts, self.model.device), len(prompts)).tolist()
 
     def grant(self, intensity: float, adjustable: bool) -> float:
         """The λ that a request is admitted at."""

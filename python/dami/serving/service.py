@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
+from dami.callers import CALLERS, DEFAULT
 from dami.chat import ChatTemplate, render
+from dami.dial.values import Intensity
 from dami.generation.sampling import Sampling
 from dami.serving.deltas import Delta, Deltas, Stop
 from dami.serving.engine import Engine, EngineDead, Row, Token
@@ -49,7 +51,7 @@ class Settings:
     """
 
     name: str = "dami"
-    default_intensity: float | str = 0.5
+    default_intensity: float | str = DEFAULT
     intensity_range: tuple[float, float] = (-1.0, 2.0)
     chat_template: ChatTemplate = "default"
     api_keys: tuple[str, ...] = ()
@@ -250,9 +252,11 @@ class Service:
             )
         effort = getattr(body, "reasoning_effort", None)
         field, presets = "intensity" if effort is None else "reasoning_effort", self.engine.presets
-        if isinstance(body.intensity, str) and body.intensity != "auto" and body.intensity not in presets:
-            known = f"it has {', '.join(sorted(presets))}" if presets else "it has none"
-            raise BadRequest(f"{field} {body.intensity!r} is not a preset of this pair: {known}", field)
+        if body.intensity is not None:
+            try:
+                Intensity.parse(body.intensity, CALLERS["dami serve"], presets, 1)
+            except (TypeError, ValueError) as problem:
+                raise BadRequest(f"{problem}" if effort is None else f"{field}: {problem}", field) from problem
         if body.intensity == "auto" and self.engine.twin is None:
             raise BadRequest("intensity 'auto' needs an estimator, and this pair has none", "intensity")
         low, high = self.settings.intensity_range

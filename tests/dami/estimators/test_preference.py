@@ -11,7 +11,7 @@ import pytest
 import torch
 from dami.estimators.confidence import signals
 from dami.estimators.features import prompt_states, trial_signals
-from dami.estimators.files import Stored
+from dami.estimators.files import StoredIntensity
 from dami.estimators.preference import Features, PreferenceEstimator, fit
 from dami.evaluation import Frontier, load_task
 from dami.evaluation.policies import play
@@ -155,8 +155,8 @@ def test_what_is_trained_comes_with_the_pair(trained: tuple[Any, Any, Path], tmp
     ],
 )
 def test_every_kind_is_stored(estimator: Any, tmp_path: Path) -> None:
-    Stored(estimator, {"low": 0.2}).save(tmp_path)
-    found = Stored.load(tmp_path)
+    StoredIntensity(estimator, {"low": 0.2}).save(tmp_path)
+    found = StoredIntensity.load(tmp_path)
     assert found.estimator == estimator
     assert found.presets == {"low": 0.2}
     assert found.frontier == {}
@@ -167,14 +167,14 @@ def test_another_kind_cannot_be_stored_and_rubbish_cannot_be_read(tmp_path: Path
         def estimate(self, model: Any, batch: Any) -> list[float]:
             return [0.5]
 
-    with pytest.raises(TypeError, match=r"estimator must be one of dami's \[.*\] to be saved, got Mine: take it off"):
-        Stored(Mine()).save(tmp_path)
+    with pytest.raises(TypeError, match=r"estimator must be one of the kinds \[.*\] to be saved, got Mine: register"):
+        StoredIntensity(Mine()).save(tmp_path)
     with pytest.raises(FileNotFoundError):
-        Stored.load(tmp_path)
+        StoredIntensity.load(tmp_path)
     for rubbish in ("{", "[]", '{"estimator": {"kind": "oracle"}, "presets": {}}', '{"estimator": null}'):
         (tmp_path / "intensity.json").write_text(rubbish)
         with pytest.raises(ValueError, match="must hold an estimator's settings and presets"):
-            Stored.load(tmp_path)
+            StoredIntensity.load(tmp_path)
 
 
 def test_presets_are_the_cheapest_lam_with_their_share() -> None:

@@ -260,8 +260,8 @@ def test_generate_with_a_paged_cache_refuses(options: dict[str, Any], message: s
     ("intensity", "error", "message"),
     [
         (float("nan"), ValueError, "intensity must be finite, got nan"),
-        ("low", ValueError, "intensity must be a number, a preset, of which the model has none"),
-        ("auto", TypeError, "intensity must be a real number, or one per sequence, got str"),
+        ("low", ValueError, "intensity must be a number or a preset, of which the model has none, got"),
+        ("auto", TypeError, "add_request takes a number or a preset as intensity, got 'auto', which is for generate, "),
         (True, TypeError, "intensity must be a real number, or one per sequence, got True"),
         ([0.1, 0.2], ValueError, "intensity must be one number, got 2"),
     ],

@@ -178,7 +178,7 @@ def test_where_lam_may_stand(server: Running) -> None:
         assert response.status_code == 200, response.text
         return response.json()["intensity"]
 
-    assert lam() == 0.5
+    assert lam() == 0.0
     assert lam(intensity=1) == 1
     assert lam(intensity=-0.5) == -0.5
     assert lam(vllm_xargs={"intensity": 0.25}) == 0.25
@@ -314,7 +314,7 @@ def test_stops(server: Running, alone: Callable[..., Any]) -> None:
 def test_models_health_and_metrics(server: Running) -> None:
     [listed] = server.client().models.list().data
     assert listed.id == server.client().models.retrieve("pair").id == "pair"
-    assert listed.intensity == {"default": 0.5, "range": [-1.0, 2.0], "presets": {}, "auto": False, "frontier": False}
+    assert listed.intensity == {"default": 0.0, "range": [-1.0, 2.0], "presets": {}, "auto": False, "frontier": False}
     assert httpx.get(f"{server.url}/health").json()["status"] == "ok"
     before = server.metric("dami_generated_tokens_total")
     server.post(COMPLETIONS, {"prompt": "a", "max_tokens": 3, "ignore_eos": True})
@@ -348,9 +348,15 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
         "do not fit the chat template",
     ),
     (CHAT, asked(model="other"), 404, "model", "model must be 'pair', got 'other'"),
-    (CHAT, asked(intensity="high"), 400, "intensity", "is not a preset of this pair: it has none"),
+    (
+        CHAT,
+        asked(intensity="high"),
+        400,
+        "intensity",
+        "must be a number, a preset, of which the model has none",
+    ),
     (CHAT, asked(intensity="auto"), 400, "intensity", "needs an estimator, and this pair has none"),
-    (CHAT, asked(intensity="0.5"), 400, "intensity", "'0.5' is not a preset of this pair"),
+    (CHAT, asked(intensity="0.5"), 400, "intensity", "a preset, of which the model has none, or 'auto', got '0.5'"),
     (CHAT, asked(intensity=2.5), 400, "intensity", "intensity must be in -1 to 2 on this server, got 2.5"),
     (CHAT, asked(intensity=True), 400, "intensity", "valid number"),
     (CHAT, asked(intensity=[0.1]), 400, "intensity", "valid number"),
@@ -358,7 +364,13 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
     (CHAT, asked(intensity=0.1, max_intensity=0.2), 400, "max_intensity", "exclude each other"),
     (CHAT, asked(intensity=0.1, vllm_xargs={"intensity": 0.2}), 400, "intensity", "is 0.1 and in vllm_xargs 0.2"),
     (CHAT, asked(intensity=0.1, reasoning_effort="low"), 400, "reasoning_effort", "is low and intensity 0.1"),
-    (CHAT, asked(reasoning_effort="low"), 400, "reasoning_effort", "'low' is not a preset of this pair: it has none"),
+    (
+        CHAT,
+        asked(reasoning_effort="low"),
+        400,
+        "reasoning_effort",
+        "reasoning_effort: intensity must be",
+    ),
     (CHAT, asked(reasoning_effort="huge"), 400, "reasoning_effort", "'none', 'minimal', 'low'"),
     (CHAT, asked(vllm_xargs={"intensty": 1}), 400, "vllm_xargs", "vllm_xargs.intensty: Extra inputs are not"),
     (CHAT, asked(temperature=-1), 400, "temperature", "greater than or equal to 0"),
@@ -803,7 +815,7 @@ def test_limits_that_do_not_fit(limits: Limits, message: str) -> None:
 def test_a_default_that_the_pair_does_not_have_is_refused() -> None:
     model, tokenizer = shipped()
     engine = Engine(model, LIMITS)
-    with pytest.raises(ValueError, match=r"default_intensity must be a number, a preset of the pair \[\], or 'auto'"):
+    with pytest.raises(ValueError, match=r"default_intensity must be a number, a preset, of which the model has none"):
         create_app(engine, tokenizer, Settings(default_intensity="high"))
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from vllm.exceptions import VLLMValidationError
 
+from dami.callers import AUTO, CALLERS, DEFAULT
+from dami.dial.values import Intensity
 from dami_kernels import formats
 
 KEY = "intensity"  # of `SamplingParams.extra_args`, of `vllm_xargs` and of a request's body
@@ -40,7 +42,7 @@ class Settings:
 
     thinking: str | None = None
     format: str | None = None
-    default_intensity: float = 0.0
+    default_intensity: float = DEFAULT
     intensity_range: tuple[float, float] = (-1.0, 2.0)
 
     @classmethod
@@ -74,12 +76,16 @@ class Settings:
             ValueError: not a number, not finite, or out of range; the server answers with status 400.
         """
         least, greatest = self.intensity_range
-        if not _is_finite(value) or not least <= value <= greatest:
-            hint = "; an estimator needs dami's own server" if value == "auto" else ""
+        try:
+            lam = Intensity.parse(value, CALLERS["vLLM"]).numbers.item()
+        except (TypeError, ValueError):
+            lam = math.nan
+        if not least <= lam <= greatest:
+            hint = "; an estimator needs dami's own server" if isinstance(value, str) and value == AUTO else ""
             raise RequestError(
                 f"{name} must be a number from {least:g} to {greatest:g}, got {value!r}{hint}", parameter=name
             )
-        return float(np.float32(value)) + 0.0  # and no negative zero
+        return float(np.float32(lam)) + 0.0  # and no negative zero
 
 
 def resembles_key(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from dami.schedules import Schedule
 
 
 @dataclass(eq=False)
-class Line:
+class DialTrack:
     """The λ of one dial over the steps of one `generate` with B prompts.
 
     Attributes:
@@ -24,7 +25,7 @@ class Line:
 
     dial: Dial
     fixed: Tensor
-    schedules: list[tuple[Schedule, list[int]]]
+    schedules: Sequence[tuple[Schedule, list[int]]]
     prompt: Tensor | None
 
     def turn(self, step: int, tokens: Tensor) -> None:
@@ -51,10 +52,10 @@ class Line:
 
 
 @dataclass(eq=False)
-class Course:
+class DialProgram:
     """Turns the dials before every forward pass of one `generate`."""
 
-    lines: list[Line]
+    tracks: list[DialTrack]
     prompt_length: int | None = field(default=None, init=False)
 
     def turn(self, ids: Tensor, prompt: bool) -> None:
@@ -70,5 +71,5 @@ class Course:
             if self.prompt_length is None:
                 self.prompt_length = ids.shape[1] - 1  # reading the prompt gave the first token
             tokens = ids[:, self.prompt_length :]
-        for line in self.lines:
-            line.turn(tokens.shape[1], tokens.to(line.fixed.device))
+        for track in self.tracks:
+            track.turn(tokens.shape[1], tokens.to(track.fixed.device))

@@ -1,0 +1,108 @@
+"""Who takes which kinds of intensity: one table, from which every refusal is worded. Nothing here needs torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+
+AUTO = "auto"
+DEFAULT = 0.0  # λ where nobody has named one: the instruct end, under whose name a pair is patched, served and saved
+
+KINDS = {  # in the words of the refusals
+    "number": "a number",
+    "numbers": "one per sequence",
+    "preset": "a preset",
+    "auto": "'auto'",
+    "schedule": "a schedule",
+    "parts": "a mapping of parts",
+    "iterator": "an iterator",
+}
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who was given an intensity.
+
+    Attributes:
+        name: as its user calls it.
+        takes: the kinds that it takes, of `KINDS`.
+        argument: what the intensity is called there.
+    """
+
+    name: str
+    takes: frozenset[str]
+    argument: str = "intensity"
+
+    @property
+    def wanted(self) -> str:
+        """What it takes, in words."""
+        return listed(words for kind, words in KINDS.items() if kind in self.takes)
+
+    def check(self, kind: str, got: str | None = None) -> None:
+        """TypeError if it does not take a kind: what it takes, and who takes what it was given."""
+        if kind not in self.takes:
+            others = listed((each.name for each in CALLERS.values() if kind in each.takes), "and")
+            raise TypeError(
+                f"{self.name} takes {self.wanted} as {self.argument}, got {got or KINDS[kind]}, which is for {others}"
+            )
+
+    def preset(self, name: str, presets: Collection[str]) -> None:
+        """TypeError if it takes no presets; ValueError if there is none of this name."""
+        self.check("preset", repr(name))
+        if name not in presets:
+            known = f"one of {sorted(presets)}" if presets else "a preset, of which the model has none,"
+            choice = f"a number, {known} or 'auto'" if AUTO in self.takes else f"a number or {known}"
+            raise ValueError(f"{self.argument} must be {choice.removesuffix(',')}, got {name!r}")
+
+    def of_a_part(self) -> Caller:
+        """The same, given an intensity within a mapping."""
+        return replace(self, name=f"{self.name}, for a part,", takes=self.takes - {"parts", "iterator"})
+
+
+def listed(words: Iterable[str], last: str = "or") -> str:
+    """Words as a list in a sentence: 'a, b or c'."""
+    *rest, end = words
+    return f"{', '.join(rest)} {last} {end}" if rest else end
+
+
+_ONE = frozenset({"number", "preset"})
+_EACH = _ONE | {"numbers"}
+
+CALLERS = {
+    caller.name: caller
+    for caller in (
+        Caller("generate", _EACH | {"auto", "schedule", "parts", "iterator"}),
+        Caller("forward", _EACH | {"parts"}),
+        Caller("dami.intensity", _EACH | {"parts"}),
+        Caller("dami.set_intensity", _EACH | {"parts"}),
+        Caller("generate_batch", _EACH | {"auto"}),
+        Caller("add_request", _ONE),
+        Caller("add_requests", _EACH),
+        Caller("dami.chat.ask", _EACH | {"auto"}),
+        Caller("dami.twin", _EACH),
+        Caller("dami.materialize", _ONE),
+        Caller("dami generate", _ONE | {"auto"}),
+        Caller("dami merge", _ONE),
+        Caller("dami serve", _ONE | {"auto"}),
+        Caller("vLLM", frozenset({"number"})),
+    )
+}
+PROMPT = Caller("generate", _EACH, "prompt_intensity")
+
+
+def from_text(text: str) -> float | str:
+    """An intensity on a command line: a finite number, or the name of a preset, or "auto".
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if text.isidentifier() and text.lower() not in ("nan", "inf", "infinity"):
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"must be a finite number such as 0.5, got {text!r}")
+    return value + 0.0  # no −0

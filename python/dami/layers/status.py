@@ -1,0 +1,113 @@
+"""`model.dami`: what a patched model is, and where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dami.dial.patch import Estimator, patch_of
+from dami.dial.state import PatchedModule
+from dami.layers.describe import Description, describe
+
+
+@dataclass(frozen=True)
+class PartStatus:
+    """A part of a model that is set apart.
+
+    Attributes:
+        intensity: its λ, one number or one per sequence.
+        modules: their names.
+        groups: that they belong to.
+    """
+
+    intensity: float | list[float]
+    modules: tuple[str, ...]
+    groups: tuple[str, ...]
+
+
+class Status:
+    """What a patched model is, and where it stands now; print it to see it all."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """TypeError if the model is not patched."""
+        self._model, self._patch = model, patch_of(model)
+
+    @property
+    def ends(self) -> tuple[str | None, str | None]:
+        """Names of the instruct end and of the thinking end; None where they are not known."""
+        names = [parent.get("name") for parent in self._patch.origin.parents]
+        return (names[0], names[1]) if len(names) == 2 else (None, None)
+
+    @property
+    def description(self) -> Description:
+        """Every parameter: its kind, its format, its bytes. As `dami.describe`."""
+        return describe(self._model)
+
+    @property
+    def format(self) -> str:
+        """How embeddings and linear weights are stored."""
+        return self.description.format
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters of both ends, as stored."""
+        return self.description.nbytes
+
+    @property
+    def intensity(self) -> float | list[float]:
+        """λ where no call says otherwise: of the whole model but its parts, one number or one per sequence."""
+        return _numbers(self._patch.dial.lam)
+
+    @property
+    def parts(self) -> tuple[PartStatus, ...]:
+        """The parts of the model that `dami.set_intensity` or a `with dami.intensity(…)` block has set apart."""
+        found = []
+        patched = [module for module in self._model.modules() if isinstance(module, PatchedModule)]
+        for dial in self._patch.parts:
+            modules = [module.lerp for module in patched if module.lerp.part is dial]
+            groups = dict.fromkeys(module.group for module in modules)
+            found.append(PartStatus(_numbers(dial.lam), tuple(module.name for module in modules), tuple(groups)))
+        return tuple(part for part in found if part.modules)  # an inner block may have them all
+
+    @property
+    def presets(self) -> Mapping[str, float]:
+        """λ by name."""
+        return dict(self._patch.presets)
+
+    @property
+    def estimator(self) -> Estimator | None:
+        """What chooses λ for "auto"."""
+        return self._patch.estimator
+
+    @property
+    def frontier(self) -> Mapping[str, Any]:
+        """What presets and estimator were measured on, as `dami evaluate` writes it; {} if nothing was."""
+        return self._patch.frontier
+
+    def __repr__(self) -> str:
+        description, ends = self.description, self.ends
+        stored = [row.format for row in description.rows if row.format is not None]
+        formats = ", ".join(f"{stored.count(name)} as {name}" for name in dict.fromkeys(stored))
+        parts = [f"{part.intensity} in {len(part.modules)} modules ({', '.join(part.groups)})" for part in self.parts]
+        points = len(self.frontier.get("points", ()))
+        lines = {
+            "instruct": ends[0] or "not known",
+            "thinking": ends[1] or "not known",
+            "format": f"{description.format}; {len(stored)} of {len(description.rows)} parameters differ: {formats}",
+            "bytes": f"{description.nbytes:,}",
+            "intensity": "; ".join([str(self.intensity), *parts]),
+            "presets": ", ".join(f"{name} {lam:g}" for name, lam in self.presets.items()) or "none",
+            "estimator": type(self.estimator).__name__ if self.estimator is not None else "none",
+            "frontier": f"measured at {points} λ" if points else "not measured",
+        }
+        return "\n".join([type(self._model).__name__, *(f"  {name:<10} {text}" for name, text in lines.items())])
+
+
+def _numbers(lam: Tensor) -> float | list[float]:
+    """λ as numbers, with the digits that tell a float32 from its neighbours: 0.3, not 0.30000001."""
+    numbers = [float(str(each)) for each in lam.detach().cpu().reshape(-1).numpy()]
+    return numbers if lam.dim() else numbers[0]
