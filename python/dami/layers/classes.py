@@ -18,7 +18,7 @@ def patched_class(kind: type[LerpModule], original: Any) -> type[LerpModule]:
     # a subclass keeps its own forward, which calls its parent's; a norm's forward is replaced as a whole
     bases = (kind, original) if kind.replaces is None else (original, kind)
     recipe = Recipe(patched_class, (kind, recipe_of(original)))
-    return type(f"ModuleState{original.__name__}", bases, {"__module__": original.__module__, "recipe": recipe})
+    return type(f"Lerp{original.__name__}", bases, {"__module__": original.__module__, "recipe": recipe})
 
 
 def reclass(module: nn.Module, cls: type[M]) -> M:
