@@ -45,7 +45,7 @@ def lerp_linear(
     invariant: bool,
 ) -> Tensor:
     """y_i = x_i · W(λ_i)ᵀ + b(λ_i): x [rows, K], weight [N, K] as `format` stores it, bias [] or a pair of [N]."""
-    return lerp_linears(x, weight, bias, lam, row_to_lam, rows_per_lam, format, invariant)
+    return _linears(_C.linear, x, weight, bias, lam, row_to_lam, rows_per_lam, format, invariant)
 
 
 def lerp_linears(
@@ -58,13 +58,25 @@ def lerp_linears(
     format: str,
     invariant: bool,
 ) -> Tensor:
-    """`lerp_linear` with several weights, the tensors of one after those of the other: [rows, ΣN_i], side by side."""
-    each = _tensors_of(format)
-    if not x.shape[0]:
-        return x.new_empty(0, sum([weight.shape[0] for weight in weights[::each]]))
-    lams = _lams(lam, row_to_lam, rows_per_lam)
+    """`lerp_linear` with several weights, the tensors of one after those of the other: [rows · ΣN_i], likewise."""
+    return _linears(_C.linears, x, weights, biases, lam, row_to_lam, rows_per_lam, format, invariant)
+
+
+def _linears(
+    kernel: Callable[..., Tensor | None],
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    format: str,
+    invariant: bool,
+) -> Tensor:
+    _tensors_of(format)
+    lams = _lams(lam, row_to_lam, rows_per_lam if x.shape[0] else 1)
     stored = _in_place(weights), _in_place(biases)
-    return _taken(_C.linears(False, _dense(x), *stored, *lams, format, x.shape[1], invariant))
+    return _taken(kernel(False, _dense(x), *stored, *lams, format, x.shape[1], invariant))
 
 
 def lerp_experts(

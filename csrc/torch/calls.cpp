@@ -1,6 +1,7 @@
 #include "calls.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace dami {
 namespace {
@@ -147,7 +148,7 @@ std::optional<LinearCall> linear_call(const Tensor& x, const Tensors& weights, c
   if (count == 0 || weights.size() % each || (!biases.empty() && biases.size() != 2 * count)) return {};
   const auto lams = lams_of(lam, rows->rows);
   if (!lams) return {};
-  LinearCall call{{*type, rows->matrix, rows->rows, columns}, {}, *lams, 0};
+  LinearCall call{{*type, rows->matrix, rows->rows, columns}, {}, *lams};
   call.weights.reserve(count);
   for (size_t i = 0; i < count; i++) {
     const auto weight = stack(&weights[i * each], *format, x.dtype, columns);
@@ -159,16 +160,19 @@ std::optional<LinearCall> linear_call(const Tensor& x, const Tensors& weights, c
       bias = {{biases[2 * i].data, 1}, {biases[2 * i + 1].data, 1}};
     }
     call.weights.push_back({weight->weight, bias, {}, n, 0, rows->rows});
-    call.outputs += n;
   }
   return call;
+}
+
+int64_t LinearCall::outputs() const {
+  return std::accumulate(weights.begin(), weights.end(), int64_t{0}, [](int64_t n, const Linear& w) { return n + w.n; });
 }
 
 void LinearCall::run(void* y, bool invariant, int threads) {
   auto* to = static_cast<char*>(y);
   for (Linear& weight : weights) {
-    weight.y = {to, outputs};
-    to += weight.n * (input.type == Type::f32 ? 4 : 2);
+    weight.y = {to, weight.n};
+    to += input.rows * weight.n * (input.type == Type::f32 ? 4 : 2);
   }
   linear(input, weights, lams, invariant, threads);
 }

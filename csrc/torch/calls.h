@@ -33,13 +33,13 @@ struct LamArguments {
   std::optional<int64_t> rows_per_lam;
 };
 
-// A call that is ready to run once its output is known: dense, of x's leading sizes and `outputs`.
+// A call that is ready to run once its output is known, which is dense.
 struct LinearCall {
   Input input;
   std::vector<Linear> weights;
   Lams lams;
-  int64_t outputs;
-  void run(void* y, bool invariant, int threads);
+  int64_t outputs() const;  // of all weights
+  void run(void* y, bool invariant, int threads);  // [rows, n] of each weight after that of the one before
 };
 struct ExpertsCall {
   Input input;

@@ -225,22 +225,23 @@ Value serve_in_python(const char* name, Arguments& arguments) {
   error.raise();
 }
 
-// A dense tensor [rows, columns].
-Handle empty(int64_t rows, int64_t columns, int32_t dtype) {
-  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+// A dense tensor [rows, columns], or [rows · columns].
+Handle empty(int64_t rows, int64_t columns, int32_t dtype, bool flat) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1}, size = rows * columns;
   Handle result;
-  ok(torch.aoti_torch_empty_strided(2, sizes, strides, dtype, code.cpu, 0, &result));
+  ok(torch.aoti_torch_empty_strided(flat ? 1 : 2, flat ? &size : sizes, flat ? strides + 1 : strides, dtype, code.cpu, 0,
+                                    &result));
   return result;
 }
 
 int32_t number_of(Type type) { return type == Type::f32 ? code.f32 : type == Type::bf16 ? code.bf16 : code.f16; }
 
 template <class Run>
-Value run(int64_t rows, int64_t columns, Type type, Run run) {
+Value run(int64_t rows, int64_t columns, Type type, Run run, bool flat = false) {
   uint32_t threads;
   void* data;
   ok(torch.torch_get_num_threads(&threads));
-  const Handle y = empty(rows, columns, number_of(type));
+  const Handle y = empty(rows, columns, number_of(type), flat);
   try {
     ok(torch.aoti_torch_get_data_ptr(y, &data));
     run(data, static_cast<int>(threads));
@@ -254,19 +255,23 @@ Value run(int64_t rows, int64_t columns, Type type, Run run) {
 // Each: a name, the arguments of its schema, and the call.
 using K = Kind;
 
-struct LerpLinear {
-  static constexpr const char* name = "lerp_linear";
+template <bool several>
+struct Linears {
   static constexpr Kind kinds[] = {K::tensor, K::tensors, K::maybe_tensors, K::tensor, K::maybe_tensor, K::integer, K::string, K::boolean};
   static std::optional<Value> call(const Arguments& a) {
     const Tensor x = a.tensor(0);
     if (x.dims != 2) return {};
     auto call = linear_call(x, a.tensors(1), a.tensors(2), a.lams(3), a.string(6), x.size[1]);
     if (!call) return {};
-    return run(x.size[0], call->outputs, call->input.type,
-               [&](void* y, int threads) { call->run(y, a.boolean(7), threads); });
+    return run(
+        x.size[0], call->outputs(), call->input.type,
+        [&](void* y, int threads) { call->run(y, a.boolean(7), threads); }, several);
   }
 };
-struct LerpLinears : LerpLinear {
+struct LerpLinear : Linears<false> {
+  static constexpr const char* name = "lerp_linear";
+};
+struct LerpLinears : Linears<true> {
   static constexpr const char* name = "lerp_linears";
 };
 

@@ -31,8 +31,7 @@ struct {
 class Object {
  public:
   explicit Object(PyObject* owned) : object_(owned) {}
-  Object(const Object&) = delete;
-  Object& operator=(const Object&) = delete;
+  Object(Object&& other) noexcept : object_(other.release()) {}
   ~Object() { Py_XDECREF(object_); }
   PyObject* get() const { return object_; }
   PyObject* release() { return std::exchange(object_, nullptr); }
@@ -198,14 +197,17 @@ Call& taken(std::optional<Call>& call) {
   return *call;
 }
 
-// (graph, x, weights, biases, lam, row_to_lam, rows_per_lam, format, columns, invariant)
-PyObject* linears(PyObject* const* a) {
+// (graph, x, weights, biases, lam, row_to_lam, rows_per_lam, format, columns, invariant) of one weight, or of several: then
+// all results lie in one dimension, one after the other
+template <bool several>
+PyObject* linear(PyObject* const* a) {
   const Reader read(truth(a[0]));
   const Tensor x = read.operand(a[1]);
   auto made = linear_call(x, read.stored(a[2]), read.stored(a[3]), read.lams(a[4], a[5], a[6]), text(a[7]), integer(a[8]));
   LinearCall& call = taken(made);
   const bool invariant = truth(a[9]);
-  return run(new_empty(a[1], x, x.dims - 1, call.outputs), [&](void* y, int threads) { call.run(y, invariant, threads); });
+  Object y = several ? new_empty(a[1], x, 0, call.input.rows * call.outputs()) : new_empty(a[1], x, x.dims - 1, call.outputs());
+  return run(std::move(y), [&](void* y, int threads) { call.run(y, invariant, threads); });
 }
 
 // (graph, x, weight, bias, lam, row_to_lam, rows_per_lam, offsets, format, columns, invariant)
@@ -268,7 +270,8 @@ PyCFunction fast(F f) {
 
 PyMethodDef methods[] = {
     {"connect", fast(connect), METH_FASTCALL, nullptr},
-    {"linears", fast(function<10, linears>), METH_FASTCALL, nullptr},
+    {"linear", fast(function<10, linear<false>>), METH_FASTCALL, nullptr},
+    {"linears", fast(function<10, linear<true>>), METH_FASTCALL, nullptr},
     {"experts", fast(function<11, experts>), METH_FASTCALL, nullptr},
     {"embedding", fast(function<10, embedding>), METH_FASTCALL, nullptr},
     {"rms_norm", fast(function<8, rms_norm>), METH_FASTCALL, nullptr},

@@ -91,7 +91,7 @@ def lerp_linears(
         biases: [N_i] each, one for every weight, or None.
 
     Returns:
-        [..., N_i] for each weight, side by side in memory.
+        [..., N_i] for each weight, one after the other in memory.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
@@ -123,7 +123,7 @@ def lerp_linears(
         weights[0].format,
         invariant,
     )
-    return y.reshape(*x.shape[:-1], y.shape[1]).split([weight.shape[0] for weight in weights], -1)
+    return direct.in_parts(y, x.shape[:-1], [weight.shape[0] for weight in weights])
 
 
 def _check(
@@ -178,7 +178,7 @@ def _fakes(
     format: str,
     invariant: bool,
 ) -> Tensor:
-    return x.new_empty(x.shape[0], sum(weight[0].shape[0] for weight in _split(weights, format)))
+    return x.new_empty(x.shape[0] * sum(weight[0].shape[0] for weight in _split(weights, format)))
 
 
 def _plain(
@@ -203,7 +203,7 @@ def _plains(x: Tensor, weights: list[Tensor], biases: list[Tensor], *rest: Any) 
     format = rest[3]
     split = _split(weights, format)
     bias = _split(biases, "pair") or [[]] * len(split)
-    return torch.cat([_plain(x, *ends, *rest) for ends in zip(split, bias, strict=True)], 1)
+    return torch.cat([_plain(x, *ends, *rest).flatten() for ends in zip(split, bias, strict=True)])
 
 
 def _gradients(
@@ -218,8 +218,10 @@ def _gradients(
     invariant: bool,
 ) -> tuple[Tensor, Tensor]:
     """dx_i = dy_i W(λ_i) and dλ_i = Σ_n dy_in ((x_i Δᵀ)_n + Δb_n): both from dy·W_b and dy·W_t, summed over weights."""
-    each = _split(weights, format)
-    dys = dy.float().split([weight[0].shape[0] for weight in each], 1)
+    each, rows = _split(weights, format), x.shape[0]
+    sizes = [weight[0].shape[0] for weight in each]
+    parts = dy.float().flatten().split([rows * size for size in sizes])
+    dys = [part.view(rows, size) for part, size in zip(parts, sizes, strict=True)]
     dy_base = dy_target = x.new_zeros(x.shape, dtype=torch.float32)
     for part, weight in zip(dys, each, strict=True):
         for block, base, target in formats.float_blocks(format, weight, x.shape[1]):
@@ -238,8 +240,8 @@ def _tangent(
     dx: Tensor,
     dlam: Tensor,
     x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
+    weight: list[Tensor],
+    bias: list[Tensor],
     lam: Tensor,
     row_to_lam: Tensor | None,
     rows_per_lam: int,
@@ -248,16 +250,20 @@ def _tangent(
 ) -> Tensor:
     """ẏ_i = ẋ_i W(λ_i)ᵀ + λ̇_i (x_i Δᵀ + Δb)."""
     per_row, dlam = (lam_per_row(each, rows_per_lam, row_to_lam).unsqueeze(1) for each in (lam, dlam))
-    each = _split(weights, format)
     blocks = []
-    for weight, bias in zip(each, _split(biases, "pair") or [[]] * len(each), strict=True):
-        for block, base, target in formats.float_blocks(format, weight, x.shape[1]):
-            difference = F.linear(x.float(), target) - F.linear(x.float(), base)
-            if bias:
-                difference = difference + (bias[1][block].float() - bias[0][block].float())
-            along_x = lerp(F.linear(dx.float(), base), F.linear(dx.float(), target), per_row)
-            blocks.append(along_x + along(dlam, difference))
+    for block, base, target in formats.float_blocks(format, weight, x.shape[1]):
+        difference = F.linear(x.float(), target) - F.linear(x.float(), base)
+        if bias:
+            difference = difference + (bias[1][block].float() - bias[0][block].float())
+        along_x = lerp(F.linear(dx.float(), base), F.linear(dx.float(), target), per_row)
+        blocks.append(along_x + along(dlam, difference))
     return torch.cat(blocks, 1).to(x.dtype) if blocks else x.new_empty(x.shape[0], 0)
+
+
+def _tangents(dx: Tensor, dlam: Tensor, x: Tensor, weights: list[Tensor], biases: list[Tensor], *rest: Any) -> Tensor:
+    split = _split(weights, rest[3])
+    bias = _split(biases, "pair") or [[]] * len(split)
+    return torch.cat([_tangent(dx, dlam, x, *ends, *rest).flatten() for ends in zip(split, bias, strict=True)])
 
 
 library.define(
@@ -276,5 +282,5 @@ library.define(
     fake=_fakes,
     plain=_plains,
     gradients=_gradients,
-    tangent=_tangent,
+    tangent=_tangents,
 )
