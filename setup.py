@@ -31,10 +31,20 @@ ISA_FLAGS = {  # by source file
     "aarch64": {"neon": ""},
 }
 MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine())
-SOURCES = {CSRC / "bindings.cpp": "-O1"} | {
-    CSRC / "cpu" / f"{name}.cpp": flags
-    for name, flags in {"isa": "", "operators": "", "parallel": "", "scalar": "", **ISA_FLAGS.get(MACHINE, {})}.items()
-}
+SOURCES = (
+    {CSRC / "bindings.cpp": "-O1"}
+    | {CSRC / "torch" / f"{name}.cpp": "" for name in ("calls", "python", "dispatcher")}
+    | {
+        CSRC / "cpu" / f"{name}.cpp": flags
+        for name, flags in {
+            "isa": "",
+            "operators": "",
+            "parallel": "",
+            "scalar": "",
+            **ISA_FLAGS.get(MACHINE, {}),
+        }.items()
+    }
+)
 # No contraction: a·b + c is fused where the kernels say so and nowhere else: the same bits from every compiler.
 # GCC 12 finds its own intrinsics uninitialized.
 FLAGS = (
@@ -135,16 +145,16 @@ def write_cuda(ninja: Writer, target: str, includes: list[str]) -> str:
     return f"with {NVCC} for {names} and what comes after: this can take minutes; DAMI_CUDA=0 leaves it out"
 
 
-def extension(name: str, folder: str, sources: Iterable[Path], optional: bool = True) -> Extension:
+def extension(name: str, folders: Iterable[str], sources: Iterable[Path], optional: bool = True) -> Extension:
     """Optional: without a compiler the package installs as pure Python and says so when it runs."""
-    depends = [*CSRC.glob("*.*"), *(CSRC / folder).glob("*.*")]
+    depends = [path for folder in (CSRC, *(CSRC / name for name in folders)) for path in folder.glob("*.*")]
     return Extension(name, [str(path) for path in sources], depends=[str(path) for path in depends], optional=optional)
 
 
 setup(
     ext_modules=[
-        extension("dami_kernels._C", "cpu", SOURCES),
-        *([extension("dami_kernels._cuda", "cuda", CUDA_SOURCES, CUDA_WISH != "1")] if wants_cuda() else []),
+        extension("dami_kernels._C", ("cpu", "torch"), SOURCES),
+        *([extension("dami_kernels._cuda", ("cuda",), CUDA_SOURCES, CUDA_WISH != "1")] if wants_cuda() else []),
     ],
     cmdclass={"build_ext": BuildWithNinja},
 )

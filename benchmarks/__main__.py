@@ -4,8 +4,9 @@ parts:
   linear     lerp_linear in every format against plain PyTorch
   operators  the embedding, the norms and the experts as a share of the memory's bandwidth
   step       one decoder step of a whole model
+  host       what a call costs beside its kernel (CPU)
   tune       measure the launch parameters of this GPU and write its table; also: --tune
-  suite      all but tune, a few minutes (on a GPU: its tests last, at most 8 minutes)
+  suite      linear, operators and step, a few minutes (on a GPU: its tests last, at most 8 minutes)
 
 python -m benchmarks PART --help tells what a part can be asked.
 """
@@ -17,7 +18,7 @@ import importlib
 import os
 import sys
 
-PARTS = ("suite", "linear", "operators", "step", "tune")
+PARTS = ("suite", "linear", "operators", "step", "host", "tune")
 
 
 def main(argv: list[str] | None = None) -> int:

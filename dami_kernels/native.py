@@ -1,7 +1,6 @@
 """Thin calls into the compiled CPU kernels (csrc/cpu): the operators, with their torch schemas' arguments.
 
-The kernels receive only addresses, so the arguments must be as `ops.library` has checked them: λ, its map, ids and
-offsets are dense, and weights are what their format says.
+The compiled part checks its arguments. It takes no tensor that it would have to copy first, and returns None then.
 
 The instruction set is chosen when this module is loaded: the best that the CPU has, or the one that the environment
 variable DAMI_CPU_ISA names.
@@ -12,10 +11,13 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from dami_kernels.installation import AGAIN
 
@@ -30,10 +32,9 @@ except ImportError as error:
 else:
     WHY_NOT = None
     _TYPES = {torch.float32: _C.Type.f32, torch.bfloat16: _C.Type.bf16, torch.float16: _C.Type.f16}
+    DTYPES = {dtype: int(type) for dtype, type in _TYPES.items()}
+    _C.connect(Tensor, Parameter, torch.get_num_threads)
     _C.isa()  # a DAMI_CPU_ISA that cannot be had is refused here, not at the first call
-
-_NO_MATRIX = (0, 0)
-_NO_PAIR = (_NO_MATRIX, _NO_MATRIX)
 
 
 def lerp_linear(
@@ -47,7 +48,7 @@ def lerp_linear(
     invariant: bool,
 ) -> Tensor:
     """y_i = x_i · W(λ_i)ᵀ + b(λ_i): x [rows, K], weight [N, K] as `format` stores it, bias [] or a pair of [N]."""
-    return lerp_linears(x, weight, bias, lam, row_to_lam, rows_per_lam, format, invariant)
+    return _linears(_C.linear, x, weight, bias, lam, row_to_lam, rows_per_lam, format, invariant)
 
 
 def lerp_linears(
@@ -60,17 +61,25 @@ def lerp_linears(
     format: str,
     invariant: bool,
 ) -> Tensor:
-    """`lerp_linear` with several weights, the tensors of one after those of the other: [rows, ΣN_i], side by side."""
-    each = _tensors_of(format)
-    x, weights, biases = _dense(x), _in_place(weights), _in_place(biases)
-    outputs = [weight.shape[0] for weight in weights[::each]]
-    y = x.new_empty(x.shape[0], sum(outputs))
-    _C.linear(
-        _TYPES[x.dtype], _matrix(x), *x.shape, format, [_stack(weight) for weight in weights],
-        [_pair(biases[i : i + 2]) for i in range(0, len(biases), 2)], outputs, _matrix(y),
-        _lams(lam, row_to_lam, rows_per_lam), invariant, torch.get_num_threads(),
-    )  # fmt: skip
-    return y
+    """`lerp_linear` with several weights, the tensors of one after those of the other: [rows · ΣN_i], likewise."""
+    return _linears(_C.linears, x, weights, biases, lam, row_to_lam, rows_per_lam, format, invariant)
+
+
+def _linears(
+    kernel: Callable[..., Tensor | None],
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    format: str,
+    invariant: bool,
+) -> Tensor:
+    _tensors_of(format)
+    lams = _lams(lam, row_to_lam, rows_per_lam if x.shape[0] else 1)
+    stored = _in_place(weights), _in_place(biases)
+    return _taken(kernel(False, _dense(x), *stored, *lams, format, x.shape[1], invariant))
 
 
 def lerp_experts(
@@ -89,15 +98,11 @@ def lerp_experts(
     IndexError if the offsets, the ends of the experts' rows, decrease or pass the rows.
     """
     _tensors_of(format)
-    x, weight, bias = _dense(x), _in_place(weight), _in_place(bias)
-    experts, outputs = weight[0].shape[:2]
-    y = x.new_empty(x.shape[0], outputs)
-    _C.experts(
-        _TYPES[x.dtype], _matrix(x), *x.shape, format, [_stack(tensor) for tensor in weight], _pair(bias),
-        offsets.data_ptr(), experts, outputs, y.data_ptr(), _lams(lam, row_to_lam, rows_per_lam), invariant,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return y
+    if not x.shape[0]:
+        rows_per_lam = 1
+    lams = _lams(lam, row_to_lam, rows_per_lam)
+    stored = _in_place(weight), _in_place(bias)
+    return _taken(_C.experts(False, _dense(x), *stored, *lams, _plain(offsets), format, x.shape[1], invariant))
 
 
 def lerp_embedding(
@@ -112,14 +117,10 @@ def lerp_embedding(
 ) -> Tensor:
     """y_i = W(λ_i)[id_i]: ids [rows] int64 or int32, weight [V, D] as `format` stores it. IndexError for a bad id."""
     _tensors_of(format)
-    weight = _in_place(weight)
-    y = torch.empty(ids.shape[0], columns, dtype=dtype)
-    _C.embedding(
-        _TYPES[dtype], ids.data_ptr(), ids.dtype == torch.int64, ids.shape[0], format,
-        [_stack(tensor) for tensor in weight], weight[0].shape[0], columns, y.data_ptr(),
-        _lams(lam, row_to_lam, rows_per_lam), torch.get_num_threads(),
-    )  # fmt: skip
-    return y
+    if not ids.shape[0]:
+        return weight[0].new_empty(0, columns, dtype=dtype)
+    lams = _lams(lam, row_to_lam, rows_per_lam)
+    return _taken(_C.embedding(False, _plain(ids), _in_place(weight), *lams, format, DTYPES[dtype], dtype, columns))
 
 
 def lerp_rms_norm(
@@ -132,13 +133,9 @@ def lerp_rms_norm(
     offset: float,
 ) -> Tensor:
     """y_i = x_i / sqrt(mean(x_i²) + eps) · (offset + w(λ_i)): x [rows, D], weight a pair of [D]."""
-    x, weight = _dense(x), _in_place(weight)
-    y = torch.empty(x.shape, dtype=x.dtype)
-    _C.rms_norm(
-        _TYPES[x.dtype], _matrix(x), _pair(weight), y.data_ptr(), *x.shape, eps, offset,
-        _lams(lam, row_to_lam, rows_per_lam), torch.get_num_threads(),
-    )  # fmt: skip
-    return y
+    if not x.shape[0]:
+        return torch.empty(x.shape, dtype=x.dtype)
+    return _taken(_C.rms_norm(False, _dense(x), _in_place(weight), *_lams(lam, row_to_lam, rows_per_lam), eps, offset))
 
 
 def lerp_layer_norm(
@@ -151,13 +148,21 @@ def lerp_layer_norm(
     eps: float,
 ) -> Tensor:
     """y_i = (x_i − mean(x_i)) / std(x_i) · w(λ_i) + b(λ_i): x [rows, D], weight a pair of [D], bias [] or the same."""
-    x, weight, bias = _dense(x), _in_place(weight), _in_place(bias)
-    y = torch.empty(x.shape, dtype=x.dtype)
-    _C.layer_norm(
-        _TYPES[x.dtype], _matrix(x), _pair(weight), _pair(bias), y.data_ptr(), *x.shape, eps,
-        _lams(lam, row_to_lam, rows_per_lam), torch.get_num_threads(),
-    )  # fmt: skip
-    return y
+    if not x.shape[0]:
+        return torch.empty(x.shape, dtype=x.dtype)
+    return _taken(
+        _C.layer_norm(False, _dense(x), _in_place(weight), _in_place(bias), *_lams(lam, row_to_lam, rows_per_lam), eps)
+    )
+
+
+def register(reraise: Callable[[], None]) -> None:
+    """Registers the kernels with torch's dispatcher, past Python.
+
+    The operator `_NAME` in Python gets the calls that the kernel of `NAME` does not take. It may return a scalar
+    instead of a matrix; `reraise` is then to raise its error.
+    """
+    library = Path(torch.__file__).parent / "lib" / ("libtorch_cpu" + (".dylib" if sys.platform == "darwin" else ".so"))
+    _C.register_kernels(str(library), reraise)
 
 
 def isa() -> str:
@@ -190,8 +195,13 @@ def _is_dense(tensor: Tensor) -> bool:
     return tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 or tensor.numel() == 0
 
 
+def _plain(tensor: Tensor) -> Tensor:
+    """Below the dispatcher a subclass means nothing."""
+    return tensor if type(tensor) is Tensor or type(tensor) is Parameter else tensor.as_subclass(Tensor)
+
+
 def _dense(tensor: Tensor) -> Tensor:
-    return tensor if _is_dense(tensor) else tensor.contiguous()
+    return _plain(tensor if _is_dense(tensor) else tensor.contiguous())
 
 
 def _tensors_of(format: str) -> int:
@@ -203,22 +213,15 @@ def _tensors_of(format: str) -> int:
 
 def _in_place(stored: list[Tensor]) -> list[Tensor]:
     """The tensors themselves if each is dense along its last dimension, else dense copies, with one warning."""
-    if all(map(_is_dense, stored)):
-        return stored
-    _warn_of_copies()
+    if not all(map(_is_dense, stored)):
+        _warn_of_copies()
     return list(map(_dense, stored))
 
 
-def _matrix(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), tensor.stride(0)
-
-
-def _stack(tensor: Tensor) -> tuple[int, int, int]:
-    return tensor.data_ptr(), tensor.stride(0), tensor.stride(-2)
-
-
-def _pair(ends: list[Tensor]) -> tuple[tuple[int, int], tuple[int, int]]:
-    return (_matrix(ends[0]), _matrix(ends[1])) if ends else _NO_PAIR
+def _taken(y: Tensor | None) -> Tensor:
+    if y is None:
+        raise NotImplementedError("no kernel reads tensors that lie in memory as these do")
+    return y
 
 
 @cache
@@ -230,5 +233,5 @@ def _warn_of_copies() -> None:
     )
 
 
-def _lams(lam: Tensor, row_to_lam: Tensor | None, rows_per_lam: int) -> tuple[int, int, int, int]:
-    return lam.data_ptr(), lam.shape[0], 0 if row_to_lam is None else row_to_lam.data_ptr(), rows_per_lam
+def _lams(lam: Tensor, row_to_lam: Tensor | None, rows_per_lam: int) -> tuple[Tensor, Tensor | None, int | None]:
+    return (_plain(lam), None, rows_per_lam) if row_to_lam is None else (_plain(lam), _plain(row_to_lam), None)

@@ -1,5 +1,7 @@
 """The operators: one file each, with its schema, shape function, gradient and dispatch."""
 
+from dami_kernels import native
+from dami_kernels.ops import library
 from dami_kernels.ops.embedding import lerp_embedding
 from dami_kernels.ops.experts import lerp_experts
 from dami_kernels.ops.layer_norm import lerp_layer_norm
@@ -7,3 +9,6 @@ from dami_kernels.ops.linear import lerp_linear, lerp_linears
 from dami_kernels.ops.rms_norm import lerp_rms_norm
 
 __all__ = ["lerp_embedding", "lerp_experts", "lerp_layer_norm", "lerp_linear", "lerp_linears", "lerp_rms_norm"]
+
+if not native.WHY_NOT:
+    native.register(library.reraise)

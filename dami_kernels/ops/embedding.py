@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from dami_kernels import formats
-from dami_kernels.ops import library
+from dami_kernels.ops import direct, library
 from dami_kernels.rows import along, lam_map, lam_per_row, lerp, sum_per_lam
 from dami_kernels.weight import LerpWeight
 
 
-@library.autocast("lookup")
+@library.public("lookup", direct.lerp_embedding)
 def lerp_embedding(
     ids: Tensor,
     weight: LerpWeight,

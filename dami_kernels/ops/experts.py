@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dami_kernels import formats
-from dami_kernels.ops import library
+from dami_kernels.ops import direct, library
 from dami_kernels.rows import along, lam_map, lam_per_row, lerp, sum_per_lam
 from dami_kernels.weight import LerpWeight
 
 
-@library.autocast("product")
+@library.public("product", direct.lerp_experts)
 def lerp_experts(
     x: Tensor,
     weight: LerpWeight,
@@ -70,7 +70,7 @@ def lerp_experts(
     return torch.ops.dami.lerp_experts(
         x,
         list(weight.tensors),
-        [] if bias is None else list(bias.tensors),
+        None if bias is None else list(bias.tensors),
         lam,
         row_to_lam,
         rows_per_lam,
@@ -220,7 +220,7 @@ def _tangent(
 
 
 library.define(
-    "lerp_experts(Tensor x, Tensor[] weight, Tensor[] bias, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, "
+    "lerp_experts(Tensor x, Tensor[] weight, Tensor[]? bias, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, "
     "Tensor offsets, str format, bool invariant) -> Tensor",
     check=_check_operands,
     fake=_fake,

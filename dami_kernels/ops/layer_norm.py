@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dami_kernels.ops import library
+from dami_kernels.ops import direct, library
 from dami_kernels.rows import along, lam_map, lam_per_row, lerp, sum_per_lam
 from dami_kernels.weight import LerpWeight
 
 
-@library.autocast("norm")
+@library.public("norm", direct.lerp_layer_norm)
 def lerp_layer_norm(
     x: Tensor,
     weight: LerpWeight,
@@ -46,7 +46,7 @@ def lerp_layer_norm(
     y = torch.ops.dami.lerp_layer_norm(
         x.reshape(rows, x.shape[-1]),
         list(weight.tensors),
-        [] if bias is None else list(bias.tensors),
+        None if bias is None else list(bias.tensors),
         lam,
         row_to_lam,
         rows_per_lam,
@@ -141,7 +141,7 @@ def _tangent(
 
 
 library.define(
-    "lerp_layer_norm(Tensor x, Tensor[] weight, Tensor[] bias, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, "
+    "lerp_layer_norm(Tensor x, Tensor[] weight, Tensor[]? bias, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, "
     "float eps) -> Tensor",
     check=_check_operands,
     fake=_fake,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -31,6 +32,14 @@ LIBRARY = torch.library.Library("dami", "DEF")
 
 
 PLAIN: dict[str, Callable[..., Any]] = {}  # every operator's version in plain torch
+CHECKED: dict[str, Callable[..., Any]] = {}  # what checks an operator's arguments, and finds what computes it
+
+_raised = threading.local()
+
+
+def reraise() -> None:
+    """Raises what the last operator `_NAME` of this thread has caught, as torch's C interface loses it."""
+    raise _raised.__dict__.pop("error")
 
 
 def kernel_of(name: str, device: str) -> Callable[..., Any] | str:
@@ -70,7 +79,12 @@ def define(
     name = schema.split("(")[0]
     PLAIN[name] = plain
 
+    def filled(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """No list as an empty one. In the schema it is none, as exported programs turn empty lists into that."""
+        return tuple([[] if arg is None and i in optional else arg for i, arg in enumerate(args)])
+
     def run(*args: Any) -> Any:
+        args = filled(args)
         check(*args)
         # Of λ, its map, ids and offsets kernels take the numbers to lie side by side.
         args = tuple([x.contiguous() if isinstance(x, Tensor) and x.dim() == 1 else x for x in args])
@@ -82,15 +96,31 @@ def define(
         except NotImplementedError as error:
             return slowly(str(error), *args)
 
+    def caught(*args: Any) -> Any:
+        try:
+            return CHECKED[name](*args)
+        except Exception as error:
+            _raised.error = error
+            return torch.empty(())
+
     def slowly(why: str, *args: Any) -> Any:
         _warn_once(f"dami::{name} runs as plain torch, many times slower: {why}")
         return plain(*args)
 
+    CHECKED[name] = run
+    LIBRARY.define(f"_{schema}")
+    LIBRARY.impl(f"_{name}", caught, "CompositeExplicitAutograd")
+    LIBRARY.impl(f"_{name}", torch.library.fallthrough_kernel, "Autograd")
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dami::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.dami, name).default
-    LIBRARY.impl(name, _differentiable(op, gradients, tangent), "Autograd", with_keyset=True)
+    optional = [i for i, argument in enumerate(op._schema.arguments) if str(argument.type) == "Optional[List[Tensor]]"]
+    derivatives = (
+        lambda dy, *args: gradients(dy, *filled(args)),
+        lambda dx, dlam, *args: tangent(dx, dlam, *filled(args)),
+    )
+    LIBRARY.impl(name, _differentiable(op, *derivatives), "Autograd", with_keyset=True)
     register_vmap(name)
 
 
@@ -169,8 +199,31 @@ def register_vmap(name: str) -> None:
     torch.library.register_vmap(f"dami::{name}", batched, lib=LIBRARY)
 
 
-def autocast(kind: Literal["product", "norm", "lookup"]) -> Callable[[F], F]:
-    """Makes a public function of x, or ids, follow `torch.autocast` as torch's own counterpart does.
+_DispatchKey, _DispatchKeySet = torch._C.DispatchKey, torch._C.DispatchKeySet
+_NOTHING_INCLUDED = (
+    _DispatchKeySet(_DispatchKey.BackendSelect) | _DispatchKeySet(_DispatchKey.ADInplaceOrView),
+    _DispatchKeySet(_DispatchKey.BackendSelect),  # in inference mode
+)
+
+
+def is_eager() -> bool:
+    """Whether a call means its kernel and nothing else: nobody traces, transforms, intercepts, casts or records it."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._dispatch_tls_local_include_set() in _NOTHING_INCLUDED
+        and not torch._C._len_torch_function_stack()
+        and not torch.autograd._profiler_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and forward_ad._current_level < 0
+    )
+
+
+def public(kind: Literal["product", "norm", "lookup"], direct: Callable[..., Any]) -> Callable[[F], F]:
+    """Makes a public function of x, or ids, go the shortest way, and follow `torch.autocast` as torch's own does.
+
+    The shortest way is `direct`, which takes the function's arguments after one that says whether gradients are
+    recorded, and returns None where it cannot serve. With torch's dispatcher in between a small call takes ten times
+    as long.
 
     A product casts x, weights and biases to autocast's dtype, as `F.linear`. A norm computes in float32, and returns
     that on a GPU, but x's dtype on the CPU, as `F.layer_norm`. A lookup casts nothing, as `F.embedding`. λ stays
@@ -182,6 +235,10 @@ def autocast(kind: Literal["product", "norm", "lookup"]) -> Callable[[F], F]:
 
         @wraps(function)
         def run(*args: Any, **options: Any) -> Any:
+            if not native.WHY_NOT and is_eager():
+                y = direct(torch.is_grad_enabled(), *args, **options)
+                if y is not None:
+                    return y
             x = args[0] if args else options.get(first)
             if not isinstance(x, Tensor) or x.dtype == torch.float64 or not _is_autocast(x.device.type):
                 return function(*args, **options)

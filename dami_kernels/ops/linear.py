@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dami_kernels import formats
-from dami_kernels.ops import library
+from dami_kernels.ops import direct, library
 from dami_kernels.rows import along, lam_map, lam_per_row, lerp, sum_per_lam
 from dami_kernels.weight import LerpWeight
 
 
-@library.autocast("product")
+@library.public("product", direct.lerp_linear)
 def lerp_linear(
     x: Tensor,
     weight: LerpWeight,
@@ -62,7 +62,7 @@ def lerp_linear(
         y = torch.ops.dami.lerp_linear(
             flat,
             list(weight.tensors),
-            [] if bias is None else list(bias.tensors),
+            None if bias is None else list(bias.tensors),
             lam,
             row_to_lam,
             rows_per_lam,
@@ -72,7 +72,7 @@ def lerp_linear(
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
-@library.autocast("product")
+@library.public("product", direct.lerp_linears)
 def lerp_linears(
     x: Tensor,
     weights: Sequence[LerpWeight],
@@ -91,7 +91,7 @@ def lerp_linears(
         biases: [N_i] each, one for every weight, or None.
 
     Returns:
-        [..., N_i] for each weight, side by side in memory.
+        [..., N_i] for each weight, one after the other in memory.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
@@ -116,14 +116,14 @@ def lerp_linears(
     y = torch.ops.dami.lerp_linears(
         x.reshape(rows, x.shape[-1]),
         [tensor for weight in weights for tensor in weight.tensors],
-        [tensor for bias in biases or () for tensor in bias.tensors],
+        None if biases is None else [tensor for bias in biases for tensor in bias.tensors],
         lam,
         row_to_lam,
         rows_per_lam,
         weights[0].format,
         invariant,
     )
-    return y.reshape(*x.shape[:-1], y.shape[1]).split([weight.shape[0] for weight in weights], -1)
+    return direct.in_parts(y, x.shape[:-1], [weight.shape[0] for weight in weights])
 
 
 def _check(
@@ -178,7 +178,7 @@ def _fakes(
     format: str,
     invariant: bool,
 ) -> Tensor:
-    return x.new_empty(x.shape[0], sum(weight[0].shape[0] for weight in _split(weights, format)))
+    return x.new_empty(x.shape[0] * sum(weight[0].shape[0] for weight in _split(weights, format)))
 
 
 def _plain(
@@ -203,7 +203,7 @@ def _plains(x: Tensor, weights: list[Tensor], biases: list[Tensor], *rest: Any) 
     format = rest[3]
     split = _split(weights, format)
     bias = _split(biases, "pair") or [[]] * len(split)
-    return torch.cat([_plain(x, *ends, *rest) for ends in zip(split, bias, strict=True)], 1)
+    return torch.cat([_plain(x, *ends, *rest).flatten() for ends in zip(split, bias, strict=True)])
 
 
 def _gradients(
@@ -218,8 +218,10 @@ def _gradients(
     invariant: bool,
 ) -> tuple[Tensor, Tensor]:
     """dx_i = dy_i W(λ_i) and dλ_i = Σ_n dy_in ((x_i Δᵀ)_n + Δb_n): both from dy·W_b and dy·W_t, summed over weights."""
-    each = _split(weights, format)
-    dys = dy.float().split([weight[0].shape[0] for weight in each], 1)
+    each, rows = _split(weights, format), x.shape[0]
+    sizes = [weight[0].shape[0] for weight in each]
+    parts = dy.float().flatten().split([rows * size for size in sizes])
+    dys = [part.view(rows, size) for part, size in zip(parts, sizes, strict=True)]
     dy_base = dy_target = x.new_zeros(x.shape, dtype=torch.float32)
     for part, weight in zip(dys, each, strict=True):
         for block, base, target in formats.float_blocks(format, weight, x.shape[1]):
@@ -238,8 +240,8 @@ def _tangent(
     dx: Tensor,
     dlam: Tensor,
     x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
+    weight: list[Tensor],
+    bias: list[Tensor],
     lam: Tensor,
     row_to_lam: Tensor | None,
     rows_per_lam: int,
@@ -248,20 +250,24 @@ def _tangent(
 ) -> Tensor:
     """ẏ_i = ẋ_i W(λ_i)ᵀ + λ̇_i (x_i Δᵀ + Δb)."""
     per_row, dlam = (lam_per_row(each, rows_per_lam, row_to_lam).unsqueeze(1) for each in (lam, dlam))
-    each = _split(weights, format)
     blocks = []
-    for weight, bias in zip(each, _split(biases, "pair") or [[]] * len(each), strict=True):
-        for block, base, target in formats.float_blocks(format, weight, x.shape[1]):
-            difference = F.linear(x.float(), target) - F.linear(x.float(), base)
-            if bias:
-                difference = difference + (bias[1][block].float() - bias[0][block].float())
-            along_x = lerp(F.linear(dx.float(), base), F.linear(dx.float(), target), per_row)
-            blocks.append(along_x + along(dlam, difference))
+    for block, base, target in formats.float_blocks(format, weight, x.shape[1]):
+        difference = F.linear(x.float(), target) - F.linear(x.float(), base)
+        if bias:
+            difference = difference + (bias[1][block].float() - bias[0][block].float())
+        along_x = lerp(F.linear(dx.float(), base), F.linear(dx.float(), target), per_row)
+        blocks.append(along_x + along(dlam, difference))
     return torch.cat(blocks, 1).to(x.dtype) if blocks else x.new_empty(x.shape[0], 0)
 
 
+def _tangents(dx: Tensor, dlam: Tensor, x: Tensor, weights: list[Tensor], biases: list[Tensor], *rest: Any) -> Tensor:
+    split = _split(weights, rest[3])
+    bias = _split(biases, "pair") or [[]] * len(split)
+    return torch.cat([_tangent(dx, dlam, x, *ends, *rest).flatten() for ends in zip(split, bias, strict=True)])
+
+
 library.define(
-    "lerp_linear(Tensor x, Tensor[] weight, Tensor[] bias, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, "
+    "lerp_linear(Tensor x, Tensor[] weight, Tensor[]? bias, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, "
     "str format, bool invariant) -> Tensor",
     check=_check_operands,
     fake=_fake,
@@ -270,11 +276,11 @@ library.define(
     tangent=_tangent,
 )
 library.define(
-    "lerp_linears(Tensor x, Tensor[] weights, Tensor[] biases, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, "
+    "lerp_linears(Tensor x, Tensor[] weights, Tensor[]? biases, Tensor lam, Tensor? row_to_lam, SymInt rows_per_lam, "
     "str format, bool invariant) -> Tensor",
     check=_check_operands,
     fake=_fakes,
     plain=_plains,
     gradients=_gradients,
-    tangent=_tangent,
+    tangent=_tangents,
 )

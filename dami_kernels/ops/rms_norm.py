@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dami_kernels.ops import library
+from dami_kernels.ops import direct, library
 from dami_kernels.rows import along, lam_map, lam_per_row, lerp, sum_per_lam
 from dami_kernels.weight import LerpWeight
 
 
-@library.autocast("norm")
+@library.public("norm", direct.lerp_rms_norm)
 def lerp_rms_norm(
     x: Tensor,
     weight: LerpWeight,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, lams, linear, measure, operators, shapes, step
+from benchmarks import __main__, host, lams, linear, measure, operators, shapes, step
 from benchmarks.machine import Cpu
 from benchmarks.record import load
 from benchmarks.weights import FORMATS
@@ -141,3 +141,13 @@ def test_step(tmp_path: Path) -> None:
     one = next(row for row in rows if row["method"] == "one merged model")
     weights = 64 * (4 * 32 + 2 * 2 * 32 + 4 * 32 + 3 * 96)  # of a layer
     assert int(one["moved_bytes"]) == 2 * (2 * weights + 5000 * 64)
+
+
+def test_host(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = __main__.main(["host", "--results", str(tmp_path), "--seconds", "0.01", "--calls", "3"])
+    rows = load(tmp_path / "host.csv")
+    assert code == 0
+    assert {row["case"] for row in rows} >= {"linear pair", "linear w8d4", "rms_norm", "a call of linear pair", "model"}
+    assert all(0 < float(row["p10_us"]) <= float(row["median_us"]) <= float(row["p90_us"]) for row in rows)
+    assert all(float(row["ratio"]) == 1 for row in rows if row["method"] == host.TORCH)
+    assert "is anybody watching?" in capsys.readouterr().out

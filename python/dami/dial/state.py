@@ -76,6 +76,7 @@ class ForwardState:
             tokens are then taken for sequences.
         kept: float32 [rows], λ of those tokens of a packed row whose logits are wanted, where not all are.
         invariant: whether the bits of a row are to be independent of the others.
+        last: the linear layer that ran last, its input and how often that had been changed in place.
     """
 
     sequences: int | None = None
@@ -84,6 +85,7 @@ class ForwardState:
     packed: Tensor | None = None
     kept: Tensor | None = None
     invariant: bool = False
+    last: tuple[Any, Tensor, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in no pass."""
@@ -142,6 +144,9 @@ class ModuleState:
         tokens_at: which dimension of its input the tokens of a packed row are, once it has met one.
         part: the dial that it reads instead, while its part of the model is set apart.
         resting: what `part` is outside of `with dami.intensity(…)` blocks, as `dami.set_intensity` has set it.
+        ends: what `LerpModule.ends` has made of the stored tensors, by the parameter's name.
+        siblings: the `layers.siblings.Siblings` that it is one of.
+        alone: whether it is to be none of any, as it was one in vain.
     """
 
     dial: Dial
@@ -155,6 +160,9 @@ class ModuleState:
     tokens_at: int | None = None
     part: Dial | None = None
     resting: Dial | None = None
+    ends: dict[str, Any] = field(default_factory=dict)
+    siblings: Any = None
+    alone: bool = False
 
     @property
     def lam(self) -> Tensor:
@@ -174,4 +182,4 @@ class ModuleState:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in no `with` block, and in no pass."""
-        return {**vars(self), "part": self.resting}
+        return {**vars(self), "part": self.resting, "ends": {}, "siblings": None}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dami.dial.state import PatchedModule, StoredEnds
 from dami.layers.row_parameter import RowParameter, blend
-from dami.upstream import HOOKED, asked_by_hook, buffers_of, in_backward, offloading, parameters_of
+from dami.upstream import HOOKED, asked_by_hook, buffers_of, hook_of, in_backward, offloading, parameters_of
 from dami_kernels import LerpWeight
 from dami_kernels.weight import FLOAT_DTYPES
 
@@ -107,11 +107,28 @@ class LerpModule(PatchedModule):
         return tensor
 
     def ends(self, name: str) -> LerpWeight:
-        """Both ends of a parameter as the operators take them; one tensor stands for both where they are identical."""
+        """Both ends of a parameter as the operators take them; one tensor stands for both where they are identical.
+
+        They are kept for the next call, as long as the module's parameters are the same objects, of the same shapes
+        and dtypes. Operators look at the tensors' memory at every call.
+        """
+        parameters = parameters_of(self)
+        if (known := self.lerp.ends.get(name)) is not None and not torch.compiler.is_compiling():
+            parameter, names, weight = known
+            if parameters.get(name) is parameter and (parameter.dtype, parameter.shape) == (weight.dtype, weight.shape):
+                for stored_name, tensor in zip(names, weight.tensors, strict=True):
+                    if parameters.get(stored_name) is not tensor:
+                        break
+                else:
+                    return weight
         stored = self.lerp.stored.get(name, StoredEnds("pair", (name, name)))
         parameter = self.as_operand(self.tensor(name))
         tensors = tuple(self.as_operand(self.tensor(tensor)) for tensor in stored.names)
-        return LerpWeight(tensors, stored.format, parameter.shape, parameter.dtype)
+        weight = LerpWeight(tensors, stored.format, parameter.shape, parameter.dtype)
+        # Not of views, which would go on where a parameter's memory was; nor where hooks give the memory back.
+        if parameter is parameters.get(name) and hook_of(self) is None and not torch.compiler.is_compiling():
+            self.lerp.ends[name] = parameter, stored.names, weight
+        return weight
 
     def beside(self, name: str) -> tuple[str, ...]:
         """Names of what is stored beside a parameter or buffer; none where it is the same in both ends."""
@@ -140,6 +157,8 @@ class LerpModule(PatchedModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
+        if "lerp" in self.__dict__:
+            self.lerp.ends.clear()
         if name == HOOKED:
             supply_placeholders(self)
 
@@ -154,7 +173,14 @@ class LerpModule(PatchedModule):
                 1 for what all sequences share, such as the positions [1, T]: it is then expanded to B.
             features: how many trailing dimensions are not rows.
         """
-        lam, running = self.lerp.lam.to(x.device), self.lerp.running
+        lerp, running = self.lerp, self.lerp.running
+        lam = lerp.lam
+        if running.sequences and running.packed is None and type(x) is Tensor and lam.device == x.device:
+            if lam.dim() == 0:
+                return x, {"lam": lam}
+            if x.dim() > features + 1 and x.shape[0] == lam.shape[0] == running.sequences and running.ordered:
+                return x, {"lam": lam, "rows_per_lam": x.shape[1 : x.dim() - features].numel()}  # all but a few
+        lam = lam.to(x.device)
         if running.sequences is None and runs_again():
             raise RuntimeError(
                 f"{self.lerp.name} runs again in the backward pass, where it does not know the λ it ran at: checkpoint "
@@ -209,6 +235,7 @@ class LerpModule(PatchedModule):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As any module's, for `.to()` and its like; but scales keep their dtype, and placeholders take no memory."""
         check_dtypes(self, fn)
+        self.lerp.ends.clear()
         scales = {id(parameter) for name, parameter in self._parameters.items() if name.endswith("_scale")}
         placeholders = {id(self.tensor(name)) for name in self.placeholders()}
 

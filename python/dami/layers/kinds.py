@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dami.layers.base import LerpModule, own_tensors, placeholder
 from dami.layers.routing import by_expert
+from dami.layers.siblings import together
 from dami.upstream import PARAMETERS, buffers_of, describes_experts, gated, is_wrapped, parameters_of
 from dami_kernels import LerpWeight, lerp_embedding, lerp_experts, lerp_layer_norm, lerp_linear, lerp_rms_norm
 
@@ -30,6 +31,11 @@ class LerpLinear(LerpModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         x, rows = self.rows(input)
+        eager = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        if eager and type(x) is Tensor and not x.is_inference():
+            y = together(self, x, rows)
+            if y is not None:
+                return y
         return lerp_linear(x, self.ends("weight"), bias=self.bias_ends(), **self.lerp.settings, **rows)
 
 

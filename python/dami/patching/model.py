@@ -94,6 +94,7 @@ class LerpModel(PreTrainedModel):
                 return super().forward(*args, **kwargs)
         finally:
             dial.lam, dial.rest, running.sequences, running.tokens = before
+            running.last = None
 
     def _check_mixed(self, kwargs: Mapping[str, Any]) -> None:
         """ValueError if a batch at several λ has images or sounds, or the model does not tell its sequences apart."""

@@ -1,0 +1,164 @@
+"""Times what a call costs on the host: every operator on operands so small that next to nothing is computed, against
+torch's own operator; where the time of one call goes; and a model of eight tiny layers, patched and plain.
+
+A call is timed in a loop of many, with no gradient, as `generate` makes them. Run it alone on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from dami import patch_model
+from torch import Tensor, nn
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from benchmarks.machine import about, machine
+from benchmarks.record import RESULTS, store, text_table
+from benchmarks.timing import Times, interleaved
+from dami_kernels import (
+    LerpWeight,
+    lerp_embedding,
+    lerp_layer_norm,
+    lerp_linear,
+    lerp_linears,
+    lerp_rms_norm,
+    native,
+)
+from dami_kernels.ops import direct, library
+
+FORMATS = ("pair", "int8", "int4", "w8d4")
+SIZE = 64  # of both dimensions of a weight
+TORCH, OURS, DISPATCHED = "torch", "dami", "dami, dispatched"
+Calls = dict[str, Callable[[], object]]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks host", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of timing for each case, about")
+    parser.add_argument("--calls", type=int, default=1000, help="in one loop")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIRECTORY", help="of host.csv")
+    options = parser.parse_args(argv)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    facts = about(machine())
+    print(f"{facts['device']}, {facts['isa']}, torch {facts['torch']}, one thread", flush=True)
+    with torch.no_grad():
+        for case, calls in cases():
+            count = options.calls if case != "model" else max(1, options.calls // 100)
+            times = interleaved({name: partial(loop, call, count) for name, call in calls.items()}, options.seconds)
+            rows = [row(case, name, taken, times) for name, taken in times.items()]
+            store([facts | row for row in rows], options.results / "host.csv")
+            lines = [[row["method"], row["median_us"], row["p10_us"], row["p90_us"], row["ratio"]] for row in rows]
+            print(f"\n{case}\n{text_table([['method', 'µs', 'p10', 'p90', 'ratio'], *lines])}", flush=True)
+    return 0
+
+
+def loop(call: Callable[[], object], count: int) -> float:
+    """Seconds of one call in a loop of `count`."""
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) / count
+
+
+def row(case: str, method: str, taken: Times, all: dict[str, Times]) -> dict[str, object]:
+    first = next(iter(all.values()))
+    low, median, high = (f"{1e6 * seconds:.2f}" for seconds in (taken.p10, taken.median, taken.p90))
+    return {
+        "case": case,
+        "method": method,
+        "median_us": median,
+        "p10_us": low,
+        "p90_us": high,
+        "count": taken.count,
+        "ratio": f"{taken.median / first.median:.2f}",
+    }
+
+
+def cases() -> Iterator[tuple[str, Calls]]:
+    """Each case with its methods; the first is what the others are compared with. All results are checked."""
+    x, lam = torch.randn(1, SIZE), torch.tensor([0.3])
+    plain, vector, ids = torch.randn(SIZE, SIZE), torch.randn(SIZE), torch.tensor([7])
+    norm, bias = (LerpWeight.pack(vector, vector + 0.1) for _ in range(2))
+    for format in FORMATS:
+        weight = LerpWeight.pack(plain, plain + 0.1 * torch.randn_like(plain), format)
+        merged = weight.materialize(0.3)
+        operands = [x, list(weight.tensors), None, lam, None, 1, format, False]
+        yield f"linear {format}", checked({
+            TORCH: partial(F.linear, x, merged),
+            OURS: partial(lerp_linear, x, weight, lam),
+            DISPATCHED: partial(torch.ops.dami.lerp_linear.default, *operands),
+        })  # fmt: skip
+    weight = LerpWeight.pack(plain, plain + 0.1 * torch.randn_like(plain))
+    merged = weight.materialize(0.3)
+    yield "linears", checked({
+        f"{TORCH}, three": lambda: torch.cat([F.linear(x, merged) for _ in range(3)], -1),
+        f"{OURS}, three calls": lambda: torch.cat([lerp_linear(x, weight, lam) for _ in range(3)], -1),
+        OURS: lambda: torch.cat(lerp_linears(x, [weight] * 3, lam), -1),
+    })  # fmt: skip
+    yield "embedding", checked({
+        TORCH: partial(F.embedding, ids, merged),
+        OURS: partial(lerp_embedding, ids, weight, lam),
+    })  # fmt: skip
+    yield "rms_norm", checked({
+        TORCH: partial(F.rms_norm, x, (SIZE,), norm.materialize(0.3), 1e-6),
+        OURS: partial(lerp_rms_norm, x, norm, lam, 1e-6),
+    })  # fmt: skip
+    yield "layer_norm", checked({
+        TORCH: partial(F.layer_norm, x, (SIZE,), norm.materialize(0.3), bias.materialize(0.3)),
+        OURS: partial(lerp_layer_norm, x, norm, lam, bias),
+    })  # fmt: skip
+    yield "a call of linear pair", steps(x, weight, lam)
+    yield "model", model()
+
+
+def checked(calls: Calls) -> Calls:
+    """The calls, whose results must be the first one's, but for rounding."""
+    results = [call() for call in calls.values()]
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-3, atol=1e-3)
+    return calls
+
+
+def steps(x: Tensor, weight: LerpWeight, lam: Tensor) -> Calls:
+    """A whole call, and parts of it that can be called alone."""
+    nothing, all_rows = x[:0], torch.tensor(0.3)
+    arguments = (lam, None, None, weight.format, SIZE, False)
+    compiled = native._C.linears
+    return {
+        "whole": partial(lerp_linear, x, weight, lam),
+        "is anybody watching?": library.is_eager,
+        "from Python on": partial(direct.lerp_linear, False, x, weight, lam),
+        "compiled part": partial(compiled, False, x, weight.tensors, (), *arguments),
+        "compiled part, no rows": partial(compiled, False, nothing, weight.tensors, (), all_rows, *arguments[1:]),
+        "an empty tensor": partial(x.new_empty, (1, SIZE)),
+    }
+
+
+def model() -> Calls:
+    """One token of each of four sequences through eight tiny layers."""
+    config = Qwen3Config(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, vocab_size=256,
+    )  # fmt: skip
+
+    def end() -> Qwen3ForCausalLM:
+        model = Qwen3ForCausalLM(config).eval()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, 0.1, 0.1)
+        return model
+
+    instruct, thinking, alone = end(), end(), end()
+    patched = patch_model(instruct, thinking)
+    ids, lam = torch.randint(0, 256, (4, 1)), torch.tensor([0.1, 0.5, 0.9, 1.0])
+    return {
+        TORCH: partial(alone, ids),
+        f"{OURS}, one λ": partial(patched, ids, intensity=0.3),
+        f"{OURS}, four λ": partial(patched, ids, intensity=lam),
+    }

@@ -1,0 +1,259 @@
+#include "calls.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace dami {
+namespace {
+
+std::optional<Type> type_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::f32: return Type::f32;
+    case Dtype::bf16: return Type::bf16;
+    case Dtype::f16: return Type::f16;
+    default: return {};
+  }
+}
+
+bool is_dense_vector(const Tensor& t, Dtype dtype, int64_t size) {
+  return t.dtype == dtype && t.dims == 1 && t.size[0] == size && (t.stride[0] == 1 || size <= 1);
+}
+
+// The rows of x, all its leading dimensions together, where they lie equally far apart.
+struct Flat {
+  Matrix matrix;
+  int64_t rows, columns;
+};
+
+std::optional<Flat> flat(const Tensor& x) {
+  if (x.dims < 1) return {};
+  const int last = x.dims - 1;
+  int64_t rows = 1, stride = x.size[last];  // where there is one row, or none, it has no say
+  for (int d = last - 1; d >= 0; d--) {
+    if (x.size[d] == 1) continue;
+    if (rows == 1) stride = x.stride[d];
+    else if (x.stride[d] != stride * rows) return {};
+    rows *= x.size[d];
+  }
+  if (x.size[last] > 1 && x.stride[last] != 1 && rows > 0) return {};
+  return Flat{{x.data, stride}, rows, x.size[last]};
+}
+
+std::optional<Lams> lams_of(const LamArguments& from, int64_t rows) {
+  const Tensor& lam = from.lam;
+  if (lam.dtype != Dtype::f32 || lam.dims > 1 || (from.row_to_lam && from.rows_per_lam)) return {};
+  const auto* data = static_cast<const float*>(lam.data);
+  if (lam.dims == 0) {
+    if (from.row_to_lam || from.rows_per_lam) return {};
+    return Lams{data, 1, nullptr, std::max<int64_t>(rows, 1)};
+  }
+  const int64_t count = lam.size[0];
+  if (count > 1 && lam.stride[0] != 1) return {};
+  if (from.row_to_lam) {
+    if (!is_dense_vector(*from.row_to_lam, Dtype::i32, rows)) return {};
+    return Lams{data, count, static_cast<const int32_t*>(from.row_to_lam->data), 1};
+  }
+  const int64_t each = from.rows_per_lam.value_or(1);
+  if (each < 1 || count * each != rows) return {};
+  return Lams{data, count, nullptr, each};
+}
+
+// Whether a stored tensor is [..., columns], lies dense along its last dimension and inside its storage.
+bool is_stored(const Tensor& t, Dtype dtype, int dims, const int64_t* lead, int64_t columns) {
+  if (t.dtype != dtype || t.dims != dims || t.size[dims - 1] != columns) return false;
+  if (!std::equal(lead, lead + dims - 1, t.size)) return false;
+  if (columns > 1 && t.stride[dims - 1] != 1) return false;
+  int64_t last = 0;
+  for (int d = 0; d < dims; d++) {
+    if (t.size[d] == 0) return true;
+    last += (t.size[d] - 1) * t.stride[d];
+  }
+  return (last + 1) * bytes_of(dtype) <= t.bytes;
+}
+
+// The matrices of a weight, or of a stack of them, and how far apart those of two experts lie.
+struct Stack {
+  Weight weight;
+  int64_t base, base_scale, other, other_scale;  // bytes
+
+  Weight at(int64_t expert) const {
+    const auto moved = [&](Matrix matrix, int64_t bytes) -> Matrix {
+      return {matrix.data ? static_cast<const char*>(matrix.data) + expert * bytes : nullptr, matrix.stride};
+    };
+    Weight w = weight;
+    w.base.data = moved(w.base.data, base), w.base.scale = moved(w.base.scale, base_scale);
+    w.other.data = moved(w.other.data, other), w.other.scale = moved(w.other.scale, other_scale);
+    return w;
+  }
+};
+
+std::optional<Stack> stack(const Tensor* tensors, const Format& format, Dtype dtype, int64_t columns) {
+  const int dims = tensors[0].dims;
+  const int64_t* lead = tensors[0].size;
+  if (dims != 2 && dims != 3) return {};
+  const int64_t groups = (columns + group_size - 1) / group_size;
+  const auto read = [&](Dtype wanted, int64_t size, Matrix& matrix, int64_t& step) {
+    const Tensor& t = *tensors++;
+    if (!is_stored(t, wanted, dims, lead, size)) return false;
+    matrix = {t.data, t.stride[dims - 2]};
+    step = dims == 3 ? t.stride[0] * bytes_of(wanted) : 0;
+    return true;
+  };
+  const auto stored = [&](Storage storage, Stored& to, int64_t& step, int64_t& scale_step) {
+    to.storage = storage;
+    switch (storage) {
+      case Storage::dense: return read(dtype, columns, to.data, step);
+      case Storage::int8: return read(Dtype::i8, groups * group_size, to.data, step) &&
+                                 read(Dtype::bf16, groups, to.scale, scale_step);
+      case Storage::int4: return read(Dtype::u8, groups * group_size / 2, to.data, step) &&
+                                 read(Dtype::bf16, groups, to.scale, scale_step);
+    }
+    return false;
+  };
+  Stack result{};
+  if (!stored(format.base, result.weight.base, result.base, result.base_scale)) return {};
+  if (!stored(format.other, result.weight.other, result.other, result.other_scale)) return {};
+  return result;
+}
+
+// A pair of vectors [size], or of one for each of so many experts.
+bool is_pair(const Tensor* ends, Dtype dtype, int dims, const int64_t* size) {
+  return is_stored(ends[0], dtype, dims, size, size[dims - 1]) && is_stored(ends[1], dtype, dims, size, size[dims - 1]);
+}
+
+}  // namespace
+
+int64_t bytes_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::i64: return 8;
+    case Dtype::f32: case Dtype::i32: return 4;
+    case Dtype::bf16: case Dtype::f16: return 2;
+    default: return 1;
+  }
+}
+
+const Format* find_format(std::string_view name) {
+  for (const Format& format : formats)
+    if (name == format.name) return &format;
+  return nullptr;
+}
+
+std::optional<LinearCall> linear_call(const Tensor& x, const Tensors& weights, const Tensors& biases,
+                                      const LamArguments& lam, std::string_view name, int64_t columns) {
+  const auto type = type_of(x.dtype);
+  const auto rows = flat(x);
+  const Format* format = find_format(name);
+  if (!type || !rows || !format || rows->columns != columns) return {};
+  const size_t each = format->tensors(), count = weights.size() / each;
+  if (count == 0 || weights.size() % each || (!biases.empty() && biases.size() != 2 * count)) return {};
+  const auto lams = lams_of(lam, rows->rows);
+  if (!lams) return {};
+  LinearCall call{{*type, rows->matrix, rows->rows, columns}, {}, *lams};
+  call.weights.reserve(count);
+  for (size_t i = 0; i < count; i++) {
+    const auto weight = stack(&weights[i * each], *format, x.dtype, columns);
+    if (!weight || weights[i * each].dims != 2) return {};
+    const int64_t n = weights[i * each].size[0];
+    Pair bias{};
+    if (!biases.empty()) {
+      if (!is_pair(&biases[2 * i], x.dtype, 1, &n)) return {};
+      bias = {{biases[2 * i].data, 1}, {biases[2 * i + 1].data, 1}};
+    }
+    call.weights.push_back({weight->weight, bias, {}, n, 0, rows->rows});
+  }
+  return call;
+}
+
+int64_t LinearCall::outputs() const {
+  return std::accumulate(weights.begin(), weights.end(), int64_t{0}, [](int64_t n, const Linear& w) { return n + w.n; });
+}
+
+void LinearCall::run(void* y, bool invariant, int threads) {
+  auto* to = static_cast<char*>(y);
+  for (Linear& weight : weights) {
+    weight.y = {to, weight.n};
+    to += input.rows * weight.n * (input.type == Type::f32 ? 4 : 2);
+  }
+  linear(input, weights, lams, invariant, threads);
+}
+
+std::optional<ExpertsCall> experts_call(const Tensor& x, const Tensors& weight, const Tensors& bias,
+                                        const LamArguments& lam, const Tensor& offsets, std::string_view name,
+                                        int64_t columns) {
+  const auto type = type_of(x.dtype);
+  const auto rows = flat(x);
+  const Format* format = find_format(name);
+  if (!type || !rows || x.dims != 2 || !format || rows->columns != columns) return {};
+  if (static_cast<int>(weight.size()) != format->tensors() || weight[0].dims != 3) return {};
+  const int64_t experts = weight[0].size[0], outputs = weight[0].size[1];
+  const auto lams = lams_of(lam, rows->rows);
+  const auto stored = stack(weight.data(), *format, x.dtype, columns);
+  if (!lams || !stored || !is_dense_vector(offsets, Dtype::i32, experts)) return {};
+  if (!bias.empty() && (bias.size() != 2 || !is_pair(bias.data(), x.dtype, 2, weight[0].size))) return {};
+  ExpertsCall call{{*type, rows->matrix, rows->rows, columns}, {}, *lams, static_cast<const int32_t*>(offsets.data),
+                   outputs};
+  call.experts.reserve(experts);
+  const auto end = [&](size_t i, int64_t expert) -> Matrix {
+    if (bias.empty()) return {};
+    return {static_cast<const char*>(bias[i].data) + expert * bias[i].stride[0] * bytes_of(x.dtype), 1};
+  };
+  for (int64_t e = 0; e < experts; e++)
+    call.experts.push_back({stored->at(e), {end(0, e), end(1, e)}, {}, outputs, 0, 0});
+  return call;
+}
+
+void ExpertsCall::run(void* y, bool invariant, int threads) {
+  for (Linear& expert : experts) expert.y = {y, outputs};
+  dami::experts(input, std::move(experts), offsets, lams, invariant, threads);
+}
+
+std::optional<EmbeddingCall> embedding_call(const Tensor& ids, const Tensors& weight, const LamArguments& lam,
+                                            std::string_view name, Dtype dtype, int64_t columns) {
+  const auto type = type_of(dtype);
+  const Format* format = find_format(name);
+  if (!type || !format || static_cast<int>(weight.size()) != format->tensors() || weight[0].dims != 2) return {};
+  if (ids.dtype != Dtype::i64 && ids.dtype != Dtype::i32) return {};
+  int64_t count = 1;
+  for (int d = ids.dims - 1; d >= 0; d--) {
+    if (ids.size[d] != 1 && ids.stride[d] != count) return {};
+    count *= ids.size[d];
+  }
+  const auto lams = lams_of(lam, count);
+  const auto stored = stack(weight.data(), *format, dtype, columns);
+  if (!lams || !stored) return {};
+  return EmbeddingCall{*type,   ids.data, ids.dtype == Dtype::i64, count, stored->weight, weight[0].size[0],
+                       columns, *lams};
+}
+
+void EmbeddingCall::run(void* y, int threads) {
+  embedding(type, ids, ids_are_64_bit, count, weight, vocabulary, columns, y, lams, threads);
+}
+
+std::optional<NormCall> rms_norm_call(const Tensor& x, const Tensors& weight, const LamArguments& lam, double eps,
+                                      double offset) {
+  auto call = layer_norm_call(x, weight, {}, lam, eps);
+  if (call) call->centred = false, call->norm.offset = static_cast<float>(offset);
+  return call;
+}
+
+std::optional<NormCall> layer_norm_call(const Tensor& x, const Tensors& weight, const Tensors& bias,
+                                        const LamArguments& lam, double eps) {
+  const auto type = type_of(x.dtype);
+  const auto rows = flat(x);
+  if (!type || !rows || weight.size() != 2 || (!bias.empty() && bias.size() != 2)) return {};
+  const auto lams = lams_of(lam, rows->rows);
+  if (!lams || !is_pair(weight.data(), x.dtype, 1, &rows->columns)) return {};
+  if (!bias.empty() && !is_pair(bias.data(), x.dtype, 1, &rows->columns)) return {};
+  const auto ends = [](const Tensors& pair) -> Pair {
+    return pair.empty() ? Pair{} : Pair{{pair[0].data, 1}, {pair[1].data, 1}};
+  };
+  const Norm norm{*type, rows->matrix, ends(weight), ends(bias), nullptr, rows->columns, static_cast<float>(eps), 0};
+  return NormCall{norm, rows->rows, *lams, true};
+}
+
+void NormCall::run(void* y, int threads) {
+  norm.y = y;
+  centred ? layer_norm(norm, rows, lams, threads) : rms_norm(norm, rows, lams, threads);
+}
+
+}  // namespace dami

@@ -1,0 +1,286 @@
+// The operators for Python. Each takes torch's tensors and returns the result, or None where `calls.h` cannot take them. These
+// are plain functions of CPython and not pybind11's, as a call of those costs more than a small kernel.
+#include "python.h"
+
+#include <new>
+#include <stdexcept>
+#include <utility>
+
+#include "calls.h"
+#include "dlpack.h"
+
+namespace dami {
+namespace {
+
+// What `connect` was given and found.
+struct {
+  const DLPackExchangeAPI* dlpack;
+  PyObject *tensor, *parameter;  // the types that are taken: no subclass, whose operators may mean something else
+  PyObject* get_num_threads;
+} torch;
+
+PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
+
+struct {
+  PyObject *requires_grad = interned("requires_grad"), *is_neg = interned("is_neg"), *new_empty = interned("new_empty"),
+           *untyped_storage = interned("untyped_storage"), *nbytes = interned("nbytes"), *dtype = interned("dtype"),
+           *storage_offset = interned("storage_offset");
+} name;
+
+// An owned reference.
+class Object {
+ public:
+  explicit Object(PyObject* owned) : object_(owned) {}
+  Object(Object&& other) noexcept : object_(other.release()) {}
+  ~Object() { Py_XDECREF(object_); }
+  PyObject* get() const { return object_; }
+  PyObject* release() { return std::exchange(object_, nullptr); }
+
+ private:
+  PyObject* object_;
+};
+
+struct Failed {};  // Python's error is set
+
+Object checked(PyObject* owned) {
+  if (!owned) throw Failed{};
+  return Object(owned);
+}
+Object call(PyObject* self, PyObject* method) { return checked(PyObject_CallMethodNoArgs(self, method)); }
+int64_t integer(PyObject* object) {
+  const int64_t value = PyLong_AsLongLong(object);
+  if (value == -1 && PyErr_Occurred()) throw Failed{};
+  return value;
+}
+bool truth(PyObject* object) {
+  const int value = PyObject_IsTrue(object);
+  if (value < 0) throw Failed{};
+  return value;
+}
+
+Dtype dtype_of(const DLDataType& type) {
+  if (type.lanes != 1) return Dtype::other;
+  switch (type.code << 8 | type.bits) {
+    case kDLFloat << 8 | 32: return Dtype::f32;
+    case kDLFloat << 8 | 16: return Dtype::f16;
+    case kDLBfloat << 8 | 16: return Dtype::bf16;
+    case kDLInt << 8 | 8: return Dtype::i8;
+    case kDLUInt << 8 | 8: return Dtype::u8;
+    case kDLInt << 8 | 32: return Dtype::i32;
+    case kDLInt << 8 | 64: return Dtype::i64;
+    default: return Dtype::other;
+  }
+}
+
+struct NotTaken {};
+
+// Reads what Python passes for a tensor. With `graph` those that want a gradient are not taken.
+class Reader {
+ public:
+  explicit Reader(bool graph) : graph_(graph) {}
+
+  Tensor operand(PyObject* object) const {
+    DLTensor from;
+    if (Py_TYPE(object) != reinterpret_cast<PyTypeObject*>(torch.tensor) &&
+        Py_TYPE(object) != reinterpret_cast<PyTypeObject*>(torch.parameter))
+      throw NotTaken{};
+    if (graph_ && truth(checked(PyObject_GetAttr(object, name.requires_grad)).get())) throw NotTaken{};
+    if (torch.dlpack->dltensor_from_py_object_no_sync(object, &from) != 0) {
+      PyErr_Clear();  // a layout without strides, say
+      throw NotTaken{};
+    }
+    if (from.device.device_type != kDLCPU || truth(call(object, name.is_neg).get())) throw NotTaken{};
+    return {static_cast<char*>(from.data) + from.byte_offset, dtype_of(from.dtype), from.ndim, from.shape, from.strides, 0};
+  }
+
+  std::optional<Tensor> optional(PyObject* object) const {
+    if (object == Py_None) return {};
+    return operand(object);
+  }
+
+  Tensors stored(PyObject* sequence) const {
+    if (!PyTuple_Check(sequence) && !PyList_Check(sequence)) throw NotTaken{};
+    Tensors tensors(PySequence_Fast_GET_SIZE(sequence));
+    for (size_t i = 0; i < tensors.size(); i++) {
+      PyObject* object = PySequence_Fast_GET_ITEM(sequence, i);
+      tensors[i] = operand(object);
+      const Object storage = call(object, name.untyped_storage);
+      tensors[i].bytes = integer(call(storage.get(), name.nbytes).get()) -
+                         integer(call(object, name.storage_offset).get()) * bytes_of(tensors[i].dtype);
+    }
+    return tensors;
+  }
+
+  LamArguments lams(PyObject* lam, PyObject* row_to_lam, PyObject* rows_per_lam) const {
+    LamArguments result{operand(lam), optional(row_to_lam), {}};
+    if (rows_per_lam != Py_None) {
+      if (!PyLong_CheckExact(rows_per_lam)) throw NotTaken{};
+      result.rows_per_lam = integer(rows_per_lam);
+    }
+    return result;
+  }
+
+ private:
+  bool graph_;
+};
+
+std::string_view text(PyObject* object) {
+  Py_ssize_t size;
+  const char* data = PyUnicode_AsUTF8AndSize(object, &size);
+  if (!data) throw Failed{};
+  return {data, static_cast<size_t>(size)};
+}
+
+double real(PyObject* object) {
+  const double value = PyFloat_AsDouble(object);
+  if (value == -1 && PyErr_Occurred()) throw Failed{};
+  return value;
+}
+
+// like.new_empty([..., columns]) with the leading sizes of `x`, all its sizes if columns < 0; of another dtype if given.
+Object new_empty(PyObject* like, const Tensor& x, int dims, int64_t columns, PyObject* dtype = nullptr) {
+  const Object sizes = checked(PyTuple_New(dims + 1));
+  for (int d = 0; d <= dims; d++) {
+    PyObject* size = PyLong_FromLongLong(d < dims ? x.size[d] : columns);
+    if (!size) throw Failed{};
+    PyTuple_SET_ITEM(sizes.get(), d, size);
+  }
+  PyObject* arguments[] = {like, sizes.get(), dtype};
+  static PyObject* const keywords = PyTuple_Pack(1, name.dtype);
+  return checked(PyObject_VectorcallMethod(name.new_empty, arguments, 2, dtype ? keywords : nullptr));
+}
+
+void* address(const Object& tensor) {
+  DLTensor view;
+  if (torch.dlpack->dltensor_from_py_object_no_sync(tensor.get(), &view) != 0) throw Failed{};
+  return static_cast<char*>(view.data) + view.byte_offset;
+}
+
+template <class Run>
+PyObject* run(Object y, Run run) {
+  void* const to = address(y);
+  const auto threads = static_cast<int>(integer(checked(PyObject_CallNoArgs(torch.get_num_threads)).get()));
+  PyThreadState* const state = PyEval_SaveThread();
+  try {
+    run(to, threads);
+  } catch (...) {
+    PyEval_RestoreThread(state);
+    throw;
+  }
+  PyEval_RestoreThread(state);
+  return y.release();
+}
+
+// f(arguments) as a function of CPython: its exceptions become Python's.
+template <int count, PyObject* (*f)(PyObject* const*)>
+PyObject* function(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
+  if (given != count) return PyErr_Format(PyExc_TypeError, "takes %d arguments, got %zd", count, given);
+  if (!torch.dlpack) Py_RETURN_NONE;
+  try {
+    return f(arguments);
+  } catch (const NotTaken&) {
+    Py_RETURN_NONE;
+  } catch (const Failed&) {
+  } catch (const std::out_of_range& error) {
+    PyErr_SetString(PyExc_IndexError, error.what());
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+template <class Call>
+Call& taken(std::optional<Call>& call) {
+  if (!call) throw NotTaken{};
+  return *call;
+}
+
+// (graph, x, weights, biases, lam, row_to_lam, rows_per_lam, format, columns, invariant) of one weight, or of several: then
+// all results lie in one dimension, one after the other
+template <bool several>
+PyObject* linear(PyObject* const* a) {
+  const Reader read(truth(a[0]));
+  const Tensor x = read.operand(a[1]);
+  auto made = linear_call(x, read.stored(a[2]), read.stored(a[3]), read.lams(a[4], a[5], a[6]), text(a[7]), integer(a[8]));
+  LinearCall& call = taken(made);
+  const bool invariant = truth(a[9]);
+  Object y = several ? new_empty(a[1], x, 0, call.input.rows * call.outputs()) : new_empty(a[1], x, x.dims - 1, call.outputs());
+  return run(std::move(y), [&](void* y, int threads) { call.run(y, invariant, threads); });
+}
+
+// (graph, x, weight, bias, lam, row_to_lam, rows_per_lam, offsets, format, columns, invariant)
+PyObject* experts(PyObject* const* a) {
+  const Reader read(truth(a[0]));
+  const Tensor x = read.operand(a[1]);
+  auto made = experts_call(x, read.stored(a[2]), read.stored(a[3]), read.lams(a[4], a[5], a[6]), read.operand(a[7]),
+                           text(a[8]), integer(a[9]));
+  ExpertsCall& call = taken(made);
+  const bool invariant = truth(a[10]);
+  return run(new_empty(a[1], x, x.dims - 1, call.outputs), [&](void* y, int threads) { call.run(y, invariant, threads); });
+}
+
+// (graph, ids, weight, lam, row_to_lam, rows_per_lam, format, dtype's number, dtype, columns)
+PyObject* embedding(PyObject* const* a) {
+  const Reader read(truth(a[0]));
+  const Tensor ids = read.operand(a[1]);
+  auto made = embedding_call(ids, read.stored(a[2]), read.lams(a[3], a[4], a[5]), text(a[6]),
+                             static_cast<Dtype>(integer(a[7])), integer(a[9]));
+  EmbeddingCall& call = taken(made);
+  return run(new_empty(a[1], ids, ids.dims, call.columns, a[8]), [&](void* y, int threads) { call.run(y, threads); });
+}
+
+// (graph, x, weight, lam, row_to_lam, rows_per_lam, eps, offset)
+PyObject* rms_norm(PyObject* const* a) {
+  const Reader read(truth(a[0]));
+  const Tensor x = read.operand(a[1]);
+  auto made = rms_norm_call(x, read.stored(a[2]), read.lams(a[3], a[4], a[5]), real(a[6]), real(a[7]));
+  NormCall& call = taken(made);
+  return run(new_empty(a[1], x, x.dims - 1, call.norm.d), [&](void* y, int threads) { call.run(y, threads); });
+}
+
+// (graph, x, weight, bias, lam, row_to_lam, rows_per_lam, eps)
+PyObject* layer_norm(PyObject* const* a) {
+  const Reader read(truth(a[0]));
+  const Tensor x = read.operand(a[1]);
+  auto made = layer_norm_call(x, read.stored(a[2]), read.stored(a[3]), read.lams(a[4], a[5], a[6]), real(a[7]));
+  NormCall& call = taken(made);
+  return run(new_empty(a[1], x, x.dims - 1, call.norm.d), [&](void* y, int threads) { call.run(y, threads); });
+}
+
+// (Tensor, Parameter, get_num_threads): from now on calls are taken. ImportError if this torch offers no such exchange.
+PyObject* connect(PyObject*, PyObject* const* arguments, Py_ssize_t) {
+  const Object capsule(PyObject_GetAttrString(arguments[0], "__dlpack_c_exchange_api__"));
+  if (!capsule.get()) return nullptr;
+  const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api"));
+  if (!api) return nullptr;
+  if (api->header.version.major != 1)
+    return PyErr_Format(PyExc_ImportError, "this torch exchanges tensors by DLPack %u, and DLPack 1 is wanted",
+                        api->header.version.major);
+  for (int i = 0; i < 3; i++) Py_INCREF(arguments[i]);
+  torch = {api, arguments[0], arguments[1], arguments[2]};
+  Py_RETURN_NONE;
+}
+
+template <class F>
+PyCFunction fast(F f) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
+}
+
+PyMethodDef methods[] = {
+    {"connect", fast(connect), METH_FASTCALL, nullptr},
+    {"linear", fast(function<10, linear<false>>), METH_FASTCALL, nullptr},
+    {"linears", fast(function<10, linear<true>>), METH_FASTCALL, nullptr},
+    {"experts", fast(function<11, experts>), METH_FASTCALL, nullptr},
+    {"embedding", fast(function<10, embedding>), METH_FASTCALL, nullptr},
+    {"rms_norm", fast(function<8, rms_norm>), METH_FASTCALL, nullptr},
+    {"layer_norm", fast(function<8, layer_norm>), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+int add_operators(PyObject* module) { return PyModule_AddFunctions(module, methods); }
+
+}  // namespace dami

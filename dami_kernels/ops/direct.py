@@ -1,0 +1,149 @@
+"""The shortest way from a public function to its CPU kernel, past torch's dispatcher.
+
+A small product takes a fraction of the time that the dispatcher and what Python does below it do. Each function
+takes the arguments of the public function of its name, after one that says whether gradients are recorded. It
+returns None where it cannot serve: for tensors that are not plain ones on the CPU, want a gradient, have to be copied
+first or do not fit. The compiled part looks at what every tensor is at this call; no address is ever remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dami_kernels import native
+from dami_kernels.weight import LerpWeight
+
+_C: Any = getattr(native, "_C", None)  # none of these is called without it
+
+
+def lerp_linear(
+    graph: bool,
+    x: Tensor,
+    weight: LerpWeight,
+    lam: Tensor,
+    bias: LerpWeight | None = None,
+    *,
+    rows_per_lam: int | None = None,
+    row_to_lam: Tensor | None = None,
+    invariant: bool = False,
+) -> Tensor | None:
+    if not _fits(x, weight):
+        return None
+    return _C.linear(
+        graph, x, weight.tensors, _ends(bias), lam, row_to_lam, rows_per_lam, weight.format, weight.shape[-1], invariant
+    )
+
+
+def lerp_linears(
+    graph: bool,
+    x: Tensor,
+    weights: Sequence[LerpWeight],
+    lam: Tensor,
+    biases: Sequence[LerpWeight] | None = None,
+    *,
+    rows_per_lam: int | None = None,
+    row_to_lam: Tensor | None = None,
+    invariant: bool = False,
+) -> tuple[Tensor, ...] | None:
+    if not weights or not all(_fits(x, weight) for weight in weights):
+        return None
+    if biases is not None and len(biases) != len(weights):
+        return None
+    format, columns = weights[0].format, weights[0].shape[-1]
+    if any(weight.format != format for weight in weights):
+        return None
+    tensors = [tensor for weight in weights for tensor in weight.tensors]
+    ends = [tensor for bias in biases or () for tensor in _ends(bias) or (None,)]
+    y = _C.linears(graph, x, tensors, ends, lam, row_to_lam, rows_per_lam, format, columns, invariant)
+    return None if y is None else in_parts(y, x.shape[:-1], [weight.shape[0] for weight in weights])
+
+
+def lerp_experts(
+    graph: bool,
+    x: Tensor,
+    weight: LerpWeight,
+    lam: Tensor,
+    expert_offsets: Tensor,
+    bias: LerpWeight | None = None,
+    *,
+    rows_per_lam: int | None = None,
+    row_to_lam: Tensor | None = None,
+    invariant: bool = False,
+) -> Tensor | None:
+    if not _fits(x, weight):
+        return None
+    return _C.experts(
+        graph, x, weight.tensors, _ends(bias), lam, row_to_lam, rows_per_lam, expert_offsets, weight.format,
+        weight.shape[-1], invariant,
+    )  # fmt: skip
+
+
+def lerp_embedding(
+    graph: bool,
+    ids: Tensor,
+    weight: LerpWeight,
+    lam: Tensor,
+    *,
+    rows_per_lam: int | None = None,
+    row_to_lam: Tensor | None = None,
+) -> Tensor | None:
+    if type(ids) is not Tensor or type(weight) is not LerpWeight or not ids.is_cpu:
+        return None
+    dtype = weight.dtype
+    return _C.embedding(
+        graph, ids, weight.tensors, lam, row_to_lam, rows_per_lam, weight.format, native.DTYPES[dtype], dtype,
+        weight.shape[-1],
+    )  # fmt: skip
+
+
+def lerp_rms_norm(
+    graph: bool,
+    x: Tensor,
+    weight: LerpWeight,
+    lam: Tensor,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
+    rows_per_lam: int | None = None,
+    row_to_lam: Tensor | None = None,
+) -> Tensor | None:
+    if not _fits(x, weight):
+        return None
+    return _C.rms_norm(graph, x, weight.tensors, lam, row_to_lam, rows_per_lam, eps, offset)
+
+
+def lerp_layer_norm(
+    graph: bool,
+    x: Tensor,
+    weight: LerpWeight,
+    lam: Tensor,
+    bias: LerpWeight | None = None,
+    eps: float = 1e-5,
+    *,
+    rows_per_lam: int | None = None,
+    row_to_lam: Tensor | None = None,
+) -> Tensor | None:
+    if not _fits(x, weight):
+        return None
+    return _C.layer_norm(graph, x, weight.tensors, _ends(bias), lam, row_to_lam, rows_per_lam, eps)
+
+
+def in_parts(y: Tensor, rows: torch.Size, features: Sequence[int]) -> tuple[Tensor, ...]:
+    """The results [..., N_i] of several weights, which lie one after the other in `y`."""
+    count = rows.numel()
+    return tuple(
+        [part.view(*rows, n) for part, n in zip(y.split([count * n for n in features]), features, strict=True)]
+    )
+
+
+def _fits(x: Tensor, weight: LerpWeight) -> bool:
+    return type(x) is Tensor and type(weight) is LerpWeight and weight.dtype is x.dtype and x.is_cpu
+
+
+def _ends(bias: LerpWeight | None) -> Sequence[Tensor] | None:
+    """The tensors of a bias; None, which is not taken, where it is something else."""
+    return () if bias is None else bias.tensors if type(bias) is LerpWeight else None
