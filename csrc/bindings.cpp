@@ -19,6 +19,8 @@ PYBIND11_MODULE(_C, module) {
 
   if (add_operators(module.ptr()) != 0 || add_dispatcher(module.ptr()) != 0) throw py::error_already_set();
 
+  module.def("take_calls", [](bool take) { takes_calls = take; });
+
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   module.def("isa", [] { return isa().name; });
   module.def("supported_isas", &supported_isas);

@@ -105,6 +105,12 @@ RELIED_ON = (
     Place("torch._C:_AutoDispatchBelowAutograd"),
     Place("torch._C:_after_autograd_keyset"),
     Place("torch._C:_are_functorch_transforms_active"),
+    Place("torch._C:_dispatch_tls_local_include_set"),
+    Place("torch._C:DispatchKeySet"),
+    Place("torch._C:DispatchKey.BackendSelect"),
+    Place("torch._C:DispatchKey.ADInplaceOrView"),
+    Place("torch._C:_len_torch_function_stack"),
+    Place("torch.autograd:_profiler_enabled"),
     Place("torch:ops.aten.relu.default._schema.arguments"),
     Place("torch.utils._pytree:tree_flatten", ("tree", "is_leaf")),
     Place("torch.utils._pytree:tree_unflatten", ("leaves", "treespec")),
@@ -131,6 +137,23 @@ in_transforms = _C._are_functorch_transforms_active
 def in_forward_mode() -> bool:
     """Whether derivatives are being computed forwards."""
     return forward_ad._current_level >= 0
+
+
+_KEY = _C.DispatchKeySet
+_NOTHING_INCLUDED = (
+    _KEY(_C.DispatchKey.BackendSelect) | _KEY(_C.DispatchKey.ADInplaceOrView),
+    _KEY(_C.DispatchKey.BackendSelect),  # in inference mode
+)
+
+
+def is_watched() -> bool:
+    """Whether something beside autograd wants to see calls of operators: a mode, tracer, transform or profiler."""
+    return (
+        _C._dispatch_tls_local_include_set() not in _NOTHING_INCLUDED
+        or _C._len_torch_function_stack() > 0
+        or torch.autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+    )
 
 
 def argument_names(op: Any) -> list[str]:

@@ -33,6 +33,9 @@ struct LamArguments {
   std::optional<int64_t> rows_per_lam;
 };
 
+// Whether kernels take calls past Python. Tests that put others in their places say no.
+inline bool takes_calls = true;
+
 // A call that is ready to run once its output is known, which is dense.
 struct LinearCall {
   Input input;

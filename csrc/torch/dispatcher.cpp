@@ -327,7 +327,7 @@ void kernel(Value* stack, uint64_t, uint64_t) {
   Arguments arguments(Operator::kinds, stack);
   std::optional<Value> y;
   try {
-    y = Operator::call(arguments);
+    if (takes_calls) y = Operator::call(arguments);
   } catch (const NotTaken&) {
   }
   stack[0] = y ? *y : serve_in_python(Operator::name, arguments);

@@ -175,7 +175,7 @@ PyObject* run(Object y, Run run) {
 template <int count, PyObject* (*f)(PyObject* const*)>
 PyObject* function(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
   if (given != count) return PyErr_Format(PyExc_TypeError, "takes %d arguments, got %zd", count, given);
-  if (!torch.dlpack) Py_RETURN_NONE;
+  if (!torch.dlpack || !takes_calls) Py_RETURN_NONE;
   try {
     return f(arguments);
   } catch (const NotTaken&) {

@@ -17,13 +17,11 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
-from torch.utils import _pytree as pytree
 
-from dami_kernels import formats, native
+from dami_kernels import formats, native, upstream
 from dami_kernels.installation import needs
+from dami_kernels.upstream import pytree
 from dami_kernels.weight import FLOAT_DTYPES, LerpWeight
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -128,13 +126,13 @@ def _differentiable(
     op: Any, gradients: Callable[..., tuple[Tensor | None, Tensor]], tangent: Callable[..., Tensor]
 ) -> Callable[..., Any]:
     """The kernel of an operator for torch's autograd key."""
-    lam_at = [argument.name for argument in op._schema.arguments].index("lam")
+    lam_at = upstream.argument_names(op).index("lam")
 
     def below(keyset: Any, args: tuple[Any, ...]) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        with upstream.below_autograd():
+            return op.redispatch(keyset & upstream.after_autograd, *args)
 
-    class Lerp(_SingleLevelFunction):
+    class Lerp(upstream.SingleLevelFunction):
         @staticmethod
         def forward(ctx: Any, x: Tensor, lam: Tensor, keyset: Any, args: tuple[Any, ...]) -> Tensor:
             leaves, ctx.structure = pytree.tree_flatten(args)
@@ -142,7 +140,7 @@ def _differentiable(
             tensors = [leaf if isinstance(leaf, Tensor) else None for leaf in leaves]
             ctx.save_for_backward(*tensors)
             ctx.save_for_forward(*tensors)
-            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):  # for the transforms outside this one
+            with torch.enable_grad(), upstream.forward_gradients(True):  # for the transforms outside this one
                 return below(keyset, args)
 
         @staticmethod
@@ -158,16 +156,16 @@ def _differentiable(
             if dx is None and x.is_floating_point():
                 dx = torch.zeros_like(x)
             dlam = torch.zeros_like(lam) if dlam is None else dlam
-            with _without_autocast(x.device.type), forward_ad._set_fwd_grad_enabled(True):
+            with _without_autocast(x.device.type), upstream.forward_gradients(True):
                 return tangent(dx, dlam, *args)
 
     def run(keyset: Any, *args: Any) -> Tensor:
         x, lam = args[0], args[lam_at]
         backward = torch.is_grad_enabled() and (x.requires_grad or lam.requires_grad)
-        forward = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+        forward = upstream.in_forward_mode() or upstream.in_transforms()
         if not backward and not forward:
             return below(keyset, args)
-        with enable_single_level_autograd_function():
+        with upstream.single_level_functions():
             return Lerp.apply(x, lam, keyset, args)  # type: ignore[attr-defined]  # the C++ part has it
 
     return run
@@ -199,23 +197,9 @@ def register_vmap(name: str) -> None:
     torch.library.register_vmap(f"dami::{name}", batched, lib=LIBRARY)
 
 
-_DispatchKey, _DispatchKeySet = torch._C.DispatchKey, torch._C.DispatchKeySet
-_NOTHING_INCLUDED = (
-    _DispatchKeySet(_DispatchKey.BackendSelect) | _DispatchKeySet(_DispatchKey.ADInplaceOrView),
-    _DispatchKeySet(_DispatchKey.BackendSelect),  # in inference mode
-)
-
-
 def is_eager() -> bool:
-    """Whether a call means its kernel and nothing else: nobody traces, transforms, intercepts, casts or records it."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._dispatch_tls_local_include_set() in _NOTHING_INCLUDED
-        and not torch._C._len_torch_function_stack()
-        and not torch.autograd._profiler_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and forward_ad._current_level < 0
-    )
+    """Whether a call means its kernel and nothing else: nobody compiles, traces, transforms, intercepts or casts it."""
+    return not torch.compiler.is_compiling() and not upstream.is_watched() and not torch.is_autocast_enabled("cpu")
 
 
 def public(kind: Literal["product", "norm", "lookup"], direct: Callable[..., Any]) -> Callable[[F], F]:
@@ -338,7 +322,7 @@ def check_weight(name: str, weight: LerpWeight, x: Tensor | None = None, dim: in
         raise TypeError(f"{name} must be of float32, bfloat16 or float16, got {weight.dtype}")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in weight.tensors):
         raise ValueError(f"{name} requires grad, but the ends are frozen: call requires_grad_(False) on them")
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in weight.tensors):
+    if upstream.in_forward_mode() and any(forward_ad.unpack_dual(t).tangent is not None for t in weight.tensors):
         raise ValueError(f"{name} has a tangent, but the ends are frozen: differentiate along x and lam")
 
 

@@ -90,6 +90,7 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
         Place("torch.nn:Module._save_to_state_dict", ("self", "destination", "prefix", "keep_vars")),
         Place("torch.nn:Module._load_from_state_dict", ("self", "state_dict", "prefix", "strict", "missing_keys")),
         Place("torch:Tensor._make_wrapper_subclass"),
+        Place("torch:Tensor._version"),
         Place("torch._C:_current_graph_task_id"),
         Place("torch.utils._pytree:tree_flatten", ("tree",)),
         Place("torch.utils._pytree:tree_map", ("func", "tree")),
@@ -277,6 +278,16 @@ OF_ONE_OBJECT = ("_compiled_call", "_cached_continuous_batching_manager")  # att
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """A module's own parameters by name, those that it has registered as None too; what changes here changes there."""
     return module._parameters
+
+
+def has_pre_hooks(module: nn.Module) -> bool:
+    """Whether something runs before a module's forward, which could change its input."""
+    return bool(module._forward_pre_hooks)
+
+
+def changes_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; RuntimeError for one of inference mode, of which nobody counts it."""
+    return tensor._version
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:

@@ -101,11 +101,8 @@ def test_every_group_is_tested() -> None:
 
 # The files that may name what is private elsewhere, by the folder that they speak for.
 SPEAK_FOR = {"python/dami": "python/dami/upstream.py", "dami_kernels": "dami_kernels/upstream.py"}
-NOT_YET = {"dami_kernels/ops/library.py": pytest.mark.xfail(strict=True, reason="it still imports them itself")}
 FILES = [
-    pytest.param(
-        file, speaker, id=str(file.relative_to(ROOT)), marks=NOT_YET.get(file.relative_to(ROOT).as_posix(), ())
-    )
+    pytest.param(file, speaker, id=str(file.relative_to(ROOT)))
     for folder, speaker in SPEAK_FOR.items()
     for file in sorted((ROOT / folder).rglob("*.py"))
     if file.relative_to(ROOT).as_posix() not in SPEAK_FOR.values()

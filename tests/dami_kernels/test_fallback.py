@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from tests.dami_kernels import test_ops
 
 
 @pytest.fixture
-def _without_compiled_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def _without_compiled_part(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(native, "WHY_NOT", "it was not built")
     library._warn_once.cache_clear()
+    with native.bypassed():
+        yield
 
 
 @pytest.mark.usefixtures("_without_compiled_part")

@@ -115,7 +115,8 @@ class LerpModule(PatchedModule):
         parameters = parameters_of(self)
         if (known := self.lerp.ends.get(name)) is not None and not torch.compiler.is_compiling():
             parameter, names, weight = known
-            if parameters.get(name) is parameter and (parameter.dtype, parameter.shape) == (weight.dtype, weight.shape):
+            same = parameters.get(name) is parameter
+            if same and parameter.dtype is weight.dtype and parameter.shape == weight.shape:
                 for stored_name, tensor in zip(names, weight.tensors, strict=True):
                     if parameters.get(stored_name) is not tensor:
                         break

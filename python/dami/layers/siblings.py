@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from dami.dial.state import Dial
+from dami.upstream import changes_of, has_pre_hooks, hook_of, parameters_of
 from dami_kernels import lerp_linears
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Siblings:
         if not all(layer.lerp.part is first.lerp.part and _can_wait(layer) for layer in self.layers):
             return None
         weights = [layer.ends("weight") for layer in self.layers]
-        biases = None if first._parameters["bias"] is None else [layer.ends("bias") for layer in self.layers]
+        biases = None if parameters_of(first)["bias"] is None else [layer.ends("bias") for layer in self.layers]
         y, *others = lerp_linears(x, weights, biases=biases, **first.lerp.settings, **rows)
         self._waiting = dict(zip(self.layers[1:], others, strict=True))
         self._source = _source(first, x)
@@ -70,8 +71,8 @@ def together(layer: LerpLinear, x: Tensor, rows: dict[str, Any]) -> Tensor | Non
         return siblings.compute(x, rows) if siblings.layers[0] is layer else siblings.take(layer, x)
     if not layer.lerp.alone:
         running = layer.lerp.running
-        before, running.last = running.last, (layer, x, x._version)
-        if before is not None and before[1] is x and before[2] == x._version and _alike(before[0], layer):
+        before, running.last = running.last, (layer, x, changes_of(x))
+        if before is not None and before[1] is x and before[2] == changes_of(x) and _alike(before[0], layer):
             siblings = before[0].lerp.siblings or Siblings(before[0])
             siblings.layers.append(layer)
             before[0].lerp.siblings = layer.lerp.siblings = siblings
@@ -85,7 +86,7 @@ def _alike(a: LerpLinear, b: LerpLinear) -> bool:
         a is not b
         and type(a).forward is type(b).forward
         and (first.format, first.dtype, first.device) == (second.format, second.dtype, second.device)
-        and (a._parameters["bias"] is None) == (b._parameters["bias"] is None)
+        and (parameters_of(a)["bias"] is None) == (parameters_of(b)["bias"] is None)
         and a.lerp.settings == b.lerp.settings
         and _can_wait(a)
         and _can_wait(b)
@@ -94,13 +95,13 @@ def _alike(a: LerpLinear, b: LerpLinear) -> bool:
 
 def _can_wait(layer: LerpLinear) -> bool:
     """Whether no hook is to run before the layer computes, which could bring its weights or change its input."""
-    return not layer._forward_pre_hooks and "_hf_hook" not in layer.__dict__
+    return not has_pre_hooks(layer) and hook_of(layer) is None
 
 
 def _source(layer: LerpLinear, x: Tensor) -> tuple[int, Tensor, Dial | None, Tensor, Tensor | None]:
     """What a result depends on beside the weights: how often x was changed in place, and objects."""
     lerp = layer.lerp
-    return x._version, x, lerp.part, lerp.dial.lam, lerp.running.packed
+    return changes_of(x), x, lerp.part, lerp.dial.lam, lerp.running.packed
 
 
 def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
