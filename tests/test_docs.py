@@ -18,6 +18,8 @@ from dami.chat import ask
 from dami.evaluation.tasks import last_word
 from typer.main import get_command
 
+from dami_kernels import formats
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOT_RUN = re.compile(r"<!-- not run: needs .+ -->\n$")
@@ -86,6 +88,7 @@ def fault(words: list[str]) -> str | None:
     return f"there is no {program}"
 
 
+@pytest.mark.filterwarnings("ignore:.*no kernel reads the format 'rows8'")  # as the page about formats says
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_code_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -93,6 +96,7 @@ def test_code_runs(
     """Python blocks of a page run in order, in one namespace, in an empty directory; `text` blocks are their output."""
     text = page.read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(formats, "_FORMATS", dict(formats._FORMATS))  # a page may register one
     namespace = {"__name__": "__main__"}
     printed = ""
     for block in blocks(text):

@@ -12,8 +12,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from dami.sources import METHOD
 from dami_kernels import formats
 
-SUFFIXES = sorted({suffix for name in formats.names() for suffix in formats.get(name).TENSORS} - {""})
-
 
 @register_quantization_config(METHOD)
 class PairConfig(QuantizationConfigMixin):
