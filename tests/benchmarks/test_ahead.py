@@ -77,11 +77,10 @@ def test_every_operator_and_format_is_asked_for(asked: list[tuple[str, str]]) ->
         operators.main(["--rows", "1", "--compile-only"])
         step.main(["--rows", "1", "--layers", "1", "--compile-only"])
     assert {name for name, _ in asked} >= {
-        "_lerp_linear_kernel", "_lerp_experts_kernel", "_lerp_embedding_kernel", "_lerp_rms_norm_kernel",
-        "_lerp_layer_norm_kernel",
+        "_lerp_linear_kernel", "_lerp_experts_kernel", "_lerp_embedding_kernel", "_lerp_norm_kernel",
     }  # fmt: skip
-    for format in ("pair", "int8", "int4", "w8d4"):
-        assert any(f"'{format}'" in key for _, key in asked), format
+    for bits in ((0, 0), (0, 8), (0, 4), (8, 4)):  # of the base and of the second matrix
+        assert any("('constexpr', {}), ('constexpr', {})".format(*bits) in key for _, key in asked), bits
 
 
 def test_processes_share_the_kernels(asked: list[tuple[str, str]], capsys: pytest.CaptureFixture[str]) -> None:
