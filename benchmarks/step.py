@@ -158,10 +158,10 @@ def check_step(model: Model, device: torch.device, rows: int) -> None:
     model = Model(model.layers[:1], model.norm, known)
     ids = torch.randint(CHECKED_VOCABULARY, (rows,), device=device)
     lam = torch.linspace(0.1, 0.9, rows, device=device)
-    some = torch.tensor(sorted({0, rows - 1}), device=device)
-    y = step(Ours(lam), model, ids)[some]
-    ids, lam = ids[some], lam[some]
-    plain = torch.cat([step(Merged(lam[i : i + 1]), model, ids[i : i + 1]) for i in range(len(some))])
+    sample = torch.tensor(sorted({0, rows - 1}), device=device)
+    y = step(Ours(lam), model, ids)[sample]
+    ids, lam = ids[sample], lam[sample]
+    plain = torch.cat([step(Merged(lam[i : i + 1]), model, ids[i : i + 1]) for i in range(len(sample))])
     check(y, step(Oracle(lam), model, ids), plain, 1.2)
 
 

@@ -17,7 +17,7 @@ from triton.runtime.driver import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from benchmarks import ahead, linear, operators, shapes, step, suite, tune  # noqa: E402
-from dami_kernels.triton import embedding, experts, layer_norm, rms_norm  # noqa: E402
+from dami_kernels.triton import embedding, experts, norms, product  # noqa: E402
 from dami_kernels.triton import linear as triton_linear  # noqa: E402
 from dami_kernels.tuning import device_of  # noqa: E402
 from tests.dami_kernels.triton_targets import TARGETS, _Driver  # noqa: E402
@@ -45,7 +45,7 @@ def _a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 def forget() -> None:
     """Lets nothing be known of a device, nor of what other tests have compiled for theirs."""
     device_of.cache_clear()
-    for module in (embedding, experts, layer_norm, triton_linear, rms_norm):
+    for module in (embedding, experts, triton_linear, norms, product):
         for kernel in vars(module).values():
             if isinstance(kernel, JITFunction):
                 kernel.device_caches.clear()
