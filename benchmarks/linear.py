@@ -22,7 +22,7 @@ from benchmarks.lams import Lams
 from benchmarks.machine import Call, Machine
 from benchmarks.measure import DTYPES, Method
 from benchmarks.shapes import HEAD_ROWS, LAYERS
-from benchmarks.weights import Copies, count_of
+from benchmarks.weights import KERNEL_FORMATS, Copies, count_of
 from dami_kernels import LerpWeight, cuda, lerp_linear
 from dami_kernels.tuning import device_of
 from dami_kernels.tuning.cuda import MAX_ROWS
@@ -130,7 +130,7 @@ def ours(x: Tensor, batch: Lams, copies: Copies) -> Iterator[Method]:
 
     for format, weights in copies.weights.items():
         yield method(OURS, format, partial(operator, weights=weights))
-        if format != "lowrank" and has_cuda_kernel(x):
+        if format in KERNEL_FORMATS and has_cuda_kernel(x):
             from dami_kernels import triton
 
             is_cuda = cuda.takes(x, [*weights[0].tensors], format, False, device_of(x.device))

@@ -20,7 +20,7 @@ from benchmarks import lams, measure
 from benchmarks.check import check
 from benchmarks.machine import Machine
 from benchmarks.measure import DTYPES, Method
-from benchmarks.weights import Copies, split
+from benchmarks.weights import KERNEL_FORMATS, Copies, split
 from dami_kernels import LerpWeight, lerp_embedding, lerp_linear, lerp_linears, lerp_rms_norm, reference
 
 MODEL = "Qwen3-4B"
@@ -204,7 +204,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 def random_models(layers: int, dtype: torch.dtype, device: torch.device, formats: list[str]) -> dict[str, Model]:
     """A model of each format; `pair` is always there, for its ends are the plain models. They share their bases."""
-    formats = [format for format in {"pair": 0, **dict.fromkeys(formats)} if format != "lowrank"]
+    formats = [format for format in {"pair": 0, **dict.fromkeys(formats)} if format in KERNEL_FORMATS]
 
     def weights(n: int, k: int) -> dict[str, LerpWeight]:
         return {format: only for format, (only,) in Copies((n, k), dtype, device, formats, 1).weights.items()}

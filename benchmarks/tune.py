@@ -33,7 +33,7 @@ from benchmarks.machine import Call, Gpu
 from benchmarks.measure import DTYPES, LOST, SingleEntryCache
 from benchmarks.shapes import HEAD_ROWS, LAYERS
 from benchmarks.timing import Budget, Times, interleaved
-from benchmarks.weights import FORMATS, Copies, count_of
+from benchmarks.weights import KERNEL_FORMATS, Copies, count_of
 from dami_kernels import LerpWeight, cuda, lerp_linear
 from dami_kernels.tuning import (
     LinearConfig,
@@ -69,9 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks tune", description=__doc__)
     add = parser.add_argument
     models = [model for model in LAYERS if model != "square"]
-    kernels = [format for format in FORMATS if format != "lowrank"]
     add("--models", nargs="+", choices=models, default=["Qwen3-4B"], metavar="MODEL", help=", ".join(models))
-    add("--formats", nargs="+", choices=kernels, default=kernels, metavar="FORMAT", help=", ".join(kernels))
+    known = ", ".join(KERNEL_FORMATS)
+    add("--formats", nargs="+", choices=KERNEL_FORMATS, default=KERNEL_FORMATS, metavar="FORMAT", help=known)
     add("--rows", "-m", type=int, nargs="+", default=ROWS, metavar="M")
     add("--dtype", choices=DTYPES, default="bf16")
     add("--seconds", type=float, default=0.15, help="of timing for each shape, about")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dami_kernels.formats import int4, int8, lowrank, pair, w8d4
-from dami_kernels.formats.base import ALL, Codes, Format, Layout, Matrices, Matrix, Numbers, Rows, bytes_of
+from dami_kernels.formats.base import ALL, Codes, Format, Layout, Matrices, Matrix, Numbers, Rows
 from dami_kernels.quantize import row_blocks
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "Matrix",
     "Numbers",
     "Rows",
-    "bytes_of",
     "check",
     "float_blocks",
     "get",

@@ -69,6 +69,9 @@ class Numbers:
     def suffixes(self) -> tuple[str, ...]:
         return (self.suffix,)
 
+    def bytes_per_number(self, dtype: torch.dtype) -> float:
+        return dtype.itemsize
+
     def layout(self, shape: Sequence[int], dtype: torch.dtype) -> Sequence[Layout]:
         return ((shape, dtype),)
 
@@ -95,6 +98,9 @@ class Codes:
     @property
     def suffixes(self) -> tuple[str, ...]:
         return self.suffix, f"{self.suffix}_scale"
+
+    def bytes_per_number(self, dtype: torch.dtype) -> float:
+        return self.bits / 8 + SCALE.itemsize / GROUP
 
     def layout(self, shape: Sequence[int], dtype: torch.dtype) -> Sequence[Layout]:
         return code_layout(shape, self.bits)
@@ -137,7 +143,7 @@ class Matrices:
 
     def bytes_per_weight(self, dtype: torch.dtype) -> float:
         """Bytes for each weight of ends of this dtype, without padding."""
-        return sum(bytes_of(matrix, dtype) for matrix in (self.base, self.second))
+        return self.base.bytes_per_number(dtype) + self.second.bytes_per_number(dtype)
 
     def pack(self, base: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         """What is stored as it is is not copied. ValueError if an end to be quantised is not finite."""
@@ -163,8 +169,3 @@ class Matrices:
 
     def layout(self, shape: Sequence[int], dtype: torch.dtype, *tensors: Tensor) -> Sequence[Layout]:
         return *self.base.layout(shape, dtype), *self.second.layout(shape, dtype)
-
-
-def bytes_of(matrix: Matrix, dtype: torch.dtype) -> float:
-    """Bytes for each number of a matrix of whole groups, whose numbers are of this dtype where they are stored so."""
-    return dtype.itemsize if matrix.bits is None else matrix.bits / 8 + SCALE.itemsize / GROUP
