@@ -55,6 +55,6 @@ def check_linear(y: Tensor, x: Tensor, weight: LerpWeight, lam: Tensor) -> None:
     # `lowrank` has no kernel: it rounds the base's product and then the sum.
     check(y[rows], oracle[rows], plain, 2 if weight.format == "lowrank" else 1.1)
     distance = (y.double() - oracle).norm(dim=1) / oracle.norm() * len(x) ** 0.5
-    few = 1 + 4 / len(features) ** 0.5  # with few of them a row can be unlucky
-    if not bool((distance <= few * max(torch.finfo(y.dtype).eps, 1e-4)).all()):
+    slack = 1 + 4 / len(features) ** 0.5  # with few of them a row can be unlucky
+    if not bool((distance <= slack * max(torch.finfo(y.dtype).eps, 1e-4)).all()):
         raise WrongResult(f"row {int(distance.nan_to_num(torch.inf).argmax())} is off by {distance.max():.1e}")

@@ -29,12 +29,13 @@ from dami.estimators.confidence import ConfidenceEstimator, ConfidenceRouter, si
 from dami.estimators.preference import PreferenceEstimator, fit
 from dami.evaluation import Frontier, load_task, sweep
 from dami.evaluation.policies import at_random, auroc, play
-from dami.evaluation.sweeps import read_records
+from dami.evaluation.sweeps import Record, read_records
 from dami.evaluation.tasks import Task
 from dami.evaluation.training import features_of
 from dami.generation.pieces import generate_in_pieces
 from dami.loading.load import example_pair
 from rich.progress import Progress
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.machine import commit
 from benchmarks.record import RESULTS, store
@@ -47,8 +48,8 @@ TRIALS = (1, 3, 20)  # tokens
 class Subject:
     """A pair whose thinking end brings an estimator, and how it is asked."""
 
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     task: Task
     lams: list[float]
     samples: int
@@ -76,6 +77,10 @@ def smollm2() -> Subject:
 SUBJECTS: dict[str, Callable[[], Subject]] = {"shipped": shipped, "smollm2": smollm2}
 
 
+Policy = tuple[Frontier, np.ndarray, float]  # answers, the λ of each question, and tokens that come on top
+Prompts = list[dict[str, torch.Tensor]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pair", choices=SUBJECTS)
@@ -84,59 +89,18 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     options = parser.parse_args()
     subject = SUBJECTS[options.pair]()
-    model, tokenizer, task, lams = subject.model, subject.tokenizer, subject.task, subject.lams
     options.work.mkdir(parents=True, exist_ok=True)
-    with Progress() as progress:
-        bar = progress.add_task("answers", total=len(task.questions) * len(lams) * subject.samples)
-        records = sweep(
-            model, tokenizer, task, lams, path=options.work / "records.jsonl", samples=subject.samples,
-            rows=subject.rows, seed=7, on_batch=lambda news: progress.advance(bar, len(news)), **subject.options,
-        )  # fmt: skip
+    records = answers(subject, options.work / "records.jsonl")
     frontier = Frontier.of(records)
     known = Frontier.of(read_records(options.training / "records.jsonl"))
-    thinking = float(frontier.tokens[:, -1].mean())
+    preference = patch_of(subject.model).estimator
+    assert isinstance(preference, PreferenceEstimator)
+    prompts = batches_of_prompts(subject)
 
-    preference = patch_of(model).estimator
-    features = features_of(model, tokenizer, task, preference.features, subject.rows)
-    taught = load_task(str(options.training / "unseen.jsonl"), verifier="word")
-    seen = features_of(model, tokenizer, taught, preference.features, subject.rows)
-    ends = [0, len(known.intensities) - 1]
-    weights = fit(seen, known.scores[:, ends], known.tokens[:, ends], (0.0, 1.0))
-    router = PreferenceEstimator((0.0, 1.0), preference.features, weights)
-
-    policies: dict[str, tuple[Frontier, np.ndarray, float]] = {}
-    for lam in (0.0, 1.0):
-        policies[f"λ = {lam:g}"] = frontier, np.full(len(frontier), lam), 0.0
-    best = known.best_static(known, tokens=float(known.tokens[:, -1].mean())).intensity
-    policies[f"best static λ of the training questions: {best:g}"] = frontier, np.full(len(frontier), best), 0.0
-    for price in PRICES:
-        chosen = preference.at(price).choose(features).double().numpy().round(6)
-        policies[f"preference, price {price:g}"] = frontier, chosen, 0.0
-        policies[f"its λ at random, price {price:g}"] = frontier, at_random(frontier, chosen), 0.0
-    for price in PRICES:
-        policies[f"router, price {price:g}"] = frontier, router.at(price).choose(features).double().numpy(), 0.0
-    size = min(256, subject.rows)
-    batches = [task.questions[start : start + size] for start in range(0, len(task.questions), size)]
-    prompts = [dami.chat.encode(tokenizer, [q.question for q in batch])[1] for batch in batches]
-    studied: dict[str, float] = {}
-    for tokens in TRIALS:
-        said = [signals(model, batch, tokens) for batch in prompts]
-        chosen = np.concatenate([ConfidenceEstimator(tokens).choose(each).double().numpy() for each in said])
-        ends = np.concatenate([ConfidenceRouter(tokens).choose(each.confidence).double().numpy() for each in said])
-        for name, lots in (("confidence", chosen), ("confidence router", ends)):
-            policies[f"{name}, trial of {tokens}"] = frontier, lots, 0.0
-            policies[f"{name}, trial of {tokens}, its tokens counted"] = frontier, lots, trial_tokens(frontier, tokens)
-        helped = frontier.scores[:, -1] - frontier.scores[:, 0] > 0.5
-        for name in ("confidence", "thinking_confidence", "entropy", "divergence", "gap"):
-            value = np.concatenate([getattr(each, name).numpy() for each in said])
-            studied[f"AUROC of {name} for the benefit of thinking, trial of {tokens}"] = auroc(value, helped)
-    for price in PRICES:
-        policies[f"oracle on its own answers, price {price:g}"] = frontier, frontier.best_each(price / thinking), 0.0
-    if subject.samples > 1:
-        half = [Frontier.of([record for record in records if record.sample % 2 == side]) for side in (0, 1)]
-        for price in PRICES:
-            policies[f"oracle on other answers, price {price:g}"] = half[1], half[0].best_each(price / thinking), 0.0
-
+    policies = static_policies(frontier, known)
+    policies |= preference_policies(subject, frontier, preference, trained_router(subject, known, preference, options))
+    of_trials, studied = confidence_policies(subject, frontier, prompts)
+    policies |= of_trials | oracle_policies(subject, frontier, records)
     about = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -144,16 +108,7 @@ def main() -> None:
         "questions": len(frontier),
         "samples": subject.samples,
     }
-    rows: list[dict[str, object]] = []
-    for name, (answers, lots, extra) in policies.items():
-        outcome = play(answers, lots, extra)
-        intervals = {
-            f"{key}{suffix}": round(value, 4)
-            for key in ("accuracy", "tokens", "static", "gain", "over_thinking", "tokens_saved")
-            for suffix, value in zip(("", "_low", "_high"), getattr(outcome, key), strict=True)
-        }
-        rows.append(about | {"policy": name} | intervals)
-        print(f"{name:50} {outcome.accuracy} right, {outcome.tokens} tokens, gain {outcome.gain}")
+    rows = [about | {"policy": name} | played(name, *policy) for name, policy in policies.items()]
     store(rows, options.results / f"estimators_{options.pair}.csv")
     studied |= overhead(subject, prompts, preference)
     for name, value in studied.items():
@@ -162,14 +117,107 @@ def main() -> None:
     store(signal_rows, options.results / f"estimator_signals_{options.pair}.csv")
 
 
+def answers(subject: Subject, path: Path) -> list[Record]:
+    """All questions answered at every λ."""
+    with Progress() as progress:
+        total = len(subject.task.questions) * len(subject.lams) * subject.samples
+        bar = progress.add_task("answers", total=total)
+        return sweep(
+            subject.model, subject.tokenizer, subject.task, subject.lams, path=path, samples=subject.samples,
+            rows=subject.rows, seed=7, on_batch=lambda news: progress.advance(bar, len(news)), **subject.options,
+        )  # fmt: skip
+
+
+def batches_of_prompts(subject: Subject) -> Prompts:
+    questions, size = subject.task.questions, min(256, subject.rows)
+    batches = [questions[start : start + size] for start in range(0, len(questions), size)]
+    return [dami.chat.encode(subject.tokenizer, [q.question for q in batch])[1] for batch in batches]
+
+
+def trained_router(
+    subject: Subject, known: Frontier, preference: PreferenceEstimator, options: argparse.Namespace
+) -> PreferenceEstimator:
+    """The same estimator with no λ but the two ends to choose from, trained on the same answers."""
+    task = load_task(str(options.training / "unseen.jsonl"), verifier="word")
+    features = features_of(subject.model, subject.tokenizer, task, preference.features, subject.rows)
+    ends = [0, len(known.intensities) - 1]
+    weights = fit(features, known.scores[:, ends], known.tokens[:, ends], (0.0, 1.0))
+    return PreferenceEstimator((0.0, 1.0), preference.features, weights)
+
+
+def static_policies(frontier: Frontier, known: Frontier) -> dict[str, Policy]:
+    """Both ends, and the λ that did best on the questions of the training."""
+    best = known.best_static(known, tokens=float(known.tokens[:, -1].mean())).intensity
+    names = {"λ = 0": 0.0, "λ = 1": 1.0, f"best static λ of the training questions: {best:g}": best}
+    return {name: (frontier, np.full(len(frontier), lam), 0.0) for name, lam in names.items()}
+
+
+def preference_policies(
+    subject: Subject, frontier: Frontier, preference: PreferenceEstimator, router: PreferenceEstimator
+) -> dict[str, Policy]:
+    features = features_of(subject.model, subject.tokenizer, subject.task, preference.features, subject.rows)
+    policies: dict[str, Policy] = {}
+    for price in PRICES:
+        chosen = preference.at(price).choose(features).double().numpy().round(6)
+        policies[f"preference, price {price:g}"] = frontier, chosen, 0.0
+        policies[f"its λ at random, price {price:g}"] = frontier, at_random(frontier, chosen), 0.0
+    for price in PRICES:
+        policies[f"router, price {price:g}"] = frontier, router.at(price).choose(features).double().numpy(), 0.0
+    return policies
+
+
+def confidence_policies(
+    subject: Subject, frontier: Frontier, prompts: Prompts
+) -> tuple[dict[str, Policy], dict[str, float]]:
+    """The policies that read a trial of a few tokens; and how well each of its signals tells who gains by thinking."""
+    policies: dict[str, Policy] = {}
+    studied: dict[str, float] = {}
+    helped = frontier.scores[:, -1] - frontier.scores[:, 0] > 0.5
+    for tokens in TRIALS:
+        trials = [signals(subject.model, batch, tokens) for batch in prompts]
+        confidence, router = ConfidenceEstimator(tokens), ConfidenceRouter(tokens)
+        chosen = np.concatenate([confidence.choose(trial).double().numpy() for trial in trials])
+        ends = np.concatenate([router.choose(trial.confidence).double().numpy() for trial in trials])
+        for name, lams in (("confidence", chosen), ("confidence router", ends)):
+            policies[f"{name}, trial of {tokens}"] = frontier, lams, 0.0
+            policies[f"{name}, trial of {tokens}, its tokens counted"] = frontier, lams, trial_tokens(frontier, tokens)
+        for name in ("confidence", "thinking_confidence", "entropy", "divergence", "gap"):
+            value = np.concatenate([getattr(trial, name).numpy() for trial in trials])
+            studied[f"AUROC of {name} for the benefit of thinking, trial of {tokens}"] = auroc(value, helped)
+    return policies, studied
+
+
+def oracle_policies(subject: Subject, frontier: Frontier, records: list[Record]) -> dict[str, Policy]:
+    """What knows the answers: the very ones it is played on, or other samples of them."""
+    thinking = float(frontier.tokens[:, -1].mean())
+    policies: dict[str, Policy] = {
+        f"oracle on its own answers, price {price:g}": (frontier, frontier.best_each(price / thinking), 0.0)
+        for price in PRICES
+    }
+    if subject.samples > 1:
+        half = [Frontier.of([record for record in records if record.sample % 2 == side]) for side in (0, 1)]
+        for price in PRICES:
+            policies[f"oracle on other answers, price {price:g}"] = half[1], half[0].best_each(price / thinking), 0.0
+    return policies
+
+
+def played(name: str, answers: Frontier, lams: np.ndarray, extra: float) -> dict[str, object]:
+    """What a policy reaches, with intervals; and prints it."""
+    outcome = play(answers, lams, extra)
+    print(f"{name:50} {outcome.accuracy} right, {outcome.tokens} tokens, gain {outcome.gain}")
+    return {
+        f"{key}{suffix}": round(value, 4)
+        for key in ("accuracy", "tokens", "static", "gain", "over_thinking", "tokens_saved")
+        for suffix, value in zip(("", "_low", "_high"), getattr(outcome, key), strict=True)
+    }
+
+
 def trial_tokens(frontier: Frontier, tokens: int) -> float:
     """Mean length of trial answers: what λ=0 says, cut off."""
     return float(np.minimum(frontier.tokens[:, 0], tokens).mean())
 
 
-def overhead(
-    subject: Subject, prompts: list[dict[str, torch.Tensor]], preference: PreferenceEstimator
-) -> dict[str, float]:
+def overhead(subject: Subject, prompts: Prompts, preference: PreferenceEstimator) -> dict[str, float]:
     """Time of each estimate over that of the answers at its λ: medians of three."""
     shares = {}
     estimators = {"preference": preference, "confidence, trial of 3": ConfidenceEstimator(3)}

@@ -27,12 +27,12 @@ from transformers import PreTrainedModel
 
 from benchmarks.machine import commit
 from benchmarks.record import RESULTS, store
+from benchmarks.weights import KERNEL_FORMATS
 from dami_kernels import LerpWeight
 from dami_kernels.quantize import SCALE, dequantize, quantize
 
 LAMS = (0.0, 0.25, 0.5, 0.75, 1.0)
 DISTANCE = 0.027  # ‖target − base‖ / ‖base‖ of the published pairs
-FORMATS = ("pair", "int8", "int4", "w8d4")
 
 Ends = tuple[Tensor, Tensor]
 Store = Callable[[Ends], tuple[Callable[[float], Tensor], float]]  # both ends → W(λ) in float64, and bytes
@@ -59,7 +59,7 @@ def main() -> None:
 
 def weight_errors() -> Iterator[dict]:
     """Errors of the formats, of deltas stored otherwise, and what a lossless difference would take."""
-    variants: dict[str, Store] = {name: packed(name) for name in FORMATS}
+    variants: dict[str, Store] = {name: packed(name) for name in KERNEL_FORMATS}
     for bits in (8, 4, 3, 2):
         for group in (32, 64, 128):
             for rounding in ("widest", "least squares"):
@@ -175,7 +175,7 @@ def quality(count: int) -> Iterator[dict]:
     prompts = [str(question.question) for question in task.questions[::8]]
     exact, tokenizer = dami.load_pair(*example_pair())
     answered = {lam: answers(exact, tokenizer, prompts, lam) for lam in LAMS}
-    for format in track(FORMATS, "asking the shipped pair"):
+    for format in track(KERNEL_FORMATS, "asking the shipped pair"):
         model = dami.load_pair(*example_pair(), format=format)[0]
         frontier = Frontier.of(sweep(model, tokenizer, task, LAMS, rows=264))
         for point in frontier.points:

@@ -65,8 +65,8 @@ def make(kind: str, rows: int, generator: torch.Generator | None = None) -> Lams
     elif kind == "ends":
         lam = torch.randint(2, (count,), generator=generator).float()
     elif kind == "uniform":
-        each = 1 if length > 1 else round(count**0.5)
-        lam = (torch.rand(-(-count // each), generator=generator) * 0.98 + 0.01).repeat_interleave(each)[:count]
+        run = 1 if length > 1 else round(count**0.5)  # rows that follow each other with one λ
+        lam = (torch.rand(-(-count // run), generator=generator) * 0.98 + 0.01).repeat_interleave(run)[:count]
     else:
         weights = torch.arange(1, len(STEPS) + 1).float() ** -POPULARITY
         lam = STEPS[torch.multinomial(weights, count, replacement=True, generator=generator)]

@@ -10,15 +10,13 @@ from dami_kernels import LerpWeight, formats
 
 def bytes_read(weight: LerpWeight, lam: Tensor) -> int:
     """Bytes of the stored tensors that a product needs at these λ: at the ends one end is enough, if it is stored."""
-    base, rest = 0, 0
-    for suffix, tensor in zip(formats.get(weight.format).TENSORS, weight.tensors, strict=True):
-        if suffix == "" or suffix.startswith("_base"):
-            base += tensor.nbytes
-        else:
-            rest += tensor.nbytes
+    format = formats.get(weight.format)
+    matrices = format if isinstance(format, formats.Matrices) else None
+    first = len(matrices.base.suffixes) if matrices else 1  # `lowrank` has its base as it is, first
+    base, rest = (sum(tensor.nbytes for tensor in part) for part in (weight.tensors[:first], weight.tensors[first:]))
     if bool((lam == 0).all()):
         return base
-    if weight.format == "pair" and bool((lam == 1).all()):
+    if matrices and matrices.has_target and bool((lam == 1).all()):
         return rest
     return base + rest
 

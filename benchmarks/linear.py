@@ -22,7 +22,7 @@ from benchmarks.lams import Lams
 from benchmarks.machine import Call, Machine
 from benchmarks.measure import DTYPES, Method
 from benchmarks.shapes import HEAD_ROWS, LAYERS
-from benchmarks.weights import Copies, count_of
+from benchmarks.weights import KERNEL_FORMATS, Copies, count_of
 from dami_kernels import LerpWeight, cuda, lerp_linear
 from dami_kernels.tuning import device_of
 from dami_kernels.tuning.cuda import MAX_ROWS
@@ -35,7 +35,7 @@ TWO = "two F.linear + lerp"
 BLEND = "blend + F.linear"
 COPIES = "a merged copy per λ"
 DECODE = 64  # rows up to which the host's share of a call is measured
-MOST_LAMS = 64  # for the methods that launch something for every λ; with more they have long lost
+MAX_LAMS = 64  # for the methods that launch something for every λ; with more they have long lost
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         count = count_of(shape, here.cold_bytes)
         return Copies(shape, DTYPES[options.dtype], here.device, options.formats, count)
 
-    copies = measure.Kept(make)
+    copies = measure.SingleEntryCache(make)
 
     def prepare(case: Case, here: Machine) -> tuple[list[Method], int]:
         of = copies(case.shape, here)
@@ -130,7 +130,7 @@ def ours(x: Tensor, batch: Lams, copies: Copies) -> Iterator[Method]:
 
     for format, weights in copies.weights.items():
         yield method(OURS, format, partial(operator, weights=weights))
-        if format != "lowrank" and has_cuda_kernel(x):
+        if format in KERNEL_FORMATS and has_cuda_kernel(x):
             from dami_kernels import triton
 
             is_cuda = cuda.takes(x, [*weights[0].tensors], format, False, device_of(x.device))
@@ -142,17 +142,17 @@ def rivals(x: Tensor, batch: Lams, copies: Copies, with_float32: bool) -> Iterat
     ends, merged = copies.ends, copies.merged()
     n, k = merged[0].shape
     per_row = batch.per_row()
-    each = per_row.unique().tolist()
+    lams = per_row.unique().tolist()
     # Of every λ, its rows; for the methods that are left out below, it would take seconds.
-    members = [(per_row == value).nonzero().squeeze(1).to(x.device) for value in each[: MOST_LAMS + 1]]
+    members = [(per_row == value).nonzero().squeeze(1).to(x.device) for value in lams[: MAX_LAMS + 1]]
     column = per_row.unsqueeze(1).to(x)
     scratch = torch.empty_like(merged[0])
 
     def rows_of(j: int) -> Tensor:
-        return x if len(each) == 1 else x[members[j]]
+        return x if len(lams) == 1 else x[members[j]]
 
     def together(parts: Iterator[Tensor]) -> Tensor:
-        if len(each) == 1:
+        if len(lams) == 1:
             return next(parts)
         y = x.new_empty(len(x), n)
         for rows, part in zip(members, parts, strict=True):
@@ -165,10 +165,10 @@ def rivals(x: Tensor, batch: Lams, copies: Copies, with_float32: bool) -> Iterat
 
     def blend(i: int) -> Tensor:
         pair = ends[i % len(ends)]
-        return together(F.linear(rows_of(j), torch.lerp(*pair, value, out=scratch)) for j, value in enumerate(each))
+        return together(F.linear(rows_of(j), torch.lerp(*pair, value, out=scratch)) for j, value in enumerate(lams))
 
     def copy_per_lam(i: int) -> Tensor:
-        return together(F.linear(rows_of(j), merged[(i + j) % len(merged)]) for j in range(len(each)))
+        return together(F.linear(rows_of(j), merged[(i + j) % len(merged)]) for j in range(len(lams)))
 
     def method(name: str, call: Call, weights: int, products: int = 1, dtype: torch.dtype = x.dtype) -> Method:
         moved = weights * n * k * dtype.itemsize + limits.activation_bytes(len(x), n, k, dtype)
@@ -178,9 +178,9 @@ def rivals(x: Tensor, batch: Lams, copies: Copies, with_float32: bool) -> Iterat
 
     yield method(MERGED, lambda i: F.linear(x, merged[i % len(merged)]), 1)
     yield method(TWO, two, 2, products=2)
-    if len(each) <= MOST_LAMS:
+    if len(lams) <= MAX_LAMS:
         yield method(BLEND, blend, 2)
-        yield method(COPIES, copy_per_lam, len(each))
+        yield method(COPIES, copy_per_lam, len(lams))
     if with_float32 and x.dtype != torch.float32:
         x32 = x.float()
         full = [end.float() for end in merged[: max(2, len(merged) // 4)]]

@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.formats import FORMATS
 from benchmarks.machine import commit
 from benchmarks.record import RESULTS, store, text_table
+from benchmarks.weights import KERNEL_FORMATS
 
 # layers, width, inner width and heads of each
 MODELS = {"Qwen3-0.6B": (28, 1024, 3072, 16), "Qwen3-4B": (36, 2560, 9728, 32)}
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="Qwen3-0.6B", help="whose shapes")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="the packed pair needs pack before it")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
+    parser.add_argument("--formats", nargs="+", choices=KERNEL_FORMATS, default=KERNEL_FORMATS)
     parser.add_argument("--repeats", type=int, default=3, help="the quickest counts")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(argv)

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 import torch
 
@@ -23,6 +23,8 @@ from benchmarks.record import RESULTS, store, text_table
 from benchmarks.timing import Budget, Times, interleaved
 from benchmarks.weights import FORMATS
 
+P = ParamSpec("P")
+T = TypeVar("T")
 LOST = 70  # exit status of a part whose device was lost
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -280,17 +282,15 @@ def show(rows: list[dict[str, Any]]) -> None:
     print(text_table(lines), flush=True)
 
 
-class Kept:
-    """The last of some values that take much memory: another one is made only after it is gone."""
+class SingleEntryCache(Generic[P, T]):
+    """A function of which the last value is kept, if it takes much memory: the next is made only after that is gone."""
 
-    def __init__(self, make: Callable[..., Any]) -> None:
+    def __init__(self, make: Callable[P, T]) -> None:
         self.make = make
-        self.key: tuple[Any, ...] | None = None
-        self.value: Any = None
+        self.entry: tuple[object, T] | None = None
 
-    def __call__(self, *key: Any) -> Any:
-        if key != self.key:
-            self.value = self.key = None
-            self.value = self.make(*key)
-            self.key = key
-        return self.value
+    def __call__(self, *key: P.args, **named: P.kwargs) -> T:
+        if self.entry is None or self.entry[0] != (key, named):
+            self.entry = None
+            self.entry = (key, named), self.make(*key, **named)
+        return self.entry[1]

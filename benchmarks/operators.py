@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--operators", nargs="+", choices=PREPARE, default=list(PREPARE), metavar="OPERATOR")
     options = parser.parse_args(argv)
     dtype = DTYPES[options.dtype]
-    weights = measure.Kept(lambda shape, here: Copies(shape, dtype, here.device, options.formats, 1))
+    weights = measure.SingleEntryCache(lambda shape, here: Copies(shape, dtype, here.device, options.formats, 1))
 
     def prepare(case: Case, here: Machine) -> tuple[list[Method], int]:
         lam = torch.rand(case.tokens, device=here.device)

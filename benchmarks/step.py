@@ -20,7 +20,7 @@ from benchmarks import lams, measure
 from benchmarks.check import check
 from benchmarks.machine import Machine
 from benchmarks.measure import DTYPES, Method
-from benchmarks.weights import Copies, split
+from benchmarks.weights import KERNEL_FORMATS, Copies, split
 from dami_kernels import LerpWeight, lerp_embedding, lerp_linear, lerp_linears, lerp_rms_norm, reference
 
 MODEL = "Qwen3-4B"
@@ -158,10 +158,10 @@ def check_step(model: Model, device: torch.device, rows: int) -> None:
     model = Model(model.layers[:1], model.norm, known)
     ids = torch.randint(CHECKED_VOCABULARY, (rows,), device=device)
     lam = torch.linspace(0.1, 0.9, rows, device=device)
-    some = torch.tensor(sorted({0, rows - 1}), device=device)
-    y = step(Ours(lam), model, ids)[some]
-    ids, lam = ids[some], lam[some]
-    plain = torch.cat([step(Merged(lam[i : i + 1]), model, ids[i : i + 1]) for i in range(len(some))])
+    sample = torch.tensor(sorted({0, rows - 1}), device=device)
+    y = step(Ours(lam), model, ids)[sample]
+    ids, lam = ids[sample], lam[sample]
+    plain = torch.cat([step(Merged(lam[i : i + 1]), model, ids[i : i + 1]) for i in range(len(sample))])
     check(y, step(Oracle(lam), model, ids), plain, 1.2)
 
 
@@ -204,7 +204,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 def random_models(layers: int, dtype: torch.dtype, device: torch.device, formats: list[str]) -> dict[str, Model]:
     """A model of each format; `pair` is always there, for its ends are the plain models. They share their bases."""
-    formats = [format for format in {"pair": 0, **dict.fromkeys(formats)} if format != "lowrank"]
+    formats = [format for format in {"pair": 0, **dict.fromkeys(formats)} if format in KERNEL_FORMATS]
 
     def weights(n: int, k: int) -> dict[str, LerpWeight]:
         return {format: only for format, (only,) in Copies((n, k), dtype, device, formats, 1).weights.items()}

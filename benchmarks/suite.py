@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STARTING = 15  # seconds that a part may take beyond its budget: loading, and its last case
 LOADING = 60  # seconds within which a part on a GPU must give its first sign of life
 STALLED = 45  # seconds without another, after which it is taken to hang; no kernel takes a third to compile
-LEAST = 5  # seconds that are worth starting a part for
+MIN_SECONDS = 5  # seconds that are worth starting a part for
 BUILDING = 60  # seconds from the beginning that the first numbers wait for the kernels in CUDA C++
 TEST_SECONDS = 110  # kept for the tests
 CUDA_HOME = "/usr/local/cuda"  # where CUDA's own packages put nvcc, which need not be in PATH
@@ -98,11 +98,11 @@ def main(argv: list[str] | None = None) -> int:
     results = options.results.resolve()
     results.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        kept = results if on_gpu else Path(scratch)
-        run = Run(results, kept / "suite.txt", Path(scratch), options.budget or (465 if on_gpu else 225), on_gpu)
+        logs = results if on_gpu else Path(scratch)
+        run = Run(results, logs / "suite.txt", Path(scratch), options.budget or (465 if on_gpu else 225), on_gpu)
         with run.ending():
             if on_gpu:
-                run_on_gpu(run, kept / "compile.txt")
+                run_on_gpu(run, logs / "compile.txt")
             else:
                 run.parts(CPU, run.end)
     return run.code
@@ -234,7 +234,7 @@ class Run:
         """One part after the other until the time `end`."""
         for part in parts:
             left = end - time.monotonic() - STARTING
-            if left < LEAST:
+            if left < MIN_SECONDS:
                 self.say(f"\nleft out, no time: {part}")
                 continue
             self.say(f"\n== {part}")
@@ -245,7 +245,7 @@ class Run:
         journal = self.scratch / "journal"
         journal.write_bytes(b"")
         end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) >= min(LEAST, seconds):
+        while (left := end - time.monotonic()) >= min(MIN_SECONDS, seconds):
             with journal.open("a", encoding="utf-8") as file:
                 file.writelines(f"{line}\n" for line in self.fatal)
             process = self.start(part.command("--budget", int(left), "--results", self.results, "--journal", journal))
@@ -275,7 +275,7 @@ class Run:
     def tests(self) -> None:
         """The tests that need a GPU, as many as there is time for."""
         left = self.end - time.monotonic()
-        if left < LEAST:
+        if left < MIN_SECONDS:
             self.say("\nleft out, no time: the tests")
             return
         self.say("\n== tests")

@@ -30,10 +30,10 @@ from benchmarks.check import check_linear
 from benchmarks.journal import WHOLE, Journal
 from benchmarks.linear import has_cuda_kernel
 from benchmarks.machine import Call, Gpu
-from benchmarks.measure import DTYPES, LOST, Kept
+from benchmarks.measure import DTYPES, LOST, SingleEntryCache
 from benchmarks.shapes import HEAD_ROWS, LAYERS
 from benchmarks.timing import Budget, Times, interleaved
-from benchmarks.weights import FORMATS, Copies, count_of
+from benchmarks.weights import KERNEL_FORMATS, Copies, count_of
 from dami_kernels import LerpWeight, cuda, lerp_linear
 from dami_kernels.tuning import (
     LinearConfig,
@@ -69,9 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks tune", description=__doc__)
     add = parser.add_argument
     models = [model for model in LAYERS if model != "square"]
-    kernels = [format for format in FORMATS if format != "lowrank"]
     add("--models", nargs="+", choices=models, default=["Qwen3-4B"], metavar="MODEL", help=", ".join(models))
-    add("--formats", nargs="+", choices=kernels, default=kernels, metavar="FORMAT", help=", ".join(kernels))
+    known = ", ".join(KERNEL_FORMATS)
+    add("--formats", nargs="+", choices=KERNEL_FORMATS, default=KERNEL_FORMATS, metavar="FORMAT", help=known)
     add("--rows", "-m", type=int, nargs="+", default=ROWS, metavar="M")
     add("--dtype", choices=DTYPES, default="bf16")
     add("--seconds", type=float, default=0.15, help="of timing for each shape, about")
@@ -90,9 +90,9 @@ def supervise(options: argparse.Namespace, argv: list[str]) -> int:
     if not torch.cuda.is_available():
         raise SystemExit("this needs a GPU, and torch finds none: torch.cuda.is_available() is false")
     with tempfile.TemporaryDirectory() as scratch:
-        kept = options.results.resolve() if options.results else Path(scratch)
-        kept.mkdir(parents=True, exist_ok=True)
-        run = suite.Run(kept, kept / "tune.txt", Path(scratch), options.budget, on_gpu=True)
+        folder = options.results.resolve() if options.results else Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        run = suite.Run(folder, folder / "tune.txt", Path(scratch), options.budget, on_gpu=True)
         part = suite.Part("tune", " ".join(argv), 0)
         with run.ending():
             for i in range(PROCESSES):
@@ -105,7 +105,7 @@ def compile_ahead(options: argparse.Namespace) -> int:
     """Compiles a share of the candidates' kernels, in the order of the cases."""
     os.nice(10)
     dtype = DTYPES[options.dtype]
-    copies = Kept(lambda n, k: Copies((n, k), dtype, META, options.formats, 1))
+    copies = SingleEntryCache(lambda n, k: Copies((n, k), dtype, META, options.formats, 1))
     with compiling(options.compile):
         device = device_of(META)
         for case in cases(options):
@@ -128,7 +128,11 @@ def tune(options: argparse.Namespace) -> int:
         for entries in load_table(device.name).values()
         for entry in entries
     }
-    copies = Kept(lambda n, k: Copies((n, k), dtype, here.device, options.formats, count_of((n, k), here.cold_bytes)))
+
+    def make(n: int, k: int) -> Copies:
+        return Copies((n, k), dtype, here.device, options.formats, count_of((n, k), here.cold_bytes))
+
+    copies = SingleEntryCache(make)
     budget = Budget(options.budget)
     for case in budget.spend(cases(options)):
         if journal.is_done(case) or journal.is_fatal(case, WHOLE):
@@ -232,12 +236,12 @@ class Tuner:
             with forced(config):
                 consider(config, triton_call)
         fastest = min((once[config] for config in stopwatches if config != CUDA), default=0)
-        kept = {
+        contenders = {
             candidate: partial(self.timed, candidate, stopwatch)
             for candidate, stopwatch in stopwatches.items()
             if candidate == CUDA or once[candidate] <= SLOW * fastest
         }
-        return interleaved(kept, seconds) if kept else {}
+        return interleaved(contenders, seconds) if contenders else {}
 
     def timed(self, candidate: Candidate, stopwatch: Callable[[], float]) -> float:
         self.journal.at(self.case, str(candidate))

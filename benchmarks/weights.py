@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dami_kernels import LerpWeight
-from dami_kernels.formats import names
+from dami_kernels import LerpWeight, formats
 
-FORMATS = ["pair", *(name for name in names() if name != "pair")]
+FORMATS = ["pair", *(name for name in formats.names() if name != "pair")]
+KERNEL_FORMATS = [name for name in FORMATS if isinstance(formats.get(name), formats.Matrices)]
 DISTANCE = 0.03  # spread of target − base over that of base; 0.027 for the published pairs
 BLOCK = 1009  # features that are packed; the others repeat them, which is quick. A prime, so that no tile repeats
 RANK = 64  # of target − base in "lowrank", as an adapter has it

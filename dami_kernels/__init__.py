@@ -1,5 +1,6 @@
 """Operators that interpolate two weights by a coefficient λ per row, in one pass and without a merged copy."""
 
+from dami_kernels.formats import register_format
 from dami_kernels.ops import lerp_embedding, lerp_experts, lerp_layer_norm, lerp_linear, lerp_linears, lerp_rms_norm
 from dami_kernels.weight import LerpWeight
 
@@ -11,4 +12,5 @@ __all__ = [
     "lerp_linear",
     "lerp_linears",
     "lerp_rms_norm",
+    "register_format",
 ]

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dami_kernels import formats
+from dami_kernels.formats import Matrices, Matrix
 from dami_kernels.installation import AGAIN
 from dami_kernels.tuning.cuda import MAX_ROWS, decode_warps, prefers_cuda
 from dami_kernels.tuning.device import Device, device_of
@@ -23,7 +25,7 @@ else:
     WHY_NOT = None
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
-_BASE_TENSORS = {"pair": 1, "int8": 1, "int4": 1, "w8d4": 2}  # of the format's tensors; the others are the second end's
+_BITS = {(None, None), (None, 8), (None, 4), (8, 4)}  # of the two matrices; None where they are numbers. See decode.cu
 
 
 def takes(x: Tensor, weight: list[Tensor], format: str, invariant: bool, device: Device) -> bool:
@@ -33,7 +35,7 @@ def takes(x: Tensor, weight: list[Tensor], format: str, invariant: bool, device:
         and not invariant  # its sums differ from those of the kernel that more rows take
         and x.shape[0] <= MAX_ROWS
         and x.dtype in _TYPES
-        and format in _BASE_TENSORS
+        and _reads(format)
         and prefers_cuda(x.shape[0], weight[0].shape[0], x.shape[1], x.dtype, format, device)
         and all(tensor.stride(-1) == 1 for tensor in weight)
     )
@@ -62,7 +64,7 @@ def lerp_linear(
     """
     if WHY_NOT is not None:
         raise RuntimeError(WHY_NOT)
-    if format not in _BASE_TENSORS:
+    if not _reads(format):
         raise NotImplementedError(f"no kernel reads the format {format!r}")
     if x.dtype not in _TYPES:
         raise TypeError(f"x must be bfloat16 or float16, got {x.dtype}")
@@ -74,11 +76,12 @@ def lerp_linear(
     bias = [end.contiguous() for end in bias]
     (M, K), N = x.shape, weight[0].shape[0]
     y = x.new_empty(M, N)
-    base = _BASE_TENSORS[format]
+    matrices = formats.matrices(format)
+    first = len(matrices.base.suffixes)
     with torch.cuda.device_of(x):
         _cuda.decode(
-            getattr(_cuda.Type, _TYPES[x.dtype]), getattr(_cuda.Format, format), _matrix(x), _operand(weight[:base]),
-            _operand(weight[base:]), (bias[0].data_ptr(), bias[1].data_ptr()) if bias else (0, 0),
+            getattr(_cuda.Type, _TYPES[x.dtype]), _matrix(x), _operand(weight[:first], matrices.base),
+            _operand(weight[first:], matrices.second), (bias[0].data_ptr(), bias[1].data_ptr()) if bias else (0, 0),
             (lam.data_ptr(), 0 if row_to_lam is None else row_to_lam.data_ptr(), rows_per_lam), y.data_ptr(), M, N, K,
             decode_warps(N, K, format, device_of(x.device)), _stream_of(x),
         )  # fmt: skip
@@ -89,9 +92,14 @@ def _matrix(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.stride(0)
 
 
-def _operand(tensors: Sequence[Tensor]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Values, and scales if they are codes."""
-    return _matrix(tensors[0]), _matrix(tensors[1]) if len(tensors) > 1 else (0, 0)
+def _reads(format: str) -> bool:
+    known = formats.get(format)
+    return isinstance(known, Matrices) and (known.base.bits, known.second.bits) in _BITS
+
+
+def _operand(tensors: Sequence[Tensor], matrix: Matrix) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """Values; scales, and how many bits a value has, if they are codes."""
+    return _matrix(tensors[0]), _matrix(tensors[1]) if matrix.bits else (0, 0), matrix.bits or 0
 
 
 def _stream_of(x: Tensor) -> int:

@@ -22,7 +22,7 @@ class LerpWeight:
 
     Attributes:
         tensors: the stored tensors, as the format lays them out.
-        format: name of the format, a file of `dami_kernels.formats`.
+        format: name of the format, one of `dami_kernels.formats.names()`.
         shape: shape of either end: [N, K], [V, D], [E, N, K] for experts, [D] for a norm or a bias.
         dtype: dtype of either end, and of the operators' inputs and outputs.
     """
@@ -81,10 +81,8 @@ class LerpWeight:
         """Returns the weight for operands of another dtype. Codes and scales stay as they are."""
         if dtype == self.dtype:
             return self
-        tensors = tuple(
-            tensor if suffix.endswith("_scale") or not tensor.is_floating_point() else tensor.to(dtype)
-            for suffix, tensor in zip(formats.get(self.format).TENSORS, self.tensors, strict=True)
-        )
+        layout = formats.get(self.format).layout(self.shape, dtype, *self.tensors)
+        tensors = tuple(tensor.to(stored) for tensor, (_, stored) in zip(self.tensors, layout, strict=True))
         return LerpWeight(tensors, self.format, self.shape, dtype)
 
     def unpack(self) -> tuple[Tensor, Tensor]:

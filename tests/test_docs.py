@@ -19,6 +19,8 @@ from dami.evaluation import verifiers
 from dami.evaluation.tasks import last_word
 from typer.main import get_command
 
+from dami_kernels import formats
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOT_RUN = re.compile(r"<!-- not run: needs .+ -->\n$")
@@ -87,6 +89,7 @@ def fault(words: list[str]) -> str | None:
     return f"there is no {program}"
 
 
+@pytest.mark.filterwarnings("ignore:.*no kernel reads the format 'rows8'")  # as the page about formats says
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_code_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -95,6 +98,7 @@ def test_code_runs(
     text = page.read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(verifiers, "VERIFIERS", dict(verifiers.VERIFIERS))  # a page may register one
+    monkeypatch.setattr(formats, "_FORMATS", dict(formats._FORMATS))  # a page may register one
     namespace = {"__name__": "__main__"}
     printed = ""
     for block in blocks(text):

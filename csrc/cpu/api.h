@@ -112,6 +112,8 @@ constexpr int64_t max_outputs = 64;
 constexpr int64_t block_bytes = 2048;
 // Rows of a weight in a register tile.
 constexpr int64_t tile_n = 4;
+// Rows of x in a register tile, at most: as many as the instruction set's registers hold.
+constexpr int64_t max_tile_m = 6;
 
 // A `linear` kernel's memory: a block of tile_n rows of two matrices, half as much for scales, and two sums for every output.
 constexpr int64_t linear_scratch(int64_t rows) { return tile_n * 3 * block_bytes + rows * 2 * max_outputs * 4; }

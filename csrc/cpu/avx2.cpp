@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "int_dot.h"
+#include "kernels.h"
 
 namespace {
 
@@ -98,7 +99,7 @@ struct Vec::Int4 {
 // A group at a time: 16 even codes and 16 odd ones.
 struct IntDot : dami::IntBlocks<Vec, dami::group_size, 2> {
   static constexpr int tile_m = 2;
-  static constexpr bool any_rows = true;  // good for more rows than `few`, too
+  static constexpr bool any_rows = true;  // good for more rows than `max_stream_rows`, too
 
   struct Operand {
     __m256i even, odd;

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "int_dot.h"
+#include "kernels.h"
 
 namespace {
 
@@ -98,7 +99,7 @@ struct Vec::Int4 {
 // Four groups at a time, each in a quarter of the lanes.
 struct IntDot : dami::IntBlocks<Vec, 4 * dami::group_size, 4> {
   static constexpr int tile_m = 4;
-  static constexpr bool any_rows = false;  // with more rows than `few` it is cheaper to convert codes once
+  static constexpr bool any_rows = false;  // with more rows than `max_stream_rows` it is cheaper to convert codes once
 
   struct Operand {
     __m512i codes[4];
@@ -114,7 +115,7 @@ struct IntDot : dami::IntBlocks<Vec, 4 * dami::group_size, 4> {
     return codes<true>(row.at(i), step, scale);
   }
   template <class Row>
-  static Operand some(const Row& row, int64_t i, int64_t count, Vec scale) {
+  static Operand partial_operand(const Row& row, int64_t i, int64_t count, Vec scale) {
     return codes<false>(row.at(i), count, scale);
   }
   // 64 bytes, of which only the first `count` are there unless `whole`.

@@ -35,7 +35,7 @@ struct Bf16Dot {
   static const bf16* second(const bf16*, int64_t, int) { return nullptr; }
   static __m512bh round(dami::Two<Vec> v) { return _mm512_cvtne2ps_pbh(v.b.v, v.a.v); }
   template <class Row>
-  static __m512bh operand(const Row& row, int64_t i, const dami::AsItIs<Vec>&) {
+  static __m512bh operand(const Row& row, int64_t i, const dami::Unscaled<Vec>&) {
     return load<0>(row.at(i));
   }
   template <class Row>

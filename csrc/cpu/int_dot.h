@@ -3,7 +3,7 @@
 
 #include <numeric>
 
-#include "kernels.h"
+#include "dots.h"
 
 namespace dami {
 
@@ -17,6 +17,7 @@ namespace dami {
 // times the scale and the sum of x; so sums begin below zero.
 template <class V, int elements, int parts>
 struct IntBlocks {
+  static_assert(is_vector_for_integers<V>());
   using X = int16_t;
   static constexpr int step = elements;
   static constexpr int64_t block = block_bytes / 4;
@@ -46,49 +47,49 @@ struct IntBlocks {
   static void prepare_block(const bf16* x, int64_t count, X* to) {
     alignas(64) bf16 padded[block] = {};
     std::memcpy(padded, x, static_cast<size_t>(count) * sizeof(bf16));
-    V most = V::zero(), none = most;  // none is NaN if there is a NaN or Inf
+    V magnitude = V::zero(), poison = magnitude;  // poison is NaN if there is a NaN or Inf
     for (int64_t i = 0; i < block; i += V::W) {
       const V v = V::load(padded + i);
-      most = max(most, max(v, V::zero() - v));
-      none = fma(v, V::zero(), none);
+      magnitude = max(magnitude, max(v, V::zero() - v));
+      poison = fma(v, V::zero(), poison);
     }
-    float lanes[V::W], poison[V::W], largest = 0x1p-97f;  // below it the second scale would be subnormal
-    most.store(lanes);
-    none.store(poison);
-    for (float lane : lanes) largest = std::max(largest, lane);
+    float magnitudes[V::W], poisons[V::W], largest = 0x1p-97f;  // below it the second scale would be subnormal
+    magnitude.store(magnitudes);
+    poison.store(poisons);
+    for (float lane : magnitudes) largest = std::max(largest, lane);
     uint32_t bits;
     std::memcpy(&bits, &largest, sizeof bits);
     bits &= 0x7f800000;  // the power of two in it
-    float power, nothing = 0;
+    float power, zero_or_nan = 0;
     std::memcpy(&power, &bits, sizeof power);
-    for (float lane : poison) nothing += lane;
+    for (float lane : poisons) zero_or_nan += lane;
 
     // In units of the scale. To add and take off 1.5 · 2²³ is to round to a whole number.
-    const V inverse = V::set1(0x1p14f / power), to_whole = V::set1(0x1.8p23f), most_counted = V::set1(-0x1p11f);
-    alignas(64) float rest[block];
+    const V inverse = V::set1(0x1p14f / power), to_whole = V::set1(0x1.8p23f), max_counted = V::set1(-0x1p11f);
+    alignas(64) float remainder[block];
     alignas(64) X whole[block];
-    V lost = V::zero(), kept = V::zero();
+    V energy_lost = V::zero(), energy_kept = V::zero();
     for (int64_t i = 0; i < block; i += V::W) {
-      const V v = V::load(padded + i) * inverse, rounded = v + to_whole - to_whole, left = v - rounded;
+      const V v = V::load(padded + i) * inverse, rounded = v + to_whole - to_whole, lost = v - rounded;
       rounded.store(whole + i);
-      left.store(rest + i);
-      lost = fma(left, left, lost);
-      const V counted = max(V::zero() - max(v, V::zero() - v), most_counted);
-      kept = fma(counted, counted, kept);
+      lost.store(remainder + i);
+      energy_lost = fma(lost, lost, energy_lost);
+      const V counted = max(V::zero() - max(v, V::zero() - v), max_counted);
+      energy_kept = fma(counted, counted, energy_kept);
     }
     float energy[2][V::W], sum_lost = 0, sum_kept = 0;
-    lost.store(energy[0]);
-    kept.store(energy[1]);
+    energy_lost.store(energy[0]);
+    energy_kept.store(energy[1]);
     for (float lane : energy[0]) sum_lost += lane;
     for (float lane : energy[1]) sum_kept += lane;
     // At most 2⁻¹², a third of the root mean square that rounding a weight or a result to bfloat16 has, of what remains where
     // an outlier, whose weights may all be 0, counts as an eighth of the largest.
-    const bool enough = !(sum_lost > 0x1p-24f * sum_kept);
-    store_digit(whole, power * 0x1p-14f + nothing, enough ? 0 : power * 0x1p-29f, to);
-    if (enough) {
+    const bool one_digit = !(sum_lost > 0x1p-24f * sum_kept);
+    store_digit(whole, power * 0x1p-14f + zero_or_nan, one_digit ? 0 : power * 0x1p-29f, to);
+    if (one_digit) {
       std::memset(to + digit - head, 0, digit * sizeof(X));
     } else {
-      for (int64_t i = 0; i < block; i += V::W) (V::load(rest + i) * V::set1(0x1p15f)).store(whole + i);
+      for (int64_t i = 0; i < block; i += V::W) (V::load(remainder + i) * V::set1(0x1p15f)).store(whole + i);
       store_digit(whole, power * 0x1p-29f, 0, to + digit);
     }
   }

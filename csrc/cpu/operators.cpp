@@ -1,4 +1,4 @@
-// The operators: which rows go together, what runs where. The arithmetic is in kernels.h.
+// The operators: which rows go together, what runs where. The arithmetic is in the kernels' headers.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -39,7 +39,7 @@ const char* row_of(const Matrix& matrix, Type type, int64_t row) {
   return static_cast<const char*>(matrix.data) + row * matrix.stride * bytes_of(type);
 }
 
-int worth(int64_t work, int threads) {
+int threads_for(int64_t work, int threads) {
   return static_cast<int>(std::clamp<int64_t>(work / least_work, 1, threads));
 }
 
@@ -97,9 +97,104 @@ template <class F>
 void for_rows(int64_t rows, int64_t work, const Lams& lams, int threads, F f) {
   check(lams, rows);
   const int64_t at_once = std::max<int64_t>(1, least_work / 2 / std::max<int64_t>(work, 1));
-  parallel_for(ceil_div(rows, at_once), worth(rows * work, threads), [&](int64_t task, int) {
+  parallel_for(ceil_div(rows, at_once), threads_for(rows * work, threads), [&](int64_t task, int) {
     for (int64_t row = task * at_once; row < std::min(rows, (task + 1) * at_once); row++) f(row, lam_of(lams, row));
   });
+}
+
+// A block of rows and the weights [first, last) that take them: one, or all of them.
+struct SharedBlock {
+  Block block;
+  size_t first, last;
+};
+
+struct Plan {
+  std::vector<SharedBlock> blocks;
+  int64_t operations = 0;
+  int64_t outputs = 0;  // features of all weights, once for every block that takes them
+};
+
+// Cuts the rows of every weight into blocks of nearly equal height.
+Plan plan_of(const Isa& isa, const Input& input, const std::vector<Linear>& weights, const Lams& lams, bool invariant) {
+  Plan plan;
+  for (size_t w = 0; w < weights.size(); w++) {
+    const Linear& p = weights[w];
+    const int64_t rows = p.end - p.begin, count = ceil_div(rows, max_rows);
+    plan.operations += rows * p.n * input.k;
+    plan.outputs += count * p.n;
+    if (w > 0 && p.begin < weights[w - 1].end) {
+      for (SharedBlock& shared : plan.blocks) shared.last = w + 1;
+      continue;
+    }
+    const bool has_target = p.weight.other.storage == Storage::dense;
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t begin = p.begin + rows * i / count, end = p.begin + rows * (i + 1) / count;
+      plan.blocks.push_back({block_of(isa, input.type, lams, begin, end, has_target, invariant), w, w + 1});
+    }
+  }
+  return plan;
+}
+
+// Some blocks of a plan whose rows are prepared together.
+struct Blocks {
+  SharedBlock *first, *last;
+  SharedBlock* begin() const { return first; }
+  SharedBlock* end() const { return last; }
+};
+
+// From `first` on, as many blocks as may be prepared at a time, but one at least.
+Blocks blocks_at_once(SharedBlock* first, SharedBlock* end, int64_t x_stride) {
+  SharedBlock* last = first;
+  for (int64_t bytes = 0; last < end && (last == first || bytes < prepared_bytes); last++)
+    bytes += static_cast<int64_t>(last->block.rows.size()) * x_stride;
+  return {first, last};
+}
+
+// Writes the rows of x that blocks take as the kernels read them, and says in the blocks where they are.
+Buffer prepare(const Isa& isa, const Input& input, Blocks blocks, int64_t x_stride, int threads) {
+  const int type = static_cast<int>(input.type);
+  std::vector<int64_t> rows;
+  for (const SharedBlock& shared : blocks) rows.insert(rows.end(), shared.block.rows.begin(), shared.block.rows.end());
+  const int64_t count = static_cast<int64_t>(rows.size());
+  Buffer prepared = allocate(count * x_stride);
+  char* const x = static_cast<char*>(prepared.get());
+  parallel_for(count, threads_for(count * input.k, threads), [&](int64_t i, int) {
+    isa.prepare_x[type](row_of(input.x, input.type, rows[i]), input.k, x + i * x_stride);
+  });
+  int64_t row = 0;
+  for (SharedBlock& shared : blocks) {
+    Block& block = shared.block;
+    block.x = x + row * x_stride, block.x_stride = x_stride, block.k = input.k;
+    row += static_cast<int64_t>(block.rows.size());
+  }
+  return prepared;
+}
+
+// Some outputs of a weight for a block, from n on.
+struct Task {
+  const Linear* weight;
+  const Block* block;
+  int64_t n;
+};
+
+// All outputs of some blocks, `width` a task; tasks that read the same part of a weight follow each other.
+std::vector<Task> tasks_of(Blocks blocks, const std::vector<Linear>& weights, int64_t width) {
+  std::vector<Task> tasks;
+  const SharedBlock *low = blocks.first, *high = blocks.first;
+  for (size_t w = blocks.first->first; w < blocks.last[-1].last; w++) {
+    while (low < blocks.last && low->last <= w) low++;
+    while (high < blocks.last && high->first <= w) high++;
+    for (int64_t n = 0; n < weights[w].n; n += width)
+      for (const SharedBlock* shared = low; shared < high; shared++) tasks.push_back({&weights[w], &shared->block, n});
+  }
+  return tasks;
+}
+
+// Runs one of the norms, given its kernels by type.
+void norm(void (*const (&kernels)[3])(const Norm&, int64_t row, float lam), const Norm& p, int64_t rows, const Lams& lams,
+          int threads) {
+  const auto kernel = kernels[static_cast<int>(p.type)];
+  for_rows(rows, p.d * bytes_of(p.type), lams, threads, [&](int64_t row, float lam) { kernel(p, row, lam); });
 }
 
 double seconds() {
@@ -112,70 +207,22 @@ void linear(const Input& input, const std::vector<Linear>& weights, const Lams& 
   check(lams, input.rows);
   const Isa& isa = dami::isa();
   const int type = static_cast<int>(input.type);
-
-  // Blocks of nearly equal height, each with the weights [first, last) that take its rows: one, or all of them.
-  struct Shared {
-    Block block;
-    size_t first, last;
-  };
-  std::vector<Shared> blocks;
-  int64_t operations = 0, outputs = 0;
-  for (size_t w = 0; w < weights.size(); w++) {
-    const Linear& p = weights[w];
-    const int64_t rows = p.end - p.begin, count = ceil_div(rows, max_rows);
-    operations += rows * p.n * input.k;
-    outputs += count * p.n;
-    if (w > 0 && p.begin < weights[w - 1].end) {
-      for (Shared& shared : blocks) shared.last = w + 1;
-      continue;
-    }
-    const bool has_target = p.weight.other.storage == Storage::dense;
-    for (int64_t i = 0; i < count; i++)
-      blocks.push_back({block_of(isa, input.type, lams, p.begin + rows * i / count, p.begin + rows * (i + 1) / count,
-                                 has_target, invariant),
-                        w, w + 1});
-  }
-  threads = worth(operations / 8, threads);
+  Plan plan = plan_of(isa, input, weights, lams, invariant);
+  threads = threads_for(plan.operations / 8, threads);
 
   const int64_t scratch_bytes = linear_scratch(max_rows);
   const Buffer scratch = allocate(scratch_bytes * threads);
   // Rows that lie a multiple of 4 KiB apart would displace each other from L1.
   int64_t x_stride = round_up(isa.x_bytes[type](input.k), 64);
   if (x_stride % 4096 == 0) x_stride += 2048;
-  // Wide tiles read x less often, but leave fewer tasks to balance.
-  const int64_t width = std::clamp<int64_t>(outputs / (threads * 8) / 16 * 16, 16, max_outputs);
+  // Wide tasks read x less often, but leave fewer of them to balance.
+  const int64_t width = std::clamp<int64_t>(plan.outputs / (threads * 8) / 16 * 16, 16, max_outputs);
 
-  for (size_t begin = 0, end; begin < blocks.size(); begin = end) {
-    // As many blocks at a time as may be prepared.
-    std::vector<int64_t> rows;
-    for (end = begin; end < blocks.size() && (end == begin || static_cast<int64_t>(rows.size()) * x_stride < prepared_bytes);
-         end++)
-      rows.insert(rows.end(), blocks[end].block.rows.begin(), blocks[end].block.rows.end());
-    const Buffer prepared = allocate(static_cast<int64_t>(rows.size()) * x_stride);
-    char* const x = static_cast<char*>(prepared.get());
-    parallel_for(static_cast<int64_t>(rows.size()), worth(static_cast<int64_t>(rows.size()) * input.k, threads),
-                 [&](int64_t i, int) {
-                   isa.prepare_x[type](row_of(input.x, input.type, rows[i]), input.k, x + i * x_stride);
-                 });
-    struct Task {
-      const Linear* weight;
-      const Block* block;
-      int64_t n;
-    };
-    std::vector<Task> tasks;
-    int64_t row = 0;
-    for (size_t i = begin; i < end; i++) {
-      Block& block = blocks[i].block;
-      block.x = x + row * x_stride, block.x_stride = x_stride, block.k = input.k;
-      row += static_cast<int64_t>(block.rows.size());
-    }
-    size_t low = begin, high = begin;
-    for (size_t w = blocks[begin].first; w < blocks[end - 1].last; w++) {
-      while (low < end && blocks[low].last <= w) low++;
-      while (high < end && blocks[high].first <= w) high++;
-      for (int64_t n = 0; n < weights[w].n; n += width)
-        for (size_t i = low; i < high; i++) tasks.push_back({&weights[w], &blocks[i].block, n});
-    }
+  SharedBlock* const end = plan.blocks.data() + plan.blocks.size();
+  for (Blocks blocks{plan.blocks.data(), plan.blocks.data()}; blocks.last < end;) {
+    blocks = blocks_at_once(blocks.last, end, x_stride);
+    const Buffer x = prepare(isa, input, blocks, x_stride, threads);
+    const std::vector<Task> tasks = tasks_of(blocks, weights, width);
     parallel_for(static_cast<int64_t>(tasks.size()), threads, [&](int64_t i, int worker) {
       const Task& task = tasks[i];
       isa.linear[type](*task.weight, *task.block, task.n, std::min(task.weight->n, task.n + width),
@@ -205,15 +252,11 @@ void experts(const Input& input, std::vector<Linear> weights, const int32_t* off
 }
 
 void rms_norm(const Norm& p, int64_t rows, const Lams& lams, int threads) {
-  const Isa& isa = dami::isa();
-  for_rows(rows, p.d * bytes_of(p.type), lams, threads,
-           [&](int64_t row, float lam) { isa.rms_norm[static_cast<int>(p.type)](p, row, lam); });
+  norm(isa().rms_norm, p, rows, lams, threads);
 }
 
 void layer_norm(const Norm& p, int64_t rows, const Lams& lams, int threads) {
-  const Isa& isa = dami::isa();
-  for_rows(rows, p.d * bytes_of(p.type), lams, threads,
-           [&](int64_t row, float lam) { isa.layer_norm[static_cast<int>(p.type)](p, row, lam); });
+  norm(isa().layer_norm, p, rows, lams, threads);
 }
 
 void embedding(Type type, const void* ids, bool ids_are_64_bit, int64_t count, const Weight& weight, int64_t vocabulary,
@@ -237,13 +280,13 @@ double peak_flops(Type type, int threads) {
   const int64_t tasks = threads * 8;
   double best = 0;
   for (int repeat = 0; repeat < 5; repeat++) {
-    double each = 0;
+    double flops_per_step = 0;
     const double start = seconds();
     parallel_for(tasks, threads, [&](int64_t task, int) {
       const double flops = isa.multiply_add[static_cast<int>(type)](steps);
-      if (task == 0) each = flops;
+      if (task == 0) flops_per_step = flops;
     });
-    best = std::max(best, each * steps * static_cast<double>(tasks) / (seconds() - start));
+    best = std::max(best, flops_per_step * steps * static_cast<double>(tasks) / (seconds() - start));
   }
   return best;
 }

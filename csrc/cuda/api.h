@@ -8,7 +8,8 @@
 namespace dami::cuda {
 
 enum class Type { bf16, f16 };
-enum class Format { pair, int8, int4, w8d4 };
+// How the values of a matrix are stored: as numbers of x's type, or as codes with a scale per group of 32.
+enum class Storage { numbers, int8, int4 };
 
 // A matrix [rows, ·] whose rows lie `stride` elements apart.
 struct Matrix {
@@ -16,8 +17,9 @@ struct Matrix {
   int64_t stride;
 };
 
-// What is multiplied by x into one of the two sums: numbers of x's type, or codes with a scale per group of 32.
+// What is multiplied by x into one of the two sums.
 struct Operand {
+  Storage storage;
   Matrix values;
   Matrix scales;  // bfloat16; none where the values are numbers
 };
@@ -36,10 +38,10 @@ struct Linear {
 constexpr int max_rows = 8;
 constexpr int max_warps = 16;  // of a block
 
-// Bytes of shared memory that a warp of the kernel takes.
-int shared_per_warp(Format);
+// Bytes of shared memory that a warp of the kernel takes; 0 for storages that no kernel reads together.
+int shared_per_warp(Storage base, Storage other);
 
 // Launches the kernel for at most max_rows rows; the `warps` of a block share the work along K. Synchronizes nothing.
-cudaError_t decode(Type, Format, const Linear&, int warps, cudaStream_t);
+cudaError_t decode(Type, const Linear&, int warps, cudaStream_t);
 
 }  // namespace dami::cuda

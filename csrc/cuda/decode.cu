@@ -292,34 +292,37 @@ cudaError_t launch(const Linear& linear, int warps, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, kernel, linear);  // reports what went wrong above, too
 }
 
+// Calls f with the types of two operands that are stored so. False if no kernel reads them together.
+template <class T, class F>
+bool with_operands(Storage base, Storage other, F f) {
+  if (base == Storage::numbers && other == Storage::numbers) return f(Numbers<T>{}, Numbers<T>{}), true;
+  if (base == Storage::numbers && other == Storage::int8) return f(Numbers<T>{}, Codes8<T>{}), true;
+  if (base == Storage::numbers && other == Storage::int4) return f(Numbers<T>{}, Codes4<T>{}), true;
+  if (base == Storage::int8 && other == Storage::int4) return f(Codes8<T>{}, Codes4<T>{}), true;
+  return false;
+}
+
 template <class T>
-cudaError_t launch(Format format, const Linear& linear, int warps, cudaStream_t stream) {
-  switch (format) {
-    case Format::pair: return launch<T, Numbers<T>, Numbers<T>>(linear, warps, stream);
-    case Format::int8: return launch<T, Numbers<T>, Codes8<T>>(linear, warps, stream);
-    case Format::int4: return launch<T, Numbers<T>, Codes4<T>>(linear, warps, stream);
-    case Format::w8d4: return launch<T, Codes8<T>, Codes4<T>>(linear, warps, stream);
-  }
-  return cudaErrorInvalidValue;
+cudaError_t launch(const Linear& linear, int warps, cudaStream_t stream) {
+  cudaError_t error = cudaErrorInvalidValue;
+  with_operands<T>(linear.base.storage, linear.other.storage, [&](auto base, auto other) {
+    error = launch<T, decltype(base), decltype(other)>(linear, warps, stream);
+  });
+  return error;
 }
 
 }  // namespace
 
-int shared_per_warp(Format format) {
-  using T = Bf16;  // F16 takes the same
-  switch (format) {
-    case Format::pair: return ring_bytes<Numbers<T>, Numbers<T>>;
-    case Format::int8: return ring_bytes<Numbers<T>, Codes8<T>>;
-    case Format::int4: return ring_bytes<Numbers<T>, Codes4<T>>;
-    case Format::w8d4: return ring_bytes<Codes8<T>, Codes4<T>>;
-  }
-  return 0;
+int shared_per_warp(Storage base, Storage other) {
+  int bytes = 0;  // of F16 as of Bf16
+  with_operands<Bf16>(base, other, [&](auto base, auto other) { bytes = ring_bytes<decltype(base), decltype(other)>; });
+  return bytes;
 }
 
-cudaError_t decode(Type type, Format format, const Linear& linear, int warps, cudaStream_t stream) {
+cudaError_t decode(Type type, const Linear& linear, int warps, cudaStream_t stream) {
   if (linear.m < 0 || linear.m > max_rows || warps < 1 || warps > max_warps) return cudaErrorInvalidValue;
   if (linear.m == 0 || linear.n == 0) return cudaSuccess;
-  return type == Type::bf16 ? launch<Bf16>(format, linear, warps, stream) : launch<F16>(format, linear, warps, stream);
+  return type == Type::bf16 ? launch<Bf16>(linear, warps, stream) : launch<F16>(linear, warps, stream);
 }
 
 }  // namespace dami::cuda

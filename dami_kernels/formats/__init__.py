@@ -1,60 +1,89 @@
-"""How a base and a target weight are stored together: one module per format, found by its file name.
+"""How a base and a target weight are stored together.
 
-A format is a module with three functions and one constant, and nothing else needs to know about it:
-
-    TENSORS: tuple[str, ...]                  # a suffix for each stored tensor's name; "" for a base left as it is
-    pack(base, target) -> tuple[Tensor, ...]  # the tensors to store, in TENSORS' order, from two float ones [..., N, K]
-    unpack(*tensors, columns, rows=...)       # base and target again: as they are stored, or in float32
-    layout(shape, dtype, *tensors)            # the shape and dtype that each tensor must have, of ends of these
-
-`rows` indexes the first dimension, a slice or int64 indices, so that no whole copy is needed to read some of a weight;
-`columns` is K, which a format may have padded.
-
-A format that plain products serve best may have two more, in differentiable torch operations; no kernel is then asked:
-
-    linear(x, lam, *tensors) -> Tensor        # x [M, K] and λ per row [M] → [M, N]
-    embedding(ids, lam, *tensors) -> Tensor   # ids [M] and λ per row [M] → [M, D]
+Formats are registered by name: those that come with the package below, yours with `register_format`. What a format is,
+`Format` says, and everything else derives from it.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from dami_kernels.formats import int4, int8, lowrank, pair, w8d4
+from dami_kernels.formats.base import ALL, Codes, Format, Layout, Matrices, Matrix, Numbers, Rows
 from dami_kernels.quantize import row_blocks
 
-Rows = slice | Tensor
-Layout = tuple[Sequence[int], torch.dtype]
-ALL = slice(None)
+__all__ = [
+    "ALL",
+    "Codes",
+    "Format",
+    "Layout",
+    "Matrices",
+    "Matrix",
+    "Numbers",
+    "Rows",
+    "check",
+    "float_blocks",
+    "get",
+    "matrices",
+    "names",
+    "register_format",
+    "suffixes",
+]
+
+_FORMATS: dict[str, Format] = {}
 
 
-class Format(Protocol):
-    """What a format module offers."""
+def register_format(name: str, format: Format) -> None:
+    """Makes a format known wherever one is named: to `LerpWeight.pack`, the operators, and patched and saved models.
 
-    TENSORS: tuple[str, ...]
+    A process that loads what another has saved must register the format first. Kernels read `Matrices` only. With any
+    other format an operator runs in plain torch and warns once, unless the format has products of its own.
 
-    def pack(self, base: Tensor, target: Tensor) -> tuple[Tensor, ...]: ...
-
-    def unpack(self, *tensors: Tensor, columns: int, rows: Rows = ALL) -> tuple[Tensor, Tensor]: ...
-
-    def layout(self, shape: Sequence[int], dtype: torch.dtype, *tensors: Tensor) -> Sequence[Layout]: ...
+    Raises:
+        TypeError: the format lacks something that `Format` names.
+        ValueError: the name is taken or is no identifier, or the suffixes of the stored tensors are not distinct.
+    """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"name must be an identifier, got {name!r}")
+    if _FORMATS.get(name, format) is not format:
+        raise ValueError(f"name must not be that of another format, got {name!r}")
+    lacking = [part for part in ("pack", "unpack", "layout") if not callable(getattr(format, part, None))]
+    if lacking:
+        raise TypeError(f"format must have pack, unpack and layout, got {format!r} without {', '.join(lacking)}")
+    tensors = getattr(format, "TENSORS", None)
+    if not isinstance(tensors, tuple) or not tensors or not all(isinstance(suffix, str) for suffix in tensors):
+        raise TypeError(f"format.TENSORS must be a tuple of one string at least, got {tensors!r}")
+    if len(set(tensors)) != len(tensors):
+        raise ValueError(f"format.TENSORS must be distinct, got {tensors!r}")
+    _FORMATS[name] = format
 
 
 def names() -> list[str]:
     """Names of all formats, sorted."""
-    return sorted(_MODULES)
+    return sorted(_FORMATS)
 
 
 def get(name: str) -> Format:
     """The format called `name`; ValueError if there is none."""
-    if name not in _MODULES:
-        raise ValueError(f"format must be one of {names()}, got {name!r}")
-    return _MODULES[name]
+    if name not in _FORMATS:
+        raise ValueError(f"format must be one of {names()}, got {name!r}; `register_format` adds others")
+    return _FORMATS[name]
+
+
+def matrices(name: str) -> Matrices:
+    """The format called `name` as kernels know it. NotImplementedError if it is none of two matrices."""
+    format = get(name)
+    if not isinstance(format, Matrices):
+        raise NotImplementedError(f"no kernel reads the format {name!r}")
+    return format
+
+
+def suffixes() -> list[str]:
+    """Suffixes of the names of all tensors that stand beside a parameter, sorted."""
+    return sorted({suffix for format in _FORMATS.values() for suffix in format.TENSORS} - {""})
 
 
 def check(format: str, tensors: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> None:
@@ -85,7 +114,8 @@ def float_blocks(format: str, tensors: Sequence[Tensor], columns: int) -> Iterat
         yield rows, base.float(), target.float()
 
 
-# At once, and here, where what they import from this file is defined: torch.compile cannot trace an import.
-_MODULES: dict[str, Any] = {
-    module.name: importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)
-}
+register_format("pair", pair.FORMAT)
+register_format("int8", int8.FORMAT)
+register_format("int4", int4.FORMAT)
+register_format("w8d4", w8d4.FORMAT)
+register_format("lowrank", lowrank)

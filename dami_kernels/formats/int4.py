@@ -1,31 +1,5 @@
 """`int4`: the base as it is and the difference in 4 bits. Exact at λ=0; 2.56 bytes for each bfloat16 weight."""
 
-from collections.abc import Sequence
+from dami_kernels.formats.base import Codes, Matrices, Numbers
 
-import torch
-from torch import Tensor
-
-from dami_kernels.formats import ALL, Layout, Rows
-from dami_kernels.quantize import code_layout, dequantize, pack_in_blocks, pack_nibbles, quantize, unpack_nibbles
-
-TENSORS = ("", "_delta", "_delta_scale")
-
-
-def pack(base: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    """base [..., K]; delta uint8 [..., K'/2]; scale bfloat16 [..., K' / GROUP]. The base is not copied."""
-
-    def difference(base: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        codes, scales = quantize(target - base, bits=4)
-        return pack_nibbles(codes), scales
-
-    return base, *pack_in_blocks(difference, base, target)
-
-
-def unpack(*tensors: Tensor, columns: int, rows: Rows = ALL) -> tuple[Tensor, Tensor]:
-    """The base as it is; the target in float32."""
-    base, delta, scale = (tensor[rows] for tensor in tensors)
-    return base, base.to(torch.float32) + dequantize(unpack_nibbles(delta), scale, columns)
-
-
-def layout(shape: Sequence[int], dtype: torch.dtype, *_: Tensor) -> Sequence[Layout]:
-    return (shape, dtype), *code_layout(shape, bits=4)
+FORMAT = Matrices(__doc__, base=Numbers(""), second=Codes("_delta", bits=4))

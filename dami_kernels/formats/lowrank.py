@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dami_kernels.formats import ALL, Layout, Rows
+from dami_kernels.formats.base import ALL, Layout, Rows
 
 TENSORS = ("", "_down", "_up")
 
@@ -28,16 +28,16 @@ def pack(base: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     ulp = torch.finfo(base.dtype).eps * torch.exp2(exponent.double() - 1)
     rounding = ulp.square().sum() / 12  # the variance of a uniform error of one ulp
     N, K = base.shape
-    most = N * K // (base.element_size() * (N + K))  # one byte per weight, as `int8` takes
-    U, S, V = torch.svd_lowrank(delta, q=min(most + 8, N, K), niter=4)
-    left = delta.square().sum() - torch.cat((S.new_zeros(1), S.square().cumsum(0)))
-    enough = (left <= 1.1 * rounding).nonzero()
-    if not len(enough) or enough[0] > most:
+    max_rank = N * K // (base.element_size() * (N + K))  # one byte per weight, as `int8` takes
+    U, S, V = torch.svd_lowrank(delta, q=min(max_rank + 8, N, K), niter=4)
+    left_out = delta.square().sum() - torch.cat((S.new_zeros(1), S.square().cumsum(0)))
+    sufficient = (left_out <= 1.1 * rounding).nonzero()
+    if not len(sufficient) or sufficient[0] > max_rank:
         raise ValueError(
-            f"target − base must have a rank of at most {most} to be stored as 'lowrank', got a higher one: "
+            f"target − base must have a rank of at most {max_rank} to be stored as 'lowrank', got a higher one: "
             "use 'int4' or 'int8'"
         )
-    rank = max(1, int(enough[0]))
+    rank = max(1, int(sufficient[0]))
     root = S[:rank].sqrt()
     return base, (V[:, :rank] * root).t().to(base.dtype).contiguous(), (U[:, :rank] * root).to(base.dtype)
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# A weight is stored as its base and a second tile: the target, or the delta, which is target − base.
+# A weight is stored as two matrices, its base and a second one. Kernels know the bits of their codes, BASE_BITS and
+# SECOND_BITS, 0 where a matrix is stored as numbers. A second matrix of numbers is the target, one of codes the delta,
+# which is target − base.
 BASE: tl.constexpr = tl.constexpr(0)
 SECOND: tl.constexpr = tl.constexpr(1)
 GROUP: tl.constexpr = tl.constexpr(32)  # weights along K that share a scale
@@ -31,17 +33,17 @@ def lerp(base, target, lam):
 
 
 @triton.jit
-def combine(base, second, lam, FORMAT: tl.constexpr):
-    """The result at λ, float32, from the results of the base and of the second: the target, or the delta."""
-    if FORMAT == "pair":
+def combine(base, second, lam, SECOND_BITS: tl.constexpr):
+    """The result at λ, float32, from the results of the base and of the second matrix."""
+    if SECOND_BITS == 0:
         return lerp(base, second, lam)
     return tl.where(lam == 0.0, base, base + lam * second)
 
 
 @triton.jit
-def blend(base, second, lam, FORMAT: tl.constexpr):
+def blend(base, second, lam, SECOND_BITS: tl.constexpr):
     """The weight at one λ that is neither 0 nor 1, float32. Not `combine`, of which a mainloop has no time for more."""
-    if FORMAT == "pair":
+    if SECOND_BITS == 0:
         second -= base
     return base + lam * second
 
@@ -57,30 +59,27 @@ def load_end(
     K,
     BLOCK_K: tl.constexpr,
     DTYPE: tl.constexpr,
-    FORMAT: tl.constexpr,
+    BASE_BITS: tl.constexpr,
+    SECOND_BITS: tl.constexpr,
 ):
-    """Tile [rows, BLOCK_K] of the base or of the second, 0 where it is not wanted. All that kernels know of a format.
+    """Tile [rows, BLOCK_K] of the base or of the second matrix, 0 where it is not wanted.
 
     Args:
-        weight, strides: the format's tensors and the strides of each.
+        weight, strides: the format's tensors and the strides of each. Codes and their scales are two.
         END: BASE or SECOND.
         rows, wanted: [rows] indices, and which of them to read.
         k, K: the first column, a multiple of BLOCK_K, and the weight's number of columns, None if all of them exist.
         DTYPE: what the tile is made of; codes times scales are computed in it, rounded once.
     """
-    if FORMAT == "pair":
-        return load_float(weight[END], strides[END], rows, wanted, k, K, BLOCK_K).to(DTYPE)
-    elif FORMAT == "w8d4" and END == BASE:
-        return load_int8(weight[0], weight[1], strides[0], strides[1], rows, wanted, k, K, BLOCK_K, DTYPE)
-    elif FORMAT == "w8d4":
-        return load_int4(weight[2], weight[3], strides[2], strides[3], rows, wanted, k, K, BLOCK_K, DTYPE)
-    elif END == BASE:
-        return load_float(weight[0], strides[0], rows, wanted, k, K, BLOCK_K).to(DTYPE)
-    elif FORMAT == "int8":
-        return load_int8(weight[1], weight[2], strides[1], strides[2], rows, wanted, k, K, BLOCK_K, DTYPE)
+    BITS: tl.constexpr = BASE_BITS if END == BASE else SECOND_BITS
+    FIRST: tl.constexpr = 0 if END == BASE else (1 if BASE_BITS == 0 else 2)
+    if BITS == 0:
+        return load_float(weight[FIRST], strides[FIRST], rows, wanted, k, K, BLOCK_K).to(DTYPE)
+    elif BITS == 8:
+        return load_int8(weight, strides, FIRST, rows, wanted, k, K, BLOCK_K, DTYPE)
     else:
-        tl.static_assert(FORMAT == "int4", "no kernel reads this format")
-        return load_int4(weight[1], weight[2], strides[1], strides[2], rows, wanted, k, K, BLOCK_K, DTYPE)
+        tl.static_assert(BITS == 4, "codes have 8 or 4 bits")
+        return load_int4(weight, strides, FIRST, rows, wanted, k, K, BLOCK_K, DTYPE)
 
 
 @triton.jit
@@ -93,18 +92,18 @@ def load_float(tensor, strides, rows, wanted, start, end, COLUMNS: tl.constexpr)
 
 
 @triton.jit
-def load_int8(codes, scale, codes_strides, scale_strides, rows, wanted, k, K, BLOCK_K, DTYPE: tl.constexpr):
+def load_int8(weight, strides, FIRST, rows, wanted, k, K, BLOCK_K, DTYPE: tl.constexpr):
     """Tile of codes times the scale of their group."""
     padded = None if K is None else tl.cdiv(K, GROUP) * GROUP
-    codes = load_float(codes, codes_strides, rows, wanted, k, padded, BLOCK_K).to(tl.float32)
-    return _scaled(codes, scale, scale_strides, rows, wanted, k, K, BLOCK_K).to(DTYPE)
+    codes = load_float(weight[FIRST], strides[FIRST], rows, wanted, k, padded, BLOCK_K).to(tl.float32)
+    return _scaled(codes, weight[FIRST + 1], strides[FIRST + 1], rows, wanted, k, K, BLOCK_K).to(DTYPE)
 
 
 @triton.jit
-def load_int4(codes, scale, codes_strides, scale_strides, rows, wanted, k, K, BLOCK_K, DTYPE: tl.constexpr):
+def load_int4(weight, strides, FIRST, rows, wanted, k, K, BLOCK_K, DTYPE: tl.constexpr):
     """The same with two codes to a byte, the first in its low half, each stored plus 8."""
     padded = None if K is None else tl.cdiv(K, GROUP) * (GROUP // 2)
-    pairs = load_float(codes, codes_strides, rows, wanted, k // 2, padded, BLOCK_K // 2)
+    pairs = load_float(weight[FIRST], strides[FIRST], rows, wanted, k // 2, padded, BLOCK_K // 2)
     # Under a float whose last bit counts ones, the code is its last bits: no conversion, which is slow.
     if tl.bfloat16 == DTYPE:
         BITS: tl.constexpr = 0x4300
@@ -119,7 +118,7 @@ def load_int4(codes, scale, codes_strides, scale_strides, rows, wanted, k, K, BL
         ZERO: tl.constexpr = 8388608 + 8
         pairs = pairs.to(tl.int32)
     codes = tl.join(pairs & 15 | BITS, pairs >> 4 | BITS).to(DTYPE, bitcast=True).reshape(rows.shape[0], BLOCK_K)
-    return _scaled(codes - ZERO, scale, scale_strides, rows, wanted, k, K, BLOCK_K)
+    return _scaled(codes - ZERO, weight[FIRST + 1], strides[FIRST + 1], rows, wanted, k, K, BLOCK_K)
 
 
 @triton.jit

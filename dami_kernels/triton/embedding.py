@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dami_kernels.triton.device import BASE, SECOND, combine, load_end, row_lam
-from dami_kernels.triton.host import cdiv, check_format, on_device_of, strides_of
+from dami_kernels.triton.host import bits_of, cdiv, on_device_of, strides_of
 from dami_kernels.tuning import row_config
 
 
@@ -25,7 +25,8 @@ def _lerp_embedding_kernel(
     D,
     rows_per_lam,
     strides,
-    FORMAT: tl.constexpr,
+    BASE_BITS: tl.constexpr,
+    SECOND_BITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -35,13 +36,18 @@ def _lerp_embedding_kernel(
     lams = row_lam(lam, row_to_lam, rows, valid, rows_per_lam)
     found = tl.load(ids + rows, mask=valid, other=0)
     # A row with λ = 0, or where it is stored with λ = 1, reads only the end that it needs.
-    base_needed = valid & (lams != 1.0) if FORMAT == "pair" else valid
-    base = load_end(weight, strides, BASE, found, base_needed, start, D, BLOCK_D, tl.float32, FORMAT)
-    second = load_end(weight, strides, SECOND, found, valid & (lams != 0.0), start, D, BLOCK_D, tl.float32, FORMAT)
+    base_needed = valid & (lams != 1.0) if SECOND_BITS == 0 else valid
+    second_needed = valid & (lams != 0.0)
+    base = load_end(
+        weight, strides, BASE, found, base_needed, start, D, BLOCK_D, tl.float32, BASE_BITS, SECOND_BITS
+    )  # fmt: skip
+    second = load_end(
+        weight, strides, SECOND, found, second_needed, start, D, BLOCK_D, tl.float32, BASE_BITS, SECOND_BITS
+    )  # fmt: skip
     columns = start + tl.arange(0, BLOCK_D)
     tl.store(
         y + rows.to(tl.int64)[:, None] * D + columns[None, :],
-        combine(base, second, lams[:, None], FORMAT).to(y.dtype.element_ty),
+        combine(base, second, lams[:, None], SECOND_BITS).to(y.dtype.element_ty),
         mask=valid[:, None] & (columns < D)[None, :],
     )
 
@@ -56,7 +62,7 @@ def lerp_embedding(
     dtype: torch.dtype,
     columns: int,
 ) -> Tensor:
-    check_format(format)
+    bits = bits_of(format)
     M, D = ids.shape[0], columns
     y = weight[0].new_empty(M, D, dtype=dtype)
     if y.numel() == 0:
@@ -73,7 +79,7 @@ def lerp_embedding(
             D,
             rows_per_lam,
             strides_of(weight),
-            FORMAT=format,
+            **bits,
             BLOCK_M=config.block_m,
             BLOCK_D=config.block_d,
             num_warps=config.num_warps,

@@ -8,13 +8,12 @@ for, and each finds its expert on the device.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dami_kernels.triton.host import cdiv, check_format, is_even, on_device_of, with_rows_in_one_piece
-from dami_kernels.triton.linear import _sum_splits_kernel, linear_tile
+from dami_kernels.triton.host import cdiv, is_even, with_rows_in_one_piece
+from dami_kernels.triton.product import Operands, Plan, Tile, launch, product_tile
 from dami_kernels.tuning import device_of, experts_config
 
 
@@ -52,7 +51,8 @@ def _lerp_experts_kernel(
     stride_x,
     strides,
     SEGMENTS: tl.constexpr,
-    FORMAT: tl.constexpr,
+    BASE_BITS: tl.constexpr,
+    SECOND_BITS: tl.constexpr,
     EVEN_K: tl.constexpr,
     USE_BLEND: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -74,11 +74,12 @@ def _lerp_experts_kernel(
         weight = [part[0] + expert.to(tl.int64) * part[1] for part in weights]
         bias = None if biases is None else [part[0] + expert.to(tl.int64) * part[1] for part in biases]
         begin = split * steps_per_split
-        tile = (row, end, tile_n * BLOCK_N, N, K, begin, min(begin + steps_per_split, max(tl.cdiv(K, BLOCK_K), 1)))
-        linear_tile(
-            x, stride_x, weight, strides, bias, lam, row_to_lam, rows_per_lam, out, N, tile,
-            FORMAT, EVEN_K, USE_BLEND, BLOCK_M, MIXED_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        step_end = min(begin + steps_per_split, max(tl.cdiv(K, BLOCK_K), 1))
+        product_tile(  # not of variables: assigned to one, a constant would no longer be a constant
+            Operands(x, stride_x, weight, strides, bias, lam, row_to_lam, rows_per_lam, out, N),
+            Tile(row, end, tile_n * BLOCK_N, N, K, begin, step_end),
+            Plan(BASE_BITS, SECOND_BITS, EVEN_K, USE_BLEND, BLOCK_M, MIXED_M, BLOCK_N, BLOCK_K),
+        )
     elif expert == E:
         rows = row + tl.arange(0, BLOCK_M)[:, None]
         features = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -97,7 +98,6 @@ def lerp_experts(
     format: str,
     invariant: bool,
 ) -> Tensor:
-    check_format(format)
     M, K = x.shape
     E, N = weight[0].shape[:2]
     y = x.new_empty(M, N)
@@ -105,40 +105,29 @@ def lerp_experts(
         return y
     config = experts_config(M, E, N, K, x.dtype, format, device_of(x.device), invariant)
     x = with_rows_in_one_piece(x)
-    steps = max(1, cdiv(K, config.block_k))
-    steps_per_split = cdiv(steps, config.split_k)
-    splits = cdiv(steps, steps_per_split)
-    parts = y if splits == 1 else x.new_empty(splits, M, N, dtype=torch.float32)
-    with on_device_of(x):
-        _lerp_experts_kernel[row_tiles(M, E, config.block_m) * cdiv(N, config.block_n), splits](
-            x,
-            tuple((tensor, tensor.stride(0)) for tensor in weight),
-            tuple((end.contiguous(), N) for end in bias) if bias else None,
-            lam,
-            row_to_lam,
-            offsets,
-            parts,
-            M,
-            E,
-            N,
-            K,
-            steps_per_split,
-            rows_per_lam,
-            x.stride(0),
-            tuple(tensor.stride()[1:] for tensor in weight),
-            SEGMENTS=1 << E.bit_length(),
-            FORMAT=format,
-            EVEN_K=is_even([weight], format, K, config.block_k),
-            USE_BLEND=config.use_blend,
-            BLOCK_M=config.block_m,
-            MIXED_M=config.mixed_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-        if splits > 1:
-            _sum_splits_kernel[cdiv(y.numel(), 256),](parts, y, y.numel(), SPLIT_K=splits, BLOCK=256)
+    programs = row_tiles(M, E, config.block_m) * cdiv(N, config.block_n)
+    launch(
+        _lerp_experts_kernel,
+        programs,
+        config,
+        y,
+        K,
+        format,
+        even_k=is_even([weight], format, K, config.block_k),
+        x=x,
+        weights=tuple((tensor, tensor.stride(0)) for tensor in weight),
+        biases=tuple((end.contiguous(), N) for end in bias) if bias else None,
+        lam=lam,
+        row_to_lam=row_to_lam,
+        offsets=offsets,
+        M=M,
+        E=E,
+        N=N,
+        rows_per_lam=rows_per_lam,
+        stride_x=x.stride(0),
+        strides=tuple(tensor.stride()[1:] for tensor in weight),
+        SEGMENTS=1 << E.bit_length(),
+    )
     return y
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
@@ -11,19 +12,20 @@ from torch import Tensor
 from dami_kernels import formats
 from dami_kernels.quantize import GROUP
 
-TENSORS = {"pair": 2, "int8": 3, "int4": 3, "w8d4": 4}  # of a weight in each format that `device.load_end` reads
 
+def bits_of(format: str) -> dict[str, int]:
+    """The kernels' constants that say how the two matrices of a format are stored: see `device.load_end`.
 
-def check_format(format: str) -> None:
-    if format not in TENSORS:
-        raise NotImplementedError(f"no kernel reads the format {format!r}")
+    NotImplementedError for a format that they do not read.
+    """
+    both = formats.matrices(format)
+    return {"BASE_BITS": both.base.bits or 0, "SECOND_BITS": both.second.bits or 0}
 
 
 def weights_of(tensors: list[Tensor], format: str) -> tuple[tuple[Tensor, ...], ...]:
     """The tensors of several weights of one format, each weight's together."""
-    check_format(format)
-    each = TENSORS[format]
-    return tuple([tuple(tensors[i : i + each]) for i in range(0, len(tensors), each)])
+    stride = len(formats.get(format).TENSORS)
+    return tuple([tuple(tensors[i : i + stride]) for i in range(0, len(tensors), stride)])
 
 
 def cdiv(a: int, b: int) -> int:
@@ -40,11 +42,12 @@ def is_even(weights: Sequence[Sequence[Tensor]], format: str, K: int, block_k: i
     """Whether every step along K is whole, and its scales can be read two at a time, as words of 32 bits."""
     if K % block_k or K == 0:
         return False
-    suffixes = formats.get(format).TENSORS
-    scales = [
-        tensor for weight in weights for tensor, suffix in zip(weight, suffixes, strict=True) if "scale" in suffix
-    ]
-    return block_k == GROUP or all(
+    if block_k == GROUP:
+        return True
+    both = formats.matrices(format)
+    holds_scales = [i > 0 for matrix in (both.base, both.second) for i in range(len(matrix.suffixes))]
+    scales = [scale for weight in weights for scale in itertools.compress(weight, holds_scales)]
+    return all(
         scale.stride(-1) == 1 and not any(stride % 2 for stride in scale.stride()[:-1]) and scale.data_ptr() % 4 == 0
         for scale in scales
     )

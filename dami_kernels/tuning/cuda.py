@@ -6,27 +6,47 @@ from functools import lru_cache
 
 import torch
 
+from dami_kernels import formats
+from dami_kernels.formats import Matrix
+from dami_kernels.quantize import GROUP, SCALE
 from dami_kernels.tuning.device import Device
 from dami_kernels.tuning.tables import load_table, nearest
 
 MAX_ROWS = 8  # of x
 MAX_WARPS = 16  # of a block
 TILE, STEP = 16, 128  # features of a block; weights of each that a warp takes at a time
-# Bytes of shared memory of a warp: two steps, which are spread out a little.
-SHARED = {"pair": 20480, "int8": 15616, "int4": 13056, "w8d4": 8192}
-# Bytes of a step of one warp, as they come from memory.
-STEP_BYTES = {"pair": 8192, "int8": 6272, "int4": 5248, "w8d4": 3328}
+STAGES = 2  # steps of a warp that are on their way
 # What a processor must have under way to get its share of the bandwidth: on an H200 4.8 TB/s over 132 processors, for
 # a latency of 1.2 µs. Computed, not measured.
 BYTES_IN_FLIGHT = 44_000
 # Of a processor's shared memory; the L1 cache, for x, has the rest. As decode.cu asks for.
 CARVEOUT = 0.85
-MOST_WARPS = 18  # that a processor has registers for
+MAX_WARPS_AT_ONCE = 18  # that a processor has registers for
+
+
+def step_bytes(format: str) -> int:
+    """Bytes of a step of one warp, as they come from memory."""
+    both = formats.matrices(format)
+    return sum(_value_bytes(matrix) + _scale_bytes(matrix) for matrix in (both.base, both.second))
+
+
+def shared_bytes(format: str) -> int:
+    """Bytes of shared memory of a warp: in each stage the values, spread out by a quarter, and the scales."""
+    both = formats.matrices(format)
+    return STAGES * sum(_value_bytes(matrix) * 5 // 4 + _scale_bytes(matrix) for matrix in (both.base, both.second))
+
+
+def _value_bytes(matrix: Matrix) -> int:
+    return TILE * STEP * (matrix.bits or 16) // 8
+
+
+def _scale_bytes(matrix: Matrix) -> int:
+    return 0 if matrix.bits is None else TILE * STEP // GROUP * SCALE.itemsize
 
 
 def warps_at_once(format: str, device: Device) -> int:
     """Warps that a processor holds."""
-    return min(int(CARVEOUT * device.shared) // SHARED[format], MOST_WARPS)
+    return min(int(CARVEOUT * device.shared) // shared_bytes(format), MAX_WARPS_AT_ONCE)
 
 
 @lru_cache(1 << 14)  # a decode step asks some hundred times
@@ -37,7 +57,7 @@ def decode_warps(N: int, K: int, format: str, device: Device) -> int:
     round waits for one latency, then its bytes come at full speed if enough of them are under way, one step of each
     warp at the least, else slower in proportion. The warp with the most steps decides.
     """
-    steps, tiles = -(-K // STEP), -(-N // TILE)
+    steps, tiles, bytes_of_step = -(-K // STEP), -(-N // TILE), step_bytes(format)
     needed = BYTES_IN_FLIGHT * device.processors
 
     def time(warps: int) -> float:
@@ -46,7 +66,7 @@ def decode_warps(N: int, K: int, format: str, device: Device) -> int:
             return float("inf")
 
         def round(blocks: int) -> float:
-            in_flight = blocks * warps * STEP_BYTES[format]
+            in_flight = blocks * warps * bytes_of_step
             return -(-steps // warps) * max(in_flight, needed) + needed
 
         full, rest = divmod(tiles, at_once)

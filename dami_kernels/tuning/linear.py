@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import torch
 
+from dami_kernels import formats
 from dami_kernels.tuning.config import LinearConfig
 from dami_kernels.tuning.device import Device
 from dami_kernels.tuning.tables import load_table, nearest
@@ -53,7 +54,7 @@ def linear_candidates(M: int, N: int, K: int, dtype: torch.dtype, format: str, d
                 if split_k == 1 or -(-K // config.block_k) >= 2 * split_k
                 if num_stages == 2 or num_stages * _stage_bytes(tile, dtype) <= device.shared
                 # Two ends to dequantise, and sums of 128 features, leave no registers for a fourth stage's addresses.
-                if num_stages < 4 or format != "w8d4" or tile[1] < 128
+                if num_stages < 4 or _num_coded(format) < 2 or tile[1] < 128
             ]
     return list(dict.fromkeys(candidates))
 
@@ -73,6 +74,12 @@ def row_span(M: int, rows_per_lam: int, config: LinearConfig) -> int:
     return rows_per_lam if (boundaries + 1) * -(-rows_per_lam // config.block_m) < tiles + mixed else M
 
 
+def _num_coded(format: str) -> int:
+    """How many of a format's two matrices are stored as codes."""
+    both = formats.matrices(format)
+    return sum(matrix.bits is not None for matrix in (both.base, both.second))
+
+
 Tile = tuple[int, int, int]
 
 
@@ -84,7 +91,7 @@ def _tiles(M: int, K: int, dtype: torch.dtype, format: str, device: Device) -> l
     if M > rows == 128:
         # mma.sync holds operands in registers too, and has none left for two accumulators of 128 by 128; nor has AMD
         # where codes are converted.
-        if device.has_wide_mma or (device.is_amd and format == "pair"):
+        if device.has_wide_mma or (device.is_amd and _num_coded(format) == 0):
             tiles.insert(0, (128, 128, 64))
         # The weight is blended once for 256 rows rather than for 128. It takes as long as the product of 128.
         if device.has_wide_mma and M > 256:
@@ -93,7 +100,7 @@ def _tiles(M: int, K: int, dtype: torch.dtype, format: str, device: Device) -> l
     # Triton copies rows of 16 elements' alignment past the registers; others go through them, a few at a time.
     if K % 16:
         tiles = [(rows, features, 64 // dtype.itemsize) for rows, features, _ in tiles if features <= 64]
-    if format != "pair":
+    if _num_coded(format):
         # Base and delta are multiplied as twice the features, which four warps share without exchanging any; along K a
         # tile has whole groups.
         tiles = [(rows, features, max(inner, 32)) for rows, features, inner in tiles if features >= 64]
@@ -117,20 +124,20 @@ def _config(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Dev
         tile = tiles[0] if 1.6 * rounds[0] <= rounds[1] else tiles[1]
     block_m, block_n, block_k = tile
     # A split sums at least four steps, or filling its pipeline costs more than the other processors bring.
-    most = -(-K // block_k) // 4
+    max_splits = -(-K // block_k) // 4
     split_k = 1
-    while split_k * programs(tile) < enough and split_k * 2 <= most:
+    while split_k * programs(tile) < enough and split_k * 2 <= max_splits:
         split_k *= 2
     aligned = K % 16 == 0
     mixed_m = block_m
-    if block_n == 128 and (block_m == 256 or format != "pair" or device.has_tensor_memory):
+    if block_n == 128 and (block_m == 256 or _num_coded(format) or device.has_tensor_memory):
         # Two sums of 128 by 128 would spill beside the registers that dequantising takes, or a sum of 256 rows; or
         # where both come back from tensor memory at once.
         mixed_m = min(block_m, 64)
     elif device.has_tensor_memory and not aligned:  # loads pass through registers, too
         mixed_m = min(block_m, 128 // dtype.itemsize)
     # Two ends to dequantise, for two sums that come back from tensor memory at once.
-    crowded = device.has_tensor_memory and format == "w8d4" and block_m == 32
+    crowded = device.has_tensor_memory and _num_coded(format) == 2 and block_m == 32
     return LinearConfig(
         block_m=block_m,
         block_n=block_n,

@@ -17,7 +17,7 @@ from triton.runtime.driver import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from benchmarks import ahead, linear, operators, shapes, step, suite, tune  # noqa: E402
-from dami_kernels.triton import embedding, experts, layer_norm, rms_norm  # noqa: E402
+from dami_kernels.triton import embedding, experts, norms, product  # noqa: E402
 from dami_kernels.triton import linear as triton_linear  # noqa: E402
 from dami_kernels.tuning import device_of  # noqa: E402
 from tests.dami_kernels.triton_targets import TARGETS, _Driver  # noqa: E402
@@ -45,7 +45,7 @@ def _a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 def forget() -> None:
     """Lets nothing be known of a device, nor of what other tests have compiled for theirs."""
     device_of.cache_clear()
-    for module in (embedding, experts, layer_norm, triton_linear, rms_norm):
+    for module in (embedding, experts, triton_linear, norms, product):
         for kernel in vars(module).values():
             if isinstance(kernel, JITFunction):
                 kernel.device_caches.clear()
@@ -77,11 +77,10 @@ def test_every_operator_and_format_is_asked_for(asked: list[tuple[str, str]]) ->
         operators.main(["--rows", "1", "--compile-only"])
         step.main(["--rows", "1", "--layers", "1", "--compile-only"])
     assert {name for name, _ in asked} >= {
-        "_lerp_linear_kernel", "_lerp_experts_kernel", "_lerp_embedding_kernel", "_lerp_rms_norm_kernel",
-        "_lerp_layer_norm_kernel",
+        "_lerp_linear_kernel", "_lerp_experts_kernel", "_lerp_embedding_kernel", "_lerp_norm_kernel",
     }  # fmt: skip
-    for format in ("pair", "int8", "int4", "w8d4"):
-        assert any(f"'{format}'" in key for _, key in asked), format
+    for bits in ((0, 0), (0, 8), (0, 4), (8, 4)):  # of the base and of the second matrix
+        assert any("('constexpr', {}), ('constexpr', {})".format(*bits) in key for _, key in asked), bits
 
 
 def test_processes_share_the_kernels(asked: list[tuple[str, str]], capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,7 +108,7 @@ def test_a_kernel_that_does_not_compile_costs_only_itself(
     from triton.runtime.errors import PTXASError
 
     def fails(self: JITFunction, key: str, *rest: object) -> None:
-        if "int4" in key:
+        if "('constexpr', 0), ('constexpr', 4)" in key:  # numbers and codes of 4 bits: int4
             raise PTXASError("Internal Triton PTX codegen error")
 
     monkeypatch.setattr(JITFunction, "_do_compile", fails)

@@ -104,7 +104,7 @@ def test_parts_that_cannot_start_or_take_too_long_cost_only_themselves(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(suite, "STARTING", 0)
-    monkeypatch.setattr(suite, "LEAST", 1)
+    monkeypatch.setattr(suite, "MIN_SECONDS", 1)
     run = run_of(tmp_path)
     broken, endless = Fake("linear", "--nonsense", 20), Fake("linear", f"{MERGED} long:hang", 3)
     run.parts([broken, endless], run.end)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import dami
 import pytest
@@ -11,9 +12,10 @@ import torch
 from dami.layers.kinds import kind_of
 from transformers import PreTrainedModel
 
-from dami_kernels import LerpWeight
+from dami_kernels import LerpWeight, formats
 from tests.dami.families import batch, merged, pair
 from tests.dami.test_checkpoints import save
+from tests.dami_kernels.test_formats import own_format  # noqa: F401 (a fixture)
 from tests.tolerance import assert_as_accurate
 
 LAM = [0.0, 0.37, 1.0, 1.2]
@@ -142,3 +144,34 @@ def test_what_a_format_cannot_hold_leaves_the_model_as_it_was() -> None:
             dami.patch_model(model, thinking, format)
         assert model.state_dict().keys() == before.keys()
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:.*runs as plain torch.*no kernel reads the format 'rows8'")
+def test_a_format_of_ones_own_is_packed_saved_and_loaded(own_format: str, tmp_path: Path) -> None:  # noqa: F811
+    ends, inputs = pair("qwen3"), batch("left")
+    paths = [save(end, tmp_path / name) for end, name in zip(ends, ("instruct", "thinking"), strict=True)]
+    model, _ = dami.load_pair(*paths, own_format)
+    dami.save_pair(model, tmp_path / "saved")
+    dami.pack(*paths, tmp_path / "packed", own_format)
+    with torch.no_grad():
+        logits = model(**inputs, intensity=LAM).logits
+        for name in ("saved", "packed"):
+            loaded, _ = dami.load_pair(tmp_path / name)
+            assert torch.equal(loaded(**inputs, intensity=LAM).logits, logits)
+            assert "the base as it is, the difference in 8 bits with" in (tmp_path / name / "README.md").read_text()
+    half, _ = dami.load_pair(tmp_path / "saved", dtype=torch.float16)
+    kept = {tensor.dtype for name, tensor in half.state_dict().items() if name.endswith("_scale")}
+    assert kept == {torch.float32}
+
+
+def test_a_format_must_be_registered_before_its_pairs_are_loaded(
+    own_format: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ends = pair("llama")
+    paths = [save(end, tmp_path / name) for end, name in zip(ends, ("instruct", "thinking"), strict=True)]
+    dami.pack(*paths, tmp_path / "packed", own_format)
+    monkeypatch.delitem(formats._FORMATS, own_format)
+    with pytest.raises(ValueError, match=r"format must be one of .*, got .rows8.; `register_format` adds others"):
+        dami.load_pair(tmp_path / "packed")

@@ -18,7 +18,7 @@ import torch
 from dami_kernels import cuda
 from dami_kernels.tuning import cuda as tuning
 from dami_kernels.tuning import linear_config, tables
-from dami_kernels.tuning.cuda import MAX_WARPS, SHARED, STEP, TILE, decode_warps, prefers_cuda, warps_at_once
+from dami_kernels.tuning.cuda import MAX_WARPS, STEP, TILE, decode_warps, prefers_cuda, shared_bytes, warps_at_once
 from tests.dami_kernels.cuda_on_cpu import FORMATS
 from tests.dami_kernels.test_triton_plan import DEVICES, MODELS, SHAPES
 
@@ -34,7 +34,7 @@ def test_a_block_fits_and_has_work(format: str, device: tuning.Device) -> None:
     for N, K in SHAPES:
         warps = decode_warps(N, K, format, device)
         assert 1 <= warps <= MAX_WARPS
-        assert warps * SHARED[format] <= device.shared
+        assert warps * shared_bytes(format) <= device.shared
         assert warps <= max(-(-K // STEP), 1)
 
 
@@ -42,12 +42,12 @@ def test_a_block_fits_and_has_work(format: str, device: tuning.Device) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_enough_bytes_are_in_flight(format: str, device: tuning.Device) -> None:
     """In the first round of blocks: half of what the bandwidth takes at the least, or of what the layer has."""
-    step_bytes, fit = tuning.STEP_BYTES[format], warps_at_once(format, device)
+    step_bytes, fit = tuning.step_bytes(format), warps_at_once(format, device)
     for N, K in {shape for shapes in MODELS.values() for shape in shapes}:
         warps, tiles, steps = decode_warps(N, K, format, device), -(-N // TILE), -(-K // STEP)
         in_flight = min(tiles, fit // warps * device.processors) * warps * step_bytes
-        most = min(tiles, device.processors) * min(fit, steps) * step_bytes
-        assert in_flight >= 0.5 * min(tuning.BYTES_IN_FLIGHT * device.processors, most), (N, K, warps)
+        at_most = min(tiles, device.processors) * min(fit, steps) * step_bytes
+        assert in_flight >= 0.5 * min(tuning.BYTES_IN_FLIGHT * device.processors, at_most), (N, K, warps)
 
 
 def test_examples_of_the_plan() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import re
@@ -285,9 +286,14 @@ def test_nothing_to_do(kernel: Module) -> None:
 
 
 def test_the_plan_knows_the_kernels(compiled: Module) -> None:
-    assert {format: compiled.shared_per_warp(getattr(Module.Format, format)) for format in FORMATS} == tuning.SHARED
+    for format in FORMATS:
+        both = formats.matrices(format)
+        assert compiled.shared_per_warp(both.base.bits or 0, both.second.bits or 0) == tuning.shared_bytes(format)
+    for bits in itertools.product((None, 8, 4), repeat=2):
+        assert (compiled.shared_per_warp(bits[0] or 0, bits[1] or 0) > 0) == (bits in cuda._BITS)
     source = DECODE.read_text() + DECODE.with_name("api.h").read_text()
     numbers = {name: int(value) for name, value in re.findall(r"constexpr int (\w+) = (\d+);", source)}
     assert (numbers["max_rows"], numbers["max_warps"]) == (tuning.MAX_ROWS, tuning.MAX_WARPS)
     assert (numbers["tile"], numbers["groups"] * numbers["group"]) == (tuning.TILE, tuning.STEP)
+    assert numbers["stages"] == tuning.STAGES
     assert numbers["carveout"] == round(100 * tuning.CARVEOUT)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dami_kernels import LerpWeight, formats, lerp_embedding, lerp_linear, reference
+from dami_kernels import (
+    LerpWeight,
+    formats,
+    lerp_embedding,
+    lerp_experts,
+    lerp_linear,
+    lerp_linears,
+    native,
+    reference,
+    register_format,
+)
+from dami_kernels.ops import library
 from dami_kernels.quantize import GROUP, dequantize, pack_nibbles, quantize, unpack_nibbles
 from tests.tolerance import assert_as_accurate
 
@@ -40,6 +54,8 @@ def relative(error: Tensor, to: Tensor) -> float:
 
 def test_every_format_is_stated() -> None:
     assert {*STATED, "lowrank"} == set(formats.names())
+    for name, (nbytes, _) in STATED.items():
+        assert formats.matrices(name).bytes_per_weight(torch.bfloat16) == nbytes
 
 
 @pytest.mark.parametrize("name", formats.names())
@@ -177,3 +193,138 @@ def test_embedding_of_low_rank() -> None:
     plain = torch.stack([F.embedding(a, weight.materialize(v)) for a, v in zip(ids, lam.tolist(), strict=True)])
     assert_as_accurate(y.detach(), oracle, plain, TWO_ROUNDINGS)
     assert torch.autograd.grad(y.sum(), lam)[0].isfinite().all()
+
+
+class RowScaled:
+    """`rows8`: the base as it is, the difference in 8 bits with one scale for every row."""
+
+    TENSORS = ("", "_codes", "_scale")
+
+    def pack(self, base: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        delta = target.float() - base.float()
+        scale = delta.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+        return base, (delta / scale).round().to(torch.int8), scale
+
+    def unpack(self, *tensors: Tensor, columns: int, rows: formats.Rows = formats.ALL) -> tuple[Tensor, Tensor]:
+        base, codes, scale = (tensor[rows] for tensor in tensors)
+        return base, base.float() + codes * scale
+
+    def layout(self, shape: Sequence[int], dtype: torch.dtype, *_: Tensor) -> Sequence[formats.Layout]:
+        return (shape, dtype), (shape, torch.int8), ((*shape[:-1], 1), torch.float32)
+
+
+@pytest.fixture
+def own_format(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A format of a user."""
+    monkeypatch.setattr(formats, "_FORMATS", dict(formats._FORMATS))
+    register_format("rows8", RowScaled())
+    return "rows8"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_operator_takes_a_format_of_ones_own(own_format: str, dtype: torch.dtype) -> None:
+    """In plain torch, and each says once that no kernel reads it."""
+    x, lam = torch.randn(4, 70).to(dtype), torch.tensor([0.0, 0.3, 1.0, 0.6], requires_grad=True)
+    ids, offsets = torch.tensor([3, 0, 3, 7]), torch.tensor([1, 4], dtype=torch.int32)
+    weight, experts = (LerpWeight.pack(*ends(*shape, dtype=dtype), own_format) for shape in ((9, 70), (2, 9, 70)))
+    library._warn_once.cache_clear()
+
+    def results() -> tuple[Tensor, ...]:
+        both = lerp_linears(x, [weight, weight], lam)
+        alone = lerp_linear(x, weight, lam)
+        return alone, *both, lerp_embedding(ids, weight, lam), lerp_experts(x, experts, lam, offsets)
+
+    with pytest.warns(UserWarning, match="no kernel reads the format 'rows8'") as told:
+        linear, *both, rows, per_expert = results()
+    assert len(told) == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results()
+    merged = [weight.materialize(value) for value in lam.tolist()]
+    plain = torch.stack([F.linear(row, W) for row, W in zip(x, merged, strict=True)])
+    lams = lam.detach()
+    assert_as_accurate(linear.detach(), reference.lerp_linear(x, weight.unpack(), lams), plain)
+    assert all(torch.equal(part, linear) for part in both)
+    looked_up = torch.stack([W[i] for W, i in zip(merged, ids.tolist(), strict=True)])
+    assert_as_accurate(rows.detach(), reference.lerp_embedding(ids, weight.unpack(), lams), looked_up)
+    expert = torch.tensor([0, 1, 1, 1])
+    each = torch.stack(
+        [F.linear(row, experts.materialize(v)[e]) for row, v, e in zip(x, lam.tolist(), expert.tolist(), strict=True)]
+    )
+    assert_as_accurate(per_expert.detach(), reference.lerp_experts(x, experts.unpack(), lams, expert), each)
+    assert torch.autograd.grad(linear.float().sum(), lam)[0].isfinite().all()
+
+
+def test_another_dtype_of_a_format_of_ones_own(own_format: str) -> None:
+    weight = LerpWeight.pack(*ends(9, 70), own_format)
+    assert [tensor.dtype for tensor in weight.to(torch.float16).tensors] == [torch.float16, torch.int8, torch.float32]
+
+
+def test_matrices_of_ones_own_are_a_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two matrices in 8 bits, which no kernel on the CPU reads together."""
+    monkeypatch.setattr(formats, "_FORMATS", dict(formats._FORMATS))
+    register_format("w8d8", formats.Matrices("Both in 8 bits.", formats.Codes("_base", 8), formats.Codes("_delta", 8)))
+    weight, base, target = pack("w8d8", 64, 256)
+    assert formats.get("w8d8").TENSORS == ("_base", "_base_scale", "_delta", "_delta_scale")
+    assert weight.bytes_per_weight == formats.matrices("w8d8").bytes_per_weight(torch.bfloat16) == 2.125
+    for end, kept in zip((base, target), weight.unpack(), strict=True):
+        assert relative(kept.double() - end.double(), end) < 5.5e-3
+    x, lam = torch.randn(3, 256).bfloat16(), torch.tensor([0.0, 0.5, 1.0])
+    library._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="no kernel reads the format 'w8d8'"):
+        y = lerp_linear(x, weight, lam)
+    plain = torch.stack([F.linear(row, weight.materialize(v)) for row, v in zip(x, lam.tolist(), strict=True)])
+    assert_as_accurate(y, reference.lerp_linear(x, weight.unpack(), lam), plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("int8", ValueError, "name must not be that of another format, got 'int8'"),
+        ("two words", ValueError, "name must be an identifier, got 'two words'"),
+        (8, ValueError, "name must be an identifier, got 8"),
+    ],
+)
+def test_names_that_no_format_can_have(name: object, kind: type, message: str) -> None:
+    with pytest.raises(kind, match=message):
+        register_format(name, RowScaled())  # type: ignore[arg-type]
+    assert {*STATED, "lowrank"} == set(formats.names())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "kind", "message"),
+    [
+        (["", "_x"], TypeError, r"format.TENSORS must be a tuple of one string at least, got \['', '_x'\]"),
+        ((), TypeError, r"format.TENSORS must be a tuple of one string at least, got \(\)"),
+        (("_x", "_x"), ValueError, r"format.TENSORS must be distinct, got \('_x', '_x'\)"),
+    ],
+)
+def test_names_that_no_tensors_can_have(tensors: object, kind: type, message: str) -> None:
+    with pytest.raises(kind, match=message):
+        register_format("mine", type("Format", (RowScaled,), {"TENSORS": tensors})())
+    assert {*STATED, "lowrank"} == set(formats.names())
+
+
+def test_what_is_no_format() -> None:
+    with pytest.raises(TypeError, match=r"must have pack, unpack and layout, got <object .*> without pack, unpack"):
+        register_format("mine", object())  # type: ignore[arg-type]
+
+
+def test_registering_twice_changes_nothing() -> None:
+    register_format("int8", formats.get("int8"))
+    assert {*STATED, "lowrank"} == set(formats.names())
+
+
+def test_what_matrices_cannot_be() -> None:
+    with pytest.raises(ValueError, match="bits must be 4 or 8, got 3"):
+        formats.Codes("_delta", 3)
+    with pytest.raises(ValueError, match="second must be stored as codes where base is, got numbers"):
+        formats.Matrices("", formats.Codes("_base", 8), formats.Numbers("_target"))
+    with pytest.raises(NotImplementedError, match="no kernel reads the format 'lowrank'"):
+        formats.matrices("lowrank")
+
+
+def test_the_cpu_kernels_have_the_formats_as_they_are_described() -> None:
+    if native.WHY_NOT:
+        pytest.skip(native.WHY_NOT)
+    assert {name: len(formats.matrices(name).TENSORS) for name in STATED} == native._C.FORMATS

@@ -62,3 +62,34 @@ def test_no_code_of_one_instruction_set_can_replace_that_of_another(tmp_path: Pa
             ["nm", "-C", tmp_path / f"{name}.o"], check=True, capture_output=True, text=True
         ).stdout
         assert not [line for line in symbols.splitlines() if " W " in line]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs g++ on x86-64")
+@pytest.mark.parametrize(
+    ("isa", "right", "wrong", "error"),
+    [
+        ("scalar", "Vec zero()", "Vec nothing()", "zero"),
+        ("scalar", "tile_m = 2", "tile_m = 7", "tile_m: rows of x in a register tile"),
+        ("scalar", "W = 4", "W = 12", "W: float32 lanes, of which two vectors divide a group"),
+        ("scalar", "Vec load_odd(const bf16* p) {", "float load_odd(const bf16* p) {", "load_odd(bfloat16)"),
+        ("scalar", "Vec load_even(const uint8_t* p)", "int load_even(const uint8_t* p)", "load_even(codes)"),
+        ("avx2", "friend Vec max(", "friend Vec larger(", "max"),
+        ("avx2", "any_rows = true;", "any_rows = 1, more = 0;", ""),  # harmless: what a contract does not name is free
+        ("avx2", "const int16_t* x, const Operand& w", "const float* x, const Operand& w", "multiply_add"),
+        ("avx512", "Operand partial_operand(", "Operand some(", "partial_operand"),
+        ("avx512_bf16", "step = 32, parts = 1", "step = 64, parts = 1", "step: in bytes"),
+        ("avx512_bf16", "parts = 1", "parts = 3", "parts: in which a step is loaded"),
+    ],
+)
+def test_a_vector_or_dot_that_breaks_its_contract_does_not_compile(
+    tmp_path: Path, isa: str, right: str, wrong: str, error: str
+) -> None:
+    """And the compiler says which of its promises is broken."""
+    texts = {name: (CPU / name).read_text() for name in (f"{isa}.cpp", "avx512.h")}  # what a Dot may be written in
+    assert any(right in text for text in texts.values())
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text.replace(right, wrong))
+    command = ["g++", "-std=c++17", "-fsyntax-only", f"-I{CPU}", *X86.get(isa, []), tmp_path / f"{isa}.cpp"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode == 0) == (error == "")
+    assert error in result.stderr

@@ -17,7 +17,7 @@ if triton.knobs.runtime.interpret:
 
 from benchmarks.shapes import LAYERS  # noqa: E402
 from dami_kernels import triton as kernels  # noqa: E402
-from dami_kernels.triton import embedding, layer_norm, linear, rms_norm  # noqa: E402
+from dami_kernels.triton import embedding, linear, norms, product  # noqa: E402
 from dami_kernels.tuning import LinearConfig, linear_candidates, linear_config, load_table  # noqa: E402
 from dami_kernels.tuning.tables import TABLES  # noqa: E402
 from tests.dami_kernels.test_triton_plan import DTYPES, ROWS, SHAPES  # noqa: E402
@@ -91,7 +91,7 @@ def test_every_kernel_fits(arch: str) -> None:
     launched += compile_linear(arch, PREFILL)
     launched += compile_linear(arch, PREFILL, dtype=torch.float32)
     assert_fits(arch, launched)
-    modules = (embedding, layer_norm, linear, rms_norm)
+    modules = (embedding, linear, norms, product)
     written = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {kernel.name for kernel in launched} == written
 
@@ -235,7 +235,9 @@ def test_the_log_tells_what_is_compiled_and_nothing_else(caplog: pytest.LogCaptu
         for _ in range(2):
             compile_linear("gfx942", DECODE, N=64, K=64, format="int4", bias=False)
     (line,) = caplog.messages
-    assert re.match(r"compiled _lerp_linear_kernel for gfx942 in \d+\.\d s: x=\*bf16, FORMAT=int4, EVEN_K=", line)
+    assert re.match(
+        r"compiled _lerp_linear_kernel for gfx942 in \d+\.\d s: x=\*bf16, BASE_BITS=0, SECOND_BITS=4, EVEN_K=", line
+    )
     assert "num_warps=4" in line
 
 

@@ -16,7 +16,7 @@ if triton.knobs.runtime.interpret:
     pytest.skip("there is no machine code in the interpreter", allow_module_level=True)
 
 from dami_kernels import triton as kernels  # noqa: E402
-from dami_kernels.triton import experts  # noqa: E402
+from dami_kernels.triton import experts, product  # noqa: E402
 from tests.dami_kernels.test_triton_code import _fresh_cache, assert_fits, count  # noqa: E402, F401
 from tests.dami_kernels.test_triton_experts_plan import DTYPES, FORMATS, SHAPES, TOKENS, Experts, plan  # noqa: E402
 from tests.dami_kernels.triton_targets import DEVICES, Compiled, compiling_for, meta, stored  # noqa: E402
@@ -68,7 +68,7 @@ def test_fits_and_uses_tensor_cores(arch: str, tokens: int) -> None:
 
 def test_nothing_but_the_two_kernels_is_launched() -> None:
     launched = compile_experts("sm_90", 1, Experts(1, 1, 512, 4096))
-    written = {name for name in vars(experts) if name.endswith("_kernel")}
+    written = {name for name in vars(experts) | vars(product) if name.endswith("_kernel")}
     assert {kernel.name for kernel in launched} == written
     assert_fits("sm_90", launched)
 

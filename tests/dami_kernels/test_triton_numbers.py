@@ -18,7 +18,7 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from dami_kernels import LerpWeight, reference  # noqa: E402
+from dami_kernels import LerpWeight, formats, reference  # noqa: E402
 from dami_kernels.tuning import LinearConfig, row_span  # noqa: E402
 from tests.tolerance import assert_as_accurate  # noqa: E402
 
@@ -476,6 +476,22 @@ def test_scales_are_read_in_pairs_where_pairs_are_aligned() -> None:
     assert not even(scale[:8, :8], K=250)
     assert is_even([[base, base]], "pair", 256, 64)
     assert not is_even([[base, base, scale[:8, :8]], [base, base, scale[:8, 1:9]]], "int8", 256, 64)
+
+
+@pytest.mark.parametrize(("base_bits", "delta_bits"), [(8, 8), (4, 4)])
+@pytest.mark.parametrize("use_blend", [False, True], ids=["two accumulators", "blend"])
+def test_matrices_in_a_combination_of_ones_own(
+    linear: Kernel, monkeypatch: pytest.MonkeyPatch, base_bits: int, delta_bits: int, use_blend: bool
+) -> None:
+    monkeypatch.setattr(formats, "_FORMATS", dict(formats._FORMATS))
+    both = formats.Codes("_base", base_bits), formats.Codes("_delta", delta_bits)
+    formats.register_format("own", formats.Matrices("Both as codes.", *both))
+    lam = every_kind_of_tile()
+    x, weight = torch.randn(len(lam), 100, device=DEVICE, dtype=torch.bfloat16), packed("own", 19, 100)
+    y = linear(config(1, use_blend), x, [*weight.tensors], [], lam, "own")
+    unpacked = weight.unpack()
+    rows = [F.linear(row.float(), weight.materialize(v).float()) for row, v in zip(x, lam.tolist(), strict=True)]
+    assert_as_accurate(y, reference.lerp_linear(x, unpacked, lam), torch.stack(rows).bfloat16())
 
 
 def test_unknown_formats_are_left_to_the_plain_version(kernels: dict[str, Kernel]) -> None:

@@ -16,11 +16,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 
 from dami.layers.kinds import kind_on_meta
-from dami.saving.config import SUFFIXES, PairConfig
+from dami.saving.config import PairConfig
 from dami.sources import QUANT_METHOD
 from dami.upstream import check, execution_device, keep_from_initialization, parameters_of
 from dami_kernels import LerpWeight, formats
-from dami_kernels.quantize import SCALE
 
 if TYPE_CHECKING:
     from dami.layers.base import LerpModule
@@ -40,7 +39,9 @@ class PairQuantizer(HfQuantizer):
     is_trainable = False
     is_compileable = True
 
-    serialized_names = {"": SUFFIXES}  # noqa: RUF012 (an attribute of the parent's)
+    @property
+    def serialized_names(self) -> dict[str, list[str]]:  # type: ignore[override]  # formats may come later
+        return {"": formats.suffixes()}
 
     def is_serializable(self) -> bool:
         return True
@@ -192,9 +193,7 @@ def _empty(header: Header, parameter: Tensor, suffix: str) -> Tensor:
     """
     shape, stored = header
     dtype = parameter.dtype
-    if suffix.endswith("_scale"):
-        dtype = SCALE
-    elif not getattr(torch, stored).is_floating_point:
+    if suffix.endswith("_scale") or not getattr(torch, stored).is_floating_point:
         dtype = getattr(torch, stored)
     return torch.empty(shape, dtype=dtype, device=parameter.device)
 

@@ -11,8 +11,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from dami.sources import QUANT_METHOD
 from dami_kernels import formats
 
-SUFFIXES = sorted({suffix for name in formats.names() for suffix in formats.get(name).TENSORS} - {""})
-
 
 class PairConfig(QuantizationConfigMixin):
     """The `quantization_config` of a packed pair.

@@ -10,6 +10,7 @@ from typing import Any
 HERE = Path(__file__).parent
 DECODE = HERE.parents[2] / "csrc" / "cuda" / "decode.cu"
 TYPES, FORMATS = ["bf16", "f16"], ["pair", "int8", "int4", "w8d4"]
+STORAGES = [0, 8, 4]  # bits of a code, in the order of csrc/cuda/api.h
 
 
 class _Matrix(ctypes.Structure):
@@ -17,7 +18,7 @@ class _Matrix(ctypes.Structure):
 
 
 class _Operand(ctypes.Structure):
-    _fields_ = [("values", _Matrix), ("scales", _Matrix)]
+    _fields_ = [("storage", ctypes.c_int), ("values", _Matrix), ("scales", _Matrix)]
 
 
 class _Linear(ctypes.Structure):
@@ -49,9 +50,6 @@ class Module:
     class Type:
         bf16, f16 = range(2)
 
-    class Format:
-        pair, int8, int4, w8d4 = range(4)
-
     def __init__(self, folder: Path, *flags: str) -> None:
         library = folder / "cuda_on_cpu.so"
         options = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", "-shared", "-fPIC"]
@@ -62,16 +60,19 @@ class Module:
         self.copies_are_late = True
 
     def decode(
-        self, type: int, format: int, x: Any, base: Any, other: Any, bias: Any, lam: Any, y: int,
+        self, type: int, x: Any, base: Any, other: Any, bias: Any, lam: Any, y: int,
         m: int, n: int, k: int, warps: int, stream: int,
     ) -> None:  # fmt: skip
-        operands = (_Operand(_Matrix(*values), _Matrix(*scales)) for values, scales in (base, other))
+        operands = (
+            _Operand(STORAGES.index(bits), _Matrix(*values), _Matrix(*scales)) for values, scales, bits in (base, other)
+        )
         linear = _Linear(_Matrix(*x), *operands, (ctypes.c_void_p * 2)(*bias), *lam, y, m, n, k)
         error = self._library.decode(
-            type, format, ctypes.byref(linear), self.warps or warps, ctypes.c_bool(self.copies_are_late)
+            type, ctypes.byref(linear), self.warps or warps, ctypes.c_bool(self.copies_are_late)
         )
         if error:
             raise RuntimeError(f"CUDA error {error}")
 
-    def shared_per_warp(self, format: int) -> int:
-        return self._library.shared_per_warp(format)
+    def shared_per_warp(self, base: int, other: int) -> int:
+        """Of operands with codes of so many bits, 0 where they are numbers."""
+        return self._library.shared_per_warp(STORAGES.index(base), STORAGES.index(other))

@@ -27,7 +27,6 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from dami.loading.checkpoint import headers_in
 from dami.patching.compare import Header, config_mismatches, tensor_mismatches
-from dami.saving.config import SUFFIXES
 from dami.serving.vllm import runners, self_test, support
 from dami.serving.vllm.methods import LAM, NORMS, LinearMethod, PairMethod, adopt, suffix_of
 from dami.serving.vllm.quantization import QUANT_METHOD, PairQuantization
@@ -192,13 +191,13 @@ def packed_weights(
         ValueError: at the end, if parameters that are kept as pairs, but for the `tied`, did not come; vLLM would not
             notice, where another part of the same merged weight did.
     """
-    awaited = set()
+    awaited, suffixes = set(), formats.suffixes()
     for name in pair.stored.keys() - tied:
         format = pair.interpolated_as(name)
         awaited |= {name + suffix for suffix in (formats.get(format).TENSORS if format else ("",))}
     for name, tensor in weights:
         awaited.discard(name)
-        own = next((name.removesuffix(s) for s in SUFFIXES if name.endswith(s) and _stores(pair, name, s)), None)
+        own = next((name.removesuffix(s) for s in suffixes if name.endswith(s) and _stores(pair, name, s)), None)
         format = pair.format_of(own or name)
         if own is not None:
             yield own + suffix_of(name.removeprefix(own)), tensor

@@ -1,0 +1,47 @@
+// How a row of x lies in memory for `linear`, which reads it again for every output.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "dots.h"
+
+namespace dami {
+
+// The row as Dot reads it, in whole groups; and behind that as CodesDot does, if that is another one.
+template <class V, class Dot, class CodesDot, class T>
+struct PreparedRow {
+  using X = typename Dot::X;
+  static constexpr bool two_dots = !std::is_same_v<Dot, CodesDot>;
+
+  static int64_t bytes(int64_t k) {
+    const int64_t padded = (k + group_size - 1) / group_size * group_size;
+    const int64_t blocks = (k + CodesDot::block - 1) / CodesDot::block;
+    const int64_t codes_x = two_dots ? CodesDot::at_block(blocks * CodesDot::block) * sizeof(typename CodesDot::X) : 0;
+    return padded * sizeof(X) + codes_x;
+  }
+
+  static void write(const void* from, int64_t k, void* to) {
+    X* const x = static_cast<X*>(to);
+    const T* const numbers = static_cast<const T*>(from);
+    fill<V, Dot>(Numbers<V, T>(numbers), k, x);
+    if constexpr (two_dots)
+      for (int64_t i = 0; i < k; i += CodesDot::block)
+        CodesDot::prepare_block(numbers + i, std::min(CodesDot::block, k - i), codes_x(x, k) + CodesDot::at_block(i));
+  }
+
+  // Where D, one of the two, reads the row of a block from column k on.
+  template <class D>
+  static const typename D::X* at(const Block& block, int64_t row, int64_t k) {
+    const X* const x = reinterpret_cast<const X*>(block.x + row * block.x_stride);
+    if constexpr (std::is_same_v<D, Dot>) return x + k;
+    else return codes_x(const_cast<X*>(x), block.k) + D::at_block(k);
+  }
+
+ private:
+  static typename CodesDot::X* codes_x(X* x, int64_t k) {
+    return reinterpret_cast<typename CodesDot::X*>(x + (k + group_size - 1) / group_size * group_size);
+  }
+};
+
+}  // namespace dami

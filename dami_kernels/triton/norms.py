@@ -1,0 +1,153 @@
+"""`lerp_rms_norm` and `lerp_layer_norm`: some whole rows a program, read again while they are in the cache."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dami_kernels.triton.device import lerp, row_lam
+from dami_kernels.triton.host import cdiv, on_device_of, vectors, with_rows_in_one_piece
+from dami_kernels.tuning import row_config
+
+
+@triton.jit
+def _numbers(x, columns, valid, D):
+    return tl.load(x + columns, mask=valid & (columns < D), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _vector(ends, columns, D, lams):
+    """A vector at the λ of each row."""
+    base = tl.load(ends[0] + columns, mask=columns < D, other=0.0)
+    target = tl.load(ends[1] + columns, mask=columns < D, other=0.0)
+    return lerp(base, target, lams)
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_lam"])
+def _lerp_norm_kernel(
+    x,
+    weight,
+    bias,
+    lam,
+    row_to_lam,
+    y,
+    M,
+    D,
+    rows_per_lam,
+    stride_x,
+    eps,
+    offset,
+    CENTRED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """y = (x − mean) / sqrt(variance + eps) · (offset + w(λ)) + b(λ); unless CENTRED, the mean is taken to be 0.
+
+    `bias` and `offset` may be None.
+    """
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    valid = rows < M
+    lams = row_lam(lam, row_to_lam, rows, valid, rows_per_lam)
+    x += rows.to(tl.int64) * stride_x
+    y += rows.to(tl.int64) * D
+
+    if CENTRED:
+        total = tl.zeros((BLOCK_M, 1), tl.float32)
+        for start in range(0, D, BLOCK_D):
+            total += tl.sum(_numbers(x, start + tl.arange(0, BLOCK_D)[None, :], valid, D), 1, keep_dims=True)
+        mean = total / D
+
+    # The mean is known before the squares are summed, for E[x²] − E[x]² would cancel where the mean is large, and what
+    # its rounding left over is taken off afterwards.
+    left_over = tl.zeros((BLOCK_M, 1), tl.float32)
+    squares = tl.zeros((BLOCK_M, 1), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)[None, :]
+        values = _numbers(x, columns, valid, D)
+        if CENTRED:
+            values = tl.where(columns < D, values - mean, 0.0)
+            left_over += tl.sum(values, 1, keep_dims=True)
+        squares += tl.sum(values * values, 1, keep_dims=True)
+    variance = squares / D
+    if CENTRED:
+        left_over /= D
+        variance -= left_over * left_over
+    scale = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+
+    for start in range(0, D, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)[None, :]
+        values = _numbers(x, columns, valid, D)
+        if CENTRED:
+            values = values - mean - left_over
+        factor = _vector(weight, columns, D, lams)
+        values = values * scale * (factor if offset is None else offset + factor)
+        if bias is not None:
+            values += _vector(bias, columns, D, lams)
+        tl.store(y + columns, values.to(y.dtype.element_ty), mask=valid & (columns < D))
+
+
+def lerp_rms_norm(
+    x: Tensor,
+    weight: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    eps: float,
+    offset: float,
+) -> Tensor:
+    return _norm(x, weight, [], lam, row_to_lam, rows_per_lam, eps, offset, is_centred=False)
+
+
+def lerp_layer_norm(
+    x: Tensor,
+    weight: list[Tensor],
+    bias: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    eps: float,
+) -> Tensor:
+    return _norm(x, weight, bias, lam, row_to_lam, rows_per_lam, eps, None, is_centred=True)
+
+
+def _norm(
+    x: Tensor,
+    weight: list[Tensor],
+    bias: list[Tensor],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    eps: float,
+    offset: float | None,
+    *,
+    is_centred: bool,
+) -> Tensor:
+    M, D = x.shape
+    y = x.new_empty(M, D)
+    if y.numel() == 0:
+        return y
+    config = row_config(D)
+    x = with_rows_in_one_piece(x)
+    with on_device_of(x):
+        _lerp_norm_kernel[cdiv(M, config.block_m),](
+            x,
+            vectors(weight),
+            vectors(bias),
+            lam,
+            row_to_lam,
+            y,
+            M,
+            D,
+            rows_per_lam,
+            x.stride(0),
+            eps,
+            offset,
+            CENTRED=is_centred,
+            BLOCK_M=config.block_m,
+            BLOCK_D=config.block_d,
+            num_warps=config.num_warps,
+        )
+    return y

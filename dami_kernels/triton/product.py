@@ -1,0 +1,261 @@
+"""A product with interpolated weights, Yᵀ = W(λ) · Xᵀ, a tile of features by rows at a time: what `lerp_linear` and
+`lerp_experts` share.
+
+The weight is the left operand of `tl.dot`, so that a weight blended in registers can stay there: on sm_90 only wgmma's
+left operand may come from registers, on sm_100 only tcgen05's left operand from tensor memory.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dami_kernels.triton.device import BASE, SECOND, blend, combine, lerp, load_end, row_lam
+from dami_kernels.triton.host import bits_of, cdiv, on_device_of
+from dami_kernels.tuning import LinearConfig
+
+BLEND = tl.constexpr(2)
+BOTH = tl.constexpr(3)
+
+
+class Operands(NamedTuple):
+    """Of one product, on the device.
+
+    Attributes:
+        x, stride_x: the rows, dense along K.
+        weight, strides: the tensors of the weight's format [N, K], and the strides of each.
+        bias: its two ends [N], or None.
+        lam, row_to_lam, rows_per_lam: as `row_lam` takes them.
+        out, stride_out: where y's rows go.
+    """
+
+    x: tl.tensor
+    stride_x: tl.tensor
+    weight: tl.tuple
+    strides: tl.tuple
+    bias: tl.tuple | None
+    lam: tl.tensor
+    row_to_lam: tl.tensor | None
+    rows_per_lam: tl.tensor
+    out: tl.tensor
+    stride_out: tl.tensor
+
+
+class Tile(NamedTuple):
+    """A part of a product: rows [row, row_end) of x, features from `feature` on, steps [step_begin, step_end) along K.
+
+    There is one step at least. Features end at N and columns at K.
+    """
+
+    row: tl.tensor
+    row_end: tl.tensor
+    feature: tl.tensor
+    N: tl.tensor
+    K: tl.tensor
+    step_begin: tl.tensor
+    step_end: tl.tensor
+
+
+class Plan(NamedTuple):
+    """What a kernel is compiled for: how the weight is stored, whether steps along K are whole, and `LinearConfig`."""
+
+    BASE_BITS: tl.constexpr
+    SECOND_BITS: tl.constexpr
+    EVEN_K: tl.constexpr
+    USE_BLEND: tl.constexpr
+    BLOCK_M: tl.constexpr
+    MIXED_M: tl.constexpr
+    BLOCK_N: tl.constexpr
+    BLOCK_K: tl.constexpr
+
+
+@triton.jit
+def _add_step(y, carry, w, x):
+    """y + carry += w · x, for one step over K.
+
+    On tensor cores y is their accumulator. Float32 has none, and added to y one by one its products would make a single
+    chain over all of K, whose error grows with K's root: there a step is summed by itself, and `carry` collects what y
+    rounds away when it is added (Fast2Sum).
+    """
+    if x.dtype == tl.float32:
+        # "ieee" keeps float32 away from TF32, whose 10 bits of mantissa would break the accuracy contract.
+        step = tl.dot(w, x, input_precision="ieee")
+        total = y + step
+        carry += step - (total - y)
+        y = total
+    else:
+        y = tl.dot(w, x, y)
+    return y, carry
+
+
+@triton.jit
+def _carried(y, carry):
+    """y with what its rounding has lost; where y is not finite the carry is NaN, and y stays."""
+    return tl.where(carry == carry, y + carry, y)
+
+
+@triton.jit
+def _load(END: tl.constexpr, operands, features, wanted, k, K, DTYPE: tl.constexpr, plan):
+    """A tile of one matrix of the weight."""
+    return load_end(
+        operands.weight, operands.strides, END, features, wanted, k, K,
+        plan.BLOCK_K, DTYPE, plan.BASE_BITS, plan.SECOND_BITS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _ends_tile(ENDS: tl.constexpr, operands, tile, one_lam, BLOCK_M: tl.constexpr, plan):
+    """`product_tile` with BLOCK_M rows, from both ends, from one, or from their blend at one λ.
+
+    `one_lam` is a tile [1, 1]: the compiler moves the layout of a loaded tile freely but not that of a scalar, and
+    given a scalar it sends the blended weight through shared memory.
+    """
+    x, N, K, row_end = operands.x, tile.N, tile.K, tile.row_end
+    BLOCK_N: tl.constexpr = plan.BLOCK_N
+    BLOCK_K: tl.constexpr = plan.BLOCK_K
+    rows = tile.row + tl.arange(0, BLOCK_M)
+    features = tile.feature + tl.arange(0, BLOCK_N)
+    limit = None if plan.EVEN_K else K
+    # The quantised formats multiply both ends at once, as twice the features: in two products x would have to lie in
+    # shared memory in two layouts, one for each width of codes.
+    STACKED: tl.constexpr = ENDS == BOTH and plan.SECOND_BITS != 0
+    DTYPE: tl.constexpr = tl.float32 if ENDS == BLEND else x.dtype.element_ty
+    y = tl.zeros((2 * BLOCK_N if STACKED else BLOCK_N, BLOCK_M), tl.float32)
+    second_y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    carry, second_carry = tl.zeros_like(y), tl.zeros_like(second_y)
+    x += rows.to(tl.int64)[None, :] * operands.stride_x
+    # Without a loop that may run zero times, ptxas finds the sums untouched between one wgmma and the next.
+    tl.assume(tile.step_end > tile.step_begin)
+    for step in range(tile.step_begin, tile.step_end):
+        k = step * BLOCK_K
+        if ENDS != SECOND:
+            base = _load(BASE, operands, features, features < N, k, limit, DTYPE, plan)
+        if ENDS != BASE:
+            second = _load(SECOND, operands, features, features < N, k, limit, DTYPE, plan)
+        inner = k + tl.arange(0, BLOCK_K)[:, None]
+        x_mask = (rows < row_end)[None, :] if plan.EVEN_K else (rows < row_end)[None, :] & (inner < K)
+        x_tile = tl.load(x + inner, mask=x_mask, other=0.0)
+        if ENDS == BLEND:
+            # Blended in float32 and rounded once, as the merged weight of the accuracy contract is.
+            w = blend(base, second, one_lam, plan.SECOND_BITS).to(x_tile.dtype)
+            y, carry = _add_step(y, carry, w, x_tile)
+        elif STACKED:
+            w = tl.join(base, second).permute(2, 0, 1).reshape(2 * BLOCK_N, BLOCK_K)
+            y, carry = _add_step(y, carry, w, x_tile)
+        else:
+            if ENDS != SECOND:
+                y, carry = _add_step(y, carry, base, x_tile)
+            if ENDS == SECOND:
+                y, carry = _add_step(y, carry, second, x_tile)
+            if ENDS == BOTH:
+                second_y, second_carry = _add_step(second_y, second_carry, second, x_tile)
+    if x.dtype.element_ty == tl.float32:
+        y = _carried(y, carry)
+        second_y = _carried(second_y, second_carry)
+    if STACKED:
+        y, second_y = tl.split(y.reshape(2, BLOCK_N, BLOCK_M).permute(1, 2, 0))
+    if ENDS == BOTH:
+        # λ is loaded again, as the sums lie: kept from the beginning it would fill registers all through the loop.
+        row_tile = tile.row + tl.arange(0, BLOCK_M)[None, :]
+        one_lam = row_lam(operands.lam, operands.row_to_lam, row_tile, row_tile < row_end, operands.rows_per_lam)
+        y = combine(y, second_y, one_lam, plan.SECOND_BITS)
+    _store(operands, tile, y, one_lam, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _store(operands, tile, y, lams, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Adds the bias to a tile [BLOCK_N, BLOCK_M] of y and stores it; `lams` broadcasts to it."""
+    rows, features = tile.row + tl.arange(0, BLOCK_M), tile.feature + tl.arange(0, BLOCK_N)
+    if operands.bias is not None:
+        mask = (features < tile.N) & (tile.step_begin == 0)
+        bias_base = tl.load(operands.bias[0] + features, mask=mask, other=0.0)[:, None]
+        bias_target = tl.load(operands.bias[1] + features, mask=mask, other=0.0)[:, None]
+        y += lerp(bias_base, bias_target, lams)
+    out = operands.out + rows.to(tl.int64)[:, None] * operands.stride_out + features[None, :]
+    mask = (rows < tile.row_end)[:, None] & (features < tile.N)[None, :]
+    tl.store(out, tl.trans(y).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def product_tile(operands, tile, plan):
+    """Computes a tile and stores it. The one with the first step adds the bias.
+
+    MIXED_M rows at a time are computed where the tile has several λ.
+    """
+    lam, row_to_lam, rows_per_lam = operands.lam, operands.row_to_lam, operands.rows_per_lam
+    row, row_end = tile.row, tile.row_end
+    rows = row + tl.arange(0, plan.BLOCK_M)
+    lams = row_lam(lam, row_to_lam, rows, rows < row_end, rows_per_lam)
+    one_lam = row_lam(lam, row_to_lam, tl.full((1, 1), row, tl.int32), True, rows_per_lam)
+    # Not by min and max: they pass over a NaN, whose row would then take its neighbours' λ.
+    mixed = tl.sum(((rows < row_end) & (lams != tl.max(one_lam))).to(tl.int32)) > 0
+    if not mixed and tl.max(one_lam) == 0.0:
+        _ends_tile(BASE, operands, tile, one_lam, plan.BLOCK_M, plan)
+    elif plan.SECOND_BITS == 0 and not mixed and tl.max(one_lam) == 1.0:
+        _ends_tile(SECOND, operands, tile, one_lam, plan.BLOCK_M, plan)
+    elif plan.USE_BLEND and not mixed:
+        _ends_tile(BLEND, operands, tile, one_lam, plan.BLOCK_M, plan)
+    else:
+        # Not the parts of a tile that have no rows; but a loop of one round is none if its bounds are constants.
+        STEP: tl.constexpr = plan.MIXED_M
+        for start in range(0, STEP if plan.BLOCK_M == STEP else min(plan.BLOCK_M, row_end - row), STEP):
+            part = Tile(row + start, row_end, tile.feature, tile.N, tile.K, tile.step_begin, tile.step_end)
+            _ends_tile(BOTH, operands, part, one_lam, STEP, plan)
+
+
+@triton.jit
+def _sum_splits_kernel(parts, y, size, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr):
+    """y [size] from parts [SPLIT_K, size], summed in an order that does not depend on which program ended first."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLIT_K):
+        total += tl.load(parts + split * size + index, mask=index < size, other=0.0)
+    tl.store(y + index, total.to(y.dtype.element_ty), mask=index < size)
+
+
+def launch(
+    kernel: triton.JITFunction,
+    programs: int,
+    config: LinearConfig,
+    y: Tensor,
+    K: int,
+    format: str,
+    *,
+    even_k: bool,
+    **arguments: object,
+) -> None:
+    """Runs a kernel of `product_tile` on as many programs, for each split of K, and sums the splits into y.
+
+    Args:
+        kernel: takes `out` [splits, *y.shape], K, steps_per_split and the constants of `Plan`.
+        y: where the result goes.
+        arguments: what the kernel takes besides.
+    """
+    steps = max(1, cdiv(K, config.block_k))
+    steps_per_split = cdiv(steps, config.split_k)
+    splits = cdiv(steps, steps_per_split)
+    parts = y if splits == 1 else y.new_empty(splits, *y.shape, dtype=torch.float32)
+    with on_device_of(y):
+        kernel[programs, splits](
+            out=parts,
+            K=K,
+            steps_per_split=steps_per_split,
+            **arguments,
+            **bits_of(format),
+            EVEN_K=even_k,
+            USE_BLEND=config.use_blend,
+            BLOCK_M=config.block_m,
+            MIXED_M=config.mixed_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        if splits > 1:
+            _sum_splits_kernel[cdiv(y.numel(), 256),](parts, y, y.numel(), SPLIT_K=splits, BLOCK=256)
