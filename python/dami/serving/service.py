@@ -15,13 +15,14 @@ from fastapi import Request
 from dami.chat import ChatTemplate, render
 from dami.generation.sampling import Sampling
 from dami.serving.deltas import Delta, Deltas, Stop
+from dami.serving.detokenizing import Offsets
 from dami.serving.engine import Engine, EngineDead, Row, Token
 from dami.serving.gate import check_key
 from dami.serving.lanes import Lanes
 from dami.serving.metrics import Metrics
 from dami.serving.protocol import BadRequest, ChatRequest, CompletionRequest
 from dami.serving.responses import as_event, as_json, chunk_of, error, finite_logprob
-from dami.serving.token_bytes import Offsets, TokenBytes
+from dami.serving.token_bytes import TokenBytes
 from dami.thoughts import Reader
 
 T = TypeVar("T")
@@ -388,7 +389,7 @@ class Service:
                         ends,
                     )
                     deltas = Deltas(self.tokenizer, reader, inside, stops)
-                    choice = Choice(len(answering.choices), row, deltas, Offsets(self.token_bytes))
+                    choice = Choice(len(answering.choices), row, deltas, Offsets(self.tokenizer))
                     answering.choices.append(choice)
                     await asyncio.sleep(0)  # there may be many
         except BaseException:

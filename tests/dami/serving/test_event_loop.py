@@ -21,11 +21,11 @@ import httpx
 import pytest
 from dami.serving.bodies import DECODER, read
 from dami.serving.deltas import Deltas
+from dami.serving.detokenizing import Offsets
 from dami.serving.engine import Limits, Row
 from dami.serving.lanes import SHORT, Lanes
 from dami.serving.protocol import BadRequest, ChatRequest, CompletionRequest
 from dami.serving.service import Choice, Settings
-from dami.serving.token_bytes import Offsets, TokenBytes
 
 from tests.dami.serving.test_server import CHAT, COMPLETIONS, Running, asked, shipped, until
 
@@ -166,7 +166,7 @@ def test_a_backlog_of_tokens_is_taken_in_turns() -> None:
 
         counting = asyncio.create_task(count())
         await asyncio.sleep(0)
-        choice = Choice(0, row, deltas, Offsets(TokenBytes(tokenizer)))
+        choice = Choice(0, row, deltas, Offsets(tokenizer))
         async for _ in choice.news():
             pass
         counting.cancel()
