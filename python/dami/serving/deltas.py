@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dami.serving.detokenizing import Detokenizer
-from dami.thoughts import Reader, Reading
+from dami.thoughts import ParsedRow, Reader
 
 
 class Delta(NamedTuple):
@@ -113,7 +113,7 @@ class Deltas:
         self.ids: list[int] = []
         self.thought, self.answer = (Part(stops, strip=reader is not None) for _ in range(2))
         self.detokenizer = Detokenizer(tokenizer)
-        self.said: Reading | None = None  # the whole row, at its end
+        self.said: ParsedRow | None = None  # the whole row, at its end
         self.held: list[tuple[int, str]] = []  # tokens that may be part of a tag, with their texts
         if reader is not None:
             tags = sorted((reader.tags.start, *reader.tags.ends), key=len, reverse=True)

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig
@@ -27,6 +27,7 @@ from dami.serving.controller import IntensityController
 GIB = 1 << 30
 PAGE = 16  # tokens of a block: prompts share whole blocks only
 CHUNK = 32  # tokens of a row that are taken in one go: the event loop sees to others in between
+FinishReason = Literal["stop", "length"]
 WARMUP = 32  # tokens that are generated before the first request, after a prompt of twice as many
 
 
@@ -105,7 +106,7 @@ class Row:
     max_tokens: int
     ends: frozenset[int]
     arrival: float
-    reason: str | None = None
+    reason: FinishReason | None = None
     first_token: float | None = None
     seen: int = 0
     news: asyncio.Queue[list[Token] | Exception | None] = field(default_factory=asyncio.Queue)

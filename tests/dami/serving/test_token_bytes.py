@@ -9,7 +9,7 @@ import pytest
 from dami.generation.sampling import Logprobs
 from dami.serving.detokenizing import Offsets
 from dami.serving.engine import Token
-from dami.serving.service import Service
+from dami.serving.formatting import CompletionFormat
 from dami.serving.token_bytes import TokenBytes
 from hypothesis import given, settings
 from tokenizers import Tokenizer, models
@@ -49,10 +49,10 @@ def test_a_tokenizer_that_spells_neither_is_asked() -> None:
 
 
 def test_tokens_of_one_text_do_not_hide_each_other() -> None:
-    service = SimpleNamespace(token_bytes=TokenBytes(byte_fallback()))
+    form = CompletionFormat("pair", TokenBytes(byte_fallback()))
     a, byte = byte_fallback().convert_tokens_to_ids(["a", "<0x61>"])
     token = Token(a, Logprobs(-2.0, ((byte, -0.5), (a, -2.0), (0, float("nan")))))
     choice: Any = SimpleNamespace(offsets=Offsets(byte_fallback()))
-    found = Service.completion_logprobs(service, choice, [token])  # type: ignore[arg-type]
+    found = form.logprobs(choice, [token])
     assert found["tokens"] == ["a"]
     assert found["top_logprobs"] == [{"a": -2.0, f"token_id:{byte}": -0.5, "<unk>": -9999.0}]
