@@ -11,7 +11,15 @@ from typing import Annotated, Any
 import typer
 
 from dami.cli.base import app, err, fail, load, out, user_errors
-from dami.cli.options import DtypeOption, FormatOption, PairOption, SeedOption, number_or_name, positive, template
+from dami.cli.options import (
+    ChatTemplateOption,
+    DtypeOption,
+    FormatOption,
+    PairOption,
+    SeedOption,
+    number_or_name,
+    positive,
+)
 from dami.files import check_directory
 from dami.prompts import Prompt, as_prompt
 
@@ -57,14 +65,6 @@ IntensityOption = Annotated[
 ]
 StreamOption = Annotated[bool, typer.Option("--stream", help="Show tokens as they come.")]
 AsJsonOption = Annotated[bool, typer.Option("--json", help="Print each answer as a JSON object on a line.")]
-ChatTemplateOption = Annotated[
-    str | None,
-    typer.Option(
-        parser=template,
-        metavar="NAME|λ",
-        help="The chat template: instruct, thinking, or the λ from which to use thinking's. Default: the pair's own.",
-    ),
-]
 RawOption = Annotated[bool, typer.Option("--raw", help="Send prompts as they are, without the chat template.")]
 MaxNewTokensOption = Annotated[int | None, typer.Option(min=1, help="The most tokens to generate, thought included.")]
 GreedyOption = Annotated[bool, typer.Option("--greedy", help="Take the most likely token instead of sampling.")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -92,6 +92,16 @@ DtypeOption = Annotated[
         metavar="auto|NAME",
         help="The dtype to compute in: bfloat16, float16 or float32. Default: the checkpoints' own, float32 for "
         "a GGUF file.",
+    ),
+]
+
+
+ChatTemplateOption = Annotated[
+    Any,  # a name or a λ: typer takes no unions
+    typer.Option(
+        parser=template,
+        metavar="NAME|λ",
+        help="The chat template: instruct, thinking, or the λ from which to use thinking's. Default: the pair's own.",
     ),
 ]
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 from dami.serving.deltas import Delta, Deltas
 from dami.serving.detokenizing import Offsets
-from dami.serving.engine import FinishReason, Row, Token
+from dami.serving.engine import Row, Token
 from dami.serving.protocol import ChatRequest, CompletionRequest
-from dami.serving.schema import Usage
+from dami.serving.schema import FinishReason, Usage
 
 
 @dataclass(eq=False)

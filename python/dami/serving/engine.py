@@ -10,7 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
@@ -24,10 +24,12 @@ from dami.generation.batching import LerpManager, Step, padded
 from dami.generation.sampling import Logprobs, Sampling
 from dami.serving.controller import IntensityController
 
+if TYPE_CHECKING:  # of a module that needs FastAPI, which the engine does not
+    from dami.serving.schema import FinishReason
+
 GIB = 1 << 30
 PAGE = 16  # tokens of a block: prompts share whole blocks only
 CHUNK = 32  # tokens of a row that are taken in one go: the event loop sees to others in between
-FinishReason = Literal["stop", "length"]
 WARMUP = 32  # tokens that are generated before the first request, after a prompt of twice as many
 
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from dami.serving.active import ActiveChoice, ActiveRequest
 from dami.serving.deltas import Delta
-from dami.serving.engine import EngineDead, FinishReason, Token
+from dami.serving.engine import EngineDead, Token
 from dami.serving.responses import as_event, error
 from dami.serving.schema import (
     AssistantMessage,
@@ -22,6 +22,7 @@ from dami.serving.schema import (
     CompletionChunk,
     CompletionChunkChoice,
     CompletionLogprobs,
+    FinishReason,
     MessageDelta,
     Response,
     TokenLogprob,

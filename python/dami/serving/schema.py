@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
-from dami.serving.engine import FinishReason
+FinishReason = Literal["stop", "length"]
 
 GrantedIntensity = Annotated[
     float | None, Field(description="λ granted; null if the response's prompts got different ones.")
