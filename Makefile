@@ -15,7 +15,7 @@ CUDA     = $(if $(shell command -v nvcc),There is nvcc: those for GPUs take minu
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-serving test-machines lint bench bench-gpu tune-gpu gpu-test clean
+.PHONY: help demo test test-serving test-machines lint bench bench-gpu tune-gpu gpu-test screenshot clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ tune-gpu: ## Measure the launch parameters of this GPU, which bench-gpu then use
 
 gpu-test: $(VENV)/.test ## Run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+screenshot: $(VENV)/.test ## Take the docs' picture of the playground, which needs Chromium
+	PLAYGROUND_PICTURE=docs/images/playground.png $(BIN)/python -m pytest -n 0 tests/dami/serving/test_playground.py -k picture_in_the_docs
 
 clean: ## Remove what was built, but not .venv
 	rm -rf build dist *.egg-info dami_kernels/_*.so $(VENV)/.package $(VENV)/.test .venv-serving-*/.test
