@@ -2,7 +2,7 @@
 
 const MOST = 6; // answers side by side: a browser opens no more connections to one server
 const COLORS = [[59, 76, 192], [170, 130, 190], [180, 4, 38]]; // λ = 0, 0.5, 1: cool to warm
-const LEFT = 48; // where the frontier's axis of tokens begins, in pixels
+const LEFT = 52; // where the frontier's axis of tokens begins, in pixels
 const $ = (id) => document.getElementById(id);
 
 let model = null;
