@@ -17,6 +17,7 @@ from dami.cli.options import (
     FormatOption,
     PairOption,
     SeedOption,
+    intensity_names,
     number_or_name,
     positive,
 )
@@ -61,6 +62,7 @@ IntensityOption = Annotated[
         parser=number_or_name,
         metavar="λ|NAME",
         help="The λ to answer at: a number, a preset (low, medium, high) or auto. Repeatable. Default: 0, 0.5 and 1.",
+        autocompletion=intensity_names,
     ),
 ]
 StreamOption = Annotated[bool, typer.Option("--stream", help="Show tokens as they come.")]

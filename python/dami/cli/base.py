@@ -44,7 +44,6 @@ class OneLineErrors(typer.core.TyperGroup):
 
 app = typer.Typer(
     cls=OneLineErrors,
-    add_completion=False,
     rich_markup_mode=None,  # whose tables cut the names of options in a narrow terminal
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Two checkpoints, one batch, a reasoning intensity λ per query: 0 is the instruct end, 1 the thinking end.",

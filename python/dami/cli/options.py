@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from dami import sources
+
 FORMATS = ("pair", "int8", "int4", "w8d4", "lowrank")  # dami_kernels.formats.names(), which needs torch
+
+
+def one_of(*words: str) -> Callable[[str], list[str]]:
+    """Completes one of these words."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return complete
+
+
+def intensity_names(context: typer.Context, incomplete: str) -> list[str]:
+    """Completes the presets of the pair on the command line, and auto if it has an estimator."""
+    positional = any(each.name == "pair" and each.param_type_name == "argument" for each in context.command.params)
+    pair = context.params.get("pair") or (positional and context.args)  # of a line that ends with an option
+    pair = pair or [str(end) for end in sources.example_pair()]
+    try:
+        where = sources.local(pair[-1])
+        presets, has_estimator = sources.stored_names(where) if where is not None else ([], False)
+    except (ValueError, OSError):  # the command will tell
+        return []
+    return one_of(*presets, *(["auto"] if has_estimator else []))(incomplete)
 
 
 def finite(text: str) -> float:
@@ -81,7 +106,13 @@ TaskArgument = Annotated[
 
 FormatOption = Annotated[
     str | None,
-    typer.Option("--format", parser=format_name, metavar="NAME", help=f"How to store the pair: {', '.join(FORMATS)}."),
+    typer.Option(
+        "--format",
+        parser=format_name,
+        metavar="NAME",
+        help=f"How to store the pair: {', '.join(FORMATS)}.",
+        autocompletion=one_of(*FORMATS),
+    ),
 ]
 
 
@@ -92,6 +123,7 @@ DtypeOption = Annotated[
         metavar="auto|NAME",
         help="The dtype to compute in: bfloat16, float16 or float32. Default: the checkpoints' own, float32 for "
         "a GGUF file.",
+        autocompletion=one_of("auto", "bfloat16", "float16", "float32"),
     ),
 ]
 
@@ -102,6 +134,7 @@ ChatTemplateOption = Annotated[
         parser=template,
         metavar="NAME|λ",
         help="The chat template: instruct, thinking, or the λ from which to use thinking's. Default: the pair's own.",
+        autocompletion=one_of("instruct", "thinking"),
     ),
 ]
 
@@ -113,7 +146,8 @@ VerifierOption = Annotated[
     str | None,
     typer.Option(
         help="How to judge answers to questions that name no verifier: math (math-verify), word (the last word) or "
-        "contains."
+        "contains.",
+        autocompletion=one_of("math", "word", "contains"),
     ),
 ]
 

@@ -8,7 +8,17 @@ import typer
 
 from dami import sources
 from dami.cli.base import app, err, fail, load, out, user_errors
-from dami.cli.options import DtypeOption, EndsArgument, FormatOption, OutputOption, OverwriteOption, finite, format_name
+from dami.cli.options import (
+    FORMATS,
+    DtypeOption,
+    EndsArgument,
+    FormatOption,
+    OutputOption,
+    OverwriteOption,
+    finite,
+    format_name,
+    one_of,
+)
 from dami.files import check_new, written_whole
 
 
@@ -39,7 +49,14 @@ def pack(
         ),
     ] = None,
     format: Annotated[
-        str, typer.Option("--format", parser=format_name, metavar="NAME", help="How to store the pair.")
+        str,
+        typer.Option(
+            "--format",
+            parser=format_name,
+            metavar="NAME",
+            help="How to store the pair.",
+            autocompletion=one_of(*FORMATS),
+        ),
     ] = "int4",
     overwrite: OverwriteOption = False,
     trust_remote_code: Annotated[

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dami.cli.base import app, err, fail, load, user_errors
-from dami.cli.options import ChatTemplateOption, DtypeOption, EndsArgument, FormatOption, finite, number_or_name
+from dami.cli.options import (
+    ChatTemplateOption,
+    DtypeOption,
+    EndsArgument,
+    FormatOption,
+    finite,
+    intensity_names,
+    number_or_name,
+)
 from dami.cli.settings import Given, Several, options_of
 
 if TYPE_CHECKING:
@@ -48,7 +56,10 @@ class ServeSettings:
     default_intensity: Annotated[
         float | str,
         typer.Option(
-            parser=number_or_name, metavar="λ|NAME", help="For requests that name no λ: a number, a preset or auto."
+            parser=number_or_name,
+            metavar="λ|NAME",
+            help="For requests that name no λ: a number, a preset or auto.",
+            autocompletion=intensity_names,
         ),
     ] = 0.5
     intensity_range: Annotated[
