@@ -159,8 +159,6 @@ def train_estimator(
     dami.attach(model, OUTPUT) then lets intensity="auto" choose. Named `intensity` inside a packed pair or a thinking
     end, OUTPUT is loaded with it. A run that was interrupted goes on where it ended.
     """
-    from rich.table import Table
-
     from dami.evaluation.tasks import TO_TRAIN, check_distinct, check_enough
 
     if router and intensity:
@@ -173,6 +171,7 @@ def train_estimator(
         check_enough(asked, TO_TRAIN)
     model, tokenizer = load(pair, format, dtype, intensities=lams)
     from dami.evaluation.training import train_estimator
+    from dami.tables import FittedTable
 
     with user_errors(), progress_bars() as progress:
         bar = progress.add_task("answers", total=len(asked.questions) * samples * len(lams))
@@ -181,11 +180,13 @@ def train_estimator(
             on_batch=lambda news: progress.advance(bar, len(news)),
             **({"max_new_tokens": max_tokens} if max_tokens else {}),
         )  # fmt: skip
-    table = Table("price", "accuracy", "tokens", "best static λ with as many", "gain")
-    for each, outcome in trained.outcomes.items():
-        cells = map(str, (outcome.accuracy, outcome.tokens, outcome.static, outcome.gain))
-        table.add_row(f"{each:g}", *cells, style="bold" if each == price else None)
-    out.print(table)
+    heads = ("price", "accuracy", "tokens", "best static λ with as many", "gain")
+    outcomes = [
+        (f"{each:g}", *map(str, (outcome.accuracy, outcome.tokens, outcome.static, outcome.gain)))
+        for each, outcome in trained.outcomes.items()
+    ]
+    chosen = frozenset(place for place, each in enumerate(trained.outcomes) if each == price)
+    out.print(FittedTable(heads, outcomes, marked=chosen))
     presets = ", ".join(f"{name} λ={lam:g}" for name, lam in trained.stored.presets.items())
     out.print(f"{output}: an estimator at price {price:g}; {presets}.", style="dim", soft_wrap=True)
 

@@ -36,7 +36,7 @@ def describe(
     import dami
     from dami.cli.terminal import parameters
 
-    out.print(parameters(dami.describe(model), out))
+    out.print(parameters(dami.describe(model)))
 
 
 @app.command()
