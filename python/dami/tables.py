@@ -45,7 +45,7 @@ class FittedTable:
             rows = [(_broken(str(first), self.breaks, room), *others) for first, *others in rows]
         table = self._columns(rows)
         wanted = Measurement.get(console, options.update(max_width=1 << 16), table).maximum
-        yield table if wanted <= options.max_width else self._records()
+        yield table if wanted <= options.max_width else self._records(options.max_width)
 
     def _width(self, column: int) -> int:
         return max(cell_len(str(cell)) for cell in (self.heads[column], *(row[column] for row in self.rows)))
@@ -58,14 +58,16 @@ class FittedTable:
             table.add_row(*row, style="bold" if place in self.marked else None)
         return table
 
-    def _records(self) -> Table:
+    def _records(self, width: int) -> Table:
+        room = width - 2 - max(map(cell_len, self.heads))
         records = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
         records.add_column(style="dim")
         records.add_column(overflow="fold")
         for place, row in enumerate(self.rows):
             if place:
                 records.add_row()
-            for head, cell in zip(self.heads, row, strict=True):
+            first = _broken(str(row[0]), self.breaks, room) if self.breaks else row[0]
+            for head, cell in zip(self.heads, (first, *row[1:]), strict=True):
                 records.add_row(head, cell, style="bold" if place in self.marked else None)
         return records
 

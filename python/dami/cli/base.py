@@ -7,13 +7,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from dami import sources
 from dami.version import __version__
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 ClickException: Any = typer.BadParameter.__mro__[2]  # typer brings its own click, or takes the installed one
@@ -105,7 +108,7 @@ def load(
             raise OSError(f"cannot load {' and '.join(ends)}: {' '.join(str(error).split())}") from error
 
 
-def progress_bars() -> Any:
+def progress_bars() -> Progress:
     """Bars on stderr, which a file or a pipe gets nothing of: not even the empty line at their end."""
     from rich.progress import Progress
 

@@ -77,6 +77,12 @@ def template(text: str) -> str | float:
         raise typer.BadParameter(f"must be instruct, thinking or a finite number, got {text!r}") from error
 
 
+def lam_option(help: str, default: str) -> Any:
+    """The option -l of a command that asks at several λ."""
+    text = f"{help} Repeatable. Default: {default}."
+    return typer.Option("--intensity", "-l", parser=finite, metavar="LAMBDA", help=text)
+
+
 PairOption = Annotated[
     tuple[str, str] | None,
     typer.Option(
