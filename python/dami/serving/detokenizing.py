@@ -8,6 +8,7 @@ that turns out to be no UTF-8.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from tokenizers import Tokenizer, models
@@ -26,12 +27,14 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.backend = fast_backend(tokenizer)
+        self.backend, self.special = fast_backend(tokenizer), special_ids(tokenizer)
         self.held: list[int] = []  # tokens whose text has not been given out
         self._begin()
 
     def push(self, token: int) -> str:
         """The text that is complete now that this token has come."""
+        if token in self.special:  # a stream would keep it, and decode each time all that it keeps
+            return ""
         self.held.append(token)
         try:
             text = self.stream.step(self.backend or self.tokenizer, token)
@@ -89,6 +92,15 @@ def fast_backend(tokenizer: Any) -> Tokenizer | None:
         or tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
     )
     return None if cleans_up else backend
+
+
+@lru_cache(maxsize=8)
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """The tokens that decoding without special tokens leaves out."""
+    backend = fast_backend(tokenizer)
+    if backend is None:
+        return frozenset(tokenizer.all_special_ids)
+    return frozenset(token for token, added in backend.get_added_tokens_decoder().items() if added.special)
 
 
 class Offsets:

@@ -77,11 +77,19 @@ def test_bytes_that_are_no_text_after_all_stop_the_stream_and_not_us() -> None:
     assert pieces == ["\x0f", "H", "", REPLACEMENT + "b", " a"]
 
 
+@pytest.mark.parametrize("make", KINDS)
+def test_special_tokens_are_not_kept(make: Any) -> None:
+    """However many come, a step decodes none of them."""
+    detokenizer = Detokenizer(make())
+    assert "".join(detokenizer.push(make().eos_token_id) for _ in range(1000)) == ""
+    assert not detokenizer.held
+
+
 def test_errors_of_decoding_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     detokenizer = Detokenizer(byte_level())
     monkeypatch.setattr(detokenizer, "backend", "no tokenizer")
     with pytest.raises(TypeError):
-        detokenizer.push(1)
+        detokenizer.push(ids_of(byte_level(), "7")[0])
 
 
 @pytest.mark.parametrize("make", KINDS)
