@@ -6,8 +6,9 @@ import re
 from io import StringIO
 
 import pytest
+from dami.chat import Answer
 from dami.cli.demo import Cost, price_table
-from dami.cli.terminal import parameters, point_table
+from dami.cli.terminal import parameters, point_table, side_by_side
 from dami.doctor import Check, Problem, Report
 from dami.evaluation.frontier import Interval, Point
 from dami.layers.describe import Description, ParameterRow
@@ -57,6 +58,16 @@ def test_numbers_stay_whole_and_lines_fit(name: str, width: int) -> None:
         assert number in text
     coloured = printed(what, width, terminal=True)
     assert re.sub("\x1b\\[[0-9;]*m", "", coloured).split() == text.split()
+
+
+@pytest.mark.parametrize("width", [80, 40, 24])
+def test_answers_fit_the_terminal(width: int) -> None:
+    answers = [Answer("2 + 3 =", lam, "so " * 40, "the answer is 12345", 1234, True) for lam in (0.0, 0.35, 1.0)]
+    console = Console(file=StringIO(), width=width, highlight=False)
+    text = printed(side_by_side(answers, console, verdicts=[True, False, True]), width)
+    assert max(map(cell_len, text.splitlines())) <= width
+    assert text.count("1234 ") == text.count("12345") == 3
+    assert (text.count("✓"), text.count("✗")) == (2, 1)
 
 
 def test_columns_stand_side_by_side_where_they_fit() -> None:
