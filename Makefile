@@ -15,7 +15,7 @@ CUDA     = $(if $(shell command -v nvcc),There is nvcc: those for GPUs take minu
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-serving test-machines lint bench bench-gpu tune-gpu gpu-test docs hub-kernels clean
+.PHONY: help demo test test-serving test-machines lint bench bench-gpu tune-gpu gpu-test docs hub-kernels screenshot clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ docs: $(VENV)/.docs ## Build the site of the documentation, strictly: build/site
 
 hub-kernels: $(VENV)/.package ## Write the operators as a kernel of the Hugging Face hub: build/hub-kernels
 	$(BIN)/python -m tools.hub_kernels build/hub-kernels
+
+screenshot: $(VENV)/.test ## Take the docs' picture of the playground, which needs Chromium
+	PLAYGROUND_PICTURE=docs/images/playground.png $(BIN)/python -m pytest -n 0 tests/dami/serving/test_playground.py -k picture_in_the_docs
 
 clean: ## Remove what was built, but not .venv
 	rm -rf build dist *.egg-info dami_kernels/_*.so $(VENV)/.package $(VENV)/.test $(VENV)/.docs .venv-serving-*/.test

@@ -14,14 +14,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from packaging.requirements import Requirement
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 import dami_kernels
+from dami.tables import FittedTable
 from dami.version import __version__
 from dami_kernels import LerpWeight, cuda, formats, native
 from dami_kernels.ops import library
@@ -76,18 +81,21 @@ class Report:
     problems: tuple[Problem, ...]
 
     def __str__(self) -> str:
-        facts = {**self.installed, **self.machine}
-        width = max(map(len, facts)) + 2
-        lines = [f"{name:<{width}}{value}" for name, value in facts.items()]
-        head = ("device", "operator", "format", "runs as", "error", "µs", "plain torch, µs")
-        rows = [head, *map(_cells, self.checks)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines += ["", f"bfloat16, {ROWS} rows, each at its own λ, {FEATURES}×{FEATURES} weights:"]
-        lines += ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines += ["", "problems: none" if not self.problems else "problems:"]
+        text = StringIO()
+        Console(file=text, width=1 << 12, color_system=None, highlight=False).print(self)  # no line is broken
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        facts = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
+        for name, value in {**self.installed, **self.machine}.items():
+            facts.add_row(name, Text(value))
+        yield facts
+        yield Text(f"\nbfloat16, {ROWS} rows, each at its own λ, {FEATURES}×{FEATURES} weights:")
+        heads = ("device", "operator", "format", "runs as", "error", "µs", "plain torch, µs")
+        yield FittedTable(heads, [*map(_cells, self.checks)], left=4)
+        yield Text("\nproblems: none" if not self.problems else "\nproblems:")
         for problem in self.problems:
-            lines += [f"- {problem.what}", f"  → {problem.remedy}"]
-        return "\n".join(lines)
+            yield Text(f"- {problem.what}\n  → {problem.remedy}")
 
 
 def _cells(check: Check) -> tuple[str, ...]:

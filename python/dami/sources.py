@@ -105,13 +105,22 @@ def check_pair(
     where = paths[-1]
     if where is None or not names:
         return
-    file = where / FOLDER / SETTINGS
-    try:
-        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        presets, estimator = known.get("presets", ()), known.get("estimator")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file} must hold an estimator's settings and presets: {error!r}") from error
+    presets, has_estimator = stored_names(where)
     for name in names - {AUTO}:
         caller.preset(name, presets)
     if AUTO in names:
-        check_estimator(estimator)
+        check_estimator(has_estimator or None)
+
+
+def stored_names(pair: Path) -> tuple[list[str], bool]:
+    """The names of the presets that a packed pair or a thinking end holds, and whether it has an estimator.
+
+    Raises:
+        ValueError: its file cannot be read.
+    """
+    file = pair / FOLDER / SETTINGS
+    try:
+        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return list(known.get("presets", ())), known.get("estimator") is not None
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} must hold an estimator's settings and presets: {error!r}") from error

@@ -78,7 +78,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ParsedRow:
     """The segments of a row.
 
     Attributes:
@@ -104,6 +104,9 @@ class Reading:
         return "\n".join(text for text in texts if text)
 
 
+Reading = ParsedRow  # its old name
+
+
 @dataclass(frozen=True)
 class Reader:
     """Reads rows of token ids.
@@ -126,7 +129,7 @@ class Reader:
         """Whether a prompt ends with a start tag, as some thinking templates do."""
         return prompt.rstrip().endswith(self.tags.start)
 
-    def read(self, ids: Sequence[int], *, inside: bool = False, finished: bool = False) -> Reading:
+    def read(self, ids: Sequence[int], *, inside: bool = False, finished: bool = False) -> ParsedRow:
         """Splits generated tokens into thoughts, answers and tags, by the module's rules.
 
         Args:
@@ -136,7 +139,7 @@ class Reader:
         """
         texts = [self.text(token) for token in ids]
         spans, closed = _spans("".join(texts), self.tags, inside, finished)
-        return Reading(tuple(self._segments(ids, texts, spans)), closed)
+        return ParsedRow(tuple(self._segments(ids, texts, spans)), closed)
 
     def text(self, token: int) -> str:
         """A token's own text, special tokens and all."""

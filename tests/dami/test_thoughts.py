@@ -11,7 +11,7 @@ from typing import Any
 
 import dami
 import pytest
-from dami.thoughts import FAMILIES, Reader, Reading, Tags, tags_of
+from dami.thoughts import FAMILIES, ParsedRow, Reader, Tags, tags_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,7 +29,7 @@ class Pieces:
         return "".join(piece for piece in said if not (skip_special_tokens and piece.startswith("⟨")))
 
 
-def read(pieces: Sequence[str], tags: Tags = THINK, **state: bool) -> Reading:
+def read(pieces: Sequence[str], tags: Tags = THINK, **state: bool) -> ParsedRow:
     ids = range(len(pieces))
     reading = Reader(Pieces(pieces), tags).read(ids, **state)
     assert [token for segment in reading.segments for token in segment.ids] == list(ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,16 @@ from typing import Annotated, Any
 import typer
 
 from dami.cli.base import app, err, fail, load, out, user_errors
-from dami.cli.options import DtypeOption, FormatOption, PairOption, SeedOption, number_or_name, positive, template
+from dami.cli.options import (
+    ChatTemplateOption,
+    DtypeOption,
+    FormatOption,
+    PairOption,
+    SeedOption,
+    intensity_names,
+    number_or_name,
+    positive,
+)
 from dami.files import check_directory
 from dami.prompts import Prompt, as_prompt
 
@@ -53,18 +63,11 @@ IntensityOption = Annotated[
         parser=number_or_name,
         metavar="λ|NAME",
         help="The λ to answer at: a number, a preset (low, medium, high) or auto. Repeatable. Default: 0, 0.5 and 1.",
+        autocompletion=intensity_names,
     ),
 ]
 StreamOption = Annotated[bool, typer.Option("--stream", help="Show tokens as they come.")]
 AsJsonOption = Annotated[bool, typer.Option("--json", help="Print each answer as a JSON object on a line.")]
-ChatTemplateOption = Annotated[
-    str | None,
-    typer.Option(
-        parser=template,
-        metavar="NAME|λ",
-        help="The chat template: instruct, thinking, or the λ from which to use thinking's. Default: the pair's own.",
-    ),
-]
 RawOption = Annotated[bool, typer.Option("--raw", help="Send prompts as they are, without the chat template.")]
 MaxNewTokensOption = Annotated[int | None, typer.Option(min=1, help="The most tokens to generate, thought included.")]
 GreedyOption = Annotated[bool, typer.Option("--greedy", help="Take the most likely token instead of sampling.")]
@@ -105,13 +108,7 @@ def generate(
     """
     if stream and as_json:
         raise fail("--stream and --json exclude each other")
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-    options = {name: value for name, value in options.items() if value is not None}
-    sampling = options.keys() - {"max_new_tokens"}
-    if greedy and sampling:
-        raise fail(f"--greedy excludes --{', --'.join(sorted(sampling)).replace('_', '-')}")
-    if greedy or sampling:
-        options["do_sample"] = not greedy
+    options = sampling_options(max_new_tokens, greedy, {"temperature": temperature, "top_p": top_p, "top_k": top_k})
     if raw and chat_template is not None:
         raise fail("--raw excludes --chat-template")
     put_through = None if raw else "default" if chat_template is None else chat_template
@@ -143,6 +140,17 @@ def generate(
                     typer.echo(json.dumps(asdict(answer), ensure_ascii=False))
             else:
                 out.print(terminal.side_by_side(answers[place : place + len(lams)], out))
+
+
+def sampling_options(
+    max_new_tokens: int | None, greedy: bool, given: Mapping[str, float | None]
+) -> dict[str, float | bool]:
+    """How tokens are drawn, as `generate` takes it: only what the user has said."""
+    sampling = {name: value for name, value in given.items() if value is not None}
+    if greedy and sampling:
+        raise fail(f"--greedy excludes --{', --'.join(sorted(sampling)).replace('_', '-')}")
+    length = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    return {**length, **sampling, **({"do_sample": not greedy} if greedy or sampling else {})}
 
 
 def read_prompts(prompts: list[str], file: Path | None) -> list[Prompt]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from rich.console import Console
 from dami import sources
 from dami.callers import CALLERS, Caller
 from dami.version import __version__
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 ClickException: Any = typer.BadParameter.__mro__[2]  # typer brings its own click, or takes the installed one
@@ -45,7 +48,6 @@ class OneLineErrors(typer.core.TyperGroup):
 
 app = typer.Typer(
     cls=OneLineErrors,
-    add_completion=False,
     rich_markup_mode=None,  # whose tables cut the names of options in a narrow terminal
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Two checkpoints, one batch, a reasoning intensity λ per query: 0 is the instruct end, 1 the thinking end.",
@@ -108,7 +110,7 @@ def load(
             raise OSError(f"cannot load {' and '.join(ends)}: {' '.join(str(error).split())}") from error
 
 
-def progress_bars() -> Any:
+def progress_bars() -> Progress:
     """Bars on stderr, which a file or a pipe gets nothing of: not even the empty line at their end."""
     from rich.progress import Progress
 

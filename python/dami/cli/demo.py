@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from rich.text import Text
 from torch import nn
 
@@ -32,6 +31,7 @@ from dami.evaluation.tasks import JsonLines, Question, last_word, spread
 from dami.generation.pieces import generate_in_pieces
 from dami.loading.checkpoint import Checkpoint
 from dami.sources import example_pair
+from dami.tables import FittedTable
 from dami.thoughts import Reader
 from dami.version import __version__
 
@@ -275,19 +275,22 @@ def show_price(
     return patched, copies, gaps
 
 
-def price_table(patched: Cost, copies: Cost, count: int) -> Table:
+def price_table(patched: Cost, copies: Cost, count: int) -> FittedTable:
     """What one patched model and `count` merged copies took for the same rows."""
-    rows = len(patched.answers)
-    table = Table(box=None, pad_edge=False)
-    for name in ("", "time", "weights", "at work", "rows at once"):
-        table.add_column(name, justify="right" if name else "left", header_style="dim")
-    for name, cost, at_once in (
-        ("one patched model", patched, rows),
-        (f"{count} merged copies, one per λ", copies, rows // count),
-    ):
+
+    def row(name: str, cost: Cost, at_once: int) -> tuple[str, ...]:
         working = "unknown" if cost.peak is None else f"+ {size(cost.peak)}"
-        table.add_row(name, f"{cost.seconds:.1f} s", size(cost.weights), working, str(at_once))
-    return table
+        return name, f"{cost.seconds:.1f} s", size(cost.weights), working, str(at_once)
+
+    rows = len(patched.answers)
+    return FittedTable(
+        ("", "time", "weights", "at work", "rows at once"),
+        [
+            row("one patched model", patched, rows),
+            row(f"{count} merged copies, one per λ", copies, rows // count),
+        ],
+        left=1,
+    )
 
 
 def verdict(patched: Cost, copies: Cost, count: int, gaps: Sequence[float], dtype: torch.dtype) -> str:

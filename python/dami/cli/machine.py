@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from dami.cli.base import CHECKOUT, app, err, fail, user_errors
+from dami.cli.base import CHECKOUT, app, err, fail, out, user_errors
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -35,6 +35,11 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the repor
         from dami.doctor import examine
 
         report = examine()
-    typer.echo(json.dumps(asdict(report), indent=1, ensure_ascii=False) if as_json else str(report))
+    if as_json:
+        typer.echo(json.dumps(asdict(report), indent=1, ensure_ascii=False))
+    elif out.is_terminal:
+        out.print(report)
+    else:  # a file gets whole lines
+        typer.echo(str(report))
     if report.problems:
         raise typer.Exit(1)

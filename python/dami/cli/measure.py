@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,12 +22,18 @@ from dami.cli.options import (
     SeedOption,
     TaskArgument,
     VerifierOption,
-    finite,
+    lam_option,
 )
 from dami.files import check_directory
+from dami.prompts import Prompt
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from dami.evaluation.tasks import Task
 
 
-def read_task(task: str | None, pair: Sequence[str] | None, verifier: str | None, count: int | None, seed: int) -> Any:
+def read_task(task: str | None, pair: Sequence[str] | None, verifier: str | None, count: int | None, seed: int) -> Task:
     """The questions, by default those of the shipped pair."""
     from dami.evaluation.tasks import load_task
 
@@ -50,16 +56,7 @@ def evaluate(
     pair: PairOption = None,
     format: FormatOption = "pair",
     dtype: DtypeOption = "auto",
-    intensity: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--intensity",
-            "-l",
-            parser=finite,
-            metavar="LAMBDA",
-            help="A λ to ask at. Repeatable. Default: 0 to 1 in tenths.",
-        ),
-    ] = None,
+    intensity: Annotated[list[float] | None, lam_option("A λ to ask at.", "0 to 1 in tenths")] = None,
     questions: QuestionsOption = None,
     samples: Annotated[int, typer.Option(min=1, help="How many answers to sample per question and λ.")] = 1,
     verifier: VerifierOption = None,
@@ -88,7 +85,6 @@ def evaluate(
     with user_errors():
         check_enough(asked, TO_EVALUATE)
     model, tokenizer = load(pair, format, dtype, intensities=lams)
-    from dami.chat import numbers_of
     from dami.cli.terminal import point_table
     from dami.dial.patch import patch_of
     from dami.evaluation.frontier import Frontier
@@ -112,16 +108,22 @@ def evaluate(
             path=output / "records.jsonl", samples=samples, rows=rows, seed=seed, on_batch=show, **options,
         )  # fmt: skip
         about = {"pair": " and ".join(pair) if pair else "the shipped pair", "format": format, "samples": samples}
-        prompts = [question.question for question in asked.questions]
-        chosen: list[float] | None = None
+        chosen = None
         if patch_of(model).estimator is not None:
-            pieces = [prompts[start : start + rows] for start in range(0, len(prompts), rows)]
-            chosen = [lam for some in pieces for lam in numbers_of(model, tokenizer, some, ["auto"] * len(some))]
+            chosen = chosen_lams(model, tokenizer, [question.question for question in asked.questions], rows)
         frontier = write_report(asked, records, output, about, chosen)
     out.print(point_table(frontier.points))
     out.print(
         f"Page, picture, numbers: {output / 'report.html'}, frontier.svg, frontier.json", style="dim", soft_wrap=True
     )
+
+
+def chosen_lams(model: Any, tokenizer: Any, prompts: Sequence[Prompt], rows: int) -> list[float]:
+    """The λ that the pair's estimator chooses for each prompt, in batches of `rows`."""
+    from dami.chat import numbers_of
+
+    batches = [prompts[start : start + rows] for start in range(0, len(prompts), rows)]
+    return [lam for batch in batches for lam in numbers_of(model, tokenizer, batch, ["auto"] * len(batch))]
 
 
 @app.command("train-estimator")
@@ -131,16 +133,7 @@ def train_estimator(
     pair: PairOption = None,
     format: FormatOption = None,
     dtype: DtypeOption = "auto",
-    intensity: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--intensity",
-            "-l",
-            parser=finite,
-            metavar="LAMBDA",
-            help="A λ to ask at. Repeatable. Default: 0 to 1 in fifths.",
-        ),
-    ] = None,
+    intensity: Annotated[list[float] | None, lam_option("A λ to ask at.", "0 to 1 in fifths")] = None,
     router: Annotated[bool, typer.Option("--router", help="Choose only between the two ends.")] = False,
     trial: Annotated[int, typer.Option(min=0, help="Also read this many tokens of a trial answer.")] = 0,
     price: Annotated[
@@ -185,6 +178,18 @@ def train_estimator(
     out.print(f"{output}: an estimator at price {price:g}; {presets}.", style="dim", soft_wrap=True)
 
 
+def stages(bars: Progress) -> Callable[[str, int, int], None]:
+    """What shows each stage of a study as a bar of its own, when told how far it has come."""
+    shown: dict[str, TaskID] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage not in shown:
+            shown[stage] = bars.add_task(stage, total=total)
+        bars.update(shown[stage], completed=done)
+
+    return progress
+
+
 @app.command()
 def study(
     task: TaskArgument = None,
@@ -200,16 +205,7 @@ def study(
             "checkpoint. May be given several times.",
         ),
     ] = None,
-    intensity: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--intensity",
-            "-l",
-            parser=finite,
-            metavar="LAMBDA",
-            help="A λ on the path. Repeatable. Default: −0.2 to 1.2 in tenths.",
-        ),
-    ] = None,
+    intensity: Annotated[list[float] | None, lam_option("A λ on the path.", "−0.2 to 1.2 in tenths")] = None,
     questions: Annotated[int, typer.Option(min=1, help="How many questions to ask.")] = 100,
     verifier: VerifierOption = None,
     rows: RowsOption = 256,
@@ -244,16 +240,9 @@ def study(
     if max_tokens:
         options["max_new_tokens"] = max_tokens
     with user_errors(), progress_bars() as bars:
-        shown: dict[str, Any] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in shown:
-                shown[stage] = bars.add_task(stage, total=total)
-            bars.update(shown[stage], completed=done)
-
         found = studies.study(
             model, tokenizer, asked, output, controls=control or (), intensities=intensity or studies.PATH, rows=rows,
-            seed=seed, progress=progress, **options,
+            seed=seed, progress=stages(bars), **options,
         )  # fmt: skip
     about = {
         "pair": " and ".join(pair) if pair else "the shipped pair",

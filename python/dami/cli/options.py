@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from dami import sources
 from dami.callers import from_text
 
 FORMATS = ("pair", "int8", "int4", "w8d4", "lowrank")  # dami_kernels.formats.names(), which needs torch
+
+
+def one_of(*words: str) -> Callable[[str], list[str]]:
+    """Completes one of these words."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return complete
+
+
+def intensity_names(context: typer.Context, incomplete: str) -> list[str]:
+    """Completes the presets of the pair on the command line, and auto if it has an estimator."""
+    positional = any(each.name == "pair" and each.param_type_name == "argument" for each in context.command.params)
+    pair = context.params.get("pair") or (positional and context.args)  # of a line that ends with an option
+    pair = pair or [str(end) for end in sources.example_pair()]
+    try:
+        where = sources.local(pair[-1])
+        presets, has_estimator = sources.stored_names(where) if where is not None else ([], False)
+    except (ValueError, OSError):  # the command will tell
+        return []
+    return one_of(*presets, *(["auto"] if has_estimator else []))(incomplete)
 
 
 def finite(text: str) -> float:
@@ -53,6 +77,12 @@ def template(text: str) -> str | float:
         raise typer.BadParameter(f"must be instruct, thinking or a finite number, got {text!r}") from error
 
 
+def lam_option(help: str, default: str) -> Any:
+    """The option -l of a command that asks at several λ."""
+    text = f"{help} Repeatable. Default: {default}."
+    return typer.Option("--intensity", "-l", parser=finite, metavar="LAMBDA", help=text)
+
+
 PairOption = Annotated[
     tuple[str, str] | None,
     typer.Option(
@@ -82,7 +112,13 @@ TaskArgument = Annotated[
 
 FormatOption = Annotated[
     str | None,
-    typer.Option("--format", parser=format_name, metavar="NAME", help=f"How to store the pair: {', '.join(FORMATS)}."),
+    typer.Option(
+        "--format",
+        parser=format_name,
+        metavar="NAME",
+        help=f"How to store the pair: {', '.join(FORMATS)}.",
+        autocompletion=one_of(*FORMATS),
+    ),
 ]
 
 
@@ -93,6 +129,18 @@ DtypeOption = Annotated[
         metavar="auto|NAME",
         help="The dtype to compute in: bfloat16, float16 or float32. Default: the checkpoints' own, float32 for "
         "a GGUF file.",
+        autocompletion=one_of("auto", "bfloat16", "float16", "float32"),
+    ),
+]
+
+
+ChatTemplateOption = Annotated[
+    Any,  # a name or a λ: typer takes no unions
+    typer.Option(
+        parser=template,
+        metavar="NAME|λ",
+        help="The chat template: instruct, thinking, or the λ from which to use thinking's. Default: the pair's own.",
+        autocompletion=one_of("instruct", "thinking"),
     ),
 ]
 
@@ -106,6 +154,7 @@ VerifierOption = Annotated[
         metavar="NAME|FILE.py:FUNCTION",
         help="How to judge answers to questions that name no verifier: math (math-verify), word (the last word), "
         "contains, or a function of your own, of a file or as MODULE:FUNCTION.",
+        autocompletion=one_of("math", "word", "contains"),
     ),
 ]
 

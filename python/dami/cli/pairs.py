@@ -10,6 +10,7 @@ from dami import sources
 from dami.callers import CALLERS
 from dami.cli.base import app, err, fail, load, out, user_errors
 from dami.cli.options import (
+    FORMATS,
     DtypeOption,
     EndsArgument,
     FormatOption,
@@ -17,6 +18,7 @@ from dami.cli.options import (
     OverwriteOption,
     format_name,
     number_or_name,
+    one_of,
 )
 from dami.files import check_new, written_whole
 
@@ -35,7 +37,7 @@ def describe(
     import dami
     from dami.cli.terminal import parameters
 
-    out.print(parameters(dami.describe(model), out))
+    out.print(parameters(dami.describe(model)))
 
 
 @app.command()
@@ -48,7 +50,14 @@ def pack(
         ),
     ] = None,
     format: Annotated[
-        str, typer.Option("--format", parser=format_name, metavar="NAME", help="How to store the pair.")
+        str,
+        typer.Option(
+            "--format",
+            parser=format_name,
+            metavar="NAME",
+            help="How to store the pair.",
+            autocompletion=one_of(*FORMATS),
+        ),
     ] = "int4",
     overwrite: OverwriteOption = False,
     trust_remote_code: Annotated[

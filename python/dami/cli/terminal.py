@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from textwrap import wrap
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from dami.evaluation.frontier import Point
 from dami.evaluation.plots import color
 from dami.evaluation.policies import Outcome
 from dami.layers.describe import Description, ParameterRow
+from dami.tables import FittedTable
 from dami.thoughts import Reader
 
 LAYER = re.compile(r"\.(\d+)\.")
@@ -123,7 +123,7 @@ def stream(
         written = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         ask(model, tokenizer, prompts, lams, chat_template, streamer=written, **options)
         return
-    rows, reader = Rows(), Reader.of(tokenizer)
+    rows, reader = RowStreamer(), Reader.of(tokenizer)
     texts, _ = encode(tokenizer, prompts, chat_template, lams)
 
     def columns() -> RenderableType:
@@ -135,7 +135,7 @@ def stream(
         ask(model, tokenizer, prompts, lams, chat_template, streamer=rows, **options)
 
 
-class Rows:
+class RowStreamer:
     """A streamer for many rows: keeps what `generate` hands it, the prompts first, then the tokens of each step."""
 
     def __init__(self) -> None:
@@ -148,7 +148,7 @@ class Rows:
         pass
 
 
-def parameters(description: Description, console: Console) -> RenderableType:
+def parameters(description: Description) -> RenderableType:
     """Table of every parameter, alike layers in one row, and what the pair takes against merged copies."""
     alike: dict[ParameterRow, list[tuple[int, ParameterRow]]] = {}
     for row in description.rows:
@@ -163,14 +163,7 @@ def parameters(description: Description, console: Console) -> RenderableType:
         if pattern.tied_to:
             name, weight = f"{name} = {pattern.tied_to}", "tied"
         lines.append((name, pattern.kind, "×".join(map(str, pattern.shape)), ends, weight))
-    # A name that would not fit beside the other columns is broken after a dot.
-    room = console.width - sum(2 + max(map(len, column)) for column in list(zip(*lines, strict=True))[1:])
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for head in ("parameter", "kind", "shape", "ends", "bytes"):
-        table.add_column(head, no_wrap=True, justify="right" if head == "bytes" else "left")
-    for name, *others in lines:
-        broken = wrap(re.sub(r"\.(?=[a-z_])", ". ", name), room, break_long_words=False, subsequent_indent="   ")
-        table.add_row("\n".join(part.replace(". ", ".") for part in broken), *others)
+    table = FittedTable(("parameter", "kind", "shape", "ends", "bytes"), lines, left=4, breaks=".")
     one = sum(math.prod(r.shape) * getattr(torch, r.dtype).itemsize for r in description.rows if not r.tied_to)
     pair = description.nbytes
     total = Text(f"{len(description.rows)} parameters, {sum(r.interpolated for r in description.rows)} interpolated. ")
@@ -190,26 +183,26 @@ def runs(numbers: Sequence[int]) -> str:
     return ",".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
 
 
-def point_table(points: Sequence[Point], title: Text | None = None) -> Table:
+def point_table(points: Sequence[Point], title: Text | None = None) -> FittedTable:
     """One row per λ: right answers with their interval, and tokens."""
-    table = Table(title=title, box=None, pad_edge=False)
-    for name in ("λ", "right", "95 % interval", "tokens", "95 % interval"):
-        table.add_column(name, justify="right", header_style="dim")
-    for p in points:
-        table.add_row(
+    rows = [
+        (
             Text(f"{p.intensity:g}", f"bold {style_of(p.intensity)}"),
             f"{p.accuracy.value:.0%}",
             f"{p.accuracy.low:.0%} to {p.accuracy.high:.0%}",
             f"{p.tokens.value:.0f}",
             f"{p.tokens.low:.0f} to {p.tokens.high:.0f}",
         )
-    return table
+        for p in points
+    ]
+    return FittedTable(("λ", "right", "95 % interval", "tokens", "95 % interval"), rows, title=title)
 
 
-def outcome_table(outcomes: Mapping[float, Outcome], price: float) -> Table:
-    """One row per price of a token: what an estimator reaches, its own price in bold."""
-    table = Table("price", "accuracy", "tokens", "best static λ with as many", "gain", box=None, pad_edge=False)
-    for each, outcome in outcomes.items():
-        cells = map(str, (outcome.accuracy, outcome.tokens, outcome.static, outcome.gain))
-        table.add_row(f"{each:g}", *cells, style="bold" if each == price else None)
-    return table
+def outcome_table(outcomes: Mapping[float, Outcome], price: float) -> FittedTable:
+    """One row per price of a token: what an estimator reaches, its own price marked."""
+    heads = ("price", "accuracy", "tokens", "best static λ with as many", "gain")
+    rows = [
+        (f"{each:g}", *map(str, (outcome.accuracy, outcome.tokens, outcome.static, outcome.gain)))
+        for each, outcome in outcomes.items()
+    ]
+    return FittedTable(heads, rows, marked=frozenset(i for i, each in enumerate(outcomes) if each == price))

@@ -20,12 +20,27 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from dami.callers import CALLERS
 from dami.dial.values import Intensity
 from dami.serving import playground
+from dami.serving.active import ActiveRequest
 from dami.serving.bodies import read
 from dami.serving.engine import Engine, EngineDead, Overloaded
+from dami.serving.formatting import Format
 from dami.serving.gate import Gate
 from dami.serving.protocol import BadRequest, ChatRequest, CompletionRequest
-from dami.serving.responses import DEAD, NOT_FOUND, RESPONSES, EventStream, error, json_in_pieces
-from dami.serving.service import Answering, Gone, Service, Settings, unless_gone
+from dami.serving.responses import EventStream, error, json_in_pieces
+from dami.serving.schema import (
+    DEAD,
+    NO_MODEL,
+    App,
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    CompletionChunk,
+    Health,
+    Model,
+    ModelList,
+    answered_by,
+)
+from dami.serving.service import Gone, Service, ServiceSettings, unless_gone
 from dami.sources import check_estimator
 from dami.version import __version__
 
@@ -51,7 +66,7 @@ class BodyRoute(APIRoute):
         return handle
 
 
-def create_app(engine: Engine, tokenizer: Any, settings: Settings | None = None) -> FastAPI:
+def create_app(engine: Engine, tokenizer: Any, settings: ServiceSettings | None = None) -> FastAPI:
     """The server as an ASGI application, which starts and stops the engine.
 
     Args:
@@ -62,13 +77,13 @@ def create_app(engine: Engine, tokenizer: Any, settings: Settings | None = None)
     Raises:
         ValueError: the default intensity is none of the pair's.
     """
-    settings = settings or Settings()
+    settings = settings or ServiceSettings()
     default = settings.default_intensity
     caller = replace(CALLERS["dami serve"], argument="default_intensity")
     if Intensity.parse(default, caller, engine.presets, 1).auto:
         check_estimator(engine.twin)
     service = Service(engine, tokenizer, settings)
-    app = FastAPI(
+    app = App(
         title="dami serve",
         version=__version__,
         lifespan=_lifespan,
@@ -100,28 +115,26 @@ def answers(service: Service) -> APIRouter:
     """What generates."""
     router = APIRouter(route_class=BodyRoute)
 
-    async def answer(
-        request: Request, beginning: Coroutine[Any, Any, Answering], whole: Callable[[Answering], dict[str, Any]]
-    ) -> Response:
-        answering = await unless_gone(request, beginning)
-        if answering.body.stream:
-            return EventStream(service.events(answering), partial(service.end, answering))
+    async def answer(request: Request, beginning: Coroutine[Any, Any, ActiveRequest], form: Format) -> Response:
+        active = await unless_gone(request, beginning)
+        if active.body.stream:
+            return EventStream(form.events(active), partial(service.end, active))
         try:
-            content = await unless_gone(request, service.collected(answering, whole))
+            content = await unless_gone(request, service.collected(active, form))
         finally:
-            service.end(answering)
+            service.end(active)
         length = {"Content-Length": str(len(content))}
         return StreamingResponse(json_in_pieces(content), media_type="application/json", headers=length)
 
-    @router.post("/v1/chat/completions", responses=RESPONSES)
+    @router.post("/v1/chat/completions", responses=answered_by(ChatCompletion, ChatCompletionChunk))
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """Answers a conversation."""
-        return await answer(request, service.chat(body), service.chat_response)
+        return await answer(request, service.chat(body), service.chat_format)
 
-    @router.post("/v1/completions", responses=RESPONSES)
+    @router.post("/v1/completions", responses=answered_by(Completion, CompletionChunk))
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Continues a text."""
-        return await answer(request, service.complete(body), service.completion_response)
+        return await answer(request, service.complete(body), service.completion_format)
 
     return router
 
@@ -131,25 +144,29 @@ def information(service: Service) -> APIRouter:
     router, engine, name = APIRouter(), service.engine, service.settings.name
 
     @router.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models() -> ModelList:
         """The one model that is served."""
         return {"object": "list", "data": [service.model_object()]}
 
-    @router.get("/v1/models/{model:path}", responses=NOT_FOUND)
-    async def model(model: str) -> dict[str, Any]:
+    @router.get("/v1/models/{model:path}", responses=NO_MODEL)
+    async def model(model: str) -> Model:
         """The model, by name."""
         if model != name:
             raise BadRequest(f"model must be {name!r}, got {model!r}", "model", "model_not_found", 404)
         return service.model_object()
 
-    @router.get("/health", responses=DEAD)
+    @router.get("/health", response_model=Health, responses=DEAD)
     async def health() -> JSONResponse:
         """Whether the engine generates, and how much it has to do."""
         load = engine.load
-        state = {"status": "ok", "waiting": load.waiting, "running": load.running, "kv_cache_usage": load.kv}
-        if engine.death is not None:
-            return JSONResponse(state | {"status": f"the engine has died: {engine.death}"}, 503)
-        return JSONResponse(state)
+        status = "ok" if engine.death is None else f"the engine has died: {engine.death}"
+        health: Health = {
+            "status": status,
+            "waiting": load.waiting,
+            "running": load.running,
+            "kv_cache_usage": load.kv,
+        }
+        return JSONResponse(health, 200 if engine.death is None else 503)
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
@@ -159,23 +176,23 @@ def information(service: Service) -> APIRouter:
     return router
 
 
-async def _bad_request(_: Request, problem: Any) -> Response:
+async def _bad_request(_: Request, problem: BadRequest) -> Response:
     return error(problem.status, str(problem), problem.param, problem.code)
 
 
-async def _gone(*_: Any) -> Response:
+async def _gone(*_: object) -> Response:
     return Response(status_code=499)
 
 
-async def _http_error(_: Request, problem: Any) -> Response:
+async def _http_error(_: Request, problem: StarletteHTTPException) -> Response:
     return error(problem.status_code, str(problem.detail), headers=problem.headers)
 
 
-async def _overloaded(_: Request, problem: Any) -> Response:
+async def _overloaded(_: Request, problem: Overloaded) -> Response:
     return error(429, str(problem), code="overloaded", headers={"Retry-After": "1"})
 
 
-async def _dead(_: Request, problem: Any) -> Response:
+async def _dead(_: Request, problem: EngineDead) -> Response:
     return error(503, f"the engine has died: {problem}", code="engine_dead")
 
 

@@ -11,9 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from dami.thoughts import Reader, Reading
-
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # stands at the end of a text whose last character is not complete
+from dami.serving.detokenizing import Detokenizer
+from dami.thoughts import ParsedRow, Reader
 
 
 class Delta(NamedTuple):
@@ -21,32 +20,6 @@ class Delta(NamedTuple):
 
     thought: str = ""
     answer: str = ""
-
-
-class Detokenizer:
-    """Text of tokens that come one after another, without special tokens, in whole characters."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.given = 0  # tokens whose text has been given out; those before them are needed for the spaces between
-        self.start = 0
-
-    def push(self, token: int) -> str:
-        self.ids.append(token)
-        return self.rest(whole=True)
-
-    def rest(self, whole: bool = False) -> str:
-        """The text not given out yet; with `whole`, none as long as its last character is not complete."""
-        before = self._decode(self.ids[self.start : self.given])
-        text = self._decode(self.ids[self.start :])
-        if whole and text.endswith(REPLACEMENT):
-            return ""
-        self.start, self.given = self.given, len(self.ids)
-        return text[len(before) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
 
 
 class Stop:
@@ -140,7 +113,7 @@ class Deltas:
         self.ids: list[int] = []
         self.thought, self.answer = (Part(stops, strip=reader is not None) for _ in range(2))
         self.detokenizer = Detokenizer(tokenizer)
-        self.said: Reading | None = None  # the whole row, at its end
+        self.said: ParsedRow | None = None  # the whole row, at its end
         self.held: list[tuple[int, str]] = []  # tokens that may be part of a tag, with their texts
         if reader is not None:
             tags = sorted((reader.tags.start, *reader.tags.ends), key=len, reverse=True)

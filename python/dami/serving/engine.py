@@ -10,7 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
@@ -24,6 +24,9 @@ from dami.generation.batching import LerpManager, StepLoad, padded
 from dami.generation.sampling import Logprobs, Sampling
 from dami.serving.controller import IntensityController
 from dami.upstream import forget_handler
+
+if TYPE_CHECKING:  # of a module that needs FastAPI, which the engine does not
+    from dami.serving.schema import FinishReason
 
 GIB = 1 << 30
 PAGE = 16  # tokens of a block: prompts share whole blocks only
@@ -106,7 +109,7 @@ class Row:
     max_tokens: int
     ends: frozenset[int]
     arrival: float
-    reason: str | None = None
+    reason: FinishReason | None = None
     first_token: float | None = None
     seen: int = 0
     news: asyncio.Queue[list[Token] | Exception | None] = field(default_factory=asyncio.Queue)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import Callable
-from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import HTTPException
 from fastapi.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dami.serving.responses import error
 
@@ -32,7 +32,7 @@ class Gate:
 
     def __init__(
         self,
-        app: Any,
+        app: ASGIApp,
         *,
         api_keys: tuple[str, ...],
         allowed_hosts: tuple[str, ...],
@@ -46,13 +46,13 @@ class Gate:
         self.hosts = {host.lower() for host in allowed_hosts}
         self.max_body, self.read_timeout = max_body, read_timeout
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
 
-        async def counted(message: Any) -> None:
+        async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self.count(getattr(scope.get("route"), "path", "other"), message["status"])
             await send(message)
@@ -64,7 +64,7 @@ class Gate:
         received, whole = 0, False
         end = asyncio.get_running_loop().time() + self.read_timeout
 
-        async def limited() -> Any:
+        async def limited() -> Message:
             nonlocal received, whole
             if whole:
                 return await receive()  # the client's leaving

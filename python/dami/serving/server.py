@@ -2,6 +2,6 @@
 
 from dami.serving.app import create_app
 from dami.serving.listening import run
-from dami.serving.service import Settings
+from dami.serving.service import ServiceSettings as Settings
 
 __all__ = ["Settings", "create_app", "run"]

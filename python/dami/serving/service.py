@@ -6,24 +6,29 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fastapi import Request
+from transformers import GenerationConfig
 
 from dami.callers import CALLERS, DEFAULT_INTENSITY
 from dami.chat import ChatTemplate, render
 from dami.dial.values import Intensity
 from dami.generation.sampling import Sampling
-from dami.serving.deltas import Delta, Deltas, Stop
-from dami.serving.engine import Engine, EngineDead, Row, Token
+from dami.serving.active import ActiveChoice, ActiveRequest
+from dami.serving.deltas import Deltas, Stop
+from dami.serving.detokenizing import Offsets
+from dami.serving.engine import Engine
+from dami.serving.formatting import ChatFormat, CompletionFormat, Format
 from dami.serving.gate import check_key
 from dami.serving.lanes import Lanes
 from dami.serving.metrics import Metrics
 from dami.serving.protocol import BadRequest, ChatRequest, CompletionRequest
-from dami.serving.responses import as_event, as_json, chunk_of, error, finite_logprob
-from dami.serving.token_bytes import Offsets, TokenBytes
+from dami.serving.responses import as_json
+from dami.serving.schema import Model
+from dami.serving.token_bytes import TokenBytes
 from dami.thoughts import Reader
 
 T = TypeVar("T")
@@ -32,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServiceSettings:
     """What a server is told beside its engine.
 
     Attributes:
@@ -65,127 +70,24 @@ class Settings:
             check_key(key, "api_keys")
 
 
-@dataclass(eq=False)
-class Choice:
-    """One of a response's choices while it comes.
-
-    Attributes:
-        index: its place.
-        row: where its tokens come from.
-        deltas: turns them into text.
-        offsets: where they begin in the text.
-        tokens: all that have come.
-        reason: why it ended.
-    """
-
-    index: int
-    row: Row
-    deltas: Deltas
-    offsets: Offsets
-    tokens: list[Token] = field(default_factory=list)
-    reason: str | None = None
-
-    async def news(self) -> AsyncIterator[tuple[Delta, list[Token]]]:
-        """What comes, with the tokens of which it is the text; the last when `reason` is known."""
-        fresh: list[Token] = []
-        async for tokens in self.row:
-            given = Delta()
-            for token in tokens:
-                self.tokens.append(token)
-                fresh.append(token)
-                if token.id not in self.row.ends:
-                    more = self.deltas.push(token.id)
-                    given = Delta(given.thought + more.thought, given.answer + more.answer)
-                if self.deltas.stopped:
-                    self.row.cancel(complete=True)
-                    self.reason = "stop"
-                    yield given, fresh
-                    return
-            if given.thought or given.answer:
-                yield given, fresh
-                fresh = []
-        self.reason = self.row.reason
-        yield await asyncio.to_thread(self.deltas.finish, self.reason == "stop"), fresh
-
-    def reasoning_tokens(self) -> int:
-        reader, said = self.deltas.reader, self.deltas.said
-        if reader is None:
-            return 0
-        if said is None:  # a stop string ended it
-            said = reader.read([token.id for token in self.tokens], inside=self.deltas.given_inside, finished=True)
-        return sum(len(segment.ids) for segment in said.segments if segment.kind == "thought")
+Settings = ServiceSettings  # its old name
 
 
-@dataclass(eq=False)
-class Answering:
-    """A request that has been taken in.
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """How tokens are drawn where a request does not say, and how many at most."""
 
-    Attributes:
-        body: what was asked.
-        id: of the response.
-        prompt_tokens: of all prompts.
-        choices: of the response.
-        created: seconds since 1970.
-    """
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int | None = None
 
-    body: ChatRequest | CompletionRequest
-    id: str
-    prompt_tokens: int
-    choices: list[Choice]
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    @property
-    def intensity(self) -> float | None:
-        """λ granted, if all prompts got the same."""
-        granted = {choice.row.intensity for choice in self.choices}
-        return granted.pop() if len(granted) == 1 else None
-
-    def cancel(self) -> None:
-        for choice in self.choices:
-            choice.row.cancel()
-
-    def usage(self) -> dict[str, Any]:
-        tokens = sum(len(choice.tokens) for choice in self.choices)
-        usage = {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": tokens,
-            "total_tokens": self.prompt_tokens + tokens,
-        }
-        reasoning = sum(choice.reasoning_tokens() for choice in self.choices)
-        return usage | {"completion_tokens_details": {"reasoning_tokens": reasoning}}
-
-    async def collect(self) -> None:
-        """Lets all choices come to their ends."""
-
-        async def drain(choice: Choice) -> None:
-            async for _ in choice.news():
-                pass
-
-        await asyncio.gather(*map(drain, self.choices))
-
-    async def news(self) -> AsyncIterator[tuple[Choice, Delta, list[Token]]]:
-        """What comes to any choice; no faster than it is taken."""
-        queue: asyncio.Queue[Any] = asyncio.Queue(1)
-
-        async def pump(choice: Choice) -> None:
-            try:
-                async for delta, tokens in choice.news():
-                    await queue.put((choice, delta, tokens))
-            except Exception as failure:
-                await queue.put(failure)
-
-        pumps = [asyncio.create_task(pump(choice)) for choice in self.choices]
-        try:
-            running = len(pumps)
-            while running:
-                item = await queue.get()
-                if isinstance(item, Exception):
-                    raise item
-                running -= item[0].reason is not None
-                yield item
-        finally:
-            for task in pumps:
-                task.cancel()
+    @classmethod
+    def of(cls, config: GenerationConfig) -> SamplingDefaults:
+        """As a model's generation config has it, or else as OpenAI does."""
+        names = ("temperature", "top_p", "top_k") if config.do_sample is not False else ()
+        said = {name: getattr(config, name, None) for name in names} | {"max_tokens": config.max_new_tokens}
+        return cls(**{name: value for name, value in said.items() if value is not None})
 
 
 class Service:
@@ -197,17 +99,19 @@ class Service:
         settings: of the server.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Any, settings: Settings) -> None:
+    def __init__(self, engine: Engine, tokenizer: Any, settings: ServiceSettings) -> None:
         self.engine, self.tokenizer, self.settings = engine, tokenizer, settings
         self.metrics = Metrics(lambda: engine.load, lambda: engine.death is None, engine.controller)
         self.reader, self.token_bytes = Reader.of(tokenizer), TokenBytes(tokenizer)
         self.vocabulary = engine.model.get_input_embeddings().num_embeddings
         self.most_characters = engine.max_model_len * max(map(len, tokenizer.get_vocab()))
         self.lanes = Lanes()
-        self.defaults = sampling_defaults(engine.model)
+        self.chat_format = ChatFormat(settings.name, self.token_bytes)
+        self.completion_format = CompletionFormat(settings.name, self.token_bytes)
+        self.defaults = SamplingDefaults.of(engine.model.generation_config)
         self.created = int(time.time())
 
-    def model_object(self) -> dict[str, Any]:
+    def model_object(self) -> Model:
         """The model as OpenAI describes one, and what can be asked of its dial."""
         return {
             "id": self.settings.name,
@@ -224,7 +128,7 @@ class Service:
             },
         }
 
-    async def chat(self, body: ChatRequest) -> Answering:
+    async def chat(self, body: ChatRequest) -> ActiveRequest:
         self._check(body, 1)
         messages = [message.plain() for message in body.messages]
         size = sum(len(text) for message in messages for text in message.values())
@@ -238,7 +142,7 @@ class Service:
             text, ids = await self.lanes.run(size, self._encode_chat, messages, template, intensities[0])
         return await self._begin(body, "chatcmpl", [ids], intensities, self.reader, self.reader.opens(text))
 
-    async def complete(self, body: CompletionRequest) -> Answering:
+    async def complete(self, body: CompletionRequest) -> ActiveRequest:
         self._check(body, len(body.prompts))
         prompts = [await self.lanes.run(len(prompt), self._encode, prompt, "prompt") for prompt in body.prompts]
         for prompt in prompts:
@@ -363,7 +267,7 @@ class Service:
                 field if len(prompt) < most else body.prompt_field,
                 "context_length_exceeded",
             )
-        return wanted or min(most - len(prompt), self.defaults["max_tokens"] or most)
+        return wanted or min(most - len(prompt), self.defaults.max_tokens or most)
 
     async def _begin(
         self,
@@ -373,14 +277,14 @@ class Service:
         intensities: Sequence[float],
         reader: Reader | None,
         inside: bool,
-    ) -> Answering:
+    ) -> ActiveRequest:
         """Submits all rows of a request, or none."""
         rooms = [self._room(body, prompt) for prompt in prompts]
         ends = frozenset(() if body.ignore_eos else self.engine.ends) | frozenset(body.stop_token_ids or ())
         seed = secrets.randbits(62) if body.seed is None else body.seed
         sampling = {name: self._setting(body, name) for name in ("temperature", "top_p", "top_k")}
         stops = [*map(Stop, body.stops)]
-        answering = Answering(body, f"{prefix}-{secrets.token_hex(12)}", sum(map(len, prompts)), [])
+        request = ActiveRequest(body, f"{prefix}-{secrets.token_hex(12)}", sum(map(len, prompts)), [])
         try:
             for prompt, intensity, room in zip(prompts, intensities, rooms, strict=True):
                 for each in range(body.n or 1):
@@ -392,27 +296,27 @@ class Service:
                         ends,
                     )
                     deltas = Deltas(self.tokenizer, reader, inside, stops)
-                    choice = Choice(len(answering.choices), row, deltas, Offsets(self.token_bytes))
-                    answering.choices.append(choice)
+                    choice = ActiveChoice(len(request.choices), row, deltas, Offsets(self.tokenizer))
+                    request.choices.append(choice)
                     await asyncio.sleep(0)  # there may be many
         except BaseException:
-            answering.cancel()
+            request.cancel()
             raise
         for intensity in intensities:
             self.metrics.intensity.observe(intensity)
-        self.metrics.prompt_tokens.inc(answering.prompt_tokens)
-        return answering
+        self.metrics.prompt_tokens.inc(request.prompt_tokens)
+        return request
 
     def _setting(self, body: ChatRequest | CompletionRequest, name: str) -> Any:
         value = getattr(body, name)
-        value = self.defaults[name] if value is None else value
+        value = getattr(self.defaults, name) if value is None else value
         return max(value, 0)  # a top_k of −1 is vLLM's word for none
 
-    def end(self, answering: Answering) -> None:
+    def end(self, request: ActiveRequest) -> None:
         """Counts an answer that has come to its end, or cuts it off."""
-        answering.cancel()
+        request.cancel()
         now = time.monotonic()
-        for choice in answering.choices:
+        for choice in request.choices:
             row, tokens = choice.row, len(choice.tokens)
             self.metrics.finished.labels(choice.reason or "cancelled").inc()
             self.metrics.generated_tokens.inc(tokens)
@@ -422,123 +326,11 @@ class Service:
                     self.metrics.per_token.observe((now - row.first_token) / (tokens - 1))
             self.metrics.whole.observe(now - row.arrival)
 
-    def common(self, answering: Answering, kind: str, choice: Choice | None = None) -> dict[str, Any]:
-        """What a response has, and each of its chunks, which is of one choice."""
-        return {
-            "id": answering.id,
-            "object": kind,
-            "created": answering.created,
-            "model": self.settings.name,
-            "intensity": answering.intensity if choice is None else choice.row.intensity,
-        }
-
-    async def chat_events(self, answering: Answering) -> AsyncIterator[str]:
-        for choice in answering.choices:
-            common = self.common(answering, "chat.completion.chunk", choice)
-            yield as_event(common | {"choices": [chunk_of(choice.index, {"role": "assistant", "content": ""})]})
-        async for choice, delta, tokens in answering.news():
-            content = {"reasoning_content": delta.thought, "content": delta.answer}
-            chunk = chunk_of(choice.index, {key: text for key, text in content.items() if text}, choice.reason)
-            if answering.body.wanted_logprobs is not None:
-                chunk["logprobs"] = self.chat_logprobs(tokens)
-            yield as_event(self.common(answering, "chat.completion.chunk", choice) | {"choices": [chunk]})
-
-    async def completion_events(self, answering: Answering) -> AsyncIterator[str]:
-        async for choice, delta, tokens in answering.news():
-            chunk = {"index": choice.index, "text": delta.answer, "logprobs": None, "finish_reason": choice.reason}
-            if answering.body.wanted_logprobs is not None:
-                chunk["logprobs"] = self.completion_logprobs(choice, tokens)
-            yield as_event(self.common(answering, "text_completion", choice) | {"choices": [chunk]})
-
-    async def events(self, answering: Answering) -> AsyncIterator[str]:
-        """All server-sent events of an answer."""
-        chat = isinstance(answering.body, ChatRequest)
-        options = answering.body.stream_options
-        try:
-            async for event in self.chat_events(answering) if chat else self.completion_events(answering):
-                yield event
-            if options is not None and options.include_usage:
-                common = self.common(answering, "chat.completion.chunk" if chat else "text_completion")
-                yield as_event(common | {"choices": [], "usage": await asyncio.to_thread(answering.usage)})
-            yield "data: [DONE]\n\n"
-        except EngineDead as dead:
-            yield f"data: {bytes(error(500, f'the engine has died: {dead}').body).decode()}\n\n"
-
-    async def collected(self, answering: Answering, whole: Callable[[Answering], dict[str, Any]]) -> bytes:
+    async def collected(self, request: ActiveRequest, form: Format) -> bytes:
         """A whole response as JSON."""
-        await answering.collect()
-        size = sum(len(choice.tokens) for choice in answering.choices) * (1 + (answering.body.wanted_logprobs or 0))
-        return await self.lanes.run(size, lambda: as_json(whole(answering)))
-
-    def chat_response(self, answering: Answering) -> dict[str, Any]:
-        choices = []
-        for choice in answering.choices:
-            said = choice.deltas.said  # None where a stop string ended it
-            thought = choice.deltas.thought.text if said is None else said.thought
-            message = {"role": "assistant", "content": choice.deltas.answer.text if said is None else said.answer}
-            if thought:
-                message["reasoning_content"] = thought
-            logprobs = None if answering.body.wanted_logprobs is None else self.chat_logprobs(choice.tokens)
-            choices.append(
-                {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.reason}
-            )
-        return self.common(answering, "chat.completion") | {"choices": choices, "usage": answering.usage()}
-
-    def completion_response(self, answering: Answering) -> dict[str, Any]:
-        choices = []
-        for choice in answering.choices:
-            logprobs = None
-            if answering.body.wanted_logprobs is not None:
-                logprobs = self.completion_logprobs(choice, choice.tokens)
-            said = {"text": choice.deltas.answer.text, "intensity": choice.row.intensity}
-            choices.append({"index": choice.index, **said, "logprobs": logprobs, "finish_reason": choice.reason})
-        return self.common(answering, "text_completion") | {"choices": choices, "usage": answering.usage()}
-
-    def chat_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        def entry(token: int, logprob: float) -> dict[str, Any]:
-            text, spelled = self.token_bytes.text(token), list(self.token_bytes(token))
-            return {"token": text, "logprob": finite_logprob(logprob), "bytes": spelled}
-
-        return {
-            "content": [
-                entry(token.id, token.logprobs.chosen) | {"top_logprobs": [entry(*each) for each in token.logprobs.top]}
-                for token in tokens
-                if token.logprobs is not None
-            ]
-        }
-
-    def completion_logprobs(self, choice: Choice, tokens: Sequence[Token]) -> dict[str, Any]:
-        """Those of a choice's next tokens."""
-        found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for token in tokens:
-            if token.logprobs is None:
-                continue
-            top: dict[str, float] = {}
-            for each, logprob in ({token.id: token.logprobs.chosen} | dict(token.logprobs.top)).items():
-                text = self.token_bytes.text(each)
-                top[f"token_id:{each}" if text in top else text] = finite_logprob(logprob)
-            found["tokens"].append(self.token_bytes.text(token.id))
-            found["token_logprobs"].append(finite_logprob(token.logprobs.chosen))
-            found["top_logprobs"].append(top)
-            found["text_offset"].append(choice.offsets.push(token.id))
-        return found
-
-
-def sampling_defaults(model: Any) -> dict[str, Any]:
-    """How tokens are drawn where a request does not say: as the model's generation config has it."""
-    config = model.generation_config
-    sampled = config.do_sample is not False
-
-    def of(name: str, otherwise: float) -> Any:
-        value = getattr(config, name, None)
-        return value if sampled and value is not None else otherwise
-
-    return {
-        "temperature": of("temperature", 1.0),
-        "top_p": of("top_p", 1.0),
-        "top_k": of("top_k", 0),
-        "max_tokens": config.max_new_tokens,
-    }
+        await request.collect()
+        size = sum(len(choice.tokens) for choice in request.choices) * (1 + (request.body.wanted_logprobs or 0))
+        return await self.lanes.run(size, lambda: as_json(form.whole(request)))
 
 
 class Gone(Exception):

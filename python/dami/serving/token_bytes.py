@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 from typing import Any
 
@@ -24,7 +23,6 @@ class TokenBytes:
         self._byte = {char: byte for byte, char in bytes_to_unicode().items()} if "ByteLevel" in decoder else {}
         self._space = "▁" if "▁" in decoder else None
         self._added = tokenizer.added_tokens_decoder
-        self._special = frozenset(tokenizer.all_special_ids)
 
     def __call__(self, token: int) -> bytes:
         """What a token stands for, be it special or not."""
@@ -45,22 +43,3 @@ class TokenBytes:
             return said.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in said)
-
-    def is_special(self, token: int) -> bool:
-        """Whether texts leave it out."""
-        return token in self._special
-
-
-class Offsets:
-    """Where tokens begin in the text that they make, in characters."""
-
-    def __init__(self, token_bytes: TokenBytes) -> None:
-        self.token_bytes, self.length = token_bytes, 0
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token: int) -> int:
-        """How many characters were complete before this token, which comes next."""
-        before = self.length
-        if not self.token_bytes.is_special(token):
-            self.length += len(self.decoder.decode(self.token_bytes(token)))
-        return before

@@ -7,7 +7,7 @@ from typing import Any
 
 import dami
 import pytest
-from dami.serving.deltas import Deltas, Detokenizer, Part, Stop
+from dami.serving.deltas import Deltas, Part, Stop
 from dami.thoughts import Reader
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -145,14 +145,3 @@ def test_without_a_reader_text_stands_as_it_is() -> None:
     row = " <think>a b</think> z "
     answer = "".join(deltas.push(token).answer for token in ids_of(row)) + deltas.finish(True).answer
     assert answer == tokenizer().decode(ids_of(row), skip_special_tokens=True)
-
-
-def test_characters_come_whole() -> None:
-    detokenizer = Detokenizer(tokenizer())
-    ids = ids_of("日🙂é")
-    assert len(ids) > 3
-    pieces = [detokenizer.push(token) for token in ids]
-    assert "".join(pieces) == "日🙂é"
-    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
-    detokenizer.push(ids[0])
-    assert "\N{REPLACEMENT CHARACTER}" in detokenizer.rest()  # at the end, an incomplete one is what it is

@@ -19,13 +19,14 @@ from typing import Any
 
 import httpx
 import pytest
+from dami.serving.active import ActiveChoice
 from dami.serving.bodies import DECODER, read
 from dami.serving.deltas import Deltas
+from dami.serving.detokenizing import Offsets
 from dami.serving.engine import Limits, Row
 from dami.serving.lanes import SHORT, Lanes
 from dami.serving.protocol import BadRequest, ChatRequest, CompletionRequest
-from dami.serving.service import Choice, Settings
-from dami.serving.token_bytes import Offsets, TokenBytes
+from dami.serving.service import ServiceSettings
 
 from tests.dami.serving.test_server import CHAT, COMPLETIONS, Running, asked, shipped, until
 
@@ -60,7 +61,7 @@ class Callbacks:
 def watched() -> Iterator[tuple[Running, Callbacks]]:
     with pytest.MonkeyPatch.context() as patch:
         callbacks = Callbacks(patch)
-        with Running(*shipped(), Limits(kv_memory=0.3), Settings(name="pair")) as server:
+        with Running(*shipped(), Limits(kv_memory=0.3), ServiceSettings(name="pair")) as server:
             callbacks.thread = server.thread
             yield server, callbacks
 
@@ -166,7 +167,7 @@ def test_a_backlog_of_tokens_is_taken_in_turns() -> None:
 
         counting = asyncio.create_task(count())
         await asyncio.sleep(0)
-        choice = Choice(0, row, deltas, Offsets(TokenBytes(tokenizer)))
+        choice = ActiveChoice(0, row, deltas, Offsets(tokenizer))
         async for _ in choice.news():
             pass
         counting.cancel()

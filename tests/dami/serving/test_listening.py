@@ -17,7 +17,7 @@ import httpx
 import pytest
 from dami.serving.gate import check_key
 from dami.serving.listening import connection_limits
-from dami.serving.service import Settings
+from dami.serving.service import ServiceSettings
 
 ROOT = Path(__file__).resolve().parents[3]
 DESCRIPTORS = 128
@@ -190,7 +190,7 @@ def test_keys_that_no_request_can_bring(key: str) -> None:
     with pytest.raises(ValueError, match="--api-key must hold printable ASCII that neither begins nor ends"):
         check_key(key, "--api-key")
     with pytest.raises(ValueError, match="api_keys must hold printable ASCII"):
-        Settings(api_keys=("good", key))
+        ServiceSettings(api_keys=("good", key))
 
 
 def test_too_few_descriptors() -> None:

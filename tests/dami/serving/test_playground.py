@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from itertools import count
+from contextlib import ExitStack, contextmanager
+from itertools import combinations, count
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import httpx
 import pytest
+from dami.evaluation.tasks import last_word
 from dami.serving.engine import Load
 from dami.serving.playground import FILES, read_frontier
+from PIL import Image
 
-from benchmarks.serving.server import Server
+from benchmarks.serving.server import Server, serving
 from tests.dami.serving.conftest import KEY, POINTS
 from tests.dami.serving.test_server import running
 
@@ -77,6 +81,7 @@ class Page:
         """Compares answers, greedily."""
         self.fill("#prompt", prompt)
         self.fill("#lams", lams)
+        self.browser.execute_script("document.querySelector('.settings').open = true")
         self.fill("#temperature", "0")
         self.one("#run").click()
         self.until(lambda: self.status() == "Done")
@@ -213,26 +218,133 @@ def test_the_frontier_of_the_pair_is_drawn(page: Page) -> None:
     assert heights == sorted(heights, reverse=True)  # more accurate, higher up
 
 
+@contextmanager
+def screen(page: Page, width: int, scheme: str) -> Iterator[None]:
+    """A screen so many pixels wide, without a scroll bar as on a phone, for people who like it light or dark."""
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+    page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        yield
+    finally:
+        page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def fits(page: Page, width: int) -> bool:
+    """Whether nothing reaches beyond the page's edge, hidden or not."""
+    widest = """return Math.max(document.documentElement.scrollWidth,
+        ...[...document.querySelectorAll("body *")].map((element) => element.getBoundingClientRect().right))"""
+    return page.browser.execute_script(widest) <= width
+
+
 @in_chromium
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("width", [360, 400, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_is_accessible_and_fits(page: Page, width: int, scheme: str) -> None:
     axe = pytest.importorskip("axe_selenium_python").Axe(page.browser)
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    try:
+    with screen(page, width, scheme):
         page.one(".settings").get_property("open") or page.one(".settings summary").click()
         for card in page.ask(HARD, "0, 1"):
             if card.find_element("css selector", "details").is_displayed():
                 card.find_element("css selector", "summary").click()
         axe.inject()
         assert axe.report(axe.run()["violations"]) == "Found 0 accessibility violations:"
+        assert fits(page, width)
         page.one("[name=view][value=one]").click()
-        assert page.browser.execute_script("return document.documentElement.scrollWidth") <= width
-    finally:
-        page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        assert fits(page, width)
+
+
+@in_chromium
+@pytest.mark.parametrize("width", [360, 400, 1280])
+def test_the_frontier_is_drawn_as_wide_as_there_is_room_in_letters_of_one_size(page: Page, width: int) -> None:
+    with screen(page, width, "light"):
+        page.ask("gcd(84, 36)", "0")
+        page.until(lambda: page.all("#picture .lam"))
+        whole = page.one("#picture").rect
+        drawn = page.browser.execute_script("return document.getElementById('picture').viewBox.baseVal.width")
+        assert drawn == pytest.approx(whole["width"], abs=1)  # so letters are as large as they were written
+        texts = [text.rect for text in page.all("#picture text")]
+        assert all(10 < text["height"] < 20 for text in texts)
+        for text in texts:
+            assert whole["x"] <= text["x"]
+            assert text["x"] + text["width"] <= whole["x"] + whole["width"]
+        names = page.all("#picture .lam")
+        assert {"λ = 0", "λ = 1"} <= {name.text for name in names}
+        for one, other in combinations([name.rect for name in names], 2):
+            assert (
+                one["x"] + one["width"] <= other["x"]
+                or other["x"] + other["width"] <= one["x"]
+                or (one["y"] + one["height"] <= other["y"] or other["y"] + other["height"] <= one["y"])
+            )
+
+
+@in_chromium
+def test_the_tab_s_title_names_the_model(page: Page) -> None:
+    page.ask("gcd(84, 36)", "0")
+    assert page.browser.title == "shipped · dami playground"
+
+
+@in_chromium
+@pytest.mark.parametrize(
+    ("prompt", "known"),
+    [
+        ("2 + 3 - 10 =", "-5"),
+        ("What is this sum: 47 + 38 - 12", "73"),
+        ("-4 - 6=", "-10"),
+        ("gcd(84, 36)", ""),
+        ("In 2024", ""),
+        ("3 * 2 + 1 =", ""),
+        ("12 * 23 + 1 =", ""),
+        ("x - 2 + 3 =", ""),
+        ("x -2 + 3 =", ""),
+        ("2.5 + 3 =", ""),
+        ("5 =", ""),
+    ],
+)
+def test_the_page_knows_the_answer_to_a_sum(page: Page, prompt: str, known: str) -> None:
+    page.fill("#prompt", prompt)
+    assert page.one("#known").get_property("value") == known
+
+
+@in_chromium
+@pytest.mark.parametrize("known", ["206", "7", "two-three", "12", ""])
+def test_answers_are_judged_where_the_right_one_is_known(page: Page, server: Server, known: str) -> None:
+    page.fill("#prompt", HARD)
+    assert page.one("#known").get_property("value") == "206"
+    said = [asked_directly(server, HARD, lam)["choices"][0]["message"]["content"] for lam in (0, 1)]
+    page.fill("#lams", "0, 1")
+    page.fill("#temperature", "0")
+    page.fill("#known", known)
+    page.one("#run").click()
+    page.until(lambda: page.status() == "Done")
+    wanted = ["✓ right" if last_word(text, known) else f"✗ wrong, the answer is {known}" for text in said]
+    assert [each.text for each in page.all(".verdict")] == (wanted if known else ["", ""])
+    assert known != "206" or "✓ right" in wanted
+
+
+@in_chromium
+def test_the_picture_in_the_docs_is_of_this_page(browser: Any, tmp_path: Path) -> None:
+    """Of the shipped pair with its own frontier; `make screenshot` names the file of the docs."""
+    with serving("--invariant", threads=1) as shipped:
+        page = Page(browser, shipped.url)
+        page.until(lambda: browser.title.startswith("shipped"))
+        with screen(page, 1280, "light"):
+            cards = page.ask("53 + 33 + 64 + 75 + 17 + 98 =", "0, 0.3, 0.6, 1")
+            verdicts = [card.find_element("css selector", ".verdict").text for card in cards]
+            assert verdicts == ["✗ wrong, the answer is 340", *["✓ right"] * 3]
+            cards[3].find_element("css selector", "summary").click()
+            page.one(".settings[open] summary").click()
+            page.until(lambda: page.all("#picture .lam"))
+            shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
+        assert page.complaints() == []
+    picture = Path(os.environ.get("PLAYGROUND_PICTURE", tmp_path / "playground.png"))
+    picture.write_bytes(base64.b64decode(shot["data"]))
+    docs = Path(__file__).resolve().parents[3] / "docs/images/playground.png"
+    for file in (picture, docs):
+        with Image.open(file) as image:
+            assert image.width == 1280
+            assert image.height > 1000
 
 
 def test_the_page_needs_no_key_nothing_from_elsewhere_and_no_script_of_others(server: Server) -> None:

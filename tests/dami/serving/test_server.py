@@ -29,7 +29,7 @@ from dami.chat import ask
 from dami.serving.app import create_app
 from dami.serving.engine import Engine, Limits
 from dami.serving.listening import Connection
-from dami.serving.service import Settings
+from dami.serving.service import ServiceSettings
 
 QUESTIONS = [f"What is {n} + 69 - 18?" for n in (42, 88)]
 LAM = [0.0, 0.3, 0.5, 0.8, 1.0, 1.2]
@@ -45,7 +45,9 @@ def asked(question: str = QUESTIONS[0], **options: Any) -> dict[str, Any]:
 class Running:
     """A server in a thread."""
 
-    def __init__(self, model: Any, tokenizer: Any, limits: Limits, settings: Settings, controller: Any = None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, limits: Limits, settings: ServiceSettings, controller: Any = None
+    ) -> None:
         self.engine = Engine(model, limits, controller)
         self.app = create_app(self.engine, tokenizer, settings)
         with socket.socket() as free:
@@ -100,10 +102,10 @@ def shipped(**options: Any) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def running(
-    limits: Limits = LIMITS, settings: Settings | None = None, controller: Any = None, model: Any = None
+    limits: Limits = LIMITS, settings: ServiceSettings | None = None, controller: Any = None, model: Any = None
 ) -> Iterator[Running]:
     loaded, tokenizer = shipped()
-    with Running(model or loaded, tokenizer, limits, settings or Settings(name="pair"), controller) as server:
+    with Running(model or loaded, tokenizer, limits, settings or ServiceSettings(name="pair"), controller) as server:
         yield server
 
 
@@ -531,7 +533,7 @@ def test_a_slow_reader_does_not_hold_up_others(server: Running) -> None:
 
 
 def test_keys_sizes_and_numbers_are_limited() -> None:
-    settings = Settings(name="pair", api_keys=("one", "two"), max_body=2000, intensity_range=(0.0, 1.0))
+    settings = ServiceSettings(name="pair", api_keys=("one", "two"), max_body=2000, intensity_range=(0.0, 1.0))
     with running(Limits(kv_memory=0.05, max_requests=8, max_model_len=100), settings) as server:
         assert server.post(CHAT, asked()).status_code == 401
         assert server.post(CHAT, asked(), headers={"Authorization": "Bearer three"}).json()["error"]["code"] == (
@@ -622,7 +624,7 @@ def test_auto(alone: Callable[..., Any]) -> None:
     estimator = ByLength()
     dami.attach(model, estimator)
     questions = ["What is 4 + 5?", "What is 42 + 69 - 18 + 12 - 7?"]
-    with running(settings=Settings(name="pair", default_intensity="auto"), model=model) as server:
+    with running(settings=ServiceSettings(name="pair", default_intensity="auto"), model=model) as server:
 
         async def both() -> list[httpx.Response]:
             async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
@@ -762,7 +764,7 @@ def test_a_conversation_may_be_put_through_the_template_that_its_lam_asks_for() 
     model, tokenizer = shipped()
     plain = tokenizer.chat_template
     tokenizer.chat_template = {"default": plain, "instruct": plain, "thinking": plain + "{{ '<think>' }}"}
-    settings = Settings(name="pair", chat_template=0.5)
+    settings = ServiceSettings(name="pair", chat_template=0.5)
     with Running(model, tokenizer, LIMITS, settings) as server:
         below, above = (server.post(CHAT, asked(intensity=lam)).json() for lam in (0.4, 0.6))
     assert above["usage"]["prompt_tokens"] == below["usage"]["prompt_tokens"] + 1
@@ -775,7 +777,7 @@ def test_models_that_cannot_be_batched_do_not_start() -> None:
 
     _, tokenizer = shipped()
     model = dami.patch_model(*architectures.pair(GPTNeoXConfig))
-    app = create_app(Engine(model, LIMITS), tokenizer, Settings())
+    app = create_app(Engine(model, LIMITS), tokenizer, ServiceSettings())
 
     async def start() -> None:
         async with app.router.lifespan_context(app):
@@ -804,7 +806,7 @@ def test_a_default_that_the_pair_does_not_have_is_refused() -> None:
     model, tokenizer = shipped()
     engine = Engine(model, LIMITS)
     with pytest.raises(ValueError, match=r"default_intensity must be a number, a preset, of which the model has none"):
-        create_app(engine, tokenizer, Settings(default_intensity="high"))
+        create_app(engine, tokenizer, ServiceSettings(default_intensity="high"))
 
 
 @pytest.mark.slow

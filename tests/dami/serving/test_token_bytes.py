@@ -1,42 +1,21 @@
-"""Bytes and offsets of single tokens put together are those of the text, whatever a tokenizer spells them with."""
+"""Bytes of single tokens put together are those of the text, whatever a tokenizer spells them with."""
 
 from __future__ import annotations
 
-from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
-import dami
 import pytest
 from dami.generation.sampling import Logprobs
+from dami.serving.detokenizing import Offsets
 from dami.serving.engine import Token
-from dami.serving.service import Service
-from dami.serving.token_bytes import Offsets, TokenBytes
+from dami.serving.formatting import CompletionFormat
+from dami.serving.token_bytes import TokenBytes
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
-WORDS = ["a", "b ", "\n", "  ", "é", "日本", "🙂", "7", "\N{REPLACEMENT CHARACTER}"]
-text = st.lists(st.sampled_from(WORDS), max_size=8).map("".join)
-
-
-@cache
-def byte_level() -> Any:
-    return AutoTokenizer.from_pretrained(dami.example_pair()[0])
-
-
-@cache
-def byte_fallback() -> Any:
-    """As SentencePiece makes them: pieces of characters with marks for spaces, and bytes for what is no piece."""
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    pieces = ["<unk>", "</s>", *bytes_, "▁", "a", "b", "é", "▁a", "7"]
-    model = models.BPE({piece: id_ for id_, piece in enumerate(pieces)}, [("▁", "a")], unk_token="<unk>")
-    model.byte_fallback = True
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+from tests.dami.serving.tokenizers_of_kinds import byte_fallback, byte_level, text
 
 
 @pytest.mark.parametrize("make", [byte_level, byte_fallback])
@@ -47,10 +26,6 @@ def test_bytes_of_tokens_are_those_of_the_text(make: Any, said: str) -> None:
     token_bytes = TokenBytes(tokenizer)
     ids = tokenizer(said, add_special_tokens=False)["input_ids"]
     assert b"".join(map(token_bytes, ids)) == said.encode()
-    offsets = Offsets(token_bytes)
-    begins = [offsets.push(id_) for id_ in (*ids, tokenizer.eos_token_id, ids[-1] if ids else 0)]
-    whole = [b"".join(map(token_bytes, ids[:end])).decode(errors="ignore") for end in range(len(ids) + 1)]
-    assert begins == [*map(len, whole), len(said)]
 
 
 @pytest.mark.parametrize("make", [byte_level, byte_fallback])
@@ -74,10 +49,10 @@ def test_a_tokenizer_that_spells_neither_is_asked() -> None:
 
 
 def test_tokens_of_one_text_do_not_hide_each_other() -> None:
-    service = SimpleNamespace(token_bytes=TokenBytes(byte_fallback()))
+    form = CompletionFormat("pair", TokenBytes(byte_fallback()))
     a, byte = byte_fallback().convert_tokens_to_ids(["a", "<0x61>"])
     token = Token(a, Logprobs(-2.0, ((byte, -0.5), (a, -2.0), (0, float("nan")))))
-    choice: Any = SimpleNamespace(offsets=Offsets(service.token_bytes))
-    found = Service.completion_logprobs(service, choice, [token])  # type: ignore[arg-type]
+    choice: Any = SimpleNamespace(offsets=Offsets(byte_fallback()))
+    found = form.logprobs(choice, [token])
     assert found["tokens"] == ["a"]
     assert found["top_logprobs"] == [{"a": -2.0, f"token_id:{byte}": -0.5, "<unk>": -9999.0}]

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, HTTPException
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, JSONResponse
+
+from dami.serving.schema import NO_FRONTIER, Frontier
 
 FILES = Path(__file__).parent
 HEADERS = {
@@ -34,12 +36,12 @@ def routes(frontier: dict[str, Any]) -> APIRouter:
     for path, name in (("/", "index.html"), ("/playground.js", "playground.js"), ("/playground.css", "playground.css")):
         page(path, name)
 
-    @router.get("/v1/frontier", responses={404: {"description": "None is known."}})
-    async def get_frontier() -> dict[str, Any]:
+    @router.get("/v1/frontier", response_model=Frontier, responses=NO_FRONTIER)
+    async def get_frontier() -> JSONResponse:
         """Accuracy and tokens of the pair by λ, as `dami evaluate` measured them."""
         if not frontier:
             raise HTTPException(404, "no frontier of this pair is known: see dami evaluate and --frontier")
-        return frontier
+        return JSONResponse(frontier)
 
     return router
 

@@ -2,6 +2,7 @@
 
 const MOST = 6; // answers side by side: a browser opens no more connections to one server
 const COLORS = [[59, 76, 192], [170, 130, 190], [180, 4, 38]]; // λ = 0, 0.5, 1: cool to warm
+const LEFT = 52; // where the frontier's axis of tokens begins, in pixels
 const $ = (id) => document.getElementById(id);
 
 let model = null;
@@ -42,9 +43,10 @@ async function meet() {
     names = [...(intensity.auto ? ["auto"] : []), ...Object.keys(intensity.presets)];
     [$("number").min, $("number").max] = intensity.range;
     $("model").textContent = `Model: ${model}`;
+    document.title = `${model} · dami playground`;
     $("lams-names").textContent = names.length ? ` or ${names.join(", ")}` : "";
     showNames();
-    if (intensity.frontier) drawFrontier((await get("v1/frontier")).points);
+    if (intensity.frontier) showFrontier((await get("v1/frontier")).points);
     say("");
   } catch (error) {
     say(error.message, true);
@@ -61,6 +63,21 @@ function showNames() {
     $("names").querySelector("legend"), choice("", "as the slider says", true), ...names.map((name) => choice(name, name, false)),
   );
   $("names").hidden = !names.length;
+}
+
+// ---------------------------------------------------------------- right answers
+
+/** What a sum such as "2 + 3 - 4 =" at the end of a prompt comes to; "" if there is none. */
+function sumOf(prompt) {
+  const sum = /(?<!(?:[*/^×÷%(\d.,+-]|\b[a-zA-Z])\s*)-?\d+(?:\s*[-+]\s*\d+)+(?=\s*=?\s*$)/; // not the end of a longer term
+  const terms = prompt.match(sum)?.[0].match(/[-+]?\s*\d+/g);
+  return terms ? String(terms.reduce((sum, term) => sum + Number(term.replace(/\s/g, "")), 0)) : "";
+}
+
+/** As the verifier `word` of `dami evaluate`: whether the last number, or else the last word, is the known one. */
+function isRight(text, known) {
+  const pattern = /^-?\d+$/.test(known) ? /-?\d+/g : /[\p{L}\p{N}_]+/gu;
+  return (text.replaceAll(",", "").match(pattern) ?? []).at(-1) === known;
 }
 
 // ---------------------------------------------------------------- asking
@@ -139,10 +156,12 @@ class Answer {
     this.thought = make("div", { className: "text thought", tabIndex: 0 });
     this.details = make("details", { hidden: true }, this.summary, this.thought);
     this.text = make("div", { className: "text" });
+    this.verdict = make("p", { className: "verdict", hidden: true });
+    this.known = $("known").value.trim();
     this.counts = make("p", { className: "counts" });
     this.card = make(
       "article", { className: "answer" },
-      make("h2", {}, this.title, this.state), this.details, this.text, this.counts,
+      make("h2", {}, this.title, this.state), this.details, this.text, this.verdict, this.counts,
     );
     this.name(lam);
     this.state.textContent = "waiting";
@@ -170,6 +189,7 @@ class Answer {
       for await (const chunk of events(response.body)) this.take(chunk);
       this.state.textContent = this.reason === "length" ? "cut off" : "done";
       this.count();
+      this.judge();
       return true;
     } catch (error) {
       this.state.textContent = signal.aborted ? "stopped" : "failed";
@@ -206,6 +226,14 @@ class Answer {
     this.count();
   }
 
+  judge() {
+    if (!this.known) return;
+    const right = isRight(this.text.textContent, this.known);
+    this.verdict.textContent = right ? "✓ right" : `✗ wrong, the answer is ${this.known}`;
+    this.verdict.classList.toggle("right", right);
+    this.verdict.hidden = false;
+  }
+
   count() {
     if (this.thinking) this.summary.textContent = `Thought, ${plural(this.thinking, "token")}`;
     const parts = [plural(this.tokens, "token")];
@@ -237,12 +265,30 @@ async function* events(stream) {
 
 // ---------------------------------------------------------------- the frontier
 
+function showFrontier(points) {
+  for (const { intensity, tokens, accuracy } of points) {
+    $("points").append(make(
+      "tr", {}, make("td", {}, round(intensity)),
+      make("td", {}, span(tokens, 1, 1)), make("td", {}, `${span(accuracy, 100, 0)} %`),
+    ));
+  }
+  $("frontier-caption").textContent =
+    `Each point is a fixed λ, from ${round(points[0].intensity)} to ${round(points.at(-1).intensity)}; bars hold 95 %.`;
+  $("frontier").hidden = false;
+  new ResizeObserver(() => drawFrontier(points)).observe($("picture").parentElement);
+}
+
+/** Draws the frontier as wide as there is room, in letters of one size. */
 function drawFrontier(points) {
-  const [left, right, top, bottom] = [52, 620, 16, 290];
-  const most = Math.max(...points.map((point) => point.tokens[2]));
-  const x = (tokens) => left + ((right - left) * tokens) / (1.08 * most);
-  const y = (accuracy) => bottom - (bottom - top) * accuracy;
   const picture = $("picture");
+  const width = picture.parentElement.clientWidth;
+  const height = Math.min(340, Math.max(240, 0.55 * width));
+  picture.replaceChildren();
+  picture.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  const [left, right, top, bottom] = [LEFT, width - 12, 32, height - 48];
+  const most = 1.08 * Math.max(...points.map((point) => point.tokens[2]));
+  const x = (tokens) => left + ((right - left) * tokens) / most;
+  const y = (accuracy) => bottom - (bottom - top) * accuracy;
   const draw = (tag, attributes, text = "") => {
     const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
     for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
@@ -255,29 +301,42 @@ function drawFrontier(points) {
     draw("line", { class: share ? "grid" : "axis", x1: left, x2: right, y1: y(share), y2: y(share) });
     draw("text", { x: left - 8, y: y(share) + 4, "text-anchor": "end" }, `${100 * share} %`);
   }
-  for (const tokens of ticks(1.08 * most)) {
+  for (const tokens of ticks(most)) {
     draw("line", { class: "axis", x1: x(tokens), x2: x(tokens), y1: bottom, y2: bottom + 5 });
     draw("text", { x: x(tokens), y: bottom + 20, "text-anchor": "middle" }, tokens);
   }
-  draw("text", { x: (left + right) / 2, y: 332, "text-anchor": "middle" }, "tokens per answer");
-  draw("text", { x: left + 8, y: top + 12 }, "right answers");
+  draw("text", { x: (left + right) / 2, y: height - 8, "text-anchor": "middle" }, "tokens per answer");
+  draw("text", { x: 2, y: 14 }, "right answers");
   const way = points.map((point) => `${x(point.tokens[0])},${y(point.accuracy[0])}`).join(" ");
   draw("polyline", { class: "way", points: way });
-  for (const [i, { intensity, tokens, accuracy }] of points.entries()) {
+  for (const { intensity, tokens, accuracy } of points) {
     const [cx, cy] = [x(tokens[0]), y(accuracy[0])];
     const ink = { stroke: color(intensity), "stroke-width": 1.5, opacity: 0.6 };
     draw("line", { ...ink, x1: x(tokens[1]), x2: x(tokens[2]), y1: cy, y2: cy });
     draw("line", { ...ink, x1: cx, x2: cx, y1: y(accuracy[1]), y2: y(accuracy[2]) });
     draw("circle", { cx, cy, r: 5.5, fill: color(intensity) });
-    draw("text", { x: cx, y: i % 2 ? cy - 12 : cy + 22, "text-anchor": i % 2 ? "end" : "start" }, round(intensity));
-    $("points").append(make(
-      "tr", {}, make("td", {}, round(intensity)),
-      make("td", {}, span(tokens, 1, 1)), make("td", {}, `${span(accuracy, 100, 0)} %`),
-    ));
   }
-  $("frontier-caption").textContent =
-    `Each point is a fixed λ, from ${round(points[0].intensity)} to ${round(points.at(-1).intensity)}; bars hold 95 %.`;
-  $("frontier").hidden = false;
+  nameDots(points.map(({ intensity, tokens, accuracy }, i) => {
+    const name = i && i < points.length - 1 ? round(intensity) : `λ = ${round(intensity)}`;
+    return [x(tokens[0]), y(accuracy[0]), name];
+  }), draw);
+}
+
+/** Writes λ beside each dot where there is room; first and last have it before the others. */
+function nameDots(dots, draw) {
+  const taken = [];
+  const clear = (box, except) =>
+    taken.every((other) => box[0] > other[2] || other[0] > box[2] || box[1] > other[3] || other[1] > box[3]) &&
+    dots.every(([cx, cy], i) => i === except || cx + 6 < box[0] || cx - 6 > box[2] || cy + 6 < box[1] || cy - 6 > box[3]);
+  for (const i of new Set([0, dots.length - 1, ...dots.keys()])) {
+    const [cx, cy, name] = dots[i];
+    const size = 7.5 * name.length;
+    const places = [[cx - 6 - size, cy - 8], [cx + 6, cy + 18], [cx - size / 2, cy - 12], [cx - size / 2, cy + 22]];
+    const place = places.find(([left, base]) => left > LEFT && clear([left, base - 11, left + size, base + 2], i));
+    if (!place) continue;
+    taken.push([place[0] - 2, place[1] - 13, place[0] + size + 2, place[1] + 4]);
+    draw("text", { class: "lam", x: place[0], y: place[1] }, name);
+  }
 }
 
 function ticks(end) {
@@ -329,10 +388,12 @@ $("ask").addEventListener("submit", ask);
 $("stop").addEventListener("click", () => asking?.abort());
 $("slider").addEventListener("input", () => ($("number").value = $("slider").value));
 $("number").addEventListener("input", () => ($("slider").value = $("number").value));
+$("prompt").addEventListener("input", () => ($("known").value = sumOf($("prompt").value)));
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
 });
 for (const radio of document.getElementsByName("view")) radio.addEventListener("change", showView);
 
 showView();
+$("known").value ||= sumOf($("prompt").value);
 meet();

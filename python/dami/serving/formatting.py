@@ -1,0 +1,210 @@
+"""What has been generated, as OpenAI's API writes it: whole or in chunks, as messages or as text."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+
+from dami.serving.active import ActiveChoice, ActiveRequest
+from dami.serving.deltas import Delta
+from dami.serving.engine import EngineDead, Token
+from dami.serving.responses import as_event, error
+from dami.serving.schema import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatLogprobs,
+    Completion,
+    CompletionChoice,
+    CompletionChunk,
+    CompletionChunkChoice,
+    CompletionLogprobs,
+    FinishReason,
+    MessageDelta,
+    Response,
+    TokenLogprob,
+)
+from dami.serving.token_bytes import TokenBytes
+
+
+class Format(ABC):
+    """How one route answers.
+
+    Args:
+        name: of the served model.
+        token_bytes: of its tokenizer.
+    """
+
+    chunk_object: str
+
+    def __init__(self, name: str, token_bytes: TokenBytes) -> None:
+        self.name, self.token_bytes = name, token_bytes
+
+    @abstractmethod
+    def whole(self, request: ActiveRequest) -> ChatCompletion | Completion:
+        """The response to a request that has come to its end."""
+
+    @abstractmethod
+    def chunks(self, request: ActiveRequest) -> AsyncIterator[ChatCompletionChunk | CompletionChunk]:
+        """What comes to a request, each chunk of one choice."""
+
+    async def events(self, request: ActiveRequest) -> AsyncIterator[str]:
+        """All server-sent events of an answer."""
+        options = request.body.stream_options
+        try:
+            async for chunk in self.chunks(request):
+                yield as_event(chunk)
+            if options is not None and options.include_usage:
+                common = self.common(request, self.chunk_object, request.intensity)
+                yield as_event({**common, "choices": [], "usage": await asyncio.to_thread(request.usage)})
+            yield "data: [DONE]\n\n"
+        except EngineDead as dead:
+            yield f"data: {bytes(error(500, f'the engine has died: {dead}').body).decode()}\n\n"
+
+    def common(self, request: ActiveRequest, kind: str, intensity: float | None) -> Response:
+        """What a response has, and each of its chunks."""
+        return {
+            "id": request.id,
+            "object": kind,
+            "created": request.created,
+            "model": self.name,
+            "intensity": intensity,
+        }
+
+
+class ChatFormat(Format):
+    """Messages, with thoughts apart."""
+
+    chunk_object = "chat.completion.chunk"
+
+    def whole(self, request: ActiveRequest) -> ChatCompletion:
+        choices: list[ChatChoice] = []
+        for choice in request.choices:
+            logprobs = None if request.body.wanted_logprobs is None else self.logprobs(choice.tokens)
+            choices.append(
+                {
+                    "index": choice.index,
+                    "message": _message(choice),
+                    "logprobs": logprobs,
+                    "finish_reason": choice.reason,
+                }
+            )
+        common = self.common(request, "chat.completion", request.intensity)
+        return {**common, "choices": choices, "usage": request.usage()}
+
+    async def chunks(self, request: ActiveRequest) -> AsyncIterator[ChatCompletionChunk]:
+        for choice in request.choices:
+            yield self._chunk(request, choice, {"role": "assistant", "content": ""}, None, None)
+        async for choice, delta, tokens in request.news():
+            logprobs = None if request.body.wanted_logprobs is None else self.logprobs(tokens)
+            yield self._chunk(request, choice, _message_delta(delta), logprobs, choice.reason)
+
+    def _chunk(
+        self,
+        request: ActiveRequest,
+        choice: ActiveChoice,
+        delta: MessageDelta,
+        logprobs: ChatLogprobs | None,
+        reason: FinishReason | None,
+    ) -> ChatCompletionChunk:
+        chunk: ChatChunkChoice = {
+            "index": choice.index,
+            "delta": delta,
+            "logprobs": logprobs,
+            "finish_reason": reason,
+        }
+        return {**self.common(request, self.chunk_object, choice.row.intensity), "choices": [chunk]}
+
+    def logprobs(self, tokens: Sequence[Token]) -> ChatLogprobs:
+        def entry(token: int, logprob: float) -> TokenLogprob:
+            text, spelled = self.token_bytes.text(token), list(self.token_bytes(token))
+            return {"token": text, "logprob": finite_logprob(logprob), "bytes": spelled}
+
+        return {
+            "content": [
+                {
+                    **entry(token.id, token.logprobs.chosen),
+                    "top_logprobs": [entry(*each) for each in token.logprobs.top],
+                }
+                for token in tokens
+                if token.logprobs is not None
+            ]
+        }
+
+
+class CompletionFormat(Format):
+    """Text as it stands."""
+
+    chunk_object = "text_completion"
+
+    def whole(self, request: ActiveRequest) -> Completion:
+        choices: list[CompletionChoice] = []
+        for choice in request.choices:
+            logprobs = None if request.body.wanted_logprobs is None else self.logprobs(choice, choice.tokens)
+            choices.append(
+                {
+                    "index": choice.index,
+                    "text": choice.deltas.answer.text,
+                    "intensity": choice.row.intensity,
+                    "logprobs": logprobs,
+                    "finish_reason": choice.reason,
+                }
+            )
+        return {
+            **self.common(request, "text_completion", request.intensity),
+            "choices": choices,
+            "usage": request.usage(),
+        }
+
+    async def chunks(self, request: ActiveRequest) -> AsyncIterator[CompletionChunk]:
+        async for choice, delta, tokens in request.news():
+            chunk: CompletionChunkChoice = {
+                "index": choice.index,
+                "text": delta.answer,
+                "logprobs": None if request.body.wanted_logprobs is None else self.logprobs(choice, tokens),
+                "finish_reason": choice.reason,
+            }
+            yield {**self.common(request, self.chunk_object, choice.row.intensity), "choices": [chunk]}
+
+    def logprobs(self, choice: ActiveChoice, tokens: Sequence[Token]) -> CompletionLogprobs:
+        """Those of a choice's next tokens."""
+        found: CompletionLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token in tokens:
+            if token.logprobs is None:
+                continue
+            top: dict[str, float] = {}
+            for each, logprob in ({token.id: token.logprobs.chosen} | dict(token.logprobs.top)).items():
+                text = self.token_bytes.text(each)
+                top[f"token_id:{each}" if text in top else text] = finite_logprob(logprob)
+            found["tokens"].append(self.token_bytes.text(token.id))
+            found["token_logprobs"].append(finite_logprob(token.logprobs.chosen))
+            found["top_logprobs"].append(top)
+            found["text_offset"].append(choice.offsets.push(token.id))
+        return found
+
+
+def finite_logprob(logprob: float) -> float:
+    """As JSON can hold it: NaN is no greater either."""
+    return logprob if logprob > -9999.0 else -9999.0
+
+
+def _message(choice: ActiveChoice) -> AssistantMessage:
+    said = choice.deltas.said  # None where a stop string ended it
+    thought = choice.deltas.thought.text if said is None else said.thought
+    answer = choice.deltas.answer.text if said is None else said.answer
+    message: AssistantMessage = {"role": "assistant", "content": answer}
+    if thought:
+        message["reasoning_content"] = thought
+    return message
+
+
+def _message_delta(delta: Delta) -> MessageDelta:
+    said: MessageDelta = {}
+    if delta.thought:
+        said["reasoning_content"] = delta.thought
+    if delta.answer:
+        said["content"] = delta.answer
+    return said

@@ -1,0 +1,230 @@
+"""What the server answers, as types: OpenAI's objects, with λ.
+
+Pydantic makes the server's schema of them, and mypy checks what is built. At run time they are plain dicts: a chunk of
+a stream costs no more than its JSON, and a long answer is written without holding up other threads, which Pydantic's
+own models would (`responses.as_json`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI
+from pydantic import ConfigDict, Field, TypeAdapter
+from typing_extensions import NotRequired, TypedDict
+
+FinishReason = Literal["stop", "length"]
+
+GrantedIntensity = Annotated[
+    float | None, Field(description="λ granted; null if the response's prompts got different ones.")
+]
+
+
+class Error(TypedDict):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(TypedDict):
+    error: Error
+
+
+class TokenLogprob(TypedDict):
+    token: Annotated[str, Field(description=r"Its text, or `bytes:\xf0\x9f` where it is a part of a character.")]
+    logprob: float
+    bytes: list[int]
+
+
+class ChosenLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(TypedDict):
+    content: list[ChosenLogprob]
+
+
+class CompletionLogprobs(TypedDict):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionTokensDetails(TypedDict):
+    reasoning_tokens: int
+
+
+class Usage(TypedDict):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    completion_tokens_details: CompletionTokensDetails
+
+
+class AssistantMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str
+    reasoning_content: NotRequired[Annotated[str, Field(description="The thought, if there is one.")]]
+
+
+class ChatChoice(TypedDict):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class MessageDelta(TypedDict):
+    role: NotRequired[Literal["assistant"]]
+    reasoning_content: NotRequired[str]
+    content: NotRequired[str]
+
+
+class ChatChunkChoice(TypedDict):
+    index: int
+    delta: MessageDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class CompletionChunkChoice(TypedDict):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class CompletionChoice(CompletionChunkChoice):
+    intensity: Annotated[float, Field(description="λ granted to its prompt.")]
+
+
+class Response(TypedDict):
+    """What all responses and chunks begin with."""
+
+    id: str
+    object: str
+    created: Annotated[int, Field(description="Seconds since 1970.")]
+    model: str
+    intensity: GrantedIntensity
+
+
+class ChatCompletion(Response):
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatCompletionChunk(Response):
+    choices: Annotated[list[ChatChunkChoice], Field(description="One; none in the chunk that holds the usage.")]
+    usage: NotRequired[Usage]
+
+
+class Completion(Response):
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class CompletionChunk(Response):
+    choices: Annotated[list[CompletionChunkChoice], Field(description="One; none in the chunk that holds the usage.")]
+    usage: NotRequired[Usage]
+
+
+class IntensityInfo(TypedDict):
+    """What can be asked of a model's dial."""
+
+    default: Annotated[float | str, Field(description="Of requests that name no λ.")]
+    range: Annotated[list[float], Field(min_length=2, max_length=2, description="The lowest and the highest λ.")]
+    presets: dict[str, float]
+    auto: Annotated[bool, Field(description="Whether the pair has an estimator.")]
+    frontier: Annotated[bool, Field(description="Whether /v1/frontier has one.")]
+
+
+class Model(TypedDict):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+    intensity: IntensityInfo
+
+
+class ModelList(TypedDict):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Health(TypedDict):
+    status: Annotated[str, Field(description="ok, or why the engine has died.")]
+    waiting: int
+    running: int
+    kv_cache_usage: float
+
+
+Estimate = Annotated[list[float], Field(min_length=3, max_length=3, description="Value, lowest and highest of 95 %.")]
+
+
+class FrontierPoint(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    intensity: float
+    accuracy: Estimate
+    tokens: Estimate
+
+
+class Frontier(TypedDict):
+    """A frontier.json of `dami evaluate`, which holds more than is named here."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    points: list[FrontierPoint]
+
+
+SCHEMAS = "#/components/schemas/{model}"
+Described = dict[int | str, dict[str, Any]]  # responses by status, as FastAPI takes them
+
+
+def errors(descriptions: dict[int, str]) -> Described:
+    """Errors by status."""
+    return {status: {"model": ErrorResponse, "description": text} for status, text in descriptions.items()}
+
+
+NO_MODEL = errors({404: "There is no such model."})
+NO_FRONTIER = errors({404: "None is known."})
+DEAD: Described = {503: {"model": Health, "description": "The engine has died."}}
+REFUSED = errors(
+    {
+        400: "The request is not valid.",
+        401: "An API key is needed.",
+        403: "The request's Host is none of the server's.",
+        404: "There is no such model.",
+        408: "The body did not come in time.",
+        413: "The body is too large.",
+        422: "Not used: see 400.",
+        429: "There are too many requests.",
+        503: "The engine has died.",
+    }
+)
+
+
+def answered_by(whole: type, chunk: type) -> Described:
+    """The responses of a route that generates: an object of `whole`, or with `stream` events that hold `chunk`s."""
+    content = {"$ref": SCHEMAS.format(model=chunk.__name__)}
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
+    event = {"type": "object", "required": ["data"], "properties": {"data": data}}
+    described = {
+        "model": whole,
+        "description": "The answer, or with `stream` its pieces; their last data is [DONE].",
+        "content": {"text/event-stream": {"itemSchema": event}},
+    }
+    return {200: described, **REFUSED}
+
+
+class App(FastAPI):
+    """An application whose schema also has the chunks of streams: FastAPI adds only what is in JSON bodies."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            components = super().openapi()["components"]["schemas"]
+            for kind in (ChatCompletionChunk, CompletionChunk):
+                schema = TypeAdapter(kind).json_schema(ref_template=SCHEMAS)
+                components |= schema.pop("$defs") | {kind.__name__: schema}
+        return super().openapi()
