@@ -34,11 +34,13 @@ class _Kernels(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "dami":
             return func(*args, **(kwargs or {}))
-        from dami_kernels import triton
+        from dami_kernels import triton, upstream
 
         name = func._schema.name.split("::")[1]
         # Not `lerp_linear`, which may choose the kernel in CUDA C++.
-        return getattr(triton, "lerp_linears" if name == "lerp_linear" else name)(*args, **(kwargs or {}))
+        return getattr(triton, "lerp_linears" if name == "lerp_linear" else name)(
+            *upstream.without_none(func, args), **(kwargs or {})
+        )
 
 
 def share(text: str) -> tuple[int, int]:

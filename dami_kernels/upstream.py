@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -107,8 +107,7 @@ RELIED_ON = (
     Place("torch._C:_are_functorch_transforms_active"),
     Place("torch._C:_dispatch_tls_local_include_set"),
     Place("torch._C:DispatchKeySet"),
-    Place("torch._C:DispatchKey.BackendSelect"),
-    Place("torch._C:DispatchKey.ADInplaceOrView"),
+    Place("torch._C:DispatchKey", ("BackendSelect", "ADInplaceOrView")),
     Place("torch._C:_len_torch_function_stack"),
     Place("torch.autograd:_profiler_enabled"),
     Place("torch:ops.aten.relu.default._schema.arguments"),
@@ -159,3 +158,16 @@ def is_watched() -> bool:
 def argument_names(op: Any) -> list[str]:
     """Of an operator, from its schema."""
     return [argument.name for argument in op._schema.arguments]
+
+
+def without_none(op: Any, args: Sequence[Any]) -> tuple[Any, ...]:
+    """An operator's arguments with an empty list for every list that is not there."""
+    optional = _optional_lists(op)
+    return tuple([[] if arg is None and place in optional else arg for place, arg in enumerate(args)])
+
+
+@functools.cache
+def _optional_lists(op: Any) -> frozenset[int]:
+    """The places of the arguments that are a list of tensors or None."""
+    types = [str(argument.type) for argument in op._schema.arguments]
+    return frozenset(place for place, type in enumerate(types) if type == "Optional[List[Tensor]]")

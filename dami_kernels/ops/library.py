@@ -78,8 +78,8 @@ def define(
     PLAIN[name] = plain
 
     def filled(args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """No list as an empty one. In the schema it is none, as exported programs turn empty lists into that."""
-        return tuple([[] if arg is None and i in optional else arg for i, arg in enumerate(args)])
+        """In the schema a list may be none, since exported programs make that of empty ones."""
+        return upstream.without_none(op, args)
 
     def run(*args: Any) -> Any:
         args = filled(args)
@@ -113,7 +113,6 @@ def define(
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dami::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.dami, name).default
-    optional = [i for i, argument in enumerate(op._schema.arguments) if str(argument.type) == "Optional[List[Tensor]]"]
     derivatives = (
         lambda dy, *args: gradients(dy, *filled(args)),
         lambda dx, dlam, *args: tangent(dx, dlam, *filled(args)),

@@ -344,13 +344,13 @@ def asked_by_hook(module: nn.Module) -> bool:
 
 
 @needs("an offloaded pair")
-def execution_device(module: nn.Module) -> torch.device:
-    """Where an offloaded module computes."""
-    return torch.device(hook_of(module).execution_device)
+def execution_device(module: nn.Module) -> Any:
+    """Where an offloaded module computes, as `torch.empty` takes it; None where its hook leaves that open."""
+    return hook_of(module).execution_device
 
 
 @needs("an offloaded pair")
-def offloading(module: nn.Module) -> Iterator[tuple[MutableMapping[str, Tensor], str, torch.device]]:
+def offloading(module: nn.Module) -> Iterator[tuple[MutableMapping[str, Tensor], str, int | str | torch.device]]:
     """Where hooks take a module's weights from: what holds them by name, the prefix of its own, and the device."""
     hook = hook_of(module)
     for each in getattr(hook, "hooks", (hook,)):  # several in sequence, or one
@@ -358,7 +358,7 @@ def offloading(module: nn.Module) -> Iterator[tuple[MutableMapping[str, Tensor],
         if weights is not None:
             held = getattr(weights, "dataset", weights)
             held = getattr(held, "state_dict", held)  # of a loader from files, which looks there first
-            yield held, getattr(weights, "prefix", ""), torch.device(each.execution_device)
+            yield held, getattr(weights, "prefix", ""), each.execution_device
 
 
 # transformers: models

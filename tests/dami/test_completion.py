@@ -66,7 +66,7 @@ def test_presets_are_those_of_the_pair_that_is_named(tmp_path: Path) -> None:
 
 
 def test_verifiers_and_formats_are_those_that_there_are() -> None:
-    from dami.evaluation.tasks import VERIFIERS
+    from dami.evaluation.verifiers import VERIFIERS
 
     from dami_kernels import formats
 

@@ -7,6 +7,7 @@ The interpreter replaces `triton.jit` itself, so it needs a process of its own; 
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,9 @@ from dami_kernels import triton as kernels
 
 assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
 
+BYPASSED = ExitStack()
 if native.WHY_NOT is None:
-    native.bypassed().__enter__()
+    BYPASSED.enter_context(native.bypassed())  # for as long as the process lasts
 native.WHY_NOT = None
 for name in kernels.__all__:
     setattr(native, name, getattr(kernels, name))

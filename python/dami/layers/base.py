@@ -113,7 +113,8 @@ class LerpModule(PatchedModule):
         and dtypes. Operators look at the tensors' memory at every call.
         """
         parameters = parameters_of(self)
-        if (known := self.lerp.ends.get(name)) is not None and not torch.compiler.is_compiling():
+        known = None if torch.compiler.is_compiling() else self.lerp.ends.get(name)
+        if known is not None:
             parameter, names, weight = known
             same = parameters.get(name) is parameter
             if same and parameter.dtype is weight.dtype and parameter.shape == weight.shape:

@@ -81,21 +81,19 @@ def together(layer: LerpLinear, x: Tensor, rows: dict[str, Any]) -> Tensor | Non
 
 def _alike(a: LerpLinear, b: LerpLinear) -> bool:
     """Whether two layers can be computed in one call."""
+    if a is b or not _can_wait(a) or not _can_wait(b) or type(a).forward is not type(b).forward:
+        return False
     first, second = a.ends("weight"), b.ends("weight")
     return (
-        a is not b
-        and type(a).forward is type(b).forward
-        and (first.format, first.dtype, first.device) == (second.format, second.dtype, second.device)
+        (first.format, first.dtype, first.device) == (second.format, second.dtype, second.device)
         and (parameters_of(a)["bias"] is None) == (parameters_of(b)["bias"] is None)
         and a.lerp.settings == b.lerp.settings
-        and _can_wait(a)
-        and _can_wait(b)
     )
 
 
 def _can_wait(layer: LerpLinear) -> bool:
-    """Whether no hook is to run before the layer computes, which could bring its weights or change its input."""
-    return not has_pre_hooks(layer) and hook_of(layer) is None
+    """Whether nothing is to run before the layer computes, which could bring its weights or change its input."""
+    return not has_pre_hooks(layer) and hook_of(layer) is None and "forward" not in vars(layer)
 
 
 def _source(layer: LerpLinear, x: Tensor) -> tuple[int, Tensor, Dial | None, Tensor, Tensor | None]:
