@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def lerp_linear(
     invariant: bool,
 ) -> Tensor:
     """y_i = x_i · W(λ_i)ᵀ + b(λ_i): x [rows, K], weight [N, K] as `format` stores it, bias [] or a pair of [N]."""
-    return _linears(_C.linear, x, weight, bias, lam, row_to_lam, rows_per_lam, format, invariant)
+    return _linears(x, weight, bias, lam, row_to_lam, rows_per_lam, format, invariant)[0]
 
 
 def lerp_linears(
@@ -63,11 +64,11 @@ def lerp_linears(
     invariant: bool,
 ) -> Tensor:
     """`lerp_linear` with several weights, the tensors of one after those of the other: [rows · ΣN_i], likewise."""
-    return _linears(_C.linears, x, weights, biases, lam, row_to_lam, rows_per_lam, format, invariant)
+    parts = _linears(x, weights, biases, lam, row_to_lam, rows_per_lam, format, invariant)
+    return torch.cat([part.flatten() for part in parts])
 
 
 def _linears(
-    kernel: Callable[..., Tensor | None],
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor],
@@ -76,11 +77,11 @@ def _linears(
     rows_per_lam: int,
     format: str,
     invariant: bool,
-) -> Tensor:
+) -> tuple[Tensor, ...]:
     _tensors_of(format)
     lams = _lams(lam, row_to_lam, rows_per_lam if x.shape[0] else 1)
     stored = _in_place(weights), _in_place(biases)
-    return _taken(kernel(False, _dense(x), *stored, *lams, format, x.shape[1], invariant))
+    return _taken(_C.linears(False, _dense(x), *stored, *lams, format, x.shape[1], invariant))
 
 
 def lerp_experts(
@@ -229,7 +230,7 @@ def _in_place(stored: list[Tensor]) -> list[Tensor]:
     return list(map(_dense, stored))
 
 
-def _taken(y: Tensor | None) -> Tensor:
+def _taken(y: Any) -> Any:
     if y is None:
         raise NotImplementedError("no kernel reads tensors that lie in memory as these do")
     return y

@@ -174,8 +174,10 @@ void LinearCall::run(void* y, bool invariant, int threads) {
     weight.y = {to, weight.n};
     to += input.rows * weight.n * (input.type == Type::f32 ? 4 : 2);
   }
-  linear(input, weights, lams, invariant, threads);
+  run(invariant, threads);
 }
+
+void LinearCall::run(bool invariant, int threads) { linear(input, weights, lams, invariant, threads); }
 
 std::optional<ExpertsCall> experts_call(const Tensor& x, const Tensors& weight, const Tensors& bias,
                                         const LamArguments& lam, const Tensor& offsets, std::string_view name,

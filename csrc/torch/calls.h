@@ -42,6 +42,7 @@ struct LinearCall {
   std::vector<Linear> weights;
   Lams lams;
   int64_t outputs() const;  // of all weights
+  void run(bool invariant, int threads);  // once every weight's y has a place
   void run(void* y, bool invariant, int threads);  // [rows, n] of each weight after that of the one before
 };
 struct ExpertsCall {

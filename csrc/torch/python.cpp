@@ -156,13 +156,13 @@ void* address(const Object& tensor) {
   return static_cast<char*>(view.data) + view.byte_offset;
 }
 
+// Runs without Python's lock, and returns y.
 template <class Run>
 PyObject* run(Object y, Run run) {
-  void* const to = address(y);
   const auto threads = static_cast<int>(integer(checked(PyObject_CallNoArgs(torch.get_num_threads)).get()));
   PyThreadState* const state = PyEval_SaveThread();
   try {
-    run(to, threads);
+    run(threads);
   } catch (...) {
     PyEval_RestoreThread(state);
     throw;
@@ -197,17 +197,21 @@ Call& taken(std::optional<Call>& call) {
   return *call;
 }
 
-// (graph, x, weights, biases, lam, row_to_lam, rows_per_lam, format, columns, invariant) of one weight, or of several: then
-// all results lie in one dimension, one after the other
-template <bool several>
-PyObject* linear(PyObject* const* a) {
+// (graph, x, weights, biases, lam, row_to_lam, rows_per_lam, format, columns, invariant) → the result of each weight, a tuple
+PyObject* linears(PyObject* const* a) {
   const Reader read(truth(a[0]));
   const Tensor x = read.operand(a[1]);
   auto made = linear_call(x, read.stored(a[2]), read.stored(a[3]), read.lams(a[4], a[5], a[6]), text(a[7]), integer(a[8]));
   LinearCall& call = taken(made);
   const bool invariant = truth(a[9]);
-  Object y = several ? new_empty(a[1], x, 0, call.input.rows * call.outputs()) : new_empty(a[1], x, x.dims - 1, call.outputs());
-  return run(std::move(y), [&](void* y, int threads) { call.run(y, invariant, threads); });
+  Object results = checked(PyTuple_New(static_cast<Py_ssize_t>(call.weights.size())));
+  for (size_t i = 0; i < call.weights.size(); i++) {
+    Linear& weight = call.weights[i];
+    Object y = new_empty(a[1], x, x.dims - 1, weight.n);
+    weight.y = {address(y), weight.n};
+    PyTuple_SET_ITEM(results.get(), static_cast<Py_ssize_t>(i), y.release());
+  }
+  return run(std::move(results), [&](int threads) { call.run(invariant, threads); });
 }
 
 // (graph, x, weight, bias, lam, row_to_lam, rows_per_lam, offsets, format, columns, invariant)
@@ -218,7 +222,9 @@ PyObject* experts(PyObject* const* a) {
                            text(a[8]), integer(a[9]));
   ExpertsCall& call = taken(made);
   const bool invariant = truth(a[10]);
-  return run(new_empty(a[1], x, x.dims - 1, call.outputs), [&](void* y, int threads) { call.run(y, invariant, threads); });
+  Object y = new_empty(a[1], x, x.dims - 1, call.outputs);
+  void* const to = address(y);
+  return run(std::move(y), [&](int threads) { call.run(to, invariant, threads); });
 }
 
 // (graph, ids, weight, lam, row_to_lam, rows_per_lam, format, dtype's number, dtype, columns)
@@ -228,7 +234,9 @@ PyObject* embedding(PyObject* const* a) {
   auto made = embedding_call(ids, read.stored(a[2]), read.lams(a[3], a[4], a[5]), text(a[6]),
                              static_cast<Dtype>(integer(a[7])), integer(a[9]));
   EmbeddingCall& call = taken(made);
-  return run(new_empty(a[1], ids, ids.dims, call.columns, a[8]), [&](void* y, int threads) { call.run(y, threads); });
+  Object y = new_empty(a[1], ids, ids.dims, call.columns, a[8]);
+  void* const to = address(y);
+  return run(std::move(y), [&](int threads) { call.run(to, threads); });
 }
 
 // (graph, x, weight, lam, row_to_lam, rows_per_lam, eps, offset)
@@ -237,7 +245,9 @@ PyObject* rms_norm(PyObject* const* a) {
   const Tensor x = read.operand(a[1]);
   auto made = rms_norm_call(x, read.stored(a[2]), read.lams(a[3], a[4], a[5]), real(a[6]), real(a[7]));
   NormCall& call = taken(made);
-  return run(new_empty(a[1], x, x.dims - 1, call.norm.d), [&](void* y, int threads) { call.run(y, threads); });
+  Object y = new_empty(a[1], x, x.dims - 1, call.norm.d);
+  void* const to = address(y);
+  return run(std::move(y), [&](int threads) { call.run(to, threads); });
 }
 
 // (graph, x, weight, bias, lam, row_to_lam, rows_per_lam, eps)
@@ -246,7 +256,9 @@ PyObject* layer_norm(PyObject* const* a) {
   const Tensor x = read.operand(a[1]);
   auto made = layer_norm_call(x, read.stored(a[2]), read.stored(a[3]), read.lams(a[4], a[5], a[6]), real(a[7]));
   NormCall& call = taken(made);
-  return run(new_empty(a[1], x, x.dims - 1, call.norm.d), [&](void* y, int threads) { call.run(y, threads); });
+  Object y = new_empty(a[1], x, x.dims - 1, call.norm.d);
+  void* const to = address(y);
+  return run(std::move(y), [&](int threads) { call.run(to, threads); });
 }
 
 // (Tensor, Parameter, get_num_threads): from now on calls are taken. ImportError if this torch offers no such exchange.
@@ -270,8 +282,7 @@ PyCFunction fast(F f) {
 
 PyMethodDef methods[] = {
     {"connect", fast(connect), METH_FASTCALL, nullptr},
-    {"linear", fast(function<10, linear<false>>), METH_FASTCALL, nullptr},
-    {"linears", fast(function<10, linear<true>>), METH_FASTCALL, nullptr},
+    {"linears", fast(function<10, linears>), METH_FASTCALL, nullptr},
     {"experts", fast(function<11, experts>), METH_FASTCALL, nullptr},
     {"embedding", fast(function<10, embedding>), METH_FASTCALL, nullptr},
     {"rms_norm", fast(function<8, rms_norm>), METH_FASTCALL, nullptr},

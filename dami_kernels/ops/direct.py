@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dami_kernels import native
@@ -33,9 +32,10 @@ def lerp_linear(
 ) -> Tensor | None:
     if not _fits(x, weight):
         return None
-    return _C.linear(
+    y = _C.linears(
         graph, x, weight.tensors, _ends(bias), lam, row_to_lam, rows_per_lam, weight.format, weight.shape[-1], invariant
     )
+    return None if y is None else y[0]
 
 
 def lerp_linears(
@@ -58,8 +58,7 @@ def lerp_linears(
         return None
     tensors = [tensor for weight in weights for tensor in weight.tensors]
     ends = [tensor for bias in biases or () for tensor in _ends(bias) or (None,)]
-    y = _C.linears(graph, x, tensors, ends, lam, row_to_lam, rows_per_lam, format, columns, invariant)
-    return None if y is None else in_parts(y, x.shape[:-1], [weight.shape[0] for weight in weights])
+    return _C.linears(graph, x, tensors, ends, lam, row_to_lam, rows_per_lam, format, columns, invariant)
 
 
 def lerp_experts(
@@ -130,14 +129,6 @@ def lerp_layer_norm(
     if not _fits(x, weight):
         return None
     return _C.layer_norm(graph, x, weight.tensors, _ends(bias), lam, row_to_lam, rows_per_lam, eps)
-
-
-def in_parts(y: Tensor, rows: torch.Size, features: Sequence[int]) -> tuple[Tensor, ...]:
-    """The results [..., N_i] of several weights, which lie one after the other in `y`."""
-    count = rows.numel()
-    return tuple(
-        [part.view(*rows, n) for part, n in zip(y.split([count * n for n in features]), features, strict=True)]
-    )
 
 
 def _fits(x: Tensor, weight: LerpWeight) -> bool:

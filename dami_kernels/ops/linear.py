@@ -91,7 +91,7 @@ def lerp_linears(
         biases: [N_i] each, one for every weight, or None.
 
     Returns:
-        [..., N_i] for each weight, one after the other in memory.
+        [..., N_i] for each weight, dense.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
@@ -123,7 +123,9 @@ def lerp_linears(
         weights[0].format,
         invariant,
     )
-    return direct.in_parts(y, x.shape[:-1], [weight.shape[0] for weight in weights])
+    sizes = [weight.shape[0] for weight in weights]
+    parts = y.split([rows * size for size in sizes])
+    return tuple(part.view(*x.shape[:-1], size) for part, size in zip(parts, sizes, strict=True))
 
 
 def _check(
