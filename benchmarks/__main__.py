@@ -5,6 +5,7 @@ parts:
   operators  the embedding, the norms and the experts as a share of the memory's bandwidth
   step       one decoder step of a whole model
   host       what a call costs beside its kernel (CPU)
+  generate   decoding by transformers, a patched pair against one plain model
   tune       measure the launch parameters of this GPU and write its table; also: --tune
   suite      linear, operators and step, a few minutes (on a GPU: its tests last, at most 8 minutes)
 
@@ -18,7 +19,7 @@ import importlib
 import os
 import sys
 
-PARTS = ("suite", "linear", "operators", "step", "host", "tune")
+PARTS = ("suite", "linear", "operators", "step", "host", "generate", "tune")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, host, lams, linear, measure, operators, shapes, step
+from benchmarks import __main__, generate, host, lams, linear, measure, operators, shapes, step
 from benchmarks.machine import Cpu
 from benchmarks.record import load
 from benchmarks.weights import FORMATS
@@ -154,3 +154,14 @@ def test_host(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(0 < float(row["p10_us"]) <= float(row["median_us"]) <= float(row["p90_us"]) for row in rows)
     assert all(float(row["ratio"]) == 1 for row in rows if row["method"] == host.TORCH)
     assert "is anybody watching?" in capsys.readouterr().out
+
+
+def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(generate.SHAPE, "vocab_size", 200)
+    small = ["--layers", "1", "--batch", "2", "--dtypes", "fp32", "--formats", "pair", "--tokens", "2"]
+    assert __main__.main(["generate", "--results", str(tmp_path), "--seconds", "0.01", *small]) == 0
+    rows = load(tmp_path / "generate.csv")
+    assert [row["method"] for row in rows] == ["plain", "pair, one λ", "pair, mixed λ"]
+    assert float(rows[0]["ratio"]) == 1
+    assert all(float(row["tokens_per_s"]) > 0 for row in rows)
+    assert "tokens/s" in capsys.readouterr().out
