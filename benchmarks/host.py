@@ -35,6 +35,7 @@ from dami_kernels.ops import direct, library
 FORMATS = ("pair", "int8", "int4", "w8d4")
 SIZE = 64  # of both dimensions of a weight
 TORCH, OURS, DISPATCHED = "torch", "dami", "dami, dispatched"
+STEPS = "a call of linear pair"
 Calls = dict[str, Callable[[], object]]
 
 
@@ -114,7 +115,7 @@ def cases() -> Iterator[tuple[str, Calls]]:
         TORCH: partial(F.layer_norm, x, (SIZE,), norm.materialize(0.3), bias.materialize(0.3)),
         OURS: partial(lerp_layer_norm, x, norm, lam, bias),
     })  # fmt: skip
-    yield "a call of linear pair", steps(x, weight, lam)
+    yield STEPS, steps(x, weight, lam)
     yield "model", model()
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+from benchmarks.host import STEPS
 from benchmarks.lams import KINDS, SEQUENCE
 from benchmarks.linear import BLEND, COPIES, CUDA, MERGED, MERGED_FLOAT32, OURS, TRITON, TWO
 from benchmarks.record import RESULTS, latest, load
@@ -318,6 +319,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "formats": formats,
     "roundings": roundings,
     "loading": loading,
+    "host": lambda: host(lambda case: case not in ("model", STEPS)),
+    "host steps": lambda: host(STEPS.__eq__),
+    "host model": lambda: host("model".__eq__, 1000, "ms"),
+    "generate avx2": lambda: generate("avx2"),
+    "generate avx512_bf16": lambda: generate("avx512_bf16"),
     "linear avx2": lambda: square("avx2"),
     "linear avx512_bf16": lambda: square("avx512_bf16"),
     "layers cpu": lambda: by_case(four_b("distinct", is_cpu), *LAYER),
@@ -331,6 +337,39 @@ TABLES: dict[str, Callable[[], str]] = {
     "operators gpu": lambda: by_case(measured("operators.csv", is_gpu), "operator", "shape", "m"),
     "step gpu": lambda: by_case(measured("step.csv", is_gpu), "layers", "m"),
 }
+
+
+def where(row: Row) -> str:
+    """One line of where a row of host.csv or generate.csv was measured."""
+    threads = "one thread" if row["threads"] == "1" else f"{row['threads']} threads"
+    return f"{row['device']} ({row['isa']}), {threads}, torch {row['torch']}, commit {row['commit']}.\n\n"
+
+
+def host(wanted: Callable[[str], bool], unit: float = 1.0, name: str = "µs") -> str:
+    """Of host.csv: the first method's time, and the others' as ratios to it."""
+    rows = [row for row in newest_run("host.csv") if wanted(row["case"])]
+    lines: list[list[str]] = [["case", "method", name, "ratio"]]
+    lines += [[row["case"], row["method"], f"{float(row['median_us']) / unit:.3g}", row["ratio"]] for row in rows]
+    return where(rows[0]) + markdown(lines)
+
+
+def newest_run(file: str, **equal: str) -> list[Row]:
+    """The rows of a file's last run, whose parts differ by minutes."""
+    rows = load(RESULTS / file, **equal)
+    last = max(rows, key=lambda row: row["date"])
+    return [row for row in rows if (row["date"], row["commit"]) == (last["date"], last["commit"])]
+
+
+def generate(isa: str) -> str:
+    """Of generate.csv: a step of the plain model in ms, and of the patched one as ratios to it."""
+    rows = newest_run("generate.csv", isa=isa)
+    methods = [row["method"] for row in rows if (row["dtype"], row["batch"]) == (rows[0]["dtype"], rows[0]["batch"])]
+    lines = [["dtype", "B", "plain, ms a step", *(f"`{method}`" for method in methods[1:])]]
+    by_case = {(row["dtype"], row["batch"], row["method"]): row for row in rows}
+    for dtype, batch in dict.fromkeys((row["dtype"], row["batch"]) for row in rows):
+        plain, *ours = (by_case[dtype, batch, method] for method in methods)
+        lines.append([dtype, batch, f"{float(plain['median_ms']):.1f}", *(f"**{row['ratio']}**" for row in ours)])
+    return where(rows[0]) + markdown(lines)
 
 
 def shown(text: str) -> Iterator[str]:

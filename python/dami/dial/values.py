@@ -54,7 +54,8 @@ class Intensity:
 
         Raises:
             TypeError: of a kind that the caller does not take, or of none, such as a bool, bytes or a set.
-            ValueError: NaN or infinite, of more than one dimension or the wrong length, or no preset's name.
+            ValueError: NaN or infinite (a tensor on another device than the CPU is not looked at, as that would wait for
+                the device), of more than one dimension or the wrong length, or no preset's name.
         """
         if isinstance(value, Mapping):
             caller.check("parts")
@@ -149,7 +150,8 @@ def _checked(numbers: Any, name: str, sequences: int | None = None, hint: str = 
         raise ValueError(f"{wanted}, got shape {list(found.shape)}")
     if sequences is not None and found.dim() == 1 and len(found) != sequences:
         raise ValueError(f"{wanted}, got {len(found)} for {sequences} sequences")
-    if not torch.compiler.is_compiling() and not bool(found.float().isfinite().all()):  # too large is infinite
+    looks = found.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere that waits for the device
+    if looks and not bool(found.float().isfinite().all()):  # too large is infinite
         raise ValueError(f"{name} must be finite, got {numbers}")
     return found
 
