@@ -54,8 +54,8 @@ class Intensity:
 
         Raises:
             TypeError: of a kind that the caller does not take, or of none, such as a bool, bytes or a set.
-            ValueError: NaN or infinite (a tensor on a GPU is not looked at, as that would wait for the GPU), of more than
-                one dimension or the wrong length, or no preset's name.
+            ValueError: NaN or infinite (a tensor on a GPU is not looked at, as that would wait for the GPU), of two
+                dimensions or more, of the wrong length, or no preset's name.
         """
         if isinstance(value, Mapping):
             caller.check("parts")
