@@ -81,7 +81,7 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
 def test_pages_of_the_repository_are_on_the_site(site: Path) -> None:
     front = (site / "index.html").read_text(encoding="utf-8")
     assert 'href="formats/"' in front  # docs/formats.md in the README
-    assert 'src="images/pair-curve.png"' in front
+    assert 'src="images/pair-curve.svg"' in front
     assert 'href="shipped-pair/"' in front  # a page elsewhere in the repository
     assert (site / "quickstart" / "index.html").exists()
     assert (site / "files" / "benchmarks" / "results" / "linear.csv").exists()
