@@ -1,4 +1,4 @@
-"""Thin calls into the compiled CUDA kernels (csrc/cuda), for the few rows of decoding."""
+"""Thin wrappers of the compiled CUDA kernels (csrc/cuda), for decoding with few rows."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ else:
     WHY_NOT = None
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
-_BITS = {(None, None), (None, 8), (None, 4), (8, 4)}  # of the two matrices; None where they are numbers. See decode.cu
+_BITS = {(None, None), (None, 8), (None, 4), (8, 4)}  # bits of both matrices, None for numbers. See decode.cu
 
 
 def takes(x: Tensor, weight: list[Tensor], format: str, invariant: bool, device: Device) -> bool:
-    """Whether `lerp_linear` here can compute this call, and was measured to be faster than Triton's."""
+    """Whether `lerp_linear` of this module supports this call and was measured to be faster than Triton's."""
     return (
         WHY_NOT is None
-        and not invariant  # its sums differ from those of the kernel that more rows take
+        and not invariant  # the kernel used for more rows sums in another order
         and x.shape[0] <= MAX_ROWS
         and x.dtype in _TYPES
         and _reads(format)
@@ -55,12 +55,12 @@ def lerp_linear(
 
     Args:
         bias: [] or a pair of [N].
-        invariant: has no effect: a row's bits depend on this row only, among calls of this function.
+        invariant: has no effect, because among calls of this function a row's result depends on that row only.
 
     Raises:
-        RuntimeError: if the compiled part is missing, with the remedy, or if CUDA reports an error.
-        NotImplementedError: for a format it does not read.
-        TypeError, ValueError: for a dtype, number of rows or layout it does not take.
+        RuntimeError: the compiled part is missing (the message says how to get it), or CUDA reports an error.
+        NotImplementedError: the kernel does not support the format.
+        TypeError, ValueError: the kernel does not support the dtype, number of rows or layout.
     """
     if WHY_NOT is not None:
         raise RuntimeError(WHY_NOT)
@@ -98,7 +98,7 @@ def _reads(format: str) -> bool:
 
 
 def _operand(tensors: Sequence[Tensor], matrix: Matrix) -> tuple[tuple[int, int], tuple[int, int], int]:
-    """Values; scales, and how many bits a value has, if they are codes."""
+    """Returns a matrix's values, and its scales and bits per value if it is stored as codes."""
     return _matrix(tensors[0]), _matrix(tensors[1]) if matrix.bits else (0, 0), matrix.bits or 0
 
 

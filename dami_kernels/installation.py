@@ -1,6 +1,6 @@
 """What to install for the parts that need more than the package itself.
 
-The commands work even if no package index has this package.
+The commands work even if this package is on no package index.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ AGAIN = "this package again as before, with pip's --no-cache-dir --force-reinsta
 
 
 def needs(what: str, module: str, extra: str | None = None) -> str:
-    """The text "WHAT needs MODULE: pip install …".
+    """Returns the text "WHAT needs MODULE: pip install …".
 
     Args:
         what: the part that cannot run.
         module: the name that could not be imported.
-        extra: an extra of pyproject.toml, all of whose packages the command installs. With None, only the module's.
+        extra: an extra of pyproject.toml, whose packages the command installs. If None, it installs the module's.
     """
-    # Here, since kernels of the Hugging Face hub, which are made of this package, may import torch only.
+    # Imported here, because this package is also published as Hugging Face hub kernels, which may import torch only.
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 

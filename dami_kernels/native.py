@@ -1,9 +1,9 @@
-"""Thin calls into the compiled CPU kernels (csrc/cpu): the operators, with their torch schemas' arguments.
+"""Thin wrappers of the compiled CPU kernels (csrc/cpu), which take the arguments of the operators' torch schemas.
 
-The compiled part checks its arguments. It takes no tensor that it would have to copy first, and returns None then.
+The compiled part checks its arguments. It returns None if it would have to copy a tensor first.
 
-The instruction set is chosen when this module is loaded: the best that the CPU has, or the one that the environment
-variable DAMI_CPU_ISA names.
+The instruction set is chosen when this module is loaded: the one named by the environment variable DAMI_CPU_ISA, or
+else the best that the CPU has.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ else:
     _TYPES = {torch.float32: _C.Type.f32, torch.bfloat16: _C.Type.bf16, torch.float16: _C.Type.f16}
     DTYPES = {dtype: int(type) for dtype, type in _TYPES.items()}
     _C.connect(Tensor, Parameter, torch.get_num_threads)
-    _C.isa()  # a DAMI_CPU_ISA that cannot be had is refused here, not at the first call
+    _C.isa()  # rejects an unsupported DAMI_CPU_ISA now rather than at the first call
 
 
 def lerp_linear(
@@ -63,7 +63,7 @@ def lerp_linears(
     format: str,
     invariant: bool,
 ) -> Tensor:
-    """`lerp_linear` with several weights, the tensors of one after those of the other: [rows · ΣN_i], likewise."""
+    """`lerp_linear` with several weights, given as a flat list of tensors. Returns the products, as [rows · ΣN_i]."""
     parts = _linears(x, weights, biases, lam, row_to_lam, rows_per_lam, format, invariant)
     return torch.cat([part.flatten() for part in parts])
 
@@ -97,7 +97,7 @@ def lerp_experts(
 ) -> Tensor:
     """`lerp_linear` of each row with its expert's weight: weight [E, N, K], bias [] or a pair of [E, N].
 
-    IndexError if the offsets, the ends of the experts' rows, decrease or pass the rows.
+    Raises IndexError if the offsets, the ends of the experts' rows, decrease or exceed the number of rows.
     """
     _tensors_of(format)
     if not x.shape[0]:
@@ -117,7 +117,7 @@ def lerp_embedding(
     dtype: torch.dtype,
     columns: int,
 ) -> Tensor:
-    """y_i = W(λ_i)[id_i]: ids [rows] int64 or int32, weight [V, D] as `format` stores it. IndexError for a bad id."""
+    """y_i = W(λ_i)[id_i]: ids [rows] int64 or int32, weight [V, D] as `format` stores it. Bad ids raise IndexError."""
     _tensors_of(format)
     if not ids.shape[0]:
         return weight[0].new_empty(0, columns, dtype=dtype)
@@ -149,7 +149,7 @@ def lerp_layer_norm(
     rows_per_lam: int,
     eps: float,
 ) -> Tensor:
-    """y_i = (x_i − mean(x_i)) / std(x_i) · w(λ_i) + b(λ_i): x [rows, D], weight a pair of [D], bias [] or the same."""
+    """y_i = (x_i − mean(x_i)) / std(x_i) · w(λ_i) + b(λ_i): x [rows, D], weight a pair of [D], bias [] or a pair."""
     if not x.shape[0]:
         return torch.empty(x.shape, dtype=x.dtype)
     return _taken(
@@ -158,10 +158,10 @@ def lerp_layer_norm(
 
 
 def register(reraise: Callable[[], None]) -> None:
-    """Registers the kernels with torch's dispatcher, past Python.
+    """Registers the kernels with torch's dispatcher, bypassing Python.
 
-    The operator `_NAME` in Python gets the calls that the kernel of `NAME` does not take. It may return a scalar
-    instead of a matrix; `reraise` is then to raise its error.
+    Calls that the kernel of `NAME` does not take go to the Python operator `_NAME`. If that returns a scalar instead of
+    a matrix, `reraise` must raise its error.
     """
     library = Path(torch.__file__).parent / "lib" / ("libtorch_cpu" + (".dylib" if sys.platform == "darwin" else ".so"))
     _C.register_kernels(str(library), reraise)
@@ -169,7 +169,7 @@ def register(reraise: Callable[[], None]) -> None:
 
 @contextmanager
 def bypassed() -> Iterator[None]:
-    """For a while no call goes past Python: for tests that put other kernels in the places of those of this module."""
+    """Routes all calls through Python, for tests that replace kernels of this module."""
     _C.take_calls(False)
     try:
         yield
@@ -178,37 +178,37 @@ def bypassed() -> Iterator[None]:
 
 
 def isa() -> str:
-    """The instruction set in use."""
+    """Returns the instruction set in use."""
     return _C.isa()
 
 
 def supported_isas() -> list[str]:
-    """The instruction sets this machine has, best last."""
+    """Returns the instruction sets that this machine supports, best last."""
     return _C.supported_isas()
 
 
 def use_isa(name: str) -> None:
-    """Changes the instruction set, for tests and measurements. ValueError if this machine lacks it."""
+    """Sets the instruction set, for tests and measurements. Raises ValueError if this machine lacks it."""
     _C.use_isa(name)
 
 
 def peak_flops(dtype: torch.dtype) -> float:
-    """Operations per second if torch's threads do nothing but the multiply-adds of `lerp_linear` on `dtype`."""
+    """Measures operations per second with torch's threads doing only the multiply-adds of `lerp_linear` on `dtype`."""
     return _C.peak_flops(_TYPES[dtype], torch.get_num_threads())
 
 
 def read_bandwidth(data: Tensor) -> float:
-    """Bytes per second at which torch's threads read `data`, which should be larger than the caches."""
+    """Measures bytes per second at which torch's threads read `data`, which should be larger than the caches."""
     return _C.read_bandwidth(data.data_ptr(), data.nbytes, torch.get_num_threads())
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether the last dimension lies dense in memory."""
+    """Whether the last dimension is contiguous."""
     return tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 or tensor.numel() == 0
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """Below the dispatcher a subclass means nothing."""
+    """Returns `tensor` as a plain Tensor, because subclasses have no effect below the dispatcher."""
     return tensor if type(tensor) is Tensor or type(tensor) is Parameter else tensor.as_subclass(Tensor)
 
 
@@ -217,14 +217,14 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _tensors_of(format: str) -> int:
-    """How many tensors a weight of this format has."""
+    """Returns the number of tensors in a weight of this format."""
     if format not in _C.FORMATS:
         raise NotImplementedError(f"no kernel reads the format {format!r}")
     return _C.FORMATS[format]
 
 
 def _in_place(stored: list[Tensor]) -> list[Tensor]:
-    """The tensors themselves if each is dense along its last dimension, else dense copies, with one warning."""
+    """Returns the tensors if all are dense along their last dimension, else dense copies, and warns once."""
     if not all(map(_is_dense, stored)):
         _warn_of_copies()
     return list(map(_dense, stored))

@@ -1,4 +1,4 @@
-"""Symmetric quantisation in groups along the last dimension, with the scale of least squared error."""
+"""Symmetric quantisation in groups along the last dimension, with the scale that minimises the squared error."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GROUP = 32  # weights that share a scale
-SCALE = torch.bfloat16  # float16 has no room for the scales of 8-bit differences: they would be subnormal
-BLOCK = 1 << 20  # weights quantised at a time: it bounds the extra memory, and smaller temporaries stay in the caches
+SCALE = torch.bfloat16  # in float16, the scales of 8-bit differences would be subnormal
+BLOCK = 1 << 20  # weights quantised at a time; bounds the extra memory and keeps temporaries in the caches
 
-# The first scale of each group puts the widest weight on the widest code. Shrinking it clips that weight and brings the
-# others closer, stretching it a little does when the widest weight is no outlier.
+# The initial scale of a group maps its largest weight to the largest code. A smaller scale clips that weight but
+# represents the others better. A slightly larger one can help when the largest weight is not an outlier.
 _STRETCHES = (0.85, 0.92, 1.0, 1.08)
 
 
 def quantize(values: Tensor, bits: int, group: int = GROUP) -> tuple[Tensor, Tensor]:
-    """Codes and scales: values ≈ codes · scales, in groups along the last dimension.
+    """Returns codes and scales such that values ≈ codes · scales, in groups along the last dimension.
 
-    Several initial scales s are tried. Each gives codes q = round(v / s), then the scale that is best for these codes,
-    Σ v q / Σ q² (least squares), rounded to bfloat16, and with it the final codes. The result of least error is kept.
+    Tries several initial scales s. Each gives codes q = round(v / s). The least-squares scale for these codes,
+    Σ v q / Σ q² rounded to bfloat16, gives the final codes. The result with the smallest error is kept.
 
     Args:
         values: float32 [..., K], finite.
         bits: 2 to 8; codes lie in [−2^(bits−1), 2^(bits−1) − 1].
-        group: values that share a scale.
+        group: number of values that share a scale.
 
     Returns:
         codes: int8 [..., K'], K' = K rounded up to whole groups; 0 beyond K.
-        scales: bfloat16 [..., K' / group]. They may be negative: the widest weight takes the widest code, which is.
+        scales: bfloat16 [..., K' / group]. Scales may be negative, because the largest weight takes the
+            largest code, which is negative.
     """
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     groups = F.pad(values, (0, -values.shape[-1] % group))
@@ -58,32 +59,32 @@ def quantize(values: Tensor, bits: int, group: int = GROUP) -> tuple[Tensor, Ten
 
 
 def dequantize(codes: Tensor, scales: Tensor, columns: int) -> Tensor:
-    """codes · scales in float32, without the padding: [..., columns]."""
+    """Returns codes · scales in float32 without the padding, [..., columns]."""
     group = codes.shape[-1] // max(1, scales.shape[-1])
     values = codes.float().unflatten(-1, (scales.shape[-1], group)) * scales.float().unsqueeze(-1)
     return values.flatten(-2)[..., :columns]
 
 
 def code_layout(shape: Sequence[int], bits: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-    """Shape and dtype of the codes, two to a byte if of 4 bits, and of the scales of values of this shape."""
+    """Returns shape and dtype of the codes and of the scales for values of this shape. Two 4-bit codes share a byte."""
     groups = -(-shape[-1] // GROUP)
     codes = torch.int8 if bits == 8 else torch.uint8
     return ((*shape[:-1], groups * GROUP * bits // 8), codes), ((*shape[:-1], groups), SCALE)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """Two 4-bit codes a byte, uint8 [..., K'/2]: 8 + code 2i in the low nibble of byte i, 8 + code 2i+1 in the high."""
+    """Packs 4-bit codes into uint8 [..., K'/2]: 8 + code 2i in the low nibble of byte i, 8 + code 2i+1 in the high."""
     unsigned = (codes + 8).to(torch.uint8)
     return unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
-    """The int8 codes again, [..., K']."""
+    """Inverse of `pack_nibbles`: returns int8 codes [..., K']."""
     return torch.stack((packed & 15, packed >> 4), -1).flatten(-2).to(torch.int8) - 8
 
 
 def row_blocks(rows: int, weights: int) -> Iterator[slice]:
-    """Slices of `rows` rows of so many weights each, about `BLOCK` weights a slice; at least one slice."""
+    """Yields slices of `rows` rows of `weights` weights each, about `BLOCK` weights per slice; at least one slice."""
     step = max(1, BLOCK // max(1, weights))
     for start in range(0, max(1, rows), step):
         yield slice(start, start + step)
@@ -92,7 +93,7 @@ def row_blocks(rows: int, weights: int) -> Iterator[slice]:
 def pack_in_blocks(
     pack: Callable[[Tensor, Tensor], tuple[Tensor, ...]], base: Tensor, target: Tensor
 ) -> tuple[Tensor, ...]:
-    """`pack` of both ends in float32, a block of rows at a time, into tensors made once: little extra memory.
+    """Packs both ends in float32, a block of rows at a time, into preallocated tensors, to save memory.
 
     Raises:
         ValueError: a weight is not finite.

@@ -1,6 +1,6 @@
-"""The oracle: every operator in plain torch, in float64, one line of algebra each. Slow and obviously right.
+"""The reference: every operator in plain torch and float64, one line of algebra each. Slow, but obviously correct.
 
-`lam` is per row here: a tensor of the shape of x without its last dimension, or one that broadcasts to it.
+Here `lam` has one value per row: its shape is that of x without the last dimension, or broadcasts to it.
 """
 
 from __future__ import annotations

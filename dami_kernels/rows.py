@@ -1,4 +1,4 @@
-"""Which λ a row takes: there are three ways to say it, which become one after a check."""
+"""Maps rows to λ: checks the three ways to pass λ and reduces them to one."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 def lam_map(
     lam: Tensor, rows: int, rows_per_lam: int | None, row_to_lam: Tensor | None, device: torch.device
 ) -> tuple[Tensor, int]:
-    """Checks λ against the rows and returns it as the operators take it: `(lam [L], rows_per_lam)`.
+    """Checks λ against the rows and returns it in the operators' form: `(lam [L], rows_per_lam)`.
 
     Row r takes `lam[row_to_lam[r]]` if a map is given, else `lam[r // rows_per_lam]`.
 
     Args:
-        lam: float32, [] for all rows, [rows] for one each, [L] with one of the next two.
-        rows: number of rows of the input, all its leading dimensions together.
-        rows_per_lam: rows of each λ, for a padded batch; L · rows_per_lam must equal `rows`.
+        lam: float32. [] for all rows, [rows] for one per row, [L] with `rows_per_lam` or `row_to_lam`.
+        rows: number of rows of the input, the product of its leading dimensions.
+        rows_per_lam: number of rows per λ, for a padded batch; L · rows_per_lam must equal `rows`.
         row_to_lam: int32 [rows], indices into `lam`, for a ragged batch.
-        device: where `lam` and `row_to_lam` must be.
+        device: the device that `lam` and `row_to_lam` must be on.
     """
     if not isinstance(lam, Tensor):
         raise TypeError(f"lam must be a float32 Tensor, got {type(lam).__name__}")
@@ -56,23 +56,23 @@ def lam_map(
 
 
 def lam_per_row(lam: Tensor, rows_per_lam: int, row_to_lam: Tensor | None) -> Tensor:
-    """λ of every row, [rows], from what `lam_map` returned."""
+    """Returns λ of every row, [rows], given what `lam_map` returned."""
     if row_to_lam is not None:
         return lam.index_select(0, row_to_lam)
     return lam.unsqueeze(1).expand(lam.shape[0], rows_per_lam).reshape(-1)
 
 
 def sum_per_lam(per_row: Tensor, lam: Tensor, rows_per_lam: int, row_to_lam: Tensor | None) -> Tensor:
-    """Adjoint of `lam_per_row`: sums `per_row` [rows] over the rows of each λ, → [L]."""
+    """Adjoint of `lam_per_row`: sums `per_row` [rows] over the rows of each λ and returns [L]."""
     if row_to_lam is not None:
         return torch.zeros_like(lam).index_add(0, row_to_lam, per_row)
     return per_row.reshape(lam.shape[0], rows_per_lam).sum(1)
 
 
 def lerp(base: Tensor, target: Tensor, lam: Tensor) -> Tensor:
-    """`torch.lerp`, exact at λ=0 and λ=1 even where the other end is not finite, as the kernels are.
+    """Like `torch.lerp`, but exact at λ=0 and λ=1 even if the other end is not finite, as in the kernels.
 
-    Where that end is finite it stays in the formula, so that derivatives in λ are right at the ends, too.
+    A finite end stays in the formula, so that derivatives with respect to λ are correct at λ=0 and λ=1 too.
     """
     return torch.lerp(
         torch.where((lam == 1) & ~base.isfinite(), target, base),
@@ -82,5 +82,5 @@ def lerp(base: Tensor, target: Tensor, lam: Tensor) -> Tensor:
 
 
 def along(dlam: Tensor, difference: Tensor) -> Tensor:
-    """λ̇ · difference, which is 0 where λ̇ is, even if an end is not finite."""
+    """Returns λ̇ · difference, which is 0 where λ̇ is 0, even if an end is not finite."""
     return dlam * torch.where((dlam == 0) & ~difference.isfinite(), 0.0, difference)

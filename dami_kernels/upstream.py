@@ -1,8 +1,8 @@
-"""What the kernels rely on in torch that is not part of its public interface, and the check that it is still there.
+"""The private parts of torch that the kernels rely on, and a check that they are still there.
 
-A package may move such a name in any release. So each is stated here once, as a `Place`, and found through this file:
-where one has moved, the error says which, and in which version of its package. `dami.upstream` states in the same way
-what the models rely on.
+A package may move such a name in any release. So each is listed here once, as a `Place`, and used through this file.
+If one has moved, the error says which, and in which version of its package. `dami.upstream` does the same for what the
+models rely on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TESTED = {"torch": "2.13"}
 
 
 class Moved(ImportError):
-    """Another package no longer has something that we rely on, or has changed it."""
+    """Another package has removed or changed something that we rely on."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Place:
 
     Attributes:
         path: "module:name", or "module:class.member".
-        names: of a function the parameters that we pass or name; of a class the fields, attributes and methods.
-        does: what else we rely on, as in "it does not keep _parameters".
-        proof: given what is at the path, whether that is so.
+        names: the parameters of a function, or the fields, attributes and methods of a class, that we use.
+        does: other behaviour that we rely on, as in "it does not keep _parameters".
+        proof: checks that behaviour, given the object at the path.
     """
 
     path: str
@@ -39,11 +39,11 @@ class Place:
     proof: Callable[[Any], bool] | None = None
 
     def fault(self) -> str | None:
-        """What is not there or is different, as the end of a sentence, "torch 2.13 …"; None if all is well."""
+        """Returns what is missing or different, as the end of a sentence, "torch 2.13 …", or None if all is well."""
         module, _, path = self.path.partition(":")
         try:
             found: Any = functools.reduce(getattr, path.split("."), importlib.import_module(module))
-        except Exception as error:  # what a module raises while it is imported can be anything
+        except Exception as error:  # importing a module can raise anything
             return f"has no {self.path}: {error}"
         known = _names_of(found) if self.names else []
         if absent := [name for name in self.names if name not in known and not _is_member(found, name)]:
@@ -59,7 +59,7 @@ class Place:
 
 
 def _names_of(found: Any) -> list[str]:
-    """The parameters of a function, or the fields of a class."""
+    """Returns the parameters of a function or the fields of a class."""
     if not isinstance(found, type):
         return list(inspect.signature(found).parameters)
     if is_dataclass(found):
@@ -72,13 +72,13 @@ def _is_member(found: Any, name: str) -> bool:
 
 
 def check(what: str, places: Iterable[Place], tested: Mapping[str, str], by: str) -> None:
-    """Finds every place, and raises `Moved` for those that are not as we rely on them.
+    """Checks every place, and raises `Moved` for those that are missing or different.
 
     Args:
-        what: needs them, for the message.
+        what: what needs them, for the message.
         places: of any packages.
-        tested: the versions that we know to fit, by package.
-        by: who has tested them.
+        tested: the tested versions, by package.
+        by: who tested them.
     """
     lines = []
     for place in places:
@@ -90,7 +90,7 @@ def check(what: str, places: Iterable[Place], tested: Mapping[str, str], by: str
 
 
 def version_of(package: str) -> str:
-    """The installed version of a package."""
+    """Returns the installed version of a package."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -118,7 +118,7 @@ RELIED_ON = (
 )
 check("dami_kernels", RELIED_ON, TESTED, "it")
 
-import torch._functorch.utils  # noqa: E402  (each is there, as was just seen)
+import torch._functorch.utils  # noqa: E402  (just checked above)
 import torch.autograd.function  # noqa: E402
 from torch import _C  # noqa: E402
 from torch.autograd import forward_ad  # noqa: E402
@@ -134,7 +134,7 @@ in_transforms = _C._are_functorch_transforms_active
 
 
 def in_forward_mode() -> bool:
-    """Whether derivatives are being computed forwards."""
+    """Whether forward-mode derivatives are being computed."""
     return forward_ad._current_level >= 0
 
 
@@ -146,7 +146,7 @@ _NOTHING_INCLUDED = (
 
 
 def is_watched() -> bool:
-    """Whether something beside autograd wants to see calls of operators: a mode, tracer, transform or profiler."""
+    """Whether anything besides autograd observes operator calls: a mode, tracer, transform or profiler."""
     return (
         _C._dispatch_tls_local_include_set() not in _NOTHING_INCLUDED
         or _C._len_torch_function_stack() > 0
@@ -156,18 +156,18 @@ def is_watched() -> bool:
 
 
 def argument_names(op: Any) -> list[str]:
-    """Of an operator, from its schema."""
+    """Returns an operator's argument names, from its schema."""
     return [argument.name for argument in op._schema.arguments]
 
 
 def without_none(op: Any, args: Sequence[Any]) -> tuple[Any, ...]:
-    """An operator's arguments with an empty list for every list that is not there."""
+    """Returns an operator's arguments with every list that is None replaced by an empty one."""
     optional = _optional_lists(op)
     return tuple([[] if arg is None and place in optional else arg for place, arg in enumerate(args)])
 
 
 @functools.cache
 def _optional_lists(op: Any) -> frozenset[int]:
-    """The places of the arguments that are a list of tensors or None."""
+    """Returns the positions of the arguments that may be a list of tensors or None."""
     types = [str(argument.type) for argument in op._schema.arguments]
     return frozenset(place for place, type in enumerate(types) if type == "Optional[List[Tensor]]")

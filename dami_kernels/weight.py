@@ -18,13 +18,13 @@ class LerpWeight:
     """Two ends of one weight, W(λ) = base + λ (target − base), in a storage format.
 
     Build it with `LerpWeight.pack`. In the format `pair` it shares memory with the tensors it was packed from. If you
-    build it from stored tensors, they are checked against the format: a ValueError or TypeError says what does not fit.
+    build it from stored tensors, they are checked against the format, and a mismatch raises ValueError or TypeError.
 
     Attributes:
         tensors: the stored tensors, as the format lays them out.
-        format: name of the format, one of `dami_kernels.formats.names()`.
-        shape: shape of either end: [N, K], [V, D], [E, N, K] for experts, [D] for a norm or a bias.
-        dtype: dtype of either end, and of the operators' inputs and outputs.
+        format: the format's name, one of `dami_kernels.formats.names()`.
+        shape: shape of each end: [N, K], [V, D], [E, N, K] for experts, [D] for a norm or a bias.
+        dtype: dtype of both ends and of the operators' inputs and outputs.
     """
 
     tensors: tuple[Tensor, ...]
@@ -64,21 +64,21 @@ class LerpWeight:
 
     @property
     def device(self) -> torch.device:
-        """Where the stored tensors are."""
+        """The device of the stored tensors."""
         return self.tensors[0].device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all stored tensors."""
+        """Total size of the stored tensors in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def bytes_per_weight(self) -> float:
-        """Bytes stored for each weight of one end: 4.0 for a bfloat16 `pair`."""
+        """Bytes stored per element of one end: 4.0 for a bfloat16 `pair`."""
         return self.nbytes / max(self.shape.numel(), 1)
 
     def to(self, dtype: torch.dtype) -> LerpWeight:
-        """Returns the weight for operands of another dtype. Codes and scales stay as they are."""
+        """Returns this weight converted to another operand dtype. Codes and scales keep theirs."""
         if dtype == self.dtype:
             return self
         layout = formats.get(self.format).layout(self.shape, dtype, *self.tensors)
@@ -86,7 +86,7 @@ class LerpWeight:
         return LerpWeight(tensors, self.format, self.shape, dtype)
 
     def unpack(self) -> tuple[Tensor, Tensor]:
-        """Returns base and target as the operators see them: as stored, or in float32 if the end is quantised."""
+        """Returns base and target as the operators see them: as stored, or dequantised to float32."""
         return formats.get(self.format).unpack(*self.tensors, columns=self.shape[-1])
 
     def materialize(self, lam: float) -> Tensor:

@@ -1,7 +1,7 @@
 """How a base and a target weight are stored together.
 
-Formats are registered by name: those that come with the package below, yours with `register_format`. What a format is,
-`Format` says, and everything else derives from it.
+Formats are registered by name: the package's own below, yours with `register_format`. The protocol `Format` defines
+what a format is, and everything else follows from it.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _FORMATS: dict[str, Format] = {}
 
 
 def register_format(name: str, format: Format) -> None:
-    """Makes a format known wherever one is named: to `LerpWeight.pack`, the operators, and patched and saved models.
+    """Registers a format by name, for use in `LerpWeight.pack`, the operators, and patched and saved models.
 
-    A process that loads what another has saved must register the format first. Kernels read `Matrices` only. With any
-    other format an operator runs in plain torch and warns once, unless the format has products of its own.
+    Register the format before you load a model that was saved with it. Kernels can read `Matrices` only. With any
+    other format an operator runs in plain torch and warns once, unless the format brings its own products.
 
     Raises:
         TypeError: the format lacks something that `Format` names.
-        ValueError: the name is taken or is no identifier, or the suffixes of the stored tensors are not distinct.
+        ValueError: the name is taken or not an identifier, or the suffixes of the stored tensors are not distinct.
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"name must be an identifier, got {name!r}")
@@ -62,19 +62,19 @@ def register_format(name: str, format: Format) -> None:
 
 
 def names() -> list[str]:
-    """Names of all formats, sorted."""
+    """Returns the names of all formats, sorted."""
     return sorted(_FORMATS)
 
 
 def get(name: str) -> Format:
-    """The format called `name`; ValueError if there is none."""
+    """Returns the format called `name`. Raises ValueError if there is none."""
     if name not in _FORMATS:
         raise ValueError(f"format must be one of {names()}, got {name!r}; `register_format` adds others")
     return _FORMATS[name]
 
 
 def matrices(name: str) -> Matrices:
-    """The format called `name` as kernels know it. NotImplementedError if it is none of two matrices."""
+    """Returns the format called `name`. Raises NotImplementedError if it is not a `Matrices` format."""
     format = get(name)
     if not isinstance(format, Matrices):
         raise NotImplementedError(f"no kernel reads the format {name!r}")
@@ -82,16 +82,16 @@ def matrices(name: str) -> Matrices:
 
 
 def suffixes() -> list[str]:
-    """Suffixes of the names of all tensors that stand beside a parameter, sorted."""
+    """Returns the suffixes of all tensors stored alongside a parameter, sorted."""
     return sorted({suffix for format in _FORMATS.values() for suffix in format.TENSORS} - {""})
 
 
 def check(format: str, tensors: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> None:
-    """Checks that tensors are what a format stores of ends of this shape and dtype: kernels read what these promise.
+    """Checks that tensors are what a format stores for ends of this shape and dtype. Kernels rely on it.
 
     Raises:
         ValueError: the format is unknown, or the number of tensors, their shapes or their devices are wrong.
-        TypeError: a dtype is.
+        TypeError: a dtype is wrong.
     """
     names = get(format).TENSORS
     if len(tensors) != len(names):
@@ -108,7 +108,7 @@ def check(format: str, tensors: Sequence[Tensor], shape: Sequence[int], dtype: t
 
 
 def float_blocks(format: str, tensors: Sequence[Tensor], columns: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Both ends in float32, a block of the first dimension at a time, so that no whole copy ever exists."""
+    """Yields both ends in float32, a block of the first dimension at a time, to avoid a full copy."""
     for rows in row_blocks(tensors[0].shape[0], tensors[0].shape[1:-1].numel() * columns):
         base, target = get(format).unpack(*tensors, columns=columns, rows=rows)
         yield rows, base.float(), target.float()

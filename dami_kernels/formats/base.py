@@ -1,4 +1,4 @@
-"""What a format is, and the formats that kernels can read: those of two matrices."""
+"""The protocol `Format`, and `Matrices`, the formats that kernels can read."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ ALL = slice(None)
 
 
 class Format(Protocol):
-    """How a base and a target weight are stored together: an object, or a module, with these.
+    """How a base and a target weight are stored together: an object or a module with these members.
 
-    A format that plain products serve best may have two more, in differentiable torch operations. No kernel is then
-    asked:
+    A format that is best computed with plain products may define two more functions, made of differentiable torch
+    operations. They are then used instead of a kernel:
 
         linear(x, lam, *tensors) -> Tensor        # x [M, K] and λ per row [M] → [M, N]
         embedding(ids, lam, *tensors) -> Tensor   # ids [M] and λ per row [M] → [M, D]
@@ -37,25 +37,25 @@ class Format(Protocol):
 
     @property
     def TENSORS(self) -> tuple[str, ...]:
-        """A suffix for the name of each stored tensor; "" for a base that is left as it is.
+        """A name suffix for each stored tensor; "" for a base that is stored unchanged.
 
-        When a model's dtype changes, its floating-point tensors follow, but for those whose suffix ends with "_scale".
+        When a model's dtype changes, its floating-point tensors are cast, except those whose suffix ends in "_scale".
         """
 
     def pack(self, base: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        """The tensors to store, in the order of `TENSORS`, from two floating-point ones [..., N, K]."""
+        """Returns the tensors to store, in the order of `TENSORS`, given two floating-point ones [..., N, K]."""
 
     def unpack(self, *tensors: Tensor, columns: int, rows: Rows = ALL) -> tuple[Tensor, Tensor]:
-        """Base and target again, each as it is stored or in float32.
+        """Returns base and target, each as it is stored or in float32.
 
         Args:
-            columns: K, which the format may have padded.
-            rows: of the first dimension, a slice or int64 indices, so that some of a weight can be read without a copy
-                of all of it.
+            columns: K without the padding that the format may have added.
+            rows: a slice or int64 indices of the first dimension, to read part of a weight without copying all of
+                it.
         """
 
     def layout(self, shape: Sequence[int], dtype: torch.dtype, *tensors: Tensor) -> Sequence[Layout]:
-        """The shape and dtype that each stored tensor must have, for ends of this shape and dtype."""
+        """Returns the shape and dtype that each stored tensor must have, for ends of this shape and dtype."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Codes:
-    """A matrix stored as codes, and as a bfloat16 scale for each `quantize.GROUP` of them along K.
+    """A matrix stored as codes, with a bfloat16 scale for each group of `quantize.GROUP` codes along K.
 
     Attributes:
-        suffix: of the codes, int8 [..., N, K'] or uint8 [..., N, K'/2]. That of the scales has "_scale" behind it.
-        bits: of a code, 4 or 8.
+        suffix: of the codes, int8 [..., N, K'] or uint8 [..., N, K'/2]. The scales' suffix appends "_scale".
+        bits: bits per code, 4 or 8.
     """
 
     suffix: str
@@ -106,12 +106,12 @@ class Codes:
         return code_layout(shape, self.bits)
 
     def pack(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """From float32."""
+        """Quantises float32 values."""
         codes, scales = quantize(values, self.bits)
         return (pack_nibbles(codes) if self.bits == 4 else codes), scales
 
     def unpack(self, codes: Tensor, scales: Tensor, *, columns: int) -> Tensor:
-        """In float32."""
+        """Returns the values in float32."""
         return dequantize(unpack_nibbles(codes) if self.bits == 4 else codes, scales, columns)
 
 
@@ -119,13 +119,13 @@ Matrix = Numbers | Codes
 
 
 class Matrices:
-    """A format of two matrices: the base, and a second one. All that kernels need to know of a format is here.
+    """A format of two matrices: the base and a second one. It holds all that kernels need to know of a format.
 
-    Stored as numbers, the second matrix is the target. Stored as codes, it is the difference target − base, taken from
-    the base as it is stored, so that it makes up for what the base has lost.
+    If stored as numbers, the second matrix is the target. If stored as codes, it is the difference between the target
+    and the base as stored, so that it compensates for the base's quantisation error.
 
     Attributes:
-        base, second: how each is stored.
+        base, second: how each matrix is stored.
     """
 
     def __init__(self, description: str, base: Matrix, second: Matrix) -> None:
@@ -142,11 +142,11 @@ class Matrices:
         return isinstance(self.second, Numbers)
 
     def bytes_per_weight(self, dtype: torch.dtype) -> float:
-        """Bytes for each weight of ends of this dtype, without padding."""
+        """Bytes stored per element of one end of this dtype, without padding."""
         return self.base.bytes_per_number(dtype) + self.second.bytes_per_number(dtype)
 
     def pack(self, base: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        """What is stored as it is is not copied. ValueError if an end to be quantised is not finite."""
+        """Packs both ends, copying only quantised ones. Raises ValueError if an end to quantise is not finite."""
         if isinstance(self.second, Numbers):
             return base, target
         second = self.second
@@ -161,7 +161,7 @@ class Matrices:
         return (base, *packed) if isinstance(self.base, Numbers) else packed
 
     def unpack(self, *tensors: Tensor, columns: int, rows: Rows = ALL) -> tuple[Tensor, Tensor]:
-        """An end as it is stored, or else in float32; views where `rows` is a slice and nothing is computed."""
+        """Returns each end as stored (a view if `rows` is a slice), or in float32 if it has to be computed."""
         parts, first = [tensor[rows] for tensor in tensors], len(self.base.suffixes)
         base = self.base.unpack(*parts[:first], columns=columns)
         second = self.second.unpack(*parts[first:], columns=columns)

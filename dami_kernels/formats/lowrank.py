@@ -1,4 +1,4 @@
-"""`lowrank`: target = base + up · down, as a LoRA adapter is. Exact at λ=0; the base's bytes and a little more."""
+"""`lowrank`: target = base + up · down, as in a LoRA adapter. Exact at λ=0; the base's bytes and a little more."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ TENSORS = ("", "_down", "_up")
 
 
 def pack(base: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    """base [N, K], not copied; down [R, K] and up [N, R] of its dtype, with the least R that tells target from base.
+    """Returns base [N, K], not copied, and down [R, K] and up [N, R] of its dtype, with the smallest sufficient R.
 
-    What is left out of the singular values is no more than the rounding of the target to its dtype has put in.
+    The singular values left out amount to no more than the error of rounding the target to its dtype.
 
     Raises:
         ValueError: the ends are not matrices, or the difference needs so high a rank that `int8` would be smaller.
@@ -43,26 +43,26 @@ def pack(base: Tensor, target: Tensor) -> tuple[Tensor, ...]:
 
 
 def unpack(*tensors: Tensor, columns: int, rows: Rows = ALL) -> tuple[Tensor, Tensor]:
-    """The base as it is; the target in float32."""
+    """Returns the base as stored and the target in float32."""
     base, down, up = tensors
     return base[rows], torch.addmm(base[rows].float(), up[rows].float(), down.float())
 
 
 def layout(shape: Sequence[int], dtype: torch.dtype, *tensors: Tensor) -> Sequence[Layout]:
-    """Of a matrix; the rank is that of the second tensor."""
+    """Returns the layout for a matrix. The rank is taken from the second tensor."""
     (*rows, columns), rank = shape, tensors[1].shape[0] if tensors[1].dim() else 1
     return (shape, dtype), ((rank, columns), dtype), ((*rows, rank), dtype)
 
 
 def linear(x: Tensor, lam: Tensor, *tensors: Tensor) -> Tensor:
-    """x · baseᵀ + λ (x · downᵀ) · upᵀ: plain products, which no kernel of ours would make faster."""
+    """Computes x · baseᵀ + λ (x · downᵀ) · upᵀ with plain products. A custom kernel would not be faster."""
     base, down, up = tensors
     low = (lam.unsqueeze(1) * F.linear(x, down).float()).to(x.dtype)
     return torch.addmm(F.linear(x, base), low, up.t())
 
 
 def embedding(ids: Tensor, lam: Tensor, *tensors: Tensor) -> Tensor:
-    """base[ids] + λ up[ids] · down."""
+    """Computes base[ids] + λ up[ids] · down."""
     base, down, up = tensors
     low = lam.unsqueeze(1) * F.embedding(ids, up).float()
     return torch.addmm(F.embedding(ids, base).float(), low, down.float()).to(base.dtype)

@@ -1,4 +1,4 @@
-"""`pair`: both ends as they are. Exact at λ=0 and λ=1; twice the bytes of one weight."""
+"""`pair`: both ends unchanged. Exact at λ=0 and λ=1; twice the bytes of one weight."""
 
 from dami_kernels.formats.base import Matrices, Numbers
 

@@ -1,4 +1,4 @@
-"""The operators: one file each, with its schema, shape function, gradient and dispatch."""
+"""The operators. Each has a file with its schema, shape function, gradients and dispatch."""
 
 from dami_kernels import native
 from dami_kernels.ops import library

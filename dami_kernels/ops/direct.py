@@ -1,9 +1,9 @@
-"""The shortest way from a public function to its CPU kernel, past torch's dispatcher.
+"""Direct calls from a public function to its CPU kernel, bypassing torch's dispatcher.
 
-A small product takes a fraction of the time that the dispatcher and what Python does below it do. Each function
-takes the arguments of the public function of its name, after one that says whether gradients are recorded. It
-returns None where it cannot serve: for tensors that are not plain ones on the CPU, want a gradient, have to be copied
-first or do not fit. The compiled part looks at what every tensor is at this call; no address is ever remembered.
+A small product takes only a fraction of the time spent in the dispatcher and the Python code below it. Each function
+takes a flag that says whether gradients are recorded, then the arguments of the public function of the same name. It
+returns None if it cannot handle the call: if a tensor is not a plain CPU tensor, requires grad, would have to be
+copied first, or does not fit. The compiled part inspects every tensor on each call and never caches an address.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from dami_kernels import native
 from dami_kernels.weight import LerpWeight
 
-_C: Any = getattr(native, "_C", None)  # none of these is called without it
+_C: Any = getattr(native, "_C", None)  # the functions below are only called if it exists
 
 
 def lerp_linear(
@@ -136,5 +136,5 @@ def _fits(x: Tensor, weight: LerpWeight) -> bool:
 
 
 def _ends(bias: LerpWeight | None) -> Sequence[Tensor] | None:
-    """The tensors of a bias; None, which is not taken, where it is something else."""
+    """Returns the tensors of a bias, or None, which the kernel rejects, if it is not a `LerpWeight`."""
     return () if bias is None else bias.tensors if type(bias) is LerpWeight else None

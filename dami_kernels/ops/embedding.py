@@ -20,10 +20,10 @@ def lerp_embedding(
     rows_per_lam: int | None = None,
     row_to_lam: Tensor | None = None,
 ) -> Tensor:
-    """`F.embedding` with each looked-up row interpolated at its own λ.
+    """Like `F.embedding`, with each looked-up row interpolated at its own λ.
 
     Args:
-        ids: [...] int64 or int32, in [0, V). Every id is a row.
+        ids: [...] int64 or int32, in [0, V). Each id counts as a row.
         weight: [V, D].
         lam, rows_per_lam, row_to_lam: as in `lerp_linear`.
 
@@ -31,7 +31,7 @@ def lerp_embedding(
         [..., D] of the weight's dtype. Gradients flow to lam.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: names the argument, what was expected and what was passed.
         IndexError: an id is out of range (on the CPU; on a GPU it is undefined, as in torch).
     """
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
@@ -88,7 +88,7 @@ def _fake(
 
 
 def _looked_up(ids: Tensor, weight: list[Tensor], format: str, columns: int) -> tuple[Tensor, Tensor]:
-    """The rows of both ends, in float32."""
+    """Returns the looked-up rows of both ends in float32."""
     base, target = formats.get(format).unpack(*weight, columns=columns, rows=ids.long())
     return base.float(), target.float()
 

@@ -27,22 +27,22 @@ def lerp_experts(
     row_to_lam: Tensor | None = None,
     invariant: bool = False,
 ) -> Tensor:
-    """`lerp_linear` of each row with the weight of its expert; the rows are sorted by expert.
+    """Applies `lerp_linear` to each row with the weight of its expert. Rows must be sorted by expert.
 
     Args:
         x: [rows, K] float32, bfloat16 or float16.
         weight: [E, N, K], of x's dtype and device.
         lam, rows_per_lam, row_to_lam, invariant: as in `lerp_linear`.
-        expert_offsets: int32 [E], the end of each expert's rows; they begin where those of the one before end, as for
-            torch's grouped products. It stays on the device.
+        expert_offsets: int32 [E], the end of each expert's rows, which begin at the end of the previous expert's, as in
+            torch's grouped products. It is not copied to the host.
         bias: [E, N], format "pair".
 
     Returns:
-        [rows, N] of x's dtype, zeros for rows after the last expert's. Gradients flow to x and lam.
+        [rows, N] of x's dtype. Rows after the last expert's are zeros. Gradients flow to x and lam.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
-        IndexError: the offsets decrease or pass the rows (on the CPU; on a GPU that is undefined).
+        TypeError, ValueError: names the argument, what was expected and what was passed.
+        IndexError: the offsets decrease or exceed the number of rows (on the CPU; undefined on a GPU).
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
@@ -104,7 +104,7 @@ def _fake(x: Tensor, weight: list[Tensor], *_: Any) -> Tensor:
 
 
 def _rows_of_experts(offsets: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
-    """Each expert that has rows, and which: on the device meta none."""
+    """Yields each expert that has rows, with its rows. Yields nothing on the meta device."""
     begin = 0
     for expert, end in enumerate([] if offsets.is_meta else offsets.tolist()):
         if not begin <= end <= rows:
@@ -137,7 +137,7 @@ def _plain(
 
 
 def _of_experts(pieces: list[Tensor], x: Tensor, columns: int) -> Tensor:
-    """[rows of x, columns] in float32: the experts' rows, one after the other, and zeros for those of none."""
+    """Returns [rows of x, columns] in float32: the experts' rows concatenated, and zeros for rows without an expert."""
     others = x.shape[0] - sum(len(piece) for piece in pieces)
     return torch.cat([*pieces, x.new_zeros(others, columns, dtype=torch.float32)])
 
@@ -154,9 +154,9 @@ def _gradients(
     format: str,
     invariant: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dx and dλ as `lerp_linear` has them, expert by expert; the offsets come to the host."""
-    # An operator of its own, because torch.compile cannot trace what depends on the offsets' values. Where derivatives
-    # are to be differentiated again, which is never while it traces, they have to be in plain torch.
+    """Computes dx and dλ as in `lerp_linear`, expert by expert. Copies the offsets to the host."""
+    # A separate operator, because torch.compile cannot trace code that depends on the offsets' values. If gradients are
+    # to be differentiated again, which never happens while it traces, they have to be in plain torch.
     backward = _plain_gradients if torch.is_grad_enabled() else torch.ops.dami.lerp_experts_backward
     return backward(dy, x, weight, bias, lam, row_to_lam, rows_per_lam, offsets, format)
 
@@ -204,7 +204,7 @@ def _tangent(
     format: str,
     invariant: bool,
 ) -> Tensor:
-    """ẏ as `lerp_linear` has it, expert by expert; the offsets come to the host."""
+    """Computes ẏ as in `lerp_linear`, expert by expert. Copies the offsets to the host."""
     per_row, dlam = (lam_per_row(each, rows_per_lam, row_to_lam).unsqueeze(1) for each in (lam, dlam))
     pieces = []
     for expert, rows in _rows_of_experts(offsets, x.shape[0]):

@@ -24,22 +24,22 @@ def lerp_layer_norm(
     rows_per_lam: int | None = None,
     row_to_lam: Tensor | None = None,
 ) -> Tensor:
-    """`F.layer_norm` over the last dimension, weight and bias of each row interpolated at the row's own λ.
+    """Like `F.layer_norm` over the last dimension, with each row's weight and bias interpolated at its own λ.
 
-    Computed in float32, rounded once.
+    Computes in float32 and rounds once.
 
     Args:
         x: [..., D] float32, bfloat16 or float16. Its leading dimensions are the rows.
         weight: [D], format "pair", of x's dtype and device.
         lam, rows_per_lam, row_to_lam: as in `lerp_linear`.
-        bias: [D], likewise.
+        bias: [D], like `weight`.
         eps: added to the variance.
 
     Returns:
         Shape and dtype of x. Gradients flow to x and lam.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: names the argument, what was expected and what was passed.
     """
     rows = library.check_norm(x, {"weight": weight} if bias is None else {"weight": weight, "bias": bias})
     lam, rows_per_lam = lam_map(lam, rows, rows_per_lam, row_to_lam, x.device)
@@ -90,7 +90,7 @@ def _plain(
 
 
 def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """n = (x − mean(x)) s and s = 1/std(x)."""
+    """Returns n = (x − mean(x)) s and s = 1/std(x)."""
     variance, mean = torch.var_mean(x.float(), 1, correction=0, keepdim=True)
     scale = torch.rsqrt(variance + eps)
     return (x.float() - mean) * scale, scale

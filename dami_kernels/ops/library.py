@@ -1,7 +1,7 @@
-"""What the operator files share: registration in the `dami` namespace, and the checks on their arguments.
+"""Code shared by the operators: registration in the `dami` namespace, and argument checks.
 
-An operator's derivatives are registered for torch's autograd key as C++ operators do it, since
-`torch.library.register_autograd` knows neither forward mode nor the transforms of `torch.func`.
+Derivatives are registered for torch's autograd key, as C++ operators do, because
+`torch.library.register_autograd` supports neither forward mode nor the transforms of `torch.func`.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ LIBRARY = torch.library.Library("dami", "DEF")
 
 
 PLAIN: dict[str, Callable[..., Any]] = {}  # every operator's version in plain torch
-CHECKED: dict[str, Callable[..., Any]] = {}  # what checks an operator's arguments, and finds what computes it
+CHECKED: dict[str, Callable[..., Any]] = {}  # checks an operator's arguments and dispatches to its implementation
 
 _raised = threading.local()
 
 
 def reraise() -> None:
-    """Raises what the last operator `_NAME` of this thread has caught, as torch's C interface loses it."""
+    """Raises the error that this thread's last operator `_NAME` caught, because torch's C interface loses it."""
     raise _raised.__dict__.pop("error")
 
 
 def kernel_of(name: str, device: str) -> Callable[..., Any] | str:
-    """The kernel that an operator runs on a type of device, with its schema's arguments, or why there is none."""
+    """Returns an operator's kernel for a device type, which takes its schema's arguments, or why there is none."""
     if device == "cpu":
         return native.WHY_NOT or getattr(native, name)
     if device == "cuda":
@@ -60,31 +60,31 @@ def define(
     gradients: Callable[..., tuple[Tensor | None, Tensor]],
     tangent: Callable[..., Tensor],
 ) -> None:
-    """Registers the operator of a schema with everything torch wants to know about it.
+    """Registers an operator with everything torch needs to know about it.
 
-    Its kernels are found by its name, see `kernel_of`. `plain` stands in, with one warning, where they are missing or
-    raise NotImplementedError, as they do for a format that they cannot read.
+    Kernels are found by the operator's name, see `kernel_of`. If they are missing or raise NotImplementedError, as
+    they do for a format that they cannot read, `plain` runs instead and warns once.
 
     Args:
-        schema: its torch schema; the first argument is x, or ids, and one is called lam.
-        check: raises ValueError or TypeError where the arguments would have a kernel read beside a tensor.
-        fake: computes the output's shape and dtype only, for torch.compile and the device meta.
-        plain: the same in plain torch, for any device.
-        gradients: (dy, *arguments) → (dx, dλ): the gradients of x, None for ids, and of λ, given that of the output.
-        tangent: (ẋ, λ̇, *arguments) → ẏ: the output's derivative along those of x, None for ids, and of λ.
-            Both are in plain torch and change nothing in place, so that torch can differentiate and batch them again.
+        schema: its torch schema. The first argument is x or ids, and one is called lam.
+        check: raises ValueError or TypeError if the arguments would make a kernel read out of bounds.
+        fake: computes only the output's shape and dtype, for torch.compile and the meta device.
+        plain: the operator in plain torch, for any device.
+        gradients: (dy, *arguments) → (dx, dλ): the gradients of x (None for ids) and of λ, given the output's gradient.
+        tangent: (ẋ, λ̇, *arguments) → ẏ: the output's tangent, given the tangents of x (None for ids) and λ.
+            Both are in plain torch without in-place changes, so that torch can differentiate and batch them again.
     """
     name = schema.split("(")[0]
     PLAIN[name] = plain
 
     def filled(args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """In the schema a list may be none, since exported programs make that of empty ones."""
+        """Replaces None by empty lists: exported programs turn empty lists into None, so the schema allows it."""
         return upstream.without_none(op, args)
 
     def run(*args: Any) -> Any:
         args = filled(args)
         check(*args)
-        # Of λ, its map, ids and offsets kernels take the numbers to lie side by side.
+        # Kernels expect λ, its map, ids and offsets to be contiguous.
         args = tuple([x.contiguous() if isinstance(x, Tensor) and x.dim() == 1 else x for x in args])
         kernel = kernel_of(name, args[0].device.type)
         if isinstance(kernel, str):
@@ -124,7 +124,7 @@ def define(
 def _differentiable(
     op: Any, gradients: Callable[..., tuple[Tensor | None, Tensor]], tangent: Callable[..., Tensor]
 ) -> Callable[..., Any]:
-    """The kernel of an operator for torch's autograd key."""
+    """Returns an operator's kernel for torch's autograd key."""
     lam_at = upstream.argument_names(op).index("lam")
 
     def below(keyset: Any, args: tuple[Any, ...]) -> Tensor:
@@ -165,19 +165,19 @@ def _differentiable(
         if not backward and not forward:
             return below(keyset, args)
         with upstream.single_level_functions():
-            return Lerp.apply(x, lam, keyset, args)  # type: ignore[attr-defined]  # the C++ part has it
+            return Lerp.apply(x, lam, keyset, args)  # type: ignore[attr-defined]  # apply exists in the C++ base class
 
     return run
 
 
 def _arguments(ctx: Any) -> list[Any]:
-    """The arguments of an operator again, from the context of its derivatives."""
+    """Restores an operator's arguments from its autograd context."""
     saved = zip(ctx.saved_tensors, ctx.others, strict=True)
     return pytree.tree_unflatten([other if tensor is None else tensor for tensor, other in saved], ctx.structure)
 
 
 def register_vmap(name: str) -> None:
-    """Lets `torch.vmap` take an operator: it runs once for each index of the dimension that is mapped over."""
+    """Makes an operator work under `torch.vmap`: it runs once per index of the mapped dimension."""
     op = getattr(torch.ops.dami, name).default
 
     def batched(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
@@ -197,20 +197,19 @@ def register_vmap(name: str) -> None:
 
 
 def is_eager() -> bool:
-    """Whether a call means its kernel and nothing else: nobody compiles, traces, transforms, intercepts or casts it."""
+    """Whether a call only needs its kernel: nothing compiles, traces, transforms, intercepts or casts it."""
     return not torch.compiler.is_compiling() and not upstream.is_watched() and not torch.is_autocast_enabled("cpu")
 
 
 def public(kind: Literal["product", "norm", "lookup"], direct: Callable[..., Any]) -> Callable[[F], F]:
-    """Makes a public function of x, or ids, go the shortest way, and follow `torch.autocast` as torch's own does.
+    """Makes a public function of x or ids call its kernel directly, and follow `torch.autocast` as torch's own do.
 
-    The shortest way is `direct`, which takes the function's arguments after one that says whether gradients are
-    recorded, and returns None where it cannot serve. With torch's dispatcher in between a small call takes ten times
-    as long.
+    `direct` takes a flag that says whether gradients are recorded, then the function's arguments. It returns None if
+    it cannot handle the call. Through torch's dispatcher, a small call takes ten times as long.
 
-    A product casts x, weights and biases to autocast's dtype, as `F.linear`. A norm computes in float32, and returns
-    that on a GPU, but x's dtype on the CPU, as `F.layer_norm`. A lookup casts nothing, as `F.embedding`. λ stays
-    float32 in all of them, and nothing inside is cast again.
+    A product casts x, weights and biases to autocast's dtype, like `F.linear`. A norm computes in float32 and, like
+    `F.layer_norm`, returns float32 on a GPU and x's dtype on the CPU. A lookup casts nothing, like `F.embedding`. λ
+    always stays float32, and nothing inside is cast again.
     """
 
     def decorate(function: F) -> F:
@@ -241,7 +240,7 @@ def public(kind: Literal["product", "norm", "lookup"], direct: Callable[..., Any
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """An argument with the weights in it, if any, of another dtype."""
+    """Returns an argument with any weights in it cast to another dtype."""
     if isinstance(value, (list, tuple)):
         return [_cast(each, dtype) for each in value]
     return value.to(dtype) if isinstance(value, LerpWeight) else value
@@ -293,7 +292,7 @@ def check_vector(name: str, vector: Tensor, size: int, device: torch.device) -> 
 def check_stored(
     format: str, tensors: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Checks that a weight's tensors are what its format says, where the input is, and all there."""
+    """Checks that a weight's tensors are complete, match its format and are on the input's device."""
     formats.check(format, tensors, shape, dtype)
     if tensors[0].device != device:
         raise ValueError(f"the weight must be on {device} as the input is, got {tensors[0].device}")
@@ -308,7 +307,7 @@ def check_stored(
 
 
 def check_weight(name: str, weight: LerpWeight, x: Tensor | None = None, dim: int | None = None) -> None:
-    """Checks one operand: a frozen LerpWeight of `dim` dimensions, on x's device and of its dtype if there is an x."""
+    """Checks one operand: a frozen LerpWeight of `dim` dimensions, with x's device and dtype if x is given."""
     if not isinstance(weight, LerpWeight):
         raise TypeError(f"{name} must be a LerpWeight, got {type(weight).__name__}")
     if dim is not None and len(weight.shape) != dim:
@@ -326,13 +325,13 @@ def check_weight(name: str, weight: LerpWeight, x: Tensor | None = None, dim: in
 
 
 def check_size(name: str, weight: LerpWeight, size: int, of: str) -> None:
-    """Checks that the last dimension of `weight` is `size`, the size of `of`."""
+    """Checks that the last dimension of `weight` has the size of `of`, `size`."""
     if weight.shape[-1] != size:
         raise ValueError(f"{name} must have a last dimension of {size}, {of}, got shape {list(weight.shape)}")
 
 
 def check_norm(x: Tensor, operands: dict[str, LerpWeight]) -> int:
-    """Checks a norm's input and its operands, by name, and returns the number of rows."""
+    """Checks a norm's input and its operands (given by name) and returns the number of rows."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
     if x.dim() < 1:

@@ -1,4 +1,4 @@
-"""`lerp_linear`: y_i = x_i · W(λ_i)ᵀ + b(λ_i), and `lerp_linears`: several of them for one x, in one launch."""
+"""`lerp_linear`: y_i = x_i · W(λ_i)ᵀ + b(λ_i), and `lerp_linears`: several weights for one x, in one launch."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def lerp_linear(
     row_to_lam: Tensor | None = None,
     invariant: bool = False,
 ) -> Tensor:
-    """`F.linear` with the weight and bias of each row interpolated at the row's own λ.
+    """Like `F.linear`, with the weight and bias of each row interpolated at the row's own λ.
 
-    y_i = x_i · (W_b + λ_i (W_t − W_b))ᵀ + b_b + λ_i (b_t − b_b), summed in float32, rounded once.
+    y_i = x_i · (W_b + λ_i (W_t − W_b))ᵀ + b_b + λ_i (b_t − b_b), summed in float32 and rounded once.
 
     Args:
         x: [..., K] float32, bfloat16 or float16. Its leading dimensions are the rows.
         weight: [N, K], of x's dtype and device.
-        lam: float32. [] for all rows, [rows] for one each, [L] together with one of the next two.
+        lam: float32. [] for all rows, [rows] for one per row, [L] with `rows_per_lam` or `row_to_lam`.
         bias: [N], format "pair".
-        rows_per_lam: rows of each λ, for a padded batch: x [B, T, K] with lam [B] takes rows_per_lam=T.
+        rows_per_lam: number of rows per λ, for a padded batch: T for x [B, T, K] with lam [B].
         row_to_lam: int32 [rows], indices into `lam`, for a ragged batch.
-        invariant: makes the bits of a row independent of the other rows, of their λ and of their number, at some cost.
+        invariant: makes a row's result bitwise independent of the other rows, their λ and their number. It is slower.
 
     Returns:
         [..., N] of x's dtype. Gradients flow to x and lam; the ends are frozen.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: names the argument, what was expected and what was passed.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
@@ -83,18 +83,18 @@ def lerp_linears(
     row_to_lam: Tensor | None = None,
     invariant: bool = False,
 ) -> tuple[Tensor, ...]:
-    """`lerp_linear` of one x with several weights in one launch: queries, keys and values, or gate and up.
+    """Applies `lerp_linear` with several weights to one x in one launch: queries, keys and values, or gate and up.
 
     Args:
         x, lam, rows_per_lam, row_to_lam, invariant: as in `lerp_linear`.
         weights: [N_i, K] each, all of one format.
-        biases: [N_i] each, one for every weight, or None.
+        biases: [N_i] each, one per weight, or None.
 
     Returns:
-        [..., N_i] for each weight, dense.
+        [..., N_i] for each weight, contiguous.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: names the argument, what was expected and what was passed.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
@@ -161,7 +161,7 @@ def _check_operands(
 
 
 def _split(tensors: list[Tensor], format: str) -> list[list[Tensor]]:
-    """The tensors of each of several weights."""
+    """Splits a flat list into the tensors of each weight."""
     each = len(formats.get(format).TENSORS)
     return [tensors[i : i + each] for i in range(0, len(tensors), each)]
 
@@ -227,13 +227,13 @@ def _gradients(
     dy_base = dy_target = x.new_zeros(x.shape, dtype=torch.float32)
     for part, weight in zip(dys, each, strict=True):
         for block, base, target in formats.float_blocks(format, weight, x.shape[1]):
-            columns = part.narrow(1, block.start, len(base))  # not by the slice: of all columns vmap knows no view
+            columns = part.narrow(1, block.start, len(base))  # not a slice: vmap fails if it spans all columns
             dy_base = dy_base + columns @ base
             dy_target = dy_target + columns @ target
     per_row = lam_per_row(lam, rows_per_lam, row_to_lam).unsqueeze(1)
     dx = lerp(dy_base, dy_target, per_row).to(x.dtype)
     dlam = ((dy_target - dy_base) * x.float()).sum(1)
-    for part, (base, target) in zip(dys, _split(biases, "pair"), strict=False):  # or there are none
+    for part, (base, target) in zip(dys, _split(biases, "pair"), strict=False):  # biases may be empty
         dlam = dlam + part @ (target.float() - base.float())
     return dx, sum_per_lam(dlam, lam, rows_per_lam, row_to_lam)
 

@@ -23,7 +23,7 @@ def lerp_rms_norm(
     rows_per_lam: int | None = None,
     row_to_lam: Tensor | None = None,
 ) -> Tensor:
-    """RMS normalisation with the weight of each row interpolated at the row's own λ.
+    """Applies RMS normalisation, with the weight of each row interpolated at the row's own λ.
 
     y_i = x_i / sqrt(mean(x_i²) + eps) · (offset + w_b + λ_i (w_t − w_b)), in float32, rounded once.
 
@@ -38,7 +38,7 @@ def lerp_rms_norm(
         Shape and dtype of x. Gradients flow to x and lam.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: names the argument, what was expected and what was passed.
     """
     rows = library.check_norm(x, {"weight": weight})
     lam, rows_per_lam = lam_map(lam, rows, rows_per_lam, row_to_lam, x.device)

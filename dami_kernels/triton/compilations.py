@@ -1,4 +1,4 @@
-"""Says in the log what Triton compiles of these kernels, for which GPU, and how long that took."""
+"""Logs which of these kernels Triton compiles, for which GPU, and how long that takes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ LOG = logging.getLogger("dami_kernels")
 
 
 def log_compilations() -> None:
-    """From now on, one line at level INFO for each kernel that is compiled, rather than found in Triton's cache.
+    """Starts logging, at level INFO, a line for each kernel that is compiled rather than found in Triton's cache.
 
-    Triton has room for one listener to its compiler; one that is there already is called first.
+    Triton's compiler supports only one listener. If there already is one, it is called first.
     """
     before = knobs.compilation.listener
 
@@ -30,7 +30,7 @@ def log_compilations() -> None:
 
 
 def _variant(src: Any, metadata: dict[str, Any]) -> str:
-    """Which of a kernel's variants this is: the type of its first operand, its constants and Triton's options."""
+    """Describes a kernel's variant: the type of its first operand, its constants and Triton's options."""
     first, *_ = src.signature.items()
     constants = [(src.fn.arg_names[i], src.constants[i,]) for i in src.fn.constexprs]
     options = [(name, metadata[name]) for name in ("num_warps", "num_stages")]

@@ -1,4 +1,4 @@
-"""What the kernels share on the device: λ of a row, the formats' tiles, and how both ends are combined."""
+"""Device functions shared by the kernels: a row's λ, tiles of the formats, and how both ends are combined."""
 
 # mypy: ignore-errors
 
@@ -7,9 +7,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# A weight is stored as two matrices, its base and a second one. Kernels know the bits of their codes, BASE_BITS and
-# SECOND_BITS, 0 where a matrix is stored as numbers. A second matrix of numbers is the target, one of codes the delta,
-# which is target − base.
+# A weight is stored as two matrices, its base and a second one. BASE_BITS and SECOND_BITS tell kernels the bits of
+# their codes, or 0 if a matrix is stored as numbers. A second matrix of numbers is the target, one of codes the delta,
+# target − base.
 BASE: tl.constexpr = tl.constexpr(0)
 SECOND: tl.constexpr = tl.constexpr(1)
 GROUP: tl.constexpr = tl.constexpr(32)  # weights along K that share a scale

@@ -1,7 +1,7 @@
 """`lerp_experts`: the tiles of `lerp_linear`, each with the weight of the expert that its rows belong to.
 
-The host does not know how many rows each expert has. It launches as many programs as the most unfavourable offsets ask
-for, and each finds its expert on the device.
+The host does not know how many rows each expert has. It launches as many programs as the worst-case offsets need, and
+each program finds its expert on the device.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -132,5 +132,5 @@ def lerp_experts(
 
 
 def row_tiles(rows: int, experts: int, block_m: int) -> int:
-    """The most tiles that any offsets make of the rows: of each expert, and what is left, one tile may hold one row."""
+    """Returns the most tiles that any offsets need: each expert, and the rest, may have a tile with a single row."""
     return (rows + min(experts + 1, rows) * (block_m - 1)) // block_m

@@ -1,4 +1,4 @@
-"""What the launching sides of the kernels share."""
+"""Host-side helpers for launching kernels."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from dami_kernels.quantize import GROUP
 
 
 def bits_of(format: str) -> dict[str, int]:
-    """The kernels' constants that say how the two matrices of a format are stored: see `device.load_end`.
+    """Returns the constants that tell kernels how a format stores its two matrices, see `device.load_end`.
 
-    NotImplementedError for a format that they do not read.
+    Raises NotImplementedError for a format that the kernels do not support.
     """
     both = formats.matrices(format)
     return {"BASE_BITS": both.base.bits or 0, "SECOND_BITS": both.second.bits or 0}
 
 
 def weights_of(tensors: list[Tensor], format: str) -> tuple[tuple[Tensor, ...], ...]:
-    """The tensors of several weights of one format, each weight's together."""
+    """Returns the tensors of several weights of one format, grouped by weight."""
     stride = len(formats.get(format).TENSORS)
     return tuple([tuple(tensors[i : i + stride]) for i in range(0, len(tensors), stride)])
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b rounded up. Triton's own takes a microsecond and a half on the host."""
+    """Returns a / b rounded up. Triton's own function takes 1.5 µs on the host."""
     return -(-a // b)
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[None]:
-    """Makes x's GPU the current one, where Triton launches."""
+    """Makes x's GPU the current device, on which Triton launches."""
     return torch.cuda.device_of(x)
 
 
 def is_even(weights: Sequence[Sequence[Tensor]], format: str, K: int, block_k: int) -> bool:
-    """Whether every step along K is whole, and its scales can be read two at a time, as words of 32 bits."""
+    """Whether every step along K is whole, and scales can be read two at a time, as 32-bit words."""
     if K % block_k or K == 0:
         return False
     if block_k == GROUP:
@@ -58,10 +58,10 @@ def strides_of(weight: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
 
 
 def with_rows_in_one_piece(x: Tensor) -> Tensor:
-    """x [M, D] itself if each row lies in one piece, else a copy."""
+    """Returns x [M, D] itself if each row is contiguous, else a copy."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def vectors(ends: list[Tensor]) -> tuple[Tensor, ...] | None:
-    """The ends of a 1-d operand in one piece each, or None for an operand that is not there."""
+    """Returns the ends of a 1-d operand, each contiguous, or None if there is no such operand."""
     return tuple(end.contiguous() for end in ends) if ends else None

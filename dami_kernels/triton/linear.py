@@ -1,4 +1,4 @@
-"""`lerp_linear` and `lerp_linears`: a program takes a tile of the weight it finds the tile in."""
+"""`lerp_linear` and `lerp_linears`: each program computes one tile of one of the weights."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -15,7 +15,7 @@ from dami_kernels.triton.product import Operands, Plan, Tile, launch, product_ti
 from dami_kernels.tuning import device_of, linear_config, row_span
 
 
-# M, rows_per_lam and span change with every batch: specialised on, they would compile the kernel again.
+# M, rows_per_lam and span change with every batch. Specialising on them would recompile the kernel.
 @triton.jit(do_not_specialize=["M", "rows_per_lam", "span"])
 def _lerp_linear_kernel(
     x,

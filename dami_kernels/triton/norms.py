@@ -1,4 +1,4 @@
-"""`lerp_rms_norm` and `lerp_layer_norm`: some whole rows a program, read again while they are in the cache."""
+"""`lerp_rms_norm` and `lerp_layer_norm`: each program takes a few whole rows and rereads them from the cache."""
 
 # mypy: disable-error-code="no-untyped-def"
 

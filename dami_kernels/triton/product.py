@@ -1,8 +1,8 @@
-"""A product with interpolated weights, Yᵀ = W(λ) · Xᵀ, a tile of features by rows at a time: what `lerp_linear` and
-`lerp_experts` share.
+"""A product with interpolated weights, Yᵀ = W(λ) · Xᵀ, one tile of features by rows at a time. `lerp_linear` and
+`lerp_experts` share it.
 
-The weight is the left operand of `tl.dot`, so that a weight blended in registers can stay there: on sm_90 only wgmma's
-left operand may come from registers, on sm_100 only tcgen05's left operand from tensor memory.
+The weight is the left operand of `tl.dot`, so that a weight blended in registers can stay there: on sm_90 only the left
+operand of wgmma may come from registers, on sm_100 only the left operand of tcgen05 from tensor memory.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -25,7 +25,7 @@ BOTH = tl.constexpr(3)
 
 
 class Operands(NamedTuple):
-    """Of one product, on the device.
+    """Operands of one product, on the device.
 
     Attributes:
         x, stride_x: the rows, dense along K.
@@ -50,7 +50,7 @@ class Operands(NamedTuple):
 class Tile(NamedTuple):
     """A part of a product: rows [row, row_end) of x, features from `feature` on, steps [step_begin, step_end) along K.
 
-    There is one step at least. Features end at N and columns at K.
+    There is at least one step. Features end at N, and columns end at K.
     """
 
     row: tl.tensor
@@ -63,7 +63,7 @@ class Tile(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a kernel is compiled for: how the weight is stored, whether steps along K are whole, and `LinearConfig`."""
+    """Compile-time constants: how the weight is stored, whether steps along K are whole, and `LinearConfig`."""
 
     BASE_BITS: tl.constexpr
     SECOND_BITS: tl.constexpr
@@ -230,12 +230,12 @@ def launch(
     even_k: bool,
     **arguments: object,
 ) -> None:
-    """Runs a kernel of `product_tile` on as many programs, for each split of K, and sums the splits into y.
+    """Runs a kernel of `product_tile` with `programs` programs for each split of K, and sums the splits into y.
 
     Args:
         kernel: takes `out` [splits, *y.shape], K, steps_per_split and the constants of `Plan`.
-        y: where the result goes.
-        arguments: what the kernel takes besides.
+        y: receives the result.
+        arguments: the kernel's other arguments.
     """
     steps = max(1, cdiv(K, config.block_k))
     steps_per_split = cdiv(steps, config.split_k)

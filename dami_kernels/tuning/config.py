@@ -1,4 +1,4 @@
-"""How a linear kernel is launched."""
+"""Launch parameters of a linear kernel."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class LinearConfig:
 
     Attributes:
         block_m, block_n, block_k: rows, features and inner size of a tile.
-        mixed_m: rows that a tile with several λ handles at a time, for two sums take twice the registers of one.
-        split_k: parts into which the inner size is cut; above 1 a second kernel sums their results.
-        use_blend: whether a tile of rows with one λ blends the weight, rather than keeping two accumulators.
+        mixed_m: rows that a tile with several λ handles at a time. Its two accumulators take twice the registers.
+        split_k: number of splits along the inner size. If more than 1, a second kernel sums their results.
+        use_blend: whether a tile with a single λ blends the weight instead of keeping two accumulators.
         num_warps, num_stages: as in Triton.
     """
 

@@ -1,4 +1,4 @@
-"""How the decode kernel in CUDA C++ is launched, and when it is chosen over the one in Triton."""
+"""Launch parameters of the CUDA C++ decode kernel, and the choice between it and Triton's."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from dami_kernels.tuning.tables import load_table, nearest
 
 MAX_ROWS = 8  # of x
 MAX_WARPS = 16  # of a block
-TILE, STEP = 16, 128  # features of a block; weights of each that a warp takes at a time
-STAGES = 2  # steps of a warp that are on their way
-# What a processor must have under way to get its share of the bandwidth: on an H200 4.8 TB/s over 132 processors, for
-# a latency of 1.2 µs. Computed, not measured.
+TILE, STEP = 16, 128  # features per block; weights of each feature that a warp takes at a time
+STAGES = 2  # steps in flight per warp
+# Bytes that a multiprocessor must have in flight to get its share of the bandwidth: on an H200, 4.8 TB/s over 132
+# multiprocessors at a latency of 1.2 µs. Computed, not measured.
 BYTES_IN_FLIGHT = 44_000
-# Of a processor's shared memory; the L1 cache, for x, has the rest. As decode.cu asks for.
+# Share of a multiprocessor's shared memory; the L1 cache, for x, gets the rest. Must match decode.cu.
 CARVEOUT = 0.85
-MAX_WARPS_AT_ONCE = 18  # that a processor has registers for
+MAX_WARPS_AT_ONCE = 18  # limit set by a multiprocessor's registers
 
 
 def step_bytes(format: str) -> int:
-    """Bytes of a step of one warp, as they come from memory."""
+    """Returns the bytes that one step of a warp loads from memory."""
     both = formats.matrices(format)
     return sum(_value_bytes(matrix) + _scale_bytes(matrix) for matrix in (both.base, both.second))
 
 
 def shared_bytes(format: str) -> int:
-    """Bytes of shared memory of a warp: in each stage the values, spread out by a quarter, and the scales."""
+    """Returns a warp's shared memory in bytes. Each stage holds the values, padded by a quarter, and the scales."""
     both = formats.matrices(format)
     return STAGES * sum(_value_bytes(matrix) * 5 // 4 + _scale_bytes(matrix) for matrix in (both.base, both.second))
 
@@ -45,17 +45,17 @@ def _scale_bytes(matrix: Matrix) -> int:
 
 
 def warps_at_once(format: str, device: Device) -> int:
-    """Warps that a processor holds."""
+    """Returns the number of warps that fit on a multiprocessor."""
     return min(int(CARVEOUT * device.shared) // shared_bytes(format), MAX_WARPS_AT_ONCE)
 
 
-@lru_cache(1 << 14)  # a decode step asks some hundred times
+@lru_cache(1 << 14)  # called some hundred times per decode step
 def decode_warps(N: int, K: int, format: str, device: Device) -> int:
-    """Warps of a block for a weight [N, K]. They share the work along K. The number of rows does not matter.
+    """Returns the warps per block for a weight [N, K]. They share the work along K. The number of rows does not matter.
 
-    The least time by this model, in bytes at full speed: blocks run in rounds of as many as the processors hold. A
-    round waits for one latency, then its bytes come at full speed if enough of them are under way, one step of each
-    warp at the least, else slower in proportion. The warp with the most steps decides.
+    Minimises the time in this model, in bytes at full speed: blocks run in rounds of as many as the multiprocessors
+    hold. A round waits for one latency. Its bytes then arrive at full speed if enough are in flight, counting one step
+    per warp, and proportionally slower if not. The warp with the most steps determines the time.
     """
     steps, tiles, bytes_of_step = -(-K // STEP), -(-N // TILE), step_bytes(format)
     needed = BYTES_IN_FLIGHT * device.processors
@@ -79,7 +79,7 @@ def decode_warps(N: int, K: int, format: str, device: Device) -> int:
 def prefers_cuda(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Device) -> bool:
     """Whether the CUDA kernel was measured to be faster than Triton's on x [M, K] and a weight [N, K].
 
-    True if this GPU's table says so for the nearest M, False without a table.
+    Looks up the nearest M in this GPU's table. False without a table.
     """
     measured = load_table(device.name).get((N, K, dtype, format)) if device.name else None
     return measured is not None and nearest(measured, M).prefers_cuda

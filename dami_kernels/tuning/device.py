@@ -14,9 +14,9 @@ class Device:
 
     Attributes:
         arch: "sm_90", "gfx942", …
-        processors: streaming multiprocessors, or compute units.
-        shared: bytes of shared memory that one program may take.
-        name: the name that torch gives it, which finds its table of measurements; empty for no table.
+        processors: number of streaming multiprocessors or compute units.
+        shared: bytes of shared memory that one program may use.
+        name: its name in torch, used to find its table of measurements; empty for no table.
     """
 
     arch: str
@@ -30,12 +30,12 @@ class Device:
 
     @property
     def has_wide_mma(self) -> bool:
-        """Whether its matrix instructions work on 64 rows or more and run on their own: wgmma and tcgen05."""
+        """Whether its matrix instructions work on 64 rows or more and run asynchronously: wgmma and tcgen05."""
         return self.arch in ("sm_90", "sm_100", "sm_103")
 
     @property
     def has_tensor_memory(self) -> bool:
-        """Whether sums are kept in a memory of their own, from which they come back into registers: tcgen05."""
+        """Whether accumulators live in tensor memory, from which they are loaded back into registers: tcgen05."""
         return self.arch in ("sm_100", "sm_103")
 
 
@@ -44,7 +44,7 @@ H100 = Device("sm_90", processors=132, shared=232448)
 
 @cache
 def device_of(device: torch.device) -> Device:
-    """The GPU behind a torch device. For the CPU, where Triton's interpreter runs the kernels, an H100."""
+    """Returns the GPU of a torch device. For the CPU, where Triton's interpreter runs the kernels, returns an H100."""
     if device.type == "cpu":
         return H100
     properties = torch.cuda.get_device_properties(device)

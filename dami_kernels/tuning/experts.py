@@ -1,4 +1,4 @@
-"""How `lerp_experts` is cut into programs."""
+"""Launch parameters of `lerp_experts`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from dami_kernels.tuning.linear import linear_config
 def experts_config(
     rows: int, E: int, N: int, K: int, dtype: torch.dtype, format: str, device: Device, invariant: bool
 ) -> LinearConfig:
-    """Launch parameters for x [rows, K] and weights [E, N, K], of which the host does not know the offsets.
+    """Returns launch parameters for x [rows, K] and weights [E, N, K]. The host does not know the offsets.
 
-    Rows are taken to be spread over the experts. Then there are as many programs as for one weight with the features of
-    all of them, and with the rows of one. A tile has room for twice those, for routers are uneven and a second tile
-    reads the expert's weight again; unless one tile cannot hold them, and larger ones would stay emptier. For the same
-    reason none has more than 128 rows.
+    Assumes that rows are spread evenly over the experts. There are then as many programs as for one weight with the
+    features of all experts and the rows of one. A tile has room for twice as many rows, because routing is uneven and
+    a second tile would read the expert's weight again. No tile has more than 128 rows: larger ones would be emptier.
 
-    If invariant, a function of all but the rows, without blending.
+    If invariant, the result does not depend on `rows`, and weights are not blended.
     """
     active = E if invariant else min(E, rows)
     share = -(-rows // active)

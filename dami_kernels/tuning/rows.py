@@ -1,4 +1,4 @@
-"""How the operators that work row by row are cut into programs: the norms and the embedding."""
+"""Launch parameters of the row-wise operators: the norms and the embedding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dami_kernels.quantize import GROUP
 
 @dataclass(frozen=True)
 class RowConfig:
-    """Launch parameters: rows of a program, columns it handles at a time, and warps as in Triton."""
+    """Launch parameters: rows per program, columns it handles at a time, and warps as in Triton."""
 
     block_m: int
     block_d: int
@@ -19,9 +19,9 @@ class RowConfig:
 
 @cache
 def row_config(D: int) -> RowConfig:
-    """Launch parameters for rows of D columns: at least 1024 numbers a program, eight a thread, which are 16 bytes.
+    """Returns launch parameters for rows of D columns: at least 1024 elements per program, eight (16 bytes) per thread.
 
-    Columns are handled by whole groups of those that share a scale.
+    Columns are handled in whole quantisation groups.
     """
     block_d = min(max(1 << (D - 1).bit_length(), GROUP), 4096)
     block_m = max(1, 1024 // block_d)

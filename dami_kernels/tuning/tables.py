@@ -22,11 +22,11 @@ LOG = logging.getLogger("dami_kernels")
 
 @dataclass(frozen=True)
 class LinearEntry:
-    """The fastest measured configuration for x [M, K] and weights with N features in all.
+    """The fastest measured configuration for x [M, K] and weights with N features in total.
 
     Attributes:
-        config: configuration of the Triton kernel.
-        prefers_cuda: whether the CUDA C++ kernel was faster than that.
+        config: the Triton kernel's configuration.
+        prefers_cuda: whether the CUDA C++ kernel was faster.
     """
 
     M: int
@@ -39,12 +39,12 @@ class LinearEntry:
 
 
 def table_path(device_name: str) -> Path:
-    """Path of the table of a GPU, given its name in torch."""
+    """Returns the path of a GPU's table, given its name in torch."""
     return TABLES / f"{device_name.replace(' ', '_').replace('/', '_')}.json"
 
 
 def save_table(path: Path, entries: Iterable[LinearEntry]) -> None:
-    """Writes a table, one entry a line, sorted."""
+    """Writes a table, sorted, one entry per line."""
     lines = [{**asdict(entry), "dtype": str(entry.dtype).removeprefix("torch.")} for entry in entries]
     lines.sort(key=lambda line: (line["format"], line["dtype"], line["N"], line["K"], line["M"]))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def save_table(path: Path, entries: Iterable[LinearEntry]) -> None:
 
 @cache
 def load_table(device_name: str) -> dict[tuple[int, int, torch.dtype, str], list[LinearEntry]]:
-    """The entries of a GPU's table by (N, K, dtype, format), empty if it has no table. Logs which table it is."""
+    """Returns a GPU's entries by (N, K, dtype, format), or none if it has no table. Logs which table it loads."""
     from dami_kernels.tuning.config import LinearConfig
 
     path = table_path(device_name)
@@ -70,5 +70,5 @@ def load_table(device_name: str) -> dict[tuple[int, int, torch.dtype, str], list
 
 
 def nearest(entries: list[LinearEntry], M: int) -> LinearEntry:
-    """The entry whose number of rows is nearest to M by ratio; if two are equally near, the one with more rows."""
+    """Returns the entry whose number of rows is nearest to M by ratio. On a tie, the one with more rows wins."""
     return min(entries, key=lambda entry: (abs(math.log(entry.M / M)), -entry.M))
