@@ -1,4 +1,4 @@
-"""Whether a λ pays: questions with verifiers, sweeps over λ in mixed batches, and what can be said about the frontier.
+"""Measures whether a λ pays off: tasks with verifiers, sweeps over λ in mixed batches, and statistics of the frontier.
 
 task = load_task("questions.jsonl")
 records = sweep(model, tokenizer, task, intensities=[0.0, 0.5, 1.0], path="run.jsonl")
@@ -44,7 +44,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name where it is first used: a task is read without torch."""
+    """Imports a public name on first use, so that tasks can be read without importing torch."""
     if name not in _HOME:
         raise AttributeError(f"module 'dami.evaluation' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"dami.evaluation.{_HOME[name]}"), name)

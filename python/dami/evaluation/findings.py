@@ -1,4 +1,4 @@
-"""All that a report says about a frontier, computed once."""
+"""All figures that a report gives about a frontier, computed once."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from dami.evaluation.statistics import Interval
 
 @dataclass(frozen=True)
 class Findings:
-    """Attributes are named as the methods of `Frontier` that give them.
+    """The figures of a report. Attributes are named after the methods of `Frontier` that compute them.
 
     Attributes:
-        questions: how many.
-        points: one for every λ.
-        best_static: chosen on one half of the questions, scored on the other.
-        oracle: accuracy and tokens if each question had its own best λ.
-        hypervolume: mean over budgets of tokens of the best accuracy within them.
-        transition: the band of λ in which thoughts appear, if they do.
-        monotone_accuracy, monotone_tokens: changes from every λ to the next.
-        convexity: accuracy above the neighbours' chord.
+        questions: number of questions.
+        points: one per λ.
+        best_static: the best static λ, chosen on one half of the questions and scored on the other.
+        oracle: accuracy and tokens if each question used its own best λ.
+        hypervolume: best accuracy within a token budget, averaged over budgets.
+        transition: the band of λ in which thoughts appear, or None.
+        monotone_accuracy, monotone_tokens: changes from each λ to the next.
+        convexity: accuracy above the chord between the neighbours.
     """
 
     questions: int
@@ -51,7 +51,7 @@ class Findings:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """What `frontier.json` holds."""
+        """Returns the contents of `frontier.json`."""
         return {
             "questions": self.questions,
             "points": [asdict(point) for point in self.points],
@@ -66,7 +66,7 @@ class Findings:
 
 
 def verdict(steps: Sequence[StepChange]) -> str:
-    """Which steps are sure to go down: what refutes monotonicity, or convexity."""
+    """Returns which changes are significantly negative, and so refute monotonicity or convexity."""
     down = [f"{step.start:g} to {step.end:g}" for step in steps if step.change.high < 0]
     up = sum(step.change.low > 0 for step in steps)
     return f"{up} of {len(steps)} surely up, " + (f"surely down: {', '.join(down)}" if down else "none surely down")

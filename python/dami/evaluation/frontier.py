@@ -1,8 +1,9 @@
-"""The accuracy–tokens frontier over λ, and what can be said about it with confidence.
+"""The accuracy–tokens frontier over λ, with confidence intervals.
 
-Whether more thinking costs more tokens, pays in accuracy, and pays less and less, is tested, never assumed. Intervals
-hold 95 %. An accuracy by itself has Wilson's. Everything else has percentiles of a bootstrap over questions: all λ of a
-question are drawn together, as they were answered together, so differences between λ are far more certain than either.
+Tests, rather than assumes, that more thinking costs more tokens, improves accuracy and has diminishing returns. All
+intervals are 95 % intervals. A single accuracy has Wilson's interval. Everything else has percentiles of a bootstrap
+over questions. It resamples all λ of a question together, so differences between λ are far more certain than either
+value.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Point:
     accuracy: Interval
     tokens: Interval
     thinking: float  # share of answers with a thought
-    well_formed: float  # share of answers that came to their end
+    well_formed: float  # share of answers that are complete
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class StaticChoice:
 
 @dataclass(frozen=True)
 class StepChange:
-    """What changes from one λ to another; it is sure to be a gain if `change.low` > 0, a loss if `change.high` < 0."""
+    """The change from one λ to another: significantly positive if `change.low` > 0, negative if `change.high` < 0."""
 
     start: float
     end: float
@@ -53,10 +54,10 @@ class Frontier:
     """Scores and tokens of the same questions at every λ.
 
     Attributes:
-        intensities: λ, rising, L of them.
+        intensities: L increasing λ.
         scores: [questions, L], means over samples, in [0, 1].
         tokens: [questions, L], means over samples.
-        thinking, well_formed: [questions, L], shares.
+        thinking, well_formed: [questions, L], shares of answers.
         levels: difficulty of every question, [questions].
         seed: of the bootstrap.
     """
@@ -71,7 +72,7 @@ class Frontier:
 
     @classmethod
     def of(cls, records: Sequence[Record], seed: int = 0) -> Frontier:
-        """From the records of a sweep. Questions that lack a λ, as an interrupted one's last do, are left out.
+        """Builds a frontier from the records of a sweep. Leaves out questions that lack a λ, as after an interruption.
 
         Raises:
             ValueError: no question was answered at every λ.
@@ -103,30 +104,30 @@ class Frontier:
         return len(self.scores)
 
     def select(self, questions: Sequence[int] | NDArray[np.int64]) -> Frontier:
-        """The same for some of the questions."""
+        """Returns the frontier of some of the questions."""
         rows = np.asarray(questions)
         tables = (self.scores, self.tokens, self.thinking, self.well_formed)
         scores, tokens, thinking, well_formed = (table[rows] for table in tables)
         return Frontier(self.intensities, scores, tokens, thinking, well_formed, self.levels[rows], self.seed)
 
     def of_level(self, level: int) -> Frontier:
-        """The same for the questions of one level."""
+        """Returns the frontier of the questions of one level."""
         return self.select(np.flatnonzero(self.levels == level))
 
     def halves(self, seed: int = 0) -> tuple[Frontier, Frontier]:
-        """Two random halves of the questions: to choose on, and to score on."""
+        """Splits the questions into two random halves: one to choose λ on, one to score on."""
         order = np.random.default_rng(seed).permutation(len(self))
         return self.select(order[: len(self) // 2]), self.select(order[len(self) // 2 :])
 
     def interval(self, statistic: Callable[[Array, Array], Array]) -> list[Interval]:
-        """Intervals of statistics of the mean scores and mean tokens, [L] each, which give [any number]."""
+        """Returns intervals of a statistic that maps mean scores and mean tokens, [L] each, to any number of values."""
         return bootstrap(
             lambda rows: statistic(self.scores[rows].mean(0), self.tokens[rows].mean(0)), len(self), self.seed
         )
 
     @cached_property
     def points(self) -> list[Point]:
-        """One for every λ."""
+        """Returns a point for each λ."""
         tokens = self.interval(lambda scores, tokens: tokens)
         shares = (self.thinking.mean(0).tolist(), self.well_formed.mean(0).tolist())
         return [
@@ -134,10 +135,10 @@ class Frontier:
         ]
 
     def best_static(self, scored_on: Frontier, tokens: float = np.inf) -> StaticChoice:
-        """The λ with the best accuracy here within a mean number of tokens, the cheaper of equals, scored elsewhere.
+        """Chooses the λ with the best accuracy within a token budget, on ties the cheapest, and scores it elsewhere.
 
         Raises:
-            ValueError: every λ takes more tokens.
+            ValueError: every λ exceeds the budget.
         """
         accuracy, cost = self.scores.mean(0), self.tokens.mean(0)
         if cost.min() > tokens:
@@ -147,25 +148,25 @@ class Frontier:
         return StaticChoice(there.intensity, there.accuracy, there.tokens)
 
     def best_each(self, price: float = 0.0) -> Array:
-        """λ of the greatest score − price · tokens for every question, [questions]; of equals the cheapest.
+        """Returns the λ with the highest score − price · tokens for each question, [questions]; on ties the cheapest.
 
-        On the answers it was chosen on it has picked lucky ones, and bounds what any estimator could do. On other
-        answers to the same questions it tells what can be known of a question from so many answers.
+        Scored on the answers it was chosen on, this profits from luck, and is an upper bound for any estimator. Scored
+        on other answers to the same questions, it shows how much so many answers reveal about a question.
         """
         worth = self.scores - (price + 1e-12) * self.tokens
         return np.asarray(self.intensities)[worth.argmax(1)]
 
     def oracle(self, price: float = 0.0) -> tuple[float, float]:
-        """Accuracy and tokens if each question had its own best λ, as `best_each` has it: a bound, not an aim."""
+        """Returns accuracy and tokens if each question used its λ from `best_each`: an upper bound, not a target."""
         here = np.equal.outer(self.best_each(price), np.asarray(self.intensities))
         return float(self.scores[here].mean()), float(self.tokens[here].mean())
 
     def monotone_accuracy(self) -> list[StepChange]:
-        """Change of the accuracy from every λ to the next."""
+        """Returns the change of the accuracy from each λ to the next."""
         return self._steps(lambda scores, tokens: np.diff(scores))
 
     def monotone_tokens(self) -> list[StepChange]:
-        """Change of the mean tokens from every λ to the next."""
+        """Returns the change of the mean tokens from each λ to the next."""
         return self._steps(lambda scores, tokens: np.diff(tokens))
 
     def _steps(self, change: Callable[[Array, Array], Array]) -> list[StepChange]:
@@ -173,10 +174,10 @@ class Frontier:
         return [StepChange(*ends, change) for ends, change in zip(pairs, self.interval(change), strict=True)]
 
     def convexity(self) -> list[StepChange]:
-        """How far each inner λ lies above the chord of its neighbours, in accuracy at its own tokens.
+        """Returns how far each inner λ lies above the chord of its neighbours, in accuracy at its own tokens.
 
-        Above all of them, what the points enclose is convex, and thinking pays less and less. A point whose tokens are
-        not between its neighbours' has no chord there: nan.
+        If all lie above, the region below the points is convex, and thinking has diminishing returns. The value is nan
+        for a point whose tokens are not between its neighbours'.
         """
 
         def above(scores: Array, tokens: Array) -> Array:
@@ -190,13 +191,13 @@ class Frontier:
         return [StepChange(*pair, change) for pair, change in zip(ends, self.interval(above), strict=True)]
 
     def accuracy_at(self, tokens: float) -> Interval:
-        """The best accuracy that static λ reach at a mean number of tokens, if queries may be dealt to two λ by lot."""
+        """Returns the best accuracy of static λ at a mean number of tokens. Queries may be split between two λ."""
         return self.interval(lambda s, t: np.array([hull_at(s, t, tokens)]))[0]
 
     def hypervolume(self, tokens: float | None = None) -> Interval:
-        """Mean over all budgets from 0 to `tokens` of the best accuracy within them; up to the costliest λ if None.
+        """Returns the best accuracy within budget, averaged over all up to `tokens` (by default the costliest λ's).
 
-        The area that the points dominate, in [0, 1]: Zitzler and Thiele's measure with (`tokens`, 0) for reference.
+        It is the area that the points dominate, in [0, 1]: Zitzler and Thiele's measure with reference (`tokens`, 0).
         """
         limit = float(self.tokens.mean(0).max()) if tokens is None else tokens
 
@@ -208,9 +209,9 @@ class Frontier:
         return self.interval(area)[0]
 
     def transition(self, share: float = 0.1) -> tuple[float, float] | None:
-        """The band of λ in which thoughts appear: where their share goes from `share` to 1 − `share` of its way.
+        """Returns the band of λ in which thoughts appear: from `share` to 1 − `share` of the change in their share.
 
-        Between measured λ it is taken to be linear. None if both ends think equally often.
+        Interpolates linearly between measured λ. Returns None if both ends think equally often.
         """
         thinking = self.thinking.mean(0)
         way = thinking[-1] - thinking[0]
@@ -222,12 +223,12 @@ class Frontier:
 
 
 def hull_at(scores: Array, tokens: Array, at: float) -> float:
-    """The upper concave hull of the points (tokens, score) at `at`; below the cheapest nothing is known: nan."""
+    """Evaluates the upper concave hull of the points (tokens, score) at `at`; nan below the cheapest point."""
     order = np.lexsort((-scores, tokens))
     hull: list[int] = []
     for i in order:
         if hull and scores[i] <= scores[hull[-1]]:
-            continue  # costs more and gives no more
+            continue  # costs more without scoring higher
         while len(hull) > 1 and _is_below(scores, tokens, hull[-2], hull[-1], i):
             hull.pop()
         hull.append(int(i))

@@ -1,7 +1,7 @@
-"""lm-evaluation-harness with one model more: python -m dami.evaluation.harness --model dami --model_args pair=…,…
+"""lm-evaluation-harness with the model "dami": python -m dami.evaluation.harness --model dami --model_args pair=…,…
 
-Its arguments: `pair`, a packed pair, or `instruct` and `thinking`; `intensity`, a number or "auto"; `format`; and those
-of the harness's own model "hf" that are about batches, lengths and templates.
+Arguments: `pair`, a packed pair, or `instruct` and `thinking`; `intensity`, a number or "auto"; `format`; and those
+of the harness's model "hf" for batches, lengths and templates.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ check("lm-evaluation-harness")
 
 @register_model("dami")
 class DamiLM(HFLM):
-    """A patched model at one intensity for all requests, or at each request's own with an estimator."""
+    """A patched model with one intensity for all requests, or with an estimator that chooses it per request."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class DamiLM(HFLM):
         """Loads the pair.
 
         Raises:
-            ValueError: neither one packed pair nor two ends are named, or the intensity is neither a number nor "auto".
+            ValueError: neither a packed pair nor two ends are given, or the intensity is neither a number nor "auto".
         """
         if bool(pair) == bool(instruct and thinking) or (pair and (instruct or thinking)):
             raise ValueError(
@@ -71,7 +71,7 @@ class DamiLM(HFLM):
             return super()._model_call(*args, **options)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
-        # The pair's own generation_config.json may have a max_new_tokens, which would go before max_length.
+        # The pair's generation_config.json may set max_new_tokens, which would take precedence over max_length.
         options["max_new_tokens"] = max_length - context.shape[1]
         return super()._model_generate(context, max_length, stop, intensity=self.intensity, **options)
 

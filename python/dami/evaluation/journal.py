@@ -1,4 +1,4 @@
-"""The file of a run: what was asked, and every batch of answers when it is done, as JSON lines; a run goes on there."""
+"""The journal of a run: its settings and each finished batch of answers, as JSON lines, from which a run can resume."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Answered = TypeVar("Answered", bound=Any)  # a dataclass
 
 
 def run_settings(model: nn.Module, task: Task, rows: int, seed: int, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the answers of any run, ready for JSON: only a run with the same goes on with a file."""
+    """Returns the settings that determine a run's answers, ready for JSON. A file is resumed only if they match."""
     return {
         "weights": fingerprint(model),
         "task": task.name,
@@ -39,28 +39,28 @@ def answered_batches(
     path: Path | None,
     settings: Mapping[str, Any],
 ) -> Iterator[list[Answered]]:
-    """Answers in order, batch by batch, but those that the file has, which come first, all at once.
+    """Yields answers in order, batch by batch. Answers already in the file come first, all at once.
 
-    Every batch has a seed of its own, made from the run's and its place; so what a run gives does not depend on whether
-    it was interrupted.
+    Each batch has its own seed, derived from the run's seed and the batch's number, so an interruption does not change
+    the answers.
 
     Args:
-        kind: dataclass of an answer, one for each row.
-        batches: the rows of each.
-        answer: asks one batch.
-        path: a file of JSON lines, made if need be, that each batch is appended to; None for no file.
-        settings: of the run, as `run_settings` and more of the caller's.
+        kind: dataclass of an answer, of which each row has one.
+        batches: the rows of each batch.
+        answer: answers one batch.
+        path: a file of JSON lines that each batch is appended to, created if missing; None for no file.
+        settings: of the run: those of `run_settings` and the caller's own.
 
     Raises:
-        ValueError: the file belongs to a run with other settings, which are named, or is none of a run.
+        ValueError: the file belongs to a run with other settings, which the message names, or is not a run's file.
     """
     found = [] if path is None else [kind(**each) for each in resume(path, settings, [len(b) for b in batches])]
     if found:
         yield found
     ends = accumulate(map(len, batches))
     for number, (batch, end) in enumerate(zip(batches, ends, strict=True)):
-        if end > len(found):  # a file holds whole batches
-            torch.manual_seed(hash((settings["seed"], number)))  # of integers, so the same in every process
+        if end > len(found):  # the file holds only whole batches
+            torch.manual_seed(hash((settings["seed"], number)))  # a hash of integers is the same in every process
             news = answer(batch)
             if path is not None:
                 append(path, [asdict(each) for each in news])
@@ -68,38 +68,38 @@ def answered_batches(
 
 
 def fingerprint(model: nn.Module) -> int:
-    """A checksum of the first numbers of every parameter, so that one pair's answers are not taken for another's."""
+    """Returns a checksum of the first values of every parameter, so that pairs' answers are not mixed up."""
     crc = 0
     for parameter in model.parameters():
         if parameter.device.type != "meta" and parameter.numel():
-            first = parameter.detach()[(0,) * (parameter.dim() - 1)].reshape(-1)[:64]  # copies no whole parameter
+            first = parameter.detach()[(0,) * (parameter.dim() - 1)].reshape(-1)[:64]  # avoids copying it whole
             crc = zlib.crc32(first.cpu().contiguous().view(torch.uint8).numpy().tobytes(), crc)
     return crc
 
 
 def append(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Adds a batch to a file of JSON lines."""
+    """Appends a batch to a file of JSON lines."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def resume(path: Path, settings: Mapping[str, Any], sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """What a file of JSON lines holds of whole batches; the rest is cut off. A new file gets the settings.
+    """Reads the whole batches in a file of JSON lines and cuts off the rest. Writes the settings to a new file.
 
     Args:
-        path: the file, made if need be.
+        path: the file, created if missing.
         settings: of the run, ready for JSON.
-        sizes: lines of each of its batches.
+        sizes: number of lines of each batch.
 
     Raises:
-        ValueError: the file belongs to a run with other settings, which are named, or is none of a run.
+        ValueError: the file belongs to a run with other settings, which the message names, or is not a run's file.
     """
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""  # it may end within a letter
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""  # may end mid-character
     if not text:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(dict(settings), ensure_ascii=False) + "\n")
         return []
-    head, *lines = text.split("\n")  # and the rest of a line that was cut off
+    head, *lines = text.split("\n")  # the last element may be part of a line
     found = _parsed(head, path, 1)
     differ = [key for key in settings if found.get(key) != settings[key]]
     if differ:

@@ -1,4 +1,4 @@
-"""HTML reports: templates, and how numbers look in them. A page needs no other file."""
+"""HTML reports: templates and number formatting. A page is self-contained."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Figures = Mapping[str, "str | Mapping[str, str]"]  # SVG elements by title, or b
 
 
 def render(template: str, figures: Figures, **values: object) -> str:
-    """A page.
+    """Renders a page.
 
     Args:
-        template: its name in `templates`.
-        figures: SVG elements that the template shows. These alone are not escaped.
-        values: what else it shows.
+        template: name of a template in `templates`.
+        figures: SVG elements that the template shows. Only these are not escaped.
+        values: everything else that it shows.
     """
     return _environment().get_template(template).render(figures=_marked(figures), **values)
 
@@ -48,23 +48,23 @@ def _environment() -> Environment:
 
 
 def number(found: Interval | float, form: str = "{:.3g}") -> str:
-    """A number, or an interval's estimate, by a format such as "{:.2f}"; without the sign of a zero."""
+    """Formats a number or an interval's estimate, with a format such as "{:.2f}". Zero has no sign."""
     text = form.format(found.value if isinstance(found, Interval) else found)
     return (text if float(text) else form.format(0.0)).replace("-", "−")
 
 
 def percent(found: Interval) -> Interval:
-    """A share in percent."""
+    """Formats a share in percent."""
     return Interval(*(100 * each for each in found))
 
 
 def span(found: Interval, form: str = "{:.3g}") -> str:
-    """The interval by itself."""
+    """Formats the bounds of an interval."""
     return f"{number(found.low, form)} to {number(found.high, form)}"
 
 
 def excerpt(text: str, width: int = 120) -> str:
-    """The beginning of a text on one line, cut between words; a word longer than the line is cut too."""
+    """Returns the beginning of a text on one line, cut between words. A word longer than the line is cut too."""
     line = " ".join(text.split())
     if len(line) <= width:
         return line
@@ -73,7 +73,7 @@ def excerpt(text: str, width: int = 120) -> str:
 
 
 def badge_style(intensity: float) -> str:
-    """Colours of a badge with a λ in it: of the λ, and of a text on it that can be read."""
+    """Returns the colours of a λ badge: its background and a readable text colour."""
     rgb = color(intensity)
     bright = sum(share * (channel / 255) ** 2.2 for share, channel in zip((0.2126, 0.7152, 0.0722), rgb, strict=True))
     return f"background: rgb{rgb}; color: {'black' if bright > 0.18 else 'white'}"

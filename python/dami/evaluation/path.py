@@ -1,11 +1,11 @@
-"""Measures of a path between two models: how alike representations stay along it, and how high its barrier is.
+"""Measures of a path between two models: similarity of representations along it, and height of its barrier.
 
 Similarity of representations is linear CKA (Kornblith et al., arXiv 1905.00414) and the mean cosine. CKA is debiased
-with the unbiased estimator of HSIC (Song et al., JMLR 2012): of unrelated states plain CKA tends to 1 where there are
-no more of them than features. A barrier is what a loss rises above the straight line between its values at the ends
-(Entezari et al., arXiv 2110.06296), or above their mean (Frankle et al., arXiv 1912.05671). Intervals hold 95 %: of
-similarities by a jackknife that leaves out a twentieth of the questions at a time, for drawing a state twice would
-make all representations alike; of everything else by a bootstrap over questions.
+with the unbiased estimator of HSIC (Song et al., JMLR 2012), because plain CKA of unrelated states tends to 1 if there
+are no more states than features. A barrier is how far a loss rises above the straight line between its values at the
+ends (Entezari et al., arXiv 2110.06296), or above their mean (Frankle et al., arXiv 1912.05671). All intervals are 95 %
+intervals. Those of similarities come from a jackknife that leaves out a twentieth of the questions at a time, because
+drawing a state twice would make all representations look alike. All others come from a bootstrap over questions.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ FOLDS = 20
 
 
 def cka(x: ArrayLike, y: ArrayLike) -> float:
-    """Debiased linear CKA of the same N states in two representations: 1 if they are alike but for rotation and scale.
+    """Computes debiased linear CKA of N states in two representations: 1 if they differ only by rotation and scale.
 
-    ⟨U(xxᵀ), U(yyᵀ)⟩ / (‖U(xxᵀ)‖ ‖U(yyᵀ)‖), where U takes off rows' and columns' means and the diagonal. About 0 if they
-    are independent, and then may be negative.
+    ⟨U(xxᵀ), U(yyᵀ)⟩ / (‖U(xxᵀ)‖ ‖U(yyᵀ)‖), where U removes row means, column means and the diagonal. The value is
+    about 0, and may be negative, if the representations are independent.
 
     Args:
         x, y: [N, D] and [N, E], N at least 4.
@@ -47,7 +47,7 @@ def _gram(x: Array) -> Array:
 
 
 def _directions(grams: Sequence[Array], rows: Places) -> Array:
-    """The Gram matrices of some of the states, U-centred, of length 1, as vectors: [len(grams), n²]."""
+    """Returns the U-centred, normalised Gram matrices of some of the states as vectors, [len(grams), n²]."""
     n = len(rows)
     flat = []
     for gram in grams:
@@ -63,12 +63,12 @@ def _directions(grams: Sequence[Array], rows: Places) -> Array:
 
 @dataclass(frozen=True)
 class Similarity:
-    """How alike a layer's states are at two λ.
+    """Similarity of a layer's states at two λ.
 
     Attributes:
-        layer: 0 is the embeddings; the last is what the head reads.
+        layer: 0 is the embeddings; the last is the head's input.
         intensity, other: the two λ.
-        cka, cosine: 1 if they are the same; over states.
+        cka, cosine: measured over states; 1 if the states are identical.
     """
 
     layer: int
@@ -79,7 +79,7 @@ class Similarity:
 
 
 def compared(intensities: Sequence[float]) -> list[tuple[int, int]]:
-    """Which λ are compared, by their places: neighbours, and each with both ends."""
+    """Returns the index pairs of the λ to compare: neighbours, and each λ with both ends."""
     pairs = [(i, i + 1) for i in range(len(intensities) - 1)]
     for end in (0.0, 1.0):
         at = list(intensities).index(end)
@@ -88,13 +88,13 @@ def compared(intensities: Sequence[float]) -> list[tuple[int, int]]:
 
 
 def similarities(layer: int, states: Array, questions: Places, intensities: Sequence[float]) -> list[Similarity]:
-    """Similarity of a layer's states between the λ of `compared`.
+    """Computes the similarity of a layer's states between the λ given by `compared`.
 
     Args:
         layer: its number.
         states: [L, N, D], the same N states at every λ.
-        questions: [N], which question each belongs to.
-        intensities: L rising λ, 0 and 1 among them.
+        questions: [N], the question that each state belongs to.
+        intensities: L increasing λ, including 0 and 1.
     """
     pairs = compared(intensities)
     first, second = (np.array(places) for places in zip(*pairs, strict=True))
@@ -122,21 +122,21 @@ def similarities(layer: int, states: Array, questions: Places, intensities: Sequ
 
 
 def between_neighbours(found: Sequence[Similarity], intensities: Sequence[float]) -> list[Similarity]:
-    """Those of neighbours in [0, 1]."""
+    """Returns the similarities of neighbours in [0, 1]."""
     steps = set(pairwise(lam for lam in intensities if 0 <= lam <= 1))
     return [each for each in found if (each.intensity, each.other) in steps]
 
 
 @dataclass(frozen=True)
 class Barrier:
-    """What stands between λ = 0 and 1, where a lower value is better.
+    """The barrier between λ = 0 and 1 of a value for which lower is better.
 
     Attributes:
-        height: the most that the value lies above the straight line between the ends, no less than 0. As it is a
-            maximum, noise raises it.
-        at: λ where that is.
-        above_mean: the most that the value lies above the mean of the ends.
-        sag: the most that it lies below the straight line, no less than 0.
+        height: the largest distance of the value above the straight line between the ends, at least 0. Noise raises it,
+            because it is a maximum.
+        at: the λ of that maximum.
+        above_mean: the largest distance above the mean of the ends.
+        sag: the largest distance below the straight line, at least 0.
     """
 
     height: Interval
@@ -146,7 +146,7 @@ class Barrier:
 
 
 def above_chord(intensities: Sequence[float], values: ArrayLike) -> Array:
-    """How far values [..., L] lie above the straight line through those at λ = 0 and λ = 1.
+    """Returns how far values [..., L] lie above the straight line through those at λ = 0 and λ = 1.
 
     Raises:
         ValueError: 0 or 1 is not among the λ.
@@ -159,12 +159,12 @@ def above_chord(intensities: Sequence[float], values: ArrayLike) -> Array:
 
 
 def barrier(intensities: Sequence[float], means: Callable[[Places], Array], questions: int) -> Barrier:
-    """The barrier of a value, [L] for any questions that are drawn.
+    """Computes the barrier of a value, given its means over resampled questions.
 
     Args:
-        intensities: L λ, 0 and 1 among them; those beyond do not count.
-        means: from places of questions to the value at every λ, [L].
-        questions: how many there are.
+        intensities: L λ, including 0 and 1. Those outside [0, 1] are ignored.
+        means: maps indices of questions to the value at every λ, [L].
+        questions: number of questions.
     """
     lams = np.asarray(intensities, np.float64)
     inside = (lams >= 0) & (lams <= 1)

@@ -1,9 +1,8 @@
-"""The same function at another place: a model with its neurons and attention heads in another order.
+"""Moves a model in weight space without changing its function, by permuting neurons and attention heads.
 
-The neurons between the matrices of an MLP, and the heads of an attention, can stand in any order: what is computed is
-the same, but for rounding. The straight line to a model so permuted leads through models that are neither's kin, as
-that between unrelated training runs does (Entezari et al., arXiv 2110.06296). So it is a control for a path that is
-said to be special.
+The hidden neurons of an MLP and the heads of an attention module can be in any order: the result is the same up to
+rounding. The straight line to a permuted model passes through models unlike either end, as between unrelated training
+runs (Entezari et al., arXiv 2110.06296). It is therefore a control for a path that is claimed to be special.
 """
 
 from __future__ import annotations
@@ -20,31 +19,31 @@ from transformers.pytorch_utils import Conv1D
 
 from dami.upstream import compute_experts_one_by_one, parameters_of
 
-Move = list[tuple[str, int, Tensor]]  # a parameter's name, a dimension of it, and the new order along it
+Move = list[tuple[str, int, Tensor]]  # parameter name, dimension, and new order along it
 
 SEPARATE = ("q_proj", "k_proj", "v_proj")
 FUSED = ("qkv_proj", "c_attn", "query_key_value", "Wqkv")
 OUTPUT = ("o_proj", "out_proj", "c_proj", "dense", "Wo")
-TOLERANCE = 1e-6  # of what a module gives in float64 after a move, relative to its largest value
+TOLERANCE = 1e-6  # of a module's float64 output after a move, relative to its largest value
 
 
 @torch.no_grad()
 def permute(model: PreTrainedModel, batch: Mapping[str, Tensor], seed: int = 0) -> list[str]:
-    """Brings the neurons of every MLP and the heads of every attention into a random order, in place.
+    """Permutes the neurons of every MLP and the heads of every attention module at random, in place.
 
-    Heads stay with the keys and values that they share. What a module gives for its input in `batch` is compared in
-    float64, before and after; where it would change, as heads that ALiBi tells apart by their number, nothing is moved.
+    Heads that share keys and values stay together. Each module's output for its input in `batch` is compared in float64
+    before and after. If it would change, as with ALiBi, which depends on the head's index, the module is left as it is.
 
     Args:
         model: an ordinary causal language model.
-        batch: `input_ids` and whatever else its forward takes.
-        seed: of the orders.
+        batch: `input_ids` and the other arguments of its forward.
+        seed: of the permutations.
 
     Returns:
         The names of the modules that were permuted.
 
     Raises:
-        ValueError: in none of its modules can the order be changed.
+        ValueError: no module can be permuted.
     """
     random = torch.Generator().manual_seed(seed)
     moves = {name: list(_moves(module, model.config, random)) for name, module in model.named_modules()}
@@ -75,7 +74,7 @@ def permute(model: PreTrainedModel, batch: Mapping[str, Tensor], seed: int = 0) 
 
 
 def _moves(module: nn.Module, config: PreTrainedConfig, random: torch.Generator) -> Iterator[Move]:
-    """Orders that could leave what a module computes as it is; it has to be tried."""
+    """Returns permutations that may preserve a module's function. The caller has to verify it."""
     linears = {name: child for name, child in module.named_children() if isinstance(child, (nn.Linear, Conv1D))}
     out = next((name for name in OUTPUT if name in linears), None)
     if out and all(name in linears for name in SEPARATE):
@@ -139,7 +138,7 @@ def _neurons(linears: Mapping[str, nn.Module], module: nn.Module, random: torch.
 
 
 def _expert_neurons(module: nn.Module, random: torch.Generator) -> Iterator[Move]:
-    """Of experts kept as [experts, in, out] or [experts, out, in], gate and up in halves or by turns."""
+    """Yields moves for experts [experts, in, out] or [experts, out, in], with gate and up in halves or interleaved."""
     shape, doubled = (module.get_parameter(name).shape for name in ("down_proj", "gate_up_proj"))
     for dim in (2, 1):
         other = 3 - dim
@@ -156,7 +155,7 @@ def _is(parameter: Tensor | None, size: int) -> bool:
 
 
 def _features(module: nn.Module) -> tuple[int, int]:
-    """Of the input and of the output of a linear module."""
+    """Returns the input and output features of a linear module."""
     shape: Any = module.weight.shape
     return (shape[0], shape[1]) if isinstance(module, Conv1D) else (shape[1], shape[0])
 
@@ -178,13 +177,13 @@ def _apply(module: nn.Module, move: Move) -> None:
 
 
 def _is_same(module: nn.Module, move: Move, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a module gives in float64 what it gave, once its parameters are moved."""
+    """Whether a module's float64 output stays the same when its parameters are moved."""
     if any(len(order) != module.get_parameter(name).shape[dim] for name, dim, order in move):
         return False
     exact = copy.deepcopy(module).double()
     config: Any = getattr(exact, "config", None)
     if config is not None:
-        compute_experts_one_by_one(config)  # the grouped product takes no float64
+        compute_experts_one_by_one(config)  # the grouped product does not support float64
     args, kwargs = _double(args), _double(kwargs)
     before = _first(exact(*args, **kwargs))
     _apply(exact, move)

@@ -1,4 +1,4 @@
-"""The accuracy–tokens curve as a picture and in a terminal."""
+"""Draws the accuracy–tokens curve as a picture or in a terminal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COLORS = ((59, 76, 192), (170, 130, 190), (180, 4, 38))  # λ = 0, 0.5, 1: cool 
 
 
 def color(intensity: float) -> tuple[int, int, int]:
-    """Colour of a λ, red, green and blue in 0..255; beyond [0, 1] that of the nearer end."""
+    """Returns the colour of a λ as red, green and blue in 0..255. λ outside [0, 1] get the nearer end's colour."""
     place = min(max(intensity, 0.0), 1.0) * 2
     low = min(int(place), 1)
     red, green, blue = (round(a + (b - a) * (place - low)) for a, b in zip(COLORS[low], COLORS[low + 1], strict=True))
@@ -41,7 +41,7 @@ def color(intensity: float) -> tuple[int, int, int]:
 
 
 class Reached(NamedTuple):
-    """What a policy other than one λ for all reaches, to be shown beside the λ."""
+    """The result of a policy other than a static λ, shown next to the static ones."""
 
     name: str
     tokens: Interval
@@ -49,7 +49,7 @@ class Reached(NamedTuple):
 
 
 def draw_frontier(axes: Axes, points: Sequence[Point], reached: Sequence[Reached] = ()) -> None:
-    """Draws accuracy against tokens, λ at each point, with 95 % intervals: of rising tokens a band, else bars."""
+    """Draws accuracy against tokens, labelled with λ. 95 % intervals are a band if tokens increase, else error bars."""
     tokens, accuracy = ([getattr(p, name) for p in points] for name in ("tokens", "accuracy"))
     x, y = [each.value for each in tokens], [100 * each.value for each in accuracy]
     axes.plot(x, y, line_or_points(len(points)), color=BLUE)
@@ -74,13 +74,13 @@ def draw_frontier(axes: Axes, points: Sequence[Point], reached: Sequence[Reached
 
 
 def _reach(shares: Sequence[Interval]) -> Array:
-    """Lengths of error bars in percent, [2, points]."""
+    """Returns the lengths of error bars in percent, [2, points]."""
     percent = 100 * np.array(shares)
     return np.abs(percent[:, 1:] - percent[:, :1]).T
 
 
 def draw_levels(axes: Axes, frontier: Frontier) -> None:
-    """Draws accuracy over λ, a line for each level of difficulty, the hardest the darkest."""
+    """Draws accuracy over λ, one line per level of difficulty, the hardest darkest."""
     levels = sorted(set(frontier.levels.tolist()))
     lams = frontier.intensities
     axes.set(
@@ -97,7 +97,7 @@ def draw_levels(axes: Axes, frontier: Frontier) -> None:
 
 @styled()
 def curve_figures(frontier: Frontier, reached: Sequence[Reached] = ()) -> dict[str, Figure]:
-    """Accuracy against tokens, and accuracy over λ, each by itself, with what is shown as its title."""
+    """Returns two figures by title: accuracy against tokens, and accuracy over λ."""
     drawn: dict[str, Figure] = {}
     by_level = ", by level of difficulty" if len(set(frontier.levels.tolist())) > 1 else ""
     for title, draw in (
@@ -111,7 +111,7 @@ def curve_figures(frontier: Frontier, reached: Sequence[Reached] = ()) -> dict[s
 
 @styled()
 def curve_figure(frontier: Frontier, title: str, reached: Sequence[Reached] = ()) -> Figure:
-    """Both in one picture."""
+    """Returns both figures in one picture."""
     figure, (left, right) = panels(11, 4.4, columns=2, width_ratios=(1.25, 1))
     figure.suptitle(title, x=0.01, ha="left")
     draw_levels(right, frontier)
@@ -120,18 +120,18 @@ def curve_figure(frontier: Frontier, title: str, reached: Sequence[Reached] = ()
 
 
 def save_curve(frontier: Frontier, path: Path, title: str) -> None:
-    """Draws accuracy against tokens, and that of every level over λ, as a PNG or SVG by its name."""
+    """Saves accuracy against tokens and each level's accuracy over λ as PNG or SVG, depending on the file name."""
     save(curve_figure(frontier, title), path)
 
 
 def draw_curve(points: Sequence[Point], width: int, height: int = 15) -> Text:
     """Draws accuracy in percent (upwards) against mean tokens (to the right) in `width` columns of text.
 
-    A dot is a λ, the bar through it its 95 % interval, the fine line joins neighbours in λ.
+    A dot is a λ, the bar through it is its 95 % interval, and the thin line joins neighbouring λ.
     """
     left = 6
     columns, rows = width - left - 1, height
-    # Whole tens at the ends, and a little room on the right for the labels.
+    # Round the limits to tens, and leave some room on the right for the labels.
     x_low, x_high = 0.0, 10 * (1.05 * max(p.tokens.value for p in points) // 10 + 1)
     y_low = 10 * (min(p.accuracy.low for p in points) * 10 // 1)
     y_high = min(100.0, 10 * (max(p.accuracy.high for p in points) * 10 // 1 + 1))

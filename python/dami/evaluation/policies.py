@@ -1,7 +1,7 @@
-"""What a choice of λ per question is worth: against every static λ, at equal tokens, on the same answers.
+"""Measures what choosing λ per question is worth, compared with static λ at equal tokens on the same answers.
 
-A sweep has the answers to every question at every λ, so any choice can be read off it, without asking again. A λ
-between two of the sweep is played as a lot between them, whose mean is the chosen one.
+A sweep has the answers to every question at every λ, so any choice can be evaluated without generating again. A λ
+between two λ of the sweep is treated as a random choice between them whose mean is that λ.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from dami.evaluation.statistics import Array, Interval
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a policy gives, with 95 % intervals.
+    """The results of a policy, with 95 % intervals.
 
     Attributes:
         accuracy: in [0, 1].
-        tokens: per question, with those that choosing took.
-        static: the best accuracy that static λ reach with as many tokens, on the very same questions, which favours
-            them; queries may be dealt to two λ by lot. Where no static λ is as cheap, the cheapest one's.
+        tokens: per question, including those spent on choosing.
+        static: the best accuracy of static λ with as many tokens. It is chosen on the same questions, which favours it,
+            and may split queries randomly between two λ. If no static λ is as cheap, it is the cheapest one's.
         gain: accuracy − static.
-        over_thinking: accuracy − that of the greatest λ.
+        over_thinking: accuracy − accuracy of the greatest λ.
         tokens_saved: tokens of the greatest λ − tokens.
     """
 
@@ -39,15 +39,15 @@ class Outcome:
 
 
 def play(frontier: Frontier, policy: ArrayLike, extra_tokens: float | Array = 0.0) -> Outcome:
-    """What a policy gives on the questions of a frontier.
+    """Evaluates a policy on the questions of a frontier.
 
     Args:
         frontier: scores and tokens of the questions at every λ.
-        policy: λ of every question, [questions]; or how likely it is to be given each λ, [questions, L].
-        extra_tokens: what choosing took, for all questions or for each.
+        policy: λ of every question, [questions], or the probability of each λ, [questions, L].
+        extra_tokens: tokens spent on choosing, one number for all questions or one for each.
 
     Raises:
-        ValueError: the policy's shape fits neither, or a λ is outside of those measured.
+        ValueError: the policy has neither shape, or a λ is outside the measured range.
     """
     lots = np.asarray(policy, dtype=np.float64)
     if lots.shape == (len(frontier),):
@@ -78,7 +78,7 @@ def play(frontier: Frontier, policy: ArrayLike, extra_tokens: float | Array = 0.
 
 
 def lots_between(intensities: Sequence[float], lams: Array) -> Array:
-    """Each λ as a lot between its neighbours among `intensities`, which rise: shares [len(lams), L]."""
+    """Returns each λ as probabilities of its neighbours among the increasing `intensities`, [len(lams), L]."""
     grid = np.asarray(intensities)
     if not ((lams >= grid[0]) & (lams <= grid[-1])).all():
         raise ValueError(
@@ -89,15 +89,16 @@ def lots_between(intensities: Sequence[float], lams: Array) -> Array:
 
 
 def at_random(frontier: Frontier, policy: Array) -> Array:
-    """The same λ dealt to questions by lot: what is left of a policy that does not look at the question."""
+    """Gives every question the same mix of λ as the policy overall: the policy if it ignored the question."""
     lots = lots_between(frontier.intensities, policy)
     return np.broadcast_to(lots.mean(0), lots.shape)
 
 
 def auroc(signal: ArrayLike, positive: ArrayLike) -> float:
-    """How likely a positive case has the larger signal than a negative one, ties counting half; nan without either.
+    """Returns the probability that a positive case has a larger signal than a negative one. Ties count half.
 
-    (R − n₊(n₊ + 1)/2) / (n₊ n₋), with R the sum of the positives' ranks (Mann and Whitney).
+    (R − n₊(n₊ + 1)/2) / (n₊ n₋), with R the sum of the positives' ranks (Mann and Whitney). nan if either
+    class is empty.
 
     Args:
         signal: real numbers.

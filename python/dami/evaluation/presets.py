@@ -1,4 +1,4 @@
-"""Presets: λ under the names that people know from APIs, from a measured frontier."""
+"""Presets: λ by the names of reasoning efforts known from APIs, chosen from a measured frontier."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ SHARES = {"low": 0.5, "medium": 0.8, "high": 0.95}
 
 
 def presets_of(frontier: Frontier) -> dict[str, float]:
-    """The cheapest measured λ with at least these shares of all the accuracy that thinking adds.
+    """Returns the cheapest measured λ that reach given shares of the accuracy that thinking adds.
 
-    What it adds is counted from the λ with the fewest tokens to the most accurate one.
+    The added accuracy is the difference between the λ with the fewest tokens and the most accurate λ.
     """
     accuracy, tokens = frontier.scores.mean(0), frontier.tokens.mean(0)
     least = accuracy[tokens.argmin()]

@@ -1,4 +1,4 @@
-"""What a sweep found, to look through: numbers, pictures, and every question with its answers at every λ."""
+"""The report of a sweep: numbers, pictures, and every question with its answers at every λ."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def write_report(
     about: Mapping[str, object],
     chosen: Sequence[float] | None = None,
 ) -> Frontier:
-    """Writes frontier.json, frontier.png, frontier.svg and report.html, which needs no other file.
+    """Writes frontier.json, frontier.png, frontier.svg and a self-contained report.html.
 
     Args:
-        task: whose questions were asked.
-        records: of its sweep.
-        directory: made if need be.
+        task: the task whose questions were answered.
+        records: of the task's sweep.
+        directory: created if missing.
         about: settings to show, such as the pair and the format.
-        chosen: λ that an estimator gives every question of the task, if there is one.
+        chosen: λ that an estimator chooses for every question of the task, if there is one.
 
     Raises:
-        ValueError: fewer than 2 questions, of which λ are chosen on one half and scored on the other.
+        ValueError: fewer than 2 questions, because λ are chosen on one half and scored on the other.
     """
     check_enough(task, TO_EVALUATE)
     directory.mkdir(parents=True, exist_ok=True)
@@ -67,23 +67,23 @@ def write_report(
 
 
 def summary(frontier: Frontier) -> dict[str, Any]:
-    """All that is said about a frontier, ready for JSON."""
+    """Returns all that the report says about a frontier, ready for JSON."""
     return Findings.of(frontier).to_json()
 
 
 def verifiers_of(task: Task) -> list[str]:
-    """Names of the verifiers that judge a task's answers."""
+    """Returns the names of the verifiers that judge a task's answers."""
     return sorted({question.verifier for question in task.questions} - {""}) or [f"that of {task.name}"]
 
 
 def _played(frontier: Frontier, chosen: Sequence[float]) -> Outcome:
-    """What an estimator's λ give, no further out than was measured."""
+    """Evaluates an estimator's λ, clipped to the measured range."""
     within = np.clip(np.asarray(chosen)[: len(frontier)], frontier.intensities[0], frontier.intensities[-1])
     return play(frontier, within)
 
 
 def _said(findings: Findings, outcome: Outcome | None) -> dict[str, str]:
-    """What the numbers of single λ do not say, in words."""
+    """Describes in words what the numbers of single λ do not show."""
     best, (score, tokens), band = findings.best_static, findings.oracle, findings.transition
     said = {
         "best static λ": f"{best.intensity:g}, chosen on one half of the questions; on the other "
@@ -115,12 +115,12 @@ def _points(found: Interval) -> str:
 
 @dataclass(frozen=True)
 class AskedQuestion:
-    """A question as the page shows it.
+    """A question as shown on the page.
 
     Attributes:
         asked: the user's last message.
-        answer, verifier: the right answer, and what judges others by it.
-        records: what was said, λ rising.
+        answer, verifier: the right answer, and the verifier that judges by it.
+        records: the answers, by increasing λ.
         chosen: λ that an estimator chose.
     """
 

@@ -1,11 +1,11 @@
-"""How all pictures look: readable at the width of a README, for the colour-blind, on light and on dark pages.
+"""The style of all pictures: readable at README width, for colour-blind readers, on light and dark pages.
 
 @styled()
 def draw() -> Figure:
     figure, (axes,) = panels(6, 4)
     axes.plot(…, color=BLUE)
 
-An SVG of `svg` has a style sheet of its own, which swaps the colours below where its reader prefers a dark page.
+An SVG of `svg` has its own style sheet, which swaps the colours below if the reader prefers dark pages.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Point = NDArray[np.float64]  # [2], in points of the figure
+Point = NDArray[np.float64]  # [2], in figure points
 
-# Okabe and Ito's colours (jfly.uni-koeln.de/color), apart for the colour-blind; of text and paper GitHub's.
+# Okabe and Ito's colours (jfly.uni-koeln.de/color), safe for colour-blind readers; GitHub's for text and background.
 INK, MUTED, GRID, PAPER = "#1f2328", "#59636e", "#d1d9e0", "#ffffff"
 BLUE, VERMILION, GREEN, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
 SERIES = (BLUE, VERMILION, GREEN, PURPLE, SKY)
 DARK = {INK: "#e6edf3", MUTED: "#9198a1", GRID: "#3d444d", PAPER: "#0d1117", BLUE: "#4da3d9", VERMILION: "#f0803c"}
-SETTINGS: Any = {  # of matplotlib, whose newest releases type every key
+SETTINGS: Any = {  # matplotlib's settings; Any, because its newest releases type every key
     "font.size": 11,
     "text.color": INK,
     "axes.edgecolor": MUTED,
@@ -58,13 +58,13 @@ SETTINGS: Any = {  # of matplotlib, whose newest releases type every key
     "lines.markersize": 5,
     "legend.frameon": False,
     "savefig.dpi": 150,
-    "svg.hashsalt": "dami",  # the same picture is the same file
+    "svg.hashsalt": "dami",  # makes files reproducible
 }
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 class Label(NamedTuple):
-    """A text beside a point, in data coordinates."""
+    """A text next to a point, in data coordinates."""
 
     x: float
     y: float
@@ -74,15 +74,15 @@ class Label(NamedTuple):
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Around or, as a decorator, on whatever draws."""
-    import matplotlib  # takes a while
+    """Applies the style, as a context manager or a decorator."""
+    import matplotlib  # slow to import
 
     with matplotlib.rc_context(SETTINGS):
         yield
 
 
 def panels(width: float, height: float, rows: int = 1, columns: int = 1, **shared: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of so many inches, and its panels line by line."""
+    """Creates a figure of the given size in inches, and its panels row by row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -90,11 +90,11 @@ def panels(width: float, height: float, rows: int = 1, columns: int = 1, **share
 
 
 def svg(figure: Figure) -> str:
-    """The figure as an SVG element for light and for dark pages."""
+    """Returns the figure as an SVG element for light and dark pages."""
     text = io.StringIO()
     with styled():
         figure.savefig(text, format="svg", metadata=NO_METADATA)
-    drawn = re.sub(r'<g id="[^"]*"', "<g", text.getvalue())  # nothing refers to groups, and pages hold several pictures
+    drawn = re.sub(r'<g id="[^"]*"', "<g", text.getvalue())  # no id is referenced, and a page has several pictures
     rules = "".join(
         f'[style*="{property}: {light}"]{{{property}:{dark}!important}}'
         for light, dark in DARK.items()
@@ -105,7 +105,7 @@ def svg(figure: Figure) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes the figure as its name ends: an SVG, or else a picture for light pages."""
+    """Saves the figure in the format of its extension: an SVG, or else a picture for light pages."""
     if path.suffix == ".svg":
         write_text(path, svg(figure))
     else:
@@ -114,20 +114,20 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def line_or_points(count: int) -> str:
-    """The format of a line through so many points: of two there is no line to be seen."""
+    """Returns the format for a line through `count` points, or for points only if there are at most two."""
     return "o-" if count > 2 else "o"
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Writes labels beside the right ends of lines, apart from each other.
+    """Labels the right ends of lines, without overlap.
 
     Args:
-        axes: with its limits set; lines end at its right side.
-        ends: y in data coordinates, label and colour of each.
+        axes: with its limits set. Lines end at its right side.
+        ends: y in data coordinates, label and colour of each line.
     """
-    figure: Any = axes.figure  # typed as if it might be a part of one
+    figure: Any = axes.figure  # typed as Figure | SubFigure
     rows = axes.get_gridspec().nrows  # type: ignore[union-attr]  # `panels` has made one
-    least = 1.25 * SETTINGS["font.size"] / 72 / (0.75 * figure.get_figheight() / rows)  # about, and needs no layout
+    least = 1.25 * SETTINGS["font.size"] / 72 / (0.75 * figure.get_figheight() / rows)  # approximate, needs no layout
     ends = sorted(ends)
     places: list[float] = []
     for y, _, _ in ends:
@@ -142,15 +142,15 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
 
 
 def label_points(axes: Axes, line: Sequence[tuple[float, float]], labels: Sequence[Label]) -> None:
-    """Writes a label beside each of some points, where it hides neither a line nor another label.
+    """Labels points where the labels hide neither a line nor each other.
 
     Args:
         axes: with its limits set.
-        line: the points that it goes through, in data coordinates.
-        labels: x and y in data coordinates, text and colour of each.
+        line: the points on the line, in data coordinates.
+        labels: x and y in data coordinates, text and colour of each label.
     """
-    figure: Any = axes.figure  # typed as if it might be a part of one
-    figure.draw_without_rendering()  # the layout decides where points come to lie
+    figure: Any = axes.figure  # typed as Figure | SubFigure
+    figure.draw_without_rendering()  # computes the layout, and with it the points' positions
     in_points = 72 / figure.dpi * axes.transData.transform([*line, *((label.x, label.y) for label in labels)])
     through, at = in_points[: len(line)], in_points[len(line) :]
     steps = np.linspace(0, 1, 12)[:, None]

@@ -1,4 +1,4 @@
-"""Sweeps: every question at every λ, all λ of a question in one mixed batch, each batch on disk when it is done."""
+"""Sweeps: answers every question at every λ, in mixed batches of all λ of a question, saved batch by batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dami.chat import Answer, ask
 from dami.evaluation.journal import answered_batches, run_settings
 from dami.evaluation.tasks import Task, check_distinct
 
-Row = tuple[int, int, float]  # a question's place, which of its samples, and λ
+Row = tuple[int, int, float]  # question index, sample index, λ
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Record:
 
     Attributes:
         task: the task's name.
-        index: the question's place in it.
-        level: the question's.
+        index: the question's index in the task.
+        level: the question's difficulty.
         intensity: λ.
-        sample: which of the answers to this question at this λ.
+        sample: index among the answers to this question at this λ.
         score: from 0 to 1.
-        tokens: generated, thought and end token included.
-        thought, text: what was said.
-        finished: False where it was cut off.
+        tokens: number of generated tokens, including thought and end token.
+        thought, text: of the answer.
+        finished: False if the answer was cut off.
     """
 
     task: str
@@ -46,7 +46,7 @@ class Record:
 
     @property
     def well_formed(self) -> bool:
-        """Whether there is an answer, and it came to its end."""
+        """Whether there is an answer and it is complete."""
         return self.finished and bool(self.text)
 
 
@@ -65,22 +65,22 @@ def sweep(
 ) -> list[Record]:
     """Answers every question of a task at every λ, in mixed batches that hold all λ of a question.
 
-    What a run gives does not depend on whether it was interrupted. Other batch sizes give other samples.
+    An interruption does not change the results of a run. Other batch sizes give other samples.
 
     Args:
         model, tokenizer: a patched model and its tokenizer.
         task: questions and verifier.
         intensities: distinct λ.
-        path: a file of JSON lines that each batch is appended to. If it is there, and of this pair with these settings,
-            the run goes on where it ended.
-        samples: answers to a question at one λ.
-        rows: of a batch, at most; but no fewer than λ.
+        path: a file of JSON lines that each batch is appended to. If it exists and belongs to this pair and these
+            settings, the run resumes from it.
+        samples: number of answers to a question at each λ.
+        rows: the most rows in a batch; at least the number of λ.
         seed: of the sampling.
-        on_batch: is given the records of each batch when it is done, and those found in the file first.
+        on_batch: called with the records found in the file, then with those of each finished batch.
         options: passed to `dami.chat.ask`, and so to `model.generate`.
 
     Raises:
-        ValueError: the file belongs to a run with another pair or other settings; they are named.
+        ValueError: the file belongs to a run with another pair or other settings, which the message names.
     """
     check_distinct(intensities)
     units = [(index, sample) for index in range(len(task.questions)) for sample in range(samples)]
@@ -122,6 +122,6 @@ def _record(task: Task, row: Row, said: Answer) -> Record:
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """The records of a sweep's file, whole batches or not."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")  # an answer may hold other ends of lines
+    """Reads the records of a sweep's file, whether or not its last batch is complete."""
+    lines = Path(path).read_text(encoding="utf-8").split("\n")  # an answer may contain other line separators
     return [Record(**json.loads(line)) for line in lines[1:-1]]

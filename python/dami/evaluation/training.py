@@ -1,4 +1,4 @@
-"""`train_estimator`: from questions with verifiers to an estimator of λ, measured, in a directory."""
+"""`train_estimator`: trains an estimator of λ on questions with verifiers, measures it and saves it to a directory."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from dami.evaluation.sweeps import Record, sweep
 from dami.evaluation.tasks import TO_TRAIN, Task, check_distinct, check_enough
 
 PRICES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0)
-CHOICES = 21  # λ that an estimator chooses from, evenly from the least to the greatest it was fitted to
+CHOICES = 21  # number of λ that an estimator chooses from, evenly spaced over the range it was fitted to
 
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """An estimator and what it is worth.
+    """A trained estimator and its measured results.
 
     Attributes:
-        stored: what was written.
-        outcomes: on the questions held out from the fit, by price.
+        stored: the estimator as saved.
+        outcomes: results on the held-out questions, by price.
     """
 
     stored: StoredIntensity
@@ -56,26 +56,26 @@ def train_estimator(
     on_batch: Callable[[list[Record]], None] = lambda records: None,
     **options: Any,
 ) -> Trained:
-    """Answers the questions of a task at several λ, fits a `PreferenceEstimator` to the answers, and measures it.
+    """Answers a task's questions at several λ, fits a `PreferenceEstimator` to the answers, and measures it.
 
-    The answers go to `records.jsonl` in the directory as they come, and a run that was interrupted goes on from there.
-    Of the questions a share is held out from the fit; on those the estimator is measured at every price, which gives
-    it the budgets that `within` knows. Presets come from all questions.
+    Saves answers to `records.jsonl` in the directory batch by batch, and resumes an interrupted run from there. A share
+    of the questions is held out from the fit. The estimator is measured on these at every price, which determines the
+    budgets for `within`. Presets use all questions.
 
     Args:
         model, tokenizer: a patched model and its tokenizer.
-        task: questions like those that the estimator will be asked about, with a verifier; a thousand is a good number,
-            20 the least.
-        directory: where the estimator goes; `dami.attach(model, directory)` takes it from there.
-        intensities: λ to answer at. With two, the estimator is a router between these.
-        samples: answers to a question at one λ.
-        trial: tokens of a trial answer whose confidence is read too; 0 for the prompt's states only.
+        task: questions like those that the estimator will see, with a verifier. About a thousand are recommended, and
+            at least 20 are required.
+        directory: where the estimator is saved. Load it with `dami.attach(model, directory)`.
+        intensities: λ to answer at. With two, the estimator is a router between them.
+        samples: number of answers to a question at each λ.
+        trial: tokens of a trial answer whose confidence is a feature too; 0 to use the prompt's states only.
         price: see `PreferenceEstimator`.
-        held_out: share of the questions.
+        held_out: share of the questions to hold out.
         rows, seed, on_batch, options: as in `sweep`.
 
     Raises:
-        ValueError: fewer than 20 questions, or none on either side of those held out; or as `sweep`.
+        ValueError: there are fewer than 20 questions, or the held-out or fitted share is empty; or as in `sweep`.
     """
     check_enough(task, TO_TRAIN)
     check_distinct(intensities)
@@ -102,7 +102,7 @@ def train_estimator(
 def _fitted(
     frontier: Frontier, features: Tensor, held: NDArray[np.bool_], empty: PreferenceEstimator, seed: int
 ) -> tuple[PreferenceEstimator, dict[float, Outcome]]:
-    """An estimator fitted to the questions that are not held out, and what it reaches on the others, by price."""
+    """Fits an estimator to the questions that are not held out. Also returns its results on the others, by price."""
     lams = frontier.intensities
     fitted = frontier.select(np.flatnonzero(~held))
     weights = fit(features[torch.tensor(~held)], fitted.scores, fitted.tokens, lams, seed)
@@ -122,7 +122,7 @@ def features_of(
     rows: int = 64,
     chat_template: ChatTemplate | None = "default",
 ) -> Tensor:
-    """The features of all questions of a task, float32 [questions, F] on the CPU."""
+    """Returns the features of all questions of a task, float32 [questions, F] on the CPU."""
     prompts = [question.question for question in task.questions]
     template = chat_template if chat_template is None or isinstance(chat_template, str) else "instruct"
     found = []

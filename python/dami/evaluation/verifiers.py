@@ -1,4 +1,4 @@
-"""Verifiers: functions that say how right a text is, by name, and how to add one of your own.
+"""Verifiers: named functions that score how right a text is. You can register your own:
 
 @register_verifier("near")
 def near(text: str, answer: str) -> float:
@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-Verifier = Callable[[str, str], float]  # of a text without its thought, and the right answer; from 0 to 1
+Verifier = Callable[[str, str], float]  # (text without its thought, right answer) → score from 0 to 1
 AnyVerifier = TypeVar("AnyVerifier", bound=Verifier)
 
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
@@ -24,7 +24,7 @@ WORDS = re.compile(r"(?=.*[^\W\d_]{3})[^\W\d_]+([ '-][^\W\d_]+)*")
 
 
 class Registered(NamedTuple):
-    """A verifier, and which right answers it can be asked about."""
+    """A verifier, and a test of which right answers it can judge by."""
 
     verifier: Verifier
     can_judge: Callable[[str], bool]
@@ -36,13 +36,13 @@ VERIFIERS: dict[str, Registered] = {}
 def register_verifier(
     name: str, can_judge: Callable[[str], bool] = lambda answer: True
 ) -> Callable[[AnyVerifier], AnyVerifier]:
-    """A decorator that makes a verifier known by a name, which files of questions and `JsonLines` then take.
+    """Decorator that registers a verifier by name, for use in files of questions and `JsonLines`.
 
-    The function gets a text, without its thought, and the right answer. It returns how right the text is, from 0 to 1.
+    The function gets a text without its thought, and the right answer. It returns a score from 0 to 1.
 
     Args:
         name: such as "near".
-        can_judge: whether the verifier can be asked about a right answer; files with others are refused.
+        can_judge: whether the verifier can judge by a given right answer. Files with other answers are rejected.
 
     Raises:
         ValueError: another verifier has the name, or the name holds ":", which separates a module from its function.
@@ -59,7 +59,7 @@ def register_verifier(
 
 def _add(name: str, entry: Registered) -> None:
     known = VERIFIERS.get(name)
-    if known and _origin(known.verifier) != _origin(entry.verifier):  # a cell of a notebook may run again
+    if known and _origin(known.verifier) != _origin(entry.verifier):  # a notebook cell may run again
         raise ValueError(f"name must be new, and {name!r} is a verifier already: {'.'.join(_origin(known.verifier))}")
     VERIFIERS[name] = entry
 
@@ -70,12 +70,12 @@ def _origin(verifier: Verifier) -> tuple[str, str]:
 
 
 def import_verifier(name: str) -> None:
-    """Imports what `name` refers to: nothing for a known name; for MODULE:FUNCTION or FILE.py:FUNCTION, that function.
+    """Imports the function that MODULE:FUNCTION or FILE.py:FUNCTION refers to. Does nothing for a registered name.
 
-    What else the module registers is known from then on too.
+    Verifiers that the module registers become available too.
 
     Raises:
-        ValueError: there is no such module, file, function or name.
+        ValueError: the module, file, function or name does not exist.
     """
     module, colon, function = name.rpartition(":")
     if not colon:
@@ -93,7 +93,7 @@ def import_verifier(name: str) -> None:
 
 
 def _import_file(path: Path) -> Any:
-    """The module of a file: once, so that what it registers is registered once."""
+    """Imports a file as a module, only once, so that it registers its verifiers once."""
     name = f"dami_verifiers_{path.resolve()}"
     if name not in sys.modules:
         if not path.is_file():
@@ -109,25 +109,25 @@ def _import_file(path: Path) -> Any:
 
 
 def check_known(name: Any) -> None:
-    """Raises ValueError unless a verifier has the name."""
+    """Raises ValueError if no verifier has this name."""
     if not isinstance(name, str) or name not in VERIFIERS:
         raise ValueError(f"verifier must be one of {sorted(VERIFIERS)}, got {name!r}")
 
 
 def can_judge(verifier: str, answer: str) -> bool:
-    """Whether a verifier, by name, can be asked about a right answer.
+    """Whether a verifier, by name, can judge by a given right answer.
 
-    Those of dami can if they find it right where it is said as it is. Mathematics does not judge words: Tuesday would
-    be the product of its letters.
+    The built-in verifiers can if they accept the right answer itself. "math" does not judge words: it would read
+    Tuesday as the product of its letters.
     """
     return VERIFIERS[verifier].can_judge(answer)
 
 
 def verify(verifier: str, text: str, answer: str) -> float:
-    """What a verifier, by name, makes of a text, from 0 to 1.
+    """Scores a text with a verifier, by name, from 0 to 1.
 
     Raises:
-        ValueError: the verifier fails, or returns something else; the text is named.
+        ValueError: the verifier fails or returns something else. The message quotes the text.
     """
     try:
         score = float(VERIFIERS[verifier].verifier(text, answer))
@@ -144,23 +144,23 @@ def verify(verifier: str, text: str, answer: str) -> float:
 
 @register_verifier("word", lambda answer: re.fullmatch(r"-?\d+|\w+", answer) is not None)
 def last_word(text: str, answer: str) -> float:
-    """1 if the last number of `text` is `answer`, or its last word where that is no number."""
+    """Returns 1 if `answer` is the last number of `text`, or its last word if `answer` is not a number."""
     pattern = r"-?\d+" if re.fullmatch(r"-?\d+", answer) else r"\w+"
     return float(re.findall(pattern, text.replace(",", ""))[-1:] == [answer])
 
 
 @register_verifier("contains", lambda answer: answer != "")
 def contains(text: str, answer: str) -> float:
-    """1 if `answer` stands anywhere in `text`, as whole words."""
+    """Returns 1 if `answer` occurs anywhere in `text`, as whole words."""
     return float(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text) is not None)
 
 
 def _is_mathematics(answer: str) -> bool:
-    import_optional("math_verify")  # told when the questions are read, not at the first answer
+    import_optional("math_verify")  # fails when the questions are read, not at the first answer
     return _finds_itself(answer)
 
 
-@cache  # files repeat their answers, and math-verify takes its time
+@cache  # answers repeat within files, and math-verify is slow
 def _finds_itself(answer: str) -> bool:
     if NUMBER.fullmatch(answer):
         return True
@@ -169,21 +169,21 @@ def _finds_itself(answer: str) -> bool:
 
 @register_verifier("math", _is_mathematics)
 def same_math(text: str, answer: str) -> float:
-    r"""1 if math-verify finds `text` to say what `answer` says: numbers, fractions, sets, \boxed{…} and so on."""
+    r"""Returns 1 if math-verify finds `text` equivalent to `answer`: numbers, fractions, sets, \boxed{…} and so on."""
     math_verify = import_optional("math_verify")
     gold = math_verify.parse(answer if "$" in answer or "\\" in answer else f"${answer}$")
     return float(math_verify.verify(gold, math_verify.parse(text)))
 
 
 def import_optional(name: str) -> Any:
-    """A package that not everybody needs.
+    """Imports an optional package.
 
     Raises:
-        ImportError: it is not installed; says how to install it.
+        ImportError: it is not installed. The message says how to install it.
     """
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        from dami_kernels.installation import needs  # here, as the kernels' package imports torch
+        from dami_kernels.installation import needs  # here, because dami_kernels imports torch
 
         raise ImportError(needs("this", name)) from error

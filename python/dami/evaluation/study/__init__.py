@@ -1,9 +1,8 @@
-"""The pilot study: what happens between the two ends of a pair, and which part of the model makes it happen.
+"""The pilot study: what happens between the two ends of a pair, and which parts of the model cause it.
 
-Representation continuity: how alike the states of every layer are at neighbouring λ, and to those of both ends.
-Structural connectivity: loss and accuracy along the path from the instruct end to the thinking end, a little beyond
-both, and the same along a control path to another model. Ablations: λ = 1 in one part of the model only, or in all but
-one.
+Representation continuity: similarity of every layer's states at neighbouring λ, and to those of both ends. Structural
+connectivity: loss and accuracy along the path from the instruct end to the thinking end and a little beyond both, and
+along a control path to another model. Ablations: λ = 1 in only one part of the model, or in all but one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a pair answers in every setting of the study."""
+"""The answers of a pair in every setting of the study."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Trial:
     """One answer.
 
     Attributes:
-        index: the question's place.
-        setting: its name.
+        index: the question's index.
+        setting: the setting's name.
         score: from 0 to 1.
-        tokens: generated, thought and end token included.
-        thought: whether there is one.
-        well_formed: whether there is an answer, and it came to its end.
-        said: all of it, special tokens included.
+        tokens: number of generated tokens, including thought and end token.
+        thought: whether there is a thought.
+        well_formed: whether there is an answer and it is complete.
+        said: the whole output, including special tokens.
     """
 
     index: int
@@ -53,17 +53,17 @@ def answer(
     on_batch: Callable[[int], None] = lambda done: None,
     **options: Any,
 ) -> list[Trial]:
-    """Answers every question in every setting; a question's rows are in one batch, and a batch on disk when it is done.
+    """Answers every question in every setting. A question's rows share a batch, and each finished batch is saved.
 
     Args:
         model, tokenizer: a patched model and its tokenizer.
         task: questions and verifier.
-        settings: distinct ones.
-        path: a file of JSON lines, at which an interrupted run goes on.
-        rows: of a batch, at most; but no fewer than settings.
-        seed: of the sampling, if `options` say so.
-        on_batch: is told how many questions are done.
-        options: of `model.generate`, those of `dami.generation.pieces.KNOWN`.
+        settings: distinct settings.
+        path: a file of JSON lines, from which an interrupted run resumes.
+        rows: the most rows in a batch; at least the number of settings.
+        seed: of the sampling, if `options` enable it.
+        on_batch: called with the number of finished questions.
+        options: options of `model.generate` that are in `dami.generation.pieces.KNOWN`.
     """
     count = len(task.questions)
     step = max(1, rows // len(settings))

@@ -1,4 +1,4 @@
-"""Controls of the study: paths from the pair's instruct end to another model, which a special path must differ from."""
+"""Controls of the study: paths from the pair's instruct end to another model, for comparison with the pair's own."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ PERMUTED = "permuted"
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, control: str) -> None:
-    """Raises ValueError unless a checkpoint has the pair's tokens."""
+    """Raises ValueError if a checkpoint's tokens differ from the pair's."""
     try:
         tokens = AutoTokenizer.from_pretrained(control).get_vocab()
-    except (OSError, ValueError) as error:  # these do not say which
+    except (OSError, ValueError) as error:  # their messages do not name the checkpoint
         raise ValueError(f"cannot load the control {control}: {' '.join(str(error).split())}") from error
     if tokens != tokenizer.get_vocab():
         raise ValueError(f"the control {control} must have the pair's tokens, and its tokenizer has others")
@@ -27,10 +27,10 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, control: str) -> None:
 def control_pair(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, control: str, task: Task, seed: int
 ) -> tuple[PreTrainedModel, list[str]]:
-    """A patched model from the pair's instruct end to another model; and the modules that were permuted for it.
+    """Returns a patched model from the pair's instruct end to another model, and the modules permuted for it.
 
     Raises:
-        ValueError: the other model does not match the pair, or is its instruct end.
+        ValueError: the other model does not match the pair, or equals its instruct end.
     """
     instruct = materialize(model, 0.0).eval()
     permuted: list[str] = []

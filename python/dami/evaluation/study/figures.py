@@ -1,4 +1,4 @@
-"""Pictures of a study: each is made of panels, which stand side by side in a file and by themselves on a page."""
+"""Pictures of a study. Each has panels, which are side by side in a file and separate on a page."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Measure = Literal["cka", "cosine"]
-SMALLEST = 1e-6  # distance from 1 that is drawn
-MOST_LABELS = 8  # of layers in a panel
+SMALLEST = 1e-6  # smallest distance from 1 that is drawn
+MOST_LABELS = 8  # of layers per panel
 TEXTS = {
     "answer": "loss of the right answer",
     "instruct": "loss of the instruct end's answers",
@@ -36,8 +36,8 @@ class Picture:
     """Panels of one size.
 
     Attributes:
-        panels: what draws each, by title.
-        columns: of the file.
+        panels: functions that draw them, by title.
+        columns: number of columns in the file.
         width, height: of a panel, in inches.
     """
 
@@ -48,7 +48,7 @@ class Picture:
 
     @styled()
     def together(self) -> Figure:
-        """All panels in one figure."""
+        """Draws all panels in one figure."""
         rows = -(-len(self.panels) // self.columns)
         figure, axes = panels(self.width * self.columns, self.height * rows, rows, self.columns)
         for each, (title, draw) in zip(axes, self.panels.items(), strict=True):
@@ -58,7 +58,7 @@ class Picture:
 
     @styled()
     def apart(self) -> dict[str, Figure]:
-        """A figure of each panel, by title."""
+        """Draws each panel in its own figure, by title."""
         figures = {}
         for title, draw in self.panels.items():
             figures[title], (axes,) = panels(self.width, self.height)
@@ -67,7 +67,7 @@ class Picture:
 
 
 def pictures(study: Study) -> dict[str, Picture]:
-    """All pictures of a study, by the names of their files."""
+    """Returns all pictures of a study, by file name."""
     count = 1 + len(study.controls)
     return {
         "path": Picture(_path_panels(study), 3),
@@ -78,13 +78,13 @@ def pictures(study: Study) -> dict[str, Picture]:
 
 
 def paths_of(study: Study) -> dict[str, PathResult]:
-    """All paths by name, the pair's first."""
+    """Returns all paths by name, the pair's first."""
     controls = {f"control: {'/'.join(Path(name).parts[-2:])}": path for name, path in study.controls.items()}
     return {"the pair": study.pair, **controls}
 
 
 def _path_panels(study: Study) -> dict[str, Callable[[Axes], None]]:
-    """Losses, accuracy, tokens and thoughts along every path, with intervals, and the chords between the ends."""
+    """Draws losses, accuracy, tokens and thoughts along every path, with intervals and the chords between the ends."""
     paths = paths_of(study).values()
     values: dict[str, list[list[Interval]]] = {
         f"{TEXTS[kind]}, nats per token": [path.losses[kind] for path in paths]
@@ -124,7 +124,7 @@ def _draw_paths(
 
 
 def _between(axes: Axes, lams: Sequence[float]) -> None:
-    """λ to the right, with the ends of the pair marked where the path goes beyond them."""
+    """Sets λ as the x axis and marks the ends of the pair if the path goes beyond them."""
     axes.set(xlabel="intensity λ", xlim=(lams[0], lams[-1]))
     for end in (0, 1):
         if lams[0] < end < lams[-1]:
@@ -132,7 +132,7 @@ def _between(axes: Axes, lams: Sequence[float]) -> None:
 
 
 def _similarity_panels(study: Study, measure: Measure, title: str) -> dict[str, Callable[[Axes], None]]:
-    """How far a measure falls short of 1, to both ends and between neighbours, a line for each layer."""
+    """Draws how far a similarity falls short of 1, to both ends and between neighbours, one line per layer."""
     kinds: dict[str, Callable[[PathResult], list[list[tuple[float, Interval]]]]] = {
         "λ and 0": lambda path: _by_layer(path, measure, lambda each: each.other == 0.0, lambda each: each.intensity),
         "λ and 1": lambda path: _by_layer(path, measure, lambda each: each.other == 1.0, lambda each: each.intensity),
@@ -145,7 +145,7 @@ def _similarity_panels(study: Study, measure: Measure, title: str) -> dict[str, 
     for kind, points_of in kinds.items():
         found = {name: points_of(path) for name, path in paths_of(study).items()}
         short = [max(1 - each.value, SMALLEST) for layers in found.values() for line in layers for _, each in line]
-        limits = (min(short) / 1.6, max(short) * 1.6)  # of all paths alike
+        limits = (min(short) / 1.6, max(short) * 1.6)  # the same for all paths
         for name, layers in found.items():
             draw = partial(_draw_layers, layers, study.pair.intensities, limits)
             drawn[f"{name}: 1 − {title}, {kind}"] = draw
@@ -158,7 +158,7 @@ def _by_layer(
     wanted: Callable[[Similarity], bool],
     lam: Callable[[Similarity], float],
 ) -> list[list[tuple[float, Interval]]]:
-    """For every layer λ and similarity of the wanted pairs, λ rising."""
+    """Returns λ and similarity of the wanted pairs by layer, sorted by λ."""
     layers: dict[int, list[tuple[float, Interval]]] = {each.layer: [] for each in path.similarity}
     for each in path.similarity:
         if wanted(each):
@@ -194,7 +194,7 @@ def _draw_layers(
 
 
 def ends_and_ablations(study: Study) -> list[tuple[str, dict[str, Interval]]]:
-    """The ends and the ablations, each end before those that start from it: by name, values as `Ablation` has them."""
+    """Returns the values of ends and ablations by name, as in `Ablation`. Each end precedes its ablations."""
     rows = []
     for end, start in ((0.0, "only"), (1.0, "all but")):
         at = study.pair.intensities.index(end)
@@ -211,7 +211,7 @@ def ends_and_ablations(study: Study) -> list[tuple[str, dict[str, Interval]]]:
 
 
 def _ablation_panels(study: Study) -> dict[str, Callable[[Axes], None]]:
-    """Accuracy, tokens and thoughts of every ablation, with intervals, beside lines that mark the ends."""
+    """Draws accuracy, tokens and thoughts of every ablation, with intervals, and lines that mark the ends."""
     rows = ends_and_ablations(study)
     columns = {"right answers, %": "accuracy", "tokens per answer": "tokens", "answers with a thought, %": "thoughts"}
     return {

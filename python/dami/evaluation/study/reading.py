@@ -1,4 +1,4 @@
-"""What settings of the study make of given texts: losses, and states of every layer."""
+"""Reads given texts in every setting of the study: losses, and states of every layer."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from dami.evaluation.study.settings import Setting, row_intensities
 from dami.evaluation.tasks import Task
 from dami.thoughts import Reader
 
-STATES = 8  # of a question, at most, that similarities are measured on
-TEXT_TOKENS = 256  # of a text that is read, at most
+STATES = 8  # most states per question for measuring similarity
+TEXT_TOKENS = 256  # most tokens read per text
 
 
 @dataclass(frozen=True, eq=False)
 class TeacherForced:
-    """What settings make of given texts.
+    """Losses and states of given texts in several settings.
 
     Attributes:
         losses: cross-entropy in nats, summed over each text's tokens, [questions, settings], by kind of text.
         tokens: of each text, [questions], by kind.
-        states: of every layer, at every λ of the path, [L, N, D].
-        questions: which question each of the N states belongs to.
+        states: states of every layer at every λ of the path, [L, N, D].
+        questions: the question that each of the N states belongs to.
     """
 
     losses: dict[str, Array]
@@ -39,11 +39,11 @@ class TeacherForced:
     questions: NDArray[np.int64]
 
     def loss(self, kind: str, rows: Places | slice = slice(None)) -> Array:
-        """Mean cross-entropy per token of some questions' texts in every setting, in nats, [settings].
+        """Returns the mean cross-entropy per token of some questions' texts in every setting, in nats, [settings].
 
         Args:
             kind: of text; "both" is the mean of "instruct" and "thinking".
-            rows: the questions' places.
+            rows: indices of the questions.
         """
         if kind == "both":
             return (self.loss("instruct", rows) + self.loss("thinking", rows)) / 2
@@ -58,17 +58,17 @@ def read_texts(
     settings: Sequence[Setting],
     on_question: Callable[[int], None] = lambda done: None,
 ) -> TeacherForced:
-    """Reads texts after their questions, teacher-forced: each in one forward pass, whose rows are the settings.
+    """Reads texts after their questions with teacher forcing, each in one forward pass with one row per setting.
 
-    Losses are of the text's tokens only. States are taken where tokens of the thinking end's own text are predicted, at
-    even distances from the prompt's last token on, at the λ of the whole model.
+    Losses cover only the text's tokens. States are taken at evenly spaced positions that predict tokens of the thinking
+    end's own text, from the prompt's last token on, in the settings with one λ for the whole model.
 
     Args:
         model, tokenizer: a patched model and its tokenizer.
         task: the questions.
-        said: what follows each question, by kind, one of them "thinking".
+        said: the text after each question, by kind. One kind is "thinking".
         settings: one row each.
-        on_question: is told how many questions are done.
+        on_question: called with the number of finished questions.
     """
     lams = row_intensities(settings, model)
     path = [place for place, setting in enumerate(settings) if setting.part is None]

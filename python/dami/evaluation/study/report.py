@@ -1,4 +1,4 @@
-"""The report of a study: one page that needs nothing else, its pictures, and all numbers as JSON."""
+"""The report of a study: one self-contained page, its pictures, and all numbers as JSON."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def write_study_report(study: Study, directory: str | Path, about: Mapping[str, 
     """Writes study.json, report.html, and every picture as PNG and SVG.
 
     Args:
-        study: what was found.
-        directory: made if need be.
-        about: what to show of the run, such as the pair, versions and the command.
+        study: the results.
+        directory: created if missing.
+        about: details of the run to show, such as the pair, versions and the command.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def write_study_report(study: Study, directory: str | Path, about: Mapping[str, 
 
 
 def circumstances(model: PreTrainedModel, checkout: Path) -> dict[str, str]:
-    """Date, device, versions and commit of a run; the commit is of a checkout, if it is one."""
+    """Returns date, device and versions of a run, and the commit if the code is a checkout."""
     commit = "unknown"
     if (checkout / ".git").exists():
         command = ["git", "describe", "--always", "--dirty"]
@@ -70,12 +70,12 @@ def circumstances(model: PreTrainedModel, checkout: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Layer:
-    """How a layer's states change along a path.
+    """The change of a layer's states along a path.
 
     Attributes:
         layer: 0 is the embeddings.
-        ends: similarity of λ = 0 and 1.
-        cka, cosine: the pair of neighbouring λ that is least alike, by either measure.
+        ends: similarity between λ = 0 and 1.
+        cka, cosine: the least similar pair of neighbouring λ by each measure.
     """
 
     layer: int
@@ -85,7 +85,7 @@ class Layer:
 
 
 def layers_of(path: PathResult) -> Iterator[Layer]:
-    """All layers of a path, from the embeddings up."""
+    """Returns all layers of a path, from the embeddings up."""
     for layer in sorted({each.layer for each in path.similarity}):
         found = [each for each in path.similarity if each.layer == layer]
         steps = between_neighbours(found, path.intensities)
@@ -96,12 +96,12 @@ def layers_of(path: PathResult) -> Iterator[Layer]:
 
 
 def worst_step(path: PathResult) -> Layer:
-    """The layer with the least similarity of neighbouring λ, by CKA."""
+    """Returns the layer with the least similarity between neighbouring λ, by CKA."""
     return min(layers_of(path), key=lambda layer: layer.cka.cka.value)
 
 
 def most_of(study: Study) -> dict[str, Ablation]:
-    """The part that adds the most accuracy by itself, and the one without which most is lost, if there are parts."""
+    """Returns the part that alone adds the most accuracy, and the one whose absence costs the most, if there are parts."""
     only = [each for each in study.ablations if each.name.startswith("only")]
     without = [each for each in study.ablations if each.name.startswith("all but")]
     if not only:

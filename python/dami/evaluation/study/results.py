@@ -1,4 +1,4 @@
-"""What a study finds: along a path between two models, and of the parts of the pair, with intervals."""
+"""Results of a study, with intervals: of paths between two models, and of parts of the pair."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ COLUMNS = ("score", "tokens", "thought", "well_formed")
 
 @dataclass(frozen=True)
 class PathResult:
-    """A path between two models.
+    """Results along a path between two models.
 
     Attributes:
-        intensities: L rising λ, 0 and 1 among them.
-        accuracy, tokens, thoughts, well_formed: of the answers at every λ; all but tokens are shares.
+        intensities: L increasing λ, including 0 and 1.
+        accuracy, tokens, thoughts, well_formed: of the answers at every λ. All but tokens are shares.
         losses: nats per token at every λ, by kind of text.
         barriers: of each loss, and of the "error", 1 − accuracy.
-        similarity: of states at neighbouring λ and at either end, by layer.
+        similarity: between states at neighbouring λ, and with both ends, by layer.
     """
 
     intensities: tuple[float, ...]
@@ -44,14 +44,14 @@ class PathResult:
 
 @dataclass(frozen=True)
 class Ablation:
-    """One part of the model set apart.
+    """Results with one part of the model at another λ than the rest.
 
     Attributes:
-        name: such as "only MLP": λ = 1 there and 0 elsewhere; "all but MLP" is the other way round.
-        accuracy, tokens, thoughts, well_formed: of the answers; all but tokens are shares.
+        name: such as "only MLP": λ = 1 there and 0 elsewhere; "all but MLP" is the reverse.
+        accuracy, tokens, thoughts, well_formed: of the answers. All but tokens are shares.
         loss: nats per token of the thinking end's own texts.
-        gain: accuracy above the end that it starts from, λ = 0 of "only" and λ = 1 of "all but".
-        more_tokens: likewise.
+        gain: accuracy relative to the end that it starts from, λ = 0 for "only" and λ = 1 for "all but".
+        more_tokens: the same for tokens.
     """
 
     name: str
@@ -66,13 +66,13 @@ class Ablation:
 
 @dataclass(frozen=True)
 class Study:
-    """All that was found.
+    """All results of a study.
 
     Attributes:
-        task, questions: what was asked, and how many.
+        task, questions: the task's name, and the number of questions.
         pair: the path between the pair's ends.
         controls: paths from the instruct end to other models, by name.
-        permuted: the modules whose neurons or heads were permuted for the control of that name.
+        permuted: the modules whose neurons or heads were permuted, by name of the control.
         ablations: of the pair.
     """
 
@@ -85,7 +85,7 @@ class Study:
 
 
 def read_study(path: str | Path) -> Study:
-    """A study from the `study.json` of its report."""
+    """Loads a study from its report's `study.json`."""
     found = json.loads(Path(path).read_text(encoding="utf-8"))
     return Study(
         found["task"],
@@ -107,12 +107,12 @@ def _path_of(found: dict[str, Any]) -> PathResult:
 
 
 def _intervals(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON knows lists only."""
+    """Restores intervals, which JSON stores as lists."""
     return {name: Interval(*value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def _tables(settings: Sequence[Setting], trials: Sequence[Trial]) -> dict[str, Array]:
-    """Values of all trials, [questions, settings] each."""
+    """Returns tables of the values of all trials, [questions, settings] each."""
     at = {setting.name: place for place, setting in enumerate(settings)}
     shape = (1 + max(trial.index for trial in trials), len(settings))
     tables = {name: np.zeros(shape) for name in COLUMNS}
@@ -129,17 +129,17 @@ def path_result(
     reading: TeacherForced,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
 ) -> PathResult:
-    """What was found along a path.
+    """Computes the results along a path.
 
     Args:
-        lams: L rising λ, 0 and 1 among them.
-        trials: answers at these λ, and perhaps in other settings.
-        reading: of texts, at these λ first.
-        on_layer: is told how many layers are compared, of how many.
+        lams: L increasing λ, including 0 and 1.
+        trials: answers at these λ, and possibly in other settings.
+        reading: of texts, with these λ first.
+        on_layer: called with the number of compared layers and their total.
     """
     tables = _tables([Setting(lam) for lam in lams], trials)
     count = len(tables["score"])
-    here = slice(len(lams))  # the path comes first
+    here = slice(len(lams))  # the path's λ come first
 
     def loss(kind: str) -> Callable[[Places | slice], Array]:
         return lambda rows: reading.loss(kind, rows)[here]
@@ -161,7 +161,7 @@ def path_result(
 
 
 def _summaries(tables: Mapping[str, Array]) -> tuple[list[Interval], list[Interval], list[Interval], list[Interval]]:
-    """Accuracy, tokens, thoughts and well-formed answers in every setting."""
+    """Returns accuracy, tokens, thoughts and well-formed answers in every setting."""
     scores, tokens, thoughts, well_formed = (tables[name] for name in COLUMNS)
     return proportions(scores), _means(tokens), proportions(thoughts), proportions(well_formed)
 
@@ -171,7 +171,7 @@ def _means(table: Array) -> list[Interval]:
 
 
 def ablations(settings: Sequence[Setting], trials: Sequence[Trial], reading: TeacherForced) -> list[Ablation]:
-    """What every part does, of answers and readings in all settings."""
+    """Computes the effect of every part, from answers and readings in all settings."""
     tables = _tables(settings, trials)
     ends = np.array([settings.index(Setting(each.intensity if each.part else 0.0)) for each in settings])
     columns = [*_summaries(tables)]

@@ -1,6 +1,6 @@
-"""The run of a study: asks the pair and its controls in every setting, and reads the texts.
+"""Runs a study: the pair and its controls answer in every setting, and texts are read.
 
-All λ and all ablations of a question are rows of one mixed batch, both where it is answered and where texts are read.
+All λ and all ablations of a question are rows of one mixed batch, both for answering and for reading texts.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from dami.evaluation.study.results import Study, ablations, path_result
 from dami.evaluation.study.settings import Setting, model_parts
 from dami.evaluation.tasks import TO_STUDY, Task, check_distinct, check_enough
 
-Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
+Progress = Callable[[str, int, int], None]  # (current step, amount done, total)
 
 ENDS = (0.0, 1.0)
-ENDS_OF_TEXTS = {"instruct": "0", "thinking": "1"}  # whose answers they are, by the setting's name
+ENDS_OF_TEXTS = {"instruct": "0", "thinking": "1"}  # setting whose answers are the texts, by kind
 PATH = tuple(tenth / 10 for tenth in range(-2, 13))
 
 
@@ -40,22 +40,22 @@ def study(
     progress: Progress = lambda stage, done, total: None,
     **options: Any,
 ) -> Study:
-    """Studies a pair on a task. Answers are kept in `directory`, and a run that was interrupted goes on with them.
+    """Studies a pair on a task. Saves answers in `directory`, from which an interrupted run resumes.
 
     Args:
         model, tokenizer: a patched model and its tokenizer.
         task: questions and verifier.
-        directory: of the answers, made if need be.
-        controls: "permuted", the thinking end with its neurons and heads in another order; or other checkpoints of the
-            architecture, with the same tokens, by directory or hub name.
-        intensities: λ of the paths; 0 and 1 must be among them.
-        rows: of a batch of answers, at most; but no fewer than λ and ablations together.
-        seed: of the permutations, and of the sampling if `options` say so.
-        progress: is told what is being done.
-        options: of `model.generate`, those of `dami.generation.pieces.KNOWN`.
+        directory: where answers are saved; created if missing.
+        controls: "permuted", the thinking end with permuted neurons and heads, or other checkpoints of the same
+            architecture and tokens, by directory or hub name.
+        intensities: λ of the paths, including 0 and 1.
+        rows: the most rows in a batch of answers; at least the number of λ and ablations together.
+        seed: of the permutations, and of the sampling if `options` enable it.
+        progress: called with the current step and its progress.
+        options: options of `model.generate` that are in `dami.generation.pieces.KNOWN`.
 
     Raises:
-        ValueError: 0 or 1 is not among the λ; λ or controls are not distinct; fewer than 4 questions; a control
+        ValueError: λ lack 0 or 1; λ or controls are not distinct; there are fewer than 4 questions; a control
             cannot be loaded or does not match the pair; the directory's answers belong to a run with other settings.
     """
     lams = tuple(sorted(float(lam) for lam in intensities))
@@ -88,7 +88,7 @@ def study(
 
 @dataclass(frozen=True)
 class _Run:
-    """What all models of a study are asked and read with."""
+    """Inputs shared by all models of a study."""
 
     tokenizer: PreTrainedTokenizerBase
     task: Task
@@ -102,7 +102,7 @@ class _Run:
         return lambda done, total: self.progress(name, done, total)
 
     def answers(self, model: PreTrainedModel, settings: Sequence[Setting], name: str) -> list[Trial]:
-        """Of every question in every setting, kept in a file of that name."""
+        """Answers every question in every setting, and saves the answers in a file of the given name."""
         told, count = self.stage(f"{name}: answers"), len(self.task.questions)
         return answer(
             model, self.tokenizer, self.task, settings, self.directory / f"{name}.jsonl", rows=self.rows,
@@ -110,7 +110,7 @@ class _Run:
         )  # fmt: skip
 
     def texts(self, trials: Sequence[Trial]) -> dict[str, list[str]]:
-        """What is read after each question, by kind: its right answer, and what either end said itself."""
+        """Returns the texts to read after each question, by kind: the right answer, and each end's own output."""
         ends = {kind: [trial.said for trial in trials if trial.setting == end] for kind, end in ENDS_OF_TEXTS.items()}
         end_token = self.tokenizer.eos_token or ""
         return {"answer": [question.answer + end_token for question in self.task.questions], **ends}

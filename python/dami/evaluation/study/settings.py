@@ -1,4 +1,4 @@
-"""What the rows of a batch of the study are set to: one λ for the whole model, or another in one part of it."""
+"""Settings of the rows of a study's batch: one λ for the whole model, or another λ in one part of it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 
 from dami.layers.base import LerpModule
 
-ModuleCell = tuple[str, int | None]  # a group of modules, and the layer
-Place = tuple[str, tuple[int, ...]] | str  # a group in some layers, or everywhere, as `dami.intensity` takes it
+ModuleCell = tuple[str, int | None]  # group of modules, and layer
+Place = tuple[str, tuple[int, ...]] | str  # a group in some layers or everywhere, in the form of `dami.intensity`
 
 GROUPS = {
     "attention": ("attn",),
@@ -25,11 +25,11 @@ THIRDS = ("first third", "middle third", "last third")
 
 @dataclass(frozen=True)
 class Setting:
-    """λ of the whole model; or 1 in one part of it and 0 elsewhere, or the other way round.
+    """One λ for the whole model, or λ = 1 in one part and 0 elsewhere, or the reverse.
 
     Attributes:
         intensity: λ outside the part.
-        part: a key of `model_parts`; λ in it is 1 − intensity. None if there is none.
+        part: a key of `model_parts`, whose λ is 1 − intensity. None for the whole model.
     """
 
     intensity: float
@@ -43,9 +43,9 @@ class Setting:
 
 
 def model_parts(model: nn.Module) -> dict[str, frozenset[ModuleCell]]:
-    """The parts that can be set apart in a patched model: thirds of its layers, and groups of its modules.
+    """Returns the parts of a patched model for ablations: thirds of its layers, and groups of its modules.
 
-    What lies outside the layers, such as embeddings and the last norm, is in no third.
+    Modules outside the layers, such as embeddings and the last norm, are in no third.
     """
     cells = module_cells(model)
     layers = sorted({layer for _, layer in cells if layer is not None})
@@ -57,12 +57,12 @@ def model_parts(model: nn.Module) -> dict[str, frozenset[ModuleCell]]:
 
 
 def module_cells(model: nn.Module) -> list[ModuleCell]:
-    """Groups and layers of all interpolated modules, each once."""
+    """Returns the distinct groups and layers of all interpolated modules."""
     return list(dict.fromkeys((m.lerp.group, m.lerp.layer) for m in model.modules() if isinstance(m, LerpModule)))
 
 
 def row_intensities(settings: Sequence[Setting], model: nn.Module) -> dict[Place, list[float]]:
-    """What `generate(intensity=…)` and `forward` take, for one row per setting."""
+    """Returns the intensities that `generate(intensity=…)` and `forward` take, with one row per setting."""
     cells, parts = module_cells(model), model_parts(model)
     layers: dict[tuple[str, tuple[float, ...]], list[int | None]] = {}
     for cell in cells:
@@ -71,7 +71,7 @@ def row_intensities(settings: Sequence[Setting], model: nn.Module) -> dict[Place
             for each in settings
         )
         layers.setdefault((cell[0], lams), []).append(cell[1])
-    # A group without layers means all its modules: first, for later ones hold.
+    # A group without layers means all its modules. It comes first, because later entries take precedence.
     whole = {group: list(lams) for (group, lams), indices in layers.items() if None in indices}
     inside = {
         (group, tuple(index for index in indices if index is not None)): list(lams)
