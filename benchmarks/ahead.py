@@ -17,11 +17,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 META = torch.device("meta")
-PROCESSES = max(1, min(12, (os.cpu_count() or 1) - 4))  # the others are for the part that is timed
+PROCESSES = max(1, min(12, (os.cpu_count() or 1) - 4))  # leaves some for the part that is being timed
 
 
 class Ahead:
-    """A machine whose tensors have no memory, and which times nothing."""
+    """A machine whose tensors have no memory and which times nothing."""
 
     device = META
     cold_bytes = 1
@@ -29,7 +29,7 @@ class Ahead:
 
 
 class _Kernels(TorchDispatchMode):
-    """Gives our operators on any device to the functions that launch Triton's kernels."""
+    """Routes our operators on any device to the functions that launch Triton's kernels."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "dami":
@@ -37,20 +37,20 @@ class _Kernels(TorchDispatchMode):
         from dami_kernels import triton, upstream
 
         name = func._schema.name.split("::")[1]
-        # Not `lerp_linear`, which may choose the kernel in CUDA C++.
+        # Not `lerp_linear`, which may choose the CUDA C++ kernel.
         return getattr(triton, "lerp_linears" if name == "lerp_linear" else name)(
             *upstream.without_none(func, args), **(kwargs or {})
         )
 
 
 def share(text: str) -> tuple[int, int]:
-    """The argument "2/8", the third of eight shares, as numbers."""
+    """Parses a share such as "2/8", the third of eight."""
     index, _, count = text.partition("/")
     return int(index), int(count)
 
 
 def attempt(what: object, call: Callable[[], object]) -> None:
-    """Calls, and prints what fails: a kernel that does not compile keeps no other one waiting."""
+    """Calls a function and prints its error, so that a kernel that fails to compile does not stop the others."""
     try:
         call()
     except NotImplementedError:  # a format without a kernel
@@ -60,13 +60,13 @@ def attempt(what: object, call: Callable[[], object]) -> None:
 
 
 def described(error: Exception) -> str:
-    """One line: compilers tell the whole source."""
+    """Describes an error in one line, because compilers' messages contain the whole source."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
 @contextmanager
 def compiling(share: tuple[int, int] = (0, 1)) -> Iterator[None]:
-    """Inside, the operators take tensors on "meta" and compile for the current GPU what falls to this share."""
+    """Makes the operators take tensors on "meta" and compile this share of the kernels for the current GPU."""
     from triton import knobs
     from triton.runtime.jit import JITFunction
 

@@ -46,7 +46,7 @@ TRIALS = (1, 3, 20)  # tokens
 
 @dataclass(frozen=True)
 class Subject:
-    """A pair whose thinking end brings an estimator, and how it is asked."""
+    """A pair whose thinking end has an estimator, and the settings for asking it."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -77,7 +77,7 @@ def smollm2() -> Subject:
 SUBJECTS: dict[str, Callable[[], Subject]] = {"shipped": shipped, "smollm2": smollm2}
 
 
-Policy = tuple[Frontier, np.ndarray, float]  # answers, the λ of each question, and tokens that come on top
+Policy = tuple[Frontier, np.ndarray, float]  # answers, λ of each question, and extra tokens
 Prompts = list[dict[str, torch.Tensor]]
 
 
@@ -118,7 +118,7 @@ def main() -> None:
 
 
 def answers(subject: Subject, path: Path) -> list[Record]:
-    """All questions answered at every λ."""
+    """Answers all questions at every λ."""
     with Progress() as progress:
         total = len(subject.task.questions) * len(subject.lams) * subject.samples
         bar = progress.add_task("answers", total=total)
@@ -137,7 +137,7 @@ def batches_of_prompts(subject: Subject) -> Prompts:
 def trained_router(
     subject: Subject, known: Frontier, preference: PreferenceEstimator, options: argparse.Namespace
 ) -> PreferenceEstimator:
-    """The same estimator with no λ but the two ends to choose from, trained on the same answers."""
+    """Trains the same estimator on the same answers, with only the two ends to choose from."""
     task = load_task(str(options.training / "unseen.jsonl"), verifier="word")
     features = features_of(subject.model, subject.tokenizer, task, preference.features, subject.rows)
     ends = [0, len(known.intensities) - 1]
@@ -146,7 +146,7 @@ def trained_router(
 
 
 def static_policies(frontier: Frontier, known: Frontier) -> dict[str, Policy]:
-    """Both ends, and the λ that did best on the questions of the training."""
+    """Returns the policies of both ends, and of the λ that did best on the training questions."""
     best = known.best_static(known, tokens=float(known.tokens[:, -1].mean())).intensity
     names = {"λ = 0": 0.0, "λ = 1": 1.0, f"best static λ of the training questions: {best:g}": best}
     return {name: (frontier, np.full(len(frontier), lam), 0.0) for name, lam in names.items()}
@@ -169,7 +169,7 @@ def preference_policies(
 def confidence_policies(
     subject: Subject, frontier: Frontier, prompts: Prompts
 ) -> tuple[dict[str, Policy], dict[str, float]]:
-    """The policies that read a trial of a few tokens; and how well each of its signals tells who gains by thinking."""
+    """Returns the policies that read a short trial answer, and how well its signals predict gains by thinking."""
     policies: dict[str, Policy] = {}
     studied: dict[str, float] = {}
     helped = frontier.scores[:, -1] - frontier.scores[:, 0] > 0.5
@@ -188,7 +188,7 @@ def confidence_policies(
 
 
 def oracle_policies(subject: Subject, frontier: Frontier, records: list[Record]) -> dict[str, Policy]:
-    """What knows the answers: the very ones it is played on, or other samples of them."""
+    """Returns the oracle policies, which know the answers they are scored on, or other samples of them."""
     thinking = float(frontier.tokens[:, -1].mean())
     policies: dict[str, Policy] = {
         f"oracle on its own answers, price {price:g}": (frontier, frontier.best_each(price / thinking), 0.0)
@@ -202,7 +202,7 @@ def oracle_policies(subject: Subject, frontier: Frontier, records: list[Record])
 
 
 def played(name: str, answers: Frontier, lams: np.ndarray, extra: float) -> dict[str, object]:
-    """What a policy reaches, with intervals; and prints it."""
+    """Evaluates a policy, with intervals, and prints the result."""
     outcome = play(answers, lams, extra)
     print(f"{name:50} {outcome.accuracy} right, {outcome.tokens} tokens, gain {outcome.gain}")
     return {
@@ -213,12 +213,12 @@ def played(name: str, answers: Frontier, lams: np.ndarray, extra: float) -> dict
 
 
 def trial_tokens(frontier: Frontier, tokens: int) -> float:
-    """Mean length of trial answers: what λ=0 says, cut off."""
+    """Returns the mean length of trial answers, which are the truncated answers of λ=0."""
     return float(np.minimum(frontier.tokens[:, 0], tokens).mean())
 
 
 def overhead(subject: Subject, prompts: Prompts, preference: PreferenceEstimator) -> dict[str, float]:
-    """Time of each estimate over that of the answers at its λ: medians of three."""
+    """Measures the time of each estimate relative to that of the answers at its λ, with medians of three."""
     shares = {}
     estimators = {"preference": preference, "confidence, trial of 3": ConfidenceEstimator(3)}
     for name, estimator in (estimators | {"confidence router, trial of 3": ConfidenceRouter(3)}).items():

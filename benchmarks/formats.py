@@ -35,7 +35,7 @@ LAMS = (0.0, 0.25, 0.5, 0.75, 1.0)
 DISTANCE = 0.027  # ‖target − base‖ / ‖base‖ of the published pairs
 
 Ends = tuple[Tensor, Tensor]
-Store = Callable[[Ends], tuple[Callable[[float], Tensor], float]]  # both ends → W(λ) in float64, and bytes
+Store = Callable[[Ends], tuple[Callable[[float], Tensor], float]]  # both ends → (λ → W(λ) in float64, bytes)
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def weight_errors() -> Iterator[dict]:
-    """Errors of the formats, of deltas stored otherwise, and what a lossless difference would take."""
+    """Measures errors of the formats and of other ways to store the difference, and the size of a lossless one."""
     variants: dict[str, Store] = {name: packed(name) for name in KERNEL_FORMATS}
     for bits in (8, 4, 3, 2):
         for group in (32, 64, 128):
@@ -89,7 +89,7 @@ def weight_errors() -> Iterator[dict]:
 
 
 def sources() -> dict[str, list[Ends]]:
-    """bfloat16 weights to store, by name."""
+    """Returns bfloat16 weights to store, by name."""
 
     def near(sample: Callable[[], Tensor]) -> Ends:
         base = torch.randn(1024, 2560)
@@ -123,14 +123,14 @@ def packed(format: str) -> Store:
 
 
 def delta_in(bits: int, group: int, rounding: str) -> Store:
-    """The base as it is and the difference in codes of so many bits."""
+    """Stores the base unchanged and the difference in codes of so many bits."""
 
     def run(ends: Ends) -> tuple[Callable[[float], Tensor], float]:
         base, target = (end.float() for end in ends)
         delta = target - base
         if rounding == "least squares":
             codes, scales = quantize(delta, bits, group)
-        else:  # the widest weight on the widest code, the others to the nearest
+        else:  # the largest weight maps to the largest code; round the others
             groups = F.pad(delta, (0, -delta.shape[1] % group)).unflatten(1, (-1, group))
             scales = (groups.abs().amax(-1) / (2 ** (bits - 1) - 1)).to(SCALE)
             steps = scales.float().unsqueeze(-1).clamp_min(torch.finfo(torch.float32).tiny)
@@ -142,17 +142,17 @@ def delta_in(bits: int, group: int, rounding: str) -> Store:
 
 
 def sign_and_mean(ends: Ends) -> tuple[Callable[[float], Tensor], float]:
-    """BitDelta (arXiv 2402.10193) before distillation: the sign of every difference, and their mean size."""
+    """Stores as BitDelta (arXiv 2402.10193) does before distillation: signs of the differences, and their mean size."""
     base, target = (end.float() for end in ends)
     delta = target - base
     return between(base, base + delta.abs().mean() * delta.sign()), ends[0].nbytes + base.numel() / 8 + 2
 
 
 def lossless(ends: Ends) -> tuple[Callable[[float], Tensor], float]:
-    """Bytes if the target were the base plus an 8-bit number of ulps; what does not fit is listed, 2 + 2 bytes each."""
+    """Returns the bytes of storing the target as the base plus an 8-bit number of ulps, with 4-byte exceptions."""
 
     def in_order(end: Tensor) -> Tensor:
-        """bfloat16 as integers in the order of the numbers."""
+        """Returns bfloat16 values as integers of the same order."""
         bits = end.view(torch.int16).int()
         return torch.where(bits < 0, -32768 - bits, bits)
 
@@ -162,14 +162,14 @@ def lossless(ends: Ends) -> tuple[Callable[[float], Tensor], float]:
 
 
 def merged_copy(ends: Ends) -> tuple[Callable[[float], Tensor], float]:
-    """What there is without us: rounded once, a copy for every λ."""
+    """The alternative without these formats: one merged copy for each λ, rounded once."""
     exact = between(*ends)
     return lambda lam: exact(lam).bfloat16().double(), ends[0].nbytes
 
 
 @torch.inference_mode()
 def quality(count: int) -> Iterator[dict]:
-    """What each format does to the shipped pair: answers sampled as `pair_curve.csv`'s are, and divergences."""
+    """Measures each format on the shipped pair: answers, sampled as for `pair_curve.csv`, and divergences."""
     directory = example_pair()[0].parent
     task = load_task(str(directory / "questions.jsonl"), count, verifier="word")
     prompts = [str(question.question) for question in task.questions[::8]]
@@ -195,7 +195,7 @@ def quality(count: int) -> Iterator[dict]:
 
 
 def answers(model: PreTrainedModel, tokenizer: Any, prompts: list[str], lam: float) -> tuple[Tensor, Tensor, int]:
-    """The model's greedy answers: ids and attention mask [rows, length], and the length of the prompts."""
+    """Returns the model's greedy answers: ids and attention mask [rows, length], and the prompts' length."""
     batch = encode(tokenizer, prompts)[1]
     ids = model.generate(**batch, intensity=lam, do_sample=False, max_new_tokens=96)
     prompt = batch["input_ids"].shape[1]
@@ -206,7 +206,7 @@ def answers(model: PreTrainedModel, tokenizer: Any, prompts: list[str], lam: flo
 def divergence(
     exact: PreTrainedModel, model: PreTrainedModel, ids: Tensor, mask: Tensor, prompt: int, lam: float
 ) -> float:
-    """Mean KL(exact ‖ model) of the next token, in nats, along answers."""
+    """Returns the mean KL(exact ‖ model) of the next token along the answers, in nats."""
     logs = []
     for each in (exact, model):
         with dami.intensity(each, lam):

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 def prepared(
     dtype: torch.dtype, formats: list[str], layers: int, device: torch.device
 ) -> dict[tuple[str, str | None], Any]:
-    """The models by name and kind of λ; none for the plain one."""
+    """Returns the models by name and kind of λ. The plain model has none."""
     plain = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": layers})).to(device, dtype).eval()
     models: dict[tuple[str, str | None], Any] = {("plain", None): plain}
     for format in formats:
@@ -102,7 +102,7 @@ def prepared(
 
 
 def step(model: Any, ids: Tensor, tokens: int, lam: str | None) -> float:
-    """Seconds of a step of decoding."""
+    """Measures the seconds of a decoding step."""
     options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     if lam is not None:
         options["intensity"] = 0.3 if lam == "one" else [(i + 1) / (len(ids) + 1) for i in range(len(ids))]

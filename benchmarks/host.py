@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def loop(call: Callable[[], object], count: int) -> float:
-    """Seconds of one call in a loop of `count`."""
+    """Measures the seconds per call in a loop of `count` calls."""
     start = time.perf_counter()
     for _ in range(count):
         call()
@@ -83,7 +83,7 @@ def row(case: str, method: str, taken: Times, all: dict[str, Times]) -> dict[str
 
 
 def cases() -> Iterator[tuple[str, Calls]]:
-    """Each case with its methods; the first is what the others are compared with. All results are checked."""
+    """Returns each case with its methods. The first method is the baseline. All results are checked."""
     x, lam = torch.randn(1, SIZE), torch.tensor([0.3])
     plain, vector, ids = torch.randn(SIZE, SIZE), torch.randn(SIZE), torch.tensor([7])
     norm, bias = (LerpWeight.pack(vector, vector + 0.1) for _ in range(2))
@@ -120,7 +120,7 @@ def cases() -> Iterator[tuple[str, Calls]]:
 
 
 def checked(calls: Calls) -> Calls:
-    """The calls, whose results must be the first one's, but for rounding."""
+    """Returns the calls after checking that their results equal the first one's, up to rounding."""
     results = [call() for call in calls.values()]
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-3, atol=1e-3)
@@ -128,7 +128,7 @@ def checked(calls: Calls) -> Calls:
 
 
 def steps(x: Tensor, weight: LerpWeight, lam: Tensor) -> Calls:
-    """A whole call, and parts of it that can be called alone."""
+    """Returns a whole call, and parts of it that can be called alone."""
     nothing, all_rows = x[:0], torch.tensor(0.3)
     arguments = (lam, None, None, weight.format, SIZE, False)
     compiled = native._C.linears
@@ -143,7 +143,7 @@ def steps(x: Tensor, weight: LerpWeight, lam: Tensor) -> Calls:
 
 
 def model() -> Calls:
-    """One token of each of four sequences through eight tiny layers."""
+    """Runs one token of each of four sequences through eight tiny layers."""
     config = Qwen3Config(
         hidden_size=64, intermediate_size=128, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2,
         head_dim=16, vocab_size=256,

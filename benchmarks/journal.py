@@ -6,14 +6,14 @@ from collections import Counter
 from pathlib import Path
 
 DONE, AT, FATAL = "done ", "at ", "fatal "
-WHOLE = "the case"  # as against one method of it
+WHOLE = "the case"  # as opposed to one of its methods
 
 
 class Journal:
-    """What a part has done and is at. What `blame` found of earlier processes is passed over.
+    """Journal of what a part has done and is doing. Skips what `blame` recorded for earlier processes.
 
     Args:
-        path: of the file, which grows; None keeps nothing.
+        path: the file to append to; None keeps no journal.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -26,7 +26,7 @@ class Journal:
         return f"{DONE}{case}" in self._known
 
     def is_fatal(self, case: object, what: str) -> bool:
-        """Whether an earlier process ended at this, or at the same method of two other cases."""
+        """Whether an earlier process died at this, or at the same method of two other cases."""
         return f"{FATAL}{case} | {what}" in self._known or (what != WHOLE and self._fatal[what] >= 2)
 
     def at(self, case: object, what: object) -> None:
@@ -42,6 +42,6 @@ class Journal:
 
 
 def blame(path: Path) -> str | None:
-    """The line for what a part was at when it ended; in a journal it is passed over. None if nothing was under way."""
+    """Returns the line that makes a journal skip what a part was doing when it died. None if it was idle."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return FATAL + lines[-1].removeprefix(AT) if lines and lines[-1].startswith(AT) else None

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SEQUENCE = 1024  # tokens of a sequence in prefill
-STEPS = torch.linspace(0, 1, 11)  # the λ of `zipf`, the most popular first, as if users chose from a dial
+SEQUENCE = 1024  # tokens per sequence in prefill
+STEPS = torch.linspace(0, 1, 11)  # the λ of `zipf`, most popular first, as if users chose on a dial
 POPULARITY = 1.5  # exponent of `zipf`
 
 KINDS = {
@@ -27,7 +27,7 @@ KINDS = {
 
 
 class Lams(NamedTuple):
-    """λ as the operators take it: float32 [L], and the rows of each, or the λ of each row: int32 [rows]."""
+    """λ as the operators take it: float32 [L], with the rows per λ, or the λ of each row, int32 [rows]."""
 
     lam: Tensor
     rows_per_lam: int
@@ -44,7 +44,7 @@ class Lams(NamedTuple):
 
 
 def make(kind: str, rows: int, generator: torch.Generator | None = None) -> Lams:
-    """λ for `rows` rows, on the CPU; ValueError for an unknown kind or a prefill of no whole sequences."""
+    """Creates λ for `rows` rows on the CPU. Raises ValueError for an unknown kind or partial sequences in prefill."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {list(KINDS)}, got {kind!r}")
     if kind == "distinct":
@@ -65,7 +65,7 @@ def make(kind: str, rows: int, generator: torch.Generator | None = None) -> Lams
     elif kind == "ends":
         lam = torch.randint(2, (count,), generator=generator).float()
     elif kind == "uniform":
-        run = 1 if length > 1 else round(count**0.5)  # rows that follow each other with one λ
+        run = 1 if length > 1 else round(count**0.5)  # consecutive rows with one λ
         lam = (torch.rand(-(-count // run), generator=generator) * 0.98 + 0.01).repeat_interleave(run)[:count]
     else:
         weights = torch.arange(1, len(STEPS) + 1).float() ** -POPULARITY

@@ -9,10 +9,10 @@ from dami_kernels import LerpWeight, formats
 
 
 def bytes_read(weight: LerpWeight, lam: Tensor) -> int:
-    """Bytes of the stored tensors that a product needs at these λ: at the ends one end is enough, if it is stored."""
+    """Returns the stored bytes that a product must read at these λ. At an end, only that end, if it is stored."""
     format = formats.get(weight.format)
     matrices = format if isinstance(format, formats.Matrices) else None
-    first = len(matrices.base.suffixes) if matrices else 1  # `lowrank` has its base as it is, first
+    first = len(matrices.base.suffixes) if matrices else 1  # `lowrank` stores its base first
     base, rest = (sum(tensor.nbytes for tensor in part) for part in (weight.tensors[:first], weight.tensors[first:]))
     if bool((lam == 0).all()):
         return base
@@ -22,7 +22,7 @@ def bytes_read(weight: LerpWeight, lam: Tensor) -> int:
 
 
 def operations(weight: LerpWeight, lam: Tensor) -> int:
-    """Operations of a product with `weight` [N, K] at the λ of each row, a multiply-add being two.
+    """Returns the operations of a product with `weight` [N, K] at each row's λ. A multiply-add counts as two.
 
     Rows at an end take one product. Rows that share another λ take two products, or a blend of the weight (two
     multiply-adds each) and one product, whichever is less. `lowrank` takes a product with each of its tensors.
@@ -37,5 +37,5 @@ def operations(weight: LerpWeight, lam: Tensor) -> int:
 
 
 def activation_bytes(rows: int, n: int, k: int, dtype: torch.dtype) -> int:
-    """x is read and y is written."""
+    """Returns the bytes of reading x and writing y."""
     return rows * (n + k) * dtype.itemsize

@@ -28,19 +28,19 @@ from dami_kernels.tuning import device_of
 from dami_kernels.tuning.cuda import MAX_ROWS
 
 OURS = "lerp_linear"
-CUDA, TRITON = "lerp_linear, CUDA C++", "lerp_linear, Triton"  # the kernel that the operator does not choose
+CUDA, TRITON = "lerp_linear, CUDA C++", "lerp_linear, Triton"  # names for the kernel that the operator does not choose
 MERGED = "F.linear, one merged"
 MERGED_FLOAT32 = "F.linear, one merged, fp32"
 TWO = "two F.linear + lerp"
 BLEND = "blend + F.linear"
 COPIES = "a merged copy per λ"
-DECODE = 64  # rows up to which the host's share of a call is measured
-MAX_LAMS = 64  # for the methods that launch something for every λ; with more they have long lost
+DECODE = 64  # most rows for which the host's share of a call is measured
+MAX_LAMS = 64  # limit for methods that launch something for every λ; beyond it they are far slower
 
 
 @dataclass(frozen=True)
 class Case:
-    """Some rows and a kind of λ for a layer of a model."""
+    """A layer of a model, a number of rows and a kind of λ."""
 
     model: str
     layer: str
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
-    """All that is asked for, except many rows of lm_head."""
+    """Returns all requested cases, except those with many rows of lm_head."""
     for model in options.models:
         for layer in LAYERS[model]:
             if options.layers and layer not in options.layers:
@@ -97,12 +97,12 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 
 def has_cuda_kernel(x: Tensor) -> bool:
-    """Whether the kernel in CUDA C++ takes x."""
+    """Whether the CUDA C++ kernel supports x."""
     return x.is_cuda and len(x) <= MAX_ROWS and cuda.WHY_NOT is None
 
 
 def ours(x: Tensor, batch: Lams, copies: Copies) -> Iterator[Method]:
-    """The operator in every format; on a GPU, for few rows, beside the kernel that it does not choose."""
+    """Returns the operator in every format and, for few rows on a GPU, the kernel that it does not choose."""
     lam, rows_per_lam, row_to_lam = batch.to(x.device)
     per_row = batch.per_row()
     n, k = copies.ends[0][0].shape
@@ -143,7 +143,7 @@ def rivals(x: Tensor, batch: Lams, copies: Copies, with_float32: bool) -> Iterat
     n, k = merged[0].shape
     per_row = batch.per_row()
     lams = per_row.unique().tolist()
-    # Of every λ, its rows; for the methods that are left out below, it would take seconds.
+    # The rows of every λ. This would take seconds for the methods left out below.
     members = [(per_row == value).nonzero().squeeze(1).to(x.device) for value in lams[: MAX_LAMS + 1]]
     column = per_row.unsqueeze(1).to(x)
     scratch = torch.empty_like(merged[0])

@@ -106,14 +106,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(way: str, instruct: Path, thinking: Path, packed: Path, format: str) -> list[float]:
-    """Seconds, and bytes at the peak with and without mapped files."""
+    """Measures seconds, and peak bytes with and without mapped files."""
     arguments = [way, *map(str, (instruct, thinking, packed)), format]
     done = subprocess.run([sys.executable, "-c", TIMED, *arguments], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def write(path: Path, model_name: str, seed: int) -> Path:
-    """A random checkpoint in shards of 500 MB; two seeds give ends at the distance of published pairs."""
+    """Writes a random checkpoint in shards of 500 MB. Two seeds give ends as far apart as published pairs."""
     layers, width, inner, heads = MODELS[model_name]
     config = Qwen3Config(
         vocab_size=151936, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
@@ -123,7 +123,7 @@ def write(path: Path, model_name: str, seed: int) -> Path:
         model = Qwen3ForCausalLM(config).bfloat16()
     model = model.to_empty(device="cpu")
     base, delta = (torch.randn(1 << 24, generator=torch.Generator().manual_seed(i)) for i in (10, 11))
-    noise = (0.02 * (base + 0.027 * seed * delta)).bfloat16()  # one block of numbers, again and again: it is quick
+    noise = (0.02 * (base + 0.027 * seed * delta)).bfloat16()  # repeats one block of numbers, for speed
     for parameter in model.parameters():
         parameter.data = noise.repeat(-(-parameter.numel() // len(noise)))[: parameter.numel()].reshape(parameter.shape)
     model.save_pretrained(path, max_shard_size="500MB")

@@ -21,7 +21,7 @@ import torch
 
 from dami_kernels import native
 
-Call = Callable[[int], Any]  # takes the number of the call, by which it chooses among its copies
+Call = Callable[[int], Any]  # takes the number of the call, which selects one of its copies
 
 
 class Cpu:
@@ -53,7 +53,7 @@ class Cpu:
         return native.peak_flops(dtype)
 
     def stopwatch(self, call: Call, copies: int) -> Callable[[], float]:
-        """Times one call. All stopwatches count together, so that each call takes other copies than the last."""
+        """Returns a stopwatch for one call. Stopwatches share a counter, so that each call uses other copies."""
 
         def seconds() -> float:
             i = next(self._numbers)
@@ -64,23 +64,23 @@ class Cpu:
         return seconds
 
     def eager(self, call: Call) -> float | None:
-        """What a call takes outside of a CUDA graph: nothing else than what was measured."""
+        """Returns None: a CPU has no CUDA graphs, so the measured time is the eager one."""
         return None
 
     def forget(self) -> None:
-        """Nothing to give back between cases."""
+        """Does nothing, because there is no memory to free between cases."""
 
     def is_lost(self) -> bool:
-        """Whether an error has left the device of no use to this process."""
+        """Whether an error has made the device unusable for this process."""
         return False
 
 
 class Gpu:
     device = torch.device("cuda")
-    cold_bytes = 320 * 2**20  # several times the L2 of any GPU of today
+    cold_bytes = 320 * 2**20  # several times the L2 cache of any current GPU
     has_fast_float32 = False
-    replays_at_least = 16  # calls in a graph, so that the launch of the graph counts little
-    most_bytes = 33 * 10**9  # of the device's memory: 40 GB less what processes need that only compile, and a context
+    replays_at_least = 16  # calls per graph, so that the graph's launch hardly counts
+    most_bytes = 33 * 10**9  # of device memory: 40 GB less a context and what compiling processes need
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():
@@ -90,7 +90,7 @@ class Gpu:
         self._warm()
 
     def _warm(self) -> None:
-        """A second of work, after which clocks are what they are under load."""
+        """Works for a second, to bring clocks to their level under load."""
         end = time.monotonic() + 1
         while time.monotonic() < end:
             self.peak(torch.bfloat16)
@@ -114,13 +114,13 @@ class Gpu:
         }
 
     def bandwidth(self) -> float:
-        """Of a copy of 1 GiB, read and written."""
+        """Measures the bandwidth of copying 1 GiB, counting reads and writes."""
         source = torch.ones(2**30 // 4, device=self.device)
         target = torch.empty_like(source)
         return 2 * source.nbytes / self._best(lambda: target.copy_(source))
 
     def peak(self, dtype: torch.dtype) -> float:
-        """Of the library's product of two random matrices of 8192 (float32: 4096) rows and columns."""
+        """Measures the library's product of two random matrices of 8192 (float32: 4096) rows and columns."""
         n = 8192 if dtype.itemsize == 2 else 4096
         a, b = (torch.randn(n, n, device=self.device, dtype=dtype) for _ in range(2))
         return 2 * n**3 / self._best(lambda: a @ b)
@@ -137,12 +137,12 @@ class Gpu:
         return min(once() for _ in range(10))
 
     def stopwatch(self, call: Call, copies: int) -> Callable[[], float]:
-        """Times the replay of a CUDA graph of some calls, each on the next copy, and gives the mean of a call."""
+        """Times replays of a CUDA graph of several calls, each on the next copy, and returns the mean per call."""
         calls = max(copies, self.replays_at_least)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            call(0)  # compiles, and lets libraries set themselves up
+            call(0)  # compiles, and initialises libraries
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -151,7 +151,7 @@ class Gpu:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
         def seconds() -> float:
-            torch.cuda._sleep(200_000)  # the device is busy for 100 µs, while the host launches what is to be timed
+            torch.cuda._sleep(200_000)  # keeps the device busy for 100 µs while the host launches the timed work
             start.record()
             graph.replay()
             end.record()
@@ -161,7 +161,7 @@ class Gpu:
         return seconds
 
     def eager(self, call: Call) -> float | None:
-        """Seconds of a call from Python, back to back with others: the host's time or the device's, the longer."""
+        """Measures the seconds of back-to-back calls from Python: the longer of the host's and the device's time."""
 
         def once() -> float:
             torch.cuda.synchronize()
@@ -174,13 +174,14 @@ class Gpu:
         return sorted(once() for _ in range(3))[1]
 
     def forget(self) -> None:
-        """Gives the memory of the last graphs back."""
+        """Frees the memory of the last graphs."""
         gc.collect()
         torch.cuda.empty_cache()
 
     def is_lost(self) -> bool:
-        """Whether an error has left the device of no use to this process: most errors of CUDA do, and a capture that
-        ended in one leaves torch's generator of random numbers as if it were still under way."""
+        """Whether an error has made the device unusable for this process.
+
+        Most CUDA errors do. A capture that failed leaves torch's random generator in capture mode."""
         try:
             torch.randn(1, device=self.device).item()
         except RuntimeError:
@@ -192,12 +193,12 @@ Machine = Cpu | Gpu
 
 
 def machine() -> Machine:
-    """The GPU if there is one."""
+    """Returns the GPU if there is one, else the CPU."""
     return Gpu() if torch.cuda.is_available() else Cpu()
 
 
 def about(here: Machine) -> dict[str, object]:
-    """What every row of results says of where it was measured."""
+    """Returns the columns that say where a row of results was measured."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -209,7 +210,7 @@ def about(here: Machine) -> dict[str, object]:
 
 @cache
 def commit() -> str:
-    """The commit measured, with a + if kernels have changed since; from the variable COMMIT where there is no git."""
+    """Returns the measured commit, with a + if kernels have changed since. Without git, uses the variable COMMIT."""
 
     def git(*what: str) -> str:
         return subprocess.check_output(["git", *what], cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL)
@@ -222,7 +223,7 @@ def commit() -> str:
 
 
 def processor() -> str:
-    """The processor's name, with its family and model where Linux tells them: virtual machines shorten the name."""
+    """Returns the processor's name, with family and model on Linux, because virtual machines shorten the name."""
     cpuinfo = Path("/proc/cpuinfo")
     first = cpuinfo.read_text().partition("\n\n")[0] if cpuinfo.exists() else ""
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
@@ -231,7 +232,7 @@ def processor() -> str:
 
 
 def nvidia_smi(*what: str) -> list[str]:
-    """Properties of the first GPU; empty where the tool is missing."""
+    """Returns properties of the first GPU, or nothing if the tool is missing."""
     command = ["nvidia-smi", f"--query-gpu={','.join(what)}", "--format=csv,noheader,nounits"]
     try:
         told = subprocess.check_output(command, text=True, timeout=20, stderr=subprocess.DEVNULL)

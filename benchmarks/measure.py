@@ -25,15 +25,15 @@ from benchmarks.weights import FORMATS
 
 P = ParamSpec("P")
 T = TypeVar("T")
-LOST = 70  # exit status of a part whose device was lost
+LOST = 70  # exit status of a part that lost its device
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Case(Protocol):
-    """A group of lines of the table."""
+    """A case, shown as a group of lines of the table."""
 
     def columns(self) -> dict[str, object]:
-        """What tells it from others in the results."""
+        """Returns the columns that identify the case in the results."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Method:
     """A way to compute the result of a case.
 
     Attributes:
-        name, format: what it is called in the results; no format for plain PyTorch.
-        call: computes it; takes the number of the call, by which it chooses among its copies.
-        moved: bytes that it must read and write.
-        operations: that it must do, a multiply-add being two.
-        dtype: of the multiply-adds.
-        check: raises WrongResult for what `call` returned.
-        is_eager: whether to time it outside of a CUDA graph as well.
+        name, format: as shown in the results. Plain PyTorch has no format.
+        call: computes the result. It takes the number of the call, which selects one of its copies.
+        moved: bytes that it has to read and write.
+        operations: operations that it has to do. A multiply-add counts as two.
+        dtype: dtype of the multiply-adds.
+        check: raises WrongResult if the result of `call` is wrong.
+        is_eager: whether to time it outside of a CUDA graph too.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Method:
 
 
 def parser(part: str, about: str | None) -> argparse.ArgumentParser:
-    """The options that all parts have."""
+    """Returns a parser with the options that all parts share."""
     parser = argparse.ArgumentParser(
         f"python -m benchmarks {part}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -76,8 +76,8 @@ def parser(part: str, about: str | None) -> argparse.ArgumentParser:
     add("--seconds", type=float, default=seconds, help="of timing for each case, about")
     add("--budget", type=float, default=math.inf, metavar="SECONDS", help="for everything; what does not fit is named")
     add("--check-only", action="store_true", help="compile and check, without timing anything")
-    add("--compile-only", action="store_true", help=argparse.SUPPRESS)  # of `suite`: within `ahead.compiling`
-    add("--journal", type=Path, help=argparse.SUPPRESS)  # of `suite`: where to tell what is under way
+    add("--compile-only", action="store_true", help=argparse.SUPPRESS)  # for `suite`: runs within `ahead.compiling`
+    add("--journal", type=Path, help=argparse.SUPPRESS)  # for `suite`: records what is running
     add("--results", type=Path, default=RESULTS, metavar="DIRECTORY", help="of the CSV file that rows are appended to")
     return parser
 
@@ -88,25 +88,25 @@ def run(
     cases: Iterable[Case],
     prepare: Callable[[Case, Machine], tuple[list[Method], int]],
 ) -> int:
-    """Measures cases, most important first, within the budget. Whatever fails costs itself and nothing else.
+    """Measures cases within the budget, most important first. A failure does not affect other cases.
 
     Args:
         file: name of the CSV file.
-        cases: each becomes a group of rows.
-        prepare: gives the methods of a case, and the copies of their weights.
+        cases: the cases. Each becomes a group of rows.
+        prepare: returns the methods of a case and the copies of their weights.
 
     Returns:
-        1 if a result had to be refused or a method failed, else 0.
+        1 if a result was rejected or a method failed, else 0.
 
     Raises:
-        SystemExit: with LOST, if an error has left the device of no use: another process may go on.
+        SystemExit: with LOST, if an error made the device unusable. Another process may continue.
     """
     if options.compile_only:
         compile_ahead(cases, prepare)
         return 0
     if options.threads:
         torch.set_num_threads(options.threads)
-    warnings.filterwarnings("error", "dami: ", UserWarning)  # a format without a kernel is not worth timing
+    warnings.filterwarnings("error", "dami: ", UserWarning)  # do not time formats without a kernel
     torch.manual_seed(0)
     budget = Budget(options.budget)
     here = machine()
@@ -136,7 +136,7 @@ def run(
 
 
 def compile_ahead(cases: Iterable[Case], prepare: Callable[[Case, Any], tuple[list[Method], int]]) -> None:
-    """Calls what is ours of every case, within `ahead.compiling`."""
+    """Calls our methods of every case, within `ahead.compiling`."""
     here = Ahead()
 
     def compile(case: Case) -> None:
@@ -149,7 +149,7 @@ def compile_ahead(cases: Iterable[Case], prepare: Callable[[Case, Any], tuple[li
 
 
 class Part:
-    """A run of one part: what is missing or has failed, and where it is."""
+    """A run of one part: what is missing, what has failed, and what is running."""
 
     def __init__(self, here: Machine, journal: Journal, seconds: float) -> None:
         self.here, self.journal, self.seconds = here, journal, seconds
@@ -159,21 +159,21 @@ class Part:
 
     @contextmanager
     def failing(self, what: object) -> Iterator[None]:
-        """Prints an error and ends it here, unless the device is lost with it."""
+        """Prints an error and suppresses it, unless the device is lost."""
         try:
             yield
-        except Exception as error:  # of torch, of Triton's compiler, of the driver: none may cost what comes after
+        except Exception as error:  # from torch, Triton's compiler or the driver: none may stop later cases
             self.failed = True
             is_wrong = isinstance(error, WrongResult)
             print(f"REFUSED: {what}: {error}" if is_wrong else f"FAILED: {what}: {described(error)}", flush=True)
             if self.here.is_lost():
                 print("the device is lost to this process", flush=True)
                 raise SystemExit(LOST) from error
-            traceback.clear_frames(error.__traceback__)  # which keep tensors alive
+            traceback.clear_frames(error.__traceback__)  # frames keep tensors alive
             self.here.forget()
 
     def is_right(self, case: Case, method: Method) -> bool:
-        """Whether a method computes what it should, and may be timed; if not, why is printed."""
+        """Whether a method's result is correct, so that it may be timed. Prints the reason if not."""
         if str(method) in self.missing:
             return False
         if self.journal.is_fatal(case, str(method)):
@@ -193,7 +193,7 @@ class Part:
         return right
 
     def timed(self, case: Case, methods: list[Method], copies: int) -> list[dict[str, object]]:
-        """A row for each method; less those that fail on the way."""
+        """Returns a row for each method, except those that fail."""
         stopwatches: dict[Method, Callable[[], float]] = {}
         times: dict[Method, Times] = {}
         eager: dict[Method, float | None] = {}
@@ -218,7 +218,7 @@ class Part:
         ]
 
     def _in_turn(self, stopwatches: dict[Method, Callable[[], float]]) -> dict[Method, Times]:
-        """The times of all; or none, and less the one that failed."""
+        """Returns the times of all methods. If one fails, removes it and returns none."""
         try:
             return interleaved(stopwatches, self.seconds)
         except Failure as failure:
@@ -238,15 +238,15 @@ class Part:
         return seconds
 
     def _raise_ceilings(self, dtypes: set[torch.dtype]) -> None:
-        """Keeps the best bandwidth and peaks of the run, whatever a slow minute has."""
+        """Keeps the best bandwidth and peaks of the run, in case the machine is slow for a while."""
         measures = {"bandwidth": self.here.bandwidth, **{dtype: partial(self.here.peak, dtype) for dtype in dtypes}}
         for what, measure in measures.items():
-            with suppress(torch.OutOfMemoryError):  # then what was measured before must do
+            with suppress(torch.OutOfMemoryError):  # keep the earlier measurement
                 self.ceilings[what] = max(measure(), self.ceilings.get(what, 0))
 
 
 class Failure(Exception):
-    """A method that failed while several are timed in turn."""
+    """A method failed while several were timed in turn."""
 
     def __init__(self, method: Method, error: Exception) -> None:
         self.method, self.error = method, error
@@ -269,7 +269,7 @@ def row(method: Method, times: Times, eager: float | None, bandwidth: float, pea
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Prints the rows of one case; the ratio is to the first method of plain PyTorch."""
+    """Prints the rows of one case. Ratios are relative to the first method of plain PyTorch."""
     if not rows:
         return
     unit = next((float(row["median_ms"]) for row in rows if not row["format"]), math.nan)
@@ -283,7 +283,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 class SingleEntryCache(Generic[P, T]):
-    """A function of which the last value is kept, if it takes much memory: the next is made only after that is gone."""
+    """Caches a function's last value, for values that take much memory: frees it before computing the next."""
 
     def __init__(self, make: Callable[P, T]) -> None:
         self.make = make

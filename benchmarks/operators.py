@@ -22,10 +22,10 @@ from benchmarks.weights import Copies
 from dami_kernels import LerpWeight, formats, lerp_embedding, lerp_experts, lerp_layer_norm, lerp_rms_norm, reference
 
 VOCABULARY = LAYERS["Qwen3-4B"]["lm_head"]
-HEADS = (32, 128)  # of a query of Qwen3-4B, each normalised by itself
+HEADS = (32, 128)  # query heads of Qwen3-4B, each normalised separately
 EPS = 1e-6
-COPIES = 8  # of ids, of x and of routings: one after the other, so that caches do not hold what a call needs
-DECODE = 64  # tokens up to which the host's share of a call is measured
+COPIES = 8  # of ids, x and routings, used in rotation, so that caches do not hold what a call needs
+DECODE = 64  # most tokens for which the host's share of a call is measured
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def weight_rows(weight: LerpWeight, rows: Tensor) -> tuple[Tensor, Tensor]:
 def norm(
     case: Case, here: Machine, dtype: torch.dtype, lam: Tensor, weights: Callable[..., Copies]
 ) -> Iterator[Method]:
-    """Both norms; that of the heads has several rows for each token."""
+    """Returns both norms. The norm of the heads has several rows per token."""
     (d,) = case.shape
     heads = HEADS[0] if d == HEADS[1] else 1
     xs = [torch.randn(case.tokens, heads, d, device=here.device).to(dtype) for _ in range(COPIES)]
@@ -138,7 +138,7 @@ def norm(
 
     def right(y: Tensor) -> None:
         exact = oracle(xs[0], (ends[0], ends[1]), lam.unsqueeze(1), EPS)
-        check(y, exact, exact.to(dtype))  # nothing but the last rounding
+        check(y, exact, exact.to(dtype))  # allows only the final rounding
 
     yield Method(f"lerp_{case.operator}", "pair", call, moved, 0, dtype, right, is_eager=case.is_decode)
     name = f"F.{case.operator}, one merged"
@@ -150,7 +150,7 @@ def norm(
 def experts(
     case: Case, here: Machine, dtype: torch.dtype, lam: Tensor, weights: Callable[..., Copies]
 ) -> Iterator[Method]:
-    """Every token takes eight experts at random, so it has eight rows."""
+    """Returns the experts case. Every token takes eight random experts, so it has eight rows."""
     count, n, k = case.shape
     of = weights(case.shape, here)
     routings = [routing(case.tokens) for _ in range(COPIES)]
@@ -197,7 +197,7 @@ def experts(
 
 
 def routing(tokens: int) -> tuple[Tensor, Tensor]:
-    """Experts chosen at random: the end of each expert's rows, int32 [E], and the token of each row, int32 [rows]."""
+    """Chooses random experts. Returns the ends of the experts' rows, int32 [E], and the rows' tokens, int32 [rows]."""
     chosen = torch.rand(tokens, EXPERTS).argsort(1)[:, :EXPERTS_PER_TOKEN].flatten()
     offsets = chosen.bincount(minlength=EXPERTS).cumsum(0)
     token = chosen.argsort(stable=True) // EXPERTS_PER_TOKEN

@@ -20,8 +20,8 @@ from benchmarks.record import RESULTS, latest
 from benchmarks.tables import FORMATS, Row, is_cpu, is_gpu, measured
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
-METHODS = [*((OURS, format) for format in FORMATS), (TWO, ""), (BLEND, ""), (COPIES, "")]  # from above
-KINDS = {  # label, marker, colour, and how far from the middle of its line
+METHODS = [*((OURS, format) for format in FORMATS), (TWO, ""), (BLEND, ""), (COPIES, "")]  # from top to bottom
+KINDS = {  # label, marker, colour, and offset from the middle of its line
     "distinct": ("every row its own λ", "o", VERMILION, -0.16),
     "uniform": ("a λ for each sequence", "D", PURPLE, 0.0),
     "identical": ("one λ for all", "s", BLUE, 0.0),
@@ -31,18 +31,18 @@ FEWEST, MOST = 0.22, 24  # ratios shown
 
 
 def ratios(rows: Sequence[Row], m: str) -> dict[tuple[str, str, str], float]:
-    """Time over that of F.linear on one merged weight of the same run, by kind of λ, method and format."""
+    """Returns times relative to F.linear on one merged weight in the same run, by kind of λ, method and format."""
     by = latest([row for row in rows if row["m"] == m], "lam", "method", "format")
     found = {}
     for (kind, method, format), row in by.items():
         unit = by.get((kind, MERGED, ""))
-        if unit and unit["date"] == row["date"]:  # only what ran together is compared
+        if unit and unit["date"] == row["date"]:  # compare only within one run
             found[kind, method, format] = float(row["median_ms"]) / float(unit["median_ms"])
     return found
 
 
 def draw(axes: Axes, found: dict[tuple[str, str, str], float]) -> None:
-    """One panel: a line for each method, a mark on it for each kind of λ."""
+    """Draws one panel: a line per method, with a mark per kind of λ."""
     axes.axvspan(FEWEST, 1, color=GREEN, alpha=0.12, lw=0)
     axes.text(
         0.03, 0.03, "faster than\none merged\nmodel", transform=axes.transAxes, va="bottom", color=MUTED, fontsize=10
@@ -67,7 +67,7 @@ def draw(axes: Axes, found: dict[tuple[str, str, str], float]) -> None:
 
 @styled()
 def linear(rows: Sequence[Row], sizes: Sequence[str]) -> Figure:
-    """A panel for each number of rows."""
+    """Draws a panel for each number of rows."""
     figure, axes = panels(11, 4.6, columns=len(sizes), sharey=True)
     for each, m in zip(axes, sizes, strict=True):
         draw(each, ratios(rows, m))

@@ -10,7 +10,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def store(rows: Sequence[dict[str, object]], path: Path) -> None:
-    """Appends rows to a CSV file, which gets its heading from the first one; ValueError if the columns differ."""
+    """Appends rows to a CSV file. The first row sets a new file's header. Raises ValueError if the columns differ."""
     if not rows:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def store(rows: Sequence[dict[str, object]], path: Path) -> None:
 
 
 def load(path: Path, **wanted: str) -> list[dict[str, str]]:
-    """Rows of a results file that have these values; none if there is no file."""
+    """Returns the rows of a results file that have these values, or none if there is no file."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -39,12 +39,12 @@ def load(path: Path, **wanted: str) -> list[dict[str, str]]:
 
 
 def latest(rows: Iterable[dict[str, str]], *keys: str) -> dict[tuple[str, ...], dict[str, str]]:
-    """The newest row of each combination of `keys`."""
+    """Returns the newest row for each combination of `keys`."""
     return {tuple(row[key] for key in keys): row for row in sorted(rows, key=lambda row: row["date"])}
 
 
 def text_table(lines: Sequence[Sequence[object]]) -> str:
-    """Lines of cells under each other: the first column to the left, numbers to the right."""
+    """Formats rows of cells as aligned text, the first column left-aligned and numbers right-aligned."""
     cells = [[str(cell) for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(

@@ -30,11 +30,11 @@ LAYERS = {
         "lm_head": (151936, 2048),
     },
     "square": {"3072": (3072, 3072)},
-    "tiny": {"64": (64, 64)},  # its eager time on a GPU is the host's
+    "tiny": {"64": (64, 64)},  # on a GPU, its eager time is the host's
 }
 
-# Of Qwen3-30B-A3B: experts of a layer, experts that a token takes, and the products of each.
+# Qwen3-30B-A3B: experts per layer, experts per token, and the products of each.
 EXPERTS, EXPERTS_PER_TOKEN = 128, 8
 EXPERT_LAYERS = {"gate_up": (1536, 2048), "down": (2048, 768)}
 
-HEAD_ROWS = 256  # lm_head takes one row of each sequence, so more rows than this are not asked of it
+HEAD_ROWS = 256  # limit for lm_head, which takes one row per sequence

@@ -27,12 +27,12 @@ MODEL = "Qwen3-4B"
 HIDDEN, INNER, VOCABULARY, LAYERS = 2560, 9728, 151936, 36
 HEADS, KEY_HEADS, HEAD = 32, 8, 128
 EPS = 1e-6
-CHECKED_VOCABULARY = 4096  # logits that are checked
+CHECKED_VOCABULARY = 4096  # number of logits that are checked
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The weights of a decoder layer. A plain model has what is fused in one: qkv and gate_up."""
+    """The weights of a decoder layer. In plain models, `qkv` and `gate_up` have one fused weight."""
 
     qkv: list[LerpWeight]
     o: LerpWeight
@@ -49,7 +49,7 @@ class Model:
 
 
 class Operators(Protocol):
-    """What a step is made of."""
+    """The operators that a step consists of."""
 
     def embed(self, ids: Tensor, weight: LerpWeight) -> Tensor: ...
 
@@ -61,7 +61,7 @@ class Operators(Protocol):
 
 
 def step(ops: Operators, model: Model, ids: Tensor) -> Tensor:
-    """Logits [M, vocabulary] of one token for each of M rows."""
+    """Returns the logits [M, vocabulary] of one token for each of M rows."""
     rows = len(ids)
     x = ops.embed(ids, model.embedding)
     for layer in model.layers:
@@ -95,7 +95,7 @@ class Ours:
 
 
 class OneEnd:
-    """Plain PyTorch on one end of a pair, which stands for a merged model: 0 the base, 1 the target."""
+    """Plain PyTorch on one end of a pair (0 base, 1 target), which stands in for a merged model."""
 
     def __init__(self, end: int) -> None:
         self.end = end
@@ -110,7 +110,7 @@ class OneEnd:
         return F.linear(x, weight.tensors[self.end])
 
     def linears(self, x: Tensor, weights: list[LerpWeight]) -> tuple[Tensor, ...]:
-        """One product: the weights lie one after the other in memory."""
+        """Computes one product, because the weights are adjacent in memory."""
         sizes = [weight.shape[0] for weight in weights]
         first = weights[0].tensors[self.end]
         fused = first.as_strided((sum(sizes), first.shape[1]), first.stride())
@@ -138,7 +138,7 @@ class Oracle:
 
 
 class Merged(Oracle):
-    """Plain PyTorch on weights that are merged for the one row there is."""
+    """Plain PyTorch on weights that are merged for a single row."""
 
     def embed(self, ids: Tensor, weight: LerpWeight) -> Tensor:
         return super().embed(ids, weight).to(weight.dtype)
@@ -152,7 +152,7 @@ class Merged(Oracle):
 
 @cache
 def check_step(model: Model, device: torch.device, rows: int) -> None:
-    """The contract of the operators for a whole step of so many rows: on two of them, for the first layer and a part of
+    """Checks the operators' contract for a whole step of `rows` rows: on two rows, with the first layer and part of
     the vocabulary."""
     known, _ = split(model.embedding, [CHECKED_VOCABULARY, VOCABULARY - CHECKED_VOCABULARY])
     model = Model(model.layers[:1], model.norm, known)
@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=LAYERS if torch.cuda.is_available() else 2)
     options = parser.parse_args(argv)
     if options.compile_only:
-        options.layers = 1  # the others have the same kernels
+        options.layers = 1  # the other layers use the same kernels
     models: dict[str, Model] = {}
 
     def prepare(case: Case, here: Machine) -> tuple[list[Method], int]:
@@ -203,7 +203,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 
 def random_models(layers: int, dtype: torch.dtype, device: torch.device, formats: list[str]) -> dict[str, Model]:
-    """A model of each format; `pair` is always there, for its ends are the plain models. They share their bases."""
+    """Creates a model per format, sharing bases. `pair` is always included, as its ends are the plain models."""
     formats = [format for format in {"pair": 0, **dict.fromkeys(formats)} if format in KERNEL_FORMATS]
 
     def weights(n: int, k: int) -> dict[str, LerpWeight]:
@@ -254,7 +254,7 @@ def methods(models: dict[str, Model], ids: Tensor, lam: Tensor, dtype: torch.dty
     base = OneEnd(0)
     merged = Method("one merged model", "", lambda i: step(base, plain, ids), merged_bytes, operations, dtype)
     yield replace(merged, is_eager=True)
-    if rows > 1:  # what two λ in a batch cost with merged copies
+    if rows > 1:  # the cost of two λ in a batch with merged copies
         halves = ids.chunk(2)
         yield replace(
             merged,

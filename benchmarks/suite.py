@@ -29,19 +29,19 @@ from benchmarks.journal import FATAL, blame
 from benchmarks.record import RESULTS, load
 
 ROOT = Path(__file__).resolve().parents[1]
-STARTING = 15  # seconds that a part may take beyond its budget: loading, and its last case
-LOADING = 60  # seconds within which a part on a GPU must give its first sign of life
-STALLED = 45  # seconds without another, after which it is taken to hang; no kernel takes a third to compile
-MIN_SECONDS = 5  # seconds that are worth starting a part for
-BUILDING = 60  # seconds from the beginning that the first numbers wait for the kernels in CUDA C++
-TEST_SECONDS = 110  # kept for the tests
+STARTING = 15  # seconds that a part may exceed its budget by, for loading and its last case
+LOADING = 60  # seconds until the first sign of life of a part on a GPU
+STALLED = 45  # seconds without another, after which it counts as hanging; kernels compile in under a third of that
+MIN_SECONDS = 5  # fewest seconds worth starting a part for
+BUILDING = 60  # seconds from the start that the first measurements wait for the CUDA C++ kernels
+TEST_SECONDS = 110  # reserved for the tests
 CUDA_HOME = "/usr/local/cuda"  # where CUDA's own packages put nvcc, which need not be in PATH
-BAD = ("REFUSED", "FAILED", "CRASHED", "ERROR")  # how lines begin that tell of a fault
+BAD = ("REFUSED", "FAILED", "CRASHED", "ERROR")  # beginnings of lines that report a fault
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the benchmarks, what to ask it, and the seconds it may take at most."""
+    """A part of the benchmarks, its arguments, and the most seconds it may take."""
 
     name: str
     arguments: str
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_on_gpu(run: Run, compile_log: Path) -> None:
-    """The kernels in CUDA C++ first, the smoke check while they are built, the parts, and the tests."""
+    """Builds the CUDA C++ kernels and meanwhile runs the smoke check, then runs the parts and the tests."""
     building = run.build_cuda(compile_log)
     for i in range(PROCESSES):
         run.start([sys.executable, "-m", "benchmarks", "suite", "--compile", f"{i}/{PROCESSES}"], compile_log)
@@ -123,7 +123,7 @@ def run_on_gpu(run: Run, compile_log: Path) -> None:
 
 
 def built(building: subprocess.Popen[bytes]) -> str:
-    """What has come of building dami_kernels._cuda."""
+    """Describes the result of building dami_kernels._cuda."""
     if building.returncode is None:
         return "still being built, so the first parts are without"
     there = any((ROOT / "dami_kernels").glob("_cuda.*"))
@@ -140,18 +140,18 @@ def compile_ahead(share: tuple[int, int]) -> int:
 
 
 class Cut(BaseException):
-    """A signal asks for the end."""
+    """A signal has asked the run to end."""
 
 
 class Run:
-    """One run of the suite: its processes, its log, which is shown as it grows, and how it went.
+    """One run of the suite: its processes, its log, which is printed as it grows, and its outcome.
 
     Args:
         results: directory of the CSV files.
-        log: file for all that is printed.
-        scratch: directory for what is of no use afterwards.
-        seconds: for everything.
-        on_gpu: whether what gives no sign of life is ended. A slow processor may have much to do in silence.
+        log: file for all output.
+        scratch: directory for temporary files.
+        seconds: time limit for everything.
+        on_gpu: whether to end processes that give no sign of life. A slow CPU may work silently for long.
     """
 
     def __init__(self, results: Path, log: Path, scratch: Path, seconds: float, on_gpu: bool) -> None:
@@ -159,7 +159,7 @@ class Run:
         self.began = time.monotonic()
         self.end = self.began + seconds
         self.code = 0
-        self.fatal: list[str] = []  # what has ended a process, as a journal tells it
+        self.fatal: list[str] = []  # journal lines of what ended a process
         self.processes: list[subprocess.Popen[bytes]] = []
         self.rows_before = {path.name: len(load(path)) for path in results.glob("*.csv")}
         log.touch()
@@ -167,11 +167,11 @@ class Run:
 
     @contextmanager
     def ending(self) -> Iterator[None]:
-        """However it ends, no process is left, and the summary is told."""
+        """Ensures that, however the run ends, no process is left and the summary is printed."""
 
         def cut(number: int, frame: FrameType | None) -> None:
             for other in before:
-                signal.signal(other, signal.SIG_IGN)  # a second one would cut the summary
+                signal.signal(other, signal.SIG_IGN)  # a second signal would cut the summary off
             raise Cut(signal.Signals(number).name)
 
         before = {number: signal.signal(number, cut) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -193,18 +193,18 @@ class Run:
         self.show()
 
     def show(self) -> None:
-        """Prints what is new in the log, in whole lines."""
+        """Prints new whole lines of the log."""
         with self.log.open("rb") as file:
             file.seek(self.shown)
             new = file.read()
         new = new[: new.rfind(b"\n") + 1]
         self.shown += len(new)
-        with suppress(OSError, UnicodeError):  # whoever read it is gone, or cannot be told of λ
+        with suppress(OSError, UnicodeError):  # the reader is gone, or its encoding lacks λ
             sys.stdout.write(new.decode(errors="replace"))
             sys.stdout.flush()
 
     def start(self, command: Sequence[str], log: Path | None = None) -> subprocess.Popen[bytes]:
-        """A process in a group of its own, which a signal to ours does not reach, with its output in the log."""
+        """Starts a process that logs its output, in its own group, so that signals to our group do not reach it."""
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
         with (log or self.log).open("ab") as out:
             process = subprocess.Popen(
@@ -214,7 +214,7 @@ class Run:
         return process
 
     def wait(self, process: subprocess.Popen[bytes], end: float, life: Path | None = None) -> str | None:
-        """Waits until the time `end`, or until the file `life` has not grown for long; why the process was not over."""
+        """Waits for a process until the time `end`, or until `life` stops growing. Returns why it gave up, if so."""
         alive = time.monotonic()
         first = size = life.stat().st_size if life else 0
         while process.poll() is None:
@@ -231,7 +231,7 @@ class Run:
         return None
 
     def parts(self, parts: list[Part], end: float) -> None:
-        """One part after the other until the time `end`."""
+        """Runs one part after another until the time `end`."""
         for part in parts:
             left = end - time.monotonic() - STARTING
             if left < MIN_SECONDS:
@@ -241,7 +241,7 @@ class Run:
             self.part(part, min(part.seconds, left))
 
     def part(self, part: Part, seconds: float) -> None:
-        """Runs one part; and again, without what ended its process, while there is time."""
+        """Runs one part. If its process dies, runs it again without the cause while there is time."""
         journal = self.scratch / "journal"
         journal.write_bytes(b"")
         end = time.monotonic() + seconds
@@ -262,30 +262,30 @@ class Run:
             self.fatal.append(culprit)
 
     def build_cuda(self, log: Path) -> subprocess.Popen[bytes] | None:
-        """Builds dami_kernels._cuda where it is imported from, if there is nvcc."""
-        homes = (os.environ.get("CUDA_HOME"), CUDA_HOME)  # setup.py looks into the first and into PATH
+        """Builds dami_kernels._cuda in place if there is nvcc."""
+        homes = (os.environ.get("CUDA_HOME"), CUDA_HOME)  # setup.py looks in the first and in PATH
         home = next((home for home in homes if home and shutil.which("nvcc", path=f"{home}/bin")), None)
         if home is None and shutil.which("nvcc") is None:
             self.say("\nthe kernels in CUDA C++: left out, there is no nvcc")
             return None
-        # beside the kernels for the CPU, not after them
+        # in parallel with the CPU kernels
         command = [sys.executable, "setup.py", "build_ext", "--inplace", "--parallel", "2"]
         return self.start(["env", f"CUDA_HOME={home}", *command] if home else command, log)
 
     def tests(self) -> None:
-        """The tests that need a GPU, as many as there is time for."""
+        """Runs the tests that need a GPU, as many as there is time for."""
         left = self.end - time.monotonic()
         if left < MIN_SECONDS:
             self.say("\nleft out, no time: the tests")
             return
         self.say("\n== tests")
-        # Files that lack a module here must not keep the others from running.
+        # Files that need a missing module must not stop the others.
         options = "-m gpu -rfE --tb=short -p no:cacheprovider --continue-on-collection-errors"
         if importlib.util.find_spec("xdist"):
             options += " -n 4"
         process = self.start([sys.executable, "-m", "pytest", *options.split(), *gpu_tests()])
         why = self.wait(process, self.end)
-        stop(process, signal.SIGINT)  # pytest then tells what has failed so far
+        stop(process, signal.SIGINT)  # pytest then reports the failures so far
         self.show()
         if why or process.returncode:
             self.code = 1
@@ -293,13 +293,13 @@ class Run:
 
 
 def stop(process: subprocess.Popen[bytes], how: signal.Signals = signal.SIGTERM) -> None:
-    """Ends a process and what it has started, if it still runs."""
+    """Ends a process and its children, if it still runs."""
     for number, seconds in ((how, 5), (signal.SIGKILL, 5)):
         if process.poll() is not None:
             return
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):  # stuck in the driver: no signal helps
+        with suppress(subprocess.TimeoutExpired):  # stuck in the driver, where no signal helps
             process.wait(seconds)
 
 
@@ -308,13 +308,13 @@ def ended(code: int) -> str:
 
 
 def gpu_tests() -> list[str]:
-    """The files with tests for a GPU; others may need what this machine lacks."""
+    """Returns the files with tests for a GPU. Others may need modules that this machine lacks."""
     files = sorted((ROOT / "tests" / "dami_kernels").glob("test_*.py"))
     return [str(path.relative_to(ROOT)) for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
 
 
 def summary(run: Run) -> str:
-    """What this run has measured, as ratios to one merged weight, and what went wrong."""
+    """Summarises the run's measurements, relative to one merged weight, and its faults."""
     lines = ["\n== summary"]
     for path in sorted(run.results.glob("*.csv")):
         rows = load(path)[run.rows_before.get(path.name, 0) :]
@@ -328,7 +328,7 @@ def summary(run: Run) -> str:
 
 
 def ratios(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """A line for each case: the time of one merged weight, and those of ours over it."""
+    """Returns a line per case: the time of one merged weight, and our times relative to it."""
     names = ("model", "operator", "layer", "layers", "shape", "m", "lam")
     cases: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:

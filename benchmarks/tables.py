@@ -18,20 +18,20 @@ from dami_kernels.tuning.cuda import MAX_ROWS
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
 FORMATS = ("pair", "int8", "int4", "w8d4", "lowrank")
-LAYER = ("model", "layer", "n", "k", "m")  # what tells the cases of linear.csv apart, at one kind of λ
+LAYER = ("model", "layer", "n", "k", "m")  # identifies a case of linear.csv at one kind of λ
 NOT_MEASURED = "Not measured yet."
 Row = dict[str, str]
 
 
 def newest(path: Path, **wanted: str) -> list[Row]:
-    """Lines of a results file's newest run among those with the wanted values."""
+    """Returns the rows of the newest run among a results file's rows with the wanted values."""
     rows = load(path, **wanted)
     date = max(row["date"] for row in rows)
     return [row for row in rows if row["date"] == date]
 
 
 def measured(file: str, is_wanted: Callable[[Row], bool], **wanted: str) -> list[Row]:
-    """Rows of the device measured last, among those wanted."""
+    """Returns the wanted rows of the device measured last."""
     rows = [row for row in load(RESULTS / file, **wanted) if is_wanted(row)]
     device = max(rows, key=lambda row: row["date"])["device"] if rows else None
     return [row for row in rows if row["device"] == device]
@@ -51,14 +51,14 @@ def markdown(lines: Iterable[Iterable[object]]) -> str:
 
 
 def about(rows: list[Row]) -> str:
-    """One line of where the newest of the rows was measured."""
+    """Returns one line that says where the newest of the rows was measured."""
     row = max(rows, key=lambda row: row["date"])
     threads = f", {row['threads']} threads" if row["threads"] else f", driver {row['driver']}, {row['clock_mhz']} MHz"
     return f"{row['device']} ({row['isa']}){threads}, torch {row['torch']}, {row['dtype']}, commit {row['commit']}.\n\n"
 
 
 def pair() -> str:
-    """Accuracy and tokens of the shipped pair over λ: easy questions, hard ones, and all."""
+    """Tabulates accuracy and tokens of the shipped pair over λ, on easy, hard and all questions."""
     from dami.evaluation.frontier import wilson
 
     rows = newest(RESULTS / "pair_curve.csv", sampling="temperature 0.8, top_p 0.95")
@@ -82,7 +82,7 @@ def pair() -> str:
 
 
 def smollm2() -> str:
-    """Accuracy and tokens of SmolLM2 and its thinking adapter over λ, by task."""
+    """Tabulates accuracy and tokens of SmolLM2 and its thinking adapter over λ, by task."""
     rows = [row for row in newest(RESULTS / "smollm2_curve.csv") if row["level"] == "all"]
     by = {(row["intensity"], row["task"]): row for row in rows}
     tasks = sorted({row["task"] for row in rows}, key=lambda task: (task == "all", task))
@@ -101,16 +101,16 @@ def smollm2() -> str:
 
 
 def cell(rows: dict[tuple[str, ...], Row], key: tuple[str, ...], unit: tuple[str, ...], bold: bool) -> str:
-    """Ratio to the row `unit` and, for ours, the share of the limit in brackets."""
+    """Formats the ratio to the row `unit` and, for our operators, the share of the limit in brackets."""
     if key not in rows or unit not in rows or rows[key]["date"] != rows[unit]["date"]:
-        return "–"  # only what ran together is compared
+        return "–"  # compare only within one run
     row, median = rows[key], float(rows[key]["median_ms"])
     ratio = f"{median / float(rows[unit]['median_ms']):.2f}"
     return f"**{ratio}** ({float(row['limit_ms']) / median:.0%})" if bold else ratio
 
 
 def linear(rows: list[Row]) -> str:
-    """One layer: time over that of F.linear on one merged weight, by rows; for ours the share of the limit."""
+    """Tabulates one layer's time relative to F.linear on one merged weight, by rows, with our share of the limit."""
     if not rows:
         return NOT_MEASURED
     by = latest(rows, "lam", "method", "format", "m")
@@ -126,7 +126,7 @@ def linear(rows: list[Row]) -> str:
 
     for kind in ("distinct", "uniform", "identical", "zero"):
         for format in FORMATS:
-            if format != "lowrank" or kind == "distinct":  # λ makes no difference to it
+            if format != "lowrank" or kind == "distinct":  # its time does not depend on λ
                 add(kind, OURS, format)
     for kind, method in (("distinct", COPIES), ("distinct", TWO), ("uniform", BLEND), ("identical", BLEND)):
         add(kind, method)
@@ -135,7 +135,7 @@ def linear(rows: list[Row]) -> str:
 
 
 def by_case(rows: list[Row], *keys: str) -> str:
-    """A line for each case, told by the columns `keys`: time over that of plain PyTorch on one merged weight."""
+    """Tabulates, per case (columns `keys`), the time relative to plain PyTorch on one merged weight."""
     if not rows:
         return NOT_MEASURED
     by = latest(rows, *keys, "method", "format")
@@ -157,7 +157,7 @@ def by_case(rows: list[Row], *keys: str) -> str:
 
 
 def kernels(rows: list[Row]) -> str:
-    """A line for each case of few rows: what the operator chose and the kernel that it did not, in microseconds."""
+    """Tabulates, per case of few rows, the operator's chosen kernel and the other one, in microseconds."""
     by = latest(
         [row for row in rows if row["format"] in FORMATS and int(row["m"]) <= MAX_ROWS], *LAYER, "format", "method"
     )
@@ -173,7 +173,7 @@ def kernels(rows: list[Row]) -> str:
 
 
 def formats() -> str:
-    """What every format loses: of the weights, and of the shipped pair's answers."""
+    """Tabulates each format's loss in the weights and in the shipped pair's answers."""
     errors = latest(newest(RESULTS / "formats.csv"), "weights", "stored", "lam")
     asked = latest(newest(RESULTS / "format_quality.csv"), "format", "lam")
     lams = sorted({lam for _, lam in asked}, key=float)
@@ -192,19 +192,19 @@ def formats() -> str:
 
 
 def roundings() -> str:
-    """Bits, groups and roundings of the difference: the error at λ=1."""
+    """Tabulates the error at λ=1 by bits, group size and rounding of the difference."""
     errors = latest([row for row in newest(RESULTS / "formats.csv") if row["lam"] == "1.0"], "stored", "weights")
     sources = list(dict.fromkeys(source for _, source in errors))
     lines = [["difference stored in", "bytes per weight", *(f"error, {source}" for source in sources)]]
     for stored in dict.fromkeys(stored for stored, _ in errors):
-        if " " in stored and not stored.startswith("a merged copy"):  # which has no error here, as the formats have not
+        if " " in stored and not stored.startswith("a merged copy"):  # ways to store the difference, no formats
             cells = (f"{float(errors[stored, source]['error']):.4f}" for source in sources)
             lines.append([stored, f"{float(errors[stored, sources[0]]['bytes_per_weight']):.2f}", *cells])
     return markdown(lines)
 
 
 def loading() -> str:
-    """Packing and loading a pair: time and memory."""
+    """Tabulates time and memory of packing and loading a pair."""
     by = latest(load(RESULTS / "loading.csv"), "model", "format", "way")
     lines = [["model", "format", "", "seconds", "own memory, GB", "files, GB"]]
     for (model, format, way), row in by.items():
@@ -214,7 +214,7 @@ def loading() -> str:
 
 
 def load_test(name: str, keys: tuple[str, ...], columns: Mapping[str, str]) -> str:
-    """The newest row of each combination of `keys`, with these columns under other names."""
+    """Tabulates the newest row of each combination of `keys`, with these columns renamed."""
     rows = latest(load(RESULTS / f"serving_{name}.csv"), *keys).values()
     return markdown([[*keys, *columns.values()], *([row[column] for column in (*keys, *columns)] for row in rows)])
 
@@ -228,7 +228,7 @@ def four_b(kind: str, is_wanted: Callable[[Row], bool]) -> list[Row]:
 
 
 def estimators(pair: str) -> str:
-    """Policies on a pair against static λ at equal tokens."""
+    """Compares policies on a pair with static λ at equal tokens."""
     lines = [["λ by", "accuracy, %", "tokens", "static λ with as many, %", "gain, points"]]
     for row in newest(RESULTS / f"estimators_{pair}.csv"):
         accuracy, low, high = (100 * float(row[f"accuracy{end}"]) for end in ("", "_low", "_high"))
@@ -240,7 +240,7 @@ def estimators(pair: str) -> str:
 
 
 def summary() -> str:
-    """N λ in one batch against N merged copies: bytes, time, accuracy."""
+    """Compares N λ in one batch with N merged copies: bytes, time, accuracy."""
     stored = latest(newest(RESULTS / "formats.csv"), "stored")
     rows = measured("linear.csv", is_cpu, model="square", dtype="bf16", isa="avx512_bf16", lam="distinct")
     by = latest(rows, "method", "format", "m")
@@ -340,13 +340,13 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def where(row: Row) -> str:
-    """One line of where a row of host.csv or generate.csv was measured."""
+    """Returns one line that says where a row of host.csv or generate.csv was measured."""
     threads = "one thread" if row["threads"] == "1" else f"{row['threads']} threads"
     return f"{row['device']} ({row['isa']}), {threads}, torch {row['torch']}, commit {row['commit']}.\n\n"
 
 
 def host(wanted: Callable[[str], bool], unit: float = 1.0, name: str = "µs") -> str:
-    """Of host.csv: the first method's time, and the others' as ratios to it."""
+    """Tabulates host.csv: the first method's time, and the others' as ratios to it."""
     rows = [row for row in newest_run("host.csv") if wanted(row["case"])]
     lines: list[list[str]] = [["case", "method", name, "ratio"]]
     lines += [[row["case"], row["method"], f"{float(row['median_us']) / unit:.3g}", row["ratio"]] for row in rows]
@@ -354,14 +354,14 @@ def host(wanted: Callable[[str], bool], unit: float = 1.0, name: str = "µs") ->
 
 
 def newest_run(file: str, **equal: str) -> list[Row]:
-    """The rows of a file's last run, whose parts differ by minutes."""
+    """Returns the rows of a file's last run, whose parts are minutes apart."""
     rows = load(RESULTS / file, **equal)
     last = max(rows, key=lambda row: row["date"])
     return [row for row in rows if (row["date"], row["commit"]) == (last["date"], last["commit"])]
 
 
 def generate(isa: str) -> str:
-    """Of generate.csv: a step of the plain model in ms, and of the patched one as ratios to it."""
+    """Tabulates generate.csv: a step of the plain model in ms, and of the patched one as ratios to it."""
     rows = newest_run("generate.csv", isa=isa)
     methods = [row["method"] for row in rows if (row["dtype"], row["batch"]) == (rows[0]["dtype"], rows[0]["batch"])]
     lines = [["dtype", "B", "plain, ms a step", *(f"`{method}`" for method in methods[1:])]]
@@ -373,12 +373,12 @@ def generate(isa: str) -> str:
 
 
 def shown(text: str) -> Iterator[str]:
-    """Names of the tables on a page."""
+    """Returns the names of the tables on a page."""
     return (match[1] for match in re.finditer(r"^<!-- table: (.+?) -->$", text, re.MULTILINE))
 
 
 def filled(text: str) -> str:
-    """A page with every table made anew."""
+    """Returns a page with every table regenerated."""
     return re.sub(
         r"^(<!-- table: (.+?) -->\n).*?^(<!-- end -->)$",
         lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}",

@@ -13,7 +13,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 class Times(NamedTuple):
-    """Seconds of one call: quantiles over so many measurements."""
+    """Seconds of one call: quantiles over a number of measurements."""
 
     p10: float
     median: float
@@ -29,12 +29,12 @@ class Times(NamedTuple):
 def interleaved(
     stopwatches: dict[Name, Callable[[], float]], seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> dict[Name, Times]:
-    """Calls all stopwatches in turn, for about so many seconds, at least five times each.
+    """Calls all stopwatches in turn for about `seconds` seconds, at least five times each.
 
     Args:
-        stopwatches: each runs its method and returns the seconds of one call of it.
-        seconds: all of them together may take. One that alone would take most of them has fewer turns.
-        clock: tells the time.
+        stopwatches: each runs its method and returns the seconds of one call.
+        seconds: the time for all together. A stopwatch that alone would take most of it gets fewer turns.
+        clock: returns the time in seconds.
     """
 
     def cost(stopwatch: Callable[[], float]) -> float:
@@ -53,7 +53,7 @@ def interleaved(
 
 
 class Budget:
-    """Goes through cases, most important first, until the time is over, and keeps what it left out."""
+    """Iterates over cases, most important first, until the time is up, and keeps those left out."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock

@@ -46,9 +46,9 @@ from dami_kernels.tuning import (
 )
 
 ROWS = [1, 16, 64, 4096, 8, 4, 32, 256, 1024]
-SLOW = 1.3  # times the fastest: such candidates are timed no further
+SLOW = 1.3  # candidates this many times slower than the fastest are dropped
 CUDA = "the kernel in CUDA C++"
-Candidate = LinearConfig | str  # parameters of Triton's kernel, or CUDA
+Candidate = LinearConfig | str  # parameters of Triton's kernel, or CUDA for the other kernel
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--seconds", type=float, default=0.15, help="of timing for each shape, about")
     add("--budget", type=float, default=165, metavar="SECONDS", help="for everything, but for 15 more at the most")
     add("--results", type=Path, metavar="DIRECTORY", help="for a copy of the table, and the log")
-    add("--compile", type=share, metavar="I/N", help=argparse.SUPPRESS)  # this share of the kernels, and time nothing
-    add("--journal", type=Path, help=argparse.SUPPRESS)  # of `supervise`
+    add("--compile", type=share, metavar="I/N", help=argparse.SUPPRESS)  # this share of the kernels, without timing
+    add("--journal", type=Path, help=argparse.SUPPRESS)  # for `supervise`
     options = parser.parse_args(argv)
     if options.compile:
         return compile_ahead(options)
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def supervise(options: argparse.Namespace, argv: list[str]) -> int:
-    """Tunes in a process of its own, as the suite runs its parts, while others compile."""
+    """Tunes in a separate process, as the suite runs its parts, while other processes compile."""
     if not torch.cuda.is_available():
         raise SystemExit("this needs a GPU, and torch finds none: torch.cuda.is_available() is false")
     with tempfile.TemporaryDirectory() as scratch:
@@ -155,7 +155,7 @@ def tune(options: argparse.Namespace) -> int:
             table[case.rows, case.n, case.k, dtype, case.format] = LinearEntry(
                 case.rows, case.n, case.k, dtype, case.format, best, prefers_cuda
             )
-            save_table(path, table.values())  # at once, so that a run that is stopped leaves what it found
+            save_table(path, table.values())  # after each case, so that a stopped run keeps its results
             if options.results:
                 shutil.copy(path, options.results)
         else:
@@ -168,7 +168,7 @@ def tune(options: argparse.Namespace) -> int:
 
 
 def told(times: dict[Candidate, Times], by_rule: LinearConfig) -> str:
-    """The fastest time of Triton's kernel, and what else is worth knowing."""
+    """Describes the fastest time of Triton's kernel, and other details."""
 
     def microseconds(candidate: Candidate) -> str:
         return f"{times[candidate].median * 1e6:.1f} µs"
@@ -180,7 +180,7 @@ def told(times: dict[Candidate, Times], by_rule: LinearConfig) -> str:
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
-    """Every shape once, for the rows in their order."""
+    """Returns every shape once, for each number of rows in order."""
     layers = {(*LAYERS[model][layer], layer): None for model in options.models for layer in LAYERS[model]}
     found = {
         Case(n, k, rows, format): None
@@ -199,7 +199,7 @@ class Tuner:
     def times(
         self, candidates: list[LinearConfig], weights: list[LerpWeight], seconds: float
     ) -> dict[Candidate, Times]:
-        """The time of each candidate that compiles and computes what it should; not of those that are far slower."""
+        """Times each candidate that compiles and is correct, except those that are far slower."""
         case = self.case
         x = torch.randn(case.rows, case.k, device=self.here.device).to(weights[0].dtype)
         batch = lams.make("uniform" if case.rows > lams.SEQUENCE else "distinct", case.rows)
@@ -225,7 +225,7 @@ class Tuner:
                 stopwatch = self.here.stopwatch(call, len(weights))
                 once[candidate] = min(stopwatch() for _ in range(2))
                 stopwatches[candidate] = stopwatch
-            except Exception as error:  # too many registers or too much shared memory, or worse
+            except Exception as error:  # too many registers, too much shared memory, or worse
                 self.passed_over(str(candidate), error)
 
         if has_cuda_kernel(x):
@@ -256,7 +256,7 @@ class Tuner:
 
 @contextmanager
 def forced(config: LinearConfig) -> Iterator[None]:
-    """Makes the kernel in Triton run, with these parameters, whatever the shape."""
+    """Forces Triton's kernel with these parameters, whatever the shape."""
     kernel = importlib.import_module("dami_kernels.triton.linear")
     with patch.object(kernel, "linear_config", lambda *_: config), patch.object(cuda, "takes", lambda *_: False):
         yield

@@ -9,17 +9,17 @@ from dami_kernels import LerpWeight, formats
 
 FORMATS = ["pair", *(name for name in formats.names() if name != "pair")]
 KERNEL_FORMATS = [name for name in FORMATS if isinstance(formats.get(name), formats.Matrices)]
-DISTANCE = 0.03  # spread of target − base over that of base; 0.027 for the published pairs
-BLOCK = 1009  # features that are packed; the others repeat them, which is quick. A prime, so that no tile repeats
-RANK = 64  # of target − base in "lowrank", as an adapter has it
+DISTANCE = 0.03  # spread of target − base relative to base; 0.027 for the published pairs
+BLOCK = 1009  # features to pack; the rest repeat them, for speed. A prime, so that no tile repeats
+RANK = 64  # of target − base in "lowrank", as in an adapter
 
 
 class Copies:
-    """One random weight, in every format, each in several places of memory.
+    """Copies of one random weight at several places in memory, in every format.
 
     Attributes:
         ends: (base, target) of every copy.
-        weights: the copies of each format; formats that keep the base or the target share the memory of `ends`.
+        weights: the copies of each format. Formats that keep the base or the target share memory with `ends`.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class Copies:
         rows, *rest = shape
         block = min(rows, BLOCK if len(shape) == 2 else 11)
         source = device
-        if device.type == "meta":  # shapes are all that is asked for, but packing wants numbers
+        if device.type == "meta":  # only shapes are needed, but packing needs values
             source, block = torch.device("cpu"), 1
 
         def repeat(part: Tensor) -> Tensor:
@@ -55,17 +55,17 @@ class Copies:
             self.weights[format] = [LerpWeight(tuple(t), format, torch.Size(shape), dtype) for t in stored]
 
     def merged(self) -> list[Tensor]:
-        """Ordinary weights, which stand for merged ones: a time does not depend on what is in them."""
+        """Returns ordinary weights in place of merged ones, because times do not depend on the values."""
         return [end for ends in self.ends for end in ends]
 
 
 def count_of(shape: tuple[int, ...], cold_bytes: int) -> int:
-    """Copies whose smallest format, at 1.6 bytes a weight, takes `cold_bytes`; at least two, and no more than 64."""
+    """Returns how many copies take `cold_bytes` in the smallest format, at 1.6 bytes per weight; between 2 and 64."""
     return min(64, max(2, -(-cold_bytes // int(1.6 * torch.Size(shape).numel()))))
 
 
 def split(weight: LerpWeight, sizes: list[int]) -> list[LerpWeight]:
-    """Parts of a [N, K] weight along N, without a copy: q, k and v of one that holds all three."""
+    """Splits a [N, K] weight along N without a copy, such as q, k and v of a fused one."""
     n, k = weight.shape
     parts = [tensor.split(sizes) if tensor.shape[0] == n else [tensor] * len(sizes) for tensor in weight.tensors]
     return [

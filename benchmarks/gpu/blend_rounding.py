@@ -17,7 +17,7 @@ from torch import Tensor
 
 RESULT = Path(__file__).parents[1] / "results" / "blend_rounding.csv"
 LAMBDAS = (0.1, 0.3, 0.5, 0.7371, 0.97)
-DISTANCES = (0.01, 0.03, 0.1, 0.3, 1.0, float("inf"))  # spread of target − base over that of base; inf: unrelated ends
+DISTANCES = (0.01, 0.03, 0.1, 0.3, 1.0, float("inf"))  # spread of target − base relative to base; inf: unrelated ends
 
 
 def bf16(x: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def bf16(x: Tensor) -> Tensor:
 
 
 def packed(base: Tensor, target: Tensor, lam: float) -> Tensor:
-    """fma(λ, target − base, base), λ rounded as well."""
+    """Computes fma(λ, target − base, base) with λ rounded too."""
     return bf16(base + bf16(torch.tensor(lam)) * bf16(target - base))
 
 

@@ -22,36 +22,36 @@ Body = dict[str, Any]
 
 @dataclass(frozen=True)
 class Question:
-    """One of the shipped pair's own. It is answered rightly by exactly `answer`."""
+    """A question of the shipped pair. Only exactly `answer` is right."""
 
     text: str
     answer: str
 
 
 def questions(count: int, seed: int = 0) -> list[Question]:
-    """Held-out questions of the shipped pair, of all tasks and levels by turns of chance."""
+    """Returns held-out questions of the shipped pair, with all tasks and levels in random order."""
     lines = (Path(dami.__file__).parent / "data" / "pair" / "questions.jsonl").read_text(encoding="utf-8").splitlines()
     records = random.Random(seed).sample([json.loads(line) for line in lines], count)
     return [Question(record["question"], record["answer"]) for record in records]
 
 
 def chat(question: str, **options: Any) -> Body:
-    """The body of a request."""
+    """Returns the body of a chat request."""
     return {"messages": [{"role": "user", "content": question}], **options}
 
 
 @dataclass(frozen=True)
 class Said:
-    """What a server answered.
+    """The answer of a server.
 
     Attributes:
-        question: that was asked.
-        intensity: λ granted.
+        question: the question asked.
+        intensity: the λ that the server used.
         thought, text: of the answer.
-        tokens: that were generated.
+        tokens: number of generated tokens.
         first: seconds from the request to the first text.
         seconds: from the request to the end.
-        error: why there is no whole answer; empty if there is.
+        error: why the answer is incomplete; empty if it is complete.
     """
 
     question: str
@@ -67,15 +67,15 @@ class Said:
 def ask(
     url: str, bodies: Sequence[Body], users: int | None = None, rate: float | None = None, seconds: float = 300
 ) -> tuple[list[Said], float]:
-    """Asks a server, and gives what it said to each and the seconds from the first request to the last answer.
+    """Asks a server. Returns its answers and the seconds from the first request to the last answer.
 
     Args:
         url: of the server.
-        bodies: of the requests.
-        users: how many ask at once, each one question after the other; all by default.
-        rate: requests that come each second on average, at random moments (a Poisson process, of seed 0), whether or
-            not those before have been answered. It excludes `users`.
-        seconds: that all of it may take.
+        bodies: bodies of the requests.
+        users: number of concurrent users, each of whom asks one question after another; all questions by default.
+        rate: mean number of requests per second, at random times (a Poisson process with seed 0), whether or not
+            earlier ones have been answered. Excludes `users`.
+        seconds: time limit for everything.
 
     Raises:
         TimeoutError: it takes longer.
@@ -114,7 +114,7 @@ def ask(
 
 
 def stream(client: Any, body: Body) -> Said:
-    """Asks for one answer as a stream, and reads it to its end."""
+    """Requests one answer as a stream and reads it to the end."""
     start = time.perf_counter()
     found: dict[str, Any] = {"intensity": float("nan"), "thought": "", "text": "", "tokens": 0}
     question, first, error = body["messages"][-1]["content"], float("nan"), ""
@@ -142,7 +142,7 @@ def stream(client: Any, body: Body) -> Said:
 
 
 def events(response: Any) -> Iterator[dict[str, Any]]:
-    """The JSON of each server-sent event, up to the last; ConnectionError if that does not come."""
+    """Yields the JSON of each server-sent event. Raises ConnectionError if the last one does not arrive."""
     while line := response.stream.readline(b"\n"):
         if line.startswith(b"data: [DONE]"):
             response.stream.read()

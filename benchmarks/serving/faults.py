@@ -78,16 +78,16 @@ def measure(server: Server, fault: str, clients: int, bodies: Sequence[Body]) ->
 
 
 def server_errors(server: Server) -> int:
-    """Responses of 500 and above so far."""
+    """Returns the number of responses with status 500 or above so far."""
     return int(sum(value for name, value in server.metrics().items() if 'status="5' in name and "_created" not in name))
 
 
 def storm(url: str, clients: int) -> None:
-    """Clients that leave within a second, most with a reset and some in good manners."""
+    """Runs clients that leave within a second, most with a reset, some with a proper close."""
     chance = random.Random(0)
 
     def leave(seconds: float, reset: bool) -> None:
-        # The limit is for all of it: one of the socket's own would begin again with each piece that comes.
+        # A limit for everything. The socket's own timeout would restart with each piece received.
         with connected(url, LONG, reset) as connection, gevent.Timeout(seconds, False), suppress(ConnectionError):
             while connection.recv(1 << 16):
                 pass
@@ -98,7 +98,7 @@ def storm(url: str, clients: int) -> None:
 
 
 def silent(url: str, clients: int) -> None:
-    """Clients that ask, read nothing for five seconds, and leave."""
+    """Runs clients that ask, read nothing for five seconds, and leave."""
 
     def idle() -> None:
         with connected(url, LONG):
@@ -108,7 +108,7 @@ def silent(url: str, clients: int) -> None:
 
 
 def refused(url: str, clients: int) -> None:
-    """Requests that are not valid, each of which must be answered by a status of 400 to 499."""
+    """Sends invalid requests, each of which must be answered with a status of 400 to 499."""
     wrong: list[bytes | Body] = [
         b"{",
         b"[]",
@@ -142,12 +142,12 @@ def refused(url: str, clients: int) -> None:
 
 @contextmanager
 def connected(url: str, body: bytes | Body, reset: bool = False) -> Iterator[socket.socket]:
-    """A connection over which a request has been sent, with next to no room for what is not read.
+    """Opens a connection with a tiny receive buffer and sends a request over it.
 
     Args:
         url: of the server.
-        body: of the request; JSON, as bytes or to be made.
-        reset: whether it ends without the usual farewell.
+        body: of the request: JSON as bytes, or an object to encode.
+        reset: whether it closes with a reset.
     """
     where = urlsplit(url)
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -155,7 +155,7 @@ def connected(url: str, body: bytes | Body, reset: bool = False) -> Iterator[soc
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
         connection.connect((where.hostname, where.port))
-        with suppress(ConnectionError):  # a server may refuse before it has read all
+        with suppress(ConnectionError):  # a server may refuse before it has read everything
             connection.sendall(head.encode() + f"Content-Length: {len(content)}\r\n\r\n".encode() + content)
         yield connection
         if reset:

@@ -29,7 +29,7 @@ DAMI = "from dami.cli import app; app()"
 
 @dataclass
 class Server:
-    """A running `dami serve`, with the shipped pair unless its arguments say otherwise."""
+    """A running `dami serve`, by default with the shipped pair."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -39,22 +39,22 @@ class Server:
             return json.load(response)
 
     def metrics(self) -> dict[str, float]:
-        """Values by name, with labels as they stand there."""
+        """Returns metric values by name, with labels as the server prints them."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as response:
             lines = response.read().decode().splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
 
     def memory(self) -> int:
-        """Bytes that the process has for itself: what it shares with others is counted by its part."""
+        """Returns the process's memory in bytes. Memory shared with others is divided among them."""
         text = Path(f"/proc/{self.process.pid}/smaps_rollup").read_text()
         return 1024 * int(re.search(r"^Pss:\s+(\d+)", text, re.MULTILINE)[1])  # type: ignore[index]
 
     def wait_until_idle(self, seconds: float = 60) -> float:
-        """Waits until nothing is under way, and gives the seconds that took.
+        """Waits until the server is idle, and returns the seconds that took.
 
         Raises:
-            TimeoutError: it takes longer.
+            TimeoutError: it takes too long.
         """
         start = time.perf_counter()
         while time.perf_counter() - start < seconds:
@@ -75,22 +75,22 @@ def free_port() -> int:
 
 @contextmanager
 def serving(*arguments: str, threads: int | None = None, seconds: float = 120) -> Iterator[Server]:
-    """Starts `dami serve` with these arguments, waits until it answers, and ends it afterwards as SIGTERM does.
+    """Starts `dami serve` with these arguments, waits until it responds, and ends it afterwards with SIGTERM.
 
     Args:
-        arguments: beside --port.
-        threads: of its kernels; the system's number by default.
-        seconds: that the start may take.
+        arguments: arguments besides --port.
+        threads: number of threads of its kernels; the system's default if None.
+        seconds: time limit for the start.
 
     Raises:
         RuntimeError: it does not start, or ends with an error.
-        TimeoutError: it takes longer.
+        TimeoutError: it takes too long.
     """
     port = free_port()
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
-    # Into a file: a pipe that nobody reads would stop the server when it is full.
+    # To a file, because a full pipe that nobody reads would block the server.
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [sys.executable, "-c", DAMI, "serve", "--port", str(port), *arguments], env=environment, stderr=log
@@ -126,7 +126,7 @@ def _end_of(log: IO[bytes]) -> str:
 
 
 def about(threads: int | None = None) -> dict[str, object]:
-    """What every row of results says of where it was measured."""
+    """Returns the columns that say where a row of results was measured."""
     packages = ("torch", "transformers", "locust")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -138,5 +138,5 @@ def about(threads: int | None = None) -> dict[str, object]:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value below which a share of the others lies."""
+    """Returns the quantile: the value below which this share of the values lies."""
     return sorted(values)[min(int(share * len(values)), len(values) - 1)]

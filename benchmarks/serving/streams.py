@@ -70,19 +70,19 @@ def content(answer: Said) -> tuple[str, str]:
 
 
 def compare(said: Sequence[Said], wanted: Sequence[Said], alone: Sequence[Said]) -> tuple[int, int, int]:
-    """How many answers are lost, crossed and otherwise other than wanted.
+    """Counts answers that are lost, crossed (another request's) or otherwise wrong.
 
     Args:
-        said: what came.
+        said: the answers received.
         wanted: what each should have been.
-        alone: all that was asked, each alone.
+        alone: answers to all requests, each asked alone.
 
     Raises:
-        RuntimeError: one that was asked alone did not come, so that there is nothing to compare with.
+        RuntimeError: an answer asked alone is missing, so there is nothing to compare with.
     """
     if missing := [answer.error for answer in alone if answer.error]:
         raise RuntimeError(f"{len(missing)} of {len(alone)} answers did not come when asked alone: {missing[0]}")
-    askers: dict[tuple[str, str], set[str]] = defaultdict(set)  # without a thought an answer is nobody's own
+    askers: dict[tuple[str, str], set[str]] = defaultdict(set)  # without a thought, an answer may be anyone's
     for answer in alone:
         askers[content(answer)].add(answer.question if answer.thought else "")
     lost = crossed = other = 0

@@ -66,7 +66,7 @@ class Findings:
 
 
 def verdict(steps: Sequence[StepChange]) -> str:
-    """Returns which changes are significantly negative, and so refute monotonicity or convexity."""
+    """Describes which steps are significantly up or down. One that is down refutes monotonicity or convexity."""
     down = [f"{step.start:g} to {step.end:g}" for step in steps if step.change.high < 0]
     up = sum(step.change.low > 0 for step in steps)
     return f"{up} of {len(steps)} surely up, " + (f"surely down: {', '.join(down)}" if down else "none surely down")

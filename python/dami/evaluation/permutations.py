@@ -74,7 +74,7 @@ def permute(model: PreTrainedModel, batch: Mapping[str, Tensor], seed: int = 0) 
 
 
 def _moves(module: nn.Module, config: PreTrainedConfig, random: torch.Generator) -> Iterator[Move]:
-    """Returns permutations that may preserve a module's function. The caller has to verify it."""
+    """Yields permutations that may preserve a module's function. The caller has to verify that."""
     linears = {name: child for name, child in module.named_children() if isinstance(child, (nn.Linear, Conv1D))}
     out = next((name for name in OUTPUT if name in linears), None)
     if out and all(name in linears for name in SEPARATE):

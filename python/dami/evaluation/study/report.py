@@ -101,7 +101,7 @@ def worst_step(path: PathResult) -> Layer:
 
 
 def most_of(study: Study) -> dict[str, Ablation]:
-    """Returns the part that alone adds the most accuracy, and the one whose absence costs the most, if there are parts."""
+    """Returns the part that alone adds most accuracy, and the one whose absence costs most, if there are parts."""
     only = [each for each in study.ablations if each.name.startswith("only")]
     without = [each for each in study.ablations if each.name.startswith("all but")]
     if not only:
