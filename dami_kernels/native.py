@@ -63,7 +63,7 @@ def lerp_linears(
     format: str,
     invariant: bool,
 ) -> Tensor:
-    """`lerp_linear` with several weights, given as a flat list of tensors. Returns the products, as [rows · ΣN_i]."""
+    """`lerp_linear` with several weights, given as a flat list of tensors. Returns [rows · ΣN_i], flattened."""
     parts = _linears(x, weights, biases, lam, row_to_lam, rows_per_lam, format, invariant)
     return torch.cat([part.flatten() for part in parts])
 

@@ -31,7 +31,7 @@ def lerp_embedding(
         [..., D] of the weight's dtype. Gradients flow to lam.
 
     Raises:
-        TypeError, ValueError: names the argument, what was expected and what was passed.
+        TypeError, ValueError: an argument is invalid. The message names it, what was expected and what was passed.
         IndexError: an id is out of range (on the CPU; on a GPU it is undefined, as in torch).
     """
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):

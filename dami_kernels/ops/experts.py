@@ -41,7 +41,7 @@ def lerp_experts(
         [rows, N] of x's dtype. Rows after the last expert's are zeros. Gradients flow to x and lam.
 
     Raises:
-        TypeError, ValueError: names the argument, what was expected and what was passed.
+        TypeError, ValueError: an argument is invalid. The message names it, what was expected and what was passed.
         IndexError: the offsets decrease or exceed the number of rows (on the CPU; undefined on a GPU).
     """
     if not isinstance(x, Tensor):

@@ -43,7 +43,7 @@ def lerp_linear(
         [..., N] of x's dtype. Gradients flow to x and lam; the ends are frozen.
 
     Raises:
-        TypeError, ValueError: names the argument, what was expected and what was passed.
+        TypeError, ValueError: an argument is invalid. The message names it, what was expected and what was passed.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
@@ -94,7 +94,7 @@ def lerp_linears(
         [..., N_i] for each weight, contiguous.
 
     Raises:
-        TypeError, ValueError: names the argument, what was expected and what was passed.
+        TypeError, ValueError: an argument is invalid. The message names it, what was expected and what was passed.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")

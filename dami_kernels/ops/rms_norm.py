@@ -38,7 +38,7 @@ def lerp_rms_norm(
         Shape and dtype of x. Gradients flow to x and lam.
 
     Raises:
-        TypeError, ValueError: names the argument, what was expected and what was passed.
+        TypeError, ValueError: an argument is invalid. The message names it, what was expected and what was passed.
     """
     rows = library.check_norm(x, {"weight": weight})
     lam, rows_per_lam = lam_map(lam, rows, rows_per_lam, row_to_lam, x.device)
