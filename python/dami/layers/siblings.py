@@ -6,24 +6,22 @@ then on the first computes the results of all, and the others take theirs, as lo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from dami.dial.state import Dial
+from dami.layers.base import LerpModule
 from dami.upstream import changes_of, has_pre_hooks, hook_of, parameters_of
 from dami_kernels import lerp_linears
-
-if TYPE_CHECKING:
-    from dami.layers.kinds import LerpLinear
 
 
 class Siblings:
     """Layers that read one input, in the order in which they are called; the first computes for all."""
 
-    def __init__(self, first: LerpLinear) -> None:
+    def __init__(self, first: LerpModule) -> None:
         self.layers = [first]
-        self._waiting: dict[LerpLinear, Tensor] = {}
+        self._waiting: dict[LerpModule, Tensor] = {}
         self._source: tuple[Any, ...] = ()
 
     def compute(self, x: Tensor, rows: dict[str, Any]) -> Tensor | None:
@@ -41,7 +39,7 @@ class Siblings:
         self._source = _source(first, x)
         return y
 
-    def take(self, layer: LerpLinear, x: Tensor) -> Tensor | None:
+    def take(self, layer: LerpModule, x: Tensor) -> Tensor | None:
         """What waits for a layer, if it is the result of this input."""
         y = self._waiting.pop(layer, None)
         if y is not None and not _same(self._source, _source(layer, x)):
@@ -58,7 +56,7 @@ class Siblings:
         self._waiting, self._source = {}, ()
 
 
-def together(layer: LerpLinear, x: Tensor, rows: dict[str, Any]) -> Tensor | None:
+def together(layer: LerpModule, x: Tensor, rows: dict[str, Any]) -> Tensor | None:
     """A layer's result where it is computed with that of others; else None, and whom it could join is remembered.
 
     Args:
@@ -79,7 +77,7 @@ def together(layer: LerpLinear, x: Tensor, rows: dict[str, Any]) -> Tensor | Non
     return None
 
 
-def _alike(a: LerpLinear, b: LerpLinear) -> bool:
+def _alike(a: LerpModule, b: LerpModule) -> bool:
     """Whether two layers can be computed in one call."""
     if a is b or not _can_wait(a) or not _can_wait(b) or type(a).forward is not type(b).forward:
         return False
@@ -91,12 +89,12 @@ def _alike(a: LerpLinear, b: LerpLinear) -> bool:
     )
 
 
-def _can_wait(layer: LerpLinear) -> bool:
+def _can_wait(layer: LerpModule) -> bool:
     """Whether nothing is to run before the layer computes, which could bring its weights or change its input."""
     return not has_pre_hooks(layer) and hook_of(layer) is None and "forward" not in vars(layer)
 
 
-def _source(layer: LerpLinear, x: Tensor) -> tuple[int, Tensor, Dial | None, Tensor, Tensor | None]:
+def _source(layer: LerpModule, x: Tensor) -> tuple[int, Tensor, Dial | None, Tensor, Tensor | None]:
     """What a result depends on beside the weights: how often x was changed in place, and objects."""
     lerp = layer.lerp
     return changes_of(x), x, lerp.part, lerp.dial.lam, lerp.running.packed
