@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 AUTO = "auto"
-DEFAULT_INTENSITY = 0.0  # the instruct end, under whose name a pair is served and saved
+DEFAULT_INTENSITY = 0.0  # if none is given: the instruct end, under whose name a pair is served and saved
 
 INTENSITY_KINDS = {  # as error messages name them
     "number": "a number",

@@ -92,7 +92,7 @@ class Hold:
                 self._pauses -= 1
 
     def _lock_when_free(self, thread: int) -> None:
-        """Takes the lock once no other thread holds the model. Raises RuntimeError if that takes longer than GRACE."""
+        """Takes the lock once the model is free for this thread. Raises RuntimeError if it is not within GRACE."""
         deadline = None
         self._lock.acquire()
         while reason := self._reason_to_wait(thread):

@@ -61,7 +61,7 @@ class Patch:
         program: turns the dials during `generate`; None if no `generate` is running.
         running: the forward pass that the model is in.
         attention: the attention implementation to restore after continuous batching; None if the model is not set up
-            for continuous batching.
+            for it.
         checked: whether `check_independence` has passed.
         packs: whether the check of packed rows, for continuous batching, has passed.
         origin: the checkpoints that the model was made from.

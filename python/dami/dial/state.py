@@ -51,7 +51,7 @@ def layer_of(name: str) -> int | None:
 
 
 class PatchedModule(nn.Module):
-    """A module of a patched model, whatever it computes."""
+    """A patched module of any kind."""
 
     lerp: ModuleState
 

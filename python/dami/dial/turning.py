@@ -38,8 +38,8 @@ def intensity(
             {"*": 0.2, "mlp": 0.5, ("mlp", range(4, 8)): [0.1, 0.9]}; if two keys name the same module, the later wins.
         layers: the index of a layer, or several. None selects all layers and the modules outside the layers.
         modules: which modules in these layers: "attn", "mlp", "experts", "norm", "embed", "head", "other", or patterns
-            of qualified module names such as "*.q_proj"; one or several, each of which must match a module. None
-            selects all.
+            of qualified module names such as "*.q_proj"; one or several, each of which must match a module
+            there. None selects all.
 
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it, what it got and what it takes. The model

@@ -51,7 +51,7 @@ class Intensity:
                 first `sequences` entries are taken. Gradients flow through a tensor.
             caller: one of `dami.callers`.
             presets: λ by name.
-            sequences: B, if known. Required for "auto" and for schedules.
+            sequences: B, if known. Callers that take "auto" or schedules always pass it.
 
         Raises:
             TypeError: the caller does not take this kind, or it is not an intensity, such as a bool, bytes or a set.

@@ -213,8 +213,8 @@ class LerpModule(PatchedModule):
     def _packed_rows(self, x: Tensor, lam: Tensor, features: int) -> dict[str, Any]:
         """Returns the operator arguments for an `x` of a packed row, where a dimension before the features is tokens.
 
-        Which dimension that is is learned from the first packed row, that of `dami.generation.batching.check_packed`,
-        whose number of tokens no other dimension has.
+        The first packed row, that of `dami.generation.batching.check_packed`, shows which dimension this is: no other
+        dimension has the size of its number of tokens.
         """
         if self.lerp.group == "head" and self.lerp.running.kept is not None:
             lam = self.lerp.running.kept

@@ -30,7 +30,7 @@ class PartStatus:
 
 
 class Status:
-    """The description and the current state of a patched model; print it to see everything."""
+    """The description and the current state of a patched model; print it to see all of it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Raises TypeError if the model is not patched."""
@@ -59,7 +59,7 @@ class Status:
 
     @property
     def intensity(self) -> float | list[float]:
-        """λ of the whole model, except its parts, if a call does not set it: one number or one per sequence."""
+        """λ of the model without its parts, used if a call sets no other: one number or one per sequence."""
         return _numbers(self._patch.dial.lam)
 
     @property
