@@ -1,11 +1,11 @@
 """Chooses λ by preference: learns a utility of every λ for every prompt from which of two λ did better on it.
 
 For a question answered at two λ, the preferred λ is the one of higher worth, score − price · tokens: the more accurate
-one or, if both are equally accurate, the cheaper. The utility has the same form, u(q, λ) = gain(q, λ) − price ·
-cost(q, λ). A small network computes gain and cost from the instruct end's features of the prompt. It is fitted at all
-prices at once, by the Bradley–Terry likelihood of the preferences. Each preference is weighted by the difference in
-worth: only with that weight is the λ that is likelier to be preferred also worth more on average. The price stays
-adjustable when λ is chosen.
+one or, if both are equally accurate, the cheaper. The utility has the same form:
+u(q, λ) = gain(q, λ) − price · cost(q, λ). A small network computes gain and cost from the instruct end's features of
+the prompt. It is fitted at all prices at once, by the Bradley–Terry likelihood of the preferences. Each preference is
+weighted by the difference in worth: only with that weight is the λ that is likelier to be preferred also worth more on
+average. The price stays adjustable when λ is chosen.
 """
 
 from __future__ import annotations

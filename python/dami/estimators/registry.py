@@ -39,7 +39,7 @@ def register_estimator(kind: str) -> Callable[[C], C]:
         if not is_dataclass(cls) and not all(callable(getattr(cls, name, None)) for name in ("state", "from_state")):
             raise TypeError(f"estimator must be a dataclass, or have state() and from_state(), got {cls.__name__}")
         known = _KINDS.get(kind, cls)
-        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):  # may be redefined
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):  # redefining a class is fine
             raise ValueError(f"kind must be a new name, got {kind!r}, which is {known.__qualname__}'s")
         _KINDS[kind] = cls
         return cls

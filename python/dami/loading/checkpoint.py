@@ -76,7 +76,7 @@ class Checkpoint:
     @property
     def _where(self) -> dict[str, Any]:
         gguf = {"gguf_file": self.gguf} if self.gguf else {}
-        # applies to code that the config refers to in another repository, where this revision does not exist
+        # The config may refer to code in another repository, to which the revision does not apply.
         download = {name: value for name, value in self.download.items() if name != "revision"}
         return {"trust_remote_code": self.trust_remote_code, **gguf, **download}
 

@@ -107,7 +107,7 @@ class LerpModel(PreTrainedModel):
 
     @property
     def dami(self) -> Status:
-        """The status of the pair, for printing: ends, format, bytes, λ, presets, estimator, frontier."""
+        """The pair's status, for you to print: ends, format, bytes, λ, presets, estimator, frontier."""
         return Status(self)
 
     @property

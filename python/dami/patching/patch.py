@@ -29,12 +29,11 @@ def patch_model(
 ) -> PairModel:
     """Patches `instruct_model` in place so that each sequence of a batch runs at its own λ, and returns it.
 
-    Every parameter that differs between the two models is interpolated: W(λ) = W_instruct + λ (W_thinking −
-    W_instruct). Identical parameters stay as they are and add no cost. `format="pair"` shares memory with
-    `thinking_model` if dtype and device agree (except for GPT-2's Conv1D, whose weights are stored transposed). All
-    parameters are frozen while the model is patched. λ is 0 until you set an intensity. If only one end ties its head
-    to its embedding, the head gets a weight of its own until the model is unpatched. For the tied end, this weight is
-    a copy of its embedding.
+    Every parameter that differs between the two is interpolated, W(λ) = W_instruct + λ (W_thinking − W_instruct).
+    Identical parameters stay as they are and add no cost. `format="pair"` shares memory with `thinking_model` if dtype
+    and device agree (except for GPT-2's Conv1D, whose weights are stored transposed). All parameters are frozen while
+    the model is patched. λ is 0 until you set an intensity. If only one end ties its head to its embedding, the head
+    gets a weight of its own until the model is unpatched. For the tied end, this weight is a copy of its embedding.
 
     Args:
         instruct_model: a causal language model, λ=0.
