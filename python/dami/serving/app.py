@@ -145,19 +145,19 @@ def information(service: Service) -> APIRouter:
 
     @router.get("/v1/models")
     async def models() -> ModelList:
-        """The one model that is served."""
+        """Lists the served model."""
         return {"object": "list", "data": [service.model_object()]}
 
     @router.get("/v1/models/{model:path}", responses=NO_MODEL)
     async def model(model: str) -> Model:
-        """The model, by name."""
+        """Describes the model of this name."""
         if model != name:
             raise BadRequest(f"model must be {name!r}, got {model!r}", "model", "model_not_found", 404)
         return service.model_object()
 
     @router.get("/health", response_model=Health, responses=DEAD)
     async def health() -> JSONResponse:
-        """Whether the engine generates, and how much it has to do."""
+        """Reports whether the engine is running, and its load."""
         load = engine.load
         status = "ok" if engine.death is None else f"the engine has died: {engine.death}"
         health: Health = {
@@ -170,7 +170,7 @@ def information(service: Service) -> APIRouter:
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """For Prometheus."""
+        """Returns the metrics in Prometheus's format."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router

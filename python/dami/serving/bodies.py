@@ -50,7 +50,7 @@ def read(content: bytes, kind: type[R]) -> R:
 
 
 def _path(place: tuple[int | str, ...], body: Any, missing: bool) -> str:
-    """Returns where in a body an error is, in JavaScript's notation: the parts of Pydantic's path that the body has."""
+    """Returns where in a body an error is, in JavaScript's notation: Pydantic's path without the parts it adds."""
     path = ""
     for number, part in enumerate(place):
         if isinstance(body, dict) and (part in body or (missing and number == len(place) - 1)):

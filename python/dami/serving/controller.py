@@ -16,7 +16,7 @@ over the answers in flight, and an average never reverses the sign of a correcti
 estimated. It takes over where the estimate is too low: before the first answer has ended (unless the pair's frontier
 gives the tokens), or when the cache has room for fewer rows.
 
-**Law.** An adjustable request never gets a λ above the cap. The cap is a linear function of the pressure p,
+**Law.** An adjustable request never gets a λ above the cap. The cap is piecewise linear in the pressure p,
 
     wanted = ceiling                                         p ≤ 1/2
              ceiling − (ceiling − floor) · (2p − 1)          1/2 < p < 1
@@ -29,7 +29,7 @@ settles below the target, provided that the server can carry the load at the flo
   request below the cap is never raised.
 - **Rate.** The cap falls at once, because a burst is granted within milliseconds. It rises over its whole range in
   twice the target latency.
-- **Hysteresis.** The cap rises only while the line is at least a twentieth of the range above it, or at the ceiling.
+- **Hysteresis.** The cap rises only while `wanted` is more than a twentieth of the range above it, or the ceiling.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Stop:
             self.borders.append(self.after(self.borders[-1], char))
 
     def after(self, matched: int, char: str) -> int:
-        """Returns how many characters of the string match after `char`, if `matched` (less than all) did before it."""
+        """Returns how many characters of the string match after `char`, given that `matched` (not all) did before."""
         while matched and self.string[matched] != char:
             matched = self.borders[matched - 1]
         return matched + (self.string[matched] == char)

@@ -217,7 +217,7 @@ class Engine:
             max_batch_tokens=limits.max_batch_tokens,
             max_requests_per_batch=min(limits.max_batch_rows, limits.max_batch_tokens),
             allow_block_sharing=limits.share_prefixes,
-            use_async_batching=False,  # log-probabilities are read right after their step
+            use_async_batching=False,  # because log-probabilities are read right after their step
             use_cuda_graph=False,
         )
 
@@ -292,7 +292,7 @@ class Engine:
         self.check_room(1)
         ends = self.ends if ends is None else ends
         row = Row(self, prompt, intensity, uuid.uuid4().hex, max_tokens, ends, time.monotonic())
-        self.manager.register_result_handler(row.name, row.take)  # called only after this method returns
+        self.manager.register_result_handler(row.name, row.take)  # called later, on the event loop
         name = self.manager.add_request(
             prompt,
             row.name,

@@ -207,7 +207,7 @@ class Service:
             text = self._render(messages, template, lams)
         except BadRequest as problem:
             renamed = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
-            try:  # templates without a developer role take the message as the system's
+            try:  # a template may lack the developer role: try the system's
                 text = self._render(renamed, template, lams)
             except BadRequest:
                 raise problem from None
@@ -278,7 +278,7 @@ class Service:
         reader: Reader | None,
         inside: bool,
     ) -> ActiveRequest:
-        """Submits all rows of a request, or none."""
+        """Submits all sequences of a request, or none."""
         rooms = [self._room(body, prompt) for prompt in prompts]
         ends = frozenset(() if body.ignore_eos else self.engine.ends) | frozenset(body.stop_token_ids or ())
         seed = secrets.randbits(62) if body.seed is None else body.seed
