@@ -91,6 +91,7 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
         Place("torch.nn:Module._load_from_state_dict", ("self", "state_dict", "prefix", "strict", "missing_keys")),
         Place("torch:Tensor._make_wrapper_subclass"),
         Place("torch:Tensor._version"),
+        Place("torch.nn.modules.module:_global_forward_pre_hooks"),
         Place("torch._C:_current_graph_task_id"),
         Place("torch.utils._pytree:tree_flatten", ("tree",)),
         Place("torch.utils._pytree:tree_map", ("func", "tree")),
@@ -282,7 +283,7 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
 
 def has_pre_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks that run before its forward and could change its input."""
-    return bool(module._forward_pre_hooks)
+    return bool(module._forward_pre_hooks or torch.nn.modules.module._global_forward_pre_hooks)
 
 
 def changes_of(tensor: Tensor) -> int:

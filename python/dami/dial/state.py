@@ -78,6 +78,8 @@ class ForwardState:
         kept: float32 [rows], the λ of the tokens in a packed row whose logits are computed; None if all are.
         invariant: whether the bits of a row must not depend on the other rows.
         last: the linear layer that ran last, its input, and how often that input had been changed in place.
+        results: for each layer that `layers.siblings` has computed ahead, what its result was computed from, and the
+            result.
     """
 
     sequences: int | None = None
@@ -87,6 +89,7 @@ class ForwardState:
     kept: Tensor | None = None
     invariant: bool = False
     last: tuple[Any, Tensor, int] | None = None
+    results: dict[Any, tuple[tuple[Any, ...], Tensor]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out the pass: a copy is not in one."""
@@ -103,6 +106,7 @@ class ForwardState:
             yield
         finally:
             self.sequences, self.tokens, self.packed, self.kept = before
+            self.forget()
 
     @contextmanager
     def out_of_order(self) -> Iterator[None]:
@@ -121,6 +125,12 @@ class ForwardState:
             yield
         finally:
             self.sequences = before
+            self.forget()
+
+    def forget(self) -> None:
+        """Drops what the layers of a pass have kept for each other."""
+        self.last = None
+        self.results.clear()
 
     def counts(self, rows: int) -> bool:
         """Whether a dimension of this size can be the batch: its entries are sequences, tokens or parts of tokens."""
@@ -148,6 +158,7 @@ class ModuleState:
         ends: cache of `LerpModule.ends`, by the parameter's name.
         siblings: the `layers.siblings.Siblings` group that the module is in.
         alone: whether the module must stay out of such groups, because one that it was in was of no use.
+        seen: where its tensors were, and how often changed in place, when it last ran alone.
     """
 
     dial: Dial
@@ -164,6 +175,7 @@ class ModuleState:
     ends: dict[str, Any] = field(default_factory=dict)
     siblings: Any = None
     alone: bool = False
+    seen: tuple[tuple[int, int], ...] | None = None
 
     @property
     def lam(self) -> Tensor:
@@ -183,4 +195,4 @@ class ModuleState:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out `with` blocks and cached tensors: a copy starts without them."""
-        return {**vars(self), "part": self.resting, "ends": {}, "siblings": None}
+        return {**vars(self), "part": self.resting, "ends": {}, "siblings": None, "alone": False, "seen": None}

@@ -31,8 +31,8 @@ class LerpLinear(LerpModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         x, rows = self.rows(input)
-        eager = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-        if eager and type(x) is Tensor and not x.is_inference():
+        in_pass = not torch.compiler.is_compiling() and self.lerp.running.sequences is not None
+        if in_pass and not torch.is_grad_enabled() and type(x) is Tensor and not x.is_inference():
             y = together(self, x, rows)
             if y is not None:
                 return y

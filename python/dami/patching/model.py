@@ -94,7 +94,7 @@ class LerpModel(PreTrainedModel):
                 return super().forward(*args, **kwargs)
         finally:
             dial.lam, dial.rest, running.sequences, running.tokens = before
-            running.last = None
+            running.forget()
 
     def _check_mixed(self, kwargs: Mapping[str, Any]) -> None:
         """Raises ValueError if a batch at several λ has images or audio, or if the model mixes its sequences."""
