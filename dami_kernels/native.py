@@ -25,7 +25,8 @@ from dami_kernels.installation import AGAIN
 
 try:
     _C = importlib.import_module("dami_kernels._C")
-except ImportError as error:
+    _C.connect(Tensor, Parameter, torch.get_num_threads)
+except (ImportError, AttributeError) as error:  # AttributeError: this torch lacks the tensor exchange
     WHY_NOT: str | None = (
         "there are no kernels for Windows; Linux inside WSL has them"
         if sys.platform == "win32"
@@ -35,7 +36,6 @@ else:
     WHY_NOT = None
     _TYPES = {torch.float32: _C.Type.f32, torch.bfloat16: _C.Type.bf16, torch.float16: _C.Type.f16}
     DTYPES = {dtype: int(type) for dtype, type in _TYPES.items()}
-    _C.connect(Tensor, Parameter, torch.get_num_threads)
     _C.isa()  # rejects an unsupported DAMI_CPU_ISA now rather than at the first call
 
 
@@ -79,7 +79,7 @@ def _linears(
     invariant: bool,
 ) -> tuple[Tensor, ...]:
     _tensors_of(format)
-    lams = _lams(lam, row_to_lam, rows_per_lam if x.shape[0] else 1)
+    lams = _lams(lam, row_to_lam, rows_per_lam)
     stored = _in_place(weights), _in_place(biases)
     return _taken(_C.linears(False, _dense(x), *stored, *lams, format, x.shape[1], invariant))
 
@@ -100,8 +100,6 @@ def lerp_experts(
     Raises IndexError if the offsets, the ends of the experts' rows, decrease or exceed the number of rows.
     """
     _tensors_of(format)
-    if not x.shape[0]:
-        rows_per_lam = 1
     lams = _lams(lam, row_to_lam, rows_per_lam)
     stored = _in_place(weight), _in_place(bias)
     return _taken(_C.experts(False, _dense(x), *stored, *lams, _plain(offsets), format, x.shape[1], invariant))

@@ -1,6 +1,7 @@
 #include "calls.h"
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 
 namespace dami {
@@ -54,8 +55,8 @@ std::optional<Lams> lams_of(const LamArguments& from, int64_t rows) {
     return Lams{data, count, static_cast<const int32_t*>(from.row_to_lam->data), 1};
   }
   const int64_t each = from.rows_per_lam.value_or(1);
-  if (each < 1 || count * each != rows) return {};
-  return Lams{data, count, nullptr, each};
+  if (rows == 0 ? count * each != 0 : each < 1 || rows % each != 0 || rows / each != count) return {};
+  return Lams{data, count, nullptr, std::max<int64_t>(each, 1)};
 }
 
 // Whether a stored tensor is [..., columns], lies dense along its last dimension and inside its storage.
@@ -205,6 +206,10 @@ std::optional<ExpertsCall> experts_call(const Tensor& x, const Tensors& weight, 
 }
 
 void ExpertsCall::run(void* y, bool invariant, int threads) {
+  if (experts.empty()) {
+    std::memset(y, 0, static_cast<size_t>(input.rows * outputs * (input.type == Type::f32 ? 4 : 2)));
+    return;
+  }
   for (Linear& expert : experts) expert.y = {y, outputs};
   dami::experts(input, std::move(experts), offsets, lams, invariant, threads);
 }

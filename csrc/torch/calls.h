@@ -26,6 +26,13 @@ struct Tensor {
 };
 using Tensors = std::vector<Tensor>;
 
+// Whether it has elements but no memory, as torch's zero tensors and those whose storage was given back.
+inline bool is_without_memory(const Tensor& t) {
+  for (int d = 0; d < t.dims; d++)
+    if (t.size[d] == 0) return false;
+  return t.data == nullptr;
+}
+
 // Which λ each row takes, as the operators are told: see dami_kernels/rows.py.
 struct LamArguments {
   Tensor lam;

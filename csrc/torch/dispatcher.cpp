@@ -12,6 +12,7 @@ int add_dispatcher(PyObject*) { return 0; }
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -167,6 +168,7 @@ class Arguments {
     ok(torch.aoti_torch_get_storage_offset(tensor, &offset));
     result = {nullptr, dtype_of(number), static_cast<int>(dims), sizes, strides, storage - offset * bytes_of(dtype_of(number))};
     ok(torch.aoti_torch_get_data_ptr(tensor, &result.data));
+    if (is_without_memory(result)) throw NotTaken{};
     return result;
   }
 
@@ -227,7 +229,7 @@ Value serve_in_python(const char* name, Arguments& arguments) {
 
 // A dense tensor [rows, columns], or [rows · columns].
 Handle empty(int64_t rows, int64_t columns, int32_t dtype, bool flat) {
-  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1}, size = rows * columns;
+  const int64_t sizes[] = {rows, columns}, strides[] = {std::max<int64_t>(columns, 1), 1}, size = rows * columns;
   Handle result;
   ok(torch.aoti_torch_empty_strided(flat ? 1 : 2, flat ? &size : sizes, flat ? strides + 1 : strides, dtype, code.cpu, 0,
                                     &result));

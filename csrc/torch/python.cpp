@@ -90,7 +90,10 @@ class Reader {
       throw NotTaken{};
     }
     if (from.device.device_type != kDLCPU || truth(call(object, name.is_neg).get())) throw NotTaken{};
-    return {static_cast<char*>(from.data) + from.byte_offset, dtype_of(from.dtype), from.ndim, from.shape, from.strides, 0};
+    const Tensor tensor{from.data ? static_cast<char*>(from.data) + from.byte_offset : nullptr, dtype_of(from.dtype), from.ndim,
+                        from.shape, from.strides, 0};
+    if (is_without_memory(tensor)) throw NotTaken{};
+    return tensor;
   }
 
   std::optional<Tensor> optional(PyObject* object) const {
@@ -115,7 +118,9 @@ class Reader {
     LamArguments result{operand(lam), optional(row_to_lam), {}};
     if (rows_per_lam != Py_None) {
       if (!PyLong_CheckExact(rows_per_lam)) throw NotTaken{};
-      result.rows_per_lam = integer(rows_per_lam);
+      int overflow;
+      result.rows_per_lam = PyLong_AsLongLongAndOverflow(rows_per_lam, &overflow);
+      if (overflow) throw NotTaken{};
     }
     return result;
   }

@@ -1,4 +1,4 @@
-"""Who takes which kinds of intensity: one table, from which every refusal is worded. Nothing here needs torch."""
+"""The table of which callers take which kinds of intensity, and its error messages. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 AUTO = "auto"
-DEFAULT_INTENSITY = 0.0  # where nobody names one: the instruct end, whose name a pair is served and saved under
+DEFAULT_INTENSITY = 0.0  # if none is given: the instruct end, under whose name a pair is served and saved
 
-INTENSITY_KINDS = {  # in the words of the refusals
+INTENSITY_KINDS = {  # as error messages name them
     "number": "a number",
     "numbers": "one per sequence",
     "preset": "a preset",
@@ -22,12 +22,12 @@ INTENSITY_KINDS = {  # in the words of the refusals
 
 @dataclass(frozen=True)
 class Caller:
-    """Who was given an intensity.
+    """A function or command that takes an intensity.
 
     Attributes:
-        name: as its user calls it.
-        takes: the kinds that it takes, of `INTENSITY_KINDS`.
-        argument: what the intensity is called there.
+        name: its name as users write it.
+        takes: the kinds of `INTENSITY_KINDS` that it takes.
+        argument: the name of its argument for the intensity.
     """
 
     name: str
@@ -36,18 +36,18 @@ class Caller:
 
     @property
     def wanted(self) -> str:
-        """What it takes, in words."""
+        """The kinds that it takes, in words."""
         return listed(words for kind, words in INTENSITY_KINDS.items() if kind in self.takes)
 
     def check(self, kind: str, got: str | None = None) -> None:
-        """TypeError if it does not take a kind: what it takes, and who takes what it was given."""
+        """Raises TypeError if it does not take a kind, saying what it takes and which callers take that kind."""
         if kind not in self.takes:
             others = listed((each.name for each in CALLERS.values() if kind in each.takes), "and")
             got = got or INTENSITY_KINDS[kind]
             raise TypeError(f"{self.name} takes {self.wanted} as {self.argument}, got {got}, which is for {others}")
 
     def preset(self, name: str, presets: Collection[str]) -> None:
-        """TypeError if it takes no presets; ValueError if there is none of this name."""
+        """Raises TypeError if it takes no presets, ValueError if there is no preset of this name."""
         self.check("preset", repr(name))
         if name not in presets:
             known = f"one of {sorted(presets)}" if presets else "a preset, of which the model has none,"
@@ -55,12 +55,12 @@ class Caller:
             raise ValueError(f"{self.argument} must be {choice.removesuffix(',')}, got {name!r}")
 
     def of_a_part(self) -> Caller:
-        """The same, given an intensity within a mapping."""
+        """Returns the caller for an intensity within a mapping of parts."""
         return replace(self, name=f"{self.name}, for a part,", takes=self.takes - {"parts", "iterator"})
 
 
 def listed(words: Iterable[str], last: str = "or") -> str:
-    """Words as a list in a sentence: 'a, b or c'."""
+    """Joins words into a list for a sentence: 'a, b or c'."""
     *rest, end = words
     return f"{', '.join(rest)} {last} {end}" if rest else end
 
@@ -91,7 +91,7 @@ PROMPT = Caller("generate", _EACH, "prompt_intensity")
 
 
 def from_text(text: str) -> float | str:
-    """An intensity on a command line: a finite number, or the name of a preset, or "auto".
+    """Parses an intensity from a command line: a finite number, the name of a preset, or "auto".
 
     Raises:
         ValueError: it is none of these.

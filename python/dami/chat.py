@@ -1,4 +1,4 @@
-"""Questions in, answers out: one batch, an intensity per row, thoughts told apart from answers."""
+"""Answers prompts in one batch, with an intensity per row, and separates thoughts from answers."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ ChatTemplate = str | float | Callable[[float], str]
 
 @dataclass(frozen=True)
 class Answer:
-    """What one row of a batch said."""
+    """The answer in one row of a batch."""
 
     prompt: Prompt
-    intensity: float | None  # None from an ordinary model
+    intensity: float | None  # None for an ordinary model
     thought: str
     text: str
-    tokens: int  # generated, thought and end token included
-    finished: bool  # False where max_new_tokens cut it off
+    tokens: int  # number generated, including the thought and the end token
+    finished: bool  # False if max_new_tokens cut it off
 
 
 def encode(
@@ -38,14 +38,14 @@ def encode(
     chat_template: ChatTemplate | None = "default",
     intensities: Sequence[float] | None = None,
 ) -> tuple[list[str], dict[str, torch.Tensor]]:
-    """The prompts' full texts and their batch, `input_ids` and `attention_mask` [rows, length], padded on the left.
+    """Returns the prompts' full texts and their batch: `input_ids` and `attention_mask` [rows, length], left-padded.
 
     The arguments are those of `render`, which makes the texts.
     """
     texts = render(tokenizer, prompts, chat_template, intensities)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    # A chat template writes its own special tokens.
+    # A chat template adds its own special tokens.
     raw = chat_template is None
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=raw)
     return texts, {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -57,18 +57,19 @@ def render(
     chat_template: ChatTemplate | None = "default",
     intensities: Sequence[float] | None = None,
 ) -> list[str]:
-    """The prompts' full texts.
+    """Applies the chat template to prompts, and returns their full texts.
 
     Args:
-        tokenizer: of a pair, which knows the chat templates of both ends by name where they differ.
+        tokenizer: a pair's tokenizer; if the chat templates of the two ends differ, it holds both by name.
         prompts: one per row.
-        chat_template: which template prompts go through: "instruct", "thinking", or the tokenizer's own "default"; or,
-            by the λ of each row, a number, from which on it is the thinking end's and below which it is the instruct
-            end's, or a callable from λ to a name. None gives prompts as they are.
-        intensities: one per row, where the template depends on them.
+        chat_template: the template to apply: "instruct", "thinking", or the tokenizer's own "default". To choose by the
+            λ of each row, pass a number, to use the thinking end's template at that λ and above and the instruct end's
+            below, or a callable from λ to a name. None leaves prompts as they are.
+        intensities: one per row, needed if the template depends on λ.
 
     Raises:
-        ValueError: the chat template is wanted and there is none, or a conversation comes without it.
+        ValueError: the tokenizer has no such chat template, λ is needed and missing, or a prompt is a list of messages
+            and `chat_template` is None.
     """
     if chat_template is None:
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
@@ -85,18 +86,18 @@ def render(
         )
         for prompt, lam in zip(prompts, lams, strict=True)
     ]
-    return cast(list[str], rendered)  # as tokenize=False has it
+    return cast(list[str], rendered)  # strings, because of tokenize=False
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, wanted: ChatTemplate, lam: float | None) -> str:
-    """The template for a row at λ, as text."""
+    """Returns the text of the template for a row at λ."""
     templates = tokenizer.chat_template
     if not templates:
         raise ValueError(
             "the tokenizer has no chat template: pass chat_template=None (--raw) to give prompts as they are"
         )
     if not isinstance(templates, dict):
-        templates = dict.fromkeys(("default", "instruct", "thinking"), templates)  # both ends have this one
+        templates = dict.fromkeys(("default", "instruct", "thinking"), templates)  # both ends share it
     if not isinstance(wanted, str):
         if lam is None:
             raise ValueError("a chat_template that depends on λ needs the intensities of the rows, got None")
@@ -118,10 +119,10 @@ def ask(
 
     Args:
         model: a patched model; or an ordinary one, with `intensities` None.
-        tokenizer: its tokenizer.
+        tokenizer: the model's tokenizer.
         prompts: one per row.
         intensities: for all rows or one per row: a number, a preset's name, or "auto".
-        chat_template: as in `encode`. Where it depends on λ, an estimator is shown the instruct end's.
+        chat_template: as in `render`. If it depends on λ, the estimator gets prompts in the instruct end's template.
         options: passed to `model.generate`.
     """
     with torch.inference_mode():
@@ -143,7 +144,7 @@ def numbers_of(
     intensities: IntensityLike,
     chat_template: ChatTemplate | None = "default",
 ) -> list[float]:
-    """λ of every row, with the presets' and the estimator's in place of names."""
+    """Returns λ of every row, with presets and "auto" replaced by their numbers."""
     wanted = Intensity.parse(intensities, CALLERS["dami.chat.ask"], patch_of(model).presets, len(prompts))
     lams = wanted.each(len(prompts))
     if wanted.auto:
@@ -152,7 +153,7 @@ def numbers_of(
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         found = estimates(model, batch, len(prompts), wanted.auto)
         for place, lam in zip(wanted.auto, found.numpy(), strict=True):
-            lams[place] = float(str(lam))  # the shortest decimal number: 0.4, not 0.40000000596
+            lams[place] = float(str(lam))  # the shortest decimal: 0.4, not 0.40000000596
     return lams
 
 
@@ -164,7 +165,7 @@ def answers_of(
     intensities: Sequence[float] | None,
     texts: Sequence[str],
 ) -> list[Answer]:
-    """Reads generated `ids`, int64 [rows, tokens] on the CPU, finished or not; `texts` are the prompts' full texts."""
+    """Parses generated `ids`, int64 [rows, tokens] on the CPU, finished or not; `texts` are the prompts' full texts."""
     ends = torch.isin(ids, end_tokens(model))
     answers = []
     for row, prompt in enumerate(prompts):

@@ -1,7 +1,7 @@
-"""What is installed, which kernels run here and why, whether they are right, and what to do about what is not.
+"""Reports what is installed, which kernels run here, whether they are correct, and how to fix any problems.
 
-`dami doctor` prints it: the text to paste in a bug report. It names no user, host or directory, and of environment
-variables only those that dami, OpenMP and Triton read.
+`dami doctor` prints the report, to be pasted into bug reports. It contains no names of users, hosts or directories, and
+only those environment variables that dami, OpenMP and Triton read.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from dami_kernels.tuning.tables import table_path
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "huggingface-hub", "triton", "peft", "numpy")
 VARIABLES = ("DAMI_CPU_ISA", "OMP_NUM_THREADS", "TRITON_INTERPRET")
-ROWS, FEATURES = 4, 512  # of the self-test: four sequences decoding
-TOLERANCE = 0.01  # relative error of a kernel in bfloat16, whose results are rounded at 0.004
+ROWS, FEATURES = 4, 512  # for the self-test: four sequences decoding
+TOLERANCE = 0.01  # relative error of a kernel in bfloat16, where rounding alone gives 0.004
 
 
 @dataclass(frozen=True)
 class Check:
-    """One operator on one device, in bfloat16.
+    """The test of one operator on one device, in bfloat16.
 
     Attributes:
         device: "cpu" or "cuda".
-        operator, format: what was called.
-        kernel: what runs it: a kernel's name, or "plain torch".
-        why: the reason where no kernel does, else None.
+        operator, format: the operator that was called, and the format of its weights.
+        kernel: the name of the kernel that runs it, or "plain torch".
+        why: why no kernel runs it; None if one does.
         error: root mean square of the difference from plain torch, relative to its result; None without a kernel.
-        microseconds: median of a call; None without a kernel.
-        plain_microseconds: the same in plain torch.
+        microseconds: median time of a call; None without a kernel.
+        plain_microseconds: median time of a call in plain torch.
     """
 
     device: str
@@ -65,7 +65,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong, and what to do about it."""
+    """A problem and its remedy."""
 
     what: str
     remedy: str
@@ -73,7 +73,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Report:
-    """All that `dami doctor` tells."""
+    """Everything that `dami doctor` reports."""
 
     installed: dict[str, str]
     machine: dict[str, str]
@@ -82,7 +82,7 @@ class Report:
 
     def __str__(self) -> str:
         text = StringIO()
-        Console(file=text, width=1 << 12, color_system=None, highlight=False).print(self)  # no line is broken
+        Console(file=text, width=1 << 12, color_system=None, highlight=False).print(self)  # so wide that no line wraps
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -106,7 +106,7 @@ def _cells(check: Check) -> tuple[str, ...]:
 
 
 def examine() -> Report:
-    """Looks at this installation and this machine, and runs every operator; takes a few seconds."""
+    """Examines this installation and this machine, and runs every operator; takes a few seconds."""
     checks = tuple(check for device in devices() for check in self_test(device))
     found = [*version_problems(), *machine_problems(), *kernel_problems(checks)]
     problems = tuple(Problem(nameless(each.what), nameless(each.remedy)) for each in found)
@@ -118,13 +118,13 @@ def devices() -> list[str]:
 
 
 def installed() -> dict[str, str]:
-    """Versions, by package."""
+    """Returns versions by package."""
     packages = {package: _version(package) or "not installed" for package in PACKAGES}
     return {"dami": __version__, "python": platform.python_version(), **packages}
 
 
 def machine() -> dict[str, str]:
-    """The machine, and how it is used."""
+    """Returns facts about the machine and how it is used."""
     isa = "not compiled"
     if native.WHY_NOT is None:
         others = [name for name in native.supported_isas() if name != native.isa()]
@@ -147,7 +147,7 @@ def machine() -> dict[str, str]:
 
 
 def self_test(device: str) -> Iterator[Check]:
-    """Runs every operator in every format as a kernel and in plain torch, and compares."""
+    """Runs every operator in every format as a kernel and in plain torch, and compares the results."""
     for operator, format, arguments in _calls(torch.device(device)):
         plain = library.PLAIN[operator]
         wanted, plain_took = _timed(plain, arguments, device)
@@ -176,7 +176,7 @@ def _name(operator: str, format: str, arguments: tuple[Any, ...], device: str) -
 
 
 def _calls(device: torch.device) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
-    """Every operator and format, with the arguments of its schema."""
+    """Yields every operator and format, with arguments for the operator's schema."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -190,7 +190,7 @@ def _calls(device: torch.device) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     ids = torch.arange(ROWS, device=device)
     ends = torch.tensor([1, ROWS], dtype=torch.int32, device=device)
     for format in formats.names():
-        if hasattr(formats.get(format), "linear"):  # it asks for no kernel
+        if hasattr(formats.get(format), "linear"):  # this format needs no kernel
             continue
         weight, experts = pack(FEATURES, FEATURES, format=format), pack(2, FEATURES, FEATURES, format=format)
         rows = (lam, None, 1)
@@ -204,7 +204,7 @@ def _calls(device: torch.device) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
 
 
 def _timed(function: Callable[..., Tensor], arguments: tuple[Any, ...], device: str) -> tuple[Tensor, float]:
-    """What a call returns, and the median of its time in microseconds, after one that is not counted."""
+    """Returns the result of a call and its median time in microseconds, after one warm-up call."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     result, times = function(*arguments), []
     for _ in range(15):
@@ -217,7 +217,7 @@ def _timed(function: Callable[..., Tensor], arguments: tuple[Any, ...], device: 
 
 
 def version_problems() -> Iterator[Problem]:
-    """Packages that are missing or too old."""
+    """Yields packages whose installed version does not fit, or that are missing."""
     try:
         wanted = [Requirement(line) for line in requires("dami-kernels") or ()]
     except PackageNotFoundError:
@@ -234,7 +234,7 @@ def version_problems() -> Iterator[Problem]:
 
 
 def machine_problems() -> Iterator[Problem]:
-    """What slows this machine down."""
+    """Yields what makes this machine slower than it could be."""
     if native.WHY_NOT is None and native.isa() != native.supported_isas()[-1]:
         best = native.supported_isas()[-1]
         yield Problem(f"the CPU kernels are held to {native.isa()}, and this CPU has {best}", "unset DAMI_CPU_ISA")
@@ -258,7 +258,7 @@ def machine_problems() -> Iterator[Problem]:
 
 
 def kernel_problems(checks: tuple[Check, ...]) -> Iterator[Problem]:
-    """Operators without a kernel, by reason, and kernels that are wrong."""
+    """Yields operators without a kernel, grouped by reason, and kernels with wrong results."""
     reasons: dict[str, list[str]] = {}
     for check in checks:
         if check.why is not None:
@@ -276,7 +276,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def nameless(text: str) -> str:
-    """A message without the directories of this machine."""
+    """Removes this machine's directories from a message."""
     folders = {str(Path(dami_kernels.__file__).parent): "dami_kernels", str(Path.home()): "~"}
     for folder, name in folders.items():
         if len(folder) > 1:

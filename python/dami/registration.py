@@ -1,7 +1,7 @@
-"""Makes packed pairs known to transformers without importing it, so that `import dami` stays instant.
+"""Registers packed pairs with transformers without importing it, so that `import dami` stays instant.
 
-Whatever is wrong with dami or its dependencies, transformers goes on without it: this file only warns. Who loads a pair
-by `dami.load_pair` is told the error itself.
+If registration fails, this file only warns, and transformers works without dami. `dami.load_pair` raises the error
+itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ REGISTRY = "transformers.quantizers.auto"
 
 
 def register() -> None:
-    """Registers `dami.loading.quantizer` with transformers: now, or as soon as its registry is imported."""
+    """Registers `dami.loading.quantizer` with transformers, now or as soon as transformers' registry is imported."""
     if REGISTRY in sys.modules:
         _register_quantizer()
     else:
@@ -40,7 +40,7 @@ def _register_quantizer() -> None:
 
 
 class _AfterRegistry(MetaPathFinder):
-    """Finds the registry as everyone else does, and adds to it once it has run."""
+    """Finds transformers' registry with the ordinary finders, and registers with it once it has been executed."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != REGISTRY:

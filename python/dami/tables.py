@@ -13,20 +13,20 @@ from rich.table import Table
 from rich.text import Text
 
 Cell = str | Text
-NARROWEST = 16  # columns in which broken names can still be read
+NARROWEST = 16  # columns below which wrapped names become unreadable
 
 
 @dataclass(frozen=True)
 class FittedTable:
-    """A table whose numbers are never broken: where the columns do not fit, rows become records, one below the other.
+    """A table whose numbers are never wrapped: if the columns do not fit, each row becomes a record of several lines.
 
     Attributes:
-        heads: of the columns.
-        rows: their cells.
-        left: so many columns are flush left, the others flush right.
-        breaks: the first column may be broken after these characters, if that makes the others fit.
-        marked: rows in bold, by place.
-        title: above the table.
+        heads: the column headings.
+        rows: the cells of each row.
+        left: this many columns, from the first, are left-aligned; the others are right-aligned.
+        breaks: the first column may be wrapped after these characters, if that makes the others fit.
+        marked: indices of the rows in bold.
+        title: printed above the table.
     """
 
     heads: Sequence[str]
@@ -73,7 +73,7 @@ class FittedTable:
 
 
 def _broken(name: str, breaks: str, room: int) -> str:
-    """A name on several lines, broken after some of its characters, lines after the first indented."""
+    """Wraps a name to `room` columns after the characters in `breaks`, and indents all lines but the first."""
     lines = [""]
     for piece in re.findall(f"[^{re.escape(breaks)}]*[{re.escape(breaks)}]?", name):
         if lines[-1].strip() and cell_len(lines[-1] + piece) > room:

@@ -1,4 +1,4 @@
-"""Whose a patched model is: it has one dial and runs one pass, so it is in the hands of one thread at a time."""
+"""Thread ownership of a patched model: it has one dial and runs one pass, so one thread may use it at a time."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-GRACE = 0.1  # seconds that another thread is waited for: one that has streamed its last token is about to let go
+GRACE = 0.1  # seconds to wait for another thread: one that has streamed its last token is about to release the model
 
 
 class Hold:
-    """A thread's hold on a model: a context manager, which it enters for a forward pass, for `generate` and for a
-    `with dami.intensity(…)` block, one inside the other too.
+    """A thread's hold on a model: a reentrant context manager.
 
-    Continuous batching holds the model by a thread of its own, from its start to its end. The thread that starts it may
-    be inside a block, which goes on holding then.
+    A thread enters it for a forward pass, for `generate` and for a `with dami.intensity(…)` block. Continuous batching
+    holds the model with a thread of its own, from start to end. The thread that starts it may be inside a block, and
+    then keeps its hold.
 
     Raises:
         RuntimeError: on entering, if another thread holds the model.
@@ -26,11 +26,11 @@ class Hold:
         self._lock = threading.Lock()
         self._thread: int | None = None
         self._depth = 0
-        self._batching: int | None = None  # the thread of continuous batching, 0 until it has begun
+        self._batching: int | None = None  # the thread of continuous batching, 0 until it runs
         self._pauses = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Hold, ()  # nobody holds a copy
+        return Hold, ()  # a copy is not held by any thread
 
     def __enter__(self) -> None:
         self._enter(threading.get_ident())
@@ -40,7 +40,7 @@ class Hold:
 
     @contextmanager
     def of(self, thread: int) -> Iterator[None]:
-        """What a thread does in the name of another, as if that had entered."""
+        """Holds the model on behalf of another thread, as if that thread had entered."""
         self._enter(thread)
         try:
             yield
@@ -61,7 +61,7 @@ class Hold:
                     self._thread = None
 
     def start_batching(self, start: Callable[[], None]) -> None:
-        """Starts the thread of continuous batching, which runs its loop inside `batching`."""
+        """Calls `start` to start the thread of continuous batching, which runs its loop inside `batching`."""
         self._lock_when_free(threading.get_ident())
         self._batching = 0
         self._lock.release()
@@ -73,7 +73,7 @@ class Hold:
 
     @contextmanager
     def batching(self) -> Iterator[None]:
-        """The loop of continuous batching, from its beginning to its end."""
+        """Holds the model for this thread, which runs the loop of continuous batching inside."""
         self._batching = threading.get_ident()
         try:
             yield
@@ -82,7 +82,7 @@ class Hold:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """While continuous batching is paused: other threads may hold the model."""
+        """Lets other threads hold the model while continuous batching is paused."""
         with self._lock:
             self._pauses += 1
         try:
@@ -92,7 +92,7 @@ class Hold:
                 self._pauses -= 1
 
     def _lock_when_free(self, thread: int) -> None:
-        """Takes the lock when the model is this thread's, or nobody's."""
+        """Takes the lock once the model is free for this thread. Raises RuntimeError if it is not within GRACE."""
         deadline = None
         self._lock.acquire()
         while reason := self._reason_to_wait(thread):

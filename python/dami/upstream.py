@@ -1,9 +1,9 @@
-"""What dami relies on in torch, transformers, accelerate, PEFT and lm-eval that is not part of their public interfaces.
+"""Non-public interfaces of torch, transformers, accelerate, PEFT and lm-eval that dami relies on.
 
-Their private names, and their methods that we override or replace, are stated here, and no other file of dami uses one
-but through this file; those of vLLM are in `serving/vllm/support.py`, torch's that the kernels need in
-`dami_kernels/upstream.py`. A group is checked before it is first used. Where a package has moved something, the error
-names it, the version that is installed and the versions that fit.
+This file lists their private names, and the methods of theirs that dami overrides or replaces. Other files of dami use
+them only through this file. Those of vLLM are in `serving/vllm/support.py`, and those of torch that the kernels need in
+`dami_kernels/upstream.py`. Each group is checked before its first use. If a package has moved something, the error
+names it, the installed version and the versions that work.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TESTED = {
 
 
 def keeping(path: str, *names: str, made: Callable[[Any], Any] = lambda cls: cls()) -> Place:
-    """A class whose objects must have attributes of these names; `made` makes one."""
+    """Returns the place of a class whose objects must have attributes of these names; `made` makes an object."""
     return Place(
         path, does=f"keep {', '.join(names)}", proof=lambda cls: all(hasattr(made(cls), name) for name in names)
     )
@@ -71,7 +71,7 @@ def _calls_checkpoint(layer: Any) -> bool:
 
 
 def using(path: str, *names: str) -> Place:
-    """A function whose code must name these attributes."""
+    """Returns the place of a function whose code must mention these attributes."""
 
     def names_them(function: Any) -> bool:
         code = inspect.unwrap(function).__code__
@@ -91,6 +91,7 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
         Place("torch.nn:Module._load_from_state_dict", ("self", "state_dict", "prefix", "strict", "missing_keys")),
         Place("torch:Tensor._make_wrapper_subclass"),
         Place("torch:Tensor._version"),
+        Place("torch.nn.modules.module:_global_forward_pre_hooks"),
         Place("torch._C:_current_graph_task_id"),
         Place("torch.utils._pytree:tree_flatten", ("tree",)),
         Place("torch.utils._pytree:tree_map", ("func", "tree")),
@@ -241,13 +242,13 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
 
 @functools.cache
 def check(group: str) -> None:
-    """Raises `Moved` if what a group of `RELIED_ON` needs is not there, or is not as dami was written for."""
-    with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():  # wherever it is first asked for
+    """Raises `Moved` if something in a group of `RELIED_ON` is missing, or does not behave as dami expects."""
+    with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():  # whatever the caller's context is
         upstream.check(group, RELIED_ON[group], TESTED, f"dami {__version__}")
 
 
 def needs(group: str) -> Callable[[F], F]:
-    """Checks a group before a function of this file first runs."""
+    """Makes a function of this file check a group before it first runs."""
 
     def decorate(function: F) -> F:
         @functools.wraps(function)
@@ -260,49 +261,49 @@ def needs(group: str) -> Callable[[F], F]:
     return decorate
 
 
-# torch: what every part of dami needs
+# torch: needed by every part of dami
 
 check("dami")
 
-from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # noqa: E402  (as was just seen)
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # noqa: E402  (checked above)
 from torch.utils._pytree import tree_flatten as tree_flatten  # noqa: E402
 from torch.utils._pytree import tree_map as tree_map  # noqa: E402
 from torch.utils._pytree import tree_unflatten as tree_unflatten  # noqa: E402
 
 PARAMETERS = "_parameters"  # attribute of a module
-OF_MODULES = (PARAMETERS, "_buffers", "_modules")  # those that hold what is registered in it
-FLAT_WEIGHTS = "_flat_weights"  # of torch's recurrent layers, made anew of their parameters in each pass
-OF_ONE_OBJECT = ("_compiled_call", "_cached_continuous_batching_manager")  # attributes of a model that no copy has
+OF_MODULES = (PARAMETERS, "_buffers", "_modules")  # attributes that hold what is registered in a module
+FLAT_WEIGHTS = "_flat_weights"  # attribute of torch's recurrent layers, rebuilt from their parameters in each pass
+OF_ONE_OBJECT = ("_compiled_call", "_cached_continuous_batching_manager")  # attributes of a model that copies leave out
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """A module's own parameters by name, those that it has registered as None too; what changes here changes there."""
+    """Returns a module's own dict of parameters by name, including those registered as None: not a copy."""
     return module._parameters
 
 
 def has_pre_hooks(module: nn.Module) -> bool:
-    """Whether something runs before a module's forward, which could change its input."""
-    return bool(module._forward_pre_hooks)
+    """Whether a module has hooks that run before its forward and could change its input."""
+    return bool(module._forward_pre_hooks or torch.nn.modules.module._global_forward_pre_hooks)
 
 
 def changes_of(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; RuntimeError for one of inference mode, of which nobody counts it."""
+    """Returns how often a tensor was changed in place. Raises RuntimeError for an inference tensor: it has no count."""
     return tensor._version
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """A module's own buffers, as `parameters_of`."""
+    """Returns a module's own dict of buffers, as `parameters_of` does."""
     return module._buffers
 
 
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
-    """A module's hooks that run after its forward, and those that run before."""
+    """Returns a module's hooks that run after its forward, and those that run before it."""
     return module._forward_hooks, module._forward_pre_hooks
 
 
 @needs("a patched model")
 def pruned_name(pruning: Any) -> str:
-    """Which parameter a hook of `torch.nn.utils.prune` computes."""
+    """Returns the name of the parameter that a hook of `torch.nn.utils.prune` computes."""
     return pruning._tensor_name
 
 
@@ -312,64 +313,64 @@ def in_backward() -> bool:
 
 
 def storageless(cls: type[T], shape: torch.Size, dtype: torch.dtype, device: torch.device) -> T:
-    """A tensor of a subclass that has no storage of its own."""
+    """Returns a tensor of a subclass that has no storage of its own."""
     return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
 
-# accelerate: hooks that bring a module's parameters to where it computes
+# accelerate: hooks that move a module's parameters to the device where it computes
 
 HOOKED = "_hf_hook"  # attribute of a module that has a hook
 
 
 def hook_of(module: nn.Module) -> Any:
-    """accelerate's hook on a module, or None."""
+    """Returns accelerate's hook on a module, or None."""
     return vars(module).get(HOOKED)
 
 
 @needs("a patched model")
 def is_wrapped(module: nn.Module) -> bool:
-    """Whether accelerate has put a forward of its own before that of the module's class."""
+    """Whether accelerate has wrapped a module's forward in one of its own."""
     return "_old_forward" in vars(module)
 
 
 def rewrap(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Gives accelerate's forward, if a module has it, another one to call."""
+    """Makes accelerate's wrapper of a module's forward, if there is one, call another forward."""
     if is_wrapped(module):
         module._old_forward = forward.__get__(module)
 
 
 def asked_by_hook(module: nn.Module) -> bool:
-    """Whether a hook of accelerate asks for an attribute; called by the module's `__getattr__`."""
+    """Whether a hook of accelerate is reading an attribute; to be called by the module's `__getattr__`."""
     return HOOKED in vars(module) and sys._getframe(2).f_globals["__name__"].startswith("accelerate.")
 
 
 @needs("an offloaded pair")
 def execution_device(module: nn.Module) -> Any:
-    """Where an offloaded module computes, as `torch.empty` takes it; None where its hook leaves that open."""
+    """Returns the device on which an offloaded module computes, as for `torch.empty`; None if its hook sets none."""
     return hook_of(module).execution_device
 
 
 @needs("an offloaded pair")
 def offloading(module: nn.Module) -> Iterator[tuple[MutableMapping[str, Tensor], str, int | str | torch.device]]:
-    """Where hooks take a module's weights from: what holds them by name, the prefix of its own, and the device."""
+    """Yields where hooks get a module's weights: a mapping by name, the prefix of its names, and the device to use."""
     hook = hook_of(module)
     for each in getattr(hook, "hooks", (hook,)):  # several in sequence, or one
         weights = getattr(each, "weights_map", None)
         if weights is not None:
             held = getattr(weights, "dataset", weights)
-            held = getattr(held, "state_dict", held)  # of a loader from files, which looks there first
+            held = getattr(held, "state_dict", held)  # a loader from files looks there first
             yield held, getattr(weights, "prefix", ""), each.execution_device
 
 
 # transformers: models
 
-# where modules keep what checkpoints them: layers of transformers, and the wrappers of torch, which FSDP takes
+# attributes that hold checkpoint functions: of transformers' layers, and of torch's wrappers, which FSDP uses
 CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
 @needs("a patched model")
 def attention_of(model: PreTrainedModel) -> str:
-    """The name of the attention that a model computes with."""
+    """Returns the name of the attention implementation that a model uses."""
     return model.config._attn_implementation
 
 
@@ -381,35 +382,35 @@ def is_stateful(model: nn.Module) -> bool:
 
 @needs("a patched model")
 def ties_of(model: PreTrainedModel) -> dict[str, str]:
-    """Which weights of a model's class are tied where its config asks for it: the names of their sources, by name."""
+    """Maps the names of weights that a model ties, if its config asks for it, to the names of their sources."""
     return dict(model._tied_weights_keys or {})
 
 
 @needs("a patched model")
 def ignored_keys(model: PreTrainedModel) -> list[str]:
-    """Patterns of the tensors that a model's checkpoints may hold and it does not read."""
+    """Returns patterns of the tensors that a model's checkpoints may hold but the model does not read."""
     return list(model._keys_to_ignore_on_load_unexpected or ())
 
 
 def describes_experts(module: nn.Module) -> bool:
-    """Whether a module of experts says of itself what transformers' own ways to compute experts need to know."""
+    """Whether a module of experts has the attributes that transformers' implementations of experts need."""
     return all(hasattr(module, name) for name in ("has_gate", "has_bias", "_apply_gate"))
 
 
 def gated(experts: Any, x: Tensor) -> Tensor:
-    """What a module of experts makes of the product of its first weights."""
+    """Applies the gate of a module of experts to the product of its first weights."""
     return experts._apply_gate(x)
 
 
 @needs("an alignment of neurons")
 def compute_experts_one_by_one(config: PreTrainedConfig) -> None:
-    """Has a model compute its experts by its own code, in any dtype."""
+    """Makes a model compute its experts with its own code, which works in any dtype."""
     config._experts_implementation = "eager"
 
 
 @needs("the loading of a packed pair")
 def keep_from_initialization(tensor: Tensor) -> None:
-    """Marks a tensor as one that transformers must not initialise."""
+    """Marks a tensor so that transformers does not initialise it."""
     tensor._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
@@ -418,7 +419,7 @@ def keep_from_initialization(tensor: Tensor) -> None:
 
 @needs("tensor parallelism of a pair")
 def local_parameters(module: nn.Module) -> AbstractContextManager[None]:
-    """For a while a module's parameters are this process's parts of them."""
+    """Replaces a module's parameters with this process's parts of them for the duration of a `with` block."""
     from transformers.distributed.parallel_utils import _use_local_dtensor_params
 
     return _use_local_dtensor_params(module)
@@ -426,7 +427,7 @@ def local_parameters(module: nn.Module) -> AbstractContextManager[None]:
 
 @needs("tensor parallelism of a pair")
 def local_shape_and_offset(tensor: DTensor, mesh: DeviceMesh) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape of this process's part of a tensor, and where it begins."""
+    """Returns the shape of this process's part of a tensor, and its offset in the tensor."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     return compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
@@ -436,14 +437,14 @@ def local_shape_and_offset(tensor: DTensor, mesh: DeviceMesh) -> tuple[tuple[int
 
 
 def replace_method(owner: Any, name: str, method: Callable[..., Any]) -> None:
-    """Has one object of transformers call our function in the place of its method."""
+    """Makes one object of transformers call a function of dami instead of its method."""
     assert callable(getattr(owner, name))
     setattr(owner, name, method)
 
 
 @needs("continuous batching of a pair")
 def forget_handler(router: OutputRouter, request_id: str) -> None:
-    """Takes back `register_result_handler`."""
+    """Undoes `register_result_handler`."""
     with router._lock:
         router.result_handlers.pop(request_id, None)
 
@@ -453,7 +454,7 @@ def forget_handler(router: OutputRouter, request_id: str) -> None:
 
 @needs("PEFT adapters on a pair")
 def adapter_classes() -> tuple[type[nn.Module], ...]:
-    """The classes of modules that PEFT puts over others."""
+    """Returns the classes of modules with which PEFT wraps others."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -462,7 +463,7 @@ def adapter_classes() -> tuple[type[nn.Module], ...]:
 
 @needs("PEFT adapters on a pair")
 def before_merging(guard: Callable[[nn.Module], None]) -> None:
-    """Has PEFT call `guard` with a model into which it is about to merge an adapter; later calls change nothing."""
+    """Makes PEFT call `guard` with a model before it merges an adapter into it; later calls change nothing."""
     from peft.tuners.tuners_utils import BaseTuner
 
     original = BaseTuner._check_merge_allowed

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import dami
@@ -159,18 +161,65 @@ def test_an_input_that_was_changed_in_place_is_not_the_same(counted: Counted) ->
         assert torch.equal(waiting, key(x / 2))
 
 
-def test_a_layer_that_is_left_out_leaves_nothing_behind(counted: Counted) -> None:
+def test_layers_part_when_one_is_left_out_again_and_again(counted: Counted) -> None:
     model = patched()
     run(model)
     run(model)
     layer, x = layer_of(model, "q_proj"), torch.randn(2, 4, model.config.hidden_size)
-    with torch.no_grad(), model.dami_patch.running.entered():
-        first = layer(x)
+    for together in (1, 1, 1, 0, 0):
         counted.reset()
-        assert torch.equal(layer(x), first)  # k_proj and v_proj were not called: the layers part
-        assert counted.together == []
-        layer(x)
-        assert counted.together == []
+        with torch.no_grad(), model.dami_patch.running.entered():
+            layer(x)
+        assert len(counted.together) == together
+        assert not model.dami_patch.running.results
+
+
+def test_nothing_is_kept_after_a_pass_whatever_ends_it(counted: Counted) -> None:
+    model = patched()
+    expected = run(model)
+    run(model)
+    stop = layer_of(model, "q_proj").register_forward_hook(lambda *_: 1 / 0)
+    for _ in range(5):
+        with pytest.raises(ZeroDivisionError):
+            run(model)
+        assert model.dami_patch.running.last is None
+        assert not model.dami_patch.running.results
+    stop.remove()
+    assert torch.equal(run(model), expected)
+
+
+def test_weights_that_come_just_before_a_layer_runs_are_waited_for(counted: Counted) -> None:
+    """As some ways of offloading bring them: by a hook of the layer before, and away again behind the layer itself."""
+    model, expected = patched(), run(patched())
+    query, key = layer_of(model, "q_proj"), layer_of(model, "k_proj")
+    held = {name: key.tensor(name).data for name in ("weight", "weight_target")}
+
+    def bring(*_: Any) -> None:
+        for name, data in held.items():
+            key.tensor(name).data = data.clone()
+
+    def take(*_: Any) -> None:
+        for name, data in held.items():
+            key.tensor(name).data = torch.full_like(data, torch.nan)
+
+    query.register_forward_hook(bring)
+    key.register_forward_hook(take)
+    for _ in range(3):
+        assert torch.equal(run(model), expected)
+
+
+def test_a_model_is_freed_with_its_last_reference(counted: Counted) -> None:
+    model = patched()
+    for _ in range(3):
+        run(model)
+    assert counted.together
+    alive = weakref.ref(layer_of(model, "q_proj").tensor("weight"))
+    gc.disable()
+    try:
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_copies_and_unpatched_models_know_nothing_of_it(counted: Counted) -> None:

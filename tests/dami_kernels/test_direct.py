@@ -277,3 +277,18 @@ def test_inductors_cpp_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in library.CHECKED:
             monkeypatch.setitem(library.CHECKED, name, lambda *_: pytest.fail("Python was asked"))
         torch.testing.assert_close(compiled(ids, lam.flip(0)), module(ids, lam.flip(0)))
+
+
+def test_tensors_without_memory_and_maps_that_overflow_are_not_taken() -> None:
+    x, weight, lam = torch.randn(4, K), packed(N, K), torch.rand(4)
+    zeros = torch._efficientzerotensor(4, K)
+    assert torch.equal(lerp_linear(zeros, weight, lam), torch.zeros(4, N))
+    assert torch.equal(lerp_linear(x, weight, torch._efficientzerotensor(4)), lerp_linear(x, weight, torch.zeros(4)))
+    for rows_per_lam in (2**62 + 1, 2**70):
+        with pytest.raises((ValueError, RuntimeError), match="rows"):
+            lerp_linear(x, weight, lam, rows_per_lam=rows_per_lam)
+    with Through():
+        assert lerp_linear(x[:0], weight, torch.tensor(0.3)).shape == (0, N)
+    none = LerpWeight((torch.empty(0, N, K),) * 2, "pair", torch.Size((0, N, K)), torch.float32)
+    y = lerp_experts(x, none, lam, torch.empty(0, dtype=torch.int32))
+    assert torch.equal(y, torch.zeros(4, N))

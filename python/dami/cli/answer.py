@@ -1,4 +1,4 @@
-"""`dami generate` and `dami demo`: questions answered in the terminal."""
+"""`dami generate` and `dami demo`: answer questions in the terminal."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def generate(
 def sampling_options(
     max_new_tokens: int | None, greedy: bool, given: Mapping[str, float | None]
 ) -> dict[str, float | bool]:
-    """How tokens are drawn, as `generate` takes it: only what the user has said."""
+    """Returns the sampling options for `generate`: only those that the user has set."""
     sampling = {name: value for name, value in given.items() if value is not None}
     if greedy and sampling:
         raise fail(f"--greedy excludes --{', --'.join(sorted(sampling)).replace('_', '-')}")
@@ -154,7 +154,7 @@ def sampling_options(
 
 
 def read_prompts(prompts: list[str], file: Path | None) -> list[Prompt]:
-    """Prompts from the command line, or else a file, or else stdin."""
+    """Reads prompts from the command line, or else from a file, or else from stdin."""
     if prompts and file:
         raise fail("prompts come as arguments or with --file, got both")
     if prompts:
@@ -175,7 +175,7 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[Prompt]:
 
 
 def read_prompt(line: str, place: str) -> Prompt:
-    """A line of text, or a JSON object's "prompt" (or "question") or "messages"."""
+    """Returns the prompt of a line: the text, or a JSON object's "prompt" (or "question") or "messages"."""
     if not line.lstrip().startswith("{"):
         return line
     try:

@@ -1,4 +1,4 @@
-"""The command line, `dami`. Torch is imported where a command needs it, so that --help is instant."""
+"""The command line, `dami`. Commands import torch only when they need it, so that --help is instant."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 CHECKOUT = Path(__file__).resolve().parents[3]
-ClickException: Any = typer.BadParameter.__mro__[2]  # typer brings its own click, or takes the installed one
+ClickException: Any = typer.BadParameter.__mro__[2]  # typer either bundles click or uses the installed one
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
 class OneLineErrors(typer.core.TyperGroup):
-    """Tells a mistake of the user in one line, and exits with 2."""
+    """Reports a user's mistake in one line, and exits with status 2."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         try:
@@ -37,7 +37,7 @@ class OneLineErrors(typer.core.TyperGroup):
             code = fail(error.format_message()).exit_code
         except OSError as error:
             code = fail(error).exit_code
-            with suppress(OSError):  # what could not be written, to a full disk say, is not tried again at exit
+            with suppress(OSError):  # so that output that failed, on a full disk for example, is not retried at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except typer.Abort:
             code = 130
@@ -48,14 +48,14 @@ class OneLineErrors(typer.core.TyperGroup):
 
 app = typer.Typer(
     cls=OneLineErrors,
-    rich_markup_mode=None,  # whose tables cut the names of options in a narrow terminal
+    rich_markup_mode=None,  # its tables cut off option names in a narrow terminal
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Two checkpoints, one batch, a reasoning intensity λ per query: 0 is the instruct end, 1 the thinking end.",
 )
 
 
 def fail(message: object) -> typer.Exit:
-    """Tells what is wrong with the input; what comes back is to be raised."""
+    """Reports what is wrong with the input, and returns the exception to raise."""
     with suppress(OSError):
         typer.echo(f"dami: error: {message}", err=True)
     return typer.Exit(2)
@@ -63,7 +63,7 @@ def fail(message: object) -> typer.Exit:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Tells what dami and transformers say of bad input, without a traceback."""
+    """Reports the errors that dami and transformers raise for bad input, without a traceback."""
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -81,8 +81,8 @@ def load(
 ) -> tuple[Any, Any]:
     """Loads a packed pair or two checkpoints, onto the GPU if there is one and no other device is named.
 
-    Progress goes to stderr. What is wrong with them, or with the λ that they are to be asked at, is told before torch
-    is imported if files on disk show it.
+    Progress goes to stderr. Errors in the pair or in the requested λ are reported before torch is imported, as far as
+    the files on disk show them.
     """
     if pair is None or not err.is_terminal:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
@@ -106,12 +106,12 @@ def load(
             device = device or ("cuda" if torch.cuda.is_available() else None)
             options: dict[str, Any] = {"format": format, "device_map": device, "dtype": dtype, "invariant": invariant}
             return load_pair(*ends, **options)
-        except OSError as error:  # the hub's do not say which
+        except OSError as error:  # the hub's errors don't name the checkpoint
             raise OSError(f"cannot load {' and '.join(ends)}: {' '.join(str(error).split())}") from error
 
 
 def progress_bars() -> Progress:
-    """Bars on stderr, which a file or a pipe gets nothing of: not even the empty line at their end."""
+    """Returns progress bars on stderr that write nothing to a file or a pipe, not even an empty line at the end."""
     from rich.progress import Progress
 
     return Progress(console=err, transient=True, disable=not err.is_terminal)

@@ -1,4 +1,4 @@
-"""What `dami demo` measures: answers side by side, the accuracy–tokens curve, and the price against merged copies."""
+"""The parts of `dami demo`: answers side by side, the accuracy–tokens curve, and the cost against merged copies."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ from dami.version import __version__
 
 SHOWN = (0.0, 0.5, 1.0)
 SWEPT = tuple(tenth / 10 for tenth in range(11))
-ROWS = 264  # of a batch of the sweep: enough to fill two cores
+ROWS = 264  # rows per batch of the sweep, enough to keep two cores busy
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What serving a set of rows took."""
+    """The cost of answering a set of rows."""
 
     weights: int  # bytes
-    peak: int | None  # bytes beyond the weights at the highest point, None where the system does not tell
+    peak: int | None  # peak bytes besides the weights; None if the system doesn't report them
     seconds: float
-    answers: list[list[int]]  # the tokens of each row, its end token included
+    answers: list[list[int]]  # the tokens of each row, including its end token
     texts: list[str]
 
 
 def rising(questions: Sequence[Question], seed: int) -> list[Question]:
-    """One question of every level, easiest first, the tasks by turns."""
+    """Picks one question of every level, easiest first, cycling through the tasks."""
     chance = random.Random(seed)
     tasks = sorted({q.task for q in questions})
     chance.shuffle(tasks)
@@ -65,7 +65,7 @@ def rising(questions: Sequence[Question], seed: int) -> list[Question]:
 
 
 def merged_copy(instruct: nn.Module, thinking: nn.Module, intensity: float) -> nn.Module:
-    """An ordinary model with the weights at λ, blended in float32 and rounded once: what we do without."""
+    """Returns an ordinary model with the weights at λ, interpolated in float32 and rounded once, for comparison."""
     merged = copy.deepcopy(instruct)
     with torch.no_grad():
         for ours, theirs in zip(merged.parameters(), thinking.parameters(), strict=True):
@@ -76,7 +76,7 @@ def merged_copy(instruct: nn.Module, thinking: nn.Module, intensity: float) -> n
 def cost_of(
     model: Any, tokenizer: Any, prompts: Sequence[str], intensities: Sequence[float] | None = None, **options: Any
 ) -> Cost:
-    """Every prompt at every λ, greedily, in one batch of a patched model; or each prompt once, of an ordinary one."""
+    """Answers all prompts at all λ in one greedy batch of a patched model, or each once with an ordinary model."""
     lams = None if intensities is None else [lam for lam in intensities for _ in prompts]
     prompts = [*prompts] * len(intensities or (None,))
     with torch.inference_mode(), measured(model.device) as used:
@@ -94,7 +94,7 @@ def cost_of(
 
 
 def cost_of_all(costs: Sequence[Cost]) -> Cost:
-    """What several models took one after the other, the weights of all of them kept."""
+    """Sums the costs of several models that run one after the other while the weights of all stay in memory."""
     return Cost(
         weights=sum(cost.weights for cost in costs),
         peak=None if costs[0].peak is None else max(cost.peak or 0 for cost in costs),
@@ -105,9 +105,10 @@ def cost_of_all(costs: Sequence[Cost]) -> Cost:
 
 
 def parting(model: Any, tokenizer: Any, prompt: str, answer: Sequence[int], other: Sequence[int]) -> float:
-    """By how much an ordinary model prefers its own greedy answer's token to the other's, where they part.
+    """Returns how much an ordinary model prefers its own greedy token to the other answer's where they first differ.
 
-    The answers are tokens with their ends, of which neither begins with the other; in log-probability, 0 is a tie.
+    Both answers are token ids including the end token, and neither is a prefix of the other. The result is a difference
+    of log-probabilities: 0 is a tie.
     """
     place = next(place for place, (ours, theirs) in enumerate(zip(answer, other, strict=False)) if ours != theirs)
     _, batch = encode(tokenizer, [prompt])
@@ -119,9 +120,10 @@ def parting(model: Any, tokenizer: Any, prompt: str, answer: Sequence[int], othe
 
 @contextmanager
 def measured(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Wall time and growth of memory at its peak inside a `with` block: "seconds", and "peak" in bytes or None.
+    """Measures wall time and peak memory growth of a `with` block: "seconds", and "peak" in bytes or None.
 
-    On a GPU as the allocator counts; on Linux as resident memory grows, freed pages having been given back first.
+    On a GPU, memory is what the allocator counts. On Linux, it is the growth of resident memory after freed pages have
+    been returned to the system.
     """
     used: dict[str, Any] = {"peak": None}
     gc.collect()
@@ -149,7 +151,7 @@ def measured(device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def _resident() -> int:
-    """Bytes of this process's highest resident memory since VmHWM was reset."""
+    """Returns this process's peak resident memory in bytes since VmHWM was reset."""
     (kilobytes,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     return 1024 * int(kilobytes)
 
@@ -157,21 +159,21 @@ def _resident() -> int:
 def run(
     model: Any, tokenizer: Any, pair: tuple[str, str] | None, output: Path, count: int, seed: int, console: Console
 ) -> None:
-    """Runs the demo on a loaded pair, prints what it finds, and leaves curve.png and demo.json in `output`.
+    """Runs the demo on a loaded pair, prints the results, and writes curve.png and demo.json to `output`.
 
     Args:
         model, tokenizer: as `load_pair` returns them.
-        pair: where they came from, None for the pair that ships.
-        output: directory, made if need be.
-        count: questions of the sweep.
-        seed: of the choice of questions and of the sampling.
+        pair: the two checkpoints they came from; None for the shipped pair.
+        output: directory, created if need be.
+        count: number of questions in the sweep.
+        seed: seed for choosing questions and for sampling.
         console: where to print.
     """
     output.mkdir(parents=True, exist_ok=True)
     held_out = JsonLines(example_pair()[0].parent / "questions.jsonl", "word")
     shown = rising(held_out.questions, seed)
     held_out.questions = spread(held_out.questions, count)
-    # The pair that ships is too small for two threads: beside other processes they would mostly wait for each other.
+    # The shipped pair is too small for two threads: next to other processes they would mostly wait for each other.
     with threads(torch.get_num_threads() if pair else 1):
         answers = show_answers(model, tokenizer, shown, seed, console)
         frontier = show_curve(model, tokenizer, held_out, seed, console)
@@ -197,7 +199,7 @@ def run(
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """So many CPU threads for the time of a `with` block."""
+    """Sets the number of CPU threads inside a `with` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -240,9 +242,9 @@ def show_curve(model: Any, tokenizer: Any, held_out: JsonLines, seed: int, conso
 def show_price(
     model: Any, tokenizer: Any, pair: Sequence[Any], shown: Sequence[Question], console: Console
 ) -> tuple[Cost, Cost, list[float]]:
-    """Asks the questions at the λ of SWEPT again, of one patched model and of merged copies, and prints both costs.
+    """Asks the questions again at the λ of SWEPT, with one patched model and with merged copies, and prints both costs.
 
-    Returns them, and by how much the copies preferred their token where two answers part.
+    Returns both costs, and how much each copy preferred its own token where two answers differ.
     """
     console.rule("The price")
     prompts = [str(question.question) for question in shown]
@@ -276,7 +278,7 @@ def show_price(
 
 
 def price_table(patched: Cost, copies: Cost, count: int) -> FittedTable:
-    """What one patched model and `count` merged copies took for the same rows."""
+    """Returns a table of the costs of one patched model and of `count` merged copies for the same rows."""
 
     def row(name: str, cost: Cost, at_once: int) -> tuple[str, ...]:
         working = "unknown" if cost.peak is None else f"+ {size(cost.peak)}"
@@ -294,7 +296,7 @@ def price_table(patched: Cost, copies: Cost, count: int) -> FittedTable:
 
 
 def verdict(patched: Cost, copies: Cost, count: int, gaps: Sequence[float], dtype: torch.dtype) -> str:
-    """The lines that prove the point; `gaps` are by how much the copies chose otherwise, see `parting`."""
+    """Returns a summary. `gaps` are the copies' preferences where answers differ, see `parting`."""
     rows = len(patched.answers)
     told = (
         f"{count} λ in one batch: {copies.seconds / patched.seconds:.1f}× the speed of {count} merged copies with "

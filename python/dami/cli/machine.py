@@ -1,4 +1,4 @@
-"""`dami bench` and `dami doctor`: what this machine can do."""
+"""`dami bench` and `dami doctor`: measure and check what runs on this machine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the repor
         typer.echo(json.dumps(asdict(report), indent=1, ensure_ascii=False))
     elif out.is_terminal:
         out.print(report)
-    else:  # a file gets whole lines
+    else:  # don't wrap lines in a file
         typer.echo(str(report))
     if report.problems:
         raise typer.Exit(1)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def read_task(task: str | None, pair: Sequence[str] | None, verifier: str | None, count: int | None, seed: int) -> Task:
-    """The questions, by default those of the shipped pair."""
+    """Loads the questions, by default those of the shipped pair."""
     from dami.evaluation.tasks import load_task
 
     if task is None and pair is not None:
@@ -119,7 +119,7 @@ def evaluate(
 
 
 def chosen_lams(model: Any, tokenizer: Any, prompts: Sequence[Prompt], rows: int) -> list[float]:
-    """The λ that the pair's estimator chooses for each prompt, in batches of `rows`."""
+    """Returns the λ that the pair's estimator chooses for each prompt, in batches of `rows`."""
     from dami.chat import numbers_of
 
     batches = [prompts[start : start + rows] for start in range(0, len(prompts), rows)]
@@ -179,7 +179,7 @@ def train_estimator(
 
 
 def stages(bars: Progress) -> Callable[[str, int, int], None]:
-    """What shows each stage of a study as a bar of its own, when told how far it has come."""
+    """Returns a progress callback that shows each stage of a study as a bar of its own."""
     shown: dict[str, TaskID] = {}
 
     def progress(stage: str, done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how their values are read."""
+"""Options that several commands share, and the parsers of their values."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import typer
 from dami import sources
 from dami.callers import from_text
 
-FORMATS = ("pair", "int8", "int4", "w8d4", "lowrank")  # dami_kernels.formats.names(), which needs torch
+FORMATS = ("pair", "int8", "int4", "w8d4", "lowrank")  # as dami_kernels.formats.names(), which would import torch
 
 
 def one_of(*words: str) -> Callable[[str], list[str]]:
-    """Completes one of these words."""
+    """Returns a completion for one of these words."""
 
     def complete(incomplete: str) -> list[str]:
         return [word for word in words if word.startswith(incomplete)]
@@ -26,12 +26,12 @@ def one_of(*words: str) -> Callable[[str], list[str]]:
 def intensity_names(context: typer.Context, incomplete: str) -> list[str]:
     """Completes the presets of the pair on the command line, and auto if it has an estimator."""
     positional = any(each.name == "pair" and each.param_type_name == "argument" for each in context.command.params)
-    pair = context.params.get("pair") or (positional and context.args)  # of a line that ends with an option
+    pair = context.params.get("pair") or (positional and context.args)  # if the line ends with an option
     pair = pair or [str(end) for end in sources.example_pair()]
     try:
         where = sources.local(pair[-1])
         presets, has_estimator = sources.stored_names(where) if where is not None else ([], False)
-    except (ValueError, OSError):  # the command will tell
+    except (ValueError, OSError):  # the command will report it
         return []
     return one_of(*presets, *(["auto"] if has_estimator else []))(incomplete)
 
@@ -61,14 +61,14 @@ def positive(text: str) -> float:
 
 
 def format_name(text: str) -> str:
-    """Reads how a pair is kept."""
+    """Reads the name of a storage format."""
     if text not in FORMATS:
         raise typer.BadParameter(f"must be one of {', '.join(FORMATS)}, got {text!r}")
     return text
 
 
 def template(text: str) -> str | float:
-    """Reads a chat template's name, or the λ from which on the thinking end's is taken."""
+    """Reads a chat template's name, or the λ from which to use the thinking end's."""
     if text in ("instruct", "thinking"):
         return text
     try:
@@ -78,7 +78,7 @@ def template(text: str) -> str | float:
 
 
 def lam_option(help: str, default: str) -> Any:
-    """The option -l of a command that asks at several λ."""
+    """Returns the option -l of a command that asks at several λ."""
     text = f"{help} Repeatable. Default: {default}."
     return typer.Option("--intensity", "-l", parser=finite, metavar="LAMBDA", help=text)
 

@@ -1,4 +1,4 @@
-"""`dami describe`, `dami pack` and `dami merge`: what a pair is, and what it becomes."""
+"""`dami describe`, `dami pack` and `dami merge`: inspect a pair, pack it, or merge it at one λ."""
 
 from __future__ import annotations
 

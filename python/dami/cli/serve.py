@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """Everything that `dami serve` can be told."""
+    """The settings of `dami serve`."""
 
     pair: Annotated[EndsArgument, Several()] = None
     host: Annotated[str, typer.Option(help="The address to listen on. Any but the default lets other machines in.")] = (
@@ -115,28 +115,28 @@ class ServeSettings:
 
     @property
     def local(self) -> bool:
-        """Whether no other machine can reach the server."""
+        """Whether only this machine can reach the server."""
         from dami.serving.gate import LOOPBACK
 
         return self.host in LOOPBACK
 
     @property
     def name(self) -> str:
-        """The model's, in the API."""
+        """The model's name in the API."""
         if self.served_model_name or not self.pair:
             return self.served_model_name or "shipped"
         return Path(self.pair[0]).name if Path(self.pair[0]).exists() else self.pair[0]
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """Those that clients may call; any if there are none."""
+        """The host names that clients may use; any if empty."""
         from dami.serving.gate import LOOPBACK
 
         named = self.allowed_host or ()
         return (*LOOPBACK, *named) if named or (self.local and not self.api_key) else ()
 
     def limits(self) -> Limits:
-        """Of the engine."""
+        """Returns the engine's limits."""
         from dami.serving.engine import Limits
 
         return Limits(
@@ -149,10 +149,12 @@ class ServeSettings:
         )
 
     def controller(self, frontier: Mapping[str, Any]) -> IntensityController | None:
-        """Of λ under load, if one is wanted; a frontier tells how many tokens answers take.
+        """Returns the controller that lowers λ under load, or None without a target latency.
+
+        A frontier gives it the mean tokens of answers beforehand.
 
         Raises:
-            ValueError: it cannot be as it was asked for.
+            ValueError: if the target latency or the lowest λ is out of range.
         """
         from dami.serving.controller import IntensityController
 
@@ -162,7 +164,7 @@ class ServeSettings:
         return IntensityController(self.target_latency, self.max_batch_rows, self.intensity_floor, tokens=tokens)
 
     def service(self, frontier: dict[str, Any]) -> ServiceSettings:
-        """What the server is told beside its engine."""
+        """Returns the server's settings, apart from its engine."""
         from dami.serving.service import ServiceSettings
 
         return ServiceSettings(
@@ -207,16 +209,16 @@ def serve(given: Given[ServeSettings]) -> None:
     try:
         with user_errors():
             code = run(served, settings.host, settings.port, settings.drain)
-    except SystemExit as stopped:  # uvicorn's, which has told why
+    except SystemExit as stopped:  # from uvicorn, which has logged the reason
         raise fail(f"the server did not start on {settings.host} port {settings.port}") from stopped
     raise typer.Exit(code)
 
 
 def check(given: Given[ServeSettings]) -> dict[str, Any] | None:
-    """Tells what is wrong with the settings before anything is loaded, and reads the frontier if there is a file.
+    """Checks the settings before anything is loaded, and reads the frontier if there is a file.
 
     Raises:
-        ValueError, OSError: something is.
+        ValueError, OSError: if a setting is wrong.
     """
     from dami.serving.gate import check_key
     from dami.serving.playground import read_frontier
@@ -233,7 +235,7 @@ def check(given: Given[ServeSettings]) -> dict[str, Any] | None:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises OSError if a server cannot listen there: now, not after the model has been loaded."""
+    """Raises OSError if a server cannot listen at this address, before the model is loaded."""
     try:
         for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
             with socket.socket(family, kind, protocol) as trial:

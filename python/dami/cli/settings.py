@@ -1,7 +1,7 @@
-"""Settings that come from the command line, the environment or a file, all declared in one dataclass.
+"""Settings from the command line, the environment or a file, all declared in one dataclass.
 
-Its fields are options of typer; pydantic-settings reads them from elsewhere. That library is imported when the command
-runs, so that --help stays instant.
+The fields are typer options, and pydantic-settings reads them from the other sources. That library is imported only
+when the command runs, so that --help stays instant.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PREFIX = "DAMI_"
-OTHER_VARIABLES = {"CONFIG", "CPU_ISA", "CUDA"}  # that begin with the prefix and are no settings
+OTHER_VARIABLES = {"CONFIG", "CPU_ISA", "CUDA"}  # other variables that begin with the prefix
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
@@ -41,7 +41,7 @@ ConfigOption = Annotated[
 
 @dataclasses.dataclass(frozen=True)
 class Several:
-    """Marks a field of several values, and says what separates them in a text; None if a text is one value."""
+    """Marks a field with several values. `separator` splits a text into values; None if a text is one value."""
 
     separator: str | None = ","
 
@@ -51,8 +51,8 @@ class Given(Generic[T]):
     """The settings of a run.
 
     Attributes:
-        settings: what holds.
-        names: of fields, as the user gave them: --port, DAMI_PORT or serve.toml: port.
+        settings: the settings in effect.
+        names: for each field, where the user set it: --port, DAMI_PORT or serve.toml: port.
     """
 
     settings: T
@@ -62,12 +62,12 @@ class Given(Generic[T]):
 def options_of(
     kind: type[T], extra: str, packages: Sequence[str]
 ) -> Callable[[Callable[[Given[T]], None]], Callable[..., None]]:
-    """Makes a command of a function that takes the settings of a kind: a dataclass whose fields are typer's options.
+    """Turns a function that takes settings into a command. `kind` is a dataclass whose fields are typer options.
 
-    It needs the packages of an extra, pydantic-settings among them.
+    The command needs the `packages` of an extra, which include pydantic-settings.
 
-    What stands on the command line comes before environment variables (DAMI_MAX_MODEL_LEN), these before the file of
-    --config, and that before defaults.
+    The command line takes precedence over environment variables (DAMI_MAX_MODEL_LEN), these over the file of --config,
+    and the file over defaults.
     """
     hints = get_type_hints(kind, include_extras=True)
 
@@ -94,16 +94,16 @@ def options_of(
 
 
 def find(kind: type[T], context: typer.Context, config: Path | None, values: Mapping[str, object]) -> Given[T]:
-    """The settings that hold, by the rule of `options_of`.
+    """Returns the settings in effect, with the precedence that `options_of` describes.
 
     Args:
-        kind: of the settings.
+        kind: class of the settings.
         context: knows which values the user gave.
         config: the file, if there is one.
-        values: of the command line, defaults included.
+        values: values from the command line, including defaults.
 
     Raises:
-        ValueError: a setting is unknown or has a wrong value.
+        ValueError: if a setting is unknown or has a wrong value.
     """
     import pydantic
     from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, TomlConfigSettingsSource
@@ -144,7 +144,7 @@ def _parameter(name: str, annotation: object, default: object) -> inspect.Parame
 
 
 def _for_typer(hint: object, default: object) -> tuple[object, object]:
-    """The annotation and the default of a field as typer takes them: it reads no unions, but what has a parser."""
+    """Returns a field's annotation and default for typer, which reads unions only through a parser."""
     _, info = _info(hint)
     if getattr(info, "parser", None) is None:
         return hint, default
@@ -152,7 +152,7 @@ def _for_typer(hint: object, default: object) -> tuple[object, object]:
 
 
 def _for_pydantic(hint: object) -> object:
-    """The annotation of a field as pydantic takes it: with typer's bounds, and texts read as on the command line."""
+    """Returns a field's annotation for pydantic, with typer's bounds and with texts read as on the command line."""
     from pydantic import BeforeValidator, Field
     from pydantic_settings import NoDecode
 
@@ -185,7 +185,7 @@ def _on_command_line(context: typer.Context, name: str) -> bool:
 
 
 def _in_environment(known: Iterable[str]) -> dict[str, str]:
-    """Environment variables by the setting that they give; ValueError if the name of one is nearly a setting's."""
+    """Returns the environment variable of each setting. Raises ValueError if one seems to be a misspelt setting."""
     found, ignored = {}, []
     for variable in sorted(os.environ):
         if not variable.upper().startswith(PREFIX):
@@ -203,7 +203,7 @@ def _in_environment(known: Iterable[str]) -> dict[str, str]:
 
 
 def _told(error: ValidationError, names: Mapping[str, str], config: Path | None) -> Iterator[str]:
-    """What is wrong with each value, and where it came from."""
+    """Yields what is wrong with each value, and where the value came from."""
     for each in error.errors(include_url=False):
         name = str(each["loc"][0])
         if each["type"] == "extra_forbidden":
@@ -211,5 +211,5 @@ def _told(error: ValidationError, names: Mapping[str, str], config: Path | None)
             yield f"{config}: there is no setting {name}: is {near[0]} meant?"
             continue
         problem = each["msg"].removeprefix("Value error, ")
-        got = "" if each["type"] == "value_error" else f", got {each['input']!r}"  # parsers tell it themselves
+        got = "" if each["type"] == "value_error" else f", got {each['input']!r}"  # a parser's message includes it
         yield f"{names[name]}: {problem}{got}"

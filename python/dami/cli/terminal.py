@@ -1,4 +1,4 @@
-"""How answers, costs and parameters look in a terminal; the curve is in plots."""
+"""Renders answers, costs and parameters for the terminal; the curve is in `plots`."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from dami.tables import FittedTable
 from dami.thoughts import Reader
 
 LAYER = re.compile(r"\.(\d+)\.")
-NARROWEST = 20  # columns of text in which an answer can still be read
+NARROWEST = 20  # fewest columns in which an answer is readable
 
 
 def style_of(intensity: float) -> str:
-    """Colour of a λ, the same as in the plots."""
+    """Returns the colour of a λ, the same as in the plots."""
     return "rgb({},{},{})".format(*color(intensity))
 
 
 def plain(prompt: Prompt) -> str:
-    """A prompt in a few words: of a conversation the last message."""
+    """Returns a prompt's text: for a conversation, its last message."""
     return (prompt if isinstance(prompt, str) else prompt[-1]["content"]).strip()
 
 
 def fold(text: Text, console: Console, width: int, lines: int, tail: bool = False) -> Text:
-    """`text` wrapped to `width` and cut to `lines` lines: its middle is left out, or all but its `tail`."""
+    """Wraps `text` to `width` and cuts it to `lines` lines: leaves out the middle, or with `tail` the beginning."""
     wrapped = text.wrap(console, width)
     hidden = len(wrapped) - lines + 1
     if hidden <= 1:
@@ -58,20 +58,20 @@ def side_by_side(
     lines: int = 7,
     tail: bool = False,
 ) -> RenderableType:
-    """The answers to one prompt in columns: λ, tokens used, right or wrong, the thought dimmed and folded, the answer.
+    """Shows the answers to one prompt in columns: λ, tokens, right or wrong, the thought dimmed and folded, the answer.
 
-    Where the console shows no styles both are labelled.
+    Where the console shows no styles, thought and answer are labelled.
 
     Args:
         answers: one per λ.
-        console: for its width.
-        title: of the frame.
-        verdicts: whether each answer is right, if that is known.
-        lines: a thought is folded to so many.
-        tail: keep the end of a long thought rather than both ends, for thoughts in the making.
+        console: where to print; sets the width.
+        title: title of the frame.
+        verdicts: whether each answer is right, if known.
+        lines: number of lines to fold a thought to.
+        tail: keep the end of a long thought instead of both ends, for thoughts still being generated.
     """
     thinks = any(answer.thought for answer in answers)
-    labels = ("thought: ", "answer: ") if thinks and not console.is_terminal else ("", "")  # where no style tells them
+    labels = ("thought: ", "answer: ") if thinks and not console.is_terminal else ("", "")  # without styles
     inside = console.width - 4
     per_line = max(1, min(len(answers), inside // (NARROWEST + 2)))
     width = (inside - 2 * (per_line - 1)) // per_line
@@ -99,7 +99,7 @@ def side_by_side(
 
 
 def size(nbytes: float) -> str:
-    """Bytes as a person reads them: 3.4 MB."""
+    """Returns a number of bytes in readable form: 3.4 MB."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if nbytes < 1000 or unit == "TB":
             break
@@ -116,7 +116,7 @@ def stream(
     console: Console,
     **options: Any,
 ) -> None:
-    """Answers one prompt, tokens shown as they come: of one λ as plain text, of several in columns."""
+    """Answers one prompt and shows tokens as they come: plain text for one λ, columns for several."""
     prompts = [prompt] * len(intensities)
     lams = numbers_of(model, tokenizer, prompts, intensities, chat_template)
     if len(intensities) == 1:
@@ -136,7 +136,7 @@ def stream(
 
 
 class RowStreamer:
-    """A streamer for many rows: keeps what `generate` hands it, the prompts first, then the tokens of each step."""
+    """A streamer for many rows. Keeps what `generate` passes it: first the prompts, then the tokens of each step."""
 
     def __init__(self) -> None:
         self.steps: list[torch.Tensor] = []
@@ -149,7 +149,7 @@ class RowStreamer:
 
 
 def parameters(description: Description) -> RenderableType:
-    """Table of every parameter, alike layers in one row, and what the pair takes against merged copies."""
+    """Returns a table of all parameters, with alike layers in one row, and the pair's size against merged copies."""
     alike: dict[ParameterRow, list[tuple[int, ParameterRow]]] = {}
     for row in description.rows:
         number = LAYER.search(row.name)
@@ -173,7 +173,7 @@ def parameters(description: Description) -> RenderableType:
 
 
 def runs(numbers: Sequence[int]) -> str:
-    """Rising whole numbers in short: 0-5,7."""
+    """Abbreviates increasing integers: 0-5,7."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:
@@ -184,7 +184,7 @@ def runs(numbers: Sequence[int]) -> str:
 
 
 def point_table(points: Sequence[Point], title: Text | None = None) -> FittedTable:
-    """One row per λ: right answers with their interval, and tokens."""
+    """Returns a table with one row per λ: accuracy and tokens, with their intervals."""
     rows = [
         (
             Text(f"{p.intensity:g}", f"bold {style_of(p.intensity)}"),
@@ -199,7 +199,7 @@ def point_table(points: Sequence[Point], title: Text | None = None) -> FittedTab
 
 
 def outcome_table(outcomes: Mapping[float, Outcome], price: float) -> FittedTable:
-    """One row per price of a token: what an estimator reaches, its own price marked."""
+    """Returns a table with one row per price of a token: what an estimator reaches. Marks its own price."""
     heads = ("price", "accuracy", "tokens", "best static λ with as many", "gain")
     rows = [
         (f"{each:g}", *map(str, (outcome.accuracy, outcome.tokens, outcome.static, outcome.gain)))

@@ -1,1 +1,1 @@
-"""The dial: what λ is, where it is kept, and how it is turned."""
+"""The dial: how λ is read from an argument, where it is kept, and how it is turned."""

@@ -1,4 +1,4 @@
-"""What an estimator chooses, in place of "auto"."""
+"""Replaces "auto" with the λ that an estimator chooses."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from dami.sources import check_estimator
 
 
 def chosen(model: nn.Module, value: Any, caller: Caller, batch: Mapping[str, Any], prompts: int) -> Intensity:
-    """An intensity as `Intensity.parse` reads it, with numbers where the estimator was to choose.
+    """Parses an intensity with `Intensity.parse`, and replaces each "auto" with the estimator's number.
 
     Args:
         model: a patched model.
-        value, caller: as there.
-        batch: arguments of `generate` by name, of which the estimator is given the tensors.
-        prompts: how many there are.
+        value, caller: as in `Intensity.parse`.
+        batch: the arguments of `generate` by name; the estimator gets those that are tensors.
+        prompts: number of prompts.
 
     Raises:
-        TypeError, ValueError: as there; or there is no estimator, or what it says is no λ.
+        TypeError, ValueError: as in `Intensity.parse`; or there is no estimator, or it returns an invalid λ.
     """
     return _without_auto(model, Intensity.parse(value, caller, patch_of(model).presets, prompts), batch, prompts)
 
@@ -42,16 +42,16 @@ def _without_auto(model: nn.Module, intensity: Intensity, batch: Mapping[str, An
 
 
 def estimates(model: nn.Module, batch: Mapping[str, Any], prompts: int, places: Sequence[int] | None = None) -> Tensor:
-    """The λ that the estimator of a patched model chooses: float32 [P] on the CPU.
+    """Returns the λ that a patched model's estimator chooses for P prompts: float32 [P] on the CPU.
 
     Args:
         model: a patched model.
-        batch: arguments of `generate` by name; the estimator is given the tensors, for the P prompts only.
-        prompts: how many there are in the batch.
-        places: of the P prompts that are asked about; all if None.
+        batch: the arguments of `generate` by name; the estimator gets those that are tensors, for the P prompts only.
+        prompts: number of prompts in the batch.
+        places: indices of the P prompts in the batch; all of them if None.
 
     Raises:
-        TypeError, ValueError: there is no estimator, or what it says is no λ.
+        TypeError, ValueError: there is no estimator, or it returns an invalid λ.
     """
     patch = patch_of(model)
     estimator = check_estimator(patch.estimator)
@@ -70,7 +70,7 @@ def estimates(model: nn.Module, batch: Mapping[str, Any], prompts: int, places: 
 
 
 def _alone(batch: Mapping[str, Tensor], row: int, prompts: int) -> dict[str, Tensor]:
-    """A prompt of a batch by itself, without padding."""
+    """Returns the batch that holds one prompt alone, without its padding."""
     alone = {
         name: tensor[row : row + 1] if tensor.shape[:1] == (prompts,) else tensor for name, tensor in batch.items()
     }

@@ -16,12 +16,12 @@ from dami.threads import Hold
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a patched model's λ is wanted."""
+    """Returns the device on which a patched model needs λ."""
     return getattr(model, "device", patch_of(model).dial.lam.device)
 
 
 def patch_of(model: nn.Module) -> Patch:
-    """What `patch_model` keeps on a model; TypeError if it is not patched."""
+    """Returns the `Patch` that `patch_model` keeps on a model. Raises TypeError if the model is not patched."""
     patch = getattr(model, "dami_patch", None)
     if patch is None:
         raise TypeError(f"model must be patched by dami.patch_model or dami.load_pair, got {type(model).__name__}")
@@ -30,12 +30,12 @@ def patch_of(model: nn.Module) -> Patch:
 
 @dataclass
 class Origin:
-    """What is known of a pair's two checkpoints.
+    """What is known about the two checkpoints of a pair.
 
     Attributes:
         parents: name and licence of the instruct end and of the thinking end.
-        error: ‖W(1) − W_thinking‖ / ‖W_thinking‖ over all that the pair's format stores, where it was measured.
-        tokenizer: the pair's, which is saved with it.
+        error: ‖W(1) − W_thinking‖ / ‖W_thinking‖ over all weights stored in the pair's format; None if not measured.
+        tokenizer: the pair's tokenizer, which is saved with it.
     """
 
     parents: Sequence[Mapping[str, str | None]] = ()
@@ -48,23 +48,25 @@ class Patch:
     """What `patch_model` keeps on a model.
 
     Attributes:
-        dial: the λ of all modules, except where a part of them is set apart.
-        original: the model's class before.
-        trainable: the parameters that required a gradient before.
-        estimator: what chooses λ for `generate(intensity="auto")`.
+        dial: holds the λ of all modules, except those in a part with a λ of its own.
+        original: the model's class before patching.
+        trainable: the parameters that required a gradient before patching.
+        estimator: chooses λ for `generate(intensity="auto")`.
         presets: λ by name, such as "low".
-        parts: the dials of the parts that are set apart, the innermost last.
-        resting: those that `dami.set_intensity` has set apart, and no block.
-        frontier: what both were measured on, as `dami.evaluation.report.summary` says it; {} if nothing was.
-        hold: of the thread that runs the model.
-        program: turns the dials of the `generate` that is running, if one is.
+        parts: the dials of the parts with a λ of their own, the innermost last.
+        resting: the dials among these that `dami.set_intensity` created, not a `with` block.
+        frontier: the measurements behind presets and estimator, as `dami.evaluation.report.summary` returns them; {}
+            if there are none.
+        hold: the hold of the thread that runs the model.
+        program: turns the dials during `generate`; None if no `generate` is running.
         running: the forward pass that the model is in.
-        attention: the implementation outside of continuous batching, while the model is set up for that; None else.
+        attention: the attention implementation to restore after continuous batching; None if the model is not set up
+            for it.
         checked: whether `check_independence` has passed.
-        packs: whether the check of packed rows has, which is continuous batching's.
-        origin: what it is a patch of.
-        head: the hook of a head that is no part of the patch.
-        shared: the weight that the head shared with the embedding before, where it has been given one of its own.
+        packs: whether the check of packed rows, for continuous batching, has passed.
+        origin: the checkpoints that the model was made from.
+        head: the hook on a head that is not part of the patch.
+        shared: the weight that the head shared with the embedding, if patching gave the head a weight of its own.
     """
 
     dial: Dial
@@ -86,20 +88,20 @@ class Patch:
     shared: nn.Parameter | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is in no block, and runs no `generate`."""
+        """Leaves out `with` blocks and a running `generate`: a copy is in neither."""
         return {**vars(self), "parts": [*self.resting], "program": None}
 
 
 class Estimator(Protocol):
-    """What chooses λ for the prompts of a batch."""
+    """Chooses λ for the prompts of a batch."""
 
     def estimate(self, model: Any, batch: Mapping[str, Tensor]) -> Sequence[float] | Tensor:
-        """λ of every prompt.
+        """Returns λ for every prompt.
 
         Args:
-            model: the patched model that is asked; it may be run, at any λ.
+            model: the patched model; the estimator may run it, at any λ.
             batch: the tensors that `generate` was given, by name: `input_ids` [B, T] or `inputs_embeds` [B, T, D], and
-                mostly `attention_mask` [B, T].
+                usually `attention_mask` [B, T].
 
         Returns:
             B finite real numbers.

@@ -1,4 +1,4 @@
-"""λ over the steps of one `generate`."""
+"""Changes λ over the steps of one `generate`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class DialTrack:
     """The λ of one dial over the steps of one `generate` with B prompts.
 
     Attributes:
-        dial: what it turns.
-        fixed: float32 [] or [B], λ where no schedule says otherwise.
-        schedules: each with the sequences it is for.
-        prompt: float32 [] or [B], λ while the prompt is read; None if the prompt is nothing special.
+        dial: the dial to turn.
+        fixed: float32 [] or [B], λ of the sequences without a schedule.
+        schedules: each with the indices of its sequences.
+        prompt: float32 [] or [B], λ while the prompt is read; None to read it at the same λ as the rest.
     """
 
     dial: Dial
@@ -29,7 +29,7 @@ class DialTrack:
     prompt: Tensor | None
 
     def turn(self, step: int, tokens: Tensor) -> None:
-        """Turns the dial for tokens [rows, step], n rows to a sequence: to one λ for all, or one for every row."""
+        """Sets the dial, to one λ for all rows or one per row, given tokens [rows, step] with n rows per sequence."""
         lam, schedules = self.fixed, self.schedules
         if step == 0 and self.prompt is not None:
             lam, schedules = self.prompt, []
@@ -41,7 +41,7 @@ class DialTrack:
             answer = self._ask(schedule, step, rows)
             of_sequence[places] = answer.expand(len(rows)).view(len(places), -1)
             if answer.dim() == 0 and len(self.fixed) == 1:
-                lam = lam[:1]  # one for all beams
+                lam = lam[:1]  # one λ for all beams
         self.dial.lam = lam
 
     def _ask(self, schedule: Schedule, step: int, rows: Tensor) -> Tensor:
@@ -59,10 +59,10 @@ class DialProgram:
     prompt_length: int | None = field(default=None, init=False)
 
     def turn(self, ids: Tensor, prompt: bool) -> None:
-        """Before a forward pass.
+        """Turns all dials before a forward pass.
 
         Args:
-            ids: int64 [rows, length], the sequences so far, or a piece of them while the prompt is read.
+            ids: int64 [rows, length], the sequences so far; while the prompt is read, possibly a piece of them.
             prompt: whether this pass reads the prompt.
         """
         if prompt:

@@ -1,4 +1,4 @@
-"""What the modules of a patched model know: where they read λ, and the forward pass they are in."""
+"""The state of a patched model's modules: the dial they read λ from, and the forward pass they are in."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ MODULE_GROUPS = ("attn", "embed", "experts", "head", "mlp", "norm", "other")
 
 @dataclass(eq=False)
 class Dial:
-    """Where modules read λ.
+    """Holds the λ that modules read.
 
-    Modules share the object, so that turning it is one assignment; λ itself stays a tensor, so that a compiled graph
-    takes a new one without recompiling.
+    Modules share one dial, so one assignment turns it for all of them. λ is a tensor, so a compiled graph accepts a new
+    value without recompiling.
 
     Attributes:
-        lam: float32, [] for every row, or [B], one per sequence.
-        rest: where it stood before a `with` block or a pass turned it, and will stand again; None while it is there.
+        lam: float32, [] for one λ for every row, or [B] for one per sequence.
+        rest: the λ from before a `with` block or a pass turned the dial, to be restored afterwards; None outside them.
     """
 
     lam: Tensor
@@ -30,7 +30,7 @@ class Dial:
 
     @contextmanager
     def turned(self, lam: Tensor) -> Iterator[None]:
-        """Reads `lam` for the time of a `with` block."""
+        """Sets the dial to `lam` for the duration of a `with` block."""
         before = self.lam, self.rest
         self.lam, self.rest = lam, self.lam if self.rest is None else self.rest
         try:
@@ -39,26 +39,26 @@ class Dial:
             self.lam, self.rest = before
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy stands where this dial will once all blocks and passes are left; a computed λ is its value there."""
+        """Gives a copy the λ from outside all blocks and passes, detached from any graph that computed it."""
         lam = self.lam if self.rest is None else self.rest
         return {"lam": lam if lam.is_leaf else lam.detach(), "rest": None}
 
 
 def layer_of(name: str) -> int | None:
-    """Index of the layer that a module of this qualified name is in, None outside the layers."""
+    """Returns the index of the layer that a module of this qualified name is in; None outside the layers."""
     number = re.search(r"\.(\d+)\.", name)
     return int(number[1]) if number else None
 
 
 class PatchedModule(nn.Module):
-    """A module of a patched model, whatever it computes."""
+    """A patched module of any kind."""
 
     lerp: ModuleState
 
 
 @dataclass(frozen=True)
 class StoredEnds:
-    """In which format a patched module keeps both ends of a parameter, and the names of its tensors."""
+    """The format in which a patched module stores both ends of a parameter, and the names of the stored tensors."""
 
     format: str
     names: tuple[str, ...]
@@ -66,17 +66,20 @@ class StoredEnds:
 
 @dataclass(eq=False)
 class ForwardState:
-    """The forward pass that a model is in; its modules share it.
+    """The forward pass that a model is in; all its modules share this object.
 
     Attributes:
-        sequences: of the batch, a multiple of the number of λ (beams); 0 where it is not known, None outside a pass.
-        tokens: of each sequence; 0 where that is not known.
-        ordered: whether rows stand in the order of the sequences.
-        packed: where tokens of all sequences stand in one row, as in continuous batching, float32 [tokens], λ of each;
-            tokens are then taken for sequences.
-        kept: float32 [rows], λ of those tokens of a packed row whose logits are wanted, where not all are.
-        invariant: whether the bits of a row are to be independent of the others.
-        last: the linear layer that ran last, its input and how often that had been changed in place.
+        sequences: number of sequences in the batch, a multiple of the number of λ (beams); 0 if unknown, None outside a
+            pass.
+        tokens: number of tokens per sequence; 0 if unknown.
+        ordered: whether rows are in the order of the sequences.
+        packed: float32 [tokens], the λ of each token when the tokens of all sequences are packed into one row, as in
+            continuous batching; each token then counts as a sequence. None otherwise.
+        kept: float32 [rows], the λ of the tokens in a packed row whose logits are computed; None if all are.
+        invariant: whether the bits of a row must not depend on the other rows.
+        last: the linear layer that ran last, its input, and how often that input had been changed in place.
+        results: for each layer that `layers.siblings` has computed ahead, what its result was computed from, and the
+            result.
     """
 
     sequences: int | None = None
@@ -86,26 +89,28 @@ class ForwardState:
     kept: Tensor | None = None
     invariant: bool = False
     last: tuple[Any, Tensor, int] | None = None
+    results: dict[Any, tuple[tuple[Any, ...], Tensor]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is in no pass."""
+        """Leaves out the pass: a copy is not in one."""
         return vars(ForwardState(invariant=self.invariant))
 
     @contextmanager
     def during(
         self, sequences: int, tokens: int, packed: Tensor | None = None, kept: Tensor | None = None
     ) -> Iterator[None]:
-        """A pass of so many sequences and tokens of each, for the time of a `with` block."""
+        """Marks a `with` block as a pass of `sequences` sequences with `tokens` tokens each."""
         before = self.sequences, self.tokens, self.packed, self.kept
         self.sequences, self.tokens, self.packed, self.kept = sequences, tokens, packed, kept
         try:
             yield
         finally:
             self.sequences, self.tokens, self.packed, self.kept = before
+            self.forget()
 
     @contextmanager
     def out_of_order(self) -> Iterator[None]:
-        """For a while rows are not in the order of the sequences, and no module may take them for it."""
+        """Marks a `with` block in which rows are not in the order of the sequences, so modules must not assume it."""
         self.ordered = False
         try:
             yield
@@ -114,15 +119,21 @@ class ForwardState:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """For a while it is no matter that a module is called outside a pass: it reads its parameters at λ."""
+        """Lets modules read their parameters at λ for the duration of a `with` block, even outside a pass."""
         before, self.sequences = self.sequences, self.sequences or 0
         try:
             yield
         finally:
             self.sequences = before
+            self.forget()
+
+    def forget(self) -> None:
+        """Drops what the layers of a pass have kept for each other."""
+        self.last = None
+        self.results.clear()
 
     def counts(self, rows: int) -> bool:
-        """Whether a dimension of this size can be the batch: one sequence, token, or part of a token after another."""
+        """Whether a dimension of this size can be the batch: its entries are sequences, tokens or parts of tokens."""
         return self.ordered and (
             not self.sequences or rows == self.sequences or rows % (self.sequences * (self.tokens or 1)) == 0
         )
@@ -130,23 +141,24 @@ class ForwardState:
 
 @dataclass(eq=False)
 class ModuleState:
-    """What a patched module knows beyond the original.
+    """The state that patching adds to a module.
 
     Attributes:
-        dial: its model's, where it reads λ.
-        original: its class before.
-        settings: keyword arguments of its operator, such as a norm's eps, or a linear layer's `invariant`.
-        layer: index of its layer, None outside the layers.
+        dial: the model's dial, from which the module reads λ.
+        original: the module's class before patching.
+        settings: keyword arguments of the operator, such as a norm's eps or a linear layer's `invariant`.
+        layer: index of the module's layer, None outside the layers.
         group: one of `dial.MODULE_GROUPS`.
-        stored: where the ends of every parameter and buffer that is interpolated are, by its name.
-        name: the module's, in its model.
-        running: the forward pass of its model.
-        tokens_at: which dimension of its input the tokens of a packed row are, once it has met one.
-        part: the dial that it reads instead, while its part of the model is set apart.
-        resting: what `part` is outside of `with dami.intensity(…)` blocks, as `dami.set_intensity` has set it.
-        ends: what `LerpModule.ends` has made of the stored tensors, by the parameter's name.
-        siblings: the `layers.siblings.Siblings` that it is one of.
-        alone: whether it is to be none of any, as it was one in vain.
+        stored: how the ends of each interpolated parameter and buffer are stored, by its name.
+        name: the module's qualified name in the model.
+        running: the forward pass of the model.
+        tokens_at: the input dimension that holds the tokens of a packed row; None until the module has seen one.
+        part: the dial to read instead of the model's, while the module is in a part with a λ of its own.
+        resting: the value of `part` outside `with dami.intensity(…)` blocks, as set by `dami.set_intensity`.
+        ends: cache of `LerpModule.ends`, by the parameter's name.
+        siblings: the `layers.siblings.Siblings` group that the module is in.
+        alone: whether the module must stay out of such groups, because one that it was in was of no use.
+        seen: where its tensors were, and how often changed in place, when it last ran alone.
     """
 
     dial: Dial
@@ -163,12 +175,13 @@ class ModuleState:
     ends: dict[str, Any] = field(default_factory=dict)
     siblings: Any = None
     alone: bool = False
+    seen: tuple[tuple[int, int], ...] | None = None
 
     @property
     def lam(self) -> Tensor:
-        """λ that holds for it, a scalar if it is one, or of each token in a packed row.
+        """The module's λ: a scalar if there is only one, or one per token in a packed row.
 
-        ValueError if its part has one per sequence there.
+        Raises ValueError if the module's part has one λ per sequence while rows are packed.
         """
         packed = self.running.packed
         if self.part is None and packed is not None:
@@ -181,5 +194,5 @@ class ModuleState:
         return lam if len(lam) > 1 else lam[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is in no `with` block, and in no pass."""
-        return {**vars(self), "part": self.resting, "ends": {}, "siblings": None}
+        """Leaves out `with` blocks and cached tensors: a copy starts without them."""
+        return {**vars(self), "part": self.resting, "ends": {}, "siblings": None, "alone": False, "seen": None}

@@ -1,4 +1,4 @@
-"""`Dial`: the λ that a patched model's modules read, and the ways to turn it."""
+"""Sets the λ that a patched model's modules read: `intensity`, `set_intensity` and what they share."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ def intensity(
     layers: Layers = None,
     modules: Modules = None,
 ) -> Iterator[None]:
-    """Sets λ of a patched model, or of a part of it, for the time of a `with` block.
+    """Sets λ of a patched model, or of a part of it, for the duration of a `with` block.
 
-    A part keeps its λ inside the block whatever `generate(intensity=…)` or an inner block for the whole model says;
-    of two blocks that name one module the inner one holds. A copy of the model that is made inside is outside.
+    Inside the block, a part keeps its λ even if `generate(intensity=…)` or an inner block sets another for the whole
+    model. If two blocks name the same module, the inner one wins. A copy made inside the block is not affected by it.
 
     Args:
         model: a patched model.
         intensity: a finite real number, or one per sequence of the batches run inside the block. 0 is the instruct end,
             1 the thinking end, and any other real number lies on the line through both; a preset's name stands for its
-            number. Or a mapping of parts of the model to these, such as
-            {"*": 0.2, "mlp": 0.5, ("mlp", range(4, 8)): [0.1, 0.9]}; of two that name one module the later holds.
-        layers: the index of the layer meant, or several; all, and what lies outside the layers too, if None.
-        modules: what is meant in them: "attn", "mlp", "experts", "norm", "embed", "head", "other", or patterns of
-            qualified module names such as "*.q_proj"; one or several, each of which must name something there. All if
-            None.
+            number. Or a mapping from parts of the model to these, such as
+            {"*": 0.2, "mlp": 0.5, ("mlp", range(4, 8)): [0.1, 0.9]}; if two keys name the same module, the later wins.
+        layers: the index of a layer, or several. None selects all layers and the modules outside the layers.
+        modules: which modules in these layers: "attn", "mlp", "experts", "norm", "embed", "head", "other", or patterns
+            of qualified module names such as "*.q_proj"; one or several, each of which must match a module
+            there. None selects all.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted. The model is left as it was.
+        TypeError, ValueError: an argument is invalid; the message names it, what it got and what it takes. The model
+            is unchanged.
         RuntimeError: another thread runs the model, or is inside such a block.
     """
     patch = patch_of(model)
@@ -54,21 +55,22 @@ def intensity(
 
 
 def set_intensity(model: nn.Module, intensity: AnyIntensity) -> None:
-    """Sets λ of a patched model, until it is set anew.
+    """Sets λ of a patched model until the next call.
 
-    A `with dami.intensity(…)` block and the `intensity` of a call come before it, and leave it as it was. A copy
-    keeps it; a twin, a saved pair and an unpatched model do not. (It is no attribute to assign to: a wrapper of the
-    model, such as PEFT's, would keep that to itself.)
+    A `with dami.intensity(…)` block and the `intensity` of a call override this λ without changing it. A copy keeps it;
+    a twin, a saved pair and an unpatched model do not. (λ is not an attribute to assign to, because a wrapper of the
+    model, such as PEFT's, would keep the attribute for itself.)
 
     Args:
         model: a patched model.
-        intensity: a number or a preset, or one of these per sequence of the batches to come; or a mapping of parts of
-            the model to these, as `dami.intensity` takes it, where "*" is the whole model. A part keeps its λ whatever
-            a call says of the whole model. What an earlier call has set apart and this one does not name follows the
-            whole model again.
+        intensity: a number or a preset, or one of these per sequence of the batches to come; or a mapping from parts of
+            the model to these, as in `dami.intensity`, where "*" is the whole model. A part keeps its λ even if a call
+            sets another for the whole model. Parts set by an earlier call and not named in this one follow the whole
+            model again.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted. The model is left as it was.
+        TypeError, ValueError: an argument is invalid; the message names it, what it got and what it takes. The model
+            is unchanged.
         RuntimeError: inside a `with dami.intensity(…)` block or a `generate`, or while another thread runs the model.
     """
     patch, device = patch_of(model), device_of(model)
@@ -101,7 +103,7 @@ def turned(
     modules: Modules = None,
     layers: Layers = None,
 ) -> Iterator[None]:
-    """A patched model, or a part of it, at an intensity for the time of a `with` block."""
+    """Sets a patched model, or a part of it, to a parsed intensity for the duration of a `with` block."""
     device = device_of(model)
     with ExitStack() as stack:
         whole: Sequence[tuple[Modules, Layers, Intensity]] = [(modules, layers, wanted)]
@@ -112,9 +114,10 @@ def turned(
 
 @contextmanager
 def separate(model: nn.Module, modules: Modules = None, layers: Layers = None) -> Iterator[Dial]:
-    """The dial of a part of a patched model, which no other module reads for the time of a `with` block.
+    """Gives a part of a patched model a dial of its own for the duration of a `with` block, and yields it.
 
-    It can be turned inside, and stands where it stood afterwards. The whole model's dial is the patch's own.
+    You can turn the dial inside the block; afterwards everything is as it was. For the whole model, yields the patch's
+    own dial.
     """
     patch = patch_of(model)
     if layers is None and modules is None:
@@ -132,14 +135,14 @@ def separate(model: nn.Module, modules: Modules = None, layers: Layers = None) -
 
 
 def check_rows(patch: Patch, lam: Tensor, rows: int | None) -> None:
-    """Refuses λ, of the whole model and of its parts, that are not one for each row of a forward pass: ValueError.
+    """Raises ValueError if λ of the whole model or of a part does not hold one number per row of a forward pass.
 
-    Only `generate` may run more: copies of each sequence, which are neighbours.
+    Only `generate` may run a multiple of that many rows: adjacent copies of each sequence.
 
     Args:
-        patch: of the model.
-        lam: float32, [] or [B], what the whole model is to run at.
-        rows: of the batch, None if not known.
+        patch: the model's patch.
+        lam: float32, [] or [B], the λ for the whole model.
+        rows: number of rows in the batch, None if unknown.
     """
     for each in (lam, *(part.lam for part in patch.parts)):
         if rows is None or each.dim() == 0:
@@ -149,8 +152,10 @@ def check_rows(patch: Patch, lam: Tensor, rows: int | None) -> None:
 
 
 def _chosen(model: nn.Module, layers: Layers, modules: Modules) -> list[PatchedModule]:
-    """The patched modules that `intensity`'s `layers` and `modules` name: each layer is one of the model's, of which
-    nothing may be interpolated, and each name of `modules` says something."""
+    """Returns the patched modules that `layers` and `modules` of `intensity` select.
+
+    Every layer must exist in the model, with or without interpolated modules; every name in `modules` must match.
+    """
     indices = layer_indices(layers)
     names = ["*"] if modules is None else module_names(modules)
     patched = {name: module for name, module in model.named_modules() if isinstance(module, PatchedModule)}

@@ -1,4 +1,4 @@
-"""What an intensity means: `Intensity.parse` reads it for every caller, as `dami.callers` has what each takes."""
+"""Parses intensities: `Intensity.parse` does so for every caller, and `dami.callers` lists what each one takes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ AnyIntensity = IntensityLike | Mapping[Part, IntensityLike]
 
 @dataclass(eq=False)
 class Intensity:
-    """An intensity as a caller was given it: checked, with numbers for presets.
+    """A parsed intensity: checked, with presets replaced by their numbers.
 
     Attributes:
-        numbers: [] or [B]: the tensor that was given, or else float64 on the CPU; 0 where an estimator or a schedule
-            is to say.
-        auto: places in [B] for which the estimator chooses.
-        schedules: each with the places in [B] that it is for.
-        parts: module pattern, layers and intensity of each part of the model. Where there are any, they say it all.
+        numbers: [] or [B]: the tensor that was given, else float64 on the CPU; 0 where an estimator or a schedule
+            decides.
+        auto: indices in [B] for which the estimator chooses.
+        schedules: each with the indices in [B] that it is for.
+        parts: module pattern, layers and intensity of each part of the model. If there are any, the other attributes
+            are unused.
     """
 
     numbers: Tensor
@@ -41,21 +42,21 @@ class Intensity:
     def parse(
         cls, value: Any, caller: Caller, presets: Mapping[str, float] | None = None, sequences: int | None = None
     ) -> Intensity:
-        """Reads what a caller was given.
+        """Parses an intensity that a caller was given.
 
         Args:
-            value: of a kind that the caller takes: a real number; one per sequence, as a list, another sequence, an
-                array of NumPy's or a tensor, of floats or integers; a preset's name, "auto" or a schedule, for all
-                sequences or in a list; a mapping of parts of the model to these; or an iterator, of which the first
-                are taken. Gradients flow through a tensor.
-            caller: of `dami.callers`.
+            value: a kind of intensity that the caller takes: a real number; one per sequence, as a list or other
+                sequence, a NumPy array or a tensor, of floats or integers; a preset's name, "auto" or a schedule, for
+                all sequences or in a list; a mapping from parts of the model to these; or an iterator, from which the
+                first `sequences` entries are taken. Gradients flow through a tensor.
+            caller: one of `dami.callers`.
             presets: λ by name.
-            sequences: B, if known. A caller that takes "auto" or schedules knows it.
+            sequences: B, if known. Callers that take "auto" or schedules always pass it.
 
         Raises:
-            TypeError: of a kind that the caller does not take, or of none, such as a bool, bytes or a set.
-            ValueError: NaN or infinite (a tensor on a GPU is not looked at, as that would wait for the GPU), of two
-                dimensions or more, of the wrong length, or no preset's name.
+            TypeError: the caller does not take this kind, or it is not an intensity, such as a bool, bytes or a set.
+            ValueError: it is NaN or infinite (not checked for a tensor on a GPU, to avoid waiting for the GPU), has two
+                or more dimensions or the wrong length, or is not a preset's name.
         """
         if isinstance(value, Mapping):
             caller.check("parts")
@@ -91,37 +92,37 @@ class Intensity:
         return cls(numbers, auto, list(schedules.values()))
 
     def to(self, device: torch.device) -> Tensor:
-        """The numbers as λ: float32 [] or [B]."""
+        """Returns the numbers as λ: float32 [] or [B]."""
         return self.numbers.to(device, torch.float32)
 
     def each(self, sequences: int) -> list[float]:
-        """The number of every sequence."""
+        """Returns the number of every sequence."""
         return self.numbers.expand(sequences).tolist()
 
     @property
     def one(self) -> float:
-        """The only number, as float32 holds it."""
+        """The only number, rounded to float32."""
         return self.to(torch.device("cpu")).item() + 0.0  # −0 is 0
 
 
 def as_lam(numbers: Any, device: torch.device, sequences: int | None = None, name: str = "intensity") -> Tensor:
-    """The float32 tensor [] or [B] of numbers that nobody has parsed, such as a schedule's.
+    """Checks numbers that have not been parsed, such as a schedule's, and returns them as float32 [] or [B].
 
     Args:
-        numbers: a real number or one per sequence, as `Intensity.parse` takes them.
-        device: where the result is wanted.
+        numbers: a real number or one per sequence, as for `Intensity.parse`.
+        device: device of the result.
         sequences: B, if known.
-        name: of the argument, for errors.
+        name: name of the argument, for error messages.
 
     Raises:
-        TypeError: anything else, such as a bool, bytes, a set, a mapping, or an array of another dtype.
-        ValueError: NaN or infinite, of more than one dimension, or of the wrong length.
+        TypeError: `numbers` is anything else, such as a bool, bytes, a set, a mapping, or an array of another dtype.
+        ValueError: it is NaN or infinite, or has more than one dimension or the wrong length.
     """
     return _checked(numbers, name, sequences).to(device, torch.float32)
 
 
 def one_lam(number: Any, name: str) -> float:
-    """One λ that nobody has parsed, as float32 holds it; TypeError or ValueError if it is none, or several."""
+    """Checks one λ and returns it rounded to float32. Raises TypeError or ValueError if it is not exactly one λ."""
     lam = as_lam(number, torch.device("cpu"), name=name)
     if lam.dim():
         raise ValueError(f"{name} must be one number, got {len(lam)}")
@@ -138,7 +139,7 @@ def _preset(name: str, caller: Caller, presets: Mapping[str, float] | None) -> f
 
 
 def _checked(numbers: Any, name: str, sequences: int | None = None, hint: str = "") -> Tensor:
-    """Numbers as a tensor [] or [B]: the one given, or one of float64 on the CPU; `hint` ends a TypeError."""
+    """Checks numbers and returns the given tensor, else float64 [] or [B] on the CPU; `hint` ends a TypeError."""
     wanted = f"{name} must be a real number, or one per sequence"
     if not isinstance(numbers, Tensor):
         found = torch.tensor(_floats(numbers, wanted, hint), dtype=torch.float64)
@@ -150,14 +151,14 @@ def _checked(numbers: Any, name: str, sequences: int | None = None, hint: str = 
         raise ValueError(f"{wanted}, got shape {list(found.shape)}")
     if sequences is not None and found.dim() == 1 and len(found) != sequences:
         raise ValueError(f"{wanted}, got {len(found)} for {sequences} sequences")
-    looks = found.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere that waits for the device
-    if looks and not bool(found.float().isfinite().all()):  # too large is infinite
+    looks = found.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would have to be waited for
+    if looks and not bool(found.float().isfinite().all()):  # infinite too if too large for float32
         raise ValueError(f"{name} must be finite, got {numbers}")
     return found
 
 
 def _floats(numbers: Any, wanted: str, hint: str) -> Any:
-    """A number as a float, a sequence or an array of numbers as a list; TypeError if it is none of these."""
+    """Returns a number as a float, or a sequence or array of numbers as a list. Raises TypeError otherwise."""
     if hasattr(numbers, "__array__") and not isinstance(numbers, Real):
         array = numbers.__array__()
         if array.dtype.kind not in "iuf":
@@ -175,7 +176,7 @@ def _floats(numbers: Any, wanted: str, hint: str) -> Any:
 
 
 def _parts(intensities: Mapping[Any, Any]) -> list[tuple[tuple[str, list[int] | None], Any]]:
-    """The modules and layers that each key of a mapping names, and its intensity."""
+    """Returns the modules and layers that each key of a mapping names, with the key's intensity."""
     if not intensities:
         raise ValueError("intensity must name a part of the model, got an empty mapping")
     parts = []
@@ -192,7 +193,7 @@ def _parts(intensities: Mapping[Any, Any]) -> list[tuple[tuple[str, list[int] | 
 
 
 def layer_indices(layers: Any) -> list[int] | None:
-    """Indices of layers, of which `intensity` takes one or several; TypeError if they are none."""
+    """Returns one or several layer indices as a list. Raises TypeError for anything else."""
     if layers is None:
         return None
     dimensions: Any = getattr(layers, "ndim", 1)
@@ -206,7 +207,7 @@ def layer_indices(layers: Any) -> list[int] | None:
 
 
 def module_names(modules: Any) -> list[str]:
-    """Groups and patterns of modules, of which `intensity` takes one or several; TypeError if they are none."""
+    """Returns one or several groups or patterns of modules as a list. Raises TypeError for anything else."""
     names = [modules] if isinstance(modules, str) or not isinstance(modules, Iterable) else list(modules)
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"modules must be a group, a pattern of names, or several, got {modules!r}")

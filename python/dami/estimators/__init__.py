@@ -15,7 +15,7 @@ from dami.estimators.registry import register_estimator
 @register_estimator("static")
 @dataclass(frozen=True)
 class StaticIntensity:
-    """The same λ for every prompt: the baseline that any other estimator has to beat."""
+    """Chooses the same λ for every prompt: the baseline that other estimators have to beat."""
 
     intensity: float
 

@@ -1,4 +1,4 @@
-"""`attach` gives a patched model its estimator."""
+"""Defines `attach`, which sets a patched model's estimator."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ M = TypeVar("M", bound=nn.Module)
 def attach(
     model: M, estimator: Estimator | str | PathLike[str] | None, presets: Mapping[str, float] | None = None
 ) -> M:
-    """Sets or removes the estimator that `generate(intensity="auto")` asks, and returns the model.
+    """Sets or removes the estimator that `generate(intensity="auto")` uses, and returns the model.
 
     Args:
         model: a patched model.
-        estimator: any object with `estimate(model, batch) -> λ of each prompt`; or a directory that `dami
-            train-estimator` wrote, whose presets are then used too; or None for no estimator.
-        presets: λ by name, for `generate(intensity="low")`. None keeps the present ones.
+        estimator: any object with `estimate(model, batch) -> λ of each prompt`; or a directory written by `dami
+            train-estimator`, whose presets are then used too; or None for no estimator.
+        presets: λ by name, for `generate(intensity="low")`. None keeps the current ones, or takes the directory's.
 
     Raises:
         TypeError: the model is not patched, the estimator has no method `estimate`, or a preset is not a number.
-        ValueError: a preset is called "auto", or is not finite; or the directory holds no estimator.
-        OSError: there is no such directory.
+        ValueError: a preset is called "auto" or is not finite, or the directory holds no estimator.
+        OSError: the directory does not exist.
     """
     patch = patch_of(model)
     if isinstance(estimator, (str, PathLike)):
@@ -43,6 +43,6 @@ def attach(
             raise ValueError('presets must have names other than "auto", which is what the estimator chooses')
         for name, lam in presets.items():
             one_lam(lam, f"presets[{name!r}]")
-        patch.presets = {name: float(lam) for name, lam in presets.items()}  # 0.6, and not the float32 next to it
+        patch.presets = {name: float(lam) for name, lam in presets.items()}  # keeps 0.6, not the nearest float32
     patch.estimator = estimator
     return model

@@ -1,7 +1,7 @@
-"""λ from confidence, without training: how sure is the instruct end of a short answer, and does the other end agree?
+"""Estimates λ without training, from the instruct end's confidence in a short trial answer and the ends' agreement.
 
-The confidence in a trial answer, the geometric mean of its tokens' probabilities, comes from DEER (arXiv 2504.15895);
-the formula for λ is ours. The two ends are two rows of one batch.
+The confidence is the geometric mean of the answer's token probabilities, as in DEER (arXiv 2504.15895). The formula for
+λ is ours. The two ends run as two rows of one batch.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Signals:
-    """What the two ends say of a greedy trial answer by the instruct end: means over its tokens, float32 [B] each.
+    """How the two ends rate a greedy trial answer by the instruct end: means over its tokens, float32 [B] each.
 
     Attributes:
         confidence: geometric mean of the tokens' probabilities at the instruct end, in (0, 1].
-        thinking_confidence: likewise at the thinking end, of the same tokens.
-        entropy: of the instruct end's next-token distribution, in nats.
+        thinking_confidence: geometric mean of the same tokens' probabilities at the thinking end.
+        entropy: entropy of the instruct end's next-token distribution, in nats.
         divergence: Jensen–Shannon divergence of the ends' next-token distributions, in nats, at most ln 2.
     """
 
@@ -44,12 +44,12 @@ class Signals:
 
 @torch.no_grad()
 def signals(model: PreTrainedModel, batch: Mapping[str, Tensor], tokens: int) -> Signals:
-    """Generates a trial answer of at most so many tokens for every prompt, at λ=0, and reads it at both ends at once.
+    """Generates a trial answer at λ=0 for every prompt, then scores it at both ends in one forward pass.
 
     Args:
         model: a patched model.
         batch: `input_ids` [B, T], padded on the left, and `attention_mask` [B, T] if there is padding.
-        tokens: at least 1.
+        tokens: maximum length of the trial answer, at least 1.
 
     Raises:
         ValueError: the batch has no `input_ids`.
@@ -62,7 +62,7 @@ def signals(model: PreTrainedModel, batch: Mapping[str, Tensor], tokens: int) ->
         intensity=lam, logits_to_keep=answer.shape[1] + 1,
     ).logits.unflatten(0, (2, -1))  # fmt: skip
     sums = torch.zeros(4, len(prompts), device=prompts.device)
-    for step in range(answer.shape[1]):  # one position at a time: float32 logits of all would take much memory
+    for step in range(answer.shape[1]):  # one position at a time, because float32 logits of all would need much memory
         logs = logits[:, :, step].float().log_softmax(-1)
         of_token = logs.gather(2, answer[None, :, step, None].expand(2, -1, 1)).squeeze(2)
         middle = torch.logaddexp(logs[0], logs[1]) - torch.log(torch.tensor(2.0))
@@ -75,7 +75,7 @@ def signals(model: PreTrainedModel, batch: Mapping[str, Tensor], tokens: int) ->
 
 @torch.no_grad()
 def confidence(model: PreTrainedModel, batch: Mapping[str, Tensor], tokens: int) -> Tensor:
-    """`Signals.confidence` by itself, float32 [B]: what generating the trial answer has computed anyway.
+    """Returns `Signals.confidence` only, float32 [B], from the logits of generation, without another forward pass.
 
     Args:
         model, batch, tokens: as for `signals`.
@@ -90,8 +90,11 @@ def confidence(model: PreTrainedModel, batch: Mapping[str, Tensor], tokens: int)
 
 
 def _trial(model: Any, batch: Mapping[str, Tensor], tokens: int) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """Prompts with greedy trial answers [B, T + tokens], the prompts' mask [B, T], the answers' up to their first end
-    token and with it [B, tokens], and the logits of each of their tokens, [B, vocabulary]."""
+    """Generates greedy trial answers.
+
+    Returns the prompts with their answers [B, T + tokens], the prompts' mask [B, T], the answers' mask up to and
+    including the first end token [B, tokens], and the logits of each answer token, [B, vocabulary] each.
+    """
     if "input_ids" not in batch:
         raise ValueError(f"batch must have input_ids for a trial answer, got {sorted(batch)}")
     prompts = batch["input_ids"]
@@ -107,19 +110,20 @@ def _trial(model: Any, batch: Mapping[str, Tensor], tokens: int) -> tuple[Tensor
 @register_estimator("confidence")
 @dataclass(frozen=True)
 class ConfidenceEstimator:
-    """λ = (1 − cᵏ) (apart + (alike − apart) a): no training, no labels.
+    """Chooses λ = (1 − cᵏ) (apart + (alike − apart) a), without training or labels.
 
-    c is the instruct end's confidence in a trial answer. 1 − cᵏ is the probability that, of k sampled tokens as certain
-    as the trial's are on average, at least one differs: if the instruct end is sure, it answers alone.
+    c is the instruct end's confidence in a trial answer. Suppose k tokens are sampled, each as certain as the trial's
+    tokens are on average. Then 1 − cᵏ is the probability that at least one of them differs. So if the instruct end is
+    sure, it answers alone.
     a = min(1, e^−gap) measures how likely the thinking end is to begin in the same way. If it is likely, thinking is
     short and more of it costs little; if not, thinking is long.
 
     Attributes:
-        tokens: most tokens of the trial answer. An estimate costs these and one pass over them at both ends.
-        doubt: k. A larger k means more thinking for all prompts but the surest.
+        tokens: maximum length of the trial answer. An estimate costs these tokens and one pass over them at both ends.
+        doubt: k. A larger k means more thinking for all but the surest prompts.
         apart, alike: λ of an unsure prompt if a is 0, and if a is 1.
 
-    Form and defaults were chosen on answers of the shipped pair; docs/intensity.md says how.
+    The formula and the defaults were chosen on answers of the shipped pair; docs/intensity.md explains how.
     """
 
     tokens: int = 20
@@ -145,14 +149,14 @@ class ConfidenceEstimator:
 @register_estimator("confidence router")
 @dataclass(frozen=True)
 class ConfidenceRouter:
-    """λ = 0 where the instruct end is sure of a trial answer, λ = 1 where it is not: no training, no labels.
+    """Chooses λ = 0 if the instruct end is sure of a trial answer and λ = 1 otherwise, without training or labels.
 
-    It is for pairs that are worse between their ends than at them, which `ConfidenceEstimator` cannot know. `dami
-    evaluate` shows this even without labels, by thoughts that do not end.
+    Use it for pairs that perform worse between their ends than at them, which `ConfidenceEstimator` cannot detect.
+    `dami evaluate` shows this even without labels: some thoughts do not end.
 
     Attributes:
-        tokens: most tokens of the trial answer.
-        sure: the least confidence at which the trial answer is trusted, in (0, 1).
+        tokens: maximum length of the trial answer.
+        sure: minimum confidence for the trial answer to be trusted, in (0, 1).
     """
 
     tokens: int = 3

@@ -1,4 +1,4 @@
-"""What is known of a prompt before it is answered: the instruct end's states, and its doubts about a trial answer."""
+"""Computes features of a prompt before it is answered: the instruct end's states, and signals of a trial answer."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def prompt_states(model: PreTrainedModel, batch: Mapping[str, Tensor], layers: Sequence[int]) -> Tensor:
-    """The instruct end's hidden states at each prompt's last token, of several layers side by side: one forward pass.
+    """Returns the instruct end's hidden states at each prompt's last token, of several layers, in one forward pass.
 
     Args:
         model: a patched model.
-        batch: `input_ids` [B, T] or `inputs_embeds` [B, T, D], and `attention_mask` [B, T] where there is padding.
-        layers: indices into transformers' `hidden_states`: 0 is the embedding, -1 what the head reads.
+        batch: `input_ids` [B, T] or `inputs_embeds` [B, T, D], and `attention_mask` [B, T] if there is padding.
+        layers: indices into transformers' `hidden_states`: 0 is the embedding, -1 the input of the head.
 
     Returns:
         float32 [B, D · layers] on the CPU.
@@ -46,7 +46,7 @@ def prompt_states(model: PreTrainedModel, batch: Mapping[str, Tensor], layers: S
 
 
 def trial_signals(model: PreTrainedModel, batch: Mapping[str, Tensor], tokens: int) -> Tensor:
-    """`confidence.signals` as float32 [B, 4] on the CPU, probabilities as logarithms."""
+    """Returns `confidence.signals` as float32 [B, 4] on the CPU, with probabilities as logarithms."""
     found: Signals = signals(model, batch, tokens)
     columns = {field.name: getattr(found, field.name) for field in fields(found)}
     return torch.stack([c.log() if "confidence" in name else c for name, c in columns.items()], 1).float().cpu()

@@ -1,7 +1,8 @@
-"""What is known of a pair's λ as files: an estimator, presets, and the frontier that both were measured on.
+"""Stores an estimator, presets, and the frontier they were measured on.
 
-A directory with `intensity.json`, `frontier.json` and, for an estimator with weights, `estimator.safetensors`. In a
-packed pair, or beside the thinking end, it is called `intensity`, and comes with the pair.
+They are stored in a directory with `intensity.json`, `frontier.json` and, for an estimator with weights,
+`estimator.safetensors`. In a packed pair, or in the thinking end's directory, this directory is called `intensity` and
+is loaded with the pair.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dami.dial.patch import Estimator
-from dami.estimators import confidence, preference  # noqa: F401  # which register theirs
+from dami.estimators import confidence, preference  # noqa: F401  # registers their estimators
 from dami.estimators.registry import estimator_of, state_of
 from dami.files import write_text, written_file
 from dami.sources import FOLDER, SETTINGS
@@ -29,12 +30,12 @@ WEIGHTS, FRONTIER = "estimator.safetensors", "frontier.json"
 
 @dataclass(frozen=True, eq=False)
 class StoredIntensity:
-    """What a directory holds.
+    """The contents of a directory.
 
     Attributes:
-        estimator: None if there is none.
+        estimator: the estimator, or None.
         presets: λ by name.
-        frontier: what it was measured on, as `dami.evaluation.report.summary` says it; {} if nothing was.
+        frontier: the measured frontier, as `dami.evaluation.report.summary` returns it; {} if none was measured.
     """
 
     estimator: Estimator | None = None
@@ -46,8 +47,8 @@ class StoredIntensity:
         """Reads a directory.
 
         Raises:
-            OSError: there is none.
-            ValueError: it holds something else; the file is named.
+            OSError: it does not exist.
+            ValueError: a file has the wrong contents; the message names it.
         """
         directory = Path(directory)
         file = directory / SETTINGS
@@ -61,7 +62,7 @@ class StoredIntensity:
         return cls(estimator, presets, json.loads(frontier.read_text(encoding="utf-8")) if frontier.exists() else {})
 
     def save(self, directory: str | Path) -> Path:
-        """Writes a directory, which is made if need be, and returns it.
+        """Writes a directory, creating it if necessary, and returns it.
 
         Raises:
             TypeError: the estimator's class is not registered, or JSON cannot hold its settings.
@@ -82,12 +83,12 @@ class StoredIntensity:
                 save_file(dict(weights), file)
         if self.frontier:
             write_text(directory / FRONTIER, json.dumps(self.frontier, indent=1, ensure_ascii=False) + "\n")
-        write_text(directory / SETTINGS, settings + "\n")  # last: it is what is looked for
+        write_text(directory / SETTINGS, settings + "\n")  # last, because readers look for this file
         return directory
 
 
 def copy_estimator(pair: Path, to: Path) -> None:
-    """Copies the folder `intensity` of one pair's directory to another's, if there is one; records of sweeps stay."""
+    """Copies the `intensity` folder of one pair's directory to another's, if it exists, without records of sweeps."""
     for name in (SETTINGS, WEIGHTS, FRONTIER):
         if (pair / FOLDER / name).exists():
             (to / FOLDER).mkdir(exist_ok=True)

@@ -1,11 +1,11 @@
-"""λ by preference: a utility of every λ for every prompt, fitted to which of two λ did better on it.
+"""Chooses λ by preference: learns a utility of every λ for every prompt from which of two λ did better on it.
 
-A question answered at two λ prefers the one of higher worth, score − price · tokens: the more accurate one, and of
-equally accurate ones the cheaper. The utility has the same form, u(q, λ) = gain(q, λ) − price · cost(q, λ), with gain
-and cost from a small network that reads what the instruct end makes of the prompt. It is fitted at all prices at once,
-by the Bradley–Terry likelihood of the preferences, each weighted by the worth at stake: with that weight, and only
-with it, what is likelier to be preferred is what is worth more on average. The price stays a number to be set when λ
-is chosen.
+For a question answered at two λ, the preferred λ is the one of higher worth, score − price · tokens: the more accurate
+one or, if both are equally accurate, the cheaper. The utility has the same form:
+u(q, λ) = gain(q, λ) − price · cost(q, λ). A small network computes gain and cost from the instruct end's features of
+the prompt. It is fitted at all prices at once, by the Bradley–Terry likelihood of the preferences. Each preference is
+weighted by the difference in worth: only with that weight is the λ that is likelier to be preferred also worth more on
+average. The price stays adjustable when λ is chosen.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from dami.estimators.registry import register_estimator
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DEGREE = 3  # of the utility in λ: enough for any shape that has been seen, and so smooth that neighbouring λ share data
-PRICES = (0.005, 2.0)  # that utilities are fitted at: their logarithms are uniform
+DEGREE = 3  # of the utility in λ: enough for all shapes seen so far, and smooth enough that nearby λ share data
+PRICES = (0.005, 2.0)  # range of prices that utilities are fitted at, sampled log-uniformly
 WIDTH, EPOCHS, BATCH, RATE, DECAY, DROPOUT = 64, 60, 256, 2e-3, 1e-2, 0.2
-SHARPNESS = 4.0  # of the likelihood: utilities come out of the size of scores
+SHARPNESS = 4.0  # of the likelihood: gives utilities the scale of scores
 
 
 @dataclass(frozen=True)
 class Features:
-    """Which numbers of a prompt are read.
+    """Which features of a prompt are used.
 
     Attributes:
-        layers: whose states at the prompt's last token, as `prompt_states` takes them; one pass at λ=0.
-        trial: tokens of a trial answer, whose `signals` are read too; 0 for none.
+        layers: layers whose states at the prompt's last token are used, as in `prompt_states`; one pass at λ=0.
+        trial: maximum length of a trial answer, whose `signals` are used too; 0 for none.
     """
 
     layers: tuple[int, ...]
@@ -47,12 +47,12 @@ class Features:
 
     @classmethod
     def of(cls, model: PreTrainedModel, trial: int = 0) -> Features:
-        """Those of a layer two thirds up, where a model knows most of a prompt, and of the last one."""
+        """Uses the last layer, and one two thirds of the way up, where a model knows most about a prompt."""
         depth = model.config.get_text_config().num_hidden_layers
         return cls((round(depth * 2 / 3), depth), trial)
 
     def __call__(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-        """float32 [B, features] on the CPU."""
+        """Returns the features, float32 [B, features] on the CPU."""
         found = [prompt_states(model, batch, self.layers)]
         if self.trial:
             found.append(trial_signals(model, batch, self.trial))
@@ -62,15 +62,15 @@ class Features:
 @register_estimator("preference")
 @dataclass(frozen=True, eq=False)
 class PreferenceEstimator:
-    """The λ of the greatest utility, for each prompt.
+    """Chooses the λ of the greatest utility for each prompt.
 
     Attributes:
         intensities: λ to choose from.
-        features: what is read of a prompt.
-        weights: of the network, by name.
-        price: what as many tokens as the thinking end takes on average have to bring in accuracy, at least. At 0 tokens
-            are free; at 0.5 they must turn every second wrong answer into a right one.
-        budgets: mean tokens of an answer that the prices have led to on questions held out from the fit, by price.
+        features: the features of a prompt that are used.
+        weights: the network's weights, by name.
+        price: the minimum gain in accuracy that an average thinking answer's worth of tokens must bring. At 0, tokens
+            are free; at 0.5, they must raise accuracy by at least 0.5.
+        budgets: mean tokens per answer at each price, measured on questions held out from the fit, by price.
     """
 
     intensities: tuple[float, ...]
@@ -84,13 +84,13 @@ class PreferenceEstimator:
             raise ValueError(f"price must be a number of at least 0, got {self.price!r}")
 
     def state(self) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-        """Settings and weights, as `from_state` takes them."""
+        """Returns settings and weights, for `from_state`."""
         settings = {"intensities": self.intensities, "features": asdict(self.features), "price": self.price}
         return {**settings, "budgets": [*map(list, self.budgets.items())]}, self.weights
 
     @classmethod
     def from_state(cls, settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> PreferenceEstimator:
-        """The estimator of settings that went through JSON, and of weights."""
+        """Returns the estimator with these settings, as read from JSON, and weights."""
         return cls(
             tuple(settings["intensities"]),
             Features(tuple(settings["features"]["layers"]), settings["features"]["trial"]),
@@ -107,7 +107,7 @@ class PreferenceEstimator:
         """Returns this estimator at the lowest price whose answers had a mean length of at most `tokens`.
 
         Raises:
-            ValueError: no price has led to so few, or none has been measured.
+            ValueError: no price led to so few tokens, or none has been measured.
         """
         fitting = [price for price, mean in self.budgets.items() if mean <= tokens]
         if not fitting:
@@ -116,10 +116,10 @@ class PreferenceEstimator:
         return self.at(min(fitting))
 
     def utilities(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Gain and cost of every λ, float32 [B, L] each, for features [B, F]; they mean something as differences.
+        """Returns gain and cost of every λ, float32 [B, L] each, for features [B, F]. Only differences have a meaning.
 
         Raises:
-            ValueError: features of another model.
+            ValueError: the features are those of another model.
         """
         known = self.weights["scale"].shape[0]
         if features.shape[1] != known:
@@ -131,7 +131,7 @@ class PreferenceEstimator:
         return gain, cost
 
     def choose(self, features: Tensor) -> Tensor:
-        """λ for every row of features, float32 [B]."""
+        """Returns λ for every row of features, float32 [B]."""
         gain, cost = self.utilities(features)
         return torch.tensor(self.intensities)[(gain - self.price * cost).argmax(1)]
 
@@ -147,20 +147,20 @@ def fit(
     intensities: Sequence[float],
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """The weights of a `PreferenceEstimator`, from answers to Q questions at L λ.
+    """Fits the weights of a `PreferenceEstimator` to answers to Q questions at L λ, and returns them.
 
     Minimises Σ |w_a − w_b| · softplus(−sign(w_a − w_b) · s (u_a − u_b)) over questions, pairs (a, b) of λ and prices,
-    with w the worth of an answer and u its utility, both at the price.
+    where w is the worth of an answer and u its utility, both at that price.
 
     Args:
         features: float32 [Q, F].
         scores: [Q, L], in [0, 1].
         tokens: [Q, L].
-        intensities: L λ, two at least.
-        seed: of the initial weights and the order of questions; torch's own generator is left as it was.
+        intensities: L λ, at least two.
+        seed: seed of all randomness in the fit; the state of torch's own generator does not change.
 
     Raises:
-        ValueError: sizes that do not agree, or fewer than two λ.
+        ValueError: the sizes do not agree, or there are fewer than two λ.
     """
     shape = (len(features), len(intensities))
     if shape[1] < 2 or scores.shape != shape or tokens.shape != shape:
@@ -199,7 +199,7 @@ def fit(
 def _network(
     weights: Mapping[str, Tensor], features: Tensor, lams: Tensor, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Gain and cost, [B, L] each: polynomials in λ without a constant, their coefficients from one hidden layer."""
+    """Returns gain and cost, [B, L] each: polynomials in λ without constant, with coefficients from a small MLP."""
     hidden = F.linear((features - weights["mean"]) / weights["scale"], weights["hidden.weight"], weights["hidden.bias"])
     hidden = F.dropout(F.gelu(hidden), dropout, training=dropout > 0)
     coefficients = F.linear(hidden, weights["out.weight"], weights["out.bias"]).unflatten(1, (2, DEGREE))
@@ -209,5 +209,5 @@ def _network(
 
 
 def _differences(values: Tensor) -> Tensor:
-    """[B, L] → [B, L, L]: each less each."""
+    """Returns all pairwise differences, [B, L] → [B, L, L]."""
     return values[:, :, None] - values[:, None]

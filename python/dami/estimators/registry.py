@@ -1,4 +1,4 @@
-"""Kinds of estimators by name, under which one is stored with a pair and found again."""
+"""Registers classes of estimators by name, so that an estimator can be saved and loaded with a pair."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _KINDS: dict[str, type[Any]] = {}
 
 
 def register_estimator(kind: str) -> Callable[[C], C]:
-    """Decorates a class of estimators, so that `dami.save_pair` stores one and `dami.load_pair` finds it again.
+    """Decorates a class of estimators, so that `dami.save_pair` and `dami.load_pair` can save and load its instances.
 
-    The class is a dataclass whose fields JSON can hold; or it has a method `state()` that returns its settings, which
-    JSON can hold, and its weights, tensors by name; and a class method `from_state(settings, weights)` that makes an
-    estimator of both. Whoever loads the pair has imported the class's module, or installed a package that names it as
-    an entry point of the group "dami.estimators".
+    The class is a dataclass whose fields are JSON-serialisable. Or it has a method `state()`, which returns its
+    settings (JSON-serialisable) and its weights (tensors by name), and a class method `from_state(settings, weights)`,
+    which creates an estimator from both. To load the pair, the class's module must be imported, or a package installed
+    that declares it as an entry point of the group "dami.estimators".
 
     Args:
-        kind: its name in the files.
+        kind: the name of the class in the files.
 
     Raises:
-        TypeError: the class is no estimator, or cannot be stored.
+        TypeError: the class is not an estimator, or cannot be stored.
         ValueError: another class has that name.
     """
 
@@ -39,7 +39,7 @@ def register_estimator(kind: str) -> Callable[[C], C]:
         if not is_dataclass(cls) and not all(callable(getattr(cls, name, None)) for name in ("state", "from_state")):
             raise TypeError(f"estimator must be a dataclass, or have state() and from_state(), got {cls.__name__}")
         known = _KINDS.get(kind, cls)
-        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):  # the same is defined anew
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):  # redefining a class is fine
             raise ValueError(f"kind must be a new name, got {kind!r}, which is {known.__qualname__}'s")
         _KINDS[kind] = cls
         return cls
@@ -48,12 +48,12 @@ def register_estimator(kind: str) -> Callable[[C], C]:
 
 
 def kinds() -> list[str]:
-    """The names of all kinds that are registered."""
+    """Returns the names of all registered kinds."""
     return sorted(_KINDS)
 
 
 def state_of(estimator: Estimator) -> tuple[str, dict[str, Any], Mapping[str, Tensor]]:
-    """Kind, settings and weights of an estimator; TypeError if its class is not registered."""
+    """Returns kind, settings and weights of an estimator; TypeError if its class is not registered."""
     kind = next((kind for kind, cls in _KINDS.items() if type(estimator) is cls), None)
     if kind is None:
         raise TypeError(
@@ -67,7 +67,7 @@ def state_of(estimator: Estimator) -> tuple[str, dict[str, Any], Mapping[str, Te
 
 
 def estimator_of(kind: str, settings: dict[str, Any], weights: Mapping[str, Tensor]) -> Estimator:
-    """The estimator of a kind, settings and weights; ValueError if the kind is not registered."""
+    """Creates an estimator from its kind, settings and weights; ValueError if the kind is not registered."""
     if kind not in _KINDS:
         for entry in entry_points(group=ENTRY_POINTS):
             entry.load()

@@ -1,1 +1,1 @@
-"""λ while tokens are generated."""
+"""Generates tokens at a given λ."""

@@ -1,8 +1,8 @@
-"""Attention of packed sequences, each for itself: for continuous batching where there is no flash attention.
+"""Attention that treats each packed sequence separately, for continuous batching without flash attention.
 
-transformers' own `sdpa` computes, for every token of a packed batch, the scores with the keys of all sequences, and
-masks most of them away. That is quadratic in the number of sequences, and a NaN in one reaches all, as 0·NaN is NaN;
-its paged `eager` leaves out soft caps besides. Here a sequence meets no keys but its own.
+For every token of a packed batch, transformers' own `sdpa` computes the scores with the keys of all sequences, and
+masks most of them. That is quadratic in the number of sequences, and a NaN in one sequence reaches all, as 0·NaN is
+NaN. Its paged `eager` also ignores soft caps. Here a sequence attends to its own keys only.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from transformers import AttentionInterface
 
 from dami.layers.row_parameter import RowParameter
 
-NAME = "dami_packed"  # of this attention, as an attn_implementation
-INVARIANT = "dami_packed_invariant"  # computes each query alone: its bits do not depend on the steps a prompt came in
+NAME = "dami_packed"  # the name of this attention as an attn_implementation
+INVARIANT = "dami_packed_invariant"  # computes each query alone: its bits do not depend on how a prompt is chunked
 
 
 def packed_attention(
@@ -38,33 +38,33 @@ def packed_attention(
     invariant: bool = False,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of sequences that stand one after another.
+    """Computes causal attention of concatenated sequences.
 
     Args:
         module: the attention layer.
         query: [1, heads, queries of all sequences, head size].
-        key, value: [1, key heads, keys of all sequences, head size]; the last keys of a sequence are of its queries.
-        attention_mask: not looked at, as it follows from the lengths.
-        scaling: of the scores.
-        cu_seq_lens_q, cu_seq_lens_k: int32 [sequences + 1], where each sequence begins, and the end.
-        sliding_window: how many keys a query sees at most, its own included.
-        softcap: bends scores to stay below it.
+        key, value: [1, key heads, keys of all sequences, head size]; a sequence's last keys belong to its queries.
+        attention_mask: ignored, as it follows from the lengths.
+        scaling: scale of the scores.
+        cu_seq_lens_q, cu_seq_lens_k: int32 [sequences + 1], the start of each sequence, and the end.
+        sliding_window: the maximum number of keys a query sees, including its own.
+        softcap: soft cap of the scores.
         s_aux: an attention sink for each head, [heads].
         invariant: computes each query alone.
 
     Returns:
-        [1, queries, heads, head size], and None in the place of weights.
+        [1, queries, heads, head size], and None in place of the attention weights.
     """
     result = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
     sinks = s_aux.rows if isinstance(s_aux, RowParameter) else s_aux
 
     def attend(rows: slice | Tensor, keys: slice | Tensor, sees: Tensor | None, sequences: int = 1) -> None:
-        """Attention of sequences with equally many queries, whose keys are filled up to equally many."""
+        """Attends for sequences with equally many queries, whose keys are padded to equal length."""
         q, k, v = (_take(x, at, sequences) for x, at in ((query, rows), (key, keys), (value, keys)))
         sink = None if sinks is None else sinks.expand(query.shape[2], -1)[rows].unflatten(0, (sequences, -1)).mT
         result[0, rows] = _attend(q, k, v, scaling, sees, softcap, sink).transpose(1, 2).flatten(0, 1)
 
-    decoding: dict[int, list[tuple[int, int, int]]] = {}  # row, first key, keys; by the doubling of their keys
+    decoding: dict[int, list[tuple[int, int, int]]] = {}  # (row, first key, number of keys), by bit length of the last
     of_queries, of_keys = (pairwise(lengths.tolist()) for lengths in (cu_seq_lens_q, cu_seq_lens_k))
     for (begin, end), (keys, keys_end) in zip(of_queries, of_keys, strict=True):
         for first in range(begin, end, 1 if invariant else max(1, end - begin)):
@@ -79,20 +79,20 @@ def packed_attention(
     for alike in decoding.values():
         rows, first_keys, counts = torch.tensor(alike, device=query.device).t()
         places = torch.arange(max(count for _, _, count in alike), device=query.device)
-        # What fills up is a sequence's own last key: whatever it is, no other sequence meets it.
+        # Pads with the sequence's own last key, so that no sequence reads another's keys.
         own = first_keys[:, None] + torch.minimum(places, counts[:, None] - 1)
         attend(rows, own.flatten(), (places < counts[:, None])[:, None], len(alike))
     return result, None
 
 
 def _take(x: Tensor, at: slice | Tensor, sequences: int) -> Tensor:
-    """Some places of [1, heads, places, size] as [sequences, heads, places of each, size]."""
+    """Takes some places of [1, heads, places, size], as [sequences, heads, places of each, size]."""
     taken = x[0][:, at] if isinstance(at, slice) else x[0].index_select(1, at)
     return taken.unflatten(1, (sequences, -1)).transpose(0, 1)
 
 
 def _sees(queries: int, keys: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
-    """Which keys each of the last queries of a sequence sees, [1, queries, keys]; None if it is all up to its own."""
+    """Returns which keys each of a sequence's last queries sees, [1, queries, keys]; None if all up to its own."""
     if queries == 1 or (queries == keys and (sliding_window is None or keys <= sliding_window)):
         return None
     place = torch.arange(keys - queries, keys, device=device).view(-1, 1)
@@ -112,15 +112,15 @@ def _attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention, [sequences, heads, queries, head size].
+    """Computes attention, [sequences, heads, queries, head size].
 
-    `sees` is [sequences, queries, keys], without it a query sees all keys up to its own; `sinks` [sequences, heads,
-    queries].
+    `sees` is [sequences, queries, keys]; if it is None, a query sees all keys up to its own. `sinks` is [sequences,
+    heads, queries].
     """
     heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
     mask = None if sees is None else sees[:, None]
     plain = softcap is None and sinks is None
-    if plain and queries == 1:  # all heads of a group are queries of one key head
+    if plain and queries == 1:  # treats all heads of a group as queries of one key head
         grouped = query.reshape(len(query), key.shape[1], -1, query.shape[3])
         attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
         return attended.reshape(*query.shape[:3], -1)

@@ -1,8 +1,8 @@
-"""λ in transformers' continuous batching: what `init_continuous_batching` of a patched model returns.
+"""Adds λ to transformers' continuous batching. `init_continuous_batching` of a patched model returns a `LerpManager`.
 
-A request's λ is one of its `logit_processor_kwargs`, which transformers keeps for it wherever it goes (queue, fork,
-eviction, ranks of a tensor-parallel group). In each step λ of every request is written beside the arguments of the
-logits processors, in static storage; `packed_lam` expands it, on the device, to the tokens of the packed row.
+A request's λ is one of its `logit_processor_kwargs`, which transformers carries along with the request (queue, fork,
+eviction, ranks of a tensor-parallel group). In each step, the λ of every request is written after the arguments of the
+logits processors, in static storage. On the device, `packed_lam` expands it to the tokens of the packed row.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ HONOURED = {
     "max_new_tokens", "max_length", "eos_token_id", "num_return_sequences", "do_sample", "temperature", "top_k",
     "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "suppress_tokens", "remove_invalid_values",
     "renormalize_logits",
-}  # fmt: skip  # settings of a generation config; from do_sample on they look at one row of logits and nothing else
+}  # fmt: skip  # supported settings of a generation config; from do_sample on, they depend on one row of logits only
 IDLE = {
     "use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile",
     "prefill_chunk_size", "continuous_batching_config", "low_memory", "pad_token_id", "bos_token_id",
@@ -48,7 +48,7 @@ IDLE = {
     "num_assistant_tokens", "num_assistant_tokens_schedule", "speculation_type", "assistant_confidence_threshold",
     "assistant_lookbehind", "target_lookbehind", "assistant_early_exit", "assistant_ensemble_weight",
     "prompt_lookup_num_tokens", "max_matching_ngram_size", "transformers_version", "_from_model_config",
-}  # fmt: skip  # those that change no token, or none without another one
+}  # fmt: skip  # settings that change no token, or only together with another setting
 NEUTRAL = {
     "num_beams": 1, "num_beam_groups": 1, "repetition_penalty": 1, "encoder_repetition_penalty": 1, "guidance_scale": 1,
     "min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
@@ -56,21 +56,21 @@ NEUTRAL = {
 }  # fmt: skip
 
 
-TOKEN_BITS = 23  # of the int32 that tells blocks apart; the others are λ's
+TOKEN_BITS = 23  # bits of the token in an int32 block key; 8 other bits hold a byte of λ
 TOKENS = 1 << TOKEN_BITS
 
 
 @dataclass(frozen=True)
 class StepLoad:
-    """One step of the generation loop, or a look at it while it has nothing to do.
+    """The load of the generation loop in one step, or while it is idle.
 
     Attributes:
-        waiting: requests that no step has taken up yet.
+        waiting: requests that no step has started yet.
         running: requests that hold blocks.
-        rows: requests of this step.
-        tokens: that it computed.
+        rows: requests in this step.
+        tokens: tokens computed in this step.
         blocks: share of the KV cache that requests hold, 0 to 1.
-        seconds: that it took.
+        seconds: time this step took.
     """
 
     waiting: int
@@ -82,7 +82,7 @@ class StepLoad:
 
 
 class Prompts(list[Any]):
-    """Prompts on their way through transformers' `generate_batch`, with an intensity for each."""
+    """Prompts with an intensity each, passed through transformers' `generate_batch`."""
 
     def __init__(self, prompts: Sequence[Any], intensities: Sequence[float]) -> None:
         super().__init__(prompts)
@@ -90,20 +90,20 @@ class Prompts(list[Any]):
 
 
 class LerpManager(continuous_api.ContinuousBatchingManager):
-    """transformers' manager, each of whose requests has its own λ."""
+    """transformers' manager, with a λ for each request."""
 
-    parts: dict[str, Any]  # λ of the modules that `dami.intensity` had set apart when the loop began
+    parts: dict[str, Any]  # λ of the modules that had a λ of their own, by `dami.intensity`, when the loop began
     sampler: Sampler | None
-    _original_attn_impl: str | None  # type: ignore[assignment]  # transformers': the model's before it was set up
+    _original_attn_impl: str | None  # type: ignore[assignment]  # transformers': the model's attention before setup
     on_step: Callable[[StepLoad], None] | None
 
     @classmethod
     def of(cls, manager: continuous_api.ContinuousBatchingManager) -> LerpManager:
-        """Makes a manager of a patched model one of this class.
+        """Turns a patched model's manager into an instance of this class.
 
         Raises:
             ImportError: this version of transformers lacks something that is needed.
-            ValueError: the model cannot run packed rows at several λ, or has too many tokens.
+            ValueError: the model cannot run packed rows at several λ, or its vocabulary is too large.
         """
         if isinstance(manager, cls):
             return manager
@@ -129,9 +129,9 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         return lerped
 
     def sample_per_request(self) -> None:
-        """Lets requests bring a `Sampling`, as `add_request(…, sampling=…)`, and ask for log-probabilities.
+        """Lets each request set its own `Sampling`, by `add_request(…, sampling=…)`, and ask for log-probabilities.
 
-        It is called before the start, on a manager that takes the likeliest token and batches synchronously.
+        Call it before `start`, on a manager that decodes greedily and batches synchronously.
         """
         self.sampler = Sampler()
         self.logit_processor = LerpProcessors([*self.logit_processor.logits_processor, *self.sampler.processors])
@@ -148,9 +148,9 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         patch_of(model).attention = self._original_attn_impl
 
     def start(self) -> None:
-        """As transformers' own; RuntimeError if another thread runs the model."""
+        """Like transformers' own. Raises RuntimeError if another thread runs the model."""
         if self.is_running():
-            super().start()  # it says so
+            super().start()  # reports that it is running already
         else:
             patch_of(self.model).hold.start_batching(super().start)
 
@@ -176,17 +176,17 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         intensity: float | str | None = None,
         **options: Any,
     ) -> str | None:
-        """As transformers' own.
+        """Like transformers' own.
 
         Args:
-            input_ids: of the prompt, one at least, all of them in the model's vocabulary.
-            intensity: λ of the request, one finite number or a preset's name; by default where the model's dial stands.
-            request_id, max_new_tokens, args, options: as there; without `max_new_tokens` the config's `max_length`
-                counts as it does for `generate`.
+            input_ids: token ids of the prompt, at least one, all in the model's vocabulary.
+            intensity: λ of the request, a finite number or a preset's name; by default, the model's current λ.
+            request_id, max_new_tokens, args, options: as in transformers. Without `max_new_tokens`, the config's
+                `max_length` applies as it does in `generate`.
 
         Raises:
-            TypeError, ValueError: `intensity` is not one finite number, or the prompt is no list of the model's tokens
-                with room for an answer.
+            TypeError, ValueError: `intensity` is not one finite number or a preset, or the prompt is not a list of the
+                model's tokens that leaves room for an answer.
         """
         check_keywords("add_request", options, "intensity")
         options["intensity"] = self._parse(intensity, CALLERS["add_request"]).one
@@ -194,10 +194,10 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         return super().add_request(input_ids, request_id, room, *args, **options)
 
     def add_requests(self, inputs: list[list[int]], *args: Any, intensity: Any = None, **options: Any) -> list[str]:
-        """As transformers' own, with a λ for all prompts or one for each: numbers, or presets' names.
+        """Like transformers' own, with one λ for all prompts or one per prompt: numbers or presets' names.
 
         Raises:
-            TypeError, ValueError: `intensity` is neither.
+            TypeError, ValueError: `intensity` is none of these.
         """
         check_keywords("add_requests", options, "intensity")
         if intensity is None and isinstance(inputs, Prompts):
@@ -212,7 +212,7 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         return ids
 
     def _parse(self, intensity: Any, caller: Caller, prompts: int | None = None) -> Intensity:
-        """The λ of requests, by default where the model's dial stands."""
+        """Parses the λ of requests; by default, it is the model's current λ."""
         patch = patch_of(self.model)
         return Intensity.parse(patch.dial.lam if intensity is None else intensity, caller, patch.presets, prompts)
 
@@ -227,7 +227,7 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         modules = [module for module in self.model.modules() if isinstance(module, LerpModule) and module.lerp.part]
         parts = {module.lerp.name: module.lerp.lam.tolist() for module in modules}
         if processor is before and parts != self.parts:
-            processor.cache.free_all_requests(clear_ledgers=True)  # its blocks were read at other λ
+            processor.cache.free_all_requests(clear_ledgers=True)  # its blocks were computed at another λ
         self.parts = parts
         return processor
 
@@ -253,13 +253,13 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
 
 
 class LerpProcessors(cb_logits_processors.ContinuousBatchingLogitsProcessorList):
-    """transformers' list of logits processors, with one more row of arguments, the last: λ of every request of a step.
+    """transformers' list of logits processors, with the λ of every request of a step as an additional last row.
 
-    λ cannot be a processor of its own, as these hear only of requests that get a token in the step.
+    λ cannot be a processor of its own, because processors see only the requests that get a token in the step.
     """
 
     def __init__(self, processors: Iterable[Any]) -> None:
-        """`processors` have been through transformers' own list: it has said which it drops."""
+        """Takes `processors` from transformers' own list, which has already dropped those it does not support."""
         super().__init__(LogitsProcessorList())
         self.logits_processor.extend(processors)
         per_request = [each for each in self.logits_processor if isinstance(each, ContinuousBatchingLogitsProcessor)]
@@ -282,7 +282,7 @@ class LerpProcessors(cb_logits_processors.ContinuousBatchingLogitsProcessorList)
 
 
 def check_config(config: GenerationConfig) -> None:
-    """Refuses settings of a generation config that continuous batching would ignore: ValueError."""
+    """Raises ValueError for settings of a generation config that continuous batching would ignore."""
     for name, value in config.to_dict().items():
         unused = value is None or value is False or value == NEUTRAL.get(name)
         if not unused and name not in HONOURED | IDLE:
@@ -294,10 +294,10 @@ def check_config(config: GenerationConfig) -> None:
 def check_prompt(
     model: Any, config: GenerationConfig, prompt: Any, max_new_tokens: int | None, name: str
 ) -> int | None:
-    """How many tokens a prompt's answer may have, None for no limit.
+    """Returns how many tokens the answer to a prompt may have, None for no limit.
 
     Raises:
-        TypeError, ValueError: the prompt, which is called `name`, is no list of token ids, or there is no room.
+        TypeError, ValueError: the prompt, called `name` in the message, is not a list of token ids, or leaves no room.
     """
     wanted = f"{name} must be a list of token ids, one at least"
     kinds = {*map(type, prompt)} if isinstance(prompt, (list, tuple)) else {bool}
@@ -317,7 +317,7 @@ def check_prompt(
 
 
 def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
-    """Prompts as `generate` takes them, `input_ids` and `attention_mask` [prompts, length], padded on the left."""
+    """Returns prompts as inputs of `generate`: `input_ids` and `attention_mask` [prompts, length], left-padded."""
     length = max(map(len, prompts), default=0)
     ids = [[0] * (length - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -325,10 +325,12 @@ def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> dict[str, 
 
 
 def packed_lam(inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """λ of every token of a packed row, float32 [tokens], and of those whose logits are wanted, where not all are.
+    """Returns the λ of every token of a packed row, float32 [tokens], and of the tokens whose logits are kept.
+
+    The second is None if `logits_to_keep` is not a tensor.
 
     Args:
-        inputs: what continuous batching gives the model's forward pass.
+        inputs: the arguments that continuous batching passes to the model's forward pass.
     """
     lam = inputs["logits_processor_args"][-1].view(torch.float32)
     ends = inputs["cu_seq_lens_q"][1:].contiguous()
@@ -341,10 +343,10 @@ def packed_lam(inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
 
 @torch.no_grad()
 def check_packed(model: Any) -> None:
-    """Runs three sequences as one packed row, λ = NaN for the second: it must reach its logits, and no others.
+    """Runs three sequences as one packed row, with λ = NaN for the second: only its own logits must become NaN.
 
     Raises:
-        ValueError: it does not, or a module does not take tokens of several sequences in one row.
+        ValueError: other logits become NaN or its own do not, or a module does not support packed rows.
     """
     patch = patch_of(model)
     if patch.packs:
@@ -361,7 +363,7 @@ def check_packed(model: Any) -> None:
     apart = [(m.lerp, m.lerp.part) for m in model.modules() if isinstance(m, LerpModule)]
     try:
         for lerp, _ in apart:
-            lerp.part = None  # one λ for its part would hide where the tokens are
+            lerp.part = None  # a single λ for this module would hide errors in assigning tokens
         logits = model(
             input_ids=torch.arange(3, 3 + tokens, device=model.device).unsqueeze(0),
             position_ids=torch.tensor([[place for length in lengths for place in range(length)]], device=model.device),
@@ -387,10 +389,10 @@ def check_packed(model: Any) -> None:
 
 
 def key_blocks(processor: continuous_api.ContinuousBatchProcessor) -> None:
-    """Makes requests share blocks of the KV cache at equal λ only.
+    """Makes requests share blocks of the KV cache only if their λ is equal.
 
-    transformers finds blocks by the tokens from the prompt's first on. Here the bits of λ are in the first four of
-    them, above those of the token ids: no page holds less than four tokens.
+    transformers looks up blocks by the tokens from the start of the prompt. Here, the high bits of the first four
+    tokens hold the bits of λ. That suffices because a page holds at least four tokens.
     """
     cache, scheduler = processor.cache, processor.scheduler
     search, mark = cache.search_prefix_match, cache.mark_complete_blocks
@@ -409,19 +411,19 @@ def key_blocks(processor: continuous_api.ContinuousBatchProcessor) -> None:
 
 
 def keyed(tokens: list[int], state: RequestState) -> list[int]:
-    """A prompt that equals another one's where tokens and λ are equal: an int32 of 8 bits of λ and 23 of a token."""
+    """Returns a prompt that encodes λ: each of its first four int32 holds 8 bits of λ above 23 bits of a token."""
     bits = struct.pack("<f", state.logit_processor_kwargs.get("intensity", 0.0))
     return [token | byte << TOKEN_BITS for token, byte in zip(tokens, bits, strict=False)] + tokens[len(bits) :]
 
 
 def blocks_in_use(cache: PagedAttentionCache) -> float:
-    """Share of a KV cache that requests hold, 0 to 1: blocks kept for prompts to come are not in use."""
+    """Returns the share of a KV cache that requests hold, 0 to 1, without blocks cached for future prompts."""
     kept = sum(len(each.ledger.cached_blocks) / each.num_blocks for each in cache.cache_allocators.values())
     return round(1.0 - cache.compute_free_capacity() - kept, 6) + 0.0  # −0 is 0
 
 
 def unblock_after_cancellations(scheduler: Scheduler) -> None:
-    """Lets waiting requests in when blocks become free by cancellation, as transformers does when a request ends."""
+    """Admits waiting requests when a cancellation frees blocks, as transformers does when a request ends."""
     clear = scheduler.clear_cancelled_requests
 
     def clear_cancelled_requests() -> list[RequestState]:

@@ -1,4 +1,4 @@
-"""Decoding in pieces, between which the rows that have ended leave the batch."""
+"""Decodes in pieces, and removes finished rows from the batch between them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from dami.upstream import is_stateful
 
-PIECE = 16  # tokens: few enough that little is computed for rows that have ended, many enough to cost nothing
+PIECE = 16  # tokens: few enough to waste little on finished rows, many enough to make the overhead negligible
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"  # its name in 5.24
 KNOWN = {"do_sample", "max_new_tokens", "min_p", "repetition_penalty", "temperature", "top_k", "top_p"}
 
@@ -23,21 +23,21 @@ def generate_in_pieces(
     intensities: Sequence[float] | Mapping[Any, Sequence[float]] | None = None,
     **options: Any,
 ) -> Tensor:
-    """What `model.generate` generates, at a price that goes by the tokens and not by the longest answer.
+    """Generates what `model.generate` does, at a cost set by the total number of tokens, not by the longest answer.
 
-    Answers at different λ differ many times over in length, and `generate` computes every row until the last has ended.
+    Answers at different λ differ widely in length, and `generate` computes every row until the last one has ended.
 
     Args:
         model: a patched model, or an ordinary one with `intensities` None.
         batch: `input_ids` and `attention_mask`, int64 [rows, length], padded on the left.
-        intensities: λ, one per row; or a mapping of parts of the model to these.
-        options: of `generate`, none but those in `KNOWN`.
+        intensities: λ, one per row; or a mapping from parts of the model to these.
+        options: options of `generate`, only those in `KNOWN`.
 
     Returns:
-        The generated tokens, int64 [rows, tokens]; what follows a row's end token means nothing.
+        The generated tokens, int64 [rows, tokens]. Ignore what follows a row's end token.
 
     Raises:
-        ValueError: another option, which might not mean in pieces what it means in one.
+        ValueError: an option is not in `KNOWN`, and so may behave differently in pieces.
     """
     if options.keys() - KNOWN:
         raise ValueError(f"options must be of {sorted(KNOWN)}, got {sorted(options.keys() - KNOWN)}")
@@ -73,12 +73,12 @@ def generate_in_pieces(
 
 
 def end_tokens(model: Any) -> Tensor:
-    """Ids of the tokens that end an answer, int64 [any number]."""
+    """Returns the ids of the tokens that end an answer, int64 [any number]."""
     ids = model.generation_config.eos_token_id
     return torch.tensor([] if ids is None else [ids] if isinstance(ids, int) else ids, dtype=torch.int64)
 
 
 def _can_shrink(model: Any) -> bool:
-    """Whether rows can leave the model's cache, which holds keys and values only: a state-space model's cannot."""
+    """Returns whether rows can be removed from the model's cache: only if it holds nothing but keys and values."""
     layers = DynamicCache(config=model.config).layers
     return not is_stateful(model) and all(isinstance(layer, DynamicLayer) for layer in layers)

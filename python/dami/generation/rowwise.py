@@ -1,7 +1,8 @@
-"""Functions of single numbers whose bits do not depend on where a row stands.
+"""Elementwise functions whose bits do not depend on the position of a row.
 
-On the CPU, torch computes most elements of a tensor in vectors, and the last ones, of the whole tensor or of a thread's
-share, one by one, by another approximation of exp or tanh. So a row's bits depend on how many rows stand before it.
+On the CPU, torch computes most elements of a tensor with vector instructions. It computes the last ones, of the whole
+tensor or of a thread's share, one by one, with another approximation of exp or tanh. So a row's bits depend on how many
+rows precede it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ FUNCTIONS = {getattr(torch.ops.aten, name) for name in NAMES}
 
 
 class Rowwise(TorchDispatchMode):
-    """Within this context, such functions of CPU tensors compute each vector of the last dimension by itself."""
+    """A context in which elementwise functions of CPU tensors process each vector of the last dimension separately."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -1,7 +1,7 @@
-"""The next token of each row by its request's own rule: greedy or sampled, seeded, with log-probabilities on request.
+"""Picks each row's next token by its request's own settings: greedy or sampled, seeded, optionally with logprobs.
 
-A row's chance comes from its request's seed and the length of its sequence, so neither its neighbours nor an eviction
-in between change what it draws.
+A row's random number depends on its request's seed and the length of its sequence only. So neither the other rows nor
+an eviction change what it draws.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ class Sampling:
 
     Attributes:
         temperature: 0 takes the likeliest token.
-        top_p: draws from the likeliest tokens that hold this probability together; 1 is all of them.
-        top_k: draws from the k likeliest tokens; 0 is all of them.
+        top_p: draws from the likeliest tokens whose probabilities add up to this; 1 means all tokens.
+        top_k: draws from the k likeliest tokens; 0 means all tokens.
         seed: any integer; equal seeds draw equal tokens.
-        logprobs: None, or how many of the likeliest tokens' log-probabilities are wanted beside the chosen one's.
+        logprobs: how many of the likeliest tokens' log-probabilities to return, besides the chosen token's; None for
+            no log-probabilities.
     """
 
     temperature: float = 1.0
@@ -44,8 +45,8 @@ class Logprobs:
     """Natural log-probabilities of one step, before temperature and truncation.
 
     Attributes:
-        chosen: of the token that was taken.
-        top: of the likeliest tokens, best first, by id.
+        chosen: log-probability of the chosen token.
+        top: (id, log-probability) of the likeliest tokens, best first.
     """
 
     chosen: float
@@ -53,13 +54,13 @@ class Logprobs:
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1), the same for the same arguments."""
+    """Returns a number in [0, 1), which depends on the arguments only."""
     digest = blake2b(f"{seed} {position}".encode(), digest_size=4).digest()
     return (int.from_bytes(digest, "little") >> 8) / (1 << 24)  # as many bits as a float32 holds
 
 
 class _Setting(ContinuousBatchingLogitsProcessor):
-    """Brings one number of each request's `Sampling` to the device, where the sampler reads it: `values`, [rows]."""
+    """Brings one number of each request's `Sampling` to the device, as `values` [rows], for the sampler to read."""
 
     supported_kwargs = {"sampling": Sampling}  # noqa: RUF012 (an attribute of the parent's)
     ignored_kwargs = ()
@@ -81,10 +82,10 @@ class _Setting(ContinuousBatchingLogitsProcessor):
 
 
 class Sampler(_Setting):
-    """Draws the next tokens of a step, of which some rows may be greedy and others not.
+    """Draws the next tokens of a step, in which some rows may be greedy and others sampled.
 
     Attributes:
-        processors: itself, the last, and those that bring it the requests' settings: all to be in transformers' list.
+        processors: the processors to add to transformers' list: those that bring the requests' settings, then itself.
     """
 
     def __init__(self) -> None:
@@ -102,7 +103,7 @@ class Sampler(_Setting):
         return super().prepare_tensor_args(requests_with_new_token)
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
-        """Scores [rows, vocabulary] whose largest of each row is the token to take."""
+        """Returns scores [rows, vocabulary] in which each row's maximum is the token to take."""
         scores = super().__call__(scores, tensor_arg)
         temperature, top_p, chance = (each.values.unsqueeze(1) for each in (self.temperature, self.top_p, self))
         drawn = draw(scores, temperature, top_p, self.top_k.values, chance)
@@ -124,7 +125,7 @@ class Sampler(_Setting):
         ]
 
     def report_through(self, outputs: ContinuousBatchingIOs | ContinuousBatchingAsyncIOs) -> None:
-        """Hands the log-probabilities of a step to transformers' requests, which keep them beside their tokens."""
+        """Passes the log-probabilities of a step to transformers' requests, which store them with their tokens."""
         prepare = outputs.prepare_batch_update
 
         def prepare_batch_update() -> tuple[Any, Any, Any]:
@@ -135,7 +136,7 @@ class Sampler(_Setting):
 
 
 def sampling_of(state: RequestState) -> Sampling:
-    """How a request's tokens are drawn."""
+    """Returns how a request's tokens are drawn."""
     return state.logit_processor_kwargs.get("sampling", Sampling())
 
 
@@ -144,23 +145,23 @@ def _chance(state: RequestState) -> float:
 
 
 def draw(scores: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, chance: Tensor) -> Tensor:
-    """One token for each row, int64 [rows, 1]: the first whose cumulated probability exceeds the row's chance.
+    """Draws one token per row, int64 [rows, 1]: the first whose cumulative probability exceeds the row's `chance`.
 
-    Tokens are cumulated in the order of the vocabulary, or from the likeliest on in a row that leaves some out.
+    Probabilities are summed in the order of the vocabulary or, in rows with top_p or top_k, from the likeliest on.
 
     Args:
         scores: float32 [rows, vocabulary].
-        temperature, top_p, chance: [rows, 1]; a temperature of 0 gives any token.
+        temperature, top_p, chance: [rows, 1]; a temperature of 0 gives an arbitrary token.
         top_k: int32 [rows]; 0 for all tokens.
     """
-    # Devices may take a number below the smallest normal one for 0. The largest score becomes 0, as its quotient would
-    # overflow at such temperatures; those of others become -inf, and their probabilities 0.
+    # Devices may flush subnormal numbers to 0, so the temperature is clamped to a normal one. The largest score is
+    # shifted to 0, as it would overflow when divided by such a temperature. Others become -inf, with probability 0.
     temperature = torch.where(temperature > 0, temperature.clamp(min=torch.finfo(torch.float32).tiny), 1.0)
     scores, top_k = (scores - scores.amax(1, True)) / temperature, top_k.unsqueeze(1)
     probabilities, cut = scores.softmax(1), (top_p < 1) | (top_k > 0)
     drawn = _first_beyond(probabilities, chance)
     if scores.device.type == "cpu" and not bool(cut.any()):
-        return drawn  # sorting is what takes time
+        return drawn  # skips sorting, which is slow
     probabilities, order = probabilities.sort(1, descending=True)
     place = torch.arange(scores.shape[1], device=scores.device)
     probabilities = probabilities.masked_fill((top_k > 0) & (place >= top_k), 0.0)
@@ -171,7 +172,10 @@ def draw(scores: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, chan
 
 
 def _first_beyond(probabilities: Tensor, chance: Tensor) -> Tensor:
-    """Where the sum of a row's probabilities [rows, tokens] first exceeds this share of them all, int64 [rows, 1]."""
+    """Returns where a row's cumulative probability first exceeds the share `chance` of its total, int64 [rows, 1].
+
+    `probabilities` is [rows, tokens].
+    """
     cumulated = probabilities.cumsum(1)
     place = torch.searchsorted(cumulated, chance * cumulated[:, -1:], right=True)
-    return torch.minimum(place, cumulated.argmax(1, True))  # rounding: not beyond the last that is possible
+    return torch.minimum(place, cumulated.argmax(1, True))  # despite rounding, not past the last possible token

@@ -1,4 +1,4 @@
-"""Sets λ for one `generate` call."""
+"""Sets λ for a `generate` call."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def programmed(
 
     Args:
         model: a patched model.
-        intensity: a number, a preset's name, "auto", a schedule, or one of them per prompt; a mapping of parts of the
-            model to these; an iterator, of which the first are taken; or None, for λ as it is.
+        intensity: a number, a preset's name, "auto", a schedule, or one of them per prompt; a mapping from parts of the
+            model to these; an iterator, whose first values are used; or None, which keeps λ as it is.
         prompt_intensity: a number, or one per prompt, for reading the prompts; or None.
-        prompts: how many there are.
+        prompts: number of prompts.
         options: arguments of `generate` by name.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was wanted.
+        TypeError, ValueError: an argument is wrong; the message names it, what it is and what it must be.
     """
     patch = patch_of(model)
     device = device_of(model)
@@ -69,7 +69,7 @@ SEVERAL_STEPS_IN_ONE = ("prompt_lookup_num_tokens", "assistant_early_exit", "use
 
 
 def _refuse(model: Any, options: Mapping[str, Any], changing: bool, mixed: bool) -> None:
-    """Refuses what would run at another λ than asked for: ValueError."""
+    """Raises ValueError for options that would run at a λ other than the requested one."""
 
     def option(name: str) -> Any:
         config = options.get("generation_config") or model.generation_config

@@ -19,27 +19,29 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def placeholder(like: Tensor, shape: torch.Size) -> Tensor:
-    """A tensor of a shape, and of the dtype and device of `like`, that takes the memory of one number: NaN.
+    """Returns a NaN tensor of a shape, with the dtype and device of `like`, that takes the memory of one number.
 
-    It stands where a format does not keep the base as it was, for all who ask a parameter what it is.
+    It takes a parameter's place when the format does not keep the base, so that code can still ask for the parameter's
+    shape, dtype and device.
     """
     return like.new_full((), float("nan")).expand(shape)
 
 
 def supply_placeholders(module: LerpModule) -> None:
-    """Gives a module's placeholders to the hooks of accelerate that offload it: no state dict and no file holds them.
+    """Gives a module's placeholders to accelerate's offloading hooks, as no state dict or file holds them.
 
-    Each is given on the device where the module computes: a hook would copy it there with all that it stands for.
+    Each placeholder is made on the device where the module computes: if it were elsewhere, a hook would copy it there
+    at the size of the whole parameter.
     """
     for held, prefix, device in offloading(module):
         for name in module.placeholders():
             tensor = module.tensor(name)
-            if tensor is not None:  # the quantizer registers it when all else is loaded
+            if tensor is not None:  # None until the quantizer registers it, after all else is loaded
                 held[prefix + name] = placeholder(torch.empty(0, dtype=tensor.dtype, device=device), tensor.shape)
 
 
 def check_dtypes(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
-    """Refuses what `.to()` and its like are about to do to a module if no operator could take its weights then."""
+    """Raises TypeError if `fn`, from `.to()` and the like, would give weights a dtype that no operator takes."""
     kinds = {(parameter.dtype, parameter.device) for parameter in module.parameters() if parameter.is_floating_point()}
     for dtype, device in kinds:
         wanted = fn(torch.empty(0, dtype=dtype, device=device)).dtype
@@ -51,17 +53,17 @@ def check_dtypes(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
 
 
 def runs_again() -> bool:
-    """Whether this thread is in a backward pass, where what runs forward has run before."""
+    """Whether this thread is in a backward pass, where a forward is a recomputation."""
     return not torch.compiler.is_compiling() and in_backward()
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a class that is made while the program runs is made again, in a process that loads what another has pickled.
+    """How to recreate a class that was made at run time, in a process that unpickles its objects.
 
     Attributes:
-        factory: the function that makes it.
-        arguments: the function's; a class among them that is made itself is given as its recipe.
+        factory: the function that makes the class.
+        arguments: the function's arguments; a class among them that was itself made at run time is given as its recipe.
     """
 
     factory: Callable[..., type[nn.Module]]
@@ -69,12 +71,12 @@ class Recipe:
 
 
 def recipe_of(cls: type[nn.Module]) -> type[nn.Module] | Recipe:
-    """The recipe of a class, or the class itself where it has none and is found by its name."""
+    """Returns the recipe of a class, or the class itself if it has none and can be found by name."""
     return vars(cls).get("recipe", cls)
 
 
 def rebuild(recipe: type[nn.Module] | Recipe) -> nn.Module:
-    """An empty module of a class; pickle fills it."""
+    """Returns an empty module of a class, for pickle to fill."""
     cls = _class_of(recipe)
     return cls.__new__(cls)
 
@@ -86,10 +88,11 @@ def _class_of(recipe: Any) -> Any:
 
 
 class LerpModule(PatchedModule):
-    """What all patched modules share. A subclass is a kind: which modules it patches, and their forward.
+    """The base class of all patched modules. A subclass is a kind: it says which modules it patches, and their forward.
 
-    A kind's forward takes the ends of `operands` to an operator. All that a module reads beside, or another module
-    reads of it, is at λ: `module.name` is the blended tensor, or a `RowParameter` if each sequence has its own λ.
+    A kind's forward passes both ends of `operands` to an operator. Any other parameter that the module reads, or that
+    another module reads from it, is at λ: `module.name` is the blended tensor, or a `RowParameter` if each sequence has
+    its own λ.
     """
 
     kind: ClassVar[str]
@@ -98,19 +101,19 @@ class LerpModule(PatchedModule):
 
     @classmethod
     def fit(cls, module: nn.Module) -> dict[str, Any] | None:
-        """Settings of the operator that computes what `module` does, or None if this kind does not fit."""
+        """Returns the settings with which the operator computes what `module` does; None if this kind does not fit."""
         return {} if cls.replaces is not None and isinstance(module, cls.replaces) else None
 
     @staticmethod
     def as_operand(tensor: Tensor) -> Tensor:
-        """A parameter, or a stored tensor, between the module's shape and the operator's: its own inverse."""
+        """Converts a parameter or stored tensor from the module's shape to the operator's, or back: its own inverse."""
         return tensor
 
     def ends(self, name: str) -> LerpWeight:
-        """Both ends of a parameter as the operators take them; one tensor stands for both where they are identical.
+        """Returns both ends of a parameter as the operators take them; one tensor serves as both if they are identical.
 
-        They are kept for the next call, as long as the module's parameters are the same objects, of the same shapes
-        and dtypes. Operators look at the tensors' memory at every call.
+        The result is cached as long as the module's parameters are the same objects with the same shapes and dtypes.
+        Operators look up the tensors' memory at every call.
         """
         parameters = parameters_of(self)
         known = None if torch.compiler.is_compiling() else self.lerp.ends.get(name)
@@ -127,18 +130,18 @@ class LerpModule(PatchedModule):
         parameter = self.as_operand(self.tensor(name))
         tensors = tuple(self.as_operand(self.tensor(tensor)) for tensor in stored.names)
         weight = LerpWeight(tensors, stored.format, parameter.shape, parameter.dtype)
-        # Not of views, which would go on where a parameter's memory was; nor where hooks give the memory back.
+        # Views are not cached, as they would keep a parameter's old memory; nor is memory that hooks free.
         if parameter is parameters.get(name) and hook_of(self) is None and not torch.compiler.is_compiling():
             self.lerp.ends[name] = parameter, stored.names, weight
         return weight
 
     def beside(self, name: str) -> tuple[str, ...]:
-        """Names of what is stored beside a parameter or buffer; none where it is the same in both ends."""
+        """Returns the names of the tensors stored beside a parameter or buffer; none if both ends are identical."""
         stored = self.lerp.stored.get(name)
         return () if stored is None else tuple(tensor for tensor in stored.names if tensor != name)
 
     def tensor(self, name: str) -> Tensor:
-        """A parameter or buffer as it is stored."""
+        """Returns a parameter or buffer as it is stored."""
         return self._parameters[name] if name in self._parameters else self._buffers[name]  # type: ignore[return-value]
 
     def __getattr__(self, name: str) -> Any:
@@ -146,10 +149,10 @@ class LerpModule(PatchedModule):
         if lerp is None or name not in lerp.stored:
             return super().__getattr__(name)
         if asked_by_hook(self):
-            return super().__getattr__(name)  # its hooks put the stored tensors in their places and take them away
+            return super().__getattr__(name)  # hooks move the stored tensors in and out
         lam, outside = lerp.lam, lerp.running.sequences is None
         if outside and (name in self.operands or (lam.dim() == 0 and lam.item() == 0)):
-            return super().__getattr__(name)  # for all who look at a model that does not run: the base, λ = 0
+            return super().__getattr__(name)  # code that inspects a model outside a pass sees the base, λ = 0
         ends = self.ends(name)
         if name in self.operands or lam.dim():
             value: Tensor = RowParameter(f"{lerp.name}.{name}", lam.to(ends.device), lerp.running, ends)
@@ -168,12 +171,12 @@ class LerpModule(PatchedModule):
         return None if self._parameters.get("bias") is None else self.ends("bias")
 
     def rows(self, x: Tensor, features: int = 1) -> tuple[Tensor, dict[str, Any]]:
-        """`x` with its rows in the order of the sequences, and the operator's arguments that give each row its λ.
+        """Returns `x` with its rows in the order of the sequences, and the operator arguments that give each row its λ.
 
         Args:
-            x: its first dimension is the batch, B sequences or any multiple (beams of one sequence are neighbours), or
-                1 for what all sequences share, such as the positions [1, T]: it is then expanded to B.
-            features: how many trailing dimensions are not rows.
+            x: its first dimension is the batch: B sequences or a multiple (beams of one sequence are adjacent); or 1
+                for a tensor that all sequences share, such as the positions [1, T], which is expanded to B.
+            features: number of trailing dimensions that are not rows.
         """
         lerp, running = self.lerp, self.lerp.running
         lam = lerp.lam
@@ -181,7 +184,7 @@ class LerpModule(PatchedModule):
             if lam.dim() == 0:
                 return x, {"lam": lam}
             if x.dim() > features + 1 and x.shape[0] == lam.shape[0] == running.sequences and running.ordered:
-                return x, {"lam": lam, "rows_per_lam": x.shape[1 : x.dim() - features].numel()}  # all but a few
+                return x, {"lam": lam, "rows_per_lam": x.shape[1 : x.dim() - features].numel()}  # the common case
         lam = lam.to(x.device)
         if running.sequences is None and runs_again():
             raise RuntimeError(
@@ -198,7 +201,7 @@ class LerpModule(PatchedModule):
         if x.shape[0] == 1 and not flat:
             x = x.expand(lam.shape[0], *x.shape[1:])
         count = x.shape[0] if x.dim() > features else 1
-        # rows [n, K] of fewer tokens than all were gathered: nobody knows from where
+        # rows [n, K] for only some tokens have been gathered, and their origin is unknown
         gathered = flat and running.sequences and count % (running.sequences * (running.tokens or 1)) != 0
         if count % lam.shape[0] != 0 or gathered or not running.counts(count):
             raise ValueError(
@@ -208,10 +211,10 @@ class LerpModule(PatchedModule):
         return x, {"lam": lam, "rows_per_lam": x.shape[: x.dim() - features].numel() // lam.shape[0]}
 
     def _packed_rows(self, x: Tensor, lam: Tensor, features: int) -> dict[str, Any]:
-        """The operator's arguments for `x` of a packed row, whose tokens are one of the dimensions before the features.
+        """Returns the operator arguments for an `x` of a packed row, where a dimension before the features is tokens.
 
-        Which one is seen at the first row, by `dami.generation.batching.check_packed`, whose number of tokens is
-        that of no other dimension.
+        The first packed row, that of `dami.generation.batching.check_packed`, shows which dimension this is: no other
+        dimension has the size of its number of tokens.
         """
         if self.lerp.group == "head" and self.lerp.running.kept is not None:
             lam = self.lerp.running.kept
@@ -231,11 +234,11 @@ class LerpModule(PatchedModule):
         return {"lam": lam, "row_to_lam": rows.repeat_interleave(inner).repeat(outer)}
 
     def placeholders(self) -> list[str]:
-        """Names of the parameters that are placeholders."""
+        """Returns the names of the parameters that are placeholders."""
         return [name for name, stored in self.lerp.stored.items() if name not in stored.names]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """As any module's, for `.to()` and its like; but scales keep their dtype, and placeholders take no memory."""
+        """As in `nn.Module`, for `.to()` and the like; but scales keep their dtype, and placeholders take no memory."""
         check_dtypes(self, fn)
         self.lerp.ends.clear()
         scales = {id(parameter) for name, parameter in self._parameters.items() if name.endswith("_scale")}
@@ -250,7 +253,7 @@ class LerpModule(PatchedModule):
         return super()._apply(move, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """As any module's; but placeholders are not part of a state."""
+        """As in `nn.Module`, but leaves out placeholders."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self.placeholders():
             destination.pop(prefix + name, None)
@@ -264,7 +267,7 @@ class LerpModule(PatchedModule):
         return rebuild, (recipe_of(type(self)),), self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As any module's; but a deep copy has given placeholders all the memory that they stand for."""
+        """As in `nn.Module`, but makes placeholders small again: a deep copy gives them memory for their full shape."""
         super().__setstate__(state)
         for name in self.placeholders():
             tensor = self.tensor(name)
@@ -273,5 +276,5 @@ class LerpModule(PatchedModule):
 
 
 def own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and buffers of a module, those of its children aside."""
+    """Returns the parameters and buffers of a module, without those of its children."""
     return [(name, t) for name, t in (*parameters_of(module).items(), *buffers_of(module).items()) if t is not None]

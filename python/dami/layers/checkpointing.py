@@ -1,7 +1,8 @@
-"""Activation checkpointing: what runs a second time, in the backward pass, runs at the λ of its first.
+"""Activation checkpointing: recomputes layers in the backward pass at the λ of the forward pass.
 
-By then the pass is over and the dial has been turned back. So what checkpoints is wrapped for the time of a pass: it
-hands λ on as an argument, and the pass is set up again around what runs.
+By the time of the backward pass, the forward pass is over and the dial has been turned back. So the checkpoint
+functions are wrapped during the forward pass: they pass λ on as an argument, and restore the pass around the
+recomputation.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from dami.upstream import CHECKPOINTS
 
 
 def checkpoints(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
-    """Where a model's modules keep what checkpoints them."""
+    """Returns where a model's modules keep their checkpoint functions: the dict that holds each, and its key."""
     return [(vars(module), name) for module in model.modules() for name in CHECKPOINTS if name in vars(module)]
 
 
 @contextmanager
 def checkpointing(model: nn.Module) -> Iterator[None]:
-    """For the time of a pass, what a patched model's checkpoints run again will run in this pass."""
+    """Wraps a patched model's checkpoint functions during a pass, so that recomputation sees the same pass."""
     found = [(holder, name, holder[name]) for holder, name in checkpoints(model)]
     checkpointed = _in_this_pass(model)
     try:
@@ -38,9 +39,9 @@ def checkpointing(model: nn.Module) -> Iterator[None]:
 
 
 def _in_this_pass(model: Any) -> Callable[..., Any]:
-    """A call of a checkpoint such that its function finds the pass that the model is in now, whenever it runs.
+    """Returns a wrapper of checkpoint functions that runs the checkpointed function in the model's current pass.
 
-    Every λ is an argument of the checkpoint, whose arguments alone have gradients with `use_reentrant=True`.
+    Every λ is passed to the checkpoint as an argument, because with `use_reentrant=True` only arguments get gradients.
     """
     patch, thread = model.dami_patch, threading.get_ident()
     dials = [patch.dial, *patch.parts]
@@ -51,7 +52,7 @@ def _in_this_pass(model: Any) -> Callable[..., Any]:
     ]
 
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with patch.hold.of(thread), ExitStack() as stack:  # on a GPU, autograd has threads of its own
+        with patch.hold.of(thread), ExitStack() as stack:  # for a GPU, autograd uses its own threads
             for dial, lam in zip(dials, args, strict=False):
                 stack.enter_context(dial.turned(lam))
             for holder, name, value in noted:

@@ -1,4 +1,4 @@
-"""Every parameter of a patched model: its kind, its format, its bytes."""
+"""Lists the parameters of a patched model with their kind, format and size in bytes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class ParameterRow:
 
     Attributes:
         name: its qualified name.
-        kind: of the module it belongs to: "linear", "conv1d", "embedding", "rms_norm", "layer_norm", or the class name
-            of a module that is not patched.
-        shape: of either end.
-        dtype: of either end, as the operator takes it.
-        format: how its ends are stored, None where they are identical.
-        nbytes: bytes of all that is stored for it; 0 where it is tied.
+        kind: the kind of its module: "linear", "conv1d", "embedding", "rms_norm", "layer_norm" and so on, or the class
+            name of a module that is not patched.
+        shape: shape of each end.
+        dtype: dtype of each end, as the operator takes it.
+        format: the format in which its ends are stored, None if they are identical.
+        nbytes: bytes of all tensors stored for it; 0 if it is tied.
         tied_to: the name of the parameter it is tied to, None otherwise.
     """
 
@@ -42,7 +42,7 @@ class ParameterRow:
 
 @dataclass(frozen=True)
 class Description:
-    """Every parameter of a patched model, how it is stored and what it weighs; printable."""
+    """All parameters of a patched model, with their format and size; print it to see a table."""
 
     rows: tuple[ParameterRow, ...]
 
@@ -53,7 +53,7 @@ class Description:
 
     @property
     def format(self) -> str:
-        """How embeddings and linear weights are stored. Norms and biases are a "pair" in every format."""
+        """The format of embeddings and linear weights. Norms and biases are stored as a "pair" in every format."""
         return min({row.format for row in self.rows if row.format not in (None, "pair")}, default="pair")
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ class Description:
 
 
 def describe(model: PreTrainedModel) -> Description:
-    """Every parameter of a patched model, and every buffer that is interpolated: its kind, its format, its bytes.
+    """Describes every parameter and interpolated buffer of a patched model: its kind, format and size in bytes.
 
     `print(describe(model))` shows a table; `.rows` holds the same as data.
 

@@ -1,9 +1,9 @@
-"""The modules of a patched model.
+"""The kinds of patched modules.
 
-A patched module is the original object with its class changed to a subclass of its class. Its parameters stay where
-they were, under their own names, as the base end; the target end is registered beside them (`weight_target`). So
-isinstance checks, hooks, tied references, `module.weight.dtype`, `.to()` and `state_dict` go on working, and taking the
-patch off gives back the very same modules.
+A patched module is the original object with its class changed to a subclass of the original class. Its parameters keep
+their places and names, as the base end; the target end is registered beside them (`weight_target`). So isinstance
+checks, hooks, tied references, `module.weight.dtype`, `.to()` and `state_dict` keep working, and unpatching gives back
+the very same modules.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class LerpLinear(LerpModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         x, rows = self.rows(input)
-        eager = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-        if eager and type(x) is Tensor and not x.is_inference():
+        in_pass = not torch.compiler.is_compiling() and self.lerp.running.sequences is not None
+        if in_pass and not torch.is_grad_enabled() and type(x) is Tensor and not x.is_inference():
             y = together(self, x, rows)
             if y is not None:
                 return y
@@ -42,7 +42,7 @@ class LerpLinear(LerpModule, nn.Linear):
 class LerpConv1D(LerpModule, Conv1D):
     """transformers' `Conv1D` at λ: a linear layer whose weight is [K, N].
 
-    While patched, what is stored keeps that orientation and lies transposed in memory, as the operator reads it.
+    While patched, stored tensors keep that shape, but their memory is transposed, as the operator reads it.
     """
 
     kind = "conv1d"
@@ -58,7 +58,7 @@ class LerpConv1D(LerpModule, Conv1D):
 
 
 class LerpEmbedding(LerpModule, nn.Embedding):
-    """`nn.Embedding` at λ. A subclass that scales the result, as Gemma's does, goes on doing so."""
+    """`nn.Embedding` at λ. A subclass that scales the result, such as Gemma's, still does so."""
 
     kind = "embedding"
     replaces = nn.Embedding
@@ -89,13 +89,13 @@ class LerpLayerNorm(LerpModule, nn.LayerNorm):
 
 
 class LerpRMSNorm(LerpModule):
-    """An RMS norm of any spelling at λ: any module of one vector `weight` that computes x/rms(x)·(offset + weight)."""
+    """Any RMS norm at λ: any module with one vector `weight` that computes x/rms(x)·(offset + weight)."""
 
     kind = "rms_norm"
 
     @classmethod
     def fit(cls, module: nn.Module) -> dict[str, Any] | None:
-        """Finds eps and offset by running the module on random input: many classes, one formula."""
+        """Finds eps and offset by running the module on random input, as many classes implement this formula."""
         parameters = dict(module.named_parameters())
         weight = parameters.get("weight")
         takes = len(inspect.signature(type(module).forward).parameters)
@@ -105,12 +105,12 @@ class LerpRMSNorm(LerpModule):
         w = torch.randn(weight.shape, generator=generator).to(weight.device)
         numbers = [v for v in vars(module).values() if isinstance(v, (int, float)) and not isinstance(v, bool)]
         epsilons = [float(number) for number in numbers if 0 < number < float("inf")]
-        for eps in (*epsilons, torch.finfo(torch.float32).eps):  # the last is torch's own where it is given none
-            # as large as eps makes it: the mean square and eps weigh the same
+        for eps in (*epsilons, torch.finfo(torch.float32).eps):  # the last is torch's default
+            # scaled so that the mean square and eps are about equal
             x = torch.randn(3, *weight.shape, generator=generator).to(weight.device) * eps**0.5
             try:
                 y = type(module).forward(with_parameters(module, {"weight": w}), x)
-            except Exception:  # another module altogether, with another signature
+            except Exception:  # not a norm: it has another signature
                 return None
             normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
             for offset in (0.0, 1.0):
@@ -119,7 +119,7 @@ class LerpRMSNorm(LerpModule):
         return None
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != self.tensor("weight").dtype:  # a float32 residual: each spelling has its own dtype for the result
+        if x.dtype != self.tensor("weight").dtype:  # a float32 residual: norms differ in the dtype that they return
             with self.lerp.running.entered():
                 return super().forward(x)
         x, rows = self.rows(x)
@@ -127,10 +127,10 @@ class LerpRMSNorm(LerpModule):
 
 
 class LerpExperts(LerpModule):
-    """Fused experts of transformers' interface (`transformers.integrations.moe`) at λ: weights [E, N, K].
+    """Fused experts with transformers' interface (`transformers.integrations.moe`) at λ: weights [E, N, K].
 
-    The router is interpolated as any layer is, so a token's own λ decides which experts it goes to, and then at which λ
-    they compute for it.
+    The router is interpolated like any other layer, so a token's λ decides which experts it goes to as well as the λ
+    at which they compute.
     """
 
     kind = "experts"
@@ -159,7 +159,7 @@ class LerpExperts(LerpModule):
             x = gated(self, x) if self.has_gate else self.act_fn(x)
         x = lerp_experts(x, self.ends(down), bias=self._bias(down), **where, **self.lerp.settings)
         y = torch.empty_like(x)
-        y[pair] = x  # each token's k rows side by side again
+        y[pair] = x  # puts each token's k rows next to each other again
         if getattr(self, "has_post_expert_norm", False):
             y = self.post_expert_norm(y)
         y = y * top_k_weights.reshape(-1, 1)
@@ -170,7 +170,7 @@ class LerpExperts(LerpModule):
 
 
 class LerpTransposedExperts(LerpExperts):
-    """The same with weights [E, K, N], as GPT-OSS has them; they lie transposed in memory while patched."""
+    """Fused experts with weights [E, K, N], such as GPT-OSS's; their memory is transposed while patched."""
 
     transposed = True
 
@@ -180,7 +180,7 @@ class LerpTransposedExperts(LerpExperts):
 
 
 class LerpParameters(LerpModule):
-    """Any other module: its own forward, which reads its parameters and buffers at λ."""
+    """Any other module: keeps its own forward, which reads its parameters and buffers at λ."""
 
     kind = "parameters"
     operands = ()
@@ -203,7 +203,7 @@ KINDS: tuple[type[LerpModule], ...] = (
 
 
 def with_parameters(module: nn.Module, parameters: Mapping[str, Any]) -> nn.Module:
-    """A shallow copy of a module that holds other parameters; the module itself is left alone."""
+    """Returns a shallow copy of a module that holds other parameters, and leaves the module itself unchanged."""
     probe = nn.Module.__new__(type(module))
     vars(probe).update(vars(module))
     vars(probe)[PARAMETERS] = dict(parameters)
@@ -211,13 +211,13 @@ def with_parameters(module: nn.Module, parameters: Mapping[str, Any]) -> nn.Modu
 
 
 def kind_of(module: nn.Module) -> tuple[type[LerpModule], dict[str, Any]]:
-    """The kind that computes what `module` does, with the operator's settings."""
-    if "forward" in vars(module) and not is_wrapped(module):  # it no longer asks its class
+    """Returns the kind that computes what `module` does, with the operator's settings."""
+    if "forward" in vars(module) and not is_wrapped(module):  # its class's forward is not called
         return LerpParameters, {}
     stored = {*parameters_of(module), *buffers_of(module)}
     for kind in KINDS[:-1]:
         if any(isinstance(getattr(module, name, None), Tensor) and name not in stored for name in kind.operands):
-            continue  # computed of other parameters, as a pruned weight is
+            continue  # computed from other parameters, such as a pruned weight
         settings = kind.fit(module)
         if settings is not None and (kind.replaces in (None, type(module)) or _reaches(kind, module)):
             return kind, settings
@@ -225,7 +225,7 @@ def kind_of(module: nn.Module) -> tuple[type[LerpModule], dict[str, Any]]:
 
 
 def readers(kinds: Mapping[nn.Module, tuple[type[LerpModule], dict[str, Any]]]) -> dict[int, type[LerpModule]]:
-    """The kind that reads a tensor, by its id: of several modules that share one, the kind whose operator does."""
+    """Maps each tensor's id to the kind that reads it; if modules share it, to one whose operator takes it, if any."""
     found: dict[int, type[LerpModule]] = {}
     for module, (kind, _) in kinds.items():
         for name, tensor in own_tensors(module):
@@ -236,13 +236,13 @@ def readers(kinds: Mapping[nn.Module, tuple[type[LerpModule], dict[str, Any]]]) 
 
 
 def stored_format(format: str, reader: type[LerpModule], name: str, tensor: Tensor) -> str:
-    """How both ends of a tensor are stored where `format` is asked for: what no operator reads stays a pair."""
+    """Returns the format for storing a tensor's ends when `format` is asked for: "pair" if no operator reads it."""
     quantised = reader is not LerpParameters and tensor.dim() > 1 and not name.endswith("bias")
     return format if quantised else "pair"
 
 
 def _reaches(kind: type[LerpModule], module: nn.Module) -> bool:
-    """Whether the forward of a subclass goes through its parent's, which is the one that a patch replaces."""
+    """Whether a subclass's forward calls the parent's forward, which patching replaces."""
 
     class Reached(Exception):
         pass
@@ -263,14 +263,14 @@ def _reaches(kind: type[LerpModule], module: nn.Module) -> bool:
 
 
 def kind_on_meta(module: nn.Module) -> tuple[type[LerpModule], dict[str, Any]]:
-    """`kind_of` for a module on the meta device, found on a copy on the CPU that takes no memory."""
+    """Returns `kind_of` for a module on the meta device, using a copy on the CPU that takes no memory."""
     with torch.device("cpu"):
         parameters = {
             name: None if parameter is None else placeholder(torch.empty(0, dtype=parameter.dtype), parameter.shape)
             for name, parameter in parameters_of(module).items()
         }
         before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float32)  # while loading it is the model's
+        torch.set_default_dtype(torch.float32)  # while a model is loading, the default is its dtype
         try:
             return kind_of(with_parameters(module, parameters))
         finally:

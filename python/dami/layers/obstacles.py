@@ -1,4 +1,4 @@
-"""What a model reads of its parameters where no λ reaches it."""
+"""Finds tensors of a model that cannot be interpolated, such as those read where no λ reaches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COUNTING = (
 
 
 def obstacles(model: nn.Module) -> dict[str, str]:
-    """Tensors of a model's state that cannot be interpolated, by name, and why: as a line of an error."""
+    """Maps the names of tensors in a model's state that cannot be interpolated to the reason, as a line of an error."""
     past, lines = _read_elsewhere(model), {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         holder, _, local = name.rpartition(".")
@@ -38,20 +38,20 @@ def obstacles(model: nn.Module) -> dict[str, str]:
 
 
 def unread(model: nn.Module) -> set[str]:
-    """Names of tensors that only training reads: how many batches a norm has seen."""
+    """Returns the names of tensors that only training reads: the number of batches that a norm has seen."""
     named = [(f"{name}." if name else "", m) for name, m in model.named_modules() if isinstance(m, COUNTING)]
     return {f"{prefix}num_batches_tracked" for prefix, _ in named}
 
 
 def _read_elsewhere(model: nn.Module) -> dict[int, str]:
-    """Tensors that are read past their modules' attributes, where no λ reaches them, by id, and how."""
+    """Maps the ids of tensors that are read past their modules' attributes, so not at λ, to how they are read."""
     found: dict[int, str] = {}
     for prefix, module in model.named_modules():
         for name, value in vars(module).items():
             if name in OF_MODULES:
                 continue
             if isinstance(module, nn.RNNBase) and name == FLAT_WEIGHTS:
-                continue  # made anew of the attributes in each forward pass
+                continue  # rebuilt from the attributes in each forward pass
             held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
             found |= {id(each): f"which {prefix}.{name} holds too" for each in held if isinstance(each, Tensor)}
         for hook in hooks_of(module)[1].values():

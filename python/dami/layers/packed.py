@@ -1,4 +1,4 @@
-"""Both ends of a parameter, packed, and how they get into a module."""
+"""Packs both ends of a parameter, and puts them into a module."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LowRank:
 
 
 def adapted(base: Tensor, difference: LowRank, format: str) -> LerpWeight:
-    """Base and base + up · down: as they are in the format `lowrank`, as two whole ends in any other."""
+    """Packs base and base + up · down: as factors in the format `lowrank`, as two full ends in any other."""
     down, up = (factor.to(base.device) for factor in (difference.down, difference.up))
     if format == "lowrank":
         factors = (factor.to(base.dtype).contiguous() for factor in (down, up))
@@ -37,8 +37,8 @@ class Packed:
 
     Attributes:
         weight: the operand.
-        base: what takes the parameter's place: the base, or a placeholder where the format does not keep it.
-        beside: what becomes parameters beside it, by suffix; one tied to another shares them.
+        base: the tensor to put in the parameter's place: the base, or a placeholder if the format does not keep it.
+        beside: the parameters to register beside it, by suffix; tied parameters share them.
     """
 
     weight: LerpWeight
@@ -59,7 +59,7 @@ class Packed:
 def patch_module(
     original: nn.Module, kind: type[LerpModule], state: ModuleState, differing: Mapping[str, Packed]
 ) -> None:
-    """Changes a module's class and registers, beside each tensor that differs, what its format stores."""
+    """Changes a module's class, and registers what the format stores beside each tensor that differs."""
     module = reclass(original, patched_class(kind, type(original)))  # type: ignore[arg-type]
     module.lerp = state
     for name, packed in differing.items():

@@ -1,4 +1,4 @@
-"""PEFT adapters on top of a patched model: what they may do, and what would reach one of its two ends only."""
+"""PEFT adapters on a patched model: refuses those that would change only one of its two ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dami.upstream import adapter_classes, before_merging
 
 
 def adapted_modules(model: nn.Module) -> list[str]:
-    """Names of the modules over which PEFT has put an adapter."""
+    """Returns the names of the modules that PEFT has wrapped in an adapter."""
     if "peft" not in sys.modules:
         return []
     adapters = adapter_classes()
@@ -22,13 +22,13 @@ def adapted_modules(model: nn.Module) -> list[str]:
 
 
 def refuse_adapters(model: nn.Module, what: str, remedy: str) -> None:
-    """ValueError if there is an adapter on the model, which `what` would lose or mistake for a part of the pair."""
+    """Raises ValueError if the model has an adapter, which `what` would lose or take for a part of the pair."""
     if names := adapted_modules(model):
         raise ValueError(f"{what} takes a model without PEFT adapters, got one on {names[0]} and others: {remedy}")
 
 
 def guard_merging() -> None:
-    """Makes PEFT refuse to merge an adapter into a patched model, whose λ=0 end alone it would find."""
+    """Makes PEFT refuse to merge an adapter into a patched model: it would merge into the λ=0 end only."""
     before_merging(_refuse_merging)
 
 
@@ -41,7 +41,7 @@ def _refuse_merging(model: nn.Module) -> None:
 
 
 def check_adapters(model: Any) -> None:
-    """Refuses PEFT adapters that read or change a layer's weight, of which a patched layer has two: ValueError."""
+    """Raises ValueError for PEFT adapters that read or change a layer's weight, as a patched layer has two."""
     for name, config in getattr(model, "peft_config", {}).items():
         settings, method = config.to_dict(), config.peft_type.value
         odd = [] if method == "IA3" else [method]
@@ -68,13 +68,13 @@ def check_adapters(model: Any) -> None:
 LORA_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?")
 
 
-# Settings under which an adapter is base + up · down: which weights it has, how they are scaled, how it was trained.
+# Settings that leave an adapter as base + up · down: they say which weights it has, how it scales, how it was trained.
 PLAIN_LORA = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "lora_dropout", "fan_in_fan_out", "bias"),
     *("modules_to_save", "init_lora_weights", "runtime_config", "megatron_core", "qalora_group_size"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of an initialisation
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # for initialisation only
 }
 
 
@@ -82,7 +82,7 @@ UNCHANGED = (True, False, "gaussian", "orthogonal", "eva", "mica")  # initialisa
 
 
 def more_than_lora(config: Mapping[str, Any]) -> list[str]:
-    """The settings of a PEFT config, as "name=value", under which it may be more than a low-rank difference."""
+    """Returns the settings of a PEFT config, as "name=value", that may make it more than a low-rank difference."""
     if config.get("peft_type") != "LORA":
         return [f"peft_type={config.get('peft_type')!r}"]
     return [f"{name}={value!r}" for name, value in config.items() if value and name not in PLAIN_LORA]

@@ -1,4 +1,4 @@
-"""Tokens on their way to experts."""
+"""Routes tokens to experts."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from torch import Tensor
 
 
 def by_expert(chosen: Tensor, experts: int, places: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs of a token and an expert, sorted by expert.
+    """Sorts the pairs of a token and an expert by expert.
 
     Args:
         chosen: integers [tokens, k], the experts of each token.
-        experts: how many are here.
-        places: the place of each expert in this process, -1 for those of others; None if all are here.
+        experts: number of experts in this process.
+        places: the index of each expert in this process, -1 for those of other processes; None if all are here.
 
     Returns:
-        [tokens · k], the experts, those of others after the last; int64 [tokens · k], which pair each is, k for each
-        token; and int32 [experts], the end of each one's pairs.
+        [tokens · k], the expert of each sorted pair, where `experts` stands for those of other processes and comes
+        last; int64 [tokens · k], the index of each sorted pair in `chosen`, flattened; and int32 [experts], the end of
+        each expert's pairs.
     """
     chosen = chosen.reshape(-1)
     if places is not None:

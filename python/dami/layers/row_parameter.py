@@ -1,9 +1,9 @@
-"""A parameter while every sequence has its own λ: one tensor in the eyes of a module, one per sequence in fact.
+"""A parameter when every sequence has its own λ: to a module it is one tensor, but it holds a value per sequence.
 
-A module that uses a parameter in its own way (a decay, a convolution, a scale, a sink) goes on running its own forward;
-only, what it reads as `self.A_log` is a `RowParameter`. Torch hands every function of it to `__torch_function__`, which
-runs it under `torch.vmap` over the sequences. So all that torch can vmap is covered, and a function for which there is
-a better way has a rule of its own, five lines each: the examples are at the end of this file.
+A module that uses a parameter in its own way (a decay, a convolution, a scale, a sink) keeps its own forward, but what
+it reads as `self.A_log` is a `RowParameter`. Torch passes every function call on it to `__torch_function__`, which runs
+the function under `torch.vmap` over the sequences. This covers everything that torch can vmap. A function for which
+there is a better way has a rule of its own, of about five lines: see the end of this file.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ RULES: dict[Any, Callable[..., Any]] = {}
 
 
 def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers what is called instead of these torch functions where one of their arguments is a `RowParameter`.
+    """Registers a function to call instead of these torch functions if one of their arguments is a `RowParameter`.
 
-    It takes the function's own arguments, and may return NotImplemented to leave them to `torch.vmap`.
+    It takes the torch function's arguments, and may return NotImplemented to fall back to `torch.vmap`.
     """
 
     def register(instead: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,7 +40,7 @@ def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def blend(ends: LerpWeight, lam: Tensor) -> Tensor:
-    """A parameter at λ [], or [B, *shape] at λ [B]: computed in float32, exact at both ends, rounded once."""
+    """Returns a parameter at λ [], or [B, *shape] at λ [B]: computed in float32, exact at both ends, rounded once."""
     base, target = (end.float() for end in (ends.tensors if ends.format == "pair" else ends.unpack()))
     if lam.dim():
         base, target = base.unsqueeze(0), target.unsqueeze(0)
@@ -49,14 +49,16 @@ def blend(ends: LerpWeight, lam: Tensor) -> Tensor:
 
 
 class RowParameter(Tensor):
-    """A tensor of a logical shape that has another value for each of B sequences. It has no storage of its own, so that
-    code which goes around torch's functions fails instead of reading one sequence's value for all.
+    """A tensor with the shape of one parameter that holds a value for each of B sequences.
+
+    It has no storage of its own, so code that bypasses torch's functions fails instead of reading one sequence's value
+    for all.
 
     Attributes:
-        label: name of the parameter it comes from, for errors.
-        ends: both ends, where it is a parameter as it was stored and not computed from one.
-        lam: float32 [B], or [] where all sequences share it: then functions see the blended parameter.
-        running: the forward pass. With B it tells which tensors are of the batch.
+        label: name of the parameter it comes from, for error messages.
+        ends: both ends, if it is a stored parameter; None if it was computed from one.
+        lam: float32 [B], or [] if all sequences share it: then functions see the blended parameter.
+        running: the forward pass. Together with B it tells which tensors have a batch dimension.
     """
 
     label: str
@@ -78,18 +80,18 @@ class RowParameter(Tensor):
 
     @property
     def rows(self) -> Tensor:
-        """Its values, [B, *shape]; [*shape] if λ is []."""
+        """The values, [B, *shape]; [*shape] if λ is []."""
         if self._rows is None:
             assert self.ends is not None
             self._rows = blend(self.ends, self.lam)
         return self._rows
 
     def with_rows(self, rows: Tensor) -> RowParameter:
-        """What a function has made of this parameter, sequence by sequence."""
+        """Wraps the result of a function that was applied to this parameter for each sequence."""
         return RowParameter(self.label, self.lam, self.running, None, rows)
 
     def of_batch(self) -> Tensor:
-        """An ordinary tensor whose first dimension, 1 here, is the batch."""
+        """Returns an ordinary tensor whose first dimension is the batch; here, that dimension must be 1."""
         if self.dim() == 0 or self.shape[0] != 1:
             raise ValueError(
                 f"{self.label}: got shape {list(self.shape)}, where the first dimension must be 1, for the batch"
@@ -138,15 +140,15 @@ ALIGNED = re.compile(
     r"_*[ri]?(add|sub|rsub|mul|div|truediv|true_divide|pow|maximum|minimum|where|lerp|matmul|bmm|baddbmm)_*"
 )
 
-# where a first dimension that is split into sequences would be counted from the start of each
+# functions that index along a dimension, so splitting the batch into sequences would change the result
 ALONG = re.compile(r"_*(index_\w+|scatter\w*|gather|take\w*|put|roll|flip|sort|cumsum|cumprod)_*")
 
 
 def batch_dim(tensor: Tensor, parameter: RowParameter, func: Any) -> int | None:
-    """Which dimension of an ordinary tensor is the batch: the first, as a rule; None if it is no tensor of the batch.
+    """Returns which dimension of an ordinary tensor is the batch, usually the first; None if there is none.
 
-    Where a function aligns the shapes of its arguments, a dimension in which the parameter itself is large is not the
-    batch: then it can be the second, as in products of groups of heads, [G, B·T, K] · [G, K, N].
+    If a function aligns the shapes of its arguments, a dimension where the parameter is larger than 1 is not the batch.
+    The batch can then be the second dimension, as in products of groups of heads, [G, B·T, K] · [G, K, N].
     """
     batch, running = len(parameter.lam), parameter.running
     if isinstance(tensor, nn.Parameter) or tensor.dim() == 0:
@@ -159,7 +161,7 @@ def batch_dim(tensor: Tensor, parameter: RowParameter, func: Any) -> int | None:
     size = tensor.shape[at]
     if size == 1 or size % batch != 0 or not running.counts(size):
         return None
-    # rows of fewer tokens than all were gathered, nobody knows where
+    # rows for only some tokens have been gathered, and their origin is unknown
     flat = tensor.dim() == 2 and re.fullmatch("_*r?(linear|matmul|mm|addmm)_*", func.__name__) is not None
     if flat and running.sequences and size % (running.sequences * (running.tokens or 1)) != 0:
         raise ValueError(f"rows of shape {list(tensor.shape)} are not those of all tokens")
@@ -169,7 +171,7 @@ def batch_dim(tensor: Tensor, parameter: RowParameter, func: Any) -> int | None:
 
 
 def _vmapped(func: Any, args: Any, kwargs: Any) -> Any:
-    """`func`, sequence by sequence: a `RowParameter`, or an ordinary tensor if a tensor of the batch went in."""
+    """Runs `func` for each sequence; returns a `RowParameter`, or an ordinary tensor if an argument has a batch."""
     leaves, spec = tree_flatten((args, kwargs))
     first = next(leaf for leaf in leaves if isinstance(leaf, RowParameter))
     inplace = func.__name__.endswith("_") and not func.__name__.endswith("__")
@@ -217,7 +219,7 @@ CASTS = {Tensor.to, Tensor.type, Tensor.float, Tensor.type_as}
 
 
 def _packed(func: Any, args: Any, kwargs: Any, first: RowParameter) -> Any:
-    """`func` in a packed row, where each token has its own λ: what is known to go token by token, and nothing else."""
+    """Runs `func` in a packed row, where each token has its own λ, if it is known to act token by token."""
     name, tokens = func.__name__, len(first.lam)
     operands = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and not isinstance(x, RowParameter)]
     in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
@@ -234,12 +236,12 @@ def _packed(func: Any, args: Any, kwargs: Any, first: RowParameter) -> Any:
     of_tokens = [x for x in operands if x.dim()]
     lead = {2 if x.shape[:2] == (1, tokens) else 1 if x.shape[:1] == (tokens,) else 0 for x in of_tokens}
     features = max(x.dim() for x in of_tokens) - max(lead) if of_tokens else first.dim()
-    outer = first.shape[: max(0, first.dim() - features)]  # must be dimensions of 1, which broadcast over tokens
+    outer = first.shape[: max(0, first.dim() - features)]  # must be dimensions of size 1, which broadcast over tokens
     if len(lead) > 1 or 0 in lead or outer.numel() != 1:
         raise ValueError(f"operands {[list(x.shape) for x in operands]} do not begin with the {tokens} tokens")
 
     def aligned(x: Any) -> Any:
-        """A parameter's values for each token, with as many dimensions after it as the operands have."""
+        """Returns a parameter's values for each token, followed by as many dimensions as the operands have."""
         if not isinstance(x, RowParameter):
             return x
         shape = x.shape[x.dim() - features :] if x.dim() > features else (*[1] * (features - x.dim()), *x.shape)
@@ -249,7 +251,7 @@ def _packed(func: Any, args: Any, kwargs: Any, first: RowParameter) -> Any:
 
 
 def _packed_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A linear layer in all but name, such as a router."""
+    """A linear layer that is not an `nn.Linear`, such as a router."""
     ends = [each.ends if isinstance(each, RowParameter) else None for each in (weight, bias)]
     if not isinstance(weight, RowParameter) or ends[0] is None or (bias is not None and ends[1] is None):
         raise ValueError("its weight or bias is not a parameter as it was stored")
@@ -259,13 +261,13 @@ def _packed_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
 
 
 def _sizes(sizes: tuple[Any, ...]) -> tuple[int, ...]:
-    """Sizes that a function took as one argument or as several."""
+    """Returns the sizes that a function got as one argument or as several."""
     return sizes if isinstance(sizes[0], int) else tuple(sizes[0])
 
 
 @rule(Tensor.expand, Tensor.broadcast_to, torch.broadcast_to)
 def _expand(parameter: RowParameter, *sizes: Any) -> Any:
-    """Expanded to the batch in its first dimension, it is an ordinary tensor: attention sinks, query tokens."""
+    """Returns an ordinary tensor if the first dimension is expanded to the batch: attention sinks, query tokens."""
     shape, batch, running = _sizes(sizes), len(parameter.lam), parameter.running
     grows = len(shape) > parameter.dim() or parameter.shape[0] == 1
     if not grows or shape[0] % batch != 0 or not running.counts(shape[0]):
@@ -293,7 +295,7 @@ def _repeat(parameter: RowParameter, *sizes: Any) -> Any:
 
 @rule(F.linear)
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    """A linear layer in all but name, such as a router: both ends go to the operator, and no copy is blended."""
+    """A linear layer that is not an `nn.Linear`, such as a router: passes both ends to the operator, unblended."""
     if not isinstance(weight, RowParameter) or weight.ends is None or isinstance(input, RowParameter):
         return NotImplemented
     if batch_dim(input, weight, F.linear) != 0 or input.dtype != weight.dtype:
@@ -312,8 +314,8 @@ def _embedding(input: Tensor, weight: Tensor, padding_idx: Any = None, max_norm:
 
 
 def _each(value: Any, parameter: RowParameter, at: int) -> Sequence[Any]:
-    """What each sequence has of an argument: its part of an ordinary tensor, whose dimension `at` is the batch, its
-    values of a `RowParameter`, and all of anything else."""
+    """Splits an argument by sequence: an ordinary tensor along dimension `at`, its batch, and a `RowParameter` into its
+    values. Anything else goes to every sequence whole."""
     batch = len(parameter.lam)
     if isinstance(value, RowParameter):
         return value.rows.unbind()
@@ -327,7 +329,7 @@ def _each(value: Any, parameter: RowParameter, at: int) -> Sequence[Any]:
 
 
 def _per_sequence(func: Any, given: Mapping[str, Any], parameter: RowParameter, places: Mapping[str, int]) -> list[Any]:
-    """What `func` returns for each sequence; `places` tells in which dimension of an argument the batch is."""
+    """Returns the results of `func` for each sequence; `places` holds the batch dimension of each argument."""
     split = {name: _each(given[name], parameter, at) for name, at in places.items() if given.get(name) is not None}
     split |= {name: _each(value, parameter, 0) for name, value in given.items() if isinstance(value, RowParameter)}
     return [func(**{**given, **{name: each[row] for name, each in split.items()}}) for row in range(len(parameter.lam))]
@@ -338,13 +340,13 @@ ATTENTION = inspect.signature(F.multi_head_attention_forward)
 
 @rule(F.multi_head_attention_forward)
 def _multi_head_attention(*args: Any, **kwargs: Any) -> Any:
-    """`nn.MultiheadAttention`, sequence by sequence: the batch is the second dimension of what it attends to."""
+    """Runs `nn.MultiheadAttention` for each sequence: the batch is the second dimension of query, key and value."""
     given = ATTENTION.bind(*args, **kwargs).arguments
     parameter = next(value for value in given.values() if isinstance(value, RowParameter))
     query, mask = given["query"], given.get("attn_mask")
     if isinstance(query, RowParameter) or query.dim() != 3 or given.get("static_k") is not None:
         return NotImplemented
-    if mask is not None and mask.dim() == 3:  # for each head of each sequence
+    if mask is not None and mask.dim() == 3:  # one mask per head of each sequence
         given["attn_mask"] = parameter.with_rows(mask.unflatten(0, (len(parameter.lam), -1)))
     places = {"query": 1, "key": 1, "value": 1, "key_padding_mask": 0}
     outputs, weights = zip(*_per_sequence(F.multi_head_attention_forward, given, parameter, places), strict=True)
@@ -366,7 +368,7 @@ def _batch_norm(*args: Any, **kwargs: Any) -> Any:
 
 
 def _recurrent(function: Any, input: Any, hx: Any, weights: Any, *options: Any) -> Any:
-    """`nn.RNN`, `nn.LSTM` or `nn.GRU`, sequence by sequence; its last option says whether the batch comes first."""
+    """Runs `nn.RNN`, `nn.LSTM` or `nn.GRU` for each sequence; the last option says whether the batch comes first."""
     if not isinstance(weights, (list, tuple)) or isinstance(input, RowParameter):
         raise ValueError("a packed sequence has its tokens in the order of time")
     parameter = next(weight for weight in weights if isinstance(weight, RowParameter))

@@ -1,4 +1,4 @@
-"""`model.dami`: what a patched model is, and where it stands."""
+"""`model.dami`: the description and the current state of a patched model."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dami.layers.describe import Description, describe
 
 @dataclass(frozen=True)
 class PartStatus:
-    """A part of a model that is set apart.
+    """A part of a model with a λ of its own.
 
     Attributes:
         intensity: its λ, one number or one per sequence.
-        modules: their names.
-        groups: that they belong to.
+        modules: the names of its modules.
+        groups: the groups that these belong to.
     """
 
     intensity: float | list[float]
@@ -30,26 +30,26 @@ class PartStatus:
 
 
 class Status:
-    """What a patched model is, and where it stands now; print it to see it all."""
+    """The description and the current state of a patched model; print it to see all of it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """TypeError if the model is not patched."""
+        """Raises TypeError if the model is not patched."""
         self._model, self._patch = model, patch_of(model)
 
     @property
     def ends(self) -> tuple[str | None, str | None]:
-        """Names of the instruct end and of the thinking end; None where they are not known."""
+        """Names of the instruct end and of the thinking end; None if unknown."""
         names = [parent.get("name") for parent in self._patch.origin.parents]
         return (names[0], names[1]) if len(names) == 2 else (None, None)
 
     @property
     def description(self) -> Description:
-        """Every parameter: its kind, its format, its bytes. As `dami.describe`."""
+        """Every parameter with its kind, format and size in bytes, as `dami.describe` returns it."""
         return describe(self._model)
 
     @property
     def format(self) -> str:
-        """How embeddings and linear weights are stored."""
+        """The format of embeddings and linear weights."""
         return self.description.format
 
     @property
@@ -59,19 +59,19 @@ class Status:
 
     @property
     def intensity(self) -> float | list[float]:
-        """λ where no call says otherwise: of the whole model but its parts, one number or one per sequence."""
+        """λ of the model without its parts, used if a call sets no other: one number or one per sequence."""
         return _numbers(self._patch.dial.lam)
 
     @property
     def parts(self) -> tuple[PartStatus, ...]:
-        """The parts of the model that `dami.set_intensity` or a `with dami.intensity(…)` block has set apart."""
+        """The parts that have a λ of their own, by `dami.set_intensity` or a `with dami.intensity(…)` block."""
         found = []
         patched = [module for module in self._model.modules() if isinstance(module, PatchedModule)]
         for dial in self._patch.parts:
             modules = [module.lerp for module in patched if module.lerp.part is dial]
             groups = dict.fromkeys(module.group for module in modules)
             found.append(PartStatus(_numbers(dial.lam), tuple(module.name for module in modules), tuple(groups)))
-        return tuple(part for part in found if part.modules)  # an inner block may have them all
+        return tuple(part for part in found if part.modules)  # an inner block may have taken over all modules of a part
 
     @property
     def presets(self) -> Mapping[str, float]:
@@ -80,12 +80,12 @@ class Status:
 
     @property
     def estimator(self) -> Estimator | None:
-        """What chooses λ for "auto"."""
+        """The estimator that chooses λ for "auto"; None if there is none."""
         return self._patch.estimator
 
     @property
     def frontier(self) -> Mapping[str, Any]:
-        """What presets and estimator were measured on, as `dami evaluate` writes it; {} if nothing was."""
+        """The measurements behind presets and estimator, as `dami evaluate` writes them; {} if there are none."""
         return self._patch.frontier
 
     def __repr__(self) -> str:
@@ -108,6 +108,6 @@ class Status:
 
 
 def _numbers(lam: Tensor) -> float | list[float]:
-    """λ as numbers, with the digits that tell a float32 from its neighbours: 0.3, not 0.30000001."""
+    """Returns λ as numbers with the fewest digits that identify a float32: 0.3, not 0.30000001."""
     numbers = [float(str(each)) for each in lam.detach().cpu().reshape(-1).numpy()]
     return numbers if lam.dim() else numbers[0]

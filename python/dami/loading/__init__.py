@@ -1,1 +1,1 @@
-"""Checkpoints, adapters and packed pairs become patched models."""
+"""Loads checkpoints, adapters and packed pairs as patched models."""

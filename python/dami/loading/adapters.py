@@ -1,4 +1,4 @@
-"""LoRA adapters, as PEFT saves them, for the λ=1 end: target = base + up · down."""
+"""Reads LoRA adapters, as PEFT saves them, to use as the λ=1 end: target = base + up · down."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dami.patching.compare import first_names
 from dami.sources import ADAPTER
 
 CONFIG, WEIGHTS = ADAPTER, "adapter_model.safetensors"
-_SUBTRACTED = ("pissa", "olora")  # those that take away of the base what can be computed again
+_SUBTRACTED = ("pissa", "olora")  # initialisations that subtract from the base what can be recomputed
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Adapter:
     """A LoRA adapter on disk.
 
     Attributes:
-        directory: where it is.
-        config: its adapter_config.json.
-        factors: the names of its A and B tensors, by the parameter they change.
-        whole: the name of each parameter that it holds whole, by the parameter.
+        directory: where it is stored.
+        config: the contents of its adapter_config.json.
+        factors: its A and B tensors, by the name of the parameter they change.
+        whole: the tensors it replaces entirely, by the parameter's name.
     """
 
     directory: Path
@@ -42,10 +42,10 @@ class Adapter:
 
     @classmethod
     def read(cls, directory: Path) -> Adapter:
-        """Reads the adapter of a directory.
+        """Reads the adapter in a directory.
 
         Raises:
-            ValueError: it is no LoRA, or one with parts that are no low-rank difference; they are named.
+            ValueError: it is not a LoRA, or has parts that are not low-rank differences; they are named.
             OSError: a file is missing.
         """
         config = json.loads((directory / CONFIG).read_text())
@@ -71,7 +71,7 @@ class Adapter:
         return cls(directory, config, factors, whole)
 
     def mismatches(self, model: PreTrainedModel) -> list[str]:
-        """One line for every tensor of the adapter that has no place in `model`."""
+        """Returns a line for every tensor of the adapter that does not fit `model`."""
         firsts, state = first_names(model), model.state_dict()
         tied = [first for name, first in firsts.items() if name != first]
         lines = []
@@ -93,23 +93,23 @@ class Adapter:
         return lines
 
     def tensors(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor | LowRank]]:
-        """What differs from the base: whole tensors, and differences of low rank, by the parameter's name.
+        """Yields what differs from the base, by the parameter's name: whole tensors and low-rank differences.
 
-        PiSSA and OLoRA have begun by taking the adapter's first state away from the base, which is computed from the
-        base again, as PEFT does when it loads such an adapter. `model` is the base.
+        PiSSA and OLoRA subtract the adapter's initial state from the base before training. That state is recomputed
+        from the base, as PEFT does when it loads such an adapter. `model` is the base.
         """
         yield from self.whole.items()
         subtracted = self.config.get("init_lora_weights") in _SUBTRACTED
         for name in self.factors:
             low = self._low_rank(name)
-            if subtracted and "A" in self.factors[name]:  # not of an embedding
+            if subtracted and "A" in self.factors[name]:  # not an embedding's
                 first = self._first_state(name, model)
                 down, up = (factor.to(first.up) for factor in (low.down, low.up))
                 low = LowRank(torch.cat((down, first.down)), torch.cat((up, -first.up), 1))
             yield name, low
 
     def _first_state(self, name: str, model: PreTrainedModel) -> LowRank:
-        """What was taken away: of PiSSA the part of the greatest singular values, of OLoRA the first columns of QR."""
+        """Returns what was subtracted: PiSSA's part of largest singular values, or OLoRA's first columns of QR."""
         holder, rank = model.get_submodule(name.removesuffix(".weight")), len(self.factors[name]["A"])
         weight = model.get_parameter(name).detach().float()
         if isinstance(holder, Conv1D):
@@ -121,7 +121,7 @@ class Adapter:
         return LowRank(R[:rank], Q[:, :rank] * self._scale(name, rank))
 
     def _low_rank(self, name: str) -> LowRank:
-        """A [R, K] and B [N, R], scaled; for an embedding [V, D], A is [R, V] and B [D, R]: the parts change places."""
+        """Returns A [R, K] and B [N, R], scaled. For an embedding [V, D], A is [R, V] and B [D, R], so they swap."""
         factors = self.factors[name]
         if "embedding_A" in factors:
             down, up = factors["embedding_B"].t(), factors["embedding_A"].t()

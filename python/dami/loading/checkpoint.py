@@ -1,4 +1,4 @@
-"""A checkpoint on disk: its config, and the headers and tensors of its files."""
+"""Reads a checkpoint on disk: its config, and the headers and tensors of its files."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class Checkpoint:
 
     Attributes:
         directory: where its files are.
-        name: what others know it by: its name on the hub, or that of its directory or file.
-        gguf: name of its GGUF file, None for any other.
+        name: its name on the hub, or the name of its directory or file.
+        gguf: name of its GGUF file, None for any other checkpoint.
         trust_remote_code: whether its own modelling code may run.
-        download: options of what is downloaded, `DOWNLOAD`.
+        download: download options, those named in `DOWNLOAD`.
     """
 
     directory: Path
@@ -57,7 +57,7 @@ class Checkpoint:
     def find(
         cls, source: str | Path, trust_remote_code: bool = False, download: Mapping[str, Any] | None = None
     ) -> Checkpoint:
-        """The checkpoint in a directory, a GGUF file or a hub repository, which is downloaded if need be."""
+        """Finds the checkpoint in a directory, a GGUF file or a hub repository, and downloads it if necessary."""
         path, download = local(source), download or {}
         if path is not None and path.is_file():
             return cls(path.parent, path.name, path.name, trust_remote_code, download)
@@ -76,13 +76,13 @@ class Checkpoint:
     @property
     def _where(self) -> dict[str, Any]:
         gguf = {"gguf_file": self.gguf} if self.gguf else {}
-        # for code that the config names in another repository, of which the revision is not
+        # The config may refer to code in another repository, to which the revision does not apply.
         download = {name: value for name, value in self.download.items() if name != "revision"}
         return {"trust_remote_code": self.trust_remote_code, **gguf, **download}
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it is no model of its own, but a LoRA adapter."""
+        """Whether it is a LoRA adapter rather than a whole model."""
         return (self.directory / adapters.CONFIG).exists()
 
     def config(self) -> PreTrainedConfig:
@@ -94,24 +94,24 @@ class Checkpoint:
         return AutoConfig.from_pretrained(self.directory, **self._where)
 
     def parent(self) -> dict[str, str | None]:
-        """Its name, and the licence that its model card states."""
+        """Returns its name and the licence stated in its model card."""
         card = self.directory / "README.md"
         data = ModelCard.load(card, ignore_metadata_errors=True).data if card.exists() else None
         return {"name": self.name, "license": data and (data.get("license_name") or data.get("license"))}
 
     def skeleton(self) -> PreTrainedModel:
-        """Its model without the weights."""
+        """Returns its model without the weights."""
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(self.config(), trust_remote_code=self.trust_remote_code)
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Its tokenizer, or None if it comes without one."""
+        """Returns its tokenizer, or None if it has none."""
         if self.gguf is None and not any(self.directory.glob("*token*")):
             return None
         return AutoTokenizer.from_pretrained(self.directory, **self._where)
 
     def model(self, **options: Any) -> PreTrainedModel:
-        """The checkpoint as transformers loads it; ValueError if that would leave a parameter at random."""
+        """Loads the checkpoint with transformers; ValueError if that would leave a parameter randomly initialised."""
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             self.directory, output_loading_info=True, **self._where, **options
         )
@@ -123,7 +123,7 @@ class Checkpoint:
         return model.eval()
 
     def has_own_head(self, skeleton: PreTrainedModel) -> bool:
-        """Whether no tie holds: not by its config, nor where both weights are stored and differ, as in transformers."""
+        """Returns whether its head is untied: by its config or, as in transformers, by stored weights that differ."""
         if not getattr(self.config(), TIES, False):
             return True
         files = {name: file for file in self.files() for name in headers_in(file)}
@@ -140,7 +140,7 @@ class Checkpoint:
         return False
 
     def files(self) -> dict[Path, list[str] | None]:
-        """Its safetensors files, each with the names its index promises, None where there is no index."""
+        """Returns its safetensors files, each with the tensor names its index lists, or None without an index."""
         index = self.directory / "model.safetensors.index.json"
         if not index.exists():
             single = self.directory / "model.safetensors"
@@ -151,10 +151,10 @@ class Checkpoint:
         return files
 
     def headers(self) -> dict[str, Header]:
-        """Shape and dtype of every stored tensor by name, from the files' headers only; {} if it is not in safetensors.
+        """Returns shape and dtype of every stored tensor by name, from file headers only; {} if not in safetensors.
 
         Raises:
-            ValueError: files are missing or corrupt, or lack what the index promises; all are named.
+            ValueError: files are missing or corrupt, or lack tensors that the index lists; all are named.
         """
         headers: dict[str, Header] = {}
         faults = []
@@ -175,7 +175,7 @@ class Checkpoint:
         return headers
 
     def tensors(self, names: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
-        """The stored tensors on the CPU, views of their files, one at a time, each under its name in the model."""
+        """Yields the stored tensors one at a time, as views of their files on the CPU, under their model names."""
         with logging.tqdm(total=len(names), desc=f"Reading {self.directory.name}") as bar:
             for file in self.files():
                 with safe_open(file, framework="pt") as tensors:
@@ -198,7 +198,7 @@ DTYPES = {
 
 
 def headers_in(file: Path) -> dict[str, Header]:
-    """Shape and dtype of every tensor in a safetensors file by name, read from its header only."""
+    """Returns shape and dtype of every tensor in a safetensors file by name, from the file's header only."""
     with safe_open(file, framework="pt") as tensors:
         slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
         return {
@@ -209,13 +209,13 @@ def headers_in(file: Path) -> dict[str, Header]:
 
 @dataclass(frozen=True)
 class StoredTensors:
-    """What a checkpoint's stored tensors are in the model.
+    """How a checkpoint's stored tensors map to the tensors of the model.
 
     Attributes:
-        names: the model's name of each tensor, by the stored name; of tied ones only one, under the first's name.
-        headers: shape and dtype by the model's name.
-        strangers: shape and dtype of what the model does not know, by the stored name.
-        complete: whether every tensor of the model is there.
+        names: each tensor's name in the model, by stored name; tied tensors appear once, under the first's name.
+        headers: shape and dtype by the name in the model.
+        strangers: shape and dtype of tensors unknown to the model, by stored name.
+        complete: whether every tensor of the model is stored.
     """
 
     names: dict[str, str]
@@ -225,16 +225,16 @@ class StoredTensors:
 
     @classmethod
     def of(cls, skeleton: PreTrainedModel, headers: Mapping[str, Header]) -> StoredTensors:
-        """Finds each stored tensor in the model, with or without the prefix of the base model."""
+        """Finds each stored tensor in the model, with or without the base model's prefix."""
         firsts = first_names(skeleton)
         prefix = f"{skeleton.base_model_prefix}."
         ignored = re.compile("|".join(ignored_keys(skeleton) or ["(?!)"]))
-        found: dict[str, str] = {}  # stored name by the model's
+        found: dict[str, str] = {}  # stored names by the model's
         strangers = {}
         for name, header in headers.items():
             known = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in firsts), None)
             if known is not None and (known == firsts[known] or firsts[known] not in found):
-                found[firsts[known]] = name  # of tied ones the first, as transformers takes it
+                found[firsts[known]] = name  # for tied tensors, the first, as in transformers
             elif known is None and not ignored.search(name):
                 strangers[name] = header
         return cls(

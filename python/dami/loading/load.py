@@ -1,4 +1,4 @@
-"""Loading a pair of checkpoints: both are checked before any weight is read, the second is read tensor by tensor."""
+"""Loads a pair of checkpoints: checks both before reading any weight, then reads the second tensor by tensor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-import dami.loading.quantizer  # noqa: F401  (raises what keeps packed pairs unknown to transformers, if anything does)
+import dami.loading.quantizer  # noqa: F401  (registers packed pairs with transformers; raises the error if that fails)
 from dami.dial.patch import Origin, patch_of
 from dami.estimators.attach import attach
 from dami.layers.kinds import LerpConv1D, LerpExperts, LerpLinear
@@ -26,13 +26,13 @@ from dami_kernels import formats
 FILES.append(f"{FOLDER}/*")
 DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 PARALLEL = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
-LOADING = {  # options of `from_pretrained` that mean the same for a pair; it also takes any setting of the config
+LOADING = {  # options of `from_pretrained` that mean the same for a pair; any setting of the config is allowed too
     *("attn_implementation", "experts_implementation", "max_memory", "offload_folder", "offload_buffers"),
     *("low_cpu_mem_usage", "use_safetensors", "weights_only", "disable_mmap", "generation_config"),
     *("use_kernels", "allow_all_kernels", "kernel_config", *PARALLEL),
 }
 
-Tokenizer = PreTrainedTokenizerBase | Any  # None where the instruct end has none, which few need to ask for
+Tokenizer = PreTrainedTokenizerBase | Any  # None if the instruct end has none; Any spares most callers the check
 
 logger = logging.get_logger(__name__)
 
@@ -52,39 +52,39 @@ def load_pair(
     """Loads two checkpoints of one architecture as one patched model, with the instruct end's tokenizer.
 
     The instruct end is loaded as usual. The thinking end is read tensor by tensor, each directly to the device and
-    dtype of its base, so there is never a third copy. Before any weight is read, the configs, the tokenizers and the
-    headers of the weight files are compared, and one error reports everything that does not match.
+    dtype of its base, so there is never a third copy. Before any weight is read, the configs, tokenizers and weight
+    file headers of both ends are compared, and one error reports every mismatch.
 
-    With one argument it loads a packed pair, as `dami.pack` and `dami.save_pair` write it, in the format it has.
+    With one argument, it loads a packed pair that `dami.pack` or `dami.save_pair` wrote, in the pair's own format.
 
-    If the packed pair, or the thinking end, has a folder `intensity` written by `dami train-estimator`, the estimator
-    and the presets in it are attached.
+    If the packed pair or the thinking end has an `intensity` folder written by `dami train-estimator`, its estimator
+    and presets are attached.
 
     Args:
         instruct: directory, GGUF file or hub name of the λ=0 end; or directory or hub name of a packed pair.
-        thinking: the λ=1 end in the same way; or a LoRA adapter on the λ=0 end, as PEFT saves it, which
+        thinking: likewise for the λ=1 end; or a LoRA adapter on the λ=0 end, as PEFT saves it, which
             `format="lowrank"` keeps unchanged. None if `instruct` is a packed pair.
-        format: how embeddings and linear weights are stored, a name of `dami_kernels.formats.names()`. `"pair"` if
-            None; a packed pair has its own.
+        format: how embeddings and linear weights are stored, a name of `dami_kernels.formats.names()`. None means
+            `"pair"`, or a packed pair's own format.
         device_map: as in transformers' `from_pretrained`. None means the CPU. Only a packed pair can be offloaded.
-        dtype: as in `from_pretrained`. "auto" is the dtype of the checkpoints, which then must agree.
-        chat_template: the end whose chat template the tokenizer uses by default. If the two differ, it knows both by
-            name: `tokenizer.apply_chat_template(…, chat_template="thinking")`.
+        dtype: as in `from_pretrained`. "auto" means the dtype of the checkpoints, which must then agree.
+        chat_template: the end whose chat template the tokenizer uses by default. If the templates differ, you can
+            choose either by name: `tokenizer.apply_chat_template(…, chat_template="thinking")`.
         invariant: as in `patch_model`.
         trust_remote_code: as in `from_pretrained`.
         options: `revision` (one for both ends, or a pair), `token`, `cache_dir`, `force_download` and
-            `local_files_only` for whatever is downloaded; and arguments of `from_pretrained` such as
-            `attn_implementation`, settings of the config included.
+            `local_files_only` for downloads; and arguments of `from_pretrained` such as `attn_implementation`,
+            including settings of the config.
 
     Returns:
         (model, tokenizer): the model as `dami.patch_model` returns it, in evaluation mode; the tokenizer is None if the
-        instruct end comes without one.
+        instruct end has none.
 
     Raises:
-        TypeError: an option is unknown, or cannot be right for a pair.
+        TypeError: an option is unknown, or not supported for a pair.
         ValueError: the ends do not match, a shard is missing, a file is corrupt, or a tensor that differs cannot be
-            interpolated; the message names them all.
-        OSError: there is no such directory, file or hub name.
+            interpolated. The message names them all.
+        OSError: the directory, file or hub name does not exist.
     """
     if chat_template not in ("instruct", "thinking"):
         raise ValueError(f"chat_template must be 'instruct' or 'thinking', got {chat_template!r}")
@@ -116,7 +116,7 @@ def load_pair(
 
 
 def downloads_of(options: Mapping[str, Any], two: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of the downloads of the instruct end and of the thinking end; TypeError if they are others."""
+    """Returns the download options of the instruct end and of the thinking end; TypeError if one is unknown."""
     if unknown := options.keys() - set(DOWNLOAD):
         raise TypeError(f"options must be of {list(DOWNLOAD)}, got {sorted(unknown)}")
     revision = options.get("revision")
@@ -129,7 +129,7 @@ def downloads_of(options: Mapping[str, Any], two: bool = True) -> tuple[dict[str
 
 
 def _check_options(options: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    """Refuses options that `from_pretrained` would drop, or that cannot be right for two ends."""
+    """Raises TypeError for options that `from_pretrained` would ignore, or that make no sense for two ends."""
     unknown = [name for name in options if name not in LOADING]
     if unknown:
         settings = checkpoint.config().to_dict().keys() - {"quantization_config"}
@@ -142,7 +142,7 @@ def _check_options(options: Mapping[str, Any], checkpoint: Checkpoint) -> None:
 
 
 def _with_estimator(model: PairModel, where: Checkpoint) -> PairModel:
-    """The model with the estimator and presets that lie beside its weights, if any do."""
+    """Attaches the estimator and presets stored next to the weights, if there are any, and returns the model."""
     directory = where.directory / FOLDER
     return attach(model, directory) if (directory / SETTINGS).exists() else model
 
@@ -150,7 +150,7 @@ def _with_estimator(model: PairModel, where: Checkpoint) -> PairModel:
 def _load_packed(
     pair: Checkpoint, format: str | None, chat_template: str, invariant: bool, **options: Any
 ) -> tuple[PairModel, Tokenizer]:
-    """`load_pair` where both ends are packed in one directory."""
+    """Does what `load_pair` does for a packed pair."""
     check_packed(pair.path, format)
     model, tokenizer = cast(PairModel, pair.model(**options)), pair.tokenizer()
     if tokenizer is not None and isinstance(tokenizer.chat_template, dict):
@@ -167,7 +167,7 @@ def _load_packed(
 def _load_adapted(
     instruct: Checkpoint, thinking: Checkpoint, format: str, invariant: bool, **options: Any
 ) -> tuple[PairModel, tuple[Tokenizer, Tokenizer]]:
-    """The model and both tokenizers where the λ=1 end is a LoRA adapter on the λ=0 end."""
+    """Returns the model and both tokenizers if the λ=1 end is a LoRA adapter on the λ=0 end."""
     adapter = adapters.Adapter.read(thinking.directory)
     mismatches = adapter.mismatches(instruct.skeleton())
     if mismatches:
@@ -178,7 +178,7 @@ def _load_adapted(
 
 
 def with_both_templates(tokenizers: tuple[Tokenizer, Tokenizer], default: str) -> Tokenizer:
-    """The instruct end's tokenizer, with both ends' chat templates by name where they differ; None if there is none."""
+    """Returns the instruct end's tokenizer or None, with both ends' chat templates by name if they differ."""
     tokenizer, other = tokenizers
     if tokenizer is not None and other is not None and tokenizer.chat_template != other.chat_template:
         templates = {"instruct": tokenizer.chat_template, "thinking": other.chat_template}

@@ -1,4 +1,4 @@
-"""Whether two checkpoints are the ends of a pair."""
+"""Checks whether two checkpoints are the ends of a pair."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from dami.upstream import ties_of
 
 @dataclass(frozen=True)
 class Match:
-    """Two checkpoints that go together.
+    """Two matching checkpoints.
 
     Attributes:
         ends: the instruct end and the thinking end.
         skeleton: the instruct end's model without its weights.
-        tokenizers: of both, None for an end without one.
-        stored: what each stores.
+        tokenizers: the tokenizers of both ends, None for an end without one.
+        stored: the tensors that each end stores.
     """
 
     ends: tuple[Checkpoint, Checkpoint]
@@ -31,10 +31,10 @@ class Match:
 
     @classmethod
     def of(cls, instruct: Checkpoint, thinking: Checkpoint, dtypes: bool = True) -> Match:
-        """Compares configs, tokenizers and the headers of the weight files; `dtypes`: whether they have to agree.
+        """Compares configs, tokenizers and weight file headers. If `dtypes`, the dtypes have to agree too.
 
         Raises:
-            ValueError: they do not match, which names everything, or files are damaged.
+            ValueError: they do not match (the message names every mismatch), or files are damaged.
         """
         ends = instruct, thinking
         for end in ends:
@@ -49,7 +49,7 @@ class Match:
         mismatches = config_mismatches(configs[0], configs[1]) + vocabulary_mismatches(*tokenizers)
         if configs[0].model_type == configs[1].model_type and headers[1]:
             known = [{**end.headers, **end.strangers} for end in stored]
-            if not headers[0]:  # not in safetensors: its shapes are the model's
+            if not headers[0]:  # not in safetensors, so take the shapes from the model
                 shapes = headers_of(skeleton)
                 known[0] = {name: shapes[name] for name in first_names(skeleton).values()}
             mismatches += tensor_mismatches(known[0], known[1], dtypes=dtypes and bool(headers[0]))
@@ -57,7 +57,7 @@ class Match:
                 both = stored[0].strangers.keys() & stored[1].strangers.keys()
                 mismatches += [f"{name}: in both ends, but not in the model" for name in sorted(both)]
         if any(own_heads) and any(getattr(config, TIES, False) for config in configs):
-            # One end's head is tied to its embedding, and the other's is not, whatever the configs say.
+            # The configs may tie a head that has a weight of its own, so they do not decide whether the heads match.
             apart = {f"config.{TIES}", *ties_of(skeleton)}
             mismatches = [line for line in mismatches if line.partition(":")[0] not in apart]
             stored = replace(stored[0], complete=False), replace(stored[1], complete=False)
@@ -70,7 +70,7 @@ class Match:
 def vocabulary_mismatches(
     instruct: PreTrainedTokenizerBase | None, thinking: PreTrainedTokenizerBase | None
 ) -> list[str]:
-    """One line if two tokenizers give tokens different ids; an end without a tokenizer matches any."""
+    """Returns one line if two tokenizers give tokens different ids. An end without a tokenizer matches any."""
     if instruct is None or thinking is None:
         return []
     ends = [tokenizer.get_vocab() for tokenizer in (instruct, thinking)]

@@ -1,4 +1,4 @@
-"""`dami.pack`: two checkpoints on disk become a packed pair on disk, tensor by tensor."""
+"""Implements `dami.pack`, which packs two checkpoints on disk into a pair on disk, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dami_kernels import LerpWeight, formats
 from dami_kernels.weight import FLOAT_DTYPES
 
 SHARD_SIZE = "1GiB"  # a shard is held in memory until it is written
-CARRIED = ("*.py", "LICENSE*", "generation_config.json")  # files of the instruct end that go along as they are
+CARRIED = ("*.py", "LICENSE*", "generation_config.json")  # files of the instruct end that are copied unchanged
 
 logger = logging.get_logger(__name__)
 
@@ -49,26 +49,26 @@ def pack(
 ) -> Path:
     """Packs two checkpoints of one architecture into one directory, which `dami.load_pair` loads, and returns it.
 
-    Tensors are read one at a time from the mapped files of both ends, so memory holds no more than one shard of the
-    output. The directory gets its name when everything is written. An interrupted run leaves DIRECTORY.partial, which
-    the next run removes.
+    Tensors are read one at a time from the memory-mapped files of both ends, so memory holds at most one shard of the
+    output. The directory is written under a temporary name and renamed at the end. An interrupted run leaves
+    DIRECTORY.partial, which the next run removes.
 
     Args:
-        instruct, thinking: as in `load_pair`. Checkpoints that are not stored as the model is (GGUF, an adapter,
-            tensors that transformers converts) are loaded first, with a note; both ends are then in memory.
-        directory: the directory to write; it must not exist, or be empty.
+        instruct, thinking: as in `load_pair`. Checkpoints that are not stored in the model's layout (GGUF, an adapter,
+            tensors that transformers converts) are loaded first, with a warning; both ends are then in memory.
+        directory: the directory to write; it must be empty or not exist.
         format: how embeddings and linear weights are stored, a name of `dami_kernels.formats.names()`.
         overwrite: whether to replace an existing directory.
         trust_remote_code: as in `from_pretrained`.
-        max_shard_size: largest size of a file, unless a single weight is larger: bytes, or a text such as "1GB".
+        max_shard_size: maximum size of a file, unless a single weight is larger: bytes, or a string such as "1GB".
         shard_bytes: the old name of `max_shard_size`.
         download: `revision`, `token`, `cache_dir`, `force_download` and `local_files_only`, as in `load_pair`.
 
     Raises:
         TypeError: an option is unknown.
-        ValueError, OSError: as `load_pair`; or `max_shard_size` is no size, overwriting the directory would
+        ValueError, OSError: as in `load_pair`; or `max_shard_size` is not a size, overwriting the directory would
             remove an end, or it cannot be written.
-        FileExistsError: there is a directory with something in it.
+        FileExistsError: the directory exists and is not empty.
     """
     formats.get(format)
     directory = Path(directory)
@@ -90,7 +90,7 @@ def pack(
 
 
 def _pack(match: Match, directory: Path, format: str, shard_bytes: int) -> None:
-    """Writes all files of the packed pair; peak memory is a shard, and what packing a million weights takes."""
+    """Writes all files of the packed pair. Peak memory is one shard plus what packing a million weights needs."""
     ends = [_Reader(end, stored) for end, stored in zip(match.ends, match.stored, strict=True)]
     names, kinds = list(match.stored[0].headers), _kinds(match)
     lines, idle = obstacles(match.skeleton), unread(match.skeleton)
@@ -136,7 +136,7 @@ def _pack(match: Match, directory: Path, format: str, shard_bytes: int) -> None:
 
 
 def _kinds(match: Match) -> dict[str, type[LerpModule] | None]:
-    """The kind that reads a tensor, by its name; None if it cannot be interpolated."""
+    """Returns, by tensor name, the kind of module that reads the tensor; None if it cannot be interpolated."""
     kinds = readers({module: kind_on_meta(module) for module in match.skeleton.modules()})
     state = match.skeleton.state_dict(keep_vars=True)
     return {name: kinds[id(tensor)] if tensor.dtype in FLOAT_DTYPES else None for name, tensor in state.items()}
@@ -150,14 +150,14 @@ class _Reader:
         self.stored = {name: own for own, name in stored.names.items()}
 
     def read(self, name: str) -> Tensor:
-        """A view of the file."""
+        """Returns a tensor as a view of its file."""
         stored = self.stored[name]
         with safe_open(self.files[stored], framework="pt") as file:
             return file.get_tensor(stored)
 
 
 class _Shards:
-    """Safetensors files of a limited size and their index, under the names that transformers gives them."""
+    """Writes safetensors files of limited size and their index, named as transformers names them."""
 
     def __init__(self, directory: Path, limit: int) -> None:
         self.directory, self.limit, self.nbytes = directory, limit, 0
@@ -165,7 +165,7 @@ class _Shards:
         self.written: list[tuple[Path, list[str]]] = []
 
     def add(self, tensors: dict[str, Tensor]) -> None:
-        """Takes tensors that are to be in one file, and writes those it held before if they do not all fit."""
+        """Adds tensors that belong in the same file. If they do not fit, first writes the tensors held so far."""
         held, more = (sum(tensor.nbytes for tensor in some.values()) for some in (self.held, tensors))
         if held and held + more > self.limit:
             self.write()
@@ -179,7 +179,7 @@ class _Shards:
         self.held = {}
 
     def close(self) -> None:
-        """Writes the rest and the index."""
+        """Writes the remaining tensors and the index."""
         self.write()
         weight_map: dict[str, str] = {}
         for number, (file, names) in enumerate(self.written, 1):
@@ -191,7 +191,7 @@ class _Shards:
 
 
 class _Error:
-    """Root of the squares of what the formats have lost of the λ=1 end, over that of the end."""
+    """Accumulates the relative error of the stored λ=1 end: the Frobenius norm of the error over that of the end."""
 
     def __init__(self) -> None:
         self.lost = self.whole = 0.0

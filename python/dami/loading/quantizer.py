@@ -1,6 +1,7 @@
-"""Packed pairs for transformers' `from_pretrained`: the quantisation method "dami" of a checkpoint's config.
+"""Lets transformers' `from_pretrained` load packed pairs, by the quantisation method "dami" in their configs.
 
-transformers imports this file while it is being imported itself, so what needs its models is imported in the functions.
+This file may be imported while transformers itself is being imported. So modules that need transformers' models are
+imported inside the functions.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ register_quantization_config(QUANT_METHOD)(PairConfig)
 
 @register_quantizer(QUANT_METHOD)
 class PairQuantizer(HfQuantizer):
-    """Loads packed pairs: patches the empty model, so that every stored tensor goes straight to its place."""
+    """Loads packed pairs: patches the empty model, so that every stored tensor is loaded straight into place."""
 
     quantization_config: PairConfig
-    requires_calibration = True  # transformers' word for: it cannot make a pair of the one checkpoint it is given
+    requires_calibration = True  # tells transformers that it cannot make a pair from one ordinary checkpoint
     is_trainable = False
     is_compileable = True
 
@@ -47,7 +48,7 @@ class PairQuantizer(HfQuantizer):
         return True
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
-        """What stands beside a parameter is split as the parameter is."""
+        """Splits the tensors stored along with a parameter in the same way as the parameter."""
         super().update_parallel_plan(model, plan)
         if plan and _is_split(model):
             from dami.loading.tensor_parallel import use_our_styles
@@ -57,7 +58,7 @@ class PairQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
-        """Patches the model on the meta device, as the headers of the files say what will come."""
+        """Patches the model on the meta device, using the file headers to know which tensors to expect."""
         from dami.layers.base import LerpModule
         from dami.layers.kinds import readers
         from dami.loading.checkpoint import headers_in
@@ -70,7 +71,7 @@ class PairQuantizer(HfQuantizer):
         install(model, kinds, self._packed(model, headers, readers(kinds)))
         for module in _patched(model):
             for name in module.placeholders():
-                # no parameter until all is loaded: nobody is to look for it in the files, to count or to move it
+                # not a parameter until loading ends, so that transformers does not look for it, count it or move it
                 vars(module)[name], parameters_of(module)[name] = module.tensor(name), None
                 keep_from_initialization(vars(module)[name])
         for target, source in list(model.all_tied_weights_keys.items()):
@@ -83,10 +84,10 @@ class PairQuantizer(HfQuantizer):
     def _packed(
         self, model: Any, headers: Mapping[str, Header], read_by: Mapping[int, type[LerpModule]]
     ) -> dict[int, Packed]:
-        """What the files hold of each interpolated parameter, empty, by the id of the model's empty parameter.
+        """Returns empty tensors for each interpolated parameter in the files, by the id of the model's parameter.
 
         Raises:
-            ValueError: it is not all there, or does not fit; every fault is named.
+            ValueError: tensors are missing or do not fit; every fault is named.
         """
         from dami.layers.base import own_tensors
 
@@ -107,7 +108,7 @@ class PairQuantizer(HfQuantizer):
         return packed
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
-        """What could not be done on the meta device."""
+        """Does the work that is impossible on the meta device."""
         from dami.dial.patch import Origin
         from dami.layers.base import LerpModule, placeholder, supply_placeholders
         from dami.layers.kinds import LerpConv1D, LerpTransposedExperts
@@ -126,7 +127,7 @@ class PairQuantizer(HfQuantizer):
                     shape = _local_shape(before.shape, tensors[0])
                     parameters_of(module)[local] = nn.Parameter(placeholder(like, shape), requires_grad=False)
             supply_placeholders(module)
-        for target, source in model.all_tied_weights_keys.items():  # transformers has tied what is stored
+        for target, source in model.all_tied_weights_keys.items():  # transformers ties stored tensors only
             holder, _, local = target.rpartition(".")
             module = model.get_submodule(holder)
             if isinstance(module, LerpModule) and local in module.placeholders():
@@ -139,23 +140,23 @@ class PairQuantizer(HfQuantizer):
 
 
 def _is_split(model: Any) -> bool:
-    """Whether the model is loaded in parts, by several processes."""
+    """Returns whether the model is split over several processes."""
     return getattr(model.config, "distributed_config", None) is not None
 
 
 def _device_of(module: nn.Module, tensor: Tensor) -> torch.device:
-    """Where a module's tensor is, or is brought to by a hook of accelerate if it is offloaded."""
+    """Returns the device of a module's tensor or, if it is offloaded, the device accelerate's hook moves it to."""
     return execution_device(module) if tensor.is_meta else tensor.device
 
 
 def _local_shape(shape: torch.Size, stored: Tensor) -> torch.Size:
-    """The shape of this process's part of a weight, of which a quantised tensor is `stored`."""
+    """Returns the shape of this process's part of a weight; `stored` is one of its quantised tensors."""
     own = stored.to_local().shape if isinstance(stored, DTensor) else stored.shape
     return torch.Size(n * part // whole for n, part, whole in zip(shape, own, stored.shape, strict=True))
 
 
 def _stored_names(model: Any, name: str) -> tuple[str, ...]:
-    """The names under which a parameter may be stored: its own, with or without the base's prefix, and its ties'."""
+    """Returns the names a parameter may be stored under: its own, with or without base prefix, and tied names."""
     prefix, ties = f"{model.base_model_prefix}.", model.all_tied_weights_keys
     source = ties.get(name, name)
     targets = (target for target, other in ties.items() if other == source)
@@ -165,14 +166,16 @@ def _stored_names(model: Any, name: str) -> tuple[str, ...]:
 def _to_come(
     parameter: Tensor, names: Sequence[str], format: str, headers: Mapping[str, Header], kind: type[LerpModule]
 ) -> Packed:
-    """Both ends of a parameter as the files have them, empty; ValueError if it is not all there, or does not fit.
+    """Returns both ends of a parameter as empty tensors shaped as in the files.
+
+    Raises ValueError if tensors are missing or do not fit.
 
     Args:
-        parameter: of the empty model.
-        names: under one of which it is stored.
-        format: in which it is stored.
-        headers: of all tensors in the files.
-        kind: of the module that reads it.
+        parameter: the empty model's parameter.
+        names: the names it may be stored under.
+        format: the format it is stored in.
+        headers: the headers of all tensors in the files.
+        kind: the kind of the module that reads it.
     """
     from dami.layers.packed import Packed
 
@@ -187,9 +190,9 @@ def _to_come(
 
 
 def _empty(header: Header, parameter: Tensor, suffix: str) -> Tensor:
-    """An empty tensor as a stored one will be once it is loaded, on the device of the empty parameter it belongs to.
+    """Returns an empty tensor like the stored one once loaded, on the device of the empty parameter it belongs to.
 
-    That is meta, or the CPU where a model makes a parameter by a function that does not heed the default device.
+    This device is meta, or the CPU if the model creates the parameter by a function that ignores the default device.
     """
     shape, stored = header
     dtype = parameter.dtype

@@ -1,7 +1,8 @@
-"""Tensor parallelism for packed pairs: transformers' styles of splitting a module, for modules that hold two ends.
+"""Tensor parallelism for packed pairs: transformers' parallel styles, adapted to modules that hold two ends.
 
-What is stored beside a weight is split as the weight is, so that each process keeps its part of both ends and
-interpolates it by itself. Kernels take plain tensors: inside a forward each process sees its own parts only.
+The tensors stored along with a weight are split in the same way as the weight, so each process keeps its part of both
+ends and interpolates it locally. Kernels take plain tensors, so inside a forward pass each process sees only its own
+parts.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ PREFIX = "dami_"
 
 
 def use_our_styles(model: nn.Module, plan: dict[str, str]) -> None:
-    """Replaces, in a tensor-parallel plan, the styles of patched modules by ours.
+    """Replaces the styles of patched modules in a tensor-parallel plan with ours.
 
     Raises:
-        ValueError: a style that we have none for.
+        ValueError: the plan has a style that is not supported for a packed pair.
     """
     patched = {any_layer(name) for name, module in model.named_modules() if isinstance(module, LerpModule)}
     for name in plan.keys() & patched:
@@ -45,9 +46,9 @@ def use_our_styles(model: nn.Module, plan: dict[str, str]) -> None:
 
 
 class _LerpStyle:
-    """What our styles share; a module that is not patched is split as ever."""
+    """Base class of our styles. Modules that are not patched are split as in transformers."""
 
-    whole: tuple[str, ...] = ()  # ends of the names of what every process keeps whole
+    whole: tuple[str, ...] = ()  # name suffixes of tensors that every process keeps whole
 
     def should_use_local_tensors(self, module: nn.Module) -> bool:
         return isinstance(module, LerpModule) or super().should_use_local_tensors(module)  # type: ignore[misc]
@@ -63,13 +64,13 @@ class _LerpStyle:
 
 
 class LerpColwise(_LerpStyle, ColwiseParallel):
-    """Output features are split. Of a low-rank difference only `up` has them."""
+    """Splits output features. In a low-rank difference, only `up` has them."""
 
     whole = ("_down",)
 
 
 class LerpRowwise(_LerpStyle, RowwiseParallel):
-    """Input features are split, in whole groups that share a scale; the first process adds the bias."""
+    """Splits input features, in whole groups that share a scale. The first process adds the bias."""
 
     whole = ("_up", "bias", "bias_target")
 
@@ -107,7 +108,7 @@ class LerpRowwise(_LerpStyle, RowwiseParallel):
 
 
 class LerpEmbeddingParallel(_LerpStyle, EmbeddingParallel):
-    """Rows of the table are split: each process looks up the tokens it has, and their sum is the answer."""
+    """Splits the rows of the table. Each process looks up the tokens it has, and the results are summed."""
 
     whole = ("_down",)
 

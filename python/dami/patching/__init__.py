@@ -1,1 +1,1 @@
-"""Two models become one with a dial."""
+"""Turns two models into one with an adjustable λ."""

@@ -1,4 +1,4 @@
-"""Whether two ends are models of one shape: their tensors and configs compared."""
+"""Compares the tensors and configs of two ends, to check that they are models of the same shape."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 Header = tuple[list[int], str]
 
 
-# what may differ between the ends without changing what a forward pass computes
+# settings that may differ between the ends without changing what a forward pass computes
 HARMLESS = re.compile(
     r"_name_or_path|name_or_path|transformers_version|(torch_)?dtype|use_cache|return_dict|.*_token_id"
     r"|.*_(dropout|pdrop)(_prob)?|dropout|initializer_range|id2label|label2id|problem_type|max_window_layers"
@@ -24,18 +24,18 @@ STRETCHED = ("dynamic", "longrope", "yarn")  # rotary embeddings that depend on 
 
 
 def first_names(model: PreTrainedModel) -> dict[str, str]:
-    """The name of every tensor of a model, with the first name of the tensor it is tied to, or its own."""
+    """Maps every tensor name of a model to the first name of the same tensor, which is its own unless it is tied."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def headers_of(model: PreTrainedModel) -> dict[str, Header]:
-    """Shape and dtype of every parameter and persistent buffer of a model, by name."""
+    """Returns the shape and dtype of every parameter and persistent buffer of a model, by name."""
     return {name: (list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in model.state_dict().items()}
 
 
 def tensor_mismatches(instruct: Mapping[str, Header], thinking: Mapping[str, Header], dtypes: bool = True) -> list[str]:
-    """One line for each tensor that is in one end only or has another shape, or another dtype if `dtypes` count."""
+    """Returns a line for each tensor that is in one end only, or whose shape (or dtype, if `dtypes`) differs."""
     lines = [f"{name}: in the instruct end only" for name in instruct if name not in thinking]
     lines += [f"{name}: in the thinking end only" for name in thinking if name not in instruct]
     for name, header in instruct.items():
@@ -48,12 +48,12 @@ def tensor_mismatches(instruct: Mapping[str, Header], thinking: Mapping[str, Hea
 
 
 def config_mismatches(instruct: PreTrainedConfig, thinking: PreTrainedConfig) -> list[str]:
-    """One line for each setting that differs between two configs and changes what a forward pass computes."""
+    """Returns a line for each setting that differs between two configs and changes what a forward pass computes."""
     ends = [_flat(config.to_dict()) for config in (instruct, thinking)]
     for end in ends:
-        if end.get("quantization_config.quant_method") == "gguf":  # of the file: the loaded weights are plain
+        if end.get("quantization_config.quant_method") == "gguf":  # describes the file; the loaded weights are plain
             end.update({key: None for key in end if key.startswith("quantization_config.")})
-    if instruct.model_type != thinking.model_type:  # nothing else compares
+    if instruct.model_type != thinking.model_type:  # comparing the rest would be pointless
         ends = [{"model_type": config.model_type} for config in (instruct, thinking)]
     types = {value for end in ends for key, value in end.items() if key.endswith("rope_type")}
     harmless = {"max_position_embeddings"} if types.isdisjoint(STRETCHED) else set()

@@ -1,9 +1,9 @@
-"""The check before a model runs sequences at several λ: that a λ reaches its own sequence, and no other.
+"""Checks, before a model runs sequences at several λ, that each λ reaches only its own sequence.
 
-Modules find the λ of a row by its place, and so rely on the batch coming first in every tensor. A model that lays its
-tensors out otherwise, or gathers rows of several sequences, may pass all checks of sizes by coincidence. So the whole
-model is run once on a few tokens with λ = NaN for one of two sequences: NaN must fill that sequence's logits, and must
-not appear in the other's.
+Modules look up the λ of a row by its position, so they rely on the batch being the first dimension of every tensor. A
+model with another layout, or one that gathers rows of several sequences, may pass all size checks by coincidence. So
+the whole model runs once on a few tokens with λ = NaN for one of two sequences. NaN must not appear in the logits of
+the other sequence.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from dami.layers.base import LerpModule
 from dami.upstream import hooks_of
 
 NAN = float("nan")
-# tokens, more than there are sequences, as many, and a step of decoding; and the sequence at NaN
+# (tokens, sequence at NaN); tokens are more than the two sequences, as many, and one as in a decoding step
 RUNS = tuple((length, poisoned) for length in (3, 2, 1) for poisoned in (1, 0))
 
 
 def check_independence(model: nn.Module, forward: Any) -> None:
     """Raises ValueError if a λ reaches another sequence, and names a module where it does.
 
-    What does not run on tokens alone, or not with NaN, is not checked: a UserWarning if nothing could be.
+    Runs that fail on tokens alone, or on NaN, are skipped. If all of them fail, it issues a UserWarning.
 
     Args:
         model: a patched model.
@@ -48,7 +48,7 @@ def _leaking_module(model: nn.Module, forward: Any) -> LerpModule | None:
     modules = [module for module in model.modules() if isinstance(module, LerpModule)]
     if not _leaks(model, forward, modules):
         return None
-    while len(modules) > 1:  # the last of those that leak: an earlier one's NaN may pass through it
+    while len(modules) > 1:  # find the last module that leaks: NaN from an earlier one may pass through it
         half = len(modules) // 2
         modules = modules[half:] if _leaks(model, forward, modules[half:]) else modules[:half]
     return modules[0]
@@ -56,9 +56,9 @@ def _leaking_module(model: nn.Module, forward: Any) -> LerpModule | None:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Nobody who listens to a model is to hear of the check, and no running statistics are to change.
+    """Disables a model's hooks and training mode, so that the check triggers no hook and updates no running statistics.
 
-    Hooks that the check's passes install stay: transformers has a model capture its hidden states so, once and for all.
+    Hooks that the check's passes install stay: transformers installs those that capture hidden states only once.
     """
     hooks = [hooks for m in model.modules() for hooks in hooks_of(m)]
     kept = [(dict(each), each) for each in hooks]
@@ -80,7 +80,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def _leaks(model: Any, forward: Any, modules: Sequence[LerpModule]) -> bool:
-    """Whether λ = NaN for one sequence in these modules reaches the other sequence's logits; no if it does not run."""
+    """Returns whether λ = NaN for one sequence in these modules reaches the other's logits; False if nothing runs."""
     running, everyone = model.dami_patch.running, [m for m in model.modules() if isinstance(m, LerpModule)]
     parts, names = [module.lerp.part for module in everyone], inspect.signature(forward).parameters
     failures: list[Exception] = []

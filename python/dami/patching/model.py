@@ -31,7 +31,7 @@ from dami.patching.independence import check_independence
 from dami.saving.directory import push, save
 from dami.upstream import OF_ONE_OBJECT, execution_device, hook_of
 
-if TYPE_CHECKING:  # at run time the other parent, a class of transformers, brings them
+if TYPE_CHECKING:  # at run time, the other base class, which is transformers' own, provides them
     from transformers import GenerationMixin, PreTrainedModel
 else:
     PreTrainedModel, GenerationMixin = nn.Module, object
@@ -40,7 +40,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class LerpModel(PreTrainedModel):
-    """What a patched model has beside the methods of its original class, of which it is the first parent.
+    """The methods that patching adds to a model. The patched class inherits from this class, then from the original.
 
     The original's `forward` and `generate_batch` take one more keyword, `intensity`; its `generate` takes `intensity`
     and `prompt_intensity`.
@@ -49,9 +49,9 @@ class LerpModel(PreTrainedModel):
     dami_patch: Patch
 
     def forward(self, *args: Any, intensity: AnyIntensity | None = None, **kwargs: Any) -> Any:
-        """As transformers' own, with λ for the batch, one for each of its sequences, or parts of the model at theirs.
+        """Like transformers' own, with one λ for the batch, one per sequence, or λ for parts of the model.
 
-        Without `intensity`, λ is where `dami.set_intensity` or a `with dami.intensity(…)` block has put it.
+        Without `intensity`, λ is what `dami.set_intensity` or a `with dami.intensity(…)` block has set.
         """
         if torch.compiler.is_compiling():
             return self._forward_at(intensity, args, kwargs)
@@ -65,7 +65,7 @@ class LerpModel(PreTrainedModel):
             return self._forward_at(intensity, args, kwargs)
 
     def _forward_at(self, intensity: AnyIntensity | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A forward pass, which the thread that calls it holds the model for."""
+        """Runs a forward pass. The calling thread must hold the model."""
         check_keywords("forward", kwargs, "intensity")
         patch, sequences = self.dami_patch, _sequences(self, args, kwargs)
         wanted = None
@@ -83,7 +83,7 @@ class LerpModel(PreTrainedModel):
         check_rows(patch, lam, sequences)
         if lam.dim() == 1 and len(lam) > 1:
             self._check_mixed(kwargs)
-        # as `dial.turned` and `running.during` do it, which would break a compiled graph
+        # does what `dial.turned` and `running.during` do, because these would break a compiled graph
         before = dial.lam, dial.rest, running.sequences, running.tokens
         dial.lam, dial.rest = lam, dial.lam if dial.rest is None else dial.rest
         running.sequences, running.tokens = _batch(args, kwargs)
@@ -94,10 +94,10 @@ class LerpModel(PreTrainedModel):
                 return super().forward(*args, **kwargs)
         finally:
             dial.lam, dial.rest, running.sequences, running.tokens = before
-            running.last = None
+            running.forget()
 
     def _check_mixed(self, kwargs: Mapping[str, Any]) -> None:
-        """ValueError if a batch at several λ has images or sounds, or the model does not tell its sequences apart."""
+        """Raises ValueError if a batch at several λ has images or audio, or if the model mixes its sequences."""
         media = [name for name in kwargs if MEDIA.search(name) and name != self.main_input_name]
         if given := [name for name in media if kwargs[name] is not None]:
             raise ValueError(f"{given[0]} takes one intensity for the batch: whose it is, its shape does not tell")
@@ -107,12 +107,12 @@ class LerpModel(PreTrainedModel):
 
     @property
     def dami(self) -> Status:
-        """What the pair is and where it stands: ends, format, bytes, λ, presets, estimator, frontier. Print it."""
+        """The pair's status, for you to print: ends, format, bytes, λ, presets, estimator, frontier."""
         return Status(self)
 
     @property
     def device(self) -> Any:
-        """Where the model computes: its parameters may be offloaded, and then are on no device."""
+        """The device the model computes on, even if its parameters are offloaded and so on the meta device."""
         device = next(self.parameters()).device
         return execution_device(self) if device.type == "meta" and hook_of(self) is not None else device
 
@@ -126,17 +126,17 @@ class LerpModel(PreTrainedModel):
         return super()._apply(fn, recurse)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # type: ignore[override]
-        """As transformers' own, with all that `from_pretrained` needs to load the pair, and a model card."""
+        """Like transformers' own. Writes everything `from_pretrained` needs to load the pair, and a model card."""
         save(self, save_directory, super().save_pretrained, **options)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # type: ignore[override]
-        """As transformers' own, for all that `dami.save_pair` writes."""
+        """Like transformers' own. Uploads everything that `dami.save_pair` writes."""
         return push(self, repo_id, **options)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> Any:
-        """As transformers' own where it changes no size; ValueError where it would resize one of two ends."""
+        """Like transformers' own, but raises ValueError if it would change the size of an interpolated embedding."""
         ends: list[Any] = [self.get_input_embeddings(), self.get_output_embeddings()]
         now = wanted = ends[0].weight.shape[0]
         if new_num_tokens is not None:
@@ -158,7 +158,7 @@ class LerpModel(PreTrainedModel):
 class PairModel(LerpModel, GenerationMixin):
     """A patched causal language model of transformers: `forward` and `generate` take an `intensity`.
 
-    `dami.load_pair` and `dami.patch_model` return it, in a subclass that is the original's class too.
+    `dami.load_pair` and `dami.patch_model` return an instance of a subclass of this class and the original class.
     """
 
     def generate(
@@ -168,13 +168,13 @@ class PairModel(LerpModel, GenerationMixin):
         prompt_intensity: IntensityLike | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' own.
+        """Like transformers' own.
 
         Args:
-            args, kwargs: as there.
-            intensity: λ of all prompts or one for each: numbers, presets, "auto" or schedules; or parts of the model at
-                theirs. Without it, λ is where `dami.set_intensity` or a `with dami.intensity(…)` block has put it.
-            prompt_intensity: λ while the prompts are read, where it is another: a number or a preset, or one for each.
+            args, kwargs: as in transformers.
+            intensity: λ for all prompts, or one per prompt: numbers, presets, "auto" or schedules; or a mapping from
+                parts of the model to these. By default, what `dami.set_intensity` or `with dami.intensity(…)` has set.
+            prompt_intensity: λ for reading the prompts, if it differs: a number or a preset, or one per prompt.
         """
         check_keywords("generate", kwargs, *OURS)
         check_adapters(self)
@@ -185,17 +185,17 @@ class PairModel(LerpModel, GenerationMixin):
             return super().generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own, which calls it before each forward pass of `generate`: the dials turn here."""
+        """Like transformers' own. `generate` calls it before each forward pass, so λ is updated here."""
         if self.dami_patch.program is not None:
             self.dami_patch.program.turn(input_ids, prompt=bool(kwargs.get("is_first_iteration")))
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own; each request of the manager takes its `intensity`."""
+        """Like transformers' own. Each request to the manager accepts an `intensity`."""
         if Version(transformers.__version__) < Version(BATCHING):
             got = transformers.__version__
             raise ImportError(f"continuous batching of a pair needs transformers>={BATCHING}, got {got}")
-        from dami.generation.batching import LerpManager, check_config  # which needs that transformers
+        from dami.generation.batching import LerpManager, check_config  # needs that version of transformers
 
         check_adapters(self)
         original = self.dami_patch.original.init_continuous_batching
@@ -205,17 +205,17 @@ class PairModel(LerpModel, GenerationMixin):
             return LerpManager.of(super().init_continuous_batching(*args, **kwargs))
 
     def generate_batch(self, inputs: Any, *args: Any, intensity: IntensityLike | None = None, **kwargs: Any) -> Any:
-        """As transformers' own, with λ for all prompts or one for each: numbers, presets or "auto"."""
+        """Like transformers' own, with one λ for all prompts or one per prompt: numbers, presets or "auto"."""
         from dami.generation.batching import Prompts, check_config, check_prompt, padded
 
         check_keywords("generate_batch", kwargs, "intensity")
         options = inspect.signature(self.dami_patch.original.generate_batch).bind(self, inputs, *args, **kwargs)
         config = options.arguments.get("generation_config") or self.generation_config
         check_config(config)
-        for name, value in options.arguments.get("kwargs", {}).items():  # `generate` hands on what is in its config
+        for name, value in options.arguments.get("kwargs", {}).items():  # `generate` passes on settings of its config
             if name != "max_new_tokens" and value != getattr(config, name, None):
                 raise TypeError(f"generate_batch takes no {name}: settings go into generation_config")
-        for place, prompt in enumerate(inputs):  # here, as transformers goes on without a request that it refuses
+        for place, prompt in enumerate(inputs):  # checked here, because transformers skips requests that it rejects
             check_prompt(self, config, prompt, kwargs.get("max_new_tokens"), f"inputs[{place}]")
         with self.dami_patch.hold:
             wanted = self.dami_patch.dial.lam if intensity is None else intensity
@@ -224,7 +224,7 @@ class PairModel(LerpModel, GenerationMixin):
             return super().generate_batch(Prompts(inputs, lam), *args, **kwargs)
 
 
-KEYWORDS = {  # that the methods of a patched model take beyond transformers' own
+KEYWORDS = {  # keywords that the methods of a patched model accept in addition to transformers' own
     "forward": ("intensity",),
     "generate": ("intensity", "prompt_intensity"),
     "generate_batch": ("intensity",),
@@ -235,7 +235,7 @@ KEYWORDS = {  # that the methods of a patched model take beyond transformers' ow
 
 @functools.cache
 def patched_model_class(original: Any) -> type[LerpModel]:
-    """The class of a patched model. It keeps its name, by which transformers looks up a good deal."""
+    """Returns the class of a patched model. It keeps the original's name, which transformers uses for lookups."""
     ours = PairModel if hasattr(original, "generate") else LerpModel
     members: dict[str, Any] = {"__module__": original.__module__, "__doc__": original.__doc__}
     members["recipe"] = Recipe(patched_model_class, (original,))
@@ -246,7 +246,7 @@ def patched_model_class(original: Any) -> type[LerpModel]:
 
 
 def _packed_forward(model: LerpModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A forward pass of continuous batching: tokens of all sequences in one row, each at its sequence's λ."""
+    """Runs a forward pass of continuous batching: one row holds the tokens of all sequences, each at its own λ."""
     from dami.generation.batching import packed_lam
     from dami.generation.rowwise import Rowwise
 
@@ -256,20 +256,19 @@ def _packed_forward(model: LerpModel, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def twin(model: M, intensity: IntensityLike = 0.0) -> M:
-    """Another model of the same weights, with a dial of its own: what it runs at does not concern the first.
+    """Returns another model that shares the weights but has its own λ, so setting one does not affect the other.
 
-    It takes next to no memory. With it a model can be its own assistant in assisted decoding, and two threads can
-    generate at once; it may be made while another thread runs the model. It is of use as long as the first stays
-    patched.
+    The twin takes almost no memory. It lets a model be its own assistant in assisted decoding, and lets two threads
+    generate at the same time. You can create it while another thread runs the model. It works as long as the first
+    model stays patched.
 
     Args:
         model: a patched model.
-        intensity: where its dial stands, until `set_intensity` says otherwise: a number or a preset, or one of these
-            per sequence.
+        intensity: the twin's λ until `set_intensity` changes it: a number or a preset, or one of these per sequence.
 
     Raises:
-        TypeError: the model is not patched, or `intensity` is of another kind.
-        ValueError: `intensity` is not finite, or no preset's name.
+        TypeError: the model is not patched, or `intensity` has the wrong type.
+        ValueError: `intensity` is not finite, or is not the name of a preset.
     """
     patch = patch_of(model)
     Intensity.parse(intensity, CALLERS["dami.twin"], patch.presets)
@@ -282,19 +281,19 @@ def twin(model: M, intensity: IntensityLike = 0.0) -> M:
     return other
 
 
-BATCHING = "5.24"  # from which on transformers updates a paged cache before it calls the attention
+BATCHING = "5.24"  # the first version of transformers that updates a paged cache before it calls the attention
 MEDIA = re.compile("pixel|image|video|audio|input_features|input_values")
 INPUTS = ("inputs", "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 
 def _sequences(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Size of the batch: of the first positional argument, or of the first tensor of these names."""
+    """Returns the batch size: that of the first positional argument, or of the first tensor named in `INPUTS`."""
     inputs = (*args[:1], *(kwargs.get(name) for name in (*INPUTS, model.main_input_name)))
     return next((value.shape[0] for value in inputs if isinstance(value, Tensor)), None)
 
 
 def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
-    """Sequences and tokens of each that a decoder computes, where they can be told; 0 else."""
+    """Returns how many sequences, and tokens per sequence, a decoder computes; zeros if unknown."""
     inputs = (*(kwargs.get(name) for name in reversed(INPUTS)), *args[:1])
     return next(
         ((value.shape[0], value.shape[1]) for value in inputs if isinstance(value, Tensor) and value.dim() > 1), (0, 0)
@@ -302,7 +301,7 @@ def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
 
 
 def _with(function: Callable[..., Any], original: Callable[..., Any], *names: str) -> Callable[..., Any]:
-    """`function` with the original's signature and more keywords: transformers reads signatures."""
+    """Wraps `function` with the original's signature plus keywords, because transformers inspects signatures."""
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Patching: two models become one that answers every sequence at its own λ."""
+"""Patching: turns two models into one that runs every sequence at its own λ."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def patch_model(
 ) -> PairModel:
     """Patches `instruct_model` in place so that each sequence of a batch runs at its own λ, and returns it.
 
-    Every parameter that differs between the two is interpolated, W(λ) = W_instruct + λ (W_thinking − W_instruct); what
-    is identical stays as it is and costs nothing. `format="pair"` shares memory with `thinking_model` where dtype and
-    device agree (not for GPT-2's Conv1D, whose weights are stored transposed). All parameters are frozen while patched.
-    λ is 0 until `intensity` says otherwise. Where the head of one end is tied to its embedding and that of the other is
-    not, the head gets a weight of its own: the tied end's is a copy of its embedding, until the patch is taken off.
+    Every parameter that differs between the two is interpolated, W(λ) = W_instruct + λ (W_thinking − W_instruct).
+    Identical parameters stay as they are and add no cost. `format="pair"` shares memory with `thinking_model` if dtype
+    and device agree (except for GPT-2's Conv1D, whose weights are stored transposed). All parameters are frozen while
+    the model is patched. λ is 0 until you set an intensity. If only one end ties its head to its embedding, the head
+    gets a weight of its own until the model is unpatched. For the tied end, this weight is a copy of its embedding.
 
     Args:
         instruct_model: a causal language model, λ=0.
-        thinking_model: another of the same architecture, λ=1. It is left as it is, and may be deleted.
+        thinking_model: another of the same architecture, λ=1. It is not modified, and may be deleted afterwards.
         format: how embeddings and linear weights are stored, a name of `dami_kernels.formats.names()`.
-        invariant: makes what a linear layer computes for a row independent, bit for bit, of the other rows, of their λ
-            and of their number, at some cost in speed. Whether the whole model is depends on its attention too.
+        invariant: makes a linear layer's result for a row bitwise independent of the other rows, their λ and their
+            number, at some cost in speed. Whether this holds for the whole model also depends on its attention.
 
     Raises:
-        TypeError: an argument is not a transformers model, or `instruct_model` is patched already.
-        ValueError: the ends do not match, or a parameter that differs cannot be interpolated: all their names are
-            listed, and the model is left as it was.
+        TypeError: an argument is not a transformers model, or is already patched.
+        ValueError: the ends do not match, or parameters that differ cannot be interpolated. The message lists them all,
+            and the model is left unchanged.
     """
     for name, model in (("instruct_model", instruct_model), ("thinking_model", thinking_model)):
         if not isinstance(model, PreTrainedModel):
@@ -66,17 +66,17 @@ def patch_model(
         raise
     model.dami_patch.shared = shared
     if head_name(model) is not None and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-        setattr(model.config.get_text_config(), TIES, False)  # where a checkpoint's own head has overruled its config
+        setattr(model.config.get_text_config(), TIES, False)  # a checkpoint's own head may have overruled its config
     return model
 
 
 def _mismatches(instruct: PreTrainedModel, thinking: PreTrainedModel) -> tuple[list[str], bool]:
-    """One line for each way in which two models do not match, and whether the head is tied in the instruct end only."""
-    # a difference of the heads is told by their tensors
+    """Returns a line for each mismatch of two models, and whether only the instruct end ties its head."""
+    # tensors, not configs, show whether the heads differ
     lines = [
         line for line in config_mismatches(instruct.config, thinking.config) if not line.startswith(f"config.{TIES}:")
     ]
-    if type(instruct) is not type(thinking):  # nothing compares otherwise
+    if type(instruct) is not type(thinking):  # comparing tensors would be pointless
         return [*lines, f"class: {type(instruct).__name__} and {type(thinking).__name__}"], False
     lines += tensor_mismatches(headers_of(instruct), headers_of(thinking))
     if lines:
@@ -91,9 +91,9 @@ def _mismatches(instruct: PreTrainedModel, thinking: PreTrainedModel) -> tuple[l
 
 
 def _own_tensors(instruct: PreTrainedModel, thinking: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The thinking end's tensors by the names of those that the instruct end has, each once.
+    """Yields the thinking end's tensors under the instruct end's names, each once.
 
-    What only the thinking end shares is copied, for transformers saves what is shared but once.
+    A tensor that is tied in the thinking end only is copied, because transformers saves shared tensors once.
     """
     state, own = thinking.state_dict(), {name for name, first in first_names(thinking).items() if name == first}
     for name, first in first_names(instruct).items():
@@ -102,9 +102,9 @@ def _own_tensors(instruct: PreTrainedModel, thinking: PreTrainedModel) -> Iterat
 
 
 def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Takes a patch off, in place, and returns the model: the very same modules and parameters as before it.
+    """Removes the patch in place and returns the model, with the same modules and parameters as before patching.
 
-    Only where the format has not kept the base as it was, `w8d4`, its weights are those that λ=0 ran with.
+    One exception: `w8d4` does not keep the original base, so the weights are then the quantised ones used at λ=0.
     """
     patch: Patch = patch_of(model)
     for module in model.modules():
@@ -141,14 +141,14 @@ def interpolate(
     invariant: bool = False,
     owned: bool = False,
 ) -> PairModel:
-    """Patches `model` with the other end's tensors, one at a time; all checks of names and shapes are behind us.
+    """Patches `model` with the other end's tensors, one at a time. The caller has checked names and shapes.
 
     Args:
         model: the instruct end.
-        thinking: names and tensors of the thinking end. Those identical to the model's own are dropped at once.
+        thinking: names and tensors of the thinking end. Tensors identical to the model's own are dropped immediately.
         format, invariant: as in `patch_model`.
-        owned: whether the tensors come from files and nobody needs the model if this fails. Then a target that is kept
-            as it is is copied, and a base that its format replaces is let go at once.
+        owned: whether the tensors come from files and the model may be discarded on failure. If so, a target that is
+            stored unchanged is copied, and a base that the format replaces is freed immediately.
     """
     formats.get(format)
     state = model.state_dict(keep_vars=True)
@@ -190,7 +190,7 @@ def interpolate(
 
 
 def _pack(base: Tensor, other: Tensor | LowRank, reader: type[LerpModule], format: str) -> LerpWeight:
-    """Both ends of a parameter as the operand of the module that reads it."""
+    """Packs both ends of a parameter in the layout of the module that reads it."""
     operand = reader.as_operand(base.detach()).contiguous()
     if isinstance(other, LowRank):
         return adapted(operand, other, format)
@@ -203,9 +203,9 @@ def install(
     packed: Mapping[int, Packed],
     invariant: bool = False,
 ) -> PairModel:
-    """Changes the class of `model`, and of its modules of which a parameter, known by its id, was packed."""
+    """Changes the class of `model` and of every module that has a parameter in `packed`, which is keyed by id."""
     original: Any = type(model)
-    # λ is a number even while the model is loaded, on meta: whoever asks for a parameter is given it at that
+    # λ needs a value even while the model is on meta during loading, because reading a parameter uses it
     dial = Dial(torch.zeros((), device="cpu" if model.device.type == "meta" else model.device))
     patch = Patch(dial, original, [p for p in model.parameters() if p.requires_grad])
     pair: PairModel = reclass(model, cast(Any, patched_model_class(original)))
@@ -230,13 +230,16 @@ def install(
 
 
 def _contiguous(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Before a plain head: the last states of a batch of prompts are a slice, which `F.linear` takes as one product for
-    each row, with a copy of the weight for each: gigabytes and seconds for a vocabulary of 50,000 and 100 rows."""
+    """Makes the input of a plain head contiguous.
+
+    The last states of a batch of prompts are a slice. For it, `F.linear` computes one product per row and copies the
+    weight for each: gigabytes and seconds for a vocabulary of 50,000 and 100 rows.
+    """
     return inputs[0].contiguous(), *inputs[1:]
 
 
 def _place(model: PreTrainedModel, name: str, module: nn.Module, kind: type[LerpModule]) -> tuple[int | None, str]:
-    """Index of a module's layer, None outside the layers, and its group, one of `dial.MODULE_GROUPS`."""
+    """Returns the index of a module's layer (None outside the layers) and its group, one of `dial.MODULE_GROUPS`."""
     layer = layer_of(name)
     if kind.kind in ("rms_norm", "layer_norm"):
         return layer, "norm"

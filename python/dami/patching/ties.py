@@ -1,4 +1,4 @@
-"""Heads that are tied to the embedding in one end only."""
+"""Handles heads that are tied to the embedding in one end only."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ TIES = "tie_word_embeddings"
 
 
 def head_name(model: PreTrainedModel) -> str | None:
-    """The name of the weight of a model's head."""
+    """Returns the name of the weight of a model's head."""
     head = model.get_output_embeddings()
     return next((f"{name}.weight" for name, module in model.named_modules() if module is head), None)
 
 
 def untie(model: PreTrainedModel) -> nn.Parameter:
-    """Gives the head of a model a weight of its own, a copy, and returns the one it shared."""
+    """Gives a model's head its own copy of the weight, and returns the shared one."""
     head = model.get_output_embeddings()
     shared = head.weight
     head.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
@@ -24,7 +24,7 @@ def untie(model: PreTrainedModel) -> nn.Parameter:
 
 
 def tie(model: PreTrainedModel, shared: nn.Parameter) -> None:
-    """Takes back `untie`."""
+    """Undoes `untie`."""
     model.get_output_embeddings().weight = shared
     _note_ties(model, True)
 

@@ -1,1 +1,1 @@
-"""A patched model becomes a directory."""
+"""Saves a patched model as a directory."""

@@ -1,4 +1,4 @@
-"""`PairConfig`: what a packed pair's config says of it."""
+"""Defines `PairConfig`, the part of a packed pair's config that describes how it is stored."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class PairConfig(QuantizationConfigMixin):
 
     Attributes:
         format: how embeddings and linear weights are stored.
-        interpolated: the format of every parameter that differs between the ends, by its name; `*` in a name stands for
-            the number of any layer. All others are the same in both ends.
-        parents: name and licence of the two ends: [{"name": …, "license": …}, …]. The licence is None where unknown.
-        error: ‖W(1) − W_thinking‖ / ‖W_thinking‖ over all that `format` stores, None where it was not measured.
+        interpolated: the format of every parameter that differs between the ends, by name; `*` in a name stands for any
+            layer number. All other parameters are the same in both ends.
+        parents: name and licence of the two ends: [{"name": …, "license": …}, …]. The licence is None if unknown.
+        error: ‖W(1) − W_thinking‖ / ‖W_thinking‖ over everything stored in `format`, None if it was not measured.
     """
 
     def __init__(
@@ -40,21 +40,21 @@ class PairConfig(QuantizationConfigMixin):
         self.error = error
 
     def format_of(self, name: str) -> str | None:
-        """The format of a parameter, None if it is the same in both ends."""
+        """Returns the format of a parameter, or None if it is the same in both ends."""
         return self.interpolated.get(name) or self.interpolated.get(any_layer(name))
 
 
 def any_layer(name: str) -> str:
-    """A parameter's name with `*` for every number between dots."""
+    """Returns a parameter's name with every number between dots replaced by `*`."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def by_pattern(formats_by_name: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
-    """`formats_by_name`, with one entry for the layers in all of which a parameter is stored alike.
+    """Returns `formats_by_name`, with a single `*` entry for a parameter that has the same format in all layers.
 
     Args:
-        formats_by_name: the format of the parameters that differ between the ends.
-        names: those of all parameters of the model.
+        formats_by_name: the formats of the parameters that differ between the ends.
+        names: the names of all parameters of the model.
     """
     layers: dict[str, set[str | None]] = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""A patched model as one directory, or as an ordinary checkpoint at one λ."""
+"""Saves a patched model as one directory, and uploads it to the hub."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def save_pair(
 ) -> Path:
     """Writes a patched model as one directory, which `dami.load_pair(directory)` loads, and returns it.
 
-    With dami imported, `AutoModelForCausalLM.from_pretrained(directory)` loads it too. The directory gets its name when
-    everything is written.
+    With dami imported, `AutoModelForCausalLM.from_pretrained(directory)` loads it too. The directory is written under a
+    temporary name and renamed at the end.
 
     Args:
         model: a patched model.
-        directory: the directory to write; it must not exist, or be empty.
-        tokenizer: the pair's; by default the one that `load_pair` returned with the model.
+        directory: the directory to write; it must be empty or not exist.
+        tokenizer: the pair's tokenizer; by default the one that `load_pair` returned with the model.
         overwrite: whether to replace an existing directory.
         max_shard_size: as in `save_pretrained`.
 
     Raises:
         TypeError: the model is not patched.
-        OSError: the directory cannot be written; FileExistsError: there is one with something in it.
+        OSError: the directory cannot be written; FileExistsError: it exists and is not empty.
     """
     tokenizer = tokenizer or patch_of(model).origin.tokenizer
     with written_whole(directory, overwrite) as partial:
@@ -67,7 +67,7 @@ def write_pair(
 def save(
     model: Any, directory: str | Path, save_pretrained: Callable[..., None], push_to_hub: bool = False, **options: Any
 ) -> None:
-    """`save_pretrained` of a patched model: the original's, and a config that says what is stored, and a model card."""
+    """Implements `save_pretrained` of a patched model: adds the pair's config and a model card to the original's."""
     refuse_adapters(
         model,
         "save_pretrained of a pair",
@@ -78,7 +78,7 @@ def save(
     config, before = config_of(model), getattr(model.config, "quantization_config", None)
     model.config.quantization_config = config
     try:
-        # its own names: to undo a conversion of names, transformers would have to know of what stands beside them
+        # Keeps the model's own names: transformers cannot undo a name conversion for the tensors that patching adds.
         save_pretrained(directory, **{"save_original_format": False, **options})
     finally:
         model.config.quantization_config = before
@@ -106,7 +106,7 @@ def push(
     create_pr: bool = False,
     max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> CommitInfo:
-    """`push_to_hub` of a patched model: uploads what `save_pair` writes, model card and tokenizer included.
+    """Implements `push_to_hub` of a patched model: uploads what `save_pair` writes, with model card and tokenizer.
 
     The arguments are those of transformers' `push_to_hub` and of `save_pair`.
     """
@@ -124,7 +124,7 @@ def push(
 
 
 def config_of(model: PreTrainedModel) -> PairConfig:
-    """The `quantization_config` of a patched model."""
+    """Returns the `quantization_config` of a patched model."""
     origin, description = patch_of(model).origin, describe(model)
     stored = {row.name: row.format for row in description.rows if row.format is not None}
     interpolated = by_pattern(stored, (row.name for row in description.rows))

@@ -1,4 +1,4 @@
-"""A merged copy at one λ, in memory."""
+"""Makes a merged copy of a patched model at one λ, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def write_merged(
     tokenizer: PreTrainedTokenizerBase | None,
     intensity: float | str,
 ) -> float:
-    """Writes an ordinary checkpoint of a patched model at one λ into a directory, with a model card, and returns λ.
+    """Writes a patched model at one λ as an ordinary checkpoint with a model card, and returns λ.
 
     Raises:
-        TypeError, ValueError: as `materialize`.
+        TypeError, ValueError: as in `materialize`.
     """
     patch = patch_of(model)
     lam = Intensity.parse(intensity, CALLERS["dami.materialize"], patch.presets).numbers.item()
@@ -42,10 +42,11 @@ def write_merged(
 
 @torch.no_grad()
 def materialize(model: PreTrainedModel, intensity: float | str) -> PreTrainedModel:
-    """Returns a merged copy: an ordinary model of the weights at one λ. The patched model does not change.
+    """Returns a merged copy: an ordinary model with the weights at one λ. The patched model does not change.
 
-    If one λ is enough, the copy is faster, as it reads the bytes of one model instead of a pair. Each weight is blended
-    in float32 and rounded once, as in mergekit's linear merge. `save_pretrained` writes an ordinary checkpoint.
+    If you need only one λ, the copy is faster, because it reads the bytes of one model instead of a pair. Each weight
+    is blended in float32 and rounded once, as in mergekit's linear merge. `save_pretrained` writes an ordinary
+    checkpoint.
 
     Raises:
         TypeError, ValueError: the model is not patched or is offloaded, or `intensity` is neither one finite number nor
@@ -75,7 +76,7 @@ def materialize(model: PreTrainedModel, intensity: float | str) -> PreTrainedMod
 
 
 def _state_at(model: nn.Module, lam: float) -> dict[str, Tensor]:
-    """New tensors of a patched model's weights and buffers at λ, by name; those that share memory go on sharing it."""
+    """Returns copies of a patched model's weights and buffers at λ, by name. Tied tensors stay tied."""
     merged: dict[int, Tensor] = {}
     state = {}
     for prefix, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""The model card of a packed pair: a README.md that is generated from what its config says."""
+"""Generates the model card (README.md) of a packed pair or of a merged checkpoint."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ named: `tokenizer.apply_chat_template(…, chat_template="thinking")`."""
 def write_model_card(
     directory: str | Path, config: PairConfig, nbytes: int, weights: int, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
-    """Writes README.md.
+    """Writes the README.md of a packed pair.
 
     Args:
-        directory: of the pair.
+        directory: the pair's directory.
         config: the pair's `quantization_config`.
-        nbytes: bytes of all that is stored.
+        nbytes: total bytes of the stored tensors.
         weights: how many numbers of either end are interpolated.
-        tokenizer: the pair's.
+        tokenizer: the pair's tokenizer.
     """
     error = (
         ""
@@ -95,11 +95,11 @@ def write_model_card(
 
 
 def write_merged_card(directory: str | Path, parents: Sequence[Mapping[str, str | None]] | None, lam: float) -> None:
-    """Writes README.md of an ordinary checkpoint at one λ.
+    """Writes the README.md of an ordinary checkpoint at one λ.
 
     Args:
-        directory: of the checkpoint.
-        parents: name and licence of both ends, None if they are not known.
+        directory: the checkpoint's directory.
+        parents: name and licence of both ends, None if unknown.
         lam: λ.
     """
     text = MERGED.format(**_ends(parents), lam=f"{lam:g}", rest=f"{round(1 - lam, 9):g}")
@@ -107,7 +107,7 @@ def write_merged_card(directory: str | Path, parents: Sequence[Mapping[str, str 
 
 
 def _ends(parents: Sequence[Mapping[str, str | None]] | None) -> dict[str, str]:
-    """What both cards say of the ends: metadata, names, and the rows of a table."""
+    """Returns what both cards say about the ends: metadata, names, and the rows of a table."""
     parents = parents or [{"name": "an instruct model"}, {"name": "a thinking model"}]
     names, licences = ([parent.get(key) for parent in parents] for key in ("name", "license"))
     on_hub = [name for name in names if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name)]

@@ -1,4 +1,4 @@
-"""A request from when it has been taken in until it is answered: its choices, and what comes to them."""
+"""A request that is being answered: its choices, and the text that arrives for them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from dami.serving.schema import FinishReason, Usage
 
 @dataclass(eq=False)
 class ActiveChoice:
-    """One of a response's choices while it is generated.
+    """One choice of a response while it is being generated.
 
     Attributes:
-        index: its place.
-        row: where its tokens come from.
-        deltas: turns them into text.
-        offsets: where they begin in the text.
-        tokens: all that have come.
+        index: its index in the response.
+        row: the row that generates its tokens.
+        deltas: turns the tokens into text.
+        offsets: computes where each token begins in the text.
+        tokens: all tokens so far.
         reason: why it ended.
     """
 
@@ -35,7 +35,7 @@ class ActiveChoice:
     reason: FinishReason | None = None
 
     async def news(self) -> AsyncIterator[tuple[Delta, list[Token]]]:
-        """What comes, with the tokens of which it is the text; the last when `reason` is known."""
+        """Yields new text with its tokens. `reason` is set before the last item."""
         fresh: list[Token] = []
         async for tokens in self.row:
             given = Delta()
@@ -65,18 +65,18 @@ class ActiveChoice:
         return sum(len(segment.ids) for segment in said.segments if segment.kind == "thought")
 
 
-News = tuple[ActiveChoice, Delta, list[Token]]  # text that has come to a choice, and the tokens of which it is the text
+News = tuple[ActiveChoice, Delta, list[Token]]  # a choice, its new text, and the tokens of that text
 
 
 @dataclass(eq=False)
 class ActiveRequest:
-    """A request that has been taken in.
+    """A request that has been submitted to the engine.
 
     Attributes:
-        body: what was asked.
-        id: of the response.
-        prompt_tokens: of all prompts.
-        choices: of the response.
+        body: the request's body.
+        id: the response's id.
+        prompt_tokens: number of tokens of all prompts together.
+        choices: the response's choices.
         created: seconds since 1970.
     """
 
@@ -88,7 +88,7 @@ class ActiveRequest:
 
     @property
     def intensity(self) -> float | None:
-        """λ granted, if all prompts got the same."""
+        """The λ granted, or None if the prompts got different ones."""
         granted = {choice.row.intensity for choice in self.choices}
         return granted.pop() if len(granted) == 1 else None
 
@@ -106,7 +106,7 @@ class ActiveRequest:
         }
 
     async def collect(self) -> None:
-        """Lets all choices come to their ends."""
+        """Waits until all choices have ended."""
 
         async def drain(choice: ActiveChoice) -> None:
             async for _ in choice.news():
@@ -115,7 +115,7 @@ class ActiveRequest:
         await asyncio.gather(*map(drain, self.choices))
 
     async def news(self) -> AsyncIterator[News]:
-        """What comes to any choice; no faster than it is taken."""
+        """Yields the news of all choices, no faster than the caller takes them."""
         queue: asyncio.Queue[News | Exception] = asyncio.Queue(1)
 
         async def pump(choice: ActiveChoice) -> None:

@@ -49,7 +49,7 @@ JSON = re.compile(r"application/(json|[\w.-]+\+json)\s*(;.*)?", re.IGNORECASE)
 
 
 class BodyRoute(APIRoute):
-    """A route whose endpoint takes a request and its body, which is read outside of the event loop."""
+    """A route whose endpoint takes a request and its body. The body is parsed outside the event loop."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         if self.body_field is None:
@@ -67,15 +67,15 @@ class BodyRoute(APIRoute):
 
 
 def create_app(engine: Engine, tokenizer: Any, settings: ServiceSettings | None = None) -> FastAPI:
-    """The server as an ASGI application, which starts and stops the engine.
+    """Returns the server as an ASGI application that starts and stops the engine.
 
     Args:
-        engine: what generates; one application for each.
-        tokenizer: the pair's.
-        settings: of the server.
+        engine: the engine that generates. Each application needs its own.
+        tokenizer: the pair's tokenizer.
+        settings: the server's settings.
 
     Raises:
-        ValueError: the default intensity is none of the pair's.
+        ValueError: if the pair does not support the default intensity.
     """
     settings = settings or ServiceSettings()
     default = settings.default_intensity
@@ -87,7 +87,7 @@ def create_app(engine: Engine, tokenizer: Any, settings: ServiceSettings | None 
         title="dami serve",
         version=__version__,
         lifespan=_lifespan,
-        docs_url=None,  # the pages that FastAPI draws of the schema load scripts from elsewhere
+        docs_url=None,  # FastAPI's documentation pages load scripts from other sites
         redoc_url=None,
         exception_handlers=ERRORS,
     )
@@ -112,7 +112,7 @@ def create_app(engine: Engine, tokenizer: Any, settings: ServiceSettings | None 
 
 
 def answers(service: Service) -> APIRouter:
-    """What generates."""
+    """Returns the routes that generate."""
     router = APIRouter(route_class=BodyRoute)
 
     async def answer(request: Request, beginning: Coroutine[Any, Any, ActiveRequest], form: Format) -> Response:
@@ -140,24 +140,24 @@ def answers(service: Service) -> APIRouter:
 
 
 def information(service: Service) -> APIRouter:
-    """What tells about the model, the engine and the requests."""
+    """Returns the routes that describe the model, the engine and the requests."""
     router, engine, name = APIRouter(), service.engine, service.settings.name
 
     @router.get("/v1/models")
     async def models() -> ModelList:
-        """The one model that is served."""
+        """Lists the served model."""
         return {"object": "list", "data": [service.model_object()]}
 
     @router.get("/v1/models/{model:path}", responses=NO_MODEL)
     async def model(model: str) -> Model:
-        """The model, by name."""
+        """Describes the model of this name."""
         if model != name:
             raise BadRequest(f"model must be {name!r}, got {model!r}", "model", "model_not_found", 404)
         return service.model_object()
 
     @router.get("/health", response_model=Health, responses=DEAD)
     async def health() -> JSONResponse:
-        """Whether the engine generates, and how much it has to do."""
+        """Reports whether the engine is running, and its load."""
         load = engine.load
         status = "ok" if engine.death is None else f"the engine has died: {engine.death}"
         health: Health = {
@@ -170,7 +170,7 @@ def information(service: Service) -> APIRouter:
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """For Prometheus."""
+        """Returns the metrics in Prometheus's format."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
@@ -211,7 +211,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     async with engine:
         dying = asyncio.create_task(_tell_death(app, engine))
         gc.collect()
-        gc.freeze()  # going through all that torch has loaded would stop everything, for half a second
+        gc.freeze()  # collecting all objects that torch has loaded would pause the server for half a second
         yield
         gc.unfreeze()
         dying.cancel()

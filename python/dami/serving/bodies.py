@@ -1,8 +1,8 @@
-"""Bodies of requests as objects, without holding up the event loop.
+"""Parses request bodies without blocking the event loop.
 
-C's JSON parser and Pydantic keep the interpreter to themselves until they have ended, in whatever thread: on a hostile
-megabyte for tenths of a second. Hence JSON is parsed in Python, which lets other threads in, and Pydantic stops at the
-first wrong item of a list and never meets an object of many keys.
+The C JSON parser and Pydantic hold the GIL until they finish, whatever thread they run in: on a hostile megabyte, for
+tenths of a second. So JSON is parsed in Python, which lets other threads run, and Pydantic stops at the first wrong
+item of a list and never gets an object with many keys.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from pydantic import ValidationError
 from dami.serving.protocol import BadRequest, Request
 
 R = TypeVar("R", bound=Request)
-KEYS = 256  # of an object at most: no object of the API has nearly as many
+KEYS = 256  # maximum keys of an object; no object of the API has nearly as many
 
 
 def read(content: bytes, kind: type[R]) -> R:
-    """A request's body as an object.
+    """Parses and validates a request's body.
 
     Args:
         content: JSON.
-        kind: of the request.
+        kind: class of the request.
 
     Raises:
-        BadRequest: it is no JSON, or no such request.
+        BadRequest: if the content is not JSON, or not a request of this kind.
     """
     try:
         body = DECODER.decode(content.decode())
@@ -50,7 +50,7 @@ def read(content: bytes, kind: type[R]) -> R:
 
 
 def _path(place: tuple[int | str, ...], body: Any, missing: bool) -> str:
-    """Where in a body an error is, as JavaScript would write it: of Pydantic's path what the body has, or lacks."""
+    """Returns where in a body an error is, in JavaScript's notation: Pydantic's path without the parts it adds."""
     path = ""
     for number, part in enumerate(place):
         if isinstance(body, dict) and (part in body or (missing and number == len(place) - 1)):

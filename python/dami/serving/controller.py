@@ -1,35 +1,35 @@
-"""`IntensityController` turns load into λ: under load adjustable requests think less, so that answers come in time.
+"""`IntensityController` lowers λ under load: adjustable requests then think less, so that answers come in time.
 
-It is asked for the λ of every request (`grant`), told of every sequence when it comes (`start`) and when it has ended
-(`finish`), and after every step how the engine is doing (`observe`). Requests with a λ of their own are never changed;
-they only count as load.
+The engine asks it for the λ of every request (`grant`), tells it when each sequence arrives (`start`) and ends
+(`finish`), and reports after every step (`observe`). Requests that name a λ are never changed; they only count as load.
 
-**Load.** What a sequence that comes now must expect, by Little's law, as a share of the target:
+**Load.** The latency that a new sequence must expect, by Little's law, as a share of the target:
 
     rows     = min(sequences in flight, rows that the engine decodes together)
     latency  = max(tokens in flight / rows · seconds per token at so many rows, longest wait now)
     pressure = latency / target
 
-In flight is what has come and not ended, running or waiting. Its tokens are those that sequences at their granted λ
-take of late, a running mean for each tenth of λ; seconds per token likewise, for each doubling of rows. So a sequence
-counts from its start, by what was granted, and not first when its answer is there: the only delay in the loop is an
-average over the answers in flight, and an average turns no correction into its opposite. The longest wait is
-measured, not expected: it holds where the expectation is too low, as before the first answer has ended (unless the
-pair's frontier tells the tokens), or where the cache has room for fewer rows.
+A sequence is in flight from its arrival to its end, running or waiting. Its tokens are estimated by a running mean of
+recent answers for each tenth of granted λ; seconds per token by a running mean for each doubling of rows. So a sequence
+counts at its granted λ from its start, and not only once its answer has ended. The only delay in the loop is an average
+over the answers in flight, and an average never reverses the sign of a correction. The longest wait is measured, not
+estimated. It takes over where the estimate is too low: before the first answer has ended (unless the pair's frontier
+gives the tokens), or when the cache has room for fewer rows.
 
-**Law.** No λ above the cap is granted to an adjustable request. The cap follows the pressure p along a straight line,
+**Law.** An adjustable request never gets a λ above the cap. The cap is piecewise linear in the pressure p,
 
     wanted = ceiling                                         p ≤ 1/2
              ceiling − (ceiling − floor) · (2p − 1)          1/2 < p < 1
              floor                                           p ≥ 1
 
-from no change while half of the target is to spare, to the floor where it is reached. So the mean latency settles below
-the target as long as the server can carry the load at the floor at all.
+It stays at the ceiling up to half of the target latency, and reaches the floor at the target. So the mean latency
+settles below the target, provided that the server can carry the load at the floor.
 
-- **Limits.** The cap stays between floor and ceiling. At the ceiling nothing is capped, not even a λ beyond it; a
+- **Limits.** The cap stays between floor and ceiling. At the ceiling nothing is capped, not even a λ above it. A
   request below the cap is never raised.
-- **Rate.** It falls at once, for a burst is granted within milliseconds; it rises by its whole range in two targets.
-- **Hysteresis.** It rises only while the line lies a twentieth of the range above it, or at the ceiling.
+- **Rate.** The cap falls at once, because a burst is granted within milliseconds. It rises over its whole range in
+  twice the target latency.
+- **Hysteresis.** The cap rises only while `wanted` is more than a twentieth of the range above it, or the ceiling.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-EASE, FULL = 0.5, 1.0  # pressure at which the cap begins to fall, and at which it reaches the floor
-RISE = 2.0  # targets that the cap takes from floor to ceiling
-HYSTERESIS = 0.05  # of the range
-MEMORY = 32  # measurements over which means run
+EASE, FULL = 0.5, 1.0  # pressure where the cap begins to fall, and where it reaches the floor
+RISE = 2.0  # target latencies that the cap takes from floor to ceiling
+HYSTERESIS = 0.05  # as a share of the range
+MEMORY = 32  # measurements in a running mean
 
 
 class Means:
-    """Running means by a whole number: of all that has been measured, and from `MEMORY` measurements on of so many."""
+    """Running means by integer key, over all measurements at first and over about the last `MEMORY` later."""
 
     def __init__(self) -> None:
         self._means: dict[int, float] = {}
@@ -58,7 +58,7 @@ class Means:
         self._means[key] = mean + (value - mean) / min(self._counts[key], MEMORY)
 
     def at(self, key: int) -> float:
-        """The mean at the nearest key known, the lower of two; 0 if nothing has been measured."""
+        """Returns the mean at the nearest known key, the lower one in a tie; 0 if nothing has been measured."""
         if not self._means:
             return 0.0
         return self._means[min(self._means, key=lambda known: (abs(known - key), known))]
@@ -69,9 +69,9 @@ class IntensityController:
 
     Attributes:
         target: seconds that an answer may take on average, from the request to its last token.
-        rows: sequences that the engine decodes together, at most.
+        rows: maximum sequences that the engine decodes together.
         floor: lowest cap.
-        ceiling: cap without load, where nothing is capped.
+        ceiling: the cap without load; at the ceiling nothing is capped.
     """
 
     def __init__(
@@ -83,17 +83,17 @@ class IntensityController:
         tokens: Mapping[float, float] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Starts without load.
+        """Creates a controller without load.
 
         Args:
-            target_latency: seconds.
-            rows: sequences that the engine decodes together, at most.
+            target_latency: in seconds.
+            rows: maximum sequences that the engine decodes together.
             floor, ceiling: λ between which the cap moves.
-            tokens: of an answer by λ, where they are known beforehand.
-            clock: seconds from any fixed moment.
+            tokens: mean tokens of an answer by λ, if known beforehand.
+            clock: returns seconds since any fixed moment.
 
         Raises:
-            ValueError: the target or rows are not above 0, or floor and ceiling are not finite and in order.
+            ValueError: if the target or rows are not above 0, or if floor and ceiling are not finite and in order.
         """
         if not 0 < target_latency < math.inf:
             raise ValueError(f"target_latency must be finite and above 0, got {target_latency}")
@@ -105,7 +105,7 @@ class IntensityController:
         self.rows = rows
         self._clock = clock
         self._in_flight: Counter[int] = Counter()  # sequences by tenth of λ
-        self._tokens = Means()  # of an answer, by tenth of λ
+        self._tokens = Means()  # per answer, by tenth of λ
         for intensity, mean in (tokens or {}).items():
             self._tokens.add(_tenth(intensity), mean)
         self._seconds = Means()  # per token, by doubling of rows
@@ -114,17 +114,17 @@ class IntensityController:
         self._moved = clock()
 
     def grant(self, intensity: float, adjustable: bool) -> float:
-        """λ for a request that comes now.
+        """Returns the λ for a request that arrives now.
 
         Args:
-            intensity: what it asks for.
+            intensity: the λ it asks for.
             adjustable: whether it may get less.
         """
         cap = self._move()
         return min(intensity, cap) if adjustable and cap < self.ceiling else intensity
 
     def start(self, intensity: float) -> None:
-        """Counts a sequence as load, until `finish`.
+        """Counts a sequence as load until `finish`.
 
         Args:
             intensity: its λ, as granted.
@@ -133,11 +133,11 @@ class IntensityController:
         self._move()
 
     def finish(self, intensity: float, tokens: int | None) -> None:
-        """Takes a sequence out of the load.
+        """Removes a sequence from the load.
 
         Args:
-            intensity: its λ.
-            tokens: how many it generated; None if it did not come to its end.
+            intensity: its λ, as granted.
+            tokens: how many tokens it generated; None if it was cut off.
         """
         self._in_flight[_tenth(intensity)] -= 1
         if tokens is not None:
@@ -145,12 +145,12 @@ class IntensityController:
         self._move()
 
     def observe(self, running: int, seconds_per_token: float, waited: float) -> None:
-        """Tells how the engine is doing; best after every step.
+        """Reports the state of the engine, ideally after every step.
 
         Args:
             running: rows that it decodes together.
-            seconds_per_token: what a token of one row takes now, which is the duration of a step.
-            waited: seconds that the longest-waiting sequence has been without its first token, 0 if none waits.
+            seconds_per_token: time per token of one row, which is the duration of a step.
+            waited: seconds that the longest-waiting sequence has waited for its first token; 0 if none is waiting.
         """
         self._waited = waited
         if running > 0:
@@ -159,7 +159,7 @@ class IntensityController:
 
     @property
     def pressure(self) -> float:
-        """Latency that a sequence must expect now, as a share of the target."""
+        """The latency that a new sequence must expect, as a share of the target."""
         sequences = self._in_flight.total()
         if not sequences:
             return 0.0
@@ -169,11 +169,11 @@ class IntensityController:
 
     @property
     def cap(self) -> float:
-        """Highest λ that an adjustable request is granted now; at the ceiling there is no cap."""
+        """The highest λ granted to adjustable requests now; at the ceiling there is no limit."""
         return self._move()
 
     def _move(self) -> float:
-        """Brings the cap up to now."""
+        """Updates the cap to the current time and returns it."""
         now, span = self._clock(), self.ceiling - self.floor
         relief = min(max((FULL - self.pressure) / (FULL - EASE), 0.0), 1.0)
         wanted = self.ceiling if relief == 1 else self.floor + span * relief
@@ -181,7 +181,7 @@ class IntensityController:
             self._cap = wanted
         elif wanted == self.ceiling or wanted > self._cap + HYSTERESIS * span:
             self._cap += span * (now - self._moved) / (RISE * self.target)
-            if self._cap > wanted - 1e-9 * span:  # a sum of many small rises comes out a little lower
+            if self._cap > wanted - 1e-9 * span:  # many small rises sum up to slightly less
                 self._cap = wanted
         self._moved = now
         return self._cap

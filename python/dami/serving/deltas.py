@@ -1,8 +1,8 @@
-"""What each new token adds to a row's thought and answer, as text, while the row is still being generated.
+"""Turns each new token into text of the row's thought or answer, while the row is still being generated.
 
-It follows the rule of `dami.thoughts` as far as that can be done without looking ahead: what has been given out cannot
-be taken back. At the end the row is read as a whole, and what the answer still lacks is given out then. So only where
-an end tag comes without a start tag does the answer begin with what turns out to have been a thought.
+It follows the rule of `dami.thoughts` as far as possible without looking ahead: text that has been emitted cannot be
+taken back. At the end the row is parsed as a whole, and the rest of the answer is emitted. The result differs in one
+case: if an end tag comes without a start tag, the answer begins with text that turns out to be a thought.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ from dami.thoughts import ParsedRow, Reader
 
 
 class Delta(NamedTuple):
-    """Text that came to a row's thought and to its answer."""
+    """New text of a row's thought and of its answer."""
 
     thought: str = ""
     answer: str = ""
 
 
 class Stop:
-    """A string that ends a text, looked for while the text comes: by Knuth, Morris and Pratt, two steps a character."""
+    """A stop string, matched in a stream of text by Knuth–Morris–Pratt: two steps per character on average."""
 
     def __init__(self, string: str) -> None:
         self.string = string
-        self.borders = [0]  # of each beginning: the longest shorter one that it ends with
+        self.borders = [0]  # for each prefix, the length of the longest shorter prefix that it ends with
         for char in string[1:]:
             self.borders.append(self.after(self.borders[-1], char))
 
     def after(self, matched: int, char: str) -> int:
-        """How much of the string a text ends with, that ended with `matched` of it, less than all, before `char`."""
+        """Returns how many characters of the string match after `char`, given that `matched` (not all) did before."""
         while matched and self.string[matched] != char:
             matched = self.borders[matched - 1]
         return matched + (self.string[matched] == char)
 
 
 class Part:
-    """The text of a row's thought, or of its answer, up to a stop string."""
+    """The text of a row's thought or answer, up to a stop string."""
 
     def __init__(self, stops: Sequence[Stop], strip: bool) -> None:
         self.stops, self.strip = stops, strip
-        self.matched = [0] * len(stops)  # how much of each the text ends with
-        self.text = ""  # all that was given out
-        self.held = ""  # may be the beginning of a stop string, or space at the end
+        self.matched = [0] * len(stops)  # for each stop string, how many of its characters the text ends with
+        self.text = ""  # all text emitted so far
+        self.held = ""  # possibly the beginning of a stop string, or trailing space
         self.stopped = False
-        self.fresh = True  # nothing has come yet of this segment
+        self.fresh = True  # this segment has no text yet
 
     def new_segment(self) -> None:
         if self.strip:
@@ -56,7 +56,7 @@ class Part:
             self._hold(held)
 
     def push(self, text: str) -> str:
-        """Takes text and returns what can be given out."""
+        """Adds text, and returns the text that can be emitted."""
         if self.strip and self.fresh:
             text = text.lstrip()
             if text and (self.text or self.held):
@@ -74,11 +74,11 @@ class Part:
         return self._give(end)
 
     def flush(self) -> str:
-        """What is held back, at the end."""
+        """Emits the text held back, at the end."""
         return self._give(len(self.held.rstrip() if self.strip else self.held))
 
     def _hold(self, text: str) -> int | None:
-        """Adds text to what is held, and tells where in it the first stop string begins, if one has come."""
+        """Adds to the held text, and returns where in it the first stop string begins, or None if there is none."""
         begins, before = [], len(self.held)
         self.held += text
         for place, stop in enumerate(self.stops):
@@ -101,10 +101,10 @@ class Deltas:
     """Turns the tokens of a row into text.
 
     Args:
-        tokenizer: of the model.
-        reader: tells thoughts from answers; None if all is answer, as it stands.
+        tokenizer: the model's tokenizer.
+        reader: separates thoughts from answers; None if all text is answer, unchanged.
         inside: whether the prompt ends inside a thought.
-        stops: before the first of these strings the row ends.
+        stops: the text ends before the first of these strings.
     """
 
     def __init__(self, tokenizer: Any, reader: Reader | None, inside: bool = False, stops: Sequence[Stop] = ()) -> None:
@@ -113,7 +113,7 @@ class Deltas:
         self.ids: list[int] = []
         self.thought, self.answer = (Part(stops, strip=reader is not None) for _ in range(2))
         self.detokenizer = Detokenizer(tokenizer)
-        self.said: ParsedRow | None = None  # the whole row, at its end
+        self.said: ParsedRow | None = None  # the whole row, parsed at its end
         self.held: list[tuple[int, str]] = []  # tokens that may be part of a tag, with their texts
         if reader is not None:
             tags = sorted((reader.tags.start, *reader.tags.ends), key=len, reverse=True)
@@ -125,7 +125,7 @@ class Deltas:
         return self.thought.stopped or self.answer.stopped
 
     def push(self, token: int) -> Delta:
-        """What can be given out now that this token has come."""
+        """Adds a token, and returns the text that can be emitted."""
         self.ids.append(token)
         if self.reader is None:
             return Delta(answer=self.answer.push(self.detokenizer.push(token)))
@@ -141,10 +141,10 @@ class Deltas:
         return given
 
     def finish(self, finished: bool) -> Delta:
-        """What is left at the end of the row.
+        """Returns the remaining text at the end of the row.
 
         Args:
-            finished: whether it came to its end by itself.
+            finished: whether the row ended by itself.
         """
         if self.stopped:
             return Delta()
@@ -152,7 +152,7 @@ class Deltas:
             rest = self.answer.push(self.detokenizer.rest())
             return Delta(answer=rest + self.answer.flush())
         said = self.said = self.reader.read(self.ids, inside=self.given_inside, finished=finished)
-        if not said.answer.startswith(self.answer.text):  # an end tag alone has made a thought of it
+        if not said.answer.startswith(self.answer.text):  # an end tag without a start tag has made it a thought
             return Delta(self.thought.flush(), self.answer.flush())
         return Delta(_complete(self.thought, said.thought), _complete(self.answer, said.answer))
 
@@ -164,7 +164,7 @@ class Deltas:
         return Delta(thought=given) if self.inside else Delta(answer=given)
 
     def _give_tokens(self, length: int) -> Delta:
-        """Gives out the first `length` characters of what is held, but for a token that goes on and holds no tag."""
+        """Emits the first `length` held characters. Keeps a token that extends past them, unless a tag begins there."""
         given, at = Delta(), 0
         while self.held and at + len(self.held[0][1]) <= length:
             token, text = self.held.pop(0)
@@ -173,14 +173,14 @@ class Deltas:
             given = _sum(given, self._give_text(self.detokenizer.push(token) if whole else text))
         if at < length and self.held:
             match = self.tag.match("".join(text for _, text in self.held), length - at)
-            if match is not None:  # it holds text and the beginning of a tag
+            if match is not None:  # the token holds text and the beginning of a tag
                 token, text = self.held[0]
                 given = _sum(given, self._give_text(self.detokenizer.rest() + text[: length - at]))
                 self.held[0] = (-1, text[length - at :])
         return given
 
     def _change_side(self, tag: str) -> Delta:
-        """Drops a tag from the beginning of what is held, and goes on on its other side."""
+        """Drops a tag from the beginning of the held text, and switches between thought and answer."""
         given = self._give_text(self.detokenizer.rest())
         self.detokenizer = Detokenizer(self.tokenizer)
         left = len(tag)
@@ -196,7 +196,7 @@ class Deltas:
         return given
 
     def _tag_prefix(self, text: str) -> int:
-        """How many characters at the end of a text may be the beginning of a tag."""
+        """Returns how many characters at the end of a text may be the beginning of a tag."""
         return max((n for tag in self.tags for n in range(1, len(tag)) if text.endswith(tag[:n])), default=0)
 
 
@@ -205,7 +205,7 @@ def _sum(first: Delta, second: Delta) -> Delta:
 
 
 def _complete(part: Part, whole: str) -> str:
-    """What a part still lacks of its whole text, if that begins with what was given out."""
+    """Emits the rest of a part's whole text, if that begins with the text emitted so far."""
     if not whole.startswith(part.text):
         return ""
     rest, part.held, part.fresh, part.strip = whole[len(part.text) :], "", False, False

@@ -1,8 +1,8 @@
-"""Text of a row's tokens while they come, and where in that text each of them begins.
+"""Decodes a row's tokens as they arrive, and finds where in the text each of them begins.
 
-`tokenizers.decoders.DecodeStream` does the work. What it does not do is done here: it keeps to itself what it holds
-back, and it raises where a tokenizer rewrites text that has been given out, as byte fallback does with a run of bytes
-that turns out to be no UTF-8.
+`tokenizers.decoders.DecodeStream` does most of the work. This module adds two things. It returns the text that the
+stream holds back. And it recovers where the stream raises because a tokenizer rewrites text already emitted, as byte
+fallback does when a run of bytes turns out not to be UTF-8.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from tokenizers import Tokenizer, models
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # stands at the end of a text whose last character is not complete
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # ends a text whose last character is incomplete
 
 
 class Detokenizer:
-    """Text of tokens that come one after another, without special tokens, in whole characters.
+    """Decodes a stream of tokens in whole characters, without special tokens.
 
     Args:
-        tokenizer: of any kind. Where `tokenizers` alone does not decode as it does, a `PythonStream` takes its place.
+        tokenizer: any tokenizer. If `tokenizers` alone does not decode as it does, a `PythonStream` does the work.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.backend, self.special = fast_backend(tokenizer), special_ids(tokenizer)
-        self.held: list[int] = []  # tokens whose text has not been given out
+        self.held: list[int] = []  # tokens whose text has not been emitted
         self._begin()
 
     def push(self, token: int) -> str:
-        """The text that is complete now that this token has come."""
-        if token in self.special:  # a stream would keep it, and decode each time all that it keeps
+        """Adds a token, and returns the text that it completes."""
+        if token in self.special:  # a stream would keep it, and decode all that it keeps at each step
             return ""
         self.held.append(token)
         try:
             text = self.stream.step(self.backend or self.tokenizer, token)
-        except Exception as error:  # it raises no narrower one
+        except Exception as error:  # `step` raises nothing more specific
             if "Invalid prefix" not in str(error):
                 raise
             return self.rest()
@@ -48,16 +48,16 @@ class Detokenizer:
         return text
 
     def rest(self) -> str:
-        """The text of what is held back, its last character complete or not."""
+        """Returns the text held back, even if its last character is incomplete."""
         text = self.tokenizer.decode(self.held, skip_special_tokens=True) if self.held else ""
         if not text:
             return ""
-        self._begin(() if text.endswith(REPLACEMENT) else self.held)  # else the stream would give it out once more
+        self._begin(() if text.endswith(REPLACEMENT) else self.held)  # else the stream would emit it again
         self.held.clear()
         return text
 
     def _begin(self, before: Sequence[int] = ()) -> None:
-        """Starts a stream after tokens whose text has been given out: they decide on spaces."""
+        """Starts a stream after tokens whose text has been emitted; spaces depend on them."""
         kind = PythonStream if self.backend is None else DecodeStream
         self.stream = kind(ids=list(before), skip_special_tokens=True)
 
@@ -83,7 +83,7 @@ class PythonStream:
 
 
 def fast_backend(tokenizer: Any) -> Tokenizer | None:
-    """The tokenizer of `tokenizers` that decodes as this one of transformers does, if there is one."""
+    """Returns the `tokenizers` tokenizer that decodes like this one of transformers, or None if there is none."""
     if getattr(type(tokenizer), "_decode", None) is not PreTrainedTokenizerFast._decode:
         return None
     backend = tokenizer.backend_tokenizer
@@ -96,7 +96,7 @@ def fast_backend(tokenizer: Any) -> Tokenizer | None:
 
 @lru_cache(maxsize=8)
 def special_ids(tokenizer: Any) -> frozenset[int]:
-    """The tokens that decoding without special tokens leaves out."""
+    """Returns the ids that decoding without special tokens leaves out."""
     backend = fast_backend(tokenizer)
     if backend is None:
         return frozenset(tokenizer.all_special_ids)
@@ -104,7 +104,7 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
 
 
 class Offsets:
-    """Where tokens begin in the text that they make, in characters.
+    """Computes where tokens begin in their text, in characters.
 
     Args:
         tokenizer: as for `Detokenizer`.
@@ -114,7 +114,7 @@ class Offsets:
         self.detokenizer, self.length = Detokenizer(tokenizer), 0
 
     def push(self, token: int) -> int:
-        """How many characters were complete before this token, which comes next."""
+        """Adds a token, and returns how many characters were complete before it."""
         before = self.length
         self.length += len(self.detokenizer.push(token))
         return before

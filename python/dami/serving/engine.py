@@ -1,4 +1,4 @@
-"""The engine behind the server: requests of an event loop in, their tokens out, on continuous batching in a thread."""
+"""The engine behind the server: takes requests from an event loop and batches them continuously in a thread."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from dami.generation.sampling import Logprobs, Sampling
 from dami.serving.controller import IntensityController
 from dami.upstream import forget_handler
 
-if TYPE_CHECKING:  # of a module that needs FastAPI, which the engine does not
+if TYPE_CHECKING:  # this module needs FastAPI, and the engine doesn't
     from dami.serving.schema import FinishReason
 
 GIB = 1 << 30
-PAGE = 16  # tokens of a block: prompts share whole blocks only
-CHUNK = 32  # tokens of a row that are taken in one go: the event loop sees to others in between
-WARMUP = 32  # tokens that are generated before the first request, after a prompt of twice as many
+PAGE = 16  # tokens per block; prompts share whole blocks only
+CHUNK = 32  # tokens of a row to handle before the event loop gets a turn
+WARMUP = 32  # tokens to generate before the first request, from a prompt twice as long
 
 
 class Overloaded(Exception):
-    """More requests than the engine takes at once."""
+    """There are more requests than the engine takes at once."""
 
 
 class EngineDead(Exception):
-    """The generation thread has ended by an error; nothing will be generated any more."""
+    """The generation thread has failed; nothing more will be generated."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """How the engine is doing.
+    """The load on the engine.
 
     Attributes:
-        waiting: sequences that no step has taken up yet.
+        waiting: sequences that no step has processed yet.
         running: sequences that hold blocks.
-        kv: share of the KV cache that they hold, 0 to 1.
+        kv: share of the KV cache that the running sequences hold, 0 to 1.
     """
 
     waiting: int = 0
@@ -59,15 +59,15 @@ class Load:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the engine takes.
+    """The limits of the engine.
 
     Attributes:
-        kv_memory: GiB of the KV cache.
-        max_model_len: tokens of prompt and answer together; None for as many as the model or the cache has room for.
-        max_batch_tokens: tokens of a step at most; longer prompts are read in several steps.
-        max_batch_rows: requests of a step at most.
-        max_requests: requests at once, waiting ones included.
-        share_prefixes: whether requests of one λ share the KV blocks of equal prompt beginnings.
+        kv_memory: size of the KV cache in GiB.
+        max_model_len: maximum tokens of prompt and answer together; None for as many as the model and the cache allow.
+        max_batch_tokens: maximum tokens per step; longer prompts are prefilled in several steps.
+        max_batch_rows: maximum sequences per step.
+        max_requests: maximum sequences at once, waiting ones included.
+        share_prefixes: whether sequences at the same λ share the KV blocks of a common prefix.
     """
 
     kv_memory: float = 1.0
@@ -79,7 +79,7 @@ class Limits:
 
     @property
     def share(self) -> int:
-        """Sequences of one request at most: a quarter of all, so that one client does not keep out the others."""
+        """Maximum sequences of one request: a quarter of all, so that one client doesn't shut out the others."""
         return max(1, self.max_requests // 4)
 
 
@@ -93,13 +93,13 @@ class Token:
 
 @dataclass(eq=False)
 class Row:
-    """One sequence that is being generated: an asynchronous iterator over its tokens, as many at once as have come.
+    """A sequence being generated: an asynchronous iterator over its tokens, in batches as they arrive.
 
     Attributes:
-        prompt: ids.
+        prompt: token ids.
         intensity: its λ.
-        name: of its request in the manager.
-        reason: "stop" at an end token, "length" at the end of the room it had; None while it runs.
+        name: the name of its request in the manager.
+        reason: "stop" after an end token, "length" after `max_tokens`; None while it runs.
     """
 
     engine: Engine
@@ -115,7 +115,7 @@ class Row:
     news: asyncio.Queue[list[Token] | Exception | None] = field(default_factory=asyncio.Queue)
 
     def take(self, output: Any) -> None:
-        """Called on the event loop with all that the request has come to."""
+        """Called on the event loop with everything generated for the request so far."""
         if output.error is not None:
             self.fail(EngineDead(output.error))
             return
@@ -153,7 +153,7 @@ class Row:
             goes_on = news is not None
 
     def cancel(self, complete: bool = False) -> None:
-        """Ends it, if it has not ended, and frees its blocks; `complete` if its text has all that is wanted."""
+        """Ends the row if it is still running, and frees its blocks. Pass `complete` if its text is complete."""
         if self.engine.forget(self, complete):
             self.engine.manager.cancel_request(self.name)
             self.news.put_nowait(None)
@@ -162,16 +162,16 @@ class Row:
 class Engine:
     """Generates for many requests at once, each at its own λ.
 
-    It is made anywhere, and lives on the event loop that enters it: `async with engine: …`.
+    You can create it anywhere. It runs on the event loop that enters it: `async with engine: …`.
 
     Args:
-        model: a patched model, which nothing else may run from then on.
-        limits: what it takes.
-        controller: turns load into λ; None leaves λ as asked for.
+        model: a patched model. Nothing else may run it from then on.
+        limits: the engine's limits.
+        controller: lowers λ under load; with None, λ stays as requested.
 
     Raises:
-        TypeError, ValueError: the model is not patched or cannot be batched at several λ, or the cache cannot hold a
-            sequence of `max_model_len`.
+        TypeError, ValueError: if the model is not patched or cannot be batched at several λ, or if the cache cannot
+            hold a sequence of `max_model_len`.
     """
 
     def __init__(self, model: Any, limits: Limits | None = None, controller: IntensityController | None = None) -> None:
@@ -181,7 +181,7 @@ class Engine:
         self.twin = dami.twin(model) if patch.estimator is not None else None
         self.ends = frozenset(end_tokens(model).tolist())
         self.rows: dict[str, Row] = {}
-        self.waiting: dict[str, Row] = {}  # those of them without a token, the first come first
+        self.waiting: dict[str, Row] = {}  # rows that have no token yet, oldest first
         self.load = Load()
         self.death: BaseException | None = None
         self.dead = asyncio.Event()
@@ -217,7 +217,7 @@ class Engine:
             max_batch_tokens=limits.max_batch_tokens,
             max_requests_per_batch=min(limits.max_batch_rows, limits.max_batch_tokens),
             allow_block_sharing=limits.share_prefixes,
-            use_async_batching=False,  # log-probabilities are read after the step that they belong to
+            use_async_batching=False,  # because log-probabilities are read right after their step
             use_cuda_graph=False,
         )
 
@@ -246,9 +246,9 @@ class Engine:
         self._estimator_thread.shutdown(wait=False, cancel_futures=True)
 
     async def _try_out(self) -> None:
-        """Generates tokens at both ends: what transformers cannot batch fails here, and not at the first request.
+        """Generates tokens at both ends, so that a model that cannot be batched fails now and not at the first request.
 
-        The controller learns from the second time on how long a step takes: first steps are slow, and no load.
+        It does so twice. The controller measures only the second time, as the first steps are slow without any load.
         """
         tokens = max(1, min(WARMUP, self.max_model_len // 4))
         controller, self.controller = self.controller, None
@@ -266,7 +266,7 @@ class Engine:
             for row in [self.submit(prompt, lam, Sampling(), tokens + 1, frozenset()) for lam in ends]:
                 async for _ in row:
                     if row.seen >= tokens:
-                        row.cancel()  # before its end, so that no length is learned
+                        row.cancel()  # before it ends, so that the controller learns no length
 
     def submit(
         self,
@@ -276,23 +276,23 @@ class Engine:
         max_tokens: int,
         ends: frozenset[int] | None = None,
     ) -> Row:
-        """Takes a sequence in.
+        """Submits a sequence.
 
         Args:
-            prompt: ids, at least one.
+            prompt: token ids, at least one.
             intensity: its λ.
-            sampling: how its tokens are drawn.
-            max_tokens: of the answer; with the prompt at most `max_model_len`.
+            sampling: how to sample its tokens.
+            max_tokens: maximum tokens of the answer; prompt and answer together may have `max_model_len`.
             ends: ids of the tokens that end it; the model's own if None.
 
         Raises:
-            Overloaded: there are too many.
-            EngineDead: the generation thread is not running.
+            Overloaded: if there are too many sequences.
+            EngineDead: if the generation thread is not running.
         """
         self.check_room(1)
         ends = self.ends if ends is None else ends
         row = Row(self, prompt, intensity, uuid.uuid4().hex, max_tokens, ends, time.monotonic())
-        self.manager.register_result_handler(row.name, row.take)  # what comes of it comes after this method
+        self.manager.register_result_handler(row.name, row.take)  # called later, on the event loop
         name = self.manager.add_request(
             prompt,
             row.name,
@@ -312,14 +312,14 @@ class Engine:
         return row
 
     def check_room(self, rows: int) -> None:
-        """Raises what `submit` would, for several sequences."""
+        """Raises what `submit` would raise for this many sequences."""
         if self.death is not None:
             raise EngineDead(str(self.death))
         if len(self.rows) + rows > self.limits.max_requests:
             raise Overloaded(f"{len(self.rows)} sequences are under way, and {self.limits.max_requests} is the most")
 
     def forget(self, row: Row, complete: bool = False) -> bool:
-        """Drops a row, and tells whether it was still there."""
+        """Drops a row, and returns whether it was still there."""
         if self.rows.pop(row.name, None) is None:
             return False
         self.waiting.pop(row.name, None)
@@ -332,16 +332,16 @@ class Engine:
         forget_handler(self.manager.output_router, row.name)
 
     async def estimate(self, prompt: list[int]) -> float:
-        """λ that the pair's estimator chooses for a prompt; prompts that come together are estimated in one batch.
+        """Returns the λ that the pair's estimator chooses for a prompt. Prompts that arrive together share a batch.
 
         Raises:
-            ValueError: the model has no estimator.
+            ValueError: if the model has no estimator.
         """
         if self.twin is None:
             raise ValueError("the pair has no estimator")
         future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self._to_estimate.append((prompt, future))
-        if self._estimating is None or self._estimating.done():  # in a task: who asks may leave, and others wait too
+        if self._estimating is None or self._estimating.done():  # a task: the caller may be cancelled while others wait
             self._estimating = asyncio.create_task(self._estimate_waiting())
         return await future
 
@@ -369,13 +369,13 @@ class Engine:
         return estimates(self.twin, padded(prompts, self.model.device), len(prompts)).tolist()
 
     def grant(self, intensity: float, adjustable: bool) -> float:
-        """The λ that a request is admitted at."""
+        """Returns the λ at which a request is admitted."""
         if self.controller is None:
             return intensity
         return self.controller.grant(intensity, adjustable)
 
     def _hand_over(self, step: StepLoad) -> None:
-        """Called in the generation thread after each step."""
+        """Passes a step's load to the event loop; called in the generation thread after each step."""
         with contextlib.suppress(RuntimeError):  # the event loop is closed
             self._loop.call_soon_threadsafe(self._observe, step)
 
@@ -387,7 +387,7 @@ class Engine:
             self.controller.observe(step.rows, step.seconds, waited)
 
     async def _watch_thread(self) -> None:
-        """Fails what is under way when the generation thread has ended."""
+        """Fails all running rows once the generation thread has ended."""
         while self.manager.is_running():
             await asyncio.sleep(0.2)
         self.death = self.manager.background_thread_status.fatal_error or RuntimeError(

@@ -1,4 +1,4 @@
-"""What has been generated, as OpenAI's API writes it: whole or in chunks, as messages or as text."""
+"""Formats answers as OpenAI's API does: whole or in chunks, as messages or as text."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from dami.serving.token_bytes import TokenBytes
 
 
 class Format(ABC):
-    """How one route answers.
+    """The response format of one route.
 
     Args:
-        name: of the served model.
-        token_bytes: of its tokenizer.
+        name: the served model's name.
+        token_bytes: the bytes of its tokenizer's tokens.
     """
 
     chunk_object: str
@@ -45,14 +45,14 @@ class Format(ABC):
 
     @abstractmethod
     def whole(self, request: ActiveRequest) -> ChatCompletion | Completion:
-        """The response to a request that has come to its end."""
+        """Returns the whole response to a request that has ended."""
 
     @abstractmethod
     def chunks(self, request: ActiveRequest) -> AsyncIterator[ChatCompletionChunk | CompletionChunk]:
-        """What comes to a request, each chunk of one choice."""
+        """Yields a request's response in chunks, each of one choice."""
 
     async def events(self, request: ActiveRequest) -> AsyncIterator[str]:
-        """All server-sent events of an answer."""
+        """Yields all server-sent events of an answer."""
         options = request.body.stream_options
         try:
             async for chunk in self.chunks(request):
@@ -65,7 +65,7 @@ class Format(ABC):
             yield f"data: {bytes(error(500, f'the engine has died: {dead}').body).decode()}\n\n"
 
     def common(self, request: ActiveRequest, kind: str, intensity: float | None) -> Response:
-        """What a response has, and each of its chunks."""
+        """Returns the fields common to a response and its chunks."""
         return {
             "id": request.id,
             "object": kind,
@@ -76,7 +76,7 @@ class Format(ABC):
 
 
 class ChatFormat(Format):
-    """Messages, with thoughts apart."""
+    """Messages, with thoughts in a field of their own."""
 
     chunk_object = "chat.completion.chunk"
 
@@ -136,7 +136,7 @@ class ChatFormat(Format):
 
 
 class CompletionFormat(Format):
-    """Text as it stands."""
+    """Plain text, unchanged."""
 
     chunk_object = "text_completion"
 
@@ -170,7 +170,7 @@ class CompletionFormat(Format):
             yield {**self.common(request, self.chunk_object, choice.row.intensity), "choices": [chunk]}
 
     def logprobs(self, choice: ActiveChoice, tokens: Sequence[Token]) -> CompletionLogprobs:
-        """Those of a choice's next tokens."""
+        """Returns the log-probabilities of a choice's next tokens."""
         found: CompletionLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token in tokens:
             if token.logprobs is None:
@@ -187,12 +187,12 @@ class CompletionFormat(Format):
 
 
 def finite_logprob(logprob: float) -> float:
-    """As JSON can hold it: NaN is no greater either."""
+    """Returns the log-probability as JSON can hold it: at least −9999, which also replaces NaN."""
     return logprob if logprob > -9999.0 else -9999.0
 
 
 def _message(choice: ActiveChoice) -> AssistantMessage:
-    said = choice.deltas.said  # None where a stop string ended it
+    said = choice.deltas.said  # None if a stop string ended it
     thought = choice.deltas.thought.text if said is None else said.thought
     answer = choice.deltas.answer.text if said is None else said.answer
     message: AssistantMessage = {"role": "assistant", "content": answer}

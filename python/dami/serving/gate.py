@@ -1,4 +1,4 @@
-"""The gate of the server: who may ask, how much, and how long asking may take."""
+"""The server's gate: checks who may send requests, how large they are, and how long sending them takes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class Gate:
-    """Lets in requests to a known host that are small enough, come in time, and bring an API key where one is wanted.
+    """Admits requests that name a known host, are small enough, arrive in time, and bring an API key if one is needed.
 
     Args:
-        app: the ASGI application behind it.
-        api_keys: a request to /v1 must bring one of them; none if there are none.
-        allowed_hosts: the names that a request's `Host` may have; any if there are none. Without an API key it is this
-            check that keeps a web page, whose own name has been pointed at this machine, from asking.
-        max_body: bytes of a request at most.
+        app: the ASGI application behind the gate.
+        api_keys: a request to /v1 must bring one of these keys. If empty, no key is needed.
+        allowed_hosts: the names allowed in a request's `Host`. If empty, any name is. Without an API key, this check
+            protects against DNS rebinding: a web page whose name has been pointed at this machine.
+        max_body: maximum bytes of a request.
         read_timeout: seconds that a request's body may take.
         count: called with the path and the status of each response.
-        cut_off: called for each request that is given up because the server shuts down.
+        cut_off: called for each request that is cancelled because the server shuts down.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Gate:
         async def limited() -> Message:
             nonlocal received, whole
             if whole:
-                return await receive()  # the client's leaving
+                return await receive()  # a disconnect
             try:
                 message = await asyncio.wait_for(receive(), end - asyncio.get_running_loop().time())
             except asyncio.TimeoutError:
@@ -80,7 +80,7 @@ class Gate:
 
         try:
             await self.app(scope, limited, counted)
-        except asyncio.CancelledError:  # clients that leave say so in a message
+        except asyncio.CancelledError:  # a shutdown: a client that disconnects sends a message instead
             self.cut_off()
             raise
 
@@ -105,7 +105,7 @@ class Gate:
 
 
 def check_key(key: str, name: str) -> None:
-    """Refuses a key that no request could bring: ValueError, which names where it came from."""
+    """Raises ValueError for a key that no request could bring; the message names where the key came from."""
     if not key or key != key.strip() or not key.isascii() or not key.isprintable():
         problem = "an empty one" if not key else f"one of {len(key)} characters that is not"
         raise ValueError(f"{name} must hold printable ASCII that neither begins nor ends with a space, got {problem}")
@@ -114,5 +114,5 @@ def check_key(key: str, name: str) -> None:
 def _hostname(host: str) -> str | None:
     try:
         return urlsplit(f"//{host}").hostname
-    except ValueError:  # such as an open bracket
+    except ValueError:  # for example, an unclosed bracket
         return None

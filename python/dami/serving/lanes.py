@@ -1,4 +1,4 @@
-"""Threads for what would hold up the event loop."""
+"""Threads for work that would block the event loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
-SHORT = 1 << 14  # characters, or bytes: read, rendered or tokenised within milliseconds
+SHORT = 1 << 14  # characters or bytes that can be parsed, rendered or tokenised within milliseconds
 
 
 class Lanes:
@@ -18,16 +18,16 @@ class Lanes:
         self.short, self.long = (ThreadPoolExecutor(1, name) for name in ("short", "long"))
 
     async def run(self, size: int, function: Callable[..., T], *arguments: object) -> T:
-        """What the function returns.
+        """Calls a function in a thread and returns its result.
 
         Args:
-            size: of what it has to read, in characters or bytes.
-            function, arguments: what is called.
+            size: the size of its input, in characters or bytes.
+            function, arguments: the function and its arguments.
         """
         lane = self.short if size <= SHORT else self.long
         return await asyncio.get_running_loop().run_in_executor(lane, function, *arguments)
 
     def close(self) -> None:
-        """Drops what has not begun."""
+        """Stops both threads and drops work that has not begun."""
         for lane in (self.short, self.long):
             lane.shutdown(wait=False, cancel_futures=True)

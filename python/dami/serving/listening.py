@@ -1,4 +1,4 @@
-"""Listens for HTTP, whatever clients do: stop in the middle of a request, come by the thousand, never leave."""
+"""Serves HTTP robustly: clients may stop in the middle of a request, connect by the thousand, or never disconnect."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-OWN_DESCRIPTORS = 64  # that the process needs beside its connections: files, pipes, sockets that listen
+OWN_DESCRIPTORS = 64  # what the process needs besides connections: files, pipes, listening sockets
 FEWEST_CONNECTIONS = 16
-BACKLOG = 2048  # connections that the system lets wait to be accepted
-READ = 1 << 13  # bytes read at once, which take milliseconds to parse: a body may come in chunks of one byte
+BACKLOG = 2048  # connections that may wait to be accepted
+READ = 1 << 13  # bytes read at once, which parse in milliseconds even if the body comes in chunks of one byte
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, with an end to waiting for the headers of a request and to the number of connections.
+    """uvicorn's connection, with a timeout for a request's headers and a limit on the number of connections.
 
-    It is for asyncio's own event loop, which reads no more than `READ` bytes before others have their turn.
+    It needs asyncio's own event loop, which then reads at most `READ` bytes before other tasks get a turn.
 
     Args:
-        read_timeout: seconds that a client has for the headers of a request.
-        most: connections at once; those beyond are closed.
-        arguments: uvicorn's.
+        read_timeout: seconds that a client has to send a request's headers.
+        most: maximum connections at once; further ones are closed.
+        arguments: uvicorn's arguments.
     """
 
     def __init__(self, read_timeout: float, most: int, **arguments: Any) -> None:
@@ -50,7 +50,7 @@ class Connection(H11Protocol):
         self._unwatch()
 
     def _watch(self) -> None:
-        """Starts the clock unless it runs or there is a request, in which case it stops."""
+        """Starts the timer while waiting for a request, unless it already runs; stops it once there is a request."""
         if not self._waiting():
             self._unwatch()
         elif self.reading is None:
@@ -71,18 +71,18 @@ class Connection(H11Protocol):
 
 
 def run(app: FastAPI, host: str, port: int, drain: int = 25) -> int:
-    """Serves until SIGINT or SIGTERM, then takes nothing more and lets what is under way end.
+    """Serves until SIGINT or SIGTERM, then accepts no more requests and lets running ones finish.
 
     Args:
-        app: of `create_app`.
-        host, port: where it listens.
-        drain: seconds that what is under way has to end.
+        app: the application, from `create_app`.
+        host, port: the address to listen on.
+        drain: seconds that running requests have to finish.
 
     Returns:
         The exit status: 0, or 1 if the engine died, the server could not start, or answers were cut off.
 
     Raises:
-        OSError: the process may open too few files.
+        OSError: if the process may open too few files.
     """
     most, backlog = connection_limits(_raise_descriptor_limit())
     connection = partial(Connection, app.state.service.settings.read_timeout, most)
@@ -90,7 +90,7 @@ def run(app: FastAPI, host: str, port: int, drain: int = 25) -> int:
         app,
         host,
         port,
-        http=connection,  # type: ignore[arg-type]  # uvicorn calls it and asks no more of it
+        http=connection,  # type: ignore[arg-type]  # uvicorn only calls it
         loop="asyncio",
         ws="none",
         backlog=backlog,
@@ -100,7 +100,7 @@ def run(app: FastAPI, host: str, port: int, drain: int = 25) -> int:
     )
     server = uvicorn.Server(config)
     app.state.on_death = lambda: setattr(server, "should_exit", True)
-    # uvicorn raises the signal again once it has shut down, which would then end the process with the signal's status
+    # after its shutdown uvicorn raises the signal again, which would end the process with the signal's exit status
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         server.run()
@@ -111,16 +111,16 @@ def run(app: FastAPI, host: str, port: int, drain: int = 25) -> int:
 
 
 def connection_limits(descriptors: int) -> tuple[int, int]:
-    """Connections at once, and those that may wait to be accepted.
+    """Returns how many connections may be open at once, and how many may wait to be accepted.
 
-    Both together leave the process the descriptors that it needs: without any left asyncio accepts in vain, as often as
-    it can, and writes each time to the log.
+    Together they leave the process the file descriptors that it needs. Without any left, asyncio would retry accepting
+    in a busy loop and write to the log each time.
 
     Args:
-        descriptors: that the process may have open.
+        descriptors: how many file descriptors the process may have open.
 
     Raises:
-        OSError: they are too few.
+        OSError: if there are too few.
     """
     room = descriptors - OWN_DESCRIPTORS
     if room < FEWEST_CONNECTIONS:
@@ -131,7 +131,7 @@ def connection_limits(descriptors: int) -> tuple[int, int]:
 
 
 def _raise_descriptor_limit() -> int:
-    """Takes as many file descriptors as the system grants without asking; their number."""
+    """Raises the limit of file descriptors as far as the system allows without privileges, and returns it."""
     most = 1 << 16
     try:
         import resource

@@ -1,4 +1,4 @@
-"""What `GET /metrics` tells Prometheus of a server."""
+"""The metrics that a server exports to Prometheus at `GET /metrics`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ LAMBDAS = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 
 
 class Metrics:
-    """The numbers of one server.
+    """The metrics of one server.
 
     Args:
-        load: tells the engine's load when Prometheus asks.
-        alive: tells whether it generates.
-        controller: of λ, if there is one.
+        load: returns the engine's current load.
+        alive: returns whether the engine still generates.
+        controller: the controller of λ, if there is one.
     """
 
     def __init__(

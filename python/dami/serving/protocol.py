@@ -1,4 +1,4 @@
-"""What the server's clients may send: OpenAI's requests, with an `intensity`. Pydantic checks it."""
+"""The requests that clients may send: OpenAI's, with an `intensity`. Pydantic validates them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-MESSAGES = 2048  # of a conversation at most, as OpenAI has it, and parts of a message
-PROMPTS = 1024  # of a request at most
-STOP = 1024  # characters of a stop string at most
-EFFORTS = {"none": 0.0, "minimal": 0.0, "xhigh": 1.0, "max": 1.0}  # λ of OpenAI's words that are no presets
+MESSAGES = 2048  # maximum messages of a conversation, as in OpenAI's API, and maximum parts of a message
+PROMPTS = 1024  # maximum prompts of a request
+STOP = 1024  # maximum characters of a stop string
+EFFORTS = {"none": 0.0, "minimal": 0.0, "xhigh": 1.0, "max": 1.0}  # λ of OpenAI's values that are not presets
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Count = Annotated[StrictInt, Field(ge=1, le=1 << 30)]
@@ -30,7 +30,7 @@ StopString = Annotated[StrictStr, Field(min_length=1, max_length=STOP)]
 
 
 class BadRequest(Exception):
-    """What a client asked for cannot be done."""
+    """A client's request is invalid or cannot be met."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
         super().__init__(message)
@@ -38,7 +38,7 @@ class BadRequest(Exception):
 
 
 def _neutral(*values: Any) -> BeforeValidator:
-    """Accepts what a field means when it is not used, and nothing else."""
+    """Accepts only the values with which an unsupported field has no effect."""
 
     def check(value: Any) -> Any:
         if value is not None and value not in values:
@@ -49,7 +49,7 @@ def _neutral(*values: Any) -> BeforeValidator:
 
 
 def _disagreement(param: str, message: str) -> PydanticCustomError:
-    """What is wrong with several fields together, and which of them the client is told of."""
+    """Returns an error about fields that contradict each other; `param` is the one to blame."""
     return PydanticCustomError("disagreement", "{message}", {"message": message, "param": param})
 
 
@@ -86,7 +86,7 @@ class Message(Strict):
         return self
 
     def plain(self) -> dict[str, str]:
-        """As chat templates take it."""
+        """Returns the message as chat templates take it."""
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
         others = {name: getattr(self, name) for name in ("reasoning_content", "name", "tool_call_id")}
@@ -94,14 +94,14 @@ class Message(Strict):
 
 
 class VllmArguments(Strict):
-    """Where vLLM's requests hold λ."""
+    """vLLM's place for λ in a request."""
 
     intensity: Intensity | None = None
     max_intensity: Number | None = None
 
 
 class Request(Strict):
-    """What both kinds of request have."""
+    """The fields common to both kinds of request."""
 
     prompt_field: ClassVar[str]
     model: Annotated[StrictStr, Field(max_length=256)] | None = Field(
@@ -223,6 +223,6 @@ class CompletionRequest(Request):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """One or several, each a text or ids."""
+        """The prompts, one or several, each a text or a list of ids."""
         several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
         return list(self.prompt) if several else [self.prompt]  # type: ignore[arg-type,list-item]

@@ -1,4 +1,4 @@
-"""Responses as HTTP carries them."""
+"""HTTP responses: errors, JSON and event streams."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from dami.serving.schema import ErrorResponse
 
-PIECE = 1 << 16  # bytes of a body that are written in one go
+PIECE = 1 << 16  # bytes of a body to write at once
 
 
 def error(
@@ -21,16 +21,16 @@ def error(
     code: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    """An error in OpenAI's shape."""
+    """Returns an error response in OpenAI's format."""
     kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(status)
     kind = kind or ("invalid_request_error" if status < 500 else "server_error")
-    message = message.encode("utf-8", "replace").decode()  # it may quote halves of surrogate pairs
+    message = message.encode("utf-8", "replace").decode()  # it may quote lone surrogates
     content: ErrorResponse = {"error": {"message": message, "type": kind, "param": param, "code": code}}
     return JSONResponse(content, status, headers)
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of an answer, and what is to be done when they end in whatever way."""
+    """The server-sent events of an answer. Calls `ended` when they end, for whatever reason."""
 
     def __init__(self, events: AsyncIterator[str], ended: Callable[[], None]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -44,7 +44,7 @@ class EventStream(StreamingResponse):
 
 
 def as_json(content: Mapping[str, object]) -> bytes:
-    """As `json.dumps`, but without keeping out other threads until all is done: `iterencode` is Python."""
+    """Works like `json.dumps`, but lets other threads run in between, because `iterencode` is written in Python."""
     return "".join(json.JSONEncoder(ensure_ascii=False).iterencode(content)).encode()
 
 
@@ -53,7 +53,7 @@ def as_event(content: Mapping[str, object]) -> str:
 
 
 async def json_in_pieces(content: bytes) -> AsyncIterator[bytes]:
-    """A long body in pieces, between which the event loop sees to others."""
+    """Yields a long body in pieces, and lets the event loop run other tasks in between."""
     for begin in range(0, len(content), PIECE):
         yield content[begin : begin + PIECE]
         await asyncio.sleep(0)

@@ -1,8 +1,8 @@
-"""What the server answers, as types: OpenAI's objects, with λ.
+"""The types of the server's responses: OpenAI's objects, with λ.
 
-Pydantic makes the server's schema of them, and mypy checks what is built. At run time they are plain dicts: a chunk of
-a stream costs no more than its JSON, and a long answer is written without holding up other threads, which Pydantic's
-own models would (`responses.as_json`).
+Pydantic generates the server's schema from them, and mypy checks the code that builds them. At run time they are plain
+dicts. So a chunk of a stream costs no more than its JSON, and a long answer can be written without blocking other
+threads (`responses.as_json`), which Pydantic's own models would do.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class CompletionChoice(CompletionChunkChoice):
 
 
 class Response(TypedDict):
-    """What all responses and chunks begin with."""
+    """The fields common to all responses and chunks."""
 
     id: str
     object: str
@@ -131,7 +131,7 @@ class CompletionChunk(Response):
 
 
 class IntensityInfo(TypedDict):
-    """What can be asked of a model's dial."""
+    """The intensities that a model can be asked for."""
 
     default: Annotated[float | str, Field(description="Of requests that name no λ.")]
     range: Annotated[list[float], Field(min_length=2, max_length=2, description="The lowest and the highest λ.")]
@@ -172,18 +172,18 @@ class FrontierPoint(TypedDict):
 
 
 class Frontier(TypedDict):
-    """A frontier.json of `dami evaluate`, which holds more than is named here."""
+    """A frontier.json of `dami evaluate`. It has more fields than these."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     points: list[FrontierPoint]
 
 
 SCHEMAS = "#/components/schemas/{model}"
-Described = dict[int | str, dict[str, Any]]  # responses by status, as FastAPI takes them
+Described = dict[int | str, dict[str, Any]]  # responses by status, in FastAPI's format
 
 
 def errors(descriptions: dict[int, str]) -> Described:
-    """Errors by status."""
+    """Describes errors by status."""
     return {status: {"model": ErrorResponse, "description": text} for status, text in descriptions.items()}
 
 
@@ -206,7 +206,7 @@ REFUSED = errors(
 
 
 def answered_by(whole: type, chunk: type) -> Described:
-    """The responses of a route that generates: an object of `whole`, or with `stream` events that hold `chunk`s."""
+    """Describes the responses of a route that generates: a `whole` object, or with `stream` events, each a `chunk`."""
     content = {"$ref": SCHEMAS.format(model=chunk.__name__)}
     data = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
     event = {"type": "object", "required": ["data"], "properties": {"data": data}}
@@ -219,7 +219,7 @@ def answered_by(whole: type, chunk: type) -> Described:
 
 
 class App(FastAPI):
-    """An application whose schema also has the chunks of streams: FastAPI adds only what is in JSON bodies."""
+    """An application whose schema includes the chunks of streams; FastAPI itself adds only the types of JSON bodies."""
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:

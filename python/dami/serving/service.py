@@ -1,4 +1,4 @@
-"""One request's life: checked, tokenised, given its λ, submitted, answered."""
+"""The life of a request: it is checked, tokenised, given its λ, submitted and answered."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ServiceSettings:
-    """What a server is told beside its engine.
+    """The settings of a server, apart from its engine.
 
     Attributes:
-        name: of the served model.
-        default_intensity: of requests that name none: λ, a preset or "auto".
+        name: the served model's name.
+        default_intensity: the intensity of requests that name none: λ, a preset or "auto".
         intensity_range: the lowest and the highest λ that requests may ask for.
-        chat_template: which template conversations go through, as in `dami.chat.render`.
-        api_keys: a request must bring one of them; none if there are none.
-        allowed_hosts: names that a request's `Host` may have; any if there are none.
-        max_body: bytes of a request at most.
-        read_timeout: seconds that a client has for a request's headers, and again for its body.
-        frontier: of the pair, as `playground.read_frontier` gives it; {} if none is known.
+        chat_template: the template to render conversations with, as in `dami.chat.render`.
+        api_keys: each request must bring one of these keys. If empty, no key is needed.
+        allowed_hosts: the names allowed in a request's `Host`. If empty, any name is.
+        max_body: the maximum size of a request, in bytes.
+        read_timeout: the seconds a client has to send a request's headers, and again its body.
+        frontier: the pair's frontier, as `playground.read_frontier` returns it; {} if none is known.
 
     Raises:
-        ValueError: an API key is empty, or holds what a header cannot carry.
+        ValueError: if an API key is empty or holds characters that a header cannot carry.
     """
 
     name: str = "dami"
@@ -75,7 +75,7 @@ Settings = ServiceSettings  # its old name
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """How tokens are drawn where a request does not say, and how many at most."""
+    """The sampling parameters and the maximum number of tokens for requests that don't set them."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -84,7 +84,7 @@ class SamplingDefaults:
 
     @classmethod
     def of(cls, config: GenerationConfig) -> SamplingDefaults:
-        """As a model's generation config has it, or else as OpenAI does."""
+        """Takes the defaults from a model's generation config, and those it lacks from OpenAI's API."""
         names = ("temperature", "top_p", "top_k") if config.do_sample is not False else ()
         said = {name: getattr(config, name, None) for name in names} | {"max_tokens": config.max_new_tokens}
         return cls(**{name: value for name, value in said.items() if value is not None})
@@ -94,9 +94,9 @@ class Service:
     """Answers requests.
 
     Args:
-        engine: what generates.
-        tokenizer: the pair's.
-        settings: of the server.
+        engine: the engine that generates.
+        tokenizer: the pair's tokenizer.
+        settings: the server's settings.
     """
 
     def __init__(self, engine: Engine, tokenizer: Any, settings: ServiceSettings) -> None:
@@ -112,7 +112,7 @@ class Service:
         self.created = int(time.time())
 
     def model_object(self) -> Model:
-        """The model as OpenAI describes one, and what can be asked of its dial."""
+        """Returns the model in OpenAI's format, with the intensities it can be asked for."""
         return {
             "id": self.settings.name,
             "object": "model",
@@ -176,7 +176,7 @@ class Service:
         self.engine.check_room(rows)
 
     async def _choose(self, body: ChatRequest | CompletionRequest, prompts: Sequence[list[int]]) -> list[float]:
-        """The λ that each prompt of a request gets."""
+        """Returns the λ granted to each prompt of a request."""
         asked: float | str = self.settings.default_intensity
         if body.intensity is not None:
             asked = body.intensity
@@ -207,20 +207,20 @@ class Service:
             text = self._render(messages, template, lams)
         except BadRequest as problem:
             renamed = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
-            try:  # a developer is the system to templates that do not know the role
+            try:  # a template may lack the developer role: try the system's
                 text = self._render(renamed, template, lams)
             except BadRequest:
                 raise problem from None
         return text, self._encode(text, "messages", add_special_tokens=False)
 
     def _render(self, messages: list[dict[str, str]], template: ChatTemplate, lams: list[float] | None) -> str:
-        """A conversation as text, which has what every system, developer and tool has said."""
+        """Renders a conversation, and checks that no system, developer or tool message is left out."""
         try:
             [text] = render(self.tokenizer, [messages], template, lams)
-        except Exception as problem:  # templates raise what they like
+        except Exception as problem:  # templates can raise anything
             raise BadRequest(f"messages do not fit the chat template: {problem}", "messages") from problem
         marks = {
-            place: f"qx{place:04d}xq"  # no template has reason to change it
+            place: f"qx{place:04d}xq"  # no template has a reason to change this
             for place, message in enumerate(messages)
             if message["role"] not in ("user", "assistant") and message["content"].strip()
         }
@@ -228,7 +228,7 @@ class Service:
             marked = [m | {"content": marks.get(place, m["content"])} for place, m in enumerate(messages)]
             try:
                 [text_of_marks] = render(self.tokenizer, [marked], template, lams)
-            except Exception:  # it looks into the contents
+            except Exception:  # the template depends on the contents
                 return text
             for place, mark in marks.items():
                 if mark not in text_of_marks:
@@ -241,7 +241,7 @@ class Service:
             if max(prompt) >= self.vocabulary:
                 raise BadRequest(f"prompt has the id {max(prompt)}, the vocabulary has {self.vocabulary}", param)
             return prompt
-        if len(prompt) > self.most_characters:  # tokenising it would take long
+        if len(prompt) > self.most_characters:  # tokenising would take too long
             raise BadRequest(
                 f"the prompt has {len(prompt)} characters, and this server takes {self.most_characters}, which is "
                 f"{self.engine.max_model_len} of the longest tokens",
@@ -255,7 +255,7 @@ class Service:
         return self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
 
     def _room(self, body: ChatRequest | CompletionRequest, prompt: list[int]) -> int:
-        """How many tokens the answer to a prompt may have."""
+        """Returns the maximum number of tokens in the answer to a prompt."""
         wanted, most = body.wanted_tokens, self.engine.max_model_len
         if not prompt:
             raise BadRequest("the prompt must hold at least one token", body.prompt_field)
@@ -278,7 +278,7 @@ class Service:
         reader: Reader | None,
         inside: bool,
     ) -> ActiveRequest:
-        """Submits all rows of a request, or none."""
+        """Submits all sequences of a request, or none."""
         rooms = [self._room(body, prompt) for prompt in prompts]
         ends = frozenset(() if body.ignore_eos else self.engine.ends) | frozenset(body.stop_token_ids or ())
         seed = secrets.randbits(62) if body.seed is None else body.seed
@@ -298,7 +298,7 @@ class Service:
                     deltas = Deltas(self.tokenizer, reader, inside, stops)
                     choice = ActiveChoice(len(request.choices), row, deltas, Offsets(self.tokenizer))
                     request.choices.append(choice)
-                    await asyncio.sleep(0)  # there may be many
+                    await asyncio.sleep(0)  # there may be many sequences: let the event loop run
         except BaseException:
             request.cancel()
             raise
@@ -310,10 +310,10 @@ class Service:
     def _setting(self, body: ChatRequest | CompletionRequest, name: str) -> Any:
         value = getattr(body, name)
         value = getattr(self.defaults, name) if value is None else value
-        return max(value, 0)  # a top_k of −1 is vLLM's word for none
+        return max(value, 0)  # vLLM writes "no top_k" as −1
 
     def end(self, request: ActiveRequest) -> None:
-        """Counts an answer that has come to its end, or cuts it off."""
+        """Records an answer's metrics, and cancels what is still being generated."""
         request.cancel()
         now = time.monotonic()
         for choice in request.choices:
@@ -327,7 +327,7 @@ class Service:
             self.metrics.whole.observe(now - row.arrival)
 
     async def collected(self, request: ActiveRequest, form: Format) -> bytes:
-        """A whole response as JSON."""
+        """Waits for the whole response and returns it as JSON."""
         await request.collect()
         size = sum(len(choice.tokens) for choice in request.choices) * (1 + (request.body.wanted_logprobs or 0))
         return await self.lanes.run(size, lambda: as_json(form.whole(request)))
@@ -338,10 +338,10 @@ class Gone(Exception):
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What the work comes to, which is given up when the client has gone.
+    """Awaits `work` and returns its result, but cancels it if the client disconnects.
 
     Raises:
-        Gone: it has.
+        Gone: if the client has disconnected.
     """
 
     async def gone() -> None:

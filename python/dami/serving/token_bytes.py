@@ -1,4 +1,4 @@
-"""Single tokens as bytes and as text, those too that are a part of a character."""
+"""Converts single tokens to bytes and text, including tokens that are part of a character."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-FALLBACK = re.compile("<0x([0-9A-F]{2})>")  # how vocabularies of characters spell single bytes
+FALLBACK = re.compile("<0x([0-9A-F]{2})>")  # how character-based vocabularies spell single bytes
 
 
 class TokenBytes:
     """The bytes of a tokenizer's tokens.
 
     Args:
-        tokenizer: of any kind. Of one that neither spells bytes nor marks spaces, a token is what it decodes to alone.
+        tokenizer: any tokenizer. If it neither spells bytes nor marks spaces, each token is decoded alone.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -25,7 +25,7 @@ class TokenBytes:
         self._added = tokenizer.added_tokens_decoder
 
     def __call__(self, token: int) -> bytes:
-        """What a token stands for, be it special or not."""
+        """Returns the bytes of a token, special or not."""
         spelled = self.tokenizer.convert_ids_to_tokens(token)
         if spelled is None or token in self._added:
             return self.tokenizer.decode([token]).encode()
@@ -37,7 +37,7 @@ class TokenBytes:
         return bytes.fromhex(byte[1]) if byte else spelled.replace(self._space, " ").encode()
 
     def text(self, token: int) -> str:
-        r"""A token's text, or as OpenAI writes a part of a character: `bytes:\xf0\x9f`."""
+        r"""Returns a token's text, or for a part of a character OpenAI's notation: `bytes:\xf0\x9f`."""
         said = self(token)
         try:
             return said.decode()

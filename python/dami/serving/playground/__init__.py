@@ -1,4 +1,4 @@
-"""The playground, a page on which one prompt is answered at several λ side by side, and the frontier that it draws."""
+"""The playground: a page that answers one prompt at several λ side by side and draws the pair's frontier."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ HEADERS = {
 
 
 def routes(frontier: dict[str, Any]) -> APIRouter:
-    """The page's files, and what it draws.
+    """Returns the routes of the page's files and of the frontier it draws.
 
     Args:
-        frontier: as `read_frontier` gives it; {} if none is known.
+        frontier: as `read_frontier` returns it; {} if none is known.
     """
     router = APIRouter()
 
@@ -38,7 +38,7 @@ def routes(frontier: dict[str, Any]) -> APIRouter:
 
     @router.get("/v1/frontier", response_model=Frontier, responses=NO_FRONTIER)
     async def get_frontier() -> JSONResponse:
-        """Accuracy and tokens of the pair by λ, as `dami evaluate` measured them."""
+        """Returns the pair's accuracy and tokens by λ, as measured by `dami evaluate`."""
         if not frontier:
             raise HTTPException(404, "no frontier of this pair is known: see dami evaluate and --frontier")
         return JSONResponse(frontier)
@@ -47,10 +47,10 @@ def routes(frontier: dict[str, Any]) -> APIRouter:
 
 
 def read_frontier(path: Path) -> dict[str, Any]:
-    """What `dami evaluate` wrote to its frontier.json.
+    """Reads a frontier.json of `dami evaluate`.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: if the file is something else.
     """
     wanted = f"{path} must be a frontier.json of dami evaluate"
     try:

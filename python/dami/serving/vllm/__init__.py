@@ -1,7 +1,7 @@
-"""vLLM plugin: pairs on `vllm serve`, each request at its own λ.
+"""vLLM plugin: serves pairs with `vllm serve`, each request at its own λ.
 
-`register` is the entry point of the group `vllm.general_plugins`, which vLLM calls in each of its processes. It teaches
-vLLM the quantisation method "dami", by which a packed pair's config names it, and hooks λ into its requests and steps.
+`register` is an entry point of the group `vllm.general_plugins`, which vLLM calls in each of its processes. It adds the
+quantisation method "dami", which the config of a packed pair names, and hooks λ into vLLM's requests and steps.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import warnings
 
 
 def register() -> None:
-    """Makes pairs known to vLLM; models that are not pairs are left as they were. May be called again.
+    """Registers pairs with vLLM. Models that are not pairs are unaffected. You may call this again.
 
-    Where vLLM is not as the plugin needs it, a pair is refused when it is to be served, and nothing else is touched:
-    vLLM calls this for every model, and what it raised would keep all of them from starting. Where the plugin itself
-    cannot be imported, there is a warning, and vLLM knows no pairs.
+    It doesn't raise, because vLLM calls it for every model, and an exception would keep any of them from starting. If
+    the installed vLLM doesn't fit the plugin, only serving a pair fails. If the plugin itself cannot be imported, you
+    get a warning, and vLLM doesn't know pairs.
     """
     try:
-        from dami.serving.vllm import support  # which imports nothing of vLLM unguarded
+        from dami.serving.vllm import support  # imports nothing from vLLM unguarded
     except Exception as error:
         warnings.warn(
             f"vLLM goes on without dami's plugin, which could not be imported: {type(error).__name__}: {error}",

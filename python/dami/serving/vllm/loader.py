@@ -1,6 +1,6 @@
-"""Loads a pair into a model of vLLM's: a packed one, or two checkpoints that are packed while they are read.
+"""Loads a pair into a vLLM model: a packed pair, or two checkpoints that are packed while they are read.
 
-All mapping of names, merging and sharding is vLLM's own: what stands beside a weight goes through the same loaders.
+vLLM itself maps names, merges and shards: a pair's additional tensors go through the same loaders as its weights.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ LOAD_FORMATS = ("auto", "hf", "safetensors")
 
 @functools.cache
 def install() -> None:
-    """Registers our loader for the load formats that pairs come in. Models that are no pairs it leaves to vLLM's own.
+    """Registers our loader for the load formats that pairs come in. It leaves other models to vLLM's loader.
 
-    So vLLM's warnings that its own is overwritten, one for each format in each process, say nothing that matters.
+    vLLM warns that its own loader is overwritten, for each format in each process. This silences those warnings.
     """
     log = logging.getLogger(register_model_loader.__module__)
     before = log.level
@@ -55,7 +55,7 @@ def install() -> None:
 
 
 class PairLoader(DefaultModelLoader):
-    """vLLM's loader, which also knows pairs."""
+    """vLLM's default loader, extended to pairs."""
 
     def __init__(self, load_config: LoadConfig) -> None:
         extra = load_config.model_loader_extra_config
@@ -75,7 +75,7 @@ class PairLoader(DefaultModelLoader):
                 )
             return super().load_model(vllm_config, model_config, prefix)
         support.check_features(vllm_config)
-        self.enable_weights_track = True  # every parameter has to come from the files
+        self.enable_weights_track = True  # makes vLLM check that every parameter comes from the files
         model = super().load_model(vllm_config, model_config, prefix)
         with set_default_torch_dtype(model_config.dtype):
             self_test.run(model, vllm_config)
@@ -96,7 +96,7 @@ class PairLoader(DefaultModelLoader):
             found = self._find(str(model_config.model), model_config.revision)
             down = {name: shape for name, (_, (shape, _)) in found.items() if name.endswith("_down")}
             self.pair.ranks = {name.removesuffix("_down"): shape[0] for name, shape in down.items()}
-        # what is compiled depends on these, and is kept by a hash of the config
+        # compiled code depends on these values, and vLLM caches it by a hash of the config
         vllm_config.additional_config = {
             **vllm_config.additional_config,
             QUANT_METHOD: [__version__, settings.thinking, settings.format],
@@ -115,7 +115,7 @@ class PairLoader(DefaultModelLoader):
         return model
 
     def _add_vectors(self, name: str, module: Any, pair: PairQuantization) -> None:
-        """Gives norms, and linear layers with biases, the other end of their vectors."""
+        """Adds the thinking end of the vectors to norms and to linear layers with biases."""
         if type(module) in NORMS and getattr(module, "has_weight", True):
             if not pair.keep_pair([f"{name}.weight"]):
                 return
@@ -149,7 +149,7 @@ class PairLoader(DefaultModelLoader):
     def _two_ends(
         self, weights: Iterator[tuple[str, Tensor]], model_config: ModelConfig, pair: PairQuantization
     ) -> Iterator[tuple[str, Tensor]]:
-        """Packs two checkpoints while the first is read; all that does not match is named before."""
+        """Packs two checkpoints while reading the first. Raises ValueError beforehand, naming all mismatches."""
         sources = str(model_config.model), str(pair.settings.thinking)
         places = [
             self._find(source, revision)
@@ -175,7 +175,7 @@ class PairLoader(DefaultModelLoader):
                 raise ValueError(f"{name} differs between the ends, and vLLM keeps it where a pair cannot reach it")
 
     def _find(self, source: str, revision: str | None) -> dict[str, tuple[Path, Header]]:
-        """Where the tensors of a checkpoint are, by name; a checkpoint of the hub is downloaded if need be."""
+        """Finds the file and header of each tensor of a checkpoint, which is downloaded from the hub if need be."""
         _, files, safetensors, _ = self._prepare_weights(source, None, revision, False, None)
         if not safetensors:
             raise ValueError(f"{source} must be stored in safetensors to be an end of a pair, got {files}")
@@ -185,11 +185,13 @@ class PairLoader(DefaultModelLoader):
 def packed_weights(
     weights: Iterator[tuple[str, Tensor]], pair: PairQuantization, tied: AbstractSet[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a packed pair under vLLM's names; what is the same in both ends becomes a pair where merged.
+    """Yields the tensors of a packed pair under vLLM's names.
+
+    A weight that both ends share is made a pair if vLLM merges it with one that differs.
 
     Raises:
-        ValueError: at the end, if parameters that are kept as pairs, but for the `tied`, did not come; vLLM would not
-            notice, where another part of the same merged weight did.
+        ValueError: at the end, if a parameter kept as a pair is missing, except for the `tied` ones. vLLM would not
+            notice if another part of the same merged weight was loaded.
     """
     awaited, suffixes = set(), formats.suffixes()
     for name in pair.stored.keys() - tied:
@@ -210,12 +212,12 @@ def packed_weights(
 
 
 def _stores(pair: PairQuantization, name: str, suffix: str) -> bool:
-    """Whether a tensor of the files is that of a suffix of an interpolated parameter."""
+    """Returns whether a stored tensor belongs to an interpolated parameter under this suffix."""
     format = pair.interpolated_as(name.removesuffix(suffix))
     return format is not None and suffix in formats.get(format).TENSORS
 
 
 def tensors_of(name: str, weight: LerpWeight) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a packed weight under vLLM's names."""
+    """Yields the tensors of a packed weight under vLLM's names."""
     for suffix, tensor in zip(formats.get(weight.format).TENSORS, weight.tensors, strict=True):
         yield name + suffix_of(suffix), tensor

@@ -1,6 +1,6 @@
-"""The layers of a pair in vLLM: what each keeps of both ends, and the operator that reads it.
+"""The layers of a pair in vLLM: how each stores both ends, and the operator that reads them.
 
-Weights lie as vLLM lays them out, sharded and merged by its own loaders: q, k and v are one weight, so are gate and up.
+Weights have vLLM's layout, sharded and merged by its own loaders: q, k and v are one weight, and so are gate and up.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LAM = "intensity"  # name of the buffer that layers share
 
 
 def suffix_of(suffix: str) -> str:
-    """A format's suffix in the names of vLLM's parameters, whose loaders take "scale" for one of their own."""
+    """Returns a format's suffix for vLLM's parameter names. vLLM's loaders would take "scale" for one of their own."""
     return suffix.replace("_scale", "_step")
 
 
@@ -38,11 +38,11 @@ def register_pair(
     """Registers empty parameters for both ends of a weight in a format.
 
     Args:
-        layer: whose they are.
-        name: of the weight.
-        format: in which it is stored.
-        shape: of either end, as this process keeps it: [..., N, K].
-        dtype: of either end.
+        layer: the layer to add them to.
+        name: the weight's name.
+        format: the weight's storage format.
+        shape: shape of either end in this process: [..., N, K].
+        dtype: dtype of either end.
         attrs: attributes of the parameters, which vLLM's weight loaders read.
     """
     row = torch.zeros(*([1] * (len(shape) - 1)), shape[-1], dtype=dtype, device="cpu")
@@ -57,17 +57,17 @@ def register_pair(
 def register_factors(
     layer: Any, ranks: Sequence[int], shape: Sequence[int], columns: int, dtype: torch.dtype, weight_loader: Any
 ) -> None:
-    """Registers the factors of a low-rank difference: those of merged weights side by side.
+    """Registers the factors of a low-rank difference, with those of merged weights side by side.
 
-    up is then block-diagonal, for the products of each part go to its own outputs only.
+    The factor up is then block-diagonal, because each part contributes to its own outputs only.
 
     Args:
-        layer: whose weight it is.
-        ranks: of the parts.
-        shape: [N, K] of the weight, as this process keeps it.
+        layer: the layer that has the weight.
+        ranks: rank of each part.
+        shape: [N, K] of the weight in this process.
         columns: K of the whole weight.
-        dtype: of the factors.
-        weight_loader: the layer's, which knows the rows of each part.
+        dtype: dtype of the factors.
+        weight_loader: the layer's weight loader, which knows the rows of each part.
     """
     bounds = list(itertools.accumulate(ranks, initial=0))
     down = nn.Parameter(torch.zeros(bounds[-1], shape[1], dtype=dtype), requires_grad=False)
@@ -94,14 +94,14 @@ def register_factors(
 
 
 def ends_of(layer: nn.Module, name: str, format: str, shape: Sequence[int], dtype: torch.dtype) -> LerpWeight:
-    """Both ends of a weight as the operators take them."""
+    """Returns both ends of a weight as the operators take them."""
     own = parameters_of(layer)
     tensors = tuple(own[name + suffix_of(suffix)] for suffix in formats.get(format).TENSORS)
     return LerpWeight(tensors, format, torch.Size(shape), dtype)  # type: ignore[arg-type]
 
 
 def vector_ends(layer: nn.Module, name: str) -> LerpWeight | None:
-    """Both ends of a norm's weight or of a bias; one tensor stands for both where they are the same."""
+    """Returns both ends of a norm's weight or of a bias (one tensor twice if they are equal), or None without one."""
     base = parameters_of(layer).get(name)
     if base is None:
         return None
@@ -110,7 +110,7 @@ def vector_ends(layer: nn.Module, name: str) -> LerpWeight | None:
 
 
 def check_groups(layer: Any, format: str, size: int, whole: int) -> None:
-    """Refuses to split input features that share a scale."""
+    """Raises ValueError if input features that share a scale would be split."""
     if size != whole and format not in ("pair", "lowrank") and size % GROUP:
         raise ValueError(
             f"{layer.prefix or type(layer).__name__}: {whole} input features cannot be split into parts of {size}, as "
@@ -119,14 +119,14 @@ def check_groups(layer: Any, format: str, size: int, whole: int) -> None:
 
 
 class PairMethod:
-    """What linear layers and embeddings share."""
+    """The common part of linear layers and embeddings."""
 
     def __init__(self, rows: StepIntensities, format: str, ranks: Sequence[int]) -> None:
         """
         Args:
             rows: λ of the model's steps.
-            format: of the weight, or of all that were merged into it.
-            ranks: of those, where the format is "lowrank".
+            format: format of the weight, or of all weights merged into it.
+            ranks: ranks of those weights, if the format is "lowrank".
         """
         self.rows, self.format, self.ranks = rows, format, ranks
 
@@ -154,7 +154,7 @@ class PairMethod:
 
 
 class LinearMethod(PairMethod, LinearMethodBase):
-    """A linear layer at λ, merged ones in one launch."""
+    """A linear layer at λ. Merged layers take one launch."""
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         lam = layer.intensity[: x.shape[:-1].numel()]
@@ -162,7 +162,7 @@ class LinearMethod(PairMethod, LinearMethodBase):
 
 
 class EmbeddingMethod(PairMethod, LinearMethodBase):
-    """An embedding at λ, and the output layer, which may be tied to it."""
+    """An embedding at λ, or the output layer, which may be tied to it."""
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         return lerp_embedding(input_, self.ends(layer), layer.intensity[: input_.numel()])
@@ -174,7 +174,7 @@ class EmbeddingMethod(PairMethod, LinearMethodBase):
     tied_to: Any = None
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
-        self.tied_to = embed_tokens  # which may not be a pair yet
+        self.tied_to = embed_tokens  # it may not be a pair yet
         return layer
 
     def share(self, layer: Any) -> None:
@@ -185,7 +185,7 @@ class EmbeddingMethod(PairMethod, LinearMethodBase):
 
 
 def adopt(layer: Any, method: PairMethod) -> None:
-    """Makes a pair of a layer that its model has built without asking for a quantisation method."""
+    """Turns a layer into a pair if its model built it without asking for a quantisation method."""
     weight_loader = layer.weight.weight_loader
     del layer.weight
     layer.quant_method = method
@@ -201,12 +201,12 @@ def adopt(layer: Any, method: PairMethod) -> None:
 
 
 class ExpertsMethod(FusedMoEMethodBase):
-    """A token's experts at its λ; the router's choice is at that λ too."""
+    """The experts of each token at its λ, which the router also uses."""
 
     def __init__(self, moe: Any, rows: StepIntensities, formats: dict[str, str | None]) -> None:
         super().__init__(moe)
         self.rows = rows
-        # where only one of the two differs, the other is kept as a pair as well
+        # if only one of the two differs, the other is stored as a pair as well
         self.up, self.down = formats["gate_up_proj"] or "pair", formats["down_proj"] or "pair"
 
     def create_weights(
@@ -267,7 +267,7 @@ class ExpertsMethod(FusedMoEMethodBase):
 
 
 class PairNorm(nn.Module):
-    """An RMS norm at λ: a norm of vLLM's with its class changed, and the other end beside its weight."""
+    """An RMS norm at λ: a vLLM norm with its class changed and the thinking end of its weight added."""
 
     intensity: Tensor
     variance_epsilon: float
@@ -276,7 +276,7 @@ class PairNorm(nn.Module):
     def forward(self, x: Any, residual: Any = None) -> Any:
         if residual is not None:
             x = residual = x + residual
-        heads = x.shape[1:-1].numel()  # of queries and keys, which share their token's λ
+        heads = x.shape[1:-1].numel()  # queries and keys have several heads per token, at one λ
         lam = self.intensity[: x.shape[0]]
         ends: Any = vector_ends(self, "weight")
         y = lerp_rms_norm(x, ends, lam, self.variance_epsilon, offset=self.offset, rows_per_lam=heads)

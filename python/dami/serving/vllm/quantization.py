@@ -26,13 +26,13 @@ EXPERTS = re.compile(r"(.*\.experts)\.(?:\d+\.)?(gate_up_proj|gate_proj|up_proj|
 
 
 class PairQuantization(QuantizationConfig):
-    """The `quantization_config` of a packed pair; without one, all parameters are pairs, made of two checkpoints.
+    """The `quantization_config` of a packed pair. Without one, all parameters are pairs, made of two checkpoints.
 
     Attributes:
-        interpolated: as in `dami.saving.config.PairConfig`, None where all parameters are.
-        settings: set by the loader.
-        ranks: those of the low-rank differences in the files; set by the loader.
-        stored: the format of every parameter of the checkpoint that the model keeps as a pair.
+        interpolated: as in `dami.saving.config.PairConfig`; None if all parameters are interpolated.
+        settings: the user's settings; set by the loader.
+        ranks: ranks of the stored low-rank differences; set by the loader.
+        stored: the format of every checkpoint parameter that the model keeps as a pair.
     """
 
     def __init__(self, interpolated: Mapping[str, str] | None = None) -> None:
@@ -46,18 +46,18 @@ class PairQuantization(QuantizationConfig):
 
     @staticmethod
     def register() -> None:
-        """Registers the method, once."""
+        """Registers the method if it is not registered yet."""
         if QUANT_METHOD not in QUANTIZATION_METHODS:
             register_quantization_config(QUANT_METHOD)(PairQuantization)
 
     @staticmethod
     def of(config: VllmConfig) -> PairQuantization | None:
-        """The pair that an engine serves, None if it serves a model of vLLM's own."""
+        """Returns the pair that an engine serves, or None if it serves an ordinary model."""
         return config.quant_config if isinstance(config.quant_config, PairQuantization) else None
 
     @property
     def rows(self) -> StepIntensities:
-        """The λ of a step; made while the model is."""
+        """The λ of a step. The buffers are created while the model is being built."""
         if self._rows is None:
             self._rows = StepIntensities(get_current_vllm_config())
         return self._rows
@@ -70,7 +70,7 @@ class PairQuantization(QuantizationConfig):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        return 80  # the oldest that the Triton kernels are compiled for in tests
+        return 80  # the oldest capability that the tests compile the Triton kernels for
 
     @staticmethod
     def get_config_filenames() -> list[str]:
@@ -90,7 +90,7 @@ class PairQuantization(QuantizationConfig):
             return None
         weights, biases = ([f"{part}.{name}" for part in self.parts(prefix)] for name in ("weight", "bias"))
         format = self._keep(weights, router=isinstance(layer, GateLinear))
-        if format is None and any(map(self.interpolated_as, biases)):  # a pair's method alone can add its bias
+        if format is None and any(map(self.interpolated_as, biases)):  # only a pair's method can add such a bias
             self.stored.update(dict.fromkeys(weights, "pair"))
             format = "pair"
         linear = isinstance(layer, LinearBase)
@@ -100,16 +100,16 @@ class PairQuantization(QuantizationConfig):
         return (methods.LinearMethod if linear else methods.EmbeddingMethod)(self.rows, format, ranks)
 
     def parts(self, prefix: str) -> list[str]:
-        """The checkpoint's names of the modules that vLLM has merged into one, or of the one."""
+        """Returns the checkpoint's names of the modules that vLLM has merged into this one, or its own name."""
         parent, _, name = prefix.rpartition(".")
         return [f"{parent}.{part}" if parent else part for part in self.packed_modules_mapping.get(name, [name])]
 
     def keep_pair(self, names: Iterable[str]) -> bool:
-        """Whether vectors that vLLM keeps in one, norms or biases, are a pair; it is noted if so."""
+        """Returns whether norms or biases that vLLM keeps as one vector are a pair, and records them if so."""
         return self._keep(names, vectors=True) is not None
 
     def _keep(self, names: Iterable[str], router: bool = False, vectors: bool = False) -> str | None:
-        """The format in which parameters that vLLM keeps in one are stored, and notes it; None if their ends agree."""
+        """Returns the common format of parameters that vLLM merges, and records it; None if their ends are the same."""
         names = list(names)
         if self.interpolated is None:
             format = "pair" if router or vectors else self.settings.format or "pair"
@@ -124,12 +124,12 @@ class PairQuantization(QuantizationConfig):
         return format
 
     def interpolated_as(self, name: str) -> str | None:
-        """The format of a parameter in a packed pair's files, None if it is the same in both ends."""
+        """Returns the format of a parameter in a packed pair's files, or None if both ends are the same."""
         interpolated = self.interpolated or {}
         return interpolated.get(name) or interpolated.get(any_layer(name))
 
     def format_of(self, name: str) -> str | None:
-        """The format in which vLLM keeps a parameter of the checkpoint, None if as one tensor."""
+        """Returns the format in which vLLM keeps a checkpoint parameter, or None if it keeps a single tensor."""
         experts = EXPERTS.fullmatch(name)
         if experts:
             name = f"{experts[1]}.{'down_proj' if experts[2] == 'down_proj' else 'gate_up_proj'}"

@@ -1,4 +1,4 @@
-"""λ of a request on its way in: checked, filled in, and made part of what the prefix cache goes by."""
+"""Handles the λ of incoming requests: checks it, fills in the default, and makes it part of the prefix-cache key."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dami.serving.vllm.support import wrap
 
 
 def install() -> None:
-    """Wraps the doors that requests come in by."""
+    """Wraps the methods through which requests enter vLLM."""
     wrap(InputProcessor, "process_inputs", _process_inputs)
     for request in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
         wrap(request, "to_sampling_params", _to_sampling_params)
@@ -28,21 +28,22 @@ def install() -> None:
 
 
 def settings_of(config: Any) -> PairSettings:
-    """The settings of an engine that serves a pair."""
+    """Returns the settings of an engine that serves a pair."""
     extra = config.load_config.model_loader_extra_config
     return PairSettings.of({key: extra[key] for key in KEYS if key in extra})
 
 
 @cache
 def _has_processors() -> bool:
-    """Whether a package has brought logits processors, which may read any argument of a request."""
+    """Returns whether an installed package adds logits processors, which may read any argument of a request."""
     return bool(entry_points(group="vllm.logits_processors"))
 
 
 def _process_inputs(original: Any, self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
-    """A request with its λ in `extra_args` and, where blocks of other requests are looked up, in `cache_salt`.
+    """Puts a request's λ into `extra_args`, and into `cache_salt`, which the prefix cache uses.
 
-    vLLM hashes the salt with the first block, and each block with the one before: no two λ share a block.
+    vLLM hashes the salt with the first block, and each block with the one before it. So requests at different λ share
+    no block.
     """
     request = original(self, *args, **kwargs)
     if PairQuantization.of(self.vllm_config) is not None and request.sampling_params is not None:
@@ -50,13 +51,13 @@ def _process_inputs(original: Any, self: InputProcessor, *args: Any, **kwargs: A
         given = params.extra_args or {}
         check_arguments(given, bool(self.vllm_config.model_config.logits_processors) or _has_processors())
         intensity = settings.checked(given.get(KEY, settings.default_intensity))
-        params.extra_args = {**given, KEY: intensity}  # the request's own copy of its parameters
+        params.extra_args = {**given, KEY: intensity}  # safe: the request has its own copy of the parameters
         request.cache_salt = f"{request.cache_salt or ''}|{KEY}={intensity.hex()}"
     return request
 
 
 def _to_sampling_params(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """`intensity` in a request's body means what it means in its `vllm_xargs`; so does what it was misspelt as."""
+    """Treats `intensity` in a request's body, and misspellings of it, as if they were in `vllm_xargs`."""
     params, extra = original(self, *args, **kwargs), self.model_extra or {}
     misspelt = {name: value for name, value in extra.items() if resembles_key(name)}
     if misspelt:
@@ -72,7 +73,7 @@ def _to_sampling_params(original: Any, self: Any, *args: Any, **kwargs: Any) -> 
 
 
 def _refuse_beams(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Beams are requests of vLLM's own, made without the λ that was asked for."""
+    """Refuses beam search with a pair: vLLM makes new requests for the beams and drops the λ."""
     engine = getattr(self, "llm_engine", None) or self.engine_client
     if PairQuantization.of(engine.vllm_config) is not None:
         raise RequestError(

@@ -1,4 +1,4 @@
-"""λ of every row of a step, in buffers that stay where they are: a captured graph reads new λ from old addresses."""
+"""The λ of every row of a step, in buffers with fixed addresses, from which captured graphs read each step's λ."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class StepIntensities:
 
     Attributes:
         tokens: float32 [most], λ of each token of the forward pass.
-        sampled: float32 [most], λ of each row whose logits are sampled from.
+        sampled: float32 [most], λ of each row that is sampled from.
     """
 
     def __init__(self, config: VllmConfig) -> None:
-        """Makes the buffers on the default device, as large as any step."""
+        """Creates the buffers on the default device, large enough for any step."""
         scheduler, speculation = config.scheduler_config, config.speculative_config
         each = 1 + (speculation.num_speculative_tokens if speculation else 0)
         most = max(
@@ -32,18 +32,18 @@ class StepIntensities:
         self._states: Tensor | None = None
 
     def set(self, tokens: Tensor, sampled_from: Tensor) -> None:
-        """Sets the λ of a step, on the device and without waiting for it.
+        """Sets the λ of a step on the device, without waiting for it.
 
         Args:
-            tokens: float32, of each token.
-            sampled_from: int, the tokens whose logits are sampled from.
+            tokens: float32, λ of each token.
+            sampled_from: int, indices of the tokens whose logits are sampled from.
         """
         self.tokens[: tokens.shape[0]].copy_(tokens, non_blocking=True)
         torch.index_select(self.tokens, 0, sampled_from, out=self.sampled[: sampled_from.shape[0]])
 
     @contextmanager
     def of_prompts(self, states: Tensor) -> Iterator[None]:
-        """For a while logits are asked for not of sampled rows, but of slices of all tokens' hidden states."""
+        """Makes `of_logits` expect slices of the hidden states of all tokens, instead of the sampled rows."""
         self._states = states
         try:
             yield
@@ -51,7 +51,7 @@ class StepIntensities:
             self._states = None
 
     def of_logits(self, states: Tensor) -> Tensor:
-        """λ of the rows of hidden states that the output layer is given."""
+        """Returns the λ of the hidden states that the output layer gets."""
         count, whole = states.shape[0], self._states
         if whole is None:
             return self.sampled[:count]

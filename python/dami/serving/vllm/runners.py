@@ -1,4 +1,4 @@
-"""λ of a step: both of vLLM's model runners fill the buffers before every forward pass."""
+"""Makes both of vLLM's model runners fill the λ buffers before every forward pass."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from dami.serving.vllm.support import wrap
 
 
 def install() -> None:
-    """Wraps what has no hook: the first runner's preparation of a step, and how both ask for logits of prompts."""
+    """Wraps the first runner's methods that have no hook: to prepare a step, and to compute prompt logprobs."""
     wrap(GPUModelRunner, "_prepare_inputs", _prepare_inputs)
     wrap(GPUModelRunner, "_get_prompt_logprobs_dict", _prompt_logprobs)
 
 
 def requested_intensity(params: Any, pair: PairQuantization) -> float:
-    """λ of a request; a runner's own requests, for warming up, have none."""
+    """Returns the λ of a request, or the default for a runner's own warm-up requests, which have none."""
     return ((params and params.extra_args) or {}).get(KEY, pair.settings.default_intensity)
 
 
 def _prepare_inputs(original: Any, self: Any, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
-    """The first runner: requests lie in the order of its batch, each with so many tokens."""
+    """Sets λ in the first runner, whose batch holds the requests in order, each with its number of tokens."""
     prepared = original(self, scheduler_output, num_scheduled_tokens)
     pair = PairQuantization.of(self.vllm_config)
     if pair is not None:
@@ -46,7 +46,7 @@ def _prompt_logprobs(original: Any, self: Any, hidden_states: Any, *args: Any) -
 
 
 def _worker_logprobs(original: Any, self: Any, logits_fn: Any, hidden_states: Any, *args: Any) -> Any:
-    """The second runner: `logits_fn` is a method of the model."""
+    """Computes prompt logprobs in the second runner, where `logits_fn` is a method of the model."""
     pair = getattr(logits_fn.__self__, "pair", None)
     if pair is None:
         return original(self, logits_fn, hidden_states, *args)
@@ -55,12 +55,12 @@ def _worker_logprobs(original: Any, self: Any, logits_fn: Any, hidden_states: An
 
 
 def attach(model: Any, config: VllmConfig, pair: PairQuantization) -> None:
-    """Gives a model the state that vLLM's second runner asks it for."""
+    """Adds to a model the state class that vLLM's second runner asks it for."""
 
     def state_class() -> type:
         from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
-        del model.get_model_state_cls  # what it would be without us
+        del model.get_model_state_cls  # resolve the class as vLLM would without us
         try:
             return with_intensity(resolve_model_state_cls(config, model), pair)
         finally:
@@ -71,7 +71,7 @@ def attach(model: Any, config: VllmConfig, pair: PairQuantization) -> None:
 
 
 def with_intensity(base: Any, pair: PairQuantization) -> type:
-    """A class of model states that also keeps λ of each slot of the second runner."""
+    """Returns a subclass of a model state that also keeps the λ of each slot of the second runner."""
     from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 
     for name in ("compute_prompt_logprobs", "compute_prompt_token_id_logprobs"):
@@ -90,7 +90,7 @@ def with_intensity(base: Any, pair: PairQuantization) -> type:
         def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
             count, padded = input_batch.num_reqs, input_batch.num_tokens_after_padding
             each = async_tensor_h2d(self.intensities[input_batch.idx_mapping_np[:count]], self.device)
-            # how many tokens a request has is known on the device only, where drafts are verified adaptively
+            # with adaptive draft verification, only the device knows how many tokens a request has
             ends = input_batch.query_start_loc[1 : count + 1]
             owner = torch.searchsorted(ends, self.positions_of_tokens[:padded], right=True)
             tokens = each.index_select(0, owner.clamp_(max=count - 1))

@@ -1,7 +1,7 @@
-"""A test at load time: a few tokens at λ=0 and λ=1 side by side, against the ends as plain torch computes them.
+"""A self-test at load time: compares a few tokens at λ=0 and λ=1 in one batch with both ends computed in plain torch.
 
-It runs the model as it will run, but for attention: each token's queries, keys and values are just added. So tokens do
-not meet, no cache is needed, and yet every parameter counts.
+It runs the model as it will be served, except for attention, which adds each token's queries, keys and values instead.
+So tokens don't interact and no cache is needed, but every parameter affects the output.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def run(model: Any, config: VllmConfig) -> None:
     """Compares the model at λ = 0, 1, 0, 1, … with the ends.
 
     Raises:
-        RuntimeError: rows at λ=0 are not the instruct end's, or rows at λ=1 not the thinking end's; or the model has
-            an attention that is not replaced, which without a cache gives zeros: what comes before it would not count.
+        RuntimeError: if rows at λ=0 differ from the instruct end or rows at λ=1 from the thinking end, or if the model
+            has an attention that cannot be replaced. Without a cache that would return zeros and hide errors before it.
     """
     pair: Any = PairQuantization.of(config)
     device = pair.rows.tokens.device
@@ -45,7 +45,7 @@ def run(model: Any, config: VllmConfig) -> None:
         with set_forward_context(None, config, num_tokens=TOKENS):
             states = model(ids, positions)
         logits = model.compute_logits(states)
-        return [states.float()] if logits is None else [states.float(), logits.float()]  # one process has logits
+        return [states.float()] if logits is None else [states.float(), logits.float()]  # only one process has logits
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
@@ -71,7 +71,7 @@ def run(model: Any, config: VllmConfig) -> None:
         for end, own, other in ((0, instruct, thinking), (1, thinking, instruct)):
             rows = slice(end, None, 2)
             error, size, distance = ((x[rows].norm(dim=1)) for x in (ours - own, own, other - own))
-            # rounding may send a token to another expert: not every row has to agree
+            # rounding may route a token to another expert, so not every row has to agree
             allowed = size * max(8 * eps, 1e-3)
             if not (error <= allowed).float().mean() > 0.5:
                 raise RuntimeError(
@@ -81,7 +81,7 @@ def run(model: Any, config: VllmConfig) -> None:
 
 
 def added(attention: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
-    """In the place of attention: each token's queries plus its keys and values."""
+    """Replaces attention by the sum of each token's queries, keys and values."""
     heads, shared = attention.num_heads, attention.num_kv_heads
     both = (key + value).unflatten(-1, (shared, -1)).repeat_interleave(heads // shared, 1)
     return query + both.flatten(-2)
@@ -89,7 +89,7 @@ def added(attention: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any,
 
 @contextmanager
 def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Sets an attribute of an object for a while."""
+    """Sets an attribute of an object inside a `with` block."""
     before = owner.__dict__.get(name, owner)
     setattr(owner, name, value)
     try:
@@ -103,7 +103,7 @@ def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def plain(model: nn.Module, end: int) -> Iterator[None]:
-    """Computes a model's pairs at one end, 0 or 1, in plain torch and in float32, layer by layer."""
+    """Makes a model compute its pairs at one end, 0 or 1, in plain torch and float32, layer by layer."""
     with ExitStack() as stack:
         for module in model.modules():
             method: Any = getattr(module, "quant_method", None)
@@ -119,7 +119,7 @@ def plain(model: nn.Module, end: int) -> Iterator[None]:
 
 
 def _product(x: Tensor, weight: LerpWeight, end: int) -> Tensor:
-    """x · W_endᵀ in float32, some rows of W at a time."""
+    """Computes x · W_endᵀ in float32, a block of rows of W at a time."""
     blocks = formats.float_blocks(weight.format, weight.tensors, weight.shape[-1])
     return torch.cat([F.linear(x.float(), (base, target)[end]) for _, base, target in blocks], -1)
 
@@ -153,7 +153,7 @@ def _experts(
 
 
 def _one(experts: LerpWeight, which: int) -> LerpWeight:
-    """The weight of one expert."""
+    """Returns the weight of one expert."""
     tensors = tuple(tensor[which] for tensor in experts.tensors)
     return LerpWeight(tensors, experts.format, experts.shape[1:], experts.dtype)
 

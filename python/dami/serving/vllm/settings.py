@@ -1,4 +1,4 @@
-"""What a user may set of a pair in vLLM, and what a request may ask for."""
+"""The settings of a pair in vLLM, and the checks of a request's arguments."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from dami.callers import AUTO, CALLERS, DEFAULT_INTENSITY
 from dami.dial.values import Intensity
 from dami_kernels import formats
 
-KEY = "intensity"  # of `SamplingParams.extra_args`, of `vllm_xargs` and of a request's body
-# of `extra_args` that vLLM reads itself
+KEY = "intensity"  # in `SamplingParams.extra_args`, in `vllm_xargs` and in a request's body
+# keys of `extra_args` that vLLM itself reads
 VLLM_ARGUMENTS = frozenset({"kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode"})
 KEYS = ("thinking", "format", "default_intensity", "intensity_range")
 
 
 class RequestError(VLLMValidationError, ValueError):
-    """What is wrong with a request: to vLLM's server status 400, to everyone else a ValueError."""
+    """An error in a request: vLLM's server answers with status 400; elsewhere it is a ValueError."""
 
     def __init__(self, message: str, parameter: str) -> None:
         VLLMValidationError.__init__(self, message, parameter=parameter)
@@ -35,9 +35,9 @@ class PairSettings:
 
     Attributes:
         thinking: directory or hub name of the λ=1 end; None for a packed pair.
-        format: how two ends are stored, a name of `dami_kernels.formats.names()`; None for a packed pair.
-        default_intensity: λ of a request that asks for none.
-        intensity_range: least and greatest λ that a request may ask for.
+        format: storage format for two ends, one of `dami_kernels.formats.names()`; None for a packed pair.
+        default_intensity: λ of requests that name none.
+        intensity_range: lowest and highest λ that a request may ask for.
     """
 
     thinking: str | None = None
@@ -47,10 +47,10 @@ class PairSettings:
 
     @classmethod
     def of(cls, extra: dict[str, Any]) -> PairSettings:
-        """The settings in a loader's extra config, whose other keys are vLLM's.
+        """Reads the settings from a loader's extra config, whose other keys are vLLM's.
 
         Raises:
-            ValueError: a value is of another type, or unfit; the message names the key.
+            ValueError: if a value has the wrong type or is not allowed; the message names the key.
         """
         own = {key: extra[key] for key in KEYS if key in extra}
         if "thinking" in own and not isinstance(own["thinking"], str):
@@ -70,10 +70,10 @@ class PairSettings:
         return settings
 
     def checked(self, value: Any, name: str = KEY) -> float:
-        """λ as the kernels take it: a float32 number.
+        """Returns λ as the kernels take it: rounded to float32.
 
         Raises:
-            ValueError: not a number, not finite, or out of range; the server answers with status 400.
+            ValueError: if it is not a number, not finite, or out of range; the server answers with status 400.
         """
         least, greatest = self.intensity_range
         try:
@@ -85,24 +85,24 @@ class PairSettings:
             raise RequestError(
                 f"{name} must be a number from {least:g} to {greatest:g}, got {value!r}{hint}", parameter=name
             )
-        return float(np.float32(lam)) + 0.0  # and no negative zero
+        return float(np.float32(lam)) + 0.0  # turns −0.0 into 0.0
 
 
 def resembles_key(name: str) -> bool:
-    """Whether an argument that nobody knows was meant to be λ: `intensty`, `Intensity`, `prompt_intensity`."""
+    """Returns whether an unknown argument was probably meant as λ: `intensty`, `Intensity`, `prompt_intensity`."""
     return name != KEY and bool(difflib.get_close_matches(name.lower(), [KEY], cutoff=0.7))
 
 
 def check_arguments(given: Iterable[str], others_may_read: bool) -> None:
-    """Refuses arguments of a request that nobody reads: a misspelt λ would run at the default without a word.
+    """Refuses arguments that nothing reads: a request with a misspelt λ would silently run at the default.
 
     Args:
         given: names in `extra_args`, or in `vllm_xargs`.
-        others_may_read: whether the engine has logits processors of the user's, whose arguments we do not know. Then
-            only what looks like λ is refused.
+        others_may_read: whether the engine has the user's own logits processors, whose arguments we don't know. Then
+            only names that resemble λ's are refused.
 
     Raises:
-        RequestError: which names it; the server answers with status 400.
+        RequestError: if there is such an argument, which the message names; the server answers with status 400.
     """
     for name in given:
         if name == KEY or name in VLLM_ARGUMENTS or (others_may_read and not resembles_key(name)):

