@@ -107,7 +107,7 @@ def _tiles(M: int, K: int, dtype: torch.dtype, format: str, device: Device) -> l
         # Base and delta are multiplied as twice the features, which four warps share without exchanging data. Along K
         # a tile has whole groups.
         tiles = [(rows, features, max(inner, 32)) for rows, features, inner in tiles if features >= 64]
-        # Except in float32: with 64 features or more for both ends, Triton 3.6 multiplies codes as TF32 on sm_100
+        # Except in float32: from 64 features on, counting both ends, Triton 3.6 multiplies codes as TF32 on sm_100
         # regardless of input precision, because it looks at the width of the loaded type. Other GPUs lack registers.
         if dtype == torch.float32:
             tiles = [(rows, 16, 32)]

@@ -2,8 +2,8 @@
 
 Tests, rather than assumes, that more thinking costs more tokens, improves accuracy and has diminishing returns. All
 intervals are 95 % intervals. A single accuracy has Wilson's interval. Everything else has percentiles of a bootstrap
-over questions. It resamples all λ of a question together, so differences between λ are far more certain than either
-value.
+over questions, which resamples all λ of a question together: they were answered together, so differences between λ are
+far more certain than either value.
 """
 
 from __future__ import annotations
