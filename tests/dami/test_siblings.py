@@ -42,6 +42,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
         calls.together.append(len(weights))
         return several(x, weights, *args, **options)
 
+    monkeypatch.setattr(kinds, "pays", lambda x: True)  # as on a GPU
     monkeypatch.setattr(kinds, "lerp_linear", lerp_linear)
     monkeypatch.setattr(siblings, "lerp_linears", lerp_linears)
     return calls
@@ -261,3 +262,10 @@ def test_weights_that_were_changed_moved_or_replaced_are_the_ones_used(counted: 
     assert torch.equal(run(replaced), expected)
     half = run(doubled(patched()).to(torch.bfloat16))
     assert torch.equal(run(model.to(torch.bfloat16)), half)
+
+
+def test_on_the_cpu_every_layer_computes_alone() -> None:
+    model = patched()
+    run(model)
+    run(model)
+    assert layer_of(model, "q_proj").lerp.siblings is None

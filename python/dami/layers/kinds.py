@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dami.layers.base import LerpModule, own_tensors, placeholder
 from dami.layers.routing import by_expert
-from dami.layers.siblings import together
+from dami.layers.siblings import pays, together
 from dami.upstream import PARAMETERS, buffers_of, describes_experts, gated, is_wrapped, parameters_of
 from dami_kernels import LerpWeight, lerp_embedding, lerp_experts, lerp_layer_norm, lerp_linear, lerp_rms_norm
 
@@ -32,7 +32,7 @@ class LerpLinear(LerpModule, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         x, rows = self.rows(input)
         in_pass = not torch.compiler.is_compiling() and self.lerp.running.sequences is not None
-        if in_pass and not torch.is_grad_enabled() and type(x) is Tensor and not x.is_inference():
+        if in_pass and pays(x) and not torch.is_grad_enabled() and type(x) is Tensor and not x.is_inference():
             y = together(self, x, rows)
             if y is not None:
                 return y
