@@ -75,7 +75,11 @@ def test_verifiers_and_formats_are_those_that_there_are() -> None:
 
 
 def test_a_script_for_the_shell_is_shown() -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    # Typer's own switch: otherwise it looks which shell has started the tests, and refuses sh.
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",
+    }
     command = [sys.executable, "-c", PROGRAM, "--show-completion", "bash"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert "_DAMI_COMPLETE=complete_bash" in done.stdout
