@@ -15,6 +15,7 @@ import pytest
 import torch
 from dami import cli
 from dami.chat import ask
+from dami.estimators import registry
 from dami.evaluation import verifiers
 from dami.evaluation.tasks import last_word
 from typer.main import get_command
@@ -99,6 +100,7 @@ def test_code_runs(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(verifiers, "VERIFIERS", dict(verifiers.VERIFIERS))  # a page may register one
     monkeypatch.setattr(formats, "_FORMATS", dict(formats._FORMATS))  # a page may register one
+    monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))  # a page may register one
     namespace = {"__name__": "__main__"}
     printed = ""
     for block in blocks(text):
