@@ -65,7 +65,9 @@ def test_a_kind_that_nobody_registered_is_named(tmp_path: Path) -> None:
     dami.register_estimator("mine")(ByLength)
     StoredIntensity(ByLength()).save(tmp_path)
     registry._KINDS.pop("mine")
-    with pytest.raises(ValueError, match=r"intensity.json must hold .*kind must be one of \[.*'confidence'.*got 'mine'"):
+    with pytest.raises(
+        ValueError, match=r"intensity.json must hold .*kind must be one of \[.*'confidence'.*got 'mine'"
+    ):
         StoredIntensity.load(tmp_path)
 
 
