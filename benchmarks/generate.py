@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dami import patch_model
+from dami import materialize, patch_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.check import WrongResult, check
 from benchmarks.machine import about, machine
 from benchmarks.measure import DTYPES
 from benchmarks.record import RESULTS, store, text_table
@@ -58,6 +59,9 @@ def main(argv: list[str] | None = None) -> int:
         models = prepared(DTYPES[dtype], options.formats, options.layers, here.device)
         for batch in options.batch:
             ids = torch.randint(3, SHAPE["vocab_size"], (batch, PROMPT), device=here.device)
+            for (name, lam), model in models.items():
+                if lam is not None:
+                    check_model(model, ids, lam, name)
             steps = {name: partial(step, model, ids, options.tokens, lam) for (name, lam), model in models.items()}
             times = interleaved(steps, options.seconds)
             plain = times["plain"].median
@@ -101,11 +105,28 @@ def prepared(
     return models
 
 
+@torch.inference_mode()
+def check_model(model: Any, ids: Tensor, lam: str, name: str) -> None:
+    """Raises WrongResult unless the first sequence's logits are those of a copy merged at its λ, but for rounding."""
+    intensity = intensities(lam, len(ids))
+    y = model(ids, intensity=intensity).logits[:1]
+    merged = materialize(model, intensity[0])
+    plain = merged(ids[:1]).logits
+    try:
+        check(y, merged.double()(ids[:1]).logits, plain, factor=2)  # the copy's weights are rounded once more
+    except WrongResult as error:
+        raise WrongResult(f"{name}: {error}") from None
+
+
+def intensities(lam: str, sequences: int) -> list[float]:
+    return [0.3 if lam == "one" else (i + 1) / (sequences + 1) for i in range(sequences)]
+
+
 def step(model: Any, ids: Tensor, tokens: int, lam: str | None) -> float:
     """Measures the seconds of a decoding step."""
     options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     if lam is not None:
-        options["intensity"] = 0.3 if lam == "one" else [(i + 1) / (len(ids) + 1) for i in range(len(ids))]
+        options["intensity"] = 0.3 if lam == "one" else intensities(lam, len(ids))
     taken = [seconds(partial(model.generate, ids, max_new_tokens=count, **options)) for count in (1, 1 + tokens)]
     return (taken[1] - taken[0]) / tokens
 

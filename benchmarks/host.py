@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from dami import patch_model
+from dami import materialize, patch_model
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -158,6 +158,9 @@ def model() -> Calls:
     instruct, thinking, alone = end(), end(), end()
     patched = patch_model(instruct, thinking)
     ids, lam = torch.randint(0, 256, (4, 1)), torch.tensor([0.1, 0.5, 0.9, 1.0])
+    for row, value in enumerate(lam.tolist()):
+        expected = materialize(patched, value)(ids[row : row + 1]).logits
+        torch.testing.assert_close(patched(ids, intensity=lam).logits[row : row + 1], expected, rtol=1e-3, atol=1e-3)
     return {
         TORCH: partial(alone, ids),
         f"{OURS}, one λ": partial(patched, ids, intensity=0.3),
