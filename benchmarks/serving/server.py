@@ -13,8 +13,8 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -29,7 +29,7 @@ DAMI = "from dami.cli import app; app()"
 
 @dataclass
 class Server:
-    """A running `dami serve`, by default with the shipped pair."""
+    """A running server, by default `dami serve` with the shipped pair. Metrics are those of `dami serve` alone."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -46,9 +46,15 @@ class Server:
         return {name: float(value) for name, value in pairs}
 
     def memory(self) -> int:
-        """Returns the process's memory in bytes. Memory shared with others is divided among them."""
-        text = Path(f"/proc/{self.process.pid}/smaps_rollup").read_text()
-        return 1024 * int(re.search(r"^Pss:\s+(\d+)", text, re.MULTILINE)[1])  # type: ignore[index]
+        """Returns the memory in bytes of the process and its children. What is shared with others is divided."""
+        total = 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # it has ended
+                session = int(stat.read_text().rpartition(")")[2].split()[3])
+                if session == self.process.pid:
+                    text = (stat.parent / "smaps_rollup").read_text()
+                    total += 1024 * int(re.search(r"^Pss:\s+(\d+)", text, re.MULTILINE)[1])  # type: ignore[index]
+        return total
 
     def wait_until_idle(self, seconds: float = 60) -> float:
         """Waits until the server is idle, and returns the seconds that took.
@@ -87,35 +93,60 @@ def serving(*arguments: str, threads: int | None = None, seconds: float = 120) -
         TimeoutError: it takes too long.
     """
     port = free_port()
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"}
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
+    command = [sys.executable, "-c", DAMI, "serve", "--port", str(port), *arguments]
+    with started(command, environment, port, seconds, well=True) as server:
+        yield server
+
+
+@contextmanager
+def started(
+    command: Sequence[str], environment: Mapping[str, str], port: int, seconds: float, well: bool = False
+) -> Iterator[Server]:
+    """Starts a server's command, waits until it responds, and ends it and its children afterwards with SIGTERM.
+
+    Args:
+        command: the command line.
+        environment: variables besides this process's own.
+        port: the port on which the server listens on the loopback interface.
+        seconds: time limit for the start.
+        well: whether its exit status must be 0.
+
+    Raises:
+        RuntimeError: it does not start, or ends with an error.
+        TimeoutError: it takes too long.
+    """
     # To a file, because a full pipe that nobody reads would block the server.
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [sys.executable, "-c", DAMI, "serve", "--port", str(port), *arguments], env=environment, stderr=log
+            command, env=os.environ | environment, stdout=log, stderr=log, start_new_session=True
         )
         server = Server(f"http://127.0.0.1:{port}", process)
         try:
             end = time.perf_counter() + seconds
             while not _answers(server):
                 if process.poll() is not None:
-                    raise RuntimeError(f"dami serve ended with {process.returncode}: {_end_of(log)}")
+                    raise RuntimeError(f"{command[0]} ended with {process.returncode}: {_end_of(log)}")
                 if time.perf_counter() > end:
-                    raise TimeoutError(f"dami serve does not answer after {seconds} s")
+                    raise TimeoutError(f"{command[0]} does not answer after {seconds} s: {_end_of(log)}")
                 time.sleep(0.2)
             yield server
-            process.send_signal(signal.SIGTERM)
-            if process.wait(60):
-                raise RuntimeError(f"dami serve ended with {process.returncode}: {_end_of(log)}")
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            if process.wait(60) and well:
+                raise RuntimeError(f"{command[0]} ended with {process.returncode}: {_end_of(log)}")
         finally:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
 def _answers(server: Server) -> bool:
     try:
-        return server.get("/health")["status"] == "ok"
+        with urllib.request.urlopen(f"{server.url}/health", timeout=30) as response:
+            return bool(response.status == 200)
     except (urllib.error.URLError, ConnectionError, TimeoutError):
         return False
 

@@ -1,0 +1,151 @@
+"""The pairs that are served, merged copies of them for servers that know no λ, and what both have to answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import dami
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.check import WrongResult
+from benchmarks.generate import SHAPE
+
+WIDTH = 0.02  # standard deviation of random weights, and of their differences: at other λ the answers are others
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, as text and as token ids, and the λ to answer it at."""
+
+    text: str
+    ids: tuple[int, ...]
+    lam: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both ends of a pair on disk, and a folder for what is made of them."""
+
+    name: str
+    ends: tuple[Path, Path]
+    folder: Path
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.ends[0])
+
+    def merged(self, lam: float) -> Any:
+        """Returns the plain float32 model at λ: the oracle."""
+        base, target = (load_file(end / "model.safetensors") for end in self.ends)
+        config = AutoConfig.from_pretrained(self.ends[0])
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        state = {name: torch.lerp(base[name].float(), target[name].float(), lam) for name in base}
+        model.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]})  # which are tied
+        model.generation_config.update(do_sample=False, pad_token_id=0, eos_token_id=None, max_length=None)
+        return model.eval()
+
+    def copy(self, lam: float) -> Path:
+        """Returns the directory of a merged copy in bfloat16, which it writes the first time."""
+        directory = self.folder / f"{self.name}-{lam:g}"
+        if not directory.exists():
+            self.merged(lam).to(torch.bfloat16).save_pretrained(directory)
+            self.tokenizer.save_pretrained(directory)
+        return directory
+
+    def questions(self, lams: Sequence[float], count: int) -> list[Question]:
+        """Returns the first held-out questions of the shipped pair, at these λ by turns."""
+        path = Path(dami.__file__).parent / "data" / "pair" / "questions.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines()
+        asked = [json.loads(line)["question"] for line in lines[:: len(lines) // count][:count]]
+        texts = [f"<|user|>{question}<|assistant|>" for question in asked]  # as the chat template does
+        ids = [tuple(self.tokenizer(text)["input_ids"]) for text in texts]
+        return [Question(text, ids[i], lams[i % len(lams)]) for i, text in enumerate(texts)]
+
+
+def shipped(folder: Path) -> Pair:
+    """Returns the pair that comes with dami: a Qwen3 model of 1.8 million parameters."""
+    return Pair("shipped", tuple(map(Path, dami.example_pair())), folder)  # type: ignore[arg-type]
+
+
+def smollm2(folder: Path, layers: int | None = None) -> Pair:
+    """Returns a pair of SmolLM2-135M's shapes with random weights in bfloat16, and the shipped pair's tokenizer.
+
+    The tokenizer has a word `w17000` for each token that it lacks.
+    """
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **SHAPE | {"num_hidden_layers": layers or SHAPE["num_hidden_layers"]}, eos_token_id=1, pad_token_id=0
+    )
+    ends = (folder / "smollm2-instruct", folder / "smollm2-thinking")
+    tokenizer = AutoTokenizer.from_pretrained(dami.example_pair()[0])
+    for end in ends:
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(end)
+        tokenizer.save_pretrained(end)
+        stored = json.loads((end / "tokenizer.json").read_text())
+        stored["model"]["vocab"] |= {f"w{i}": i for i in range(len(tokenizer), config.vocab_size)}
+        (end / "tokenizer.json").write_text(json.dumps(stored))
+    return Pair("SmolLM2-135M's shapes", ends, folder)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The oracle's greedy answer.
+
+    Attributes:
+        pieces: its text up to each token.
+        gaps: how much each token's logit is above the second best.
+        error: how far plain PyTorch's logits in bfloat16 are from the oracle's, at most.
+    """
+
+    pieces: list[str]
+    gaps: list[float]
+    error: float
+
+    def check(self, text: str) -> bool:
+        """Returns whether an answer is the oracle's.
+
+        Raises:
+            WrongResult: it is another, and where they part, rounding is no excuse: the oracle's first choice is ahead
+                of its second by more than twice the error of plain PyTorch, which is what both can be off by.
+        """
+        for piece, gap in zip(self.pieces, self.gaps, strict=True):
+            if not text.startswith(piece.rstrip("\ufffd")):  # what stands for the first bytes of a character
+                if gap > 2 * self.error:
+                    raise WrongResult(f"{text!r:.80} parts from {self.pieces[-1]!r:.80} at a gap of {gap:.2e}")
+                return False
+        return text == self.pieces[-1]
+
+
+@torch.inference_mode()
+def expected(pair: Pair, questions: Sequence[Question], tokens: int) -> dict[Question, Expected]:
+    """Returns the answers of this many tokens that are right, each by a plain merged model in float32."""
+    found: dict[Question, Expected] = {}
+    for lam in dict.fromkeys(question.lam for question in questions):
+        exact = pair.merged(lam)
+        rounded = AutoModelForCausalLM.from_pretrained(pair.copy(lam), dtype=torch.bfloat16).eval()
+        for question in (each for each in questions if each.lam == lam):
+            ids = exact.generate(torch.tensor([question.ids]), max_new_tokens=tokens)
+            start = len(question.ids)
+            logits, plain = (model(ids).logits[0, start - 1 : -1].float() for model in (exact, rounded))
+            best = logits.topk(2).values
+            answer = ids[0, start:].tolist()
+            pieces = [pair.tokenizer.decode(answer[: i + 1], skip_special_tokens=True) for i in range(tokens)]
+            error = (plain - logits).abs().max().item()
+            found[question] = Expected(pieces, (best[:, 0] - best[:, 1]).tolist(), error)
+    return found
+
+
+def padded(prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Returns prompts as inputs of `generate`, int64 [prompts, length], padded on the left."""
+    length = max(map(len, prompts))
+    ids = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return {"input_ids": ids, "attention_mask": mask}
