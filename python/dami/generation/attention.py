@@ -7,6 +7,10 @@ NaN. Its paged `eager` also ignores soft caps. Here a sequence attends to its ow
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -55,16 +59,74 @@ def packed_attention(
     Returns:
         [1, queries, heads, head size], and None in place of the attention weights.
     """
-    result = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+    result = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
     sinks = s_aux.rows if isinstance(s_aux, RowParameter) else s_aux
+    for group in _groups(cu_seq_lens_q, cu_seq_lens_k, sliding_window, invariant, query.device):
+        rows, keys, n = group.rows, group.keys, group.sequences
+        q, k, v = (_take(x, at, n) for x, at in ((query, rows), (key, keys), (value, keys)))
+        sink = None if sinks is None else sinks.expand(query.shape[2], -1)[rows].unflatten(0, (n, -1)).mT
+        attended = _attend(q, k, v, scaling, group.sees, softcap, sink).transpose(1, 2).flatten(0, 1)
+        if isinstance(rows, slice):
+            result[rows] = attended
+        else:
+            result.index_copy_(0, rows, attended)
+    return result.unsqueeze(0), None
 
-    def attend(rows: slice | Tensor, keys: slice | Tensor, sees: Tensor | None, sequences: int = 1) -> None:
-        """Attends for sequences with equally many queries, whose keys are padded to equal length."""
-        q, k, v = (_take(x, at, sequences) for x, at in ((query, rows), (key, keys), (value, keys)))
-        sink = None if sinks is None else sinks.expand(query.shape[2], -1)[rows].unflatten(0, (sequences, -1)).mT
-        result[0, rows] = _attend(q, k, v, scaling, sees, softcap, sink).transpose(1, 2).flatten(0, 1)
 
-    decoding: dict[int, list[tuple[int, int, int]]] = {}  # (row, first key, number of keys), by bit length of the last
+@dataclass(frozen=True)
+class _Group:
+    """Sequences with equally many queries, whose keys are padded to equal length.
+
+    Attributes:
+        rows, keys: places of their queries and of their keys.
+        sees: which keys each query sees, [sequences, queries, keys]; None if all up to its own.
+        sequences: their number.
+    """
+
+    rows: slice | Tensor
+    keys: slice | Tensor
+    sees: Tensor | None
+    sequences: int = 1
+
+
+class _Pass(threading.local):
+    """The groups found in this thread's forward pass, by lengths and window. The lengths are kept, as ids are keys."""
+
+    found: dict[tuple[int, int, int | None, bool], tuple[list[_Group], Tensor, Tensor]] | None = None
+
+
+_this_pass = _Pass()
+
+
+@contextmanager
+def one_pass() -> Iterator[None]:
+    """A context for one forward pass, in which no tensor of lengths changes: layers share the grouping by them."""
+    _this_pass.found = {}
+    try:
+        yield
+    finally:
+        _this_pass.found = None
+
+
+def _groups(
+    cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor, sliding_window: int | None, invariant: bool, device: torch.device
+) -> list[_Group]:
+    """Returns how to attend for all sequences, as a layer of this forward pass has found it if one has."""
+    found = _this_pass.found
+    at = id(cu_seq_lens_q), id(cu_seq_lens_k), sliding_window, invariant
+    if found is None:
+        return _grouped(cu_seq_lens_q, cu_seq_lens_k, sliding_window, invariant, device)
+    if at not in found:
+        groups = _grouped(cu_seq_lens_q, cu_seq_lens_k, sliding_window, invariant, device)
+        found[at] = groups, cu_seq_lens_q, cu_seq_lens_k
+    return found[at][0]
+
+
+def _grouped(
+    cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor, sliding_window: int | None, invariant: bool, device: torch.device
+) -> list[_Group]:
+    groups: list[_Group] = []
+    decoding: list[tuple[int, int, int]] = []  # number of keys, row, first key
     of_queries, of_keys = (pairwise(lengths.tolist()) for lengths in (cu_seq_lens_q, cu_seq_lens_k))
     for (begin, end), (keys, keys_end) in zip(of_queries, of_keys, strict=True):
         for first in range(begin, end, 1 if invariant else max(1, end - begin)):
@@ -73,16 +135,20 @@ def packed_attention(
             first_key = keys if sliding_window is None else max(keys, last_key - sliding_window - queries + 1)
             count = last_key - first_key
             if queries > 1 or invariant:
-                attend(rows, slice(first_key, last_key), _sees(queries, count, sliding_window, query.device))
+                groups.append(_Group(rows, slice(first_key, last_key), _sees(queries, count, sliding_window, device)))
             else:
-                decoding.setdefault(count.bit_length(), []).append((first, first_key, count))
-    for alike in decoding.values():
-        rows, first_keys, counts = torch.tensor(alike, device=query.device).t()
-        places = torch.arange(max(count for _, _, count in alike), device=query.device)
+                decoding.append((count, first, first_key))
+    decoding.sort(reverse=True)
+    while decoding:
+        most = decoding[0][0]
+        size = next((i for i, (count, _, _) in enumerate(decoding) if 2 * count <= most), len(decoding))
+        counts, rows_, first_keys = torch.tensor(decoding[:size], device=device).t().contiguous()
+        del decoding[:size]
+        places = torch.arange(most, device=device)
         # Pads with the sequence's own last key, so that no sequence reads another's keys.
         own = first_keys[:, None] + torch.minimum(places, counts[:, None] - 1)
-        attend(rows, own.flatten(), (places < counts[:, None])[:, None], len(alike))
-    return result, None
+        groups.append(_Group(rows_, own.flatten(), (places < counts[:, None])[:, None], size))
+    return groups
 
 
 def _take(x: Tensor, at: slice | Tensor, sequences: int) -> Tensor:

@@ -59,6 +59,9 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 8) / (1 << 24)  # as many bits as a float32 holds
 
 
+DEFAULT = Sampling()
+
+
 class _Setting(ContinuousBatchingLogitsProcessor):
     """Brings one number of each request's `Sampling` to the device, as `values` [rows], for the sampler to read."""
 
@@ -106,9 +109,12 @@ class Sampler(_Setting):
         """Returns scores [rows, vocabulary] in which each row's maximum is the token to take."""
         scores = super().__call__(scores, tensor_arg)
         temperature, top_p, chance = (each.values.unsqueeze(1) for each in (self.temperature, self.top_p, self))
+        reports = any(wanted is not None for wanted in self._wanted)
+        if scores.device.type == "cpu" and not reports and not bool(temperature.any()):
+            return scores  # all rows are greedy
         drawn = draw(scores, temperature, top_p, self.top_k.values, chance)
         chosen = torch.where(temperature > 0, drawn, scores.argmax(1, True))
-        if any(wanted is not None for wanted in self._wanted):
+        if reports:
             self._found = self._look_up(scores, chosen)
         return scores.scatter(1, chosen, torch.inf)
 
@@ -137,11 +143,14 @@ class Sampler(_Setting):
 
 def sampling_of(state: RequestState) -> Sampling:
     """Returns how a request's tokens are drawn."""
-    return state.logit_processor_kwargs.get("sampling", Sampling())
+    return state.logit_processor_kwargs.get("sampling", DEFAULT)
 
 
 def _chance(state: RequestState) -> float:
-    return uniform(sampling_of(state).seed, len(state.initial_tokens) + len(state.generated_tokens))
+    sampling = sampling_of(state)
+    if sampling.temperature == 0:
+        return 0.0  # which nobody reads
+    return uniform(sampling.seed, len(state.initial_tokens) + len(state.generated_tokens))
 
 
 def draw(scores: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, chance: Tensor) -> Tensor:

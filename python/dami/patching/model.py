@@ -247,11 +247,12 @@ def patched_model_class(original: Any) -> type[LerpModel]:
 
 def _packed_forward(model: LerpModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a forward pass of continuous batching: one row holds the tokens of all sequences, each at its own λ."""
+    from dami.generation.attention import one_pass
     from dami.generation.batching import packed_lam
     from dami.generation.rowwise import Rowwise
 
     running, (lam, kept) = model.dami_patch.running, packed_lam(kwargs)
-    with running.during(len(lam), 1, lam, kept), Rowwise() if running.invariant else nullcontext():
+    with one_pass(), running.during(len(lam), 1, lam, kept), Rowwise() if running.invariant else nullcontext():
         return model.dami_patch.original.forward(model, *args, **kwargs)
 
 

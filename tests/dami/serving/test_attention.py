@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from dami.generation.attention import packed_attention
+from dami.generation import attention
+from dami.generation.attention import one_pass, packed_attention
 from dami.generation.rowwise import Rowwise
 from torch import Tensor, nn
 
@@ -77,6 +78,39 @@ def test_sequences_do_not_meet() -> None:
     assert spoilt[0, 3].isnan().all()
     others = [row for row in range(clean.shape[1]) if row != 3]
     assert torch.equal(spoilt[0, others], clean[0, others])
+
+
+def test_layers_of_one_pass_share_the_grouping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those with one window and one cache; and a pass knows nothing of the one before, whose tensors it may reuse."""
+    found, grouped = [], attention._grouped
+    monkeypatch.setattr(attention, "_grouped", lambda *args: found.append(args[2]) or grouped(*args))
+    inputs = case()
+
+    def attend(window: int | None, **more: Any) -> Tensor:
+        options = {"attention_mask": None, "scaling": 0.3, "sliding_window": window}
+        return packed_attention(nn.Module(), **{**inputs, **options, **more})[0]
+
+    with one_pass():
+        for window in (None, 4, None, 4):
+            wanted = reference(inputs, window, None, None)
+            torch.testing.assert_close(attend(window).double(), wanted, rtol=1e-5, atol=1e-5)
+        assert found == [None, 4]
+        attend(None, cu_seq_lens_k=inputs["cu_seq_lens_k"].clone())  # another cache's
+        assert found == [None, 4, None]
+    inputs["cu_seq_lens_q"].copy_(begins([q for q, _ in reversed(LENGTHS)]))
+    inputs["cu_seq_lens_k"].copy_(begins([k for _, k in reversed(LENGTHS)]))
+    with one_pass():
+        again = attend(None)
+    assert torch.equal(again, attend(None))  # outside of a pass
+    assert found == [None, 4, None, None, None]
+
+
+def test_many_lengths_are_padded_to_less_than_twice_their_keys() -> None:
+    lengths = [1, 90, 47, 3, 46, 23, 45, 2, 300, 22]
+    groups = attention._grouped(begins([1] * 10), begins(lengths), None, False, torch.device("cpu"))
+    sizes = [[int(seen.sum()) for seen in group.sees] for group in groups if group.sees is not None]
+    assert sizes == [[300], [90, 47, 46], [45, 23], [22], [3, 2], [1]]
+    assert [row for group in groups for row in torch.as_tensor(group.rows).tolist()] == [8, 1, 2, 4, 6, 5, 9, 3, 7, 0]
 
 
 def test_invariant_rows_have_the_bits_of_decoding() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from dami.generation import sampling
 from dami.generation.batching import LerpProcessors
 from dami.generation.sampling import Sampler, Sampling, draw, uniform
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -86,6 +87,17 @@ def test_a_row_draws_the_same_beside_others() -> None:
     assert together == [run(each, scores=scores[row : row + 1])[0][0] for row, each in enumerate((greedy, warm, cut))]
     # transformers gives a row to every request of the step, those without a new token at the end
     assert run(greedy, warm, scores=torch.cat([scores[:2], torch.full((2, 50), float("nan"))]))[0] == together[:2]
+
+
+def test_greedy_rows_draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do they need a random number. If they want log-probabilities, they get them all the same."""
+    scores, greedy = torch.randn(2, 50), Sampling(temperature=0)
+    monkeypatch.setattr(sampling, "uniform", None)
+    tokens, found = run((Sampling(temperature=0, logprobs=1), 5), (greedy, 6), scores=scores)
+    assert tokens == scores.argmax(1).tolist()
+    assert found[0].top == ((tokens[0], found[0].chosen),)
+    monkeypatch.setattr(sampling, "draw", None)
+    assert run((greedy, 5), (greedy, 6), scores=scores) == (tokens, None)
 
 
 def test_logprobs_are_of_the_scores_as_they_came() -> None:
