@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from benchmarks.check import WrongResult
 from benchmarks.generate import SHAPE
+from benchmarks.serving.questions import questions
 
 WIDTH = 0.02  # standard deviation of random weights, and of their differences: at other λ the answers are others
 
@@ -61,11 +62,8 @@ class Pair:
         return directory
 
     def questions(self, lams: Sequence[float], count: int) -> list[Question]:
-        """Returns the first held-out questions of the shipped pair, at these λ by turns."""
-        path = Path(dami.__file__).parent / "data" / "pair" / "questions.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines()
-        asked = [json.loads(line)["question"] for line in lines[:: len(lines) // count][:count]]
-        texts = [f"<|user|>{question}<|assistant|>" for question in asked]  # as the chat template does
+        """Returns held-out questions of the shipped pair, at these λ by turns."""
+        texts = [f"<|user|>{each.text}<|assistant|>" for each in questions(count)]  # as the chat template does
         ids = [tuple(self.tokenizer(text)["input_ids"]) for text in texts]
         return [Question(text, ids[i], lams[i % len(lams)]) for i, text in enumerate(texts)]
 

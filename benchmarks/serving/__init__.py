@@ -4,6 +4,7 @@
     streams      a thousand streams at once, each answer against the same question asked alone
     faults       cancellation storms, clients that leave, clients that do not read
     control      a fixed λ against one that follows the load
+    steps        where the time of a step goes; without HTTP and clients
 
 The clients are locust's (`pip install '.[load,serve]'`). Servers listen on the loopback interface.
 """

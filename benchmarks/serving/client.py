@@ -9,30 +9,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
-import dami
 import gevent
 import locust
 from locust.env import Environment
 
 Body = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question of the shipped pair. Only exactly `answer` is right."""
-
-    text: str
-    answer: str
-
-
-def questions(count: int, seed: int = 0) -> list[Question]:
-    """Returns held-out questions of the shipped pair, with all tasks and levels in random order."""
-    lines = (Path(dami.__file__).parent / "data" / "pair" / "questions.jsonl").read_text(encoding="utf-8").splitlines()
-    records = random.Random(seed).sample([json.loads(line) for line in lines], count)
-    return [Question(record["question"], record["answer"]) for record in records]
 
 
 def chat(question: str, **options: Any) -> Body:

@@ -19,7 +19,8 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.record import RESULTS, store, text_table
-from benchmarks.serving.client import ask, chat, questions
+from benchmarks.serving.client import ask, chat
+from benchmarks.serving.questions import questions
 from benchmarks.serving.server import about, quantile, serving
 
 

@@ -29,7 +29,8 @@ from urllib.parse import urlsplit
 import gevent
 
 from benchmarks.record import RESULTS, store, text_table
-from benchmarks.serving.client import Body, ask, chat, questions
+from benchmarks.serving.client import Body, ask, chat
+from benchmarks.serving.questions import questions
 from benchmarks.serving.server import Server, about, serving
 from benchmarks.serving.streams import compare
 

@@ -22,7 +22,8 @@ from pathlib import Path
 import gevent
 
 from benchmarks.record import RESULTS, store, text_table
-from benchmarks.serving.client import Said, ask, chat, questions
+from benchmarks.serving.client import Said, ask, chat
+from benchmarks.serving.questions import questions
 from benchmarks.serving.server import about, quantile, serving
 
 LAMS = (0.0, 0.25, 0.5, 0.75, 1.0)
