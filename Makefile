@@ -15,7 +15,7 @@ CUDA     = $(if $(shell command -v nvcc),There is nvcc: those for GPUs take minu
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-serving test-machines lint bench bench-gpu tune-gpu gpu-test docs hub-kernels screenshot clean
+.PHONY: help demo test test-serving test-machines lint bench bench-gpu tune-gpu gpu-test docs hub-kernels llama-server screenshot clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,20 @@ tune-gpu: ## Measure the launch parameters of this GPU, which bench-gpu then use
 
 gpu-test: $(VENV)/.test ## Run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+# PyPI has the source of llama.cpp's server inside that of its Python package. With two cores it builds for ten minutes.
+LLAMA := llama-cpp-python==0.3.36
+llama-server: .llama.cpp/llama-server ## Build llama.cpp's server for this processor, which the benchmarks compare with
+.llama.cpp/llama-server: $(VENV)/.torch
+	rm -rf $(@D) && mkdir $(@D)
+	$(PIP) install -q cmake ninja gguf
+	$(PIP) download -q --no-deps --no-binary llama-cpp-python -d $(@D) $(LLAMA)
+	tar -xzf $(@D)/*.tar.gz -C $(@D) --strip-components=1
+	$(BIN)/cmake -S $(@D)/vendor/llama.cpp -B $(@D)/build -G Ninja -D CMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	    -D CMAKE_BUILD_TYPE=Release -D BUILD_SHARED_LIBS=OFF -D LLAMA_OPENSSL=OFF -D LLAMA_USE_PREBUILT_UI=OFF \
+	    -D LLAMA_BUILD_TESTS=OFF -D LLAMA_BUILD_EXAMPLES=OFF -D LLAMA_BUILD_APP=OFF
+	$(BIN)/cmake --build $(@D)/build --target llama-server
+	cp $(@D)/build/bin/llama-server $@ && rm -rf $(@D)/build $(@D)/vendor $(@D)/*.tar.gz
 
 docs: $(VENV)/.docs ## Build the site of the documentation, strictly: build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)

@@ -322,6 +322,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "host": lambda: host(lambda case: case not in ("model", STEPS)),
     "host steps": lambda: host(STEPS.__eq__),
     "host model": lambda: host("model".__eq__, 1000, "ms"),
+    "peers shipped": lambda: peers("shipped"),
+    "peers smollm2": lambda: peers("SmolLM2-135M's shapes"),
+    "load steps": lambda: steps(),
     "generate avx2": lambda: generate("avx2"),
     "generate avx512_bf16": lambda: generate("avx512_bf16"),
     "linear avx2": lambda: square("avx2"),
@@ -356,7 +359,7 @@ def host(wanted: Callable[[str], bool], unit: float = 1.0, name: str = "µs") ->
 def newest_run(file: str, **equal: str) -> list[Row]:
     """Returns the rows of a file's last run, whose parts are minutes apart."""
     rows = load(RESULTS / file, **equal)
-    last = max(rows, key=lambda row: row["date"])
+    last = max(rows, key=lambda row: row["date"], default={})
     return [row for row in rows if (row["date"], row["commit"]) == (last["date"], last["commit"])]
 
 
@@ -369,6 +372,36 @@ def generate(isa: str) -> str:
     for dtype, batch in dict.fromkeys((row["dtype"], row["batch"]) for row in rows):
         plain, *ours = (by_case[dtype, batch, method] for method in methods)
         lines.append([dtype, batch, f"{float(plain['median_ms']):.1f}", *(f"**{row['ratio']}**" for row in ours)])
+    return where(rows[0]) + markdown(lines)
+
+
+def peers(model: str) -> str:
+    """Tabulates peers.csv for a model: rates of each method, and of its tokens as a ratio to `dami serve` at five λ."""
+    rows = newest_run("peers.csv", model=model)
+    if not rows:
+        return NOT_MEASURED
+    ours = next((float(row["tokens_per_second"]) for row in rows if row["method"] == "dami serve, five λ"), None)
+    lines = [["method", "dtype", "tokens/s", "ratio", "answers/s", "memory, GB", "equal, %"]]
+    for row in rows:
+        ratio = f"{float(row['tokens_per_second']) / ours:.2f}" if ours else "–"
+        cells = [row["method"], row["dtype"], f"{float(row['tokens_per_second']):.0f}", ratio]
+        equal = f"{100 * float(row['equal']):.0f}"
+        lines.append([*cells, f"{float(row['answers_per_second']):.2f}", row["memory_gb"], equal])
+    engines = ", ".join(dict.fromkeys(row["engine"] for row in rows))
+    asked = (
+        f"{rows[0]['questions']} questions at once, {rows[0]['tokens']} tokens each, `{rows[0]['format'] or 'pair'}`"
+    )
+    loads = [float(row["load_before"]) for row in rows]
+    load = f"Load average before each: {min(loads):g} to {max(loads):g}."
+    return where(rows[0]).strip() + f" {engines}. {asked}. {load}\n\n" + markdown(lines)
+
+
+def steps() -> str:
+    """Tabulates serving_steps.csv: where the time of a step goes."""
+    rows = newest_run("serving_steps.csv")
+    if not rows:
+        return NOT_MEASURED
+    lines = [["part", "ms", "%"], *([row["part"], row["ms"], f"{100 * float(row['share']):.0f}"] for row in rows)]
     return where(rows[0]) + markdown(lines)
 
 

@@ -55,6 +55,11 @@ class Method:
     def processes(self) -> int:
         return len(self.lams) if self.merged else 1
 
+    @property
+    def title(self) -> str:
+        what = "merged copy" if self.merged else "λ"
+        return f"{self.engine}, {'one ' + what if len(self.lams) == 1 else 'five ' + what.replace('copy', 'copies')}"
+
 
 METHODS = {
     "dami": Method("dami serve", FIVE, False),
@@ -112,21 +117,21 @@ def measure_all(pair: Pair, options: argparse.Namespace, facts: dict[str, object
         method, load = METHODS[name], os.getloadavg()[0]
         questions = pair.questions(method.lams, options.questions)
         try:
-            right |= expected(pair, [each for each in questions if each not in right], options.tokens)
             version = ENGINES["transformers serve" if method.engine == "generate" else method.engine].version()
+            right |= expected(pair, [each for each in questions if each not in right], options.tokens)
             start = time.perf_counter()
             found = (generated if method.engine == "generate" else served)(method, pair, questions, right, options)
         except Missing as why:
             print(f"{name} is left out: {why}", flush=True)
             continue
-        except (WrongResult, RuntimeError, TimeoutError) as error:
+        except (WrongResult, RuntimeError, OSError, subprocess.SubprocessError) as error:
             print(f"{name} FAILED: {error}", flush=True)
             failed += 1
             continue
         rates = [len(questions) / seconds for seconds in found.seconds]
         row = {
             "model": pair.name,
-            "method": name,
+            "method": method.title,
             "engine": version,
             "dtype": method.dtype,
             "format": "" if method.merged else options.format,

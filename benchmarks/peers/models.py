@@ -13,7 +13,7 @@ import dami
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.check import WrongResult
 from benchmarks.generate import SHAPE
@@ -45,12 +45,12 @@ class Pair:
 
     def merged(self, lam: float) -> Any:
         """Returns the plain float32 model at λ: the oracle."""
-        base, target = (load_file(end / "model.safetensors") for end in self.ends)
-        config = AutoConfig.from_pretrained(self.ends[0])
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        state = {name: torch.lerp(base[name].float(), target[name].float(), lam) for name in base}
-        model.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]})  # which are tied
-        model.generation_config.update(do_sample=False, pad_token_id=0, eos_token_id=None, max_length=None)
+        model = AutoModelForCausalLM.from_pretrained(self.ends[0], dtype=torch.float32)
+        target = load_file(self.ends[1] / "model.safetensors")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.lerp_(target[name].float(), lam)
+        model.generation_config = GenerationConfig(pad_token_id=0)  # greedy, and without an end
         return model.eval()
 
     def copy(self, lam: float) -> Path:
@@ -88,7 +88,8 @@ def smollm2(folder: Path, layers: int | None = None) -> Pair:
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(end)
         tokenizer.save_pretrained(end)
         stored = json.loads((end / "tokenizer.json").read_text())
-        stored["model"]["vocab"] |= {f"w{i}": i for i in range(len(tokenizer), config.vocab_size)}
+        words = {f"w{i}": i for i in range(len(tokenizer), config.vocab_size)}
+        stored["model"]["vocab"] |= words | {added["content"]: added["id"] for added in stored["added_tokens"]}
         (end / "tokenizer.json").write_text(json.dumps(stored))
     return Pair("SmolLM2-135M's shapes", ends, folder)
 
@@ -129,15 +130,20 @@ def expected(pair: Pair, questions: Sequence[Question], tokens: int) -> dict[Que
     for lam in dict.fromkeys(question.lam for question in questions):
         exact = pair.merged(lam)
         rounded = AutoModelForCausalLM.from_pretrained(pair.copy(lam), dtype=torch.bfloat16).eval()
-        for question in (each for each in questions if each.lam == lam):
-            ids = exact.generate(torch.tensor([question.ids]), max_new_tokens=tokens)
-            start = len(question.ids)
-            logits, plain = (model(ids).logits[0, start - 1 : -1].float() for model in (exact, rounded))
-            best = logits.topk(2).values
-            answer = ids[0, start:].tolist()
+        asked = [question for question in questions if question.lam == lam]
+        inputs = padded([question.ids for question in asked])
+        told = exact.generate(**inputs, max_new_tokens=tokens, output_logits=True, return_dict_in_generate=True)
+        logits = torch.stack(told.logits, 1)
+        seen = torch.nn.functional.pad(inputs["attention_mask"], (0, tokens), value=1)
+        places = (seen.cumsum(1) - 1).clamp(min=0)
+        again = rounded(told.sequences, attention_mask=seen, position_ids=places, logits_to_keep=tokens + 1).logits
+        errors = (again[:, :-1].float() - logits).abs().amax((1, 2)).tolist()
+        best = logits.topk(2).values
+        gaps = (best[..., 0] - best[..., 1]).tolist()
+        for row, question in enumerate(asked):
+            answer = told.sequences[row, -tokens:].tolist()
             pieces = [pair.tokenizer.decode(answer[: i + 1], skip_special_tokens=True) for i in range(tokens)]
-            error = (plain - logits).abs().max().item()
-            found[question] = Expected(pieces, (best[:, 0] - best[:, 1]).tolist(), error)
+            found[question] = Expected(pieces, gaps[row], errors[row])
     return found
 
 

@@ -1,7 +1,7 @@
 """Where the time of a step of `dami serve` goes: the engine without HTTP, many rows at five λ by turns, decoding.
 
-First without a profiler: the CPU's time of the generating thread, per step. Then under one, which slows down Python but
-no kernel: each part's share of that thread's time. What torch and the kernels compute counts where they are called.
+The CPU's time of the generating thread per step is divided by what py-spy (`pip install '.[load]'`) sees it do, 500
+times a second. What compiled code computes counts for the line of Python that calls it.
 
     python -m benchmarks.serving.steps
 """
@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import cProfile
-import pstats
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import dami
 import torch
@@ -31,18 +35,19 @@ from benchmarks.record import RESULTS, store, text_table
 from benchmarks.serving.questions import questions
 
 LAMS = (0.0, 0.25, 0.5, 0.75, 1.0)
-PARTS = {  # the first of these that is in a function's file or name
-    "dami_kernels._C": "our kernels",
-    "dami_kernels": "calling our kernels",
-    "dami/layers": "patched modules",
-    "dami/generation/attention": "attention",
+PARTS = {  # the first of these that is in the path of the file
+    "dami_kernels/ops/direct": "our kernels, with the check of their operands",
+    "dami_kernels/": "around the kernels: is anybody watching?",
+    "dami/layers": "patched modules: λ and both ends",
+    "dami/generation/attention": "attention, with its products",
     "dami/generation/sampling": "sampling",
     "continuous_batching/cache": "transformers: the KV cache",
     "continuous_batching": "transformers: batching",
-    "transformers/": "transformers: the model",
+    "transformers/": "transformers: the model, with its activations and rotations",
     "dami/": "the rest of dami",
 }
-REST = "torch and Python: calling modules"
+REST = "torch: calling modules and functions"
+RATE = 500  # samples a second
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,22 +62,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     texts = [f"<|user|>{question.text}<|assistant|>" for question in questions(options.rows)]
     prompts = [tokenizer(text)["input_ids"] for text in texts]
     engine = Engine(model, Limits(kv_memory=0.25, share_prefixes=False))
-    seconds, shares = asyncio.run(measure(engine, prompts, options.tokens, options.repeats))
-    whole = 1e3 * median(seconds)
-    parts = [("whole", whole)] + [(part, whole * share) for part, share in shares.most_common()]
-    facts = about(Cpu()) | {"threads": 1, "model": "shipped", "rows": options.rows}
-    rows = [facts | {"part": part, "ms": f"{ms:.3f}", "share": f"{ms / whole:.3f}"} for part, ms in parts]
+    seconds, samples = asyncio.run(measure(engine, prompts, options.tokens, options.repeats))
+    whole, parts = median(seconds), parts_of(samples)
+    facts = about(Cpu()) | {"threads": 1, "model": "shipped", "rows": options.rows, "samples": parts.total()}
+    shares = {"whole": 1.0} | {part: count / parts.total() for part, count in parts.most_common()}
+    rows = [facts | {"part": part, "ms": f"{1e3 * whole * x:.2f}", "share": f"{x:.3f}"} for part, x in shares.items()]
     store(rows, options.results / "serving_steps.csv")
     print(text_table([("part", "ms", "share"), *((row["part"], row["ms"], row["share"]) for row in rows)]))
     return 0
 
 
-async def measure(
-    engine: Engine, prompts: list[list[int]], tokens: int, repeats: int
-) -> tuple[list[float], Counter[str]]:
-    """Returns the seconds of each step without a profiler, and each part's share of the time under one."""
-    seconds, moments, profile = list[float](), list[float](), cProfile.Profile(time.thread_time)
-    profiled = False
+async def measure(engine: Engine, prompts: list[list[int]], tokens: int, repeats: int) -> tuple[list[float], list[str]]:
+    """Returns the seconds of each step, and py-spy's lines: a stack of calls, and how often it was seen."""
+    seconds, moments = list[float](), list[float]()
 
     async def answer() -> None:
         moments.clear()
@@ -93,32 +95,43 @@ async def measure(
             hand_over(step)
             if step.rows == step.tokens == len(prompts):
                 moments.append(time.thread_time())
-                if profiled and len(moments) == 2:
-                    profile.enable()
-                if profiled and len(moments) == tokens // 2:
-                    profile.disable()
 
         engine.manager.on_step = after_step
         await answer()
         for _ in range(repeats):
             await answer()
             seconds += [after - before for before, after in pairwise(moments)]
-        profiled = True
-        await answer()
-    return seconds, shares_of(pstats.Stats(profile))
+        with tempfile.NamedTemporaryFile("r") as file:
+            with watched_into(file.name):
+                for _ in range(repeats):
+                    await answer()
+            samples = file.read().splitlines()
+    return seconds, samples
 
 
-def shares_of(stats: Any) -> Counter[str]:
-    """Returns the share of the profiled time of each part. Compiled functions count for the Python that calls them."""
-    found: Counter[str] = Counter()
-    for (file, _, name), (_, _, own, _, callers) in stats.stats.items():
-        if file == "~" and "dami_kernels._C" not in name:
-            for (caller, _, caller_name), (_, _, share, _) in callers.items():
-                found[part_of(f"{caller} {caller_name}")] += share
-        else:
-            found[part_of(f"{file} {name}")] += own
-    total = found.total()
-    return Counter({part: seconds / total for part, seconds in found.items()})
+@contextmanager
+def watched_into(file: str) -> Iterator[None]:
+    """Lets py-spy watch this process meanwhile, and write what it sees to a file."""
+    program = shutil.which("py-spy", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if program is None:
+        raise SystemExit("py-spy is needed: pip install '.[load]'")
+    options = {"--pid": os.getpid(), "--rate": RATE, "--format": "raw", "--output": file, "--duration": 3600}
+    command = [program, "record", "--nonblocking", *(str(part) for option in options.items() for part in option)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        time.sleep(2)  # until it watches
+        yield
+        process.send_signal(signal.SIGINT)
+
+
+def parts_of(samples: list[str]) -> Counter[str]:
+    """Returns how often the generating thread was seen in each part."""
+    found = Counter[str]()
+    for line in samples:
+        stack, _, count = line.rpartition(" ")
+        *_, last = stack.split(";")
+        if "_generation_loop_body" in stack and "threading.py" not in last:  # where it waits
+            found[part_of(last)] += int(count)
+    return found
 
 
 def part_of(function: str) -> str:
