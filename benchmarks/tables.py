@@ -388,12 +388,10 @@ def peers(model: str) -> str:
         equal = f"{100 * float(row['equal']):.0f}"
         lines.append([*cells, f"{float(row['answers_per_second']):.2f}", row["memory_gb"], equal])
     engines = ", ".join(dict.fromkeys(row["engine"] for row in rows))
-    asked = (
-        f"{rows[0]['questions']} questions at once, {rows[0]['tokens']} tokens each, `{rows[0]['format'] or 'pair'}`"
-    )
     loads = [float(row["load_before"]) for row in rows]
-    load = f"Load average before each: {min(loads):g} to {max(loads):g}."
-    return where(rows[0]).strip() + f" {engines}. {asked}. {load}\n\n" + markdown(lines)
+    asked = f"{rows[0]['questions']} questions, {rows[0]['tokens']} tokens each"
+    said = f"{engines}. {asked}. Load average before a method: {min(loads):g} to {max(loads):g}."
+    return f"{where(rows[0]).strip()} {said}\n\n{markdown(lines)}"
 
 
 def steps() -> str:

@@ -65,3 +65,27 @@ def test_both_kernels_of_few_rows_are_told_beside_each_other() -> None:
     assert "| o | 8 | 9 | 4 | pair | 5.0 µs | 4.0 µs |" in told
     assert "int8" not in told
     assert "**2.00**" in tables.by_case(rows, "layer", "m")  # what the operator does
+
+
+def test_peers_are_compared_with_the_pair_at_five_lam(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from benchmarks.record import store
+
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.peers("shipped") == tables.steps() == "Not measured yet."
+    common = {"device": "a CPU", "isa": "avx2", "threads": "2", "torch": "2", "commit": "abc", "model": "shipped"}
+    common |= {"questions": "20", "tokens": "32", "memory_gb": "0.50", "equal": "0.95", "dtype": "bfloat16"}
+
+    def of(date: str, method: str, engine: str, rate: float, load: float) -> dict[str, object]:
+        rates = {"tokens_per_second": f"{32 * rate:.1f}", "answers_per_second": f"{rate:.3f}"}
+        return {**common, "date": date, "method": method, "engine": engine, "load_before": f"{load}", **rates}
+
+    old = of("2026-01-01", "dami serve, five λ", "ours 1", 100, 0.1)
+    ours, theirs = (
+        of("2026-01-02", "dami serve, five λ", "ours 2", 2, 0.1),
+        of("2026-01-02", "vLLM", "theirs 3", 3, 0.5),
+    )
+    store([old, ours, theirs], tmp_path / "peers.csv")
+    text = tables.peers("shipped")
+    assert "ours 2, theirs 3. 20 questions, 32 tokens each. Load average before a method: 0.1 to 0.5." in text
+    assert "| dami serve, five λ | bfloat16 | 64 | 1.00 | 2.00 | 0.50 | 95 |" in text
+    assert text.endswith("| vLLM | bfloat16 | 96 | 1.50 | 3.00 | 0.50 | 95 |")
