@@ -55,12 +55,11 @@ gpu-test: $(VENV)/.test ## Run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 # PyPI has the source of llama.cpp's server inside that of its Python package. With two cores it builds for ten minutes.
-LLAMA := llama-cpp-python==0.3.36
 llama-server: .llama.cpp/llama-server ## Build llama.cpp's server for this processor, which the benchmarks compare with
 .llama.cpp/llama-server: $(VENV)/.torch
 	rm -rf $(@D) && mkdir $(@D)
 	$(PIP) install -q cmake ninja gguf
-	$(PIP) download -q --no-deps --no-binary llama-cpp-python -d $(@D) $(LLAMA)
+	$(PIP) download -q --no-deps --no-binary llama-cpp-python -d $(@D) llama-cpp-python==0.3.36
 	tar -xzf $(@D)/*.tar.gz -C $(@D) --strip-components=1
 	$(BIN)/cmake -S $(@D)/vendor/llama.cpp -B $(@D)/build -G Ninja -D CMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	    -D CMAKE_BUILD_TYPE=Release -D BUILD_SHARED_LIBS=OFF -D LLAMA_OPENSSL=OFF -D LLAMA_USE_PREBUILT_UI=OFF \

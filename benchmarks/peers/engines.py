@@ -68,7 +68,7 @@ class Engine:
     def start(self, job: Job) -> Iterator[Server]:
         port = free_port()
         command, environment = self.command(job, port)
-        with started(command, environment | {"OMP_NUM_THREADS": str(job.threads)}, port, seconds=300) as server:
+        with started(command, environment | {"OMP_NUM_THREADS": str(job.threads)}, port, seconds=600) as server:
             yield server
 
 
@@ -160,21 +160,11 @@ def vllm_body(question: Question, tokens: int) -> dict[str, Any]:
     return vllm_plain_body(question, tokens) | {"vllm_xargs": {"intensity": question.lam}}
 
 
-def llama_program() -> list[str]:
-    """Returns llama.cpp's server: that built for this processor, or the one of a wheel."""
+def llama_version() -> str:
+    if not LLAMA.exists():
+        raise Missing(f"there is no {LLAMA.relative_to(ROOT)}: make llama-server builds it")
     if find_spec("gguf") is None:
         raise Missing("there is no gguf: pip install gguf")
-    if LLAMA.exists():
-        return [str(LLAMA)]
-    if find_spec("xllamacpp") is None:
-        raise Missing("there is no llama.cpp: make llama-server builds it, or, for AVX2 at most, pip install xllamacpp")
-    return [sys.executable, str(Path(__file__).with_name("llama_server.py"))]
-
-
-def llama_version() -> str:
-    program = llama_program()
-    if program[0] != str(LLAMA):
-        return f"llama.cpp of xllamacpp {version('xllamacpp')} (AVX2)"
     said = subprocess.run([LLAMA, "--version"], capture_output=True, text=True, check=True)
     return f"llama.cpp {(said.stdout + said.stderr).partition('version: ')[2].split()[0]}"
 
@@ -192,7 +182,7 @@ def llama_command(job: Job, port: int) -> tuple[list[str], dict[str, str]]:
         "--parallel": job.users,
         "--ctx-size": job.users * LENGTH,
     }
-    return [*llama_program(), *flat(options)], {}
+    return [str(LLAMA), *flat(options)], {}
 
 
 def llama_body(question: Question, tokens: int) -> dict[str, Any]:

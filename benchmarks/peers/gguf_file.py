@@ -57,17 +57,21 @@ def _interleaved(weight: Tensor, head: int) -> Tensor:
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path, size: int) -> None:
-    """Adds the tokens. How texts are split is left out, as prompts come as token ids."""
+    """Adds the tokens. How texts are split is left out, as prompts come as token ids.
+
+    llama.cpp knows end tokens by their texts, and with `ignore_eos` never generates one, where others go on after it.
+    So those get other texts here, which are not shown, and padding is said to be the end.
+    """
     stored = json.loads((checkpoint / "tokenizer.json").read_text())
     tokens = {i: token for token, i in stored["model"]["vocab"].items()}
     types = dict.fromkeys(tokens, gguf.TokenType.NORMAL)
     for added in stored["added_tokens"]:
-        tokens[added["id"]] = added["content"]
+        tokens[added["id"]] = f"<|special {added['id']}|>" if added["special"] else added["content"]
         types[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([tokens[i] for i in range(size)])
     writer.add_token_types([types[i] for i in range(size)])
     writer.add_token_merges([" ".join(merge) for merge in stored["model"]["merges"]])
-    writer.add_eos_token_id(1)
+    writer.add_eos_token_id(0)
     writer.add_add_bos_token(False)

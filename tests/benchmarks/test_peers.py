@@ -84,11 +84,11 @@ def test_what_is_missing_is_left_out_by_name(
 ) -> None:
     monkeypatch.setattr(engines, "ROOT", tmp_path)
     monkeypatch.setattr(engines, "LLAMA", tmp_path / "llama-server")
-    monkeypatch.setattr(engines, "find_spec", lambda name: None if name == "xllamacpp" else name)
     assert compare(tmp_path, "--only", "vllm-plugin", "llama") == (0, [])
     said = capsys.readouterr().out
     assert "vllm-plugin is left out: there is no .venv-serving-*: make test-serving makes it" in said
-    assert "llama is left out: there is no llama.cpp: make llama-server builds it" in said
+    assert "llama is left out: there is no llama-server: make llama-server builds it" in said
+    (tmp_path / "llama-server").touch()
     monkeypatch.setattr(engines, "find_spec", lambda name: None)
     with pytest.raises(Missing, match="there is no gguf: pip install gguf"):
         engines.llama_version()
