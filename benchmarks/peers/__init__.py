@@ -97,7 +97,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, default=20, help="all asked at once")
     parser.add_argument("--tokens", type=int, default=32, help="of an answer")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--format", default="pair", help="of the pair")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIRECTORY", help="of peers.csv")
     options = parser.parse_args(argv)
     disable_progress_bar()
@@ -134,7 +133,6 @@ def measure_all(pair: Pair, options: argparse.Namespace, facts: dict[str, object
             "method": method.title,
             "engine": version,
             "dtype": method.dtype,
-            "format": "" if method.merged else options.format,
             "lams": len(method.lams),
             "processes": method.processes,
             "questions": len(questions),
@@ -161,23 +159,19 @@ def served(
 ) -> Measured:
     engine, threads = ENGINES[method.engine], max(1, (os.cpu_count() or 1) // method.processes)
     with ExitStack() as stack:
-        urls = {}
-        servers = []
+        servers = {}  # by the λ that they are merged at
         for lam in method.lams if method.merged else [None]:
             users = len(questions) if lam is None else sum(question.lam == lam for question in questions)
-            job = Job(pair, lam, method.dtype, options.format, users, threads)
-            servers.append(stack.enter_context(engine.start(job)))
-            urls[lam] = servers[-1].url
+            servers[lam] = stack.enter_context(engine.start(Job(pair, lam, method.dtype, users, threads)))
 
         def ask(tokens: int) -> dict[str, Any]:
-            requests = [
-                [urls[question.lam if method.merged else None], engine.body(question, tokens)] for question in questions
-            ]
+            chosen = [servers[question.lam if method.merged else None] for question in questions]
+            requests = [[server.url, engine.body(each, tokens)] for server, each in zip(chosen, questions, strict=True)]
             return told([str(Path(__file__).with_name("asking.py"))], requests)
 
         ask(WARMUP)
         rounds = [ask(options.tokens) for _ in range(options.repeats)]
-        memory = sum(server.memory() for server in servers)
+        memory = sum(server.memory() for server in servers.values())
     return checked(rounds, memory, questions, right, options.tokens)
 
 
@@ -188,7 +182,6 @@ def generated(
         "checkpoints": [str(pair.copy(method.lams[0]))] if method.merged else [*map(str, pair.ends)],
         "lams": None if method.merged else [question.lam for question in questions],
         "dtype": method.dtype,
-        "format": options.format,
         "threads": os.cpu_count(),
         "prompts": [question.ids for question in questions],
         "tokens": options.tokens,

@@ -32,7 +32,6 @@ class Job:
         pair: what it serves, as a pair or merged.
         lam: λ of the merged copy; None for the pair itself.
         dtype: to compute in, as torch calls it.
-        format: of the pair.
         users: how many requests come at once.
         threads: of its kernels.
     """
@@ -40,7 +39,6 @@ class Job:
     pair: Pair
     lam: float | None
     dtype: str
-    format: str
     users: int
     threads: int
 
@@ -84,7 +82,6 @@ def dami_version() -> str:
 def dami_command(job: Job, port: int) -> tuple[list[str], dict[str, str]]:
     options = {
         "--port": port,
-        "--format": job.format,
         "--dtype": job.dtype,
         "--kv-memory": 0.5,
         "--max-model-len": LENGTH,
@@ -141,7 +138,7 @@ def vllm_command(job: Job, port: int) -> tuple[list[str], dict[str, str]]:
     }
     model = job.pair.ends[0] if job.lam is None else job.checkpoint
     if job.lam is None:
-        settings = {"thinking": str(job.pair.ends[1]), "format": job.format}
+        settings = {"thinking": str(job.pair.ends[1])}
         options |= {"--quantization": "dami", "--model-loader-extra-config": json.dumps(settings)}
     command = [str(vllm_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     environment = {

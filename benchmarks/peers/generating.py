@@ -21,7 +21,7 @@ from benchmarks.peers.models import padded
 def model_of(job: dict[str, Any]) -> Any:
     dtype = getattr(torch, job["dtype"])
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval() for path in job["checkpoints"]]
-    return models[0] if job["lams"] is None else dami.patch_model(*models, format=job["format"])
+    return models[0] if job["lams"] is None else dami.patch_model(*models)
 
 
 @torch.inference_mode()

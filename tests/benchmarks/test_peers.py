@@ -66,7 +66,7 @@ def test_a_server_is_asked_and_its_answers_are_checked(
     code, rows = compare(tmp_path, "--only", "dami-one")
     assert code == 0
     (row,) = rows
-    assert (row["method"], row["engine"], row["format"]) == ("dami serve, one λ", "copycat 1", "pair")
+    assert (row["method"], row["engine"], row["processes"]) == ("dami serve, one λ", "copycat 1", "1")
     assert (row["questions"], row["tokens"], row["repeats"], row["equal"]) == ("5", "6", "2", "1.00")
     assert 0 < float(row["lowest"]) <= float(row["answers_per_second"]) <= float(row["highest"])
     assert float(row["tokens_per_second"]) == pytest.approx(6 * float(row["answers_per_second"]), rel=0.01)
