@@ -15,7 +15,7 @@ CUDA     = $(if $(shell command -v nvcc),There is nvcc: those for GPUs take minu
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-serving test-machines lint bench bench-gpu tune-gpu gpu-test docs hub-kernels llama-server screenshot clean
+.PHONY: help demo test test-serving test-machines lint bench bench-gpu tune-gpu gpu-test llama-server docs hub-kernels screenshot clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)

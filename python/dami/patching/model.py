@@ -252,7 +252,8 @@ def _packed_forward(model: LerpModel, args: tuple[Any, ...], kwargs: dict[str, A
     from dami.generation.rowwise import Rowwise
 
     running, (lam, kept) = model.dami_patch.running, packed_lam(kwargs)
-    with one_pass(), running.during(len(lam), 1, lam, kept), Rowwise() if running.invariant else nullcontext():
+    sharing = nullcontext() if torch.compiler.is_compiling() else one_pass()
+    with sharing, running.during(len(lam), 1, lam, kept), Rowwise() if running.invariant else nullcontext():
         return model.dami_patch.original.forward(model, *args, **kwargs)
 
 
