@@ -154,7 +154,7 @@ class Checkpoint:
         """Returns whether its head is untied: by its config or, as in transformers, by stored weights that differ."""
         if not getattr(self.config(), TIES, False):
             return True
-        stored, prefix = self.stored(), f"{skeleton.base_model_prefix}."
+        stored, prefix = self.stored, f"{skeleton.base_model_prefix}."
         for tied in ties_of(skeleton).items():
             both = [next((n for n in (name, name.removeprefix(prefix)) if n in stored), None) for name in tied]
             if both[0] and both[1] and not torch.equal(self.read(both[0]), self.read(both[1])):
@@ -172,8 +172,9 @@ class Checkpoint:
             files.setdefault(self.directory / file, []).append(name)  # type: ignore[union-attr]
         return files
 
+    @cached_property
     def stored(self) -> dict[str, Header]:
-        """Returns shape and dtype of every tensor in its files by name; {} if they are not in safetensors.
+        """Shape and dtype of every tensor in its files by name; {} if they are not in safetensors.
 
         Raises:
             ValueError: files are missing or corrupt, or lack tensors that the index lists; all are named.
@@ -205,7 +206,7 @@ class Checkpoint:
         Raises:
             ValueError: as in `stored`.
         """
-        stored = self.stored()
+        stored = self.stored
         if self.quantization is None:
             return stored
         if self.quantization.get("quant_method") != FP8:
@@ -238,7 +239,7 @@ class Checkpoint:
         scale = self.stored_rows(name + SCALE, slice(None))
         scale = (scale.float() - 127).exp2() if scale.dtype == torch.uint8 else scale.float()
         if scale.numel() > 1:
-            shape, _ = self.stored()[name]
+            shape, _ = self.stored[name]
             blocks = self.quantization.get("weight_block_size") or (1, 1)
             scale = _each(scale, shape[-2], blocks[0], -2)[rows]
             scale = _each(scale, shape[-1], blocks[1], -1)

@@ -84,7 +84,7 @@ def pack(
         Checkpoint.find(instruct, trust_remote_code, downloads[0]),
         Checkpoint.find(thinking, trust_remote_code, downloads[1]),
     )
-    choices = Choices(_dtype(dtype), tokenizer, rope, max_position_embeddings)
+    choices = Choices(dtype, tokenizer, rope, max_position_embeddings)
     with written_whole(directory, overwrite, [end.path for end in ends]) as partial:
         match = None if ends[1].is_adapter else Match.of(*ends, choices)
         if match is not None:
@@ -100,14 +100,6 @@ def pack(
                 logger.warning(f"{difference}")
             _pack(match, partial, format, shard_bytes)
     return directory
-
-
-def _dtype(name: torch.dtype | str) -> torch.dtype | str:
-    """Returns the dtype of a name; "auto" stays."""
-    dtype = getattr(torch, name, None) if isinstance(name, str) and name != "auto" else name
-    if dtype != "auto" and dtype not in FLOAT_DTYPES:
-        raise ValueError(f"dtype must be 'auto', float32, bfloat16 or float16, got {name!r}")
-    return dtype
 
 
 def _pack(match: Match, directory: Path, format: str, shard_bytes: int) -> None:

@@ -20,6 +20,7 @@ from dami.loading.checkpoint import DEQUANTIZABLE, Checkpoint, StoredTensors
 from dami.patching.compare import Header, differing_settings
 from dami.patching.ties import TIES
 from dami.thoughts import FAMILIES
+from dami_kernels.weight import FLOAT_DTYPES
 
 End = Literal["instruct", "thinking"]
 ENDS: tuple[End, End] = ("instruct", "thinking")
@@ -33,7 +34,7 @@ class Choices:
     """What the user has decided where the ends may differ; None leaves it to the policy.
 
     Attributes:
-        dtype: the dtype to compute in; "auto" means the wider one.
+        dtype: the dtype to compute in, or its name; "auto" means the wider one.
         tokenizer: the end whose tokenizer the pair gets.
         rope: the end whose rotary embedding the pair gets, at every λ.
         context: the longest sequence, in tokens.
@@ -45,6 +46,10 @@ class Choices:
     context: int | None = None
 
     def __post_init__(self) -> None:
+        dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
+        if self.dtype != "auto" and dtype not in FLOAT_DTYPES:
+            raise ValueError(f"dtype must be 'auto', float32, bfloat16 or float16, got {self.dtype!r}")
+        object.__setattr__(self, "dtype", dtype or "auto")
         for name in ("tokenizer", "rope"):
             if getattr(self, name) not in (None, *ENDS):
                 raise ValueError(f"{name} must be 'instruct' or 'thinking', got {getattr(self, name)!r}")
