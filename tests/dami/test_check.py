@@ -85,7 +85,7 @@ def test_what_blocks_a_pair_comes_with_its_remedy_and_an_exit_code(ends: tuple[P
     assert found["pair"] is False
     assert {each["subject"] for each in found["differences"]} == {
         "config.rms_norm_eps",
-        "config.rope_parameters.rope_theta",
+        "rotary embedding",
     }
     assert found["engines"]["vLLM"] == "no: it is no pair"
     result = check(*ends)

@@ -172,9 +172,9 @@ def test_everything_that_does_not_match_is_reported_at_once(
         dami.load_pair(instruct, thinking)
     assert str(caught.value).split("\n  ") == [
         f"{instruct} and {thinking} do not match:",
+        "rotary embedding: rope_theta 10000.0 in the instruct end, 5.0 in the thinking end; a row at λ has one rota"
+        'tion: choose whose, rope="instruct" or rope="thinking", and measure',
         "config.rms_norm_eps: 1e-06 in the instruct end, 0.001 in the thinking end",
-        "config.rope_parameters.rope_theta: 10000.0 in the instruct end, 5.0 in the thinking end; each row has one "
-        'rotation; choose one, rope="instruct" or rope="thinking", and measure',
         "tokenizer: 2 tokens have another id or are in one vocabulary only, such as ['w7', 'w8']",
         "model.layers.0.mlp.up_proj.weight: in the instruct end only",
         "model.norm.weight: float32 [24] in the instruct end, float32 [25] in the thinking end",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dami.loading import policies
+from dami.loading import policies, published
 from dami.loading.checkpoint import Checkpoint, StoredTensors
 from dami.loading.policies import Choices, Difference, End, Report, both, is_floating
 from dami.patching.compare import Header, first_names, headers_of, tensor_mismatches
@@ -77,7 +77,8 @@ class Match:
         )
         generations = instruct.generation(), thinking.generation()
         tokenizers = instruct.tokenizer(), thinking.tokenizer()
-        differences = [*policies.settings(configs, choices, untied), *policies.quantisation(ends)]
+        matching = published.matching(thinking.name)
+        differences = [*policies.settings(configs, choices, untied, matching), *policies.quantisation(ends)]
         differences += policies.tokens(tokenizers, choices)
         if alike:
             differences += policies.heads(own, configs)

@@ -24,7 +24,10 @@ from dami_kernels.weight import FLOAT_DTYPES
 
 End = Literal["instruct", "thinking"]
 ENDS: tuple[End, End] = ("instruct", "thinking")
-ROPE = re.compile(r"(?:(.*?)\.)??(rope_parameters|rope_theta|rope_scaling|rope_local_base_freq)(?:\..*)?")
+ROPE = re.compile(  # the configs that hold a setting of the rotary embedding, and the setting
+    r"(?:(.*?)\.)??"
+    r"(rope_parameters|rope_theta|rope_scaling|rope_local_base_freq|original_max_position_embeddings)(?:\..*)?"
+)
 CONTEXT = "max_position_embeddings"
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -121,27 +124,38 @@ def settings(
         matching: names of instruct ends that are known to match this thinking end, for the remedy.
     """
     differing = differing_settings(*configs)
+    yield from _rotation({key: differing[key] for key in differing if _of_rope(key)}, choices, matching)
     for key, values in differing.items():
-        name, rope = key.rpartition(".")[2], ROPE.fullmatch(key)
-        ends = both(*map(repr, values))
-        if key.startswith("quantization_config.") or (name == TIES and untied) or name == "vocab_size":
-            continue  # told by `quantisation`, `heads` and `vocabularies`
-        if rope is not None or (name == CONTEXT and choices.rope is not None):
-            if choices.rope is not None:
-                yield Difference(f"config.{key}", ends, f"the {choices.rope} end's, at every λ")
-                continue
-            known = f", or take an instruct end that matches: {', '.join(matching)}" if matching else ""
-            remedy = f'each row has one rotation; choose one, rope="instruct" or rope="thinking", and measure{known}'
-            yield Difference(f"config.{key}", ends, None, remedy)
-        elif name == CONTEXT and choices.context is not None:
-            yield Difference(f"config.{key}", ends, f"{choices.context}, as asked")
-        else:
-            yield Difference(f"config.{key}", ends)
+        name = key.rpartition(".")[2]
+        told = key.startswith("quantization_config.") or (name == TIES and untied) or name == "vocab_size"
+        if not told and not _of_rope(key):  # `quantisation`, `heads` and `vocabularies` tell the others
+            yield Difference(f"config.{key}", both(*map(repr, values)))
     lengths: list[Any] = [getattr(config.get_text_config(), CONTEXT, None) for config in configs]
     stretched = any(key.rpartition(".")[2] == CONTEXT for key in differing)
     if None not in lengths and lengths[0] != lengths[1] and not stretched:
-        told = f"{min(lengths)}, the smaller" if choices.context is None else f"{choices.context}, as asked"
-        yield Difference("context length", both(*lengths), told, f"{CONTEXT}=N sets another")
+        chosen = f"{min(lengths)}, the smaller" if choices.context is None else f"{choices.context}, as asked"
+        yield Difference("context length", both(*lengths), chosen, f"{CONTEXT}=N sets another")
+
+
+def _of_rope(key: str) -> bool:
+    """Returns whether a setting belongs to the rotary embedding, as the context does where one differs that matters."""
+    return ROPE.fullmatch(key) is not None or key.rpartition(".")[2] == CONTEXT
+
+
+def _rotation(
+    differing: Mapping[str, tuple[Any, Any]], choices: Choices, matching: Sequence[str]
+) -> Iterator[Difference]:
+    """Yields the difference of the rotary embeddings, if there is one."""
+    if not differing:
+        return
+    ends = "; ".join(f"{key.replace('rope_parameters.', '')} {both(*values)}" for key, values in differing.items())
+    if choices.rope is not None:
+        yield Difference("rotary embedding", ends, f"the {choices.rope} end's, at every λ")
+        return
+    remedy = 'a row at λ has one rotation: choose whose, rope="instruct" or rope="thinking", and measure'
+    if matching:
+        remedy += f"; or take an instruct end that matches, {' or '.join(matching)}"
+    yield Difference("rotary embedding", ends, None, remedy)
 
 
 def quantisation(ends: tuple[Checkpoint, Checkpoint]) -> Iterator[Difference]:
