@@ -17,7 +17,13 @@ from dami.loading.match import Match
 from dami.loading.policies import Choices
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from tests.dami.families import batch, pair
 
@@ -388,6 +394,89 @@ def test_a_quantisation_that_cannot_be_undone_names_the_remedy(method: str, ends
     remedy = f"{method} in the thinking end; {method} cannot be undone while loading: name the checkpoint that it was"
     with pytest.raises(ValueError, match=remedy):
         dami.load_pair(*ends)
+
+
+def in_int4(path: Path) -> None:
+    """Quantises the layers' weights as Kimi-K2-Thinking's experts are: compressed-tensors, in groups."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=8)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights, format="pack-quantized")
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            weight = tensors.pop(name)
+            scale = (weight.float().unflatten(1, (-1, 8)).abs().amax(-1) / 7.5).bfloat16()
+            packed = compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
+            tensors.update({name.removesuffix("weight") + key: value for key, value in packed.items()})
+
+    to_dtype(path, torch.bfloat16)
+    edit_tensors(path, edit)
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights.model_dump(mode="json")}},
+    }
+    edit_config(path, quantization_config=quantization)
+
+
+@torch.no_grad()
+def test_int4_of_compressed_tensors_beside_fp8(ends: tuple[Path, Path], tmp_path: Path) -> None:
+    """As Kimi-K2's Instruct and Thinking ends are stored."""
+    pytest.importorskip("compressed_tensors")
+    in_fp8(ends[0])
+    in_int4(ends[1])
+    expected = [dict(alone(path).state_dict()) for path in ends]
+    loaded, _ = dami.load_pair(*ends, dtype=torch.float32)
+    packed, _ = dami.load_pair(dami.pack(*ends, tmp_path / "packed", "pair", dtype=torch.float32))
+    for model in (loaded, packed):
+        state = model.state_dict()
+        for name in expected[0]:
+            assert torch.equal(state[name], expected[0][name]), name
+            assert torch.equal(state.get(name + "_target", state[name]), expected[1][name]), name
+
+
+@torch.no_grad()
+def test_experts_that_transformers_converts_and_mtp_heads_of_experts(tmp_path: Path) -> None:
+    """Stored expert by expert, in FP8 in one end, with an MTP head whose experts neither model runs."""
+    shape: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 40, "moe_intermediate_size": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "num_hidden_layers": 1}
+    config = Qwen3MoeConfig(vocab_size=101, num_experts=4, num_experts_per_tok=2, **shape, **heads)
+    ends = tmp_path / "instruct", tmp_path / "thinking"
+    for seed, path in enumerate(ends):
+        torch.manual_seed(seed)
+        Qwen3MoeForCausalLM(config).save_pretrained(path)
+        to_dtype(path, torch.bfloat16)
+    stored = load_file(ends[0] / "model.safetensors")
+    assert "model.layers.0.mlp.experts.3.up_proj.weight" in stored
+    mtp = {f"mtp.{name}": tensor for name, tensor in stored.items() if "experts.3" in name}
+    in_fp8(ends[1])
+    edit_tensors(ends[1], lambda tensors: tensors.update(mtp))
+    report = Match.of(*map(Checkpoint.find, ends)).report
+    assert not report.blocking
+    assert [each.subject for each in report.resolved] == ["quantisation", "unused tensors"]
+    assert "mtp.model.layers.0.mlp.experts.3.up_proj.weight" in report.resolved[1].ends
+    plain, inputs = [alone(path) for path in ends], batch("left")
+    loaded, _ = dami.load_pair(*ends, dtype=torch.float32)
+    packed, _ = dami.load_pair(dami.pack(*ends, tmp_path / "packed", "pair", dtype="float32"))
+    for model in (loaded, packed):
+        for lam, end in enumerate(plain):
+            logits = model(**inputs, intensity=float(lam)).logits
+            torch.testing.assert_close(logits, end(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_choices_are_refused_where_nothing_is_left_to_choose(ends: tuple[Path, Path], tmp_path: Path) -> None:
+    packed = dami.pack(*ends, tmp_path / "packed")
+    with pytest.raises(ValueError, match="rope must be left out of a packed pair, whose ends were resolved when it"):
+        dami.load_pair(packed, rope="thinking")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer must be left out with an adapter, which has the tokenizer of its"):
+        dami.load_pair(ends[0], tmp_path / "adapter", tokenizer="thinking")
 
 
 def test_the_modes_of_one_hybrid_model_are_no_pair(ends: tuple[Path, Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -140,9 +141,11 @@ class Checkpoint:
         """
         if self.quantization is not None:
             options["quantization_config"] = AutoQuantizationConfig.from_dict({**self.quantization, "dequantize": True})
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            self.directory, output_loading_info=True, **self._where, **options
-        )
+        with warnings.catch_warnings():  # that the checkpoint is quantised already
+            warnings.filterwarnings("ignore", "You passed `quantization_config`")
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.directory, output_loading_info=True, **self._where, **options
+            )
         model, info = loaded
         if info["missing_keys"]:
             raise ValueError(

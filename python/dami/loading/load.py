@@ -103,9 +103,14 @@ def load_pair(
     first = Checkpoint.find(instruct, trust_remote_code, downloads[0])
     _check_options(options, first)
     loaded = {"device_map": device_map, "dtype": dtype, **options}
+    chosen = [name for name, end in (("tokenizer", tokenizer), ("rope", rope)) if end is not None]
+    if chosen and thinking is None:
+        raise ValueError(f"{chosen[0]} must be left out of a packed pair, whose ends were resolved when it was packed")
     if thinking is None:
         return _load_packed(first, format, chat_template, invariant, **loaded)
     ends = first, Checkpoint.find(thinking, trust_remote_code, downloads[1])
+    if chosen and ends[1].is_adapter:
+        raise ValueError(f"{chosen[0]} must be left out with an adapter, which has the {chosen[0]} of its model")
     if ends[1].is_adapter:
         model, tokenizers = _load_adapted(*ends, format or "pair", invariant, **loaded)
         told = with_both_templates(tokenizers, chat_template)

@@ -94,13 +94,12 @@ class Preview:
         return {"pair": self.is_pair, **told, "fits": fits, "differences": differences, "distances": distances}
 
 
-def preview(instruct: Checkpoint, thinking: Checkpoint, choices: Choices | None = None, sample: bool = True) -> Preview:
+def preview(instruct: Checkpoint, thinking: Checkpoint, choices: Choices | None = None) -> Preview:
     """Compares two checkpoints without loading them.
 
     Args:
         instruct, thinking: the ends; the thinking end may be an adapter.
         choices: the user's, where the ends differ.
-        sample: whether to read some rows of the weights, for the distances.
 
     Raises:
         ValueError, OSError: an end is none, or files are damaged.
@@ -120,7 +119,7 @@ def preview(instruct: Checkpoint, thinking: Checkpoint, choices: Choices | None 
     needed["pack"] = min(SHARD, max(sizes.values())) + 4 * largest if streams else both + max(sizes.values())
     told = str(numeric).removeprefix("torch.")
     report = Report([*match.report.differences, *_doubts(match)])
-    distances = list(_distances(match)) if sample and not report.blocking else []
+    distances = [] if report.blocking else list(_distances(match))
     return Preview(*names, report, parameters, told, sizes, needed, streams, distances)
 
 
