@@ -81,7 +81,7 @@ class Match:
         differences = [*policies.settings(configs, choices, untied, matching), *policies.quantisation(ends)]
         differences += policies.tokens(tokenizers, choices)
         if alike:
-            differences += policies.heads(own, configs)
+            differences += policies.heads(own)
             differences += policies.vocabularies(sizes)
             differences += policies.dtypes(headers, choices)
             differences += policies.unused(stored)

@@ -161,8 +161,8 @@ def _describe(
     if "rope_parameters" in changed:  # old names of the same settings
         config = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
     config |= changed | {"quantization_config": quantization.to_dict()}
-    main = match.dtype if match.dtype != "auto" else config.pop("torch_dtype", None) or config.get("dtype")
-    config["dtype"] = str(main or main_dtype(match.stored[0].headers)).removeprefix("torch.")
+    own = config.pop("torch_dtype", None) or config.get("dtype") or main_dtype(match.stored[0].headers)
+    config["dtype"] = str(own if match.dtype == "auto" else match.dtype).removeprefix("torch.")
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     write_model_card(directory, quantization, nbytes, weights, origin.tokenizer)
 

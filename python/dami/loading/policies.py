@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -101,11 +101,6 @@ class Report:
         """Returns the differences as JSON can hold them."""
         return [asdict(each) for each in self.differences]
 
-    @classmethod
-    def of(cls, dicts: Iterable[Mapping[str, Any]]) -> Report:
-        """Undoes `to_dicts`."""
-        return cls([Difference(**each) for each in dicts])
-
 
 def both(instruct: object, thinking: object) -> str:
     """Returns what each end has, as text."""
@@ -171,7 +166,7 @@ def quantisation(ends: tuple[Checkpoint, Checkpoint]) -> Iterator[Difference]:
         yield Difference("quantisation", told, "dequantised while reading, as transformers does")
 
 
-def heads(own: Sequence[bool], configs: Sequence[PreTrainedConfig]) -> Iterator[Difference]:
+def heads(own: Sequence[bool]) -> Iterator[Difference]:
     """Yields the difference if one end ties its head to its embedding and the other does not."""
     if own[0] != own[1]:
         kinds = ["a weight of its own" if each else "tied to the embedding" for each in own]
@@ -347,9 +342,8 @@ def resolved_config(
     lengths: list[Any] = [getattr(each, CONTEXT, None) for each in (text, other)]
     if choices.context is not None:
         setattr(text, CONTEXT, choices.context)
-    elif None not in lengths:
-        stretched = any(key.rpartition(".")[2] == CONTEXT for key in differing_settings(*configs))
-        setattr(text, CONTEXT, lengths[ENDS.index(choices.rope)] if stretched and choices.rope else min(lengths))
+    elif None not in lengths and not any(key.rpartition(".")[2] == CONTEXT for key in differing_settings(*configs)):
+        setattr(text, CONTEXT, min(lengths))
     if text.vocab_size != size:
         for each in (text, config):
             if hasattr(each, "vocab_size"):
@@ -364,11 +358,10 @@ def resolved_config(
 
 def copy_rope(source: PreTrainedConfig, to: PreTrainedConfig) -> None:
     """Gives a config the rotary embedding of another."""
-    for key in differing_settings(source, to):
+    for key in filter(_of_rope, differing_settings(source, to)):
         match = ROPE.fullmatch(key)
-        if match is None:
-            continue
+        outer, name = (match[1] or "", match[2]) if match is not None else (key.rpartition(".")[0], CONTEXT)
         holders: list[Any] = [source, to]
-        for name in filter(None, (match[1] or "").split(".")):
-            holders = [getattr(each, name) for each in holders]
-        setattr(holders[1], match[2], copy.deepcopy(getattr(holders[0], match[2])))
+        for part in filter(None, outer.split(".")):
+            holders = [getattr(each, part) for each in holders]
+        setattr(holders[1], name, copy.deepcopy(getattr(holders[0], name)))
