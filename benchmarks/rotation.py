@@ -79,7 +79,7 @@ def with_base(model: Any, base: float) -> Any:
     """Returns a copy of a model with another rotary base."""
     config = copy.deepcopy(model.config)
     config.rope_parameters = {**config.rope_parameters, "rope_theta": base}
-    other = AutoModelForCausalLM.from_config(config)
+    other = AutoModelForCausalLM.from_config(config).float()
     other.load_state_dict(model.state_dict())
     return other
 

@@ -150,8 +150,8 @@ def _load_two(match: Match, format: str, invariant: bool, device_map: Any, optio
         model = patch_model(plain, other, format, invariant=invariant)
     if shared is not None:
         model.dami_patch.shared = shared
-    if "generation_config" not in options:
-        model.generation_config = match.generation
+    if match.end_ids is not None and "generation_config" not in options:
+        model.generation_config.eos_token_id = match.end_ids
     return model
 
 

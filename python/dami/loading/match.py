@@ -122,13 +122,10 @@ class Match:
         return found if found["instruct"] != found["thinking"] else {}
 
     @property
-    def generation(self) -> GenerationConfig:
-        """The pair's generation config: the instruct end's, with the end tokens of both."""
-        generation = GenerationConfig.from_dict(self.generations[0].to_dict())
-        ends = sorted(policies.end_ids(self.generations[0]) | policies.end_ids(self.generations[1]))
-        if ends != sorted(policies.end_ids(generation)):
-            generation.eos_token_id = ends if len(ends) > 1 else ends[0]
-        return generation
+    def end_ids(self) -> list[int] | None:
+        """The ids of the tokens that end an answer, those of both ends, if theirs differ."""
+        ids = [policies.end_ids(generation) for generation in self.generations]
+        return sorted(ids[0] | ids[1]) if ids[0] != ids[1] else None
 
     def prepare(self, model: PreTrainedModel) -> nn.Parameter | None:
         """Gives a loaded end the pair's context, the length of its vocabulary and, if the pair has one, its own head.

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from dami.estimators.files import copy_estimator
 from dami.files import written_whole
@@ -31,7 +31,7 @@ from dami_kernels import LerpWeight, formats
 from dami_kernels.weight import FLOAT_DTYPES
 
 SHARD_SIZE = "1GiB"  # a shard is held in memory until it is written
-CARRIED = ("*.py", "LICENSE*")  # files of the instruct end that are copied unchanged
+CARRIED = ("*.py", "LICENSE*", "generation_config.json")  # files of the instruct end that are copied unchanged
 
 logger = logging.get_logger(__name__)
 
@@ -154,8 +154,10 @@ def _describe(
     copy_estimator(match.ends[1].directory, directory)
     if origin.tokenizer is not None:
         origin.tokenizer.save_pretrained(directory)
-    if any((end.directory / GENERATION_CONFIG_NAME).exists() for end in match.ends):
-        match.generation.save_pretrained(directory)
+    if match.end_ids is not None:
+        generation = match.ends[0].generation()
+        generation.eos_token_id = match.end_ids
+        generation.save_pretrained(directory)
     config, before = json.loads((instruct / "config.json").read_text()), match.ends[0].config().to_dict()
     changed = {key: value for key, value in match.config.to_dict().items() if value != before.get(key)}
     if "rope_parameters" in changed:  # old names of the same settings
