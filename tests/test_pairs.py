@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from dami.loading.published import PublishedPair, matching, pairs, recorded_config
+from dami.loading.published import FILE, PublishedPair, matching, pairs, recorded_config
 
 from tools.pairs import HEAD, line, recorded_preview
 
@@ -58,20 +59,17 @@ def test_a_wrong_parent_is_told_the_right_one() -> None:
     assert "take an instruct end that matches, Qwen/Qwen2.5-Math-7B" in found.report.blocking[0].remedy
 
 
-def test_sizes_are_those_of_the_name() -> None:
-    """The parameters that a recorded config gives are those in the checkpoint's name, to a tenth."""
-    for pair in pairs():
-        billions = next(
-            (part for part in pair.instruct.split("-") if part.removesuffix("B").replace(".", "").isdigit()), ""
-        )
-        found, _ = recorded_preview(pair) if billions.endswith("B") and float(billions[:-1]) < 9 else (None, False)
-        if found is not None:
-            assert found.parameters / 1e9 == pytest.approx(float(billions[:-1]), rel=0.25)
+@pytest.mark.parametrize(
+    ("instruct", "billions"),
+    [("Qwen/Qwen3-4B-Instruct-2507", 4.0), ("LiquidAI/LFM2.5-1.2B-Instruct", 1.17), ("microsoft/phi-4", 14.7)],
+)
+def test_sizes_are_those_of_the_model_cards(instruct: str, billions: float) -> None:
+    found, _ = recorded_preview(next(pair for pair in pairs() if pair.instruct == instruct))
+    assert found is not None
+    assert found.parameters / 1e9 == pytest.approx(billions, rel=0.01)
 
 
 def test_every_recorded_config_belongs_to_a_pair() -> None:
     names = {name for pair in pairs() for name in (pair.instruct, pair.thinking)}
-    from dami.loading.published import _contents
-
-    assert _contents()["configs"].keys() <= names
+    assert json.loads(FILE.read_text(encoding="utf-8"))["configs"].keys() <= names
     assert recorded_config("nobody/nothing") is None

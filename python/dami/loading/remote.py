@@ -60,9 +60,15 @@ class RemoteCheckpoint(Checkpoint):
         read = self._range(file, begin, begin + torch.Size(shape).numel() * dtype.itemsize)
         return torch.frombuffer(bytearray(read), dtype=dtype).view(shape)
 
+    @cached_property
+    def _begins(self) -> dict[str, int]:
+        return {}
+
     def _data(self, file: str) -> int:
         """Returns the place in a file where its tensors begin."""
-        return 8 + int.from_bytes(self._range(file, 0, 8), "little")
+        if file not in self._begins:
+            self._begins[file] = 8 + int.from_bytes(self._range(file, 0, 8), "little")
+        return self._begins[file]
 
     def _range(self, file: str, begin: int, end: int) -> bytes:
         url = hf_hub_url(self.name, file, revision=self.download.get("revision"))
