@@ -164,9 +164,7 @@ def test_everything_that_does_not_match_is_reported_at_once(
 
     def edit(tensors: dict[str, torch.Tensor]) -> None:
         del tensors["model.layers.0.mlp.up_proj.weight"]
-        tensors["model.layers.0.mlp.extra"] = torch.zeros(1)
         tensors["model.norm.weight"] = torch.zeros(25)
-        tensors["lm_head.weight"] = tensors["lm_head.weight"].half()
 
     edit_tensors(thinking, edit)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_: pytest.fail("read weights"))
@@ -174,22 +172,13 @@ def test_everything_that_does_not_match_is_reported_at_once(
         dami.load_pair(instruct, thinking)
     assert str(caught.value).split("\n  ") == [
         f"{instruct} and {thinking} do not match:",
+        "rotary embedding: rope_theta 10000.0 in the instruct end, 5.0 in the thinking end; a row at λ has one rota"
+        'tion: choose whose, rope="instruct" or rope="thinking", and measure',
         "config.rms_norm_eps: 1e-06 in the instruct end, 0.001 in the thinking end",
-        "config.rope_parameters.rope_theta: 10000.0 in the instruct end, 5.0 in the thinking end",
         "tokenizer: 2 tokens have another id or are in one vocabulary only, such as ['w7', 'w8']",
-        "lm_head.weight: float32 [101, 24] in the instruct end, float16 [101, 24] in the thinking end",
-        "model.layers.0.mlp.extra: in the thinking end only",
         "model.layers.0.mlp.up_proj.weight: in the instruct end only",
         "model.norm.weight: float32 [24] in the instruct end, float32 [25] in the thinking end",
     ]
-
-
-def test_dtypes_may_differ_where_one_is_asked_for(ends: tuple[Path, Path]) -> None:
-    edit_tensors(ends[1], lambda tensors: tensors.update({k: v.half() for k, v in tensors.items()}))
-    with pytest.raises(ValueError, match=r"model.norm.weight: float32 \[24\] in the instruct end, float16"):
-        dami.load_pair(*ends)
-    model, _ = dami.load_pair(*ends, dtype=torch.float32)
-    assert model.lm_head.weight_target.dtype == torch.float32
 
 
 def test_another_architecture_is_named_alone(ends: tuple[Path, Path], tmp_path: Path) -> None:
@@ -199,13 +188,6 @@ def test_another_architecture_is_named_alone(ends: tuple[Path, Path], tmp_path: 
     assert str(caught.value).split("\n  ")[1:] == [
         "config.model_type: 'llama' in the instruct end, 'gpt2' in the thinking end"
     ]
-
-
-def test_what_the_model_does_not_know_is_not_dropped_in_silence(ends: tuple[Path, Path]) -> None:
-    for path in ends:
-        edit_tensors(path, lambda tensors: tensors.update({"model.layers.0.mlp.extra": torch.zeros(1)}))
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.extra: in both ends, but not in the model"):
-        dami.load_pair(*ends)
 
 
 def test_what_both_ends_lack_is_not_left_at_random(ends: tuple[Path, Path]) -> None:

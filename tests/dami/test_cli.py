@@ -49,7 +49,7 @@ def test_help_names_every_option_in_full_in_a_narrow_terminal(command: list[str]
 def test_help_names_every_command(arguments: list[str]) -> None:
     result = run(*arguments)
     assert result.exit_code == 0
-    for command in ("demo", "generate", "describe", "pack", "merge", "serve", "bench", "doctor"):
+    for command in ("demo", "generate", "check", "describe", "pack", "merge", "serve", "bench", "doctor"):
         assert f" {command} " in result.stdout
 
 

@@ -145,6 +145,26 @@ ChatTemplateOption = Annotated[
 ]
 
 
+RopeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="END",
+        help="Where the rotary embeddings differ: both ends get that of instruct, or of thinking.",
+        autocompletion=one_of("instruct", "thinking"),
+    ),
+]
+
+
+TokenizerOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="END",
+        help="Where special tokens have other names: the tokenizer of instruct, or of thinking.",
+        autocompletion=one_of("instruct", "thinking"),
+    ),
+]
+
+
 SeedOption = Annotated[int, typer.Option(help="Seed for sampling.")]
 
 

@@ -16,6 +16,8 @@ from dami.cli.options import (
     FormatOption,
     OutputOption,
     OverwriteOption,
+    RopeOption,
+    TokenizerOption,
     format_name,
     number_or_name,
     one_of,
@@ -59,6 +61,9 @@ def pack(
             autocompletion=one_of(*FORMATS),
         ),
     ] = "int4",
+    dtype: DtypeOption = "auto",
+    tokenizer: TokenizerOption = None,
+    rope: RopeOption = None,
     overwrite: OverwriteOption = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the checkpoints run their own code.")
@@ -77,8 +82,11 @@ def pack(
     with err.status("loading torch and transformers"):
         import dami
         from dami.cli.terminal import size
+    choices: dict[str, Any] = {"dtype": dtype, "tokenizer": tokenizer, "rope": rope}
     with user_errors():
-        dami.pack(instruct, thinking, output, format, overwrite=overwrite, trust_remote_code=trust_remote_code)
+        dami.pack(
+            instruct, thinking, output, format, overwrite=overwrite, trust_remote_code=trust_remote_code, **choices
+        )
     total = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     out.print(f"{output}: {size(total)}. Load it with dami.load_pair({str(output)!r}).")
 

@@ -36,11 +36,17 @@ class Origin:
         parents: name and licence of the instruct end and of the thinking end.
         error: ‖W(1) − W_thinking‖ / ‖W_thinking‖ over all weights stored in the pair's format; None if not measured.
         tokenizer: the pair's tokenizer, which is saved with it.
+        differences: what differs between the two and how it was resolved, as `loading.policies.Difference` has it.
+        vocabulary: how many tokens the instruct end and the thinking end know, if one knows more; None if they agree.
+        sampling: the sampling parameters of "instruct" and "thinking", if they differ.
     """
 
     parents: Sequence[Mapping[str, str | None]] = ()
     error: float | None = None
     tokenizer: Any = None
+    differences: Sequence[Mapping[str, Any]] = ()
+    vocabulary: tuple[int, int] | None = None
+    sampling: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +19,30 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import logging
 
 from dami.loading import adapters
 from dami.patching.compare import Header, first_names
 from dami.patching.ties import TIES
-from dami.sources import local
+from dami.sources import QUANT_METHOD, local
 from dami.upstream import ignored_keys, ties_of
 
 FILES = ["model*.safetensors", adapters.WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md"]
 
 
 LEGACY_FILES = ["pytorch_model*.bin"]
+
+FP8 = "fp8"  # quant_method of checkpoints whose weights are FP8 with a scale for each block
+DEQUANTIZABLE = (FP8, "mxfp4", "compressed-tensors")  # methods that transformers can undo while it loads
+SCALE, UNUSED_SCALES = "_scale_inv", ("activation_scale", "input_scale")  # what an FP8 weight is stored with
 
 
 @dataclass(frozen=True)
@@ -99,10 +109,24 @@ class Checkpoint:
         data = ModelCard.load(card, ignore_metadata_errors=True).data if card.exists() else None
         return {"name": self.name, "license": data and (data.get("license_name") or data.get("license"))}
 
-    def skeleton(self) -> PreTrainedModel:
-        """Returns its model without the weights."""
+    def skeleton(self, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+        """Returns its model without the weights, made from its own config or from another."""
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config(), trust_remote_code=self.trust_remote_code)
+            return AutoModelForCausalLM.from_config(config or self.config(), trust_remote_code=self.trust_remote_code)
+
+    def generation(self) -> GenerationConfig:
+        """Returns how it generates unless told otherwise."""
+        if (self.directory / "generation_config.json").exists():
+            return GenerationConfig.from_pretrained(self.directory)
+        return GenerationConfig.from_model_config(self.config())
+
+    @cached_property
+    def quantization(self) -> dict[str, Any] | None:
+        """How its weights are quantised, as its config says; None if they are not, in a GGUF file or a packed pair."""
+        if self.gguf is not None or self.is_adapter:
+            return None
+        quantization = json.loads((self.directory / "config.json").read_text()).get("quantization_config")
+        return None if quantization is None or quantization.get("quant_method") == QUANT_METHOD else quantization
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Returns its tokenizer, or None if it has none."""
@@ -111,10 +135,17 @@ class Checkpoint:
         return AutoTokenizer.from_pretrained(self.directory, **self._where)
 
     def model(self, **options: Any) -> PreTrainedModel:
-        """Loads the checkpoint with transformers; ValueError if that would leave a parameter randomly initialised."""
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            self.directory, output_loading_info=True, **self._where, **options
-        )
+        """Loads the checkpoint with transformers, dequantised if it is quantised.
+
+        Raises ValueError if that would leave a parameter randomly initialised.
+        """
+        if self.quantization is not None:
+            options["quantization_config"] = AutoQuantizationConfig.from_dict({**self.quantization, "dequantize": True})
+        with warnings.catch_warnings():  # that the checkpoint is quantised already
+            warnings.filterwarnings("ignore", "You passed `quantization_config`")
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.directory, output_loading_info=True, **self._where, **options
+            )
         model, info = loaded
         if info["missing_keys"]:
             raise ValueError(
@@ -126,17 +157,11 @@ class Checkpoint:
         """Returns whether its head is untied: by its config or, as in transformers, by stored weights that differ."""
         if not getattr(self.config(), TIES, False):
             return True
-        files = {name: file for file in self.files() for name in headers_in(file)}
-        prefix = f"{skeleton.base_model_prefix}."
+        stored, prefix = self.stored, f"{skeleton.base_model_prefix}."
         for tied in ties_of(skeleton).items():
-            both = [next((n for n in (name, name.removeprefix(prefix)) if n in files), None) for name in tied]
-            if all(both):
-                tensors = []
-                for name in filter(None, both):
-                    with safe_open(files[name], framework="pt") as file:
-                        tensors.append(file.get_tensor(name))
-                if not torch.equal(*tensors):
-                    return True
+            both = [next((n for n in (name, name.removeprefix(prefix)) if n in stored), None) for name in tied]
+            if both[0] and both[1] and not torch.equal(self.read(both[0]), self.read(both[1])):
+                return True
         return False
 
     def files(self) -> dict[Path, list[str] | None]:
@@ -150,8 +175,9 @@ class Checkpoint:
             files.setdefault(self.directory / file, []).append(name)  # type: ignore[union-attr]
         return files
 
-    def headers(self) -> dict[str, Header]:
-        """Returns shape and dtype of every stored tensor by name, from file headers only; {} if not in safetensors.
+    @cached_property
+    def stored(self) -> dict[str, Header]:
+        """Shape and dtype of every tensor in its files by name; {} if they are not in safetensors.
 
         Raises:
             ValueError: files are missing or corrupt, or lack tensors that the index lists; all are named.
@@ -174,14 +200,68 @@ class Checkpoint:
             raise ValueError("\n  ".join([f"the checkpoint {self.directory} is damaged:", *faults]))
         return headers
 
-    def tensors(self, names: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
-        """Yields the stored tensors one at a time, as views of their files on the CPU, under their model names."""
+    def headers(self) -> dict[str, Header]:
+        """Returns shape and dtype of every tensor that `read` gives, by stored name, from file headers only.
+
+        A quantised weight has the dtype that its config names, and its scales are left out. {} if the checkpoint is not
+        in safetensors, or in a quantisation that only transformers can undo.
+
+        Raises:
+            ValueError: as in `stored`.
+        """
+        stored = self.stored
+        if self.quantization is None:
+            return stored
+        if self.quantization.get("quant_method") != FP8:
+            return {}
+        dtype = str(getattr(self.config(), "dtype", None) or torch.bfloat16).removeprefix("torch.")
+        return {
+            name: (shape, dtype if name + SCALE in stored else kept)
+            for name, (shape, kept) in stored.items()
+            if not name.endswith((SCALE, *UNUSED_SCALES))
+        }
+
+    @cached_property
+    def _places(self) -> dict[str, Path]:
+        return {name: file for file in self.files() for name in headers_in(file)}
+
+    def stored_rows(self, name: str, rows: slice) -> Tensor:
+        """Returns some rows of a tensor as it is stored, as a view of its file on the CPU."""
+        with safe_open(self._places[name], framework="pt") as file:
+            return file.get_tensor(name) if rows == slice(None) else file.get_slice(name)[rows]
+
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Returns a stored tensor, or some of its rows, on the CPU.
+
+        A plain tensor is a view of its file. An FP8 weight comes as float32, the product of codes and scales, which
+        rounded to a model's dtype has the bits that transformers gives it.
+        """
+        tensor = self.stored_rows(name, rows)
+        if self.quantization is None or name + SCALE not in self._places:
+            return tensor
+        scale = self.stored_rows(name + SCALE, slice(None))
+        scale = (scale.float() - 127).exp2() if scale.dtype == torch.uint8 else scale.float()
+        if scale.numel() > 1:
+            shape, _ = self.stored[name]
+            blocks = self.quantization.get("weight_block_size") or (1, 1)
+            scale = _each(scale, shape[-2], blocks[0], -2)[rows]
+            scale = _each(scale, shape[-1], blocks[1], -1)
+        return tensor.float() * scale
+
+    def tensors(self, names: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, Tensor]]:
+        """Yields the stored tensors one at a time under each of their model names."""
         with logging.tqdm(total=len(names), desc=f"Reading {self.directory.name}") as bar:
-            for file in self.files():
-                with safe_open(file, framework="pt") as tensors:
-                    for name in names.keys() & set(tensors.keys()):
-                        yield names[name], tensors.get_tensor(name)
-                        bar.update()
+            for name in sorted(names, key=lambda name: self._places[name]):  # file by file
+                tensor = self.read(name)
+                for own in names[name]:
+                    yield own, tensor
+                bar.update()
+
+
+def _each(scale: Tensor, size: int, block: int, dim: int) -> Tensor:
+    """Repeats the scales of blocks along a dimension of the weight; `block` counts where it fits their number."""
+    number = scale.shape[dim]
+    return scale.repeat_interleave(block if -(-size // block) == number else size // number, dim).narrow(dim, 0, size)
 
 
 DTYPES = {
@@ -194,6 +274,8 @@ DTYPES = {
     "I8": "int8",
     "U8": "uint8",
     "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
 }
 
 
@@ -212,34 +294,59 @@ class StoredTensors:
     """How a checkpoint's stored tensors map to the tensors of the model.
 
     Attributes:
-        names: each tensor's name in the model, by stored name; tied tensors appear once, under the first's name.
+        names: each tensor's names in the model, by stored name. Tied tensors appear once, under the first's name,
+            unless the pair unties them.
         headers: shape and dtype by the name in the model.
-        strangers: shape and dtype of tensors unknown to the model, by stored name.
-        complete: whether every tensor of the model is stored.
+        converted: shape and dtype of tensors that transformers makes the model's from, by stored name.
+        unused: the stored names of tensors that transformers does not read either.
+        complete: whether every tensor of the model is stored as it is.
     """
 
-    names: dict[str, str]
+    names: dict[str, list[str]]
     headers: dict[str, Header]
-    strangers: dict[str, Header]
+    converted: dict[str, Header]
+    unused: list[str]
     complete: bool
 
     @classmethod
-    def of(cls, skeleton: PreTrainedModel, headers: Mapping[str, Header]) -> StoredTensors:
-        """Finds each stored tensor in the model, with or without the base model's prefix."""
+    def of(
+        cls, skeleton: PreTrainedModel, headers: Mapping[str, Header], ties: Mapping[str, str] | None = None
+    ) -> StoredTensors:
+        """Finds each stored tensor in the model, with or without the base model's prefix.
+
+        Args:
+            skeleton: the model without its weights.
+            headers: shape and dtype by stored name.
+            ties: weights that this checkpoint ties but the skeleton does not, by name, with their sources.
+        """
         firsts = first_names(skeleton)
         prefix = f"{skeleton.base_model_prefix}."
         ignored = re.compile("|".join(ignored_keys(skeleton) or ["(?!)"]))
+        mapping = get_model_conversion_mapping(skeleton)
+        renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+        converters = [each for each in mapping if isinstance(each, WeightConverter)]
         found: dict[str, str] = {}  # stored names by the model's
-        strangers = {}
+        converted, unused = {}, []
         for name, header in headers.items():
             known = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in firsts), None)
             if known is not None and (known == firsts[known] or firsts[known] not in found):
                 found[firsts[known]] = name  # for tied tensors, the first, as in transformers
             elif known is None and not ignored.search(name):
-                strangers[name] = header
+                other, _ = rename_source_key(name, renamings, converters, skeleton.base_model_prefix, dict(firsts))
+                if other in firsts:
+                    converted[name] = header
+                else:
+                    unused.append(name)
+        for target, source in (ties or {}).items():
+            if source in found or target in found:
+                found[target] = found[source] = found.get(source) or found[target]
+        names: dict[str, list[str]] = {}
+        for known, name in found.items():
+            names.setdefault(name, []).append(known)
         return cls(
-            names={name: known for known, name in found.items()},
+            names=names,
             headers={known: headers[name] for known, name in found.items()},
-            strangers=strangers,
+            converted=converted,
+            unused=unused,
             complete=found.keys() == set(firsts.values()),
         )

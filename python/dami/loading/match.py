@@ -1,80 +1,205 @@
-"""Checks whether two checkpoints are the ends of a pair."""
+"""Checks whether two checkpoints are the ends of a pair, and how the pair resolves what differs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dami.loading import policies, published
 from dami.loading.checkpoint import Checkpoint, StoredTensors
-from dami.patching.compare import config_mismatches, first_names, headers_of, tensor_mismatches
-from dami.patching.ties import TIES
+from dami.loading.policies import Choices, Difference, End, Report, both, is_floating
+from dami.patching.compare import Header, first_names, headers_of, tensor_mismatches
+from dami.patching.ties import TIES, untie
 from dami.sources import check_end
 from dami.upstream import ties_of
 
 
 @dataclass(frozen=True)
 class Match:
-    """Two matching checkpoints.
+    """Two checkpoints, and what differs between them.
 
     Attributes:
         ends: the instruct end and the thinking end.
-        skeleton: the instruct end's model without its weights.
+        choices: what the user has decided.
+        config: the pair's config.
+        skeleton: the pair's model without its weights.
         tokenizers: the tokenizers of both ends, None for an end without one.
+        generations: how each end generates unless told otherwise.
         stored: the tensors that each end stores.
+        sizes: the number of rows of each end's embedding.
+        untied: whether an end has a head of its own, so that the pair does.
+        report: the differences.
     """
 
     ends: tuple[Checkpoint, Checkpoint]
+    choices: Choices
+    config: PreTrainedConfig
     skeleton: PreTrainedModel
     tokenizers: tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None]
+    generations: tuple[GenerationConfig, GenerationConfig]
     stored: tuple[StoredTensors, StoredTensors]
+    sizes: tuple[int, int]
+    untied: bool
+    report: Report
 
     @classmethod
-    def of(cls, instruct: Checkpoint, thinking: Checkpoint, dtypes: bool = True) -> Match:
-        """Compares configs, tokenizers and weight file headers. If `dtypes`, the dtypes have to agree too.
+    def of(cls, instruct: Checkpoint, thinking: Checkpoint, choices: Choices | None = None) -> Match:
+        """Compares configs, tokenizers and weight file headers.
 
         Raises:
-            ValueError: they do not match (the message names every mismatch), or files are damaged.
+            ValueError: an end is none, or files are damaged. What blocks the pair is only in the report.
         """
-        ends = instruct, thinking
+        ends, choices = (instruct, thinking), choices or Choices()
         for end in ends:
             check_end(end.path)
-        configs = [end.config() for end in ends]
+        if instruct.path == thinking.path:
+            raise ValueError(
+                f"instruct and thinking must be two checkpoints, got {instruct.name} twice: the chat modes of one "
+                "hybrid model are no pair; the other end may be an adapter trained on it"
+            )
+        configs = instruct.config(), thinking.config()
+        sizes = _vocabulary_size(configs[0]), _vocabulary_size(configs[1])
+        headers = instruct.headers(), thinking.headers()
+        alike = configs[0].model_type == configs[1].model_type
+        plain = instruct.skeleton()
+        own = [end.has_own_head(plain) for end in ends] if alike else [True, True]
+        untied = any(own) and any(getattr(config, TIES, False) for config in configs)
+        config = policies.resolved_config(configs, choices, max(sizes) if alike else sizes[0], untied)
+        skeleton = instruct.skeleton(config)
+        ties = [ties_of(skeleton) if untied and not each else {} for each in own]
+        stored = (
+            StoredTensors.of(skeleton, headers[0], ties[0]),
+            StoredTensors.of(skeleton, headers[1], ties[1]),
+        )
+        generations = instruct.generation(), thinking.generation()
         tokenizers = instruct.tokenizer(), thinking.tokenizer()
-        skeleton = instruct.skeleton()
-        headers = [end.headers() for end in ends]
-        stored = StoredTensors.of(skeleton, headers[0]), StoredTensors.of(skeleton, headers[1])
+        matching = published.matching(thinking.name)
+        differences = [*policies.settings(configs, choices, untied, matching), *policies.quantisation(ends)]
+        differences += policies.tokens(tokenizers, choices)
+        if alike:
+            differences += policies.heads(own)
+            differences += policies.vocabularies(sizes)
+            differences += policies.dtypes(headers, choices)
+            differences += policies.unused(stored)
+            differences += _tensors(skeleton, stored, headers, sizes)
+        differences += policies.generations(generations)
+        report = Report(differences)
+        return cls(ends, choices, config, skeleton, tokenizers, generations, stored, sizes, untied, report)
 
-        own_heads = [end.has_own_head(skeleton) for end in ends]
-        mismatches = config_mismatches(configs[0], configs[1]) + vocabulary_mismatches(*tokenizers)
-        if configs[0].model_type == configs[1].model_type and headers[1]:
-            known = [{**end.headers, **end.strangers} for end in stored]
-            if not headers[0]:  # not in safetensors, so take the shapes from the model
-                shapes = headers_of(skeleton)
-                known[0] = {name: shapes[name] for name in first_names(skeleton).values()}
-            mismatches += tensor_mismatches(known[0], known[1], dtypes=dtypes and bool(headers[0]))
-            if stored[1].complete:
-                both = stored[0].strangers.keys() & stored[1].strangers.keys()
-                mismatches += [f"{name}: in both ends, but not in the model" for name in sorted(both)]
-        if any(own_heads) and any(getattr(config, TIES, False) for config in configs):
-            # The configs may tie a head that has a weight of its own, so they do not decide whether the heads match.
-            apart = {f"config.{TIES}", *ties_of(skeleton)}
-            mismatches = [line for line in mismatches if line.partition(":")[0] not in apart]
-            stored = replace(stored[0], complete=False), replace(stored[1], complete=False)
-        if mismatches:
-            names = f"{instruct.directory} and {thinking.directory}"
-            raise ValueError("\n  ".join([f"{names} do not match:", *mismatches]))
-        return cls(ends, skeleton, tokenizers, stored)
+    def check(self) -> None:
+        """Raises ValueError if the two are no pair; the message names all that blocks it."""
+        if self.report.blocking:
+            names = f"{self.ends[0].directory} and {self.ends[1].directory}"
+            raise ValueError("\n  ".join([f"{names} do not match:", *map(str, self.report.blocking)]))
+
+    @property
+    def dtype(self) -> torch.dtype | str:
+        """The dtype to load both ends in, as `from_pretrained` takes it."""
+        mains = [policies.main_dtype(stored.headers) for stored in self.stored]
+        if self.choices.dtype != "auto" or mains[0] == mains[1]:
+            return self.choices.dtype
+        wider = policies.wider_dtype(*mains)
+        return "auto" if wider is None else getattr(torch, wider)
+
+    @property
+    def tokenizer(self) -> End:
+        """The end whose tokenizer the pair gets."""
+        return policies.tokenizer_end(self.tokenizers, self.choices)
+
+    @property
+    def lacking(self) -> tuple[int, int] | None:
+        """The number of rows of each end's embedding if they differ."""
+        return self.sizes if self.sizes[0] != self.sizes[1] else None
+
+    @property
+    def sampling(self) -> Mapping[str, Mapping[str, object]]:
+        """The sampling parameters of both ends if they differ."""
+        found = dict(zip(policies.ENDS, map(policies.sampling_of, self.generations), strict=True))
+        return found if found["instruct"] != found["thinking"] else {}
+
+    @property
+    def end_ids(self) -> list[int] | None:
+        """The ids of the tokens that end an answer, those of both ends, if theirs differ."""
+        ids = [policies.end_ids(generation) for generation in self.generations]
+        return sorted(ids[0] | ids[1]) if ids[0] != ids[1] else None
+
+    def prepare(self, model: PreTrainedModel) -> nn.Parameter | None:
+        """Gives a loaded end the pair's context, the length of its vocabulary and, if the pair has one, its own head.
+
+        The new rows are for the caller to fill. Returns the weight that the head shared until now, as `untie` does.
+        """
+        size = max(self.sizes)
+        if _vocabulary_size(model.config) < size:
+            model.resize_token_embeddings(size, mean_resizing=False)
+        context, config = policies.CONTEXT, self.config.get_text_config()
+        if hasattr(config, context):
+            setattr(model.config.get_text_config(), context, getattr(config, context))
+        head = model.get_output_embeddings()
+        if self.untied and head is not None and head.weight is model.get_input_embeddings().weight:
+            return untie(model)
+        return None
+
+    def lengthen(self, name: str, base: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns both ends of a parameter with as many rows: those that one end lacks are the other's.
+
+        A base of the pair's length whose last rows are still to be filled is filled in place.
+        """
+        if self.lacking is None or name not in self._vocabulary_tensors or base.dim() == 0:
+            return base, target
+        short, long = min(self.sizes), max(self.sizes)
+        if len(target) == short:
+            return base, torch.cat((target.to(base.device, base.dtype), base[short:]))
+        if len(base) == short:
+            return torch.cat((base, target[short:].to(base.device, base.dtype))), target
+        if len(base) == long and self.sizes[0] == short:
+            base.detach()[short:] = target[short:].to(base.device, base.dtype)
+        return base, target
+
+    @property
+    def _vocabulary_tensors(self) -> set[str]:
+        return set(vocabulary_tensors(self.skeleton))
 
 
-def vocabulary_mismatches(
-    instruct: PreTrainedTokenizerBase | None, thinking: PreTrainedTokenizerBase | None
-) -> list[str]:
-    """Returns one line if two tokenizers give tokens different ids. An end without a tokenizer matches any."""
-    if instruct is None or thinking is None:
-        return []
-    ends = [tokenizer.get_vocab() for tokenizer in (instruct, thinking)]
-    differ = sorted(token for token in ends[0].keys() | ends[1].keys() if ends[0].get(token) != ends[1].get(token))
-    if not differ:
-        return []
-    return [f"tokenizer: {len(differ)} tokens have another id or are in one vocabulary only, such as {differ[:5]}"]
+def vocabulary_tensors(model: PreTrainedModel) -> Iterator[str]:
+    """Yields the names of the tensors that have a row for each token."""
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if any(module is end for end in ends):
+            yield from (f"{name}.{own}" for own, _ in module.named_parameters(recurse=False))
+
+
+def _vocabulary_size(config: PreTrainedConfig) -> int:
+    return getattr(config.get_text_config(), "vocab_size", 0)
+
+
+def _tensors(
+    skeleton: PreTrainedModel,
+    stored: tuple[StoredTensors, StoredTensors],
+    headers: tuple[Mapping[str, Header], Mapping[str, Header]],
+    sizes: tuple[int, int],
+) -> Iterator[Difference]:
+    """Yields the tensors that are in one end only, or whose shapes differ."""
+    if not headers[1] or not (headers[0] or stored[1].complete):  # then `patch_model` compares the loaded models
+        return
+    known = [{**end.headers, **end.converted} for end in stored]
+    if not headers[0]:  # not in safetensors, so take the shapes from the model
+        shapes = headers_of(skeleton)
+        known[0] = {name: shapes[name] for name in first_names(skeleton).values()}
+        sizes = max(sizes), sizes[1]
+    rows = set(vocabulary_tensors(skeleton))
+    for name in rows if sizes[0] != sizes[1] else ():
+        for end, size in zip(known, sizes, strict=True):
+            shape, dtype = end.get(name, ([], ""))
+            if shape[:1] == [size]:
+                end[name] = [max(sizes), *shape[1:]], dtype
+    for line in tensor_mismatches(known[0], known[1], dtypes=False):
+        subject, _, ends = line.partition(": ")
+        yield Difference(subject, ends)
+    for name in known[0].keys() & known[1].keys():  # a dtype may differ in its width only
+        found = known[0][name][1], known[1][name][1]
+        if found[0] != found[1] and not all(map(is_floating, found)):
+            yield Difference(name, both(*found))

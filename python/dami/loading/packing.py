@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import convert_file_size_to_int
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
@@ -19,9 +19,10 @@ from dami.files import written_whole
 from dami.layers.base import LerpModule
 from dami.layers.kinds import kind_on_meta, readers, stored_format
 from dami.layers.obstacles import obstacles, unread
-from dami.loading.checkpoint import Checkpoint, StoredTensors, headers_in
-from dami.loading.load import downloads_of, load_pair, with_both_templates
+from dami.loading.checkpoint import Checkpoint
+from dami.loading.load import downloads_of, load_pair, origin_of
 from dami.loading.match import Match
+from dami.loading.policies import CONTEXT, Choices, End, main_dtype, wider_dtype
 from dami.patching.compare import first_names
 from dami.saving.config import PairConfig, by_pattern
 from dami.saving.directory import write_pair
@@ -45,6 +46,10 @@ def pack(
     trust_remote_code: bool = False,
     max_shard_size: int | str = SHARD_SIZE,
     shard_bytes: int | None = None,
+    dtype: torch.dtype | str = "auto",
+    tokenizer: End | None = None,
+    rope: End | None = None,
+    max_position_embeddings: int | None = None,
     **download: Any,
 ) -> Path:
     """Packs two checkpoints of one architecture into one directory, which `dami.load_pair` loads, and returns it.
@@ -62,6 +67,7 @@ def pack(
         trust_remote_code: as in `from_pretrained`.
         max_shard_size: maximum size of a file, unless a single weight is larger: bytes, or a string such as "1GB".
         shard_bytes: the old name of `max_shard_size`.
+        dtype, tokenizer, rope, max_position_embeddings: as in `load_pair`. The pair records what was resolved.
         download: `revision`, `token`, `cache_dir`, `force_download` and `local_files_only`, as in `load_pair`.
 
     Raises:
@@ -78,24 +84,30 @@ def pack(
         Checkpoint.find(instruct, trust_remote_code, downloads[0]),
         Checkpoint.find(thinking, trust_remote_code, downloads[1]),
     )
+    choices = Choices(dtype, tokenizer, rope, max_position_embeddings)
     with written_whole(directory, overwrite, [end.path for end in ends]) as partial:
-        match = None if ends[1].is_adapter else Match.of(*ends)
+        match = None if ends[1].is_adapter else Match.of(*ends, choices)
+        if match is not None:
+            match.check()
         if match is None or not all(stored.complete for stored in match.stored):
             logger.warning(f"{instruct} or {thinking} is not stored as the model is: loading both ends first")
-            model, tokenizer = load_pair(instruct, thinking, format, trust_remote_code=trust_remote_code, **download)
-            write_pair(model, partial, tokenizer, shard_bytes)
+            told = {} if max_position_embeddings is None else {CONTEXT: max_position_embeddings}
+            options: dict[str, Any] = {"dtype": choices.dtype, "tokenizer": tokenizer, "rope": rope, **told, **download}
+            model, words = load_pair(instruct, thinking, format, trust_remote_code=trust_remote_code, **options)
+            write_pair(model, partial, words, shard_bytes)
         else:
+            for difference in match.report.resolved:
+                logger.warning(f"{difference}")
             _pack(match, partial, format, shard_bytes)
     return directory
 
 
 def _pack(match: Match, directory: Path, format: str, shard_bytes: int) -> None:
     """Writes all files of the packed pair. Peak memory is one shard plus what packing a million weights needs."""
-    ends = [_Reader(end, stored) for end, stored in zip(match.ends, match.stored, strict=True)]
-    names, kinds = list(match.stored[0].headers), _kinds(match)
+    reader, names, kinds = _Reader(match), list(match.stored[0].headers), _kinds(match)
     lines, idle = obstacles(match.skeleton), unread(match.skeleton)
     doubtful = [name for name in names if name in lines and name not in idle]
-    refused = [lines[name] for name in doubtful if not torch.equal(*(end.read(name) for end in ends))]
+    refused = [lines[name] for name in doubtful if not torch.equal(*reader.read(name))]
     if refused:
         raise ValueError(
             "\n  ".join(["these tensors differ between the ends and cannot be interpolated:", *sorted(refused)])
@@ -103,7 +115,7 @@ def _pack(match: Match, directory: Path, format: str, shard_bytes: int) -> None:
     shards, error = _Shards(directory, shard_bytes), _Error()
     interpolated: dict[str, str] = {}
     for name in logging.tqdm(names, desc=f"Packing {directory.stem}"):
-        base, target = (end.read(name) for end in ends)
+        base, target = reader.read(name)
         kind = kinds[name]
         if kind is None or torch.equal(base, target):
             shards.add({name: base})
@@ -118,21 +130,43 @@ def _pack(match: Match, directory: Path, format: str, shard_bytes: int) -> None:
 
     firsts = first_names(match.skeleton)
     stored = {name: interpolated[first] for name, first in firsts.items() if first in interpolated}
-    parents = [end.parent() for end in match.ends]
-    quantization = PairConfig(format, by_pattern(stored, firsts), parents, error.relative)
+    weights = sum(match.skeleton.state_dict()[name].numel() for name in interpolated)
+    _describe(match, directory, format, by_pattern(stored, firsts), error.relative, shards.nbytes, weights)
+
+
+def _describe(
+    match: Match,
+    directory: Path,
+    format: str,
+    interpolated: Mapping[str, str],
+    error: float,
+    nbytes: int,
+    weights: int,
+) -> None:
+    """Writes all files of a packed pair but its weights."""
+    origin = origin_of(match, "instruct")
+    kept = origin.differences, origin.vocabulary, origin.sampling
+    quantization = PairConfig(format, interpolated, origin.parents, error, *kept)
     instruct = match.ends[0].directory
     for pattern in CARRIED:
         for file in instruct.glob(pattern):
             shutil.copy(file, directory)
     copy_estimator(match.ends[1].directory, directory)
-    tokenizer = with_both_templates(match.tokenizers, "instruct")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
-    config = json.loads((instruct / "config.json").read_text()) | {"quantization_config": quantization.to_dict()}
-    config.setdefault("dtype", config.get("torch_dtype", match.stored[0].headers[names[0]][1]))
+    if origin.tokenizer is not None:
+        origin.tokenizer.save_pretrained(directory)
+    if match.end_ids is not None:
+        generation = match.ends[0].generation()
+        generation.eos_token_id = match.end_ids
+        generation.save_pretrained(directory)
+    config, before = json.loads((instruct / "config.json").read_text()), match.ends[0].config().to_dict()
+    changed = {key: value for key, value in match.config.to_dict().items() if value != before.get(key)}
+    if "rope_parameters" in changed:  # old names of the same settings
+        config = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
+    config |= changed | {"quantization_config": quantization.to_dict()}
+    own = config.pop("torch_dtype", None) or config.get("dtype") or main_dtype(match.stored[0].headers)
+    config["dtype"] = str(own if match.dtype == "auto" else match.dtype).removeprefix("torch.")
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    weights = sum(torch.Size(match.stored[0].headers[name][0]).numel() for name in interpolated)
-    write_model_card(directory, quantization, shards.nbytes, weights, tokenizer)
+    write_model_card(directory, quantization, nbytes, weights, origin.tokenizer)
 
 
 def _kinds(match: Match) -> dict[str, type[LerpModule] | None]:
@@ -143,17 +177,35 @@ def _kinds(match: Match) -> dict[str, type[LerpModule] | None]:
 
 
 class _Reader:
-    """Reads the tensors of a checkpoint by their names in the model."""
+    """Reads the tensors of both ends by their names in the model, alike in dtype and length."""
 
-    def __init__(self, checkpoint: Checkpoint, stored: StoredTensors) -> None:
-        self.files = {name: file for file in checkpoint.files() for name in headers_in(file)}
-        self.stored = {name: own for own, name in stored.names.items()}
+    def __init__(self, match: Match) -> None:
+        self.match = match
+        self.stored = [{own: name for name, owns in stored.names.items() for own in owns} for stored in match.stored]
+        self.mains = [main_dtype(stored.headers) for stored in match.stored]
 
-    def read(self, name: str) -> Tensor:
-        """Returns a tensor as a view of its file."""
-        stored = self.stored[name]
-        with safe_open(self.files[stored], framework="pt") as file:
-            return file.get_tensor(stored)
+    def read(self, name: str) -> tuple[Tensor, Tensor]:
+        """Returns a tensor of both ends: as views of their files if they need no change."""
+        ends = zip(self.match.ends, self.stored, strict=True)
+        base, target = (end.read(stored[name]) for end, stored in ends)
+        dtype = self._dtype(name)
+        if dtype is not None:
+            base, target = base.to(dtype), target.to(dtype)
+        return self.match.lengthen(name, base, target)
+
+    def _dtype(self, name: str) -> torch.dtype | None:
+        """Returns the dtype to store a floating tensor in; None for any other, which stays as it is.
+
+        That is the one asked for, or else the wider of the ends'. What both ends keep wider than their other weights,
+        such as a router, is not narrowed.
+        """
+        own = [stored.headers[name][1] for stored in self.match.stored]
+        wider = getattr(torch, wider_dtype(*own) or "")
+        if not wider.is_floating_point:
+            return None
+        asked = self.match.choices.dtype
+        special = all(each != main for each, main in zip(own, self.mains, strict=True))
+        return wider if asked == "auto" or special or isinstance(asked, str) else asked
 
 
 class _Shards:

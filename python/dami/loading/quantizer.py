@@ -135,7 +135,9 @@ class PairQuantizer(HfQuantizer):
         patch = model.dami_patch
         patch.trainable = [p for p in model.parameters() if p.is_floating_point() and id(p) not in added]
         patch.dial.lam = torch.zeros((), device=model.device)
-        patch.origin = Origin(self.quantization_config.parents, self.quantization_config.error)
+        config = self.quantization_config
+        sizes = None if config.vocabulary is None else (config.vocabulary[0], config.vocabulary[1])
+        patch.origin = Origin(config.parents, config.error, None, config.differences, sizes, config.sampling)
         model.requires_grad_(False)
 
 

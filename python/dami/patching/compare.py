@@ -49,6 +49,17 @@ def tensor_mismatches(instruct: Mapping[str, Header], thinking: Mapping[str, Hea
 
 def config_mismatches(instruct: PreTrainedConfig, thinking: PreTrainedConfig) -> list[str]:
     """Returns a line for each setting that differs between two configs and changes what a forward pass computes."""
+    return [
+        f"config.{key}: {values[0]!r} in the instruct end, {values[1]!r} in the thinking end"
+        for key, values in differing_settings(instruct, thinking).items()
+    ]
+
+
+def differing_settings(instruct: PreTrainedConfig, thinking: PreTrainedConfig) -> dict[str, tuple[Any, Any]]:
+    """Returns both values of each setting that differs and changes what a forward pass computes.
+
+    Settings of a nested config are named with dots, such as `text_config.hidden_size`.
+    """
     ends = [_flat(config.to_dict()) for config in (instruct, thinking)]
     for end in ends:
         if end.get("quantization_config.quant_method") == "gguf":  # describes the file; the loaded weights are plain
@@ -57,14 +68,14 @@ def config_mismatches(instruct: PreTrainedConfig, thinking: PreTrainedConfig) ->
         ends = [{"model_type": config.model_type} for config in (instruct, thinking)]
     types = {value for end in ends for key, value in end.items() if key.endswith("rope_type")}
     harmless = {"max_position_embeddings"} if types.isdisjoint(STRETCHED) else set()
-    lines = []
+    found = {}
     for key in sorted(ends[0].keys() | ends[1].keys()):
-        values = [end.get(key) for end in ends]
+        values = ends[0].get(key), ends[1].get(key)
         unknown = key == "architectures" and None in values
         name = key.rpartition(".")[2]
         if values[0] != values[1] and not unknown and name not in harmless and not HARMLESS.fullmatch(name):
-            lines.append(f"config.{key}: {values[0]!r} in the instruct end, {values[1]!r} in the thinking end")
-    return lines
+            found[key] = values
+    return found
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -28,6 +28,7 @@ from dami.layers.checkpointing import checkpointing, checkpoints
 from dami.layers.peft import check_adapters, guard_merging
 from dami.layers.status import Status
 from dami.patching.independence import check_independence
+from dami.patching.vocabulary import weigh_unshared
 from dami.saving.directory import push, save
 from dami.upstream import OF_ONE_OBJECT, execution_device, hook_of
 
@@ -89,12 +90,20 @@ class LerpModel(PreTrainedModel):
         running.sequences, running.tokens = _batch(args, kwargs)
         try:
             if torch.compiler.is_compiling() or not is_grad_enabled() or not checkpoints(self):
-                return super().forward(*args, **kwargs)
-            with checkpointing(self):
-                return super().forward(*args, **kwargs)
+                output = super().forward(*args, **kwargs)
+            else:
+                with checkpointing(self):
+                    output = super().forward(*args, **kwargs)
+            return self._weighed(output, lam)
         finally:
             dial.lam, dial.rest, running.sequences, running.tokens = before
             running.forget()
+
+    def _weighed(self, output: Any, lam: Tensor) -> Any:
+        """Returns a model's output in which tokens that one end does not know have the odds that λ gives them."""
+        if self.dami_patch.origin.vocabulary is not None:
+            weigh_unshared(output, lam, self.dami_patch.origin.vocabulary)
+        return output
 
     def _check_mixed(self, kwargs: Mapping[str, Any]) -> None:
         """Raises ValueError if a batch at several λ has images or audio, or if the model mixes its sequences."""
@@ -254,7 +263,8 @@ def _packed_forward(model: LerpModel, args: tuple[Any, ...], kwargs: dict[str, A
     running, (lam, kept) = model.dami_patch.running, packed_lam(kwargs)
     sharing = nullcontext() if torch.compiler.is_compiling() else one_pass()
     with sharing, running.during(len(lam), 1, lam, kept), Rowwise() if running.invariant else nullcontext():
-        return model.dami_patch.original.forward(model, *args, **kwargs)
+        output = model.dami_patch.original.forward(model, *args, **kwargs)
+        return model._weighed(output, lam if kept is None else kept)
 
 
 def twin(model: M, intensity: IntensityLike = 0.0) -> M:

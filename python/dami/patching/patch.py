@@ -220,7 +220,7 @@ def install(
             if invariant and issubclass(kind, (LerpLinear, LerpConv1D, LerpExperts)):
                 settings = {**settings, "invariant": True}
             before = patch.original if module is model else type(module)
-            place = _place(model, name, module, kind)
+            place = place_of(model, name, module, kind)
             state = ModuleState(dial, before, settings, *place, name=name, running=running)
             patch_module(module, kind, state, differing)
     head = model.get_output_embeddings()
@@ -238,7 +238,7 @@ def _contiguous(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ..
     return inputs[0].contiguous(), *inputs[1:]
 
 
-def _place(model: PreTrainedModel, name: str, module: nn.Module, kind: type[LerpModule]) -> tuple[int | None, str]:
+def place_of(model: PreTrainedModel, name: str, module: nn.Module, kind: type[LerpModule]) -> tuple[int | None, str]:
     """Returns the index of a module's layer (None outside the layers) and its group, one of `dial.MODULE_GROUPS`."""
     layer = layer_of(name)
     if kind.kind in ("rms_norm", "layer_norm"):

@@ -21,6 +21,9 @@ class PairConfig(QuantizationConfigMixin):
             layer number. All other parameters are the same in both ends.
         parents: name and licence of the two ends: [{"name": …, "license": …}, …]. The licence is None if unknown.
         error: ‖W(1) − W_thinking‖ / ‖W_thinking‖ over everything stored in `format`, None if it was not measured.
+        differences: what differed between the ends and how it was resolved: [{"subject": …, "ends": …, …}, …].
+        vocabulary: how many tokens each end knows, if one knows more: [instruct, thinking]. None if they agree.
+        sampling: the sampling parameters of "instruct" and of "thinking", if they differ.
     """
 
     def __init__(
@@ -29,6 +32,9 @@ class PairConfig(QuantizationConfigMixin):
         interpolated: Mapping[str, str],
         parents: Sequence[Mapping[str, str | None]] = (),
         error: float | None = None,
+        differences: Sequence[Mapping[str, Any]] = (),
+        vocabulary: Sequence[int] | None = None,
+        sampling: Mapping[str, Mapping[str, Any]] | None = None,
         **_: Any,
     ) -> None:
         for name in {format, *interpolated.values()}:
@@ -38,6 +44,14 @@ class PairConfig(QuantizationConfigMixin):
         self.interpolated = dict(interpolated)
         self.parents = [dict(parent) for parent in parents]
         self.error = error
+        self.differences = [dict(difference) for difference in differences]
+        self.vocabulary = None if vocabulary is None else list(vocabulary)
+        self.sampling = {end: dict(values) for end, values in (sampling or {}).items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the config as JSON holds it, without the keys that say that the ends do not differ."""
+        optional = "differences", "vocabulary", "sampling"
+        return {key: value for key, value in super().to_dict().items() if value or key not in optional}
 
     def format_of(self, name: str) -> str | None:
         """Returns the format of a parameter, or None if it is the same in both ends."""

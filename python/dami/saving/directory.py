@@ -128,4 +128,5 @@ def config_of(model: PreTrainedModel) -> PairConfig:
     origin, description = patch_of(model).origin, describe(model)
     stored = {row.name: row.format for row in description.rows if row.format is not None}
     interpolated = by_pattern(stored, (row.name for row in description.rows))
-    return PairConfig(description.format, interpolated, origin.parents, origin.error)
+    kept = origin.differences, origin.vocabulary, origin.sampling
+    return PairConfig(description.format, interpolated, origin.parents, origin.error, *kept)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedTokenizerBase
@@ -44,7 +45,7 @@ With `import dami` before it, `AutoModelForCausalLM.from_pretrained` loads the p
 ## How it is stored
 
 {stored} The pair takes {nbytes:,} bytes; {weights:,} numbers of either end are interpolated.{error}
-"""
+{differences}"""
 MERGED = """---
 {data}
 ---
@@ -59,6 +60,13 @@ An ordinary checkpoint, which `transformers` loads: the weights {rest} · W(0) +
 {ends}
 """
 HUB = "https://huggingface.co"
+DIFFERENCES = """
+## How the ends differ
+
+| what | instruct and thinking | the pair |
+|---|---|---|
+{rows}
+"""
 TEMPLATES = """ The instruct end's chat template is used unless another is
 named: `tokenizer.apply_chat_template(…, chat_template="thinking")`."""
 
@@ -90,8 +98,16 @@ def write_model_card(
         nbytes=nbytes,
         weights=weights,
         error=error,
+        differences=_differences(config.differences),
     )
     (Path(directory) / "README.md").write_text(text, encoding="utf-8")
+
+
+def _differences(differences: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the section about what differed between the ends and how it was resolved; nothing if they agreed."""
+    keys = "subject", "ends", "resolution"
+    rows = ["| " + " | ".join(str(each[key]).replace("|", r"\|") for key in keys) + " |" for each in differences]
+    return DIFFERENCES.format(rows="\n".join(rows)) if rows else ""
 
 
 def write_merged_card(directory: str | Path, parents: Sequence[Mapping[str, str | None]] | None, lam: float) -> None:

@@ -160,7 +160,8 @@ class PairLoader(DefaultModelLoader):
         configs = model_config.hf_config, AutoConfig.from_pretrained(sources[1])
         mismatches = config_mismatches(configs[0], configs[1]) + tensor_mismatches(headers[0], headers[1])
         if mismatches:
-            raise ValueError("\n  ".join([f"{' and '.join(sources)} do not match:", *mismatches]))
+            remedy = "(dami pack resolves some differences: dami check tells which)"
+            raise ValueError("\n  ".join([f"{' and '.join(sources)} do not match:", *mismatches, remedy]))
         for name, base in weights:
             if name not in headers[0]:
                 continue

@@ -78,6 +78,8 @@ class PairQuantization(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PairQuantization:
+        if config.get("vocabulary"):
+            raise ValueError(f"both ends of a pair must have one vocabulary in vLLM, got {config['vocabulary']} rows")
         return cls(config["interpolated"])
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
