@@ -37,6 +37,7 @@ from dami_kernels import formats, lerp_linear
 from dami_kernels import triton as kernels
 from dami_kernels.tuning import LinearConfig, experts_config, linear_config, row_config
 
+HEAD = LAYERS["Qwen3-4B"]["lm_head"]
 KINDS = ["zero", "identical", "distinct"]
 DTYPE = torch.bfloat16
 PIPES = ("fma", "alu", "convert", "shared")
@@ -123,7 +124,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
             yield Case("lerp_linear", layer, *LAYERS["Qwen3-4B"][layer], rows, format, kind)
     if options.no_others:
         return
-    vocabulary, columns = LAYERS["Qwen3-4B"]["lm_head"]
+    vocabulary, columns = HEAD
     for rows, format in itertools.product(options.rows, options.formats):
         yield Case("lerp_experts", f"{EXPERTS} gate_up", *EXPERT_LAYERS["gate_up"], rows, format, "distinct")
         yield Case("lerp_embedding", "", vocabulary, columns, rows, format, "distinct")
