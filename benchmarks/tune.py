@@ -1,9 +1,9 @@
 """Measures launch parameters of `lerp_linear` on this GPU and writes its table into dami_kernels/tuning/tables.
 
 For each shape the candidates of `dami_kernels.tuning` are compiled, checked and timed in CUDA graphs; the fastest goes
-into the table. So does, for few rows, whether the kernel in CUDA C++ is faster still, and for more rows, whether torch's
-library is. What the table has already and is not measured now stays. The rows that matter most come first; what does not
-fit into the time is named.
+into the table. So does, for few rows, whether the kernel in CUDA C++ is faster still, and for more rows whether torch's
+library is. What the table has already and is not measured now stays. The rows that matter most come first; what does
+not fit into the time is named.
 """
 
 from __future__ import annotations
