@@ -103,11 +103,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--no-others", action="store_true", help="lerp_linear only: no experts, embedding and norms")
     add("--results", type=Path, default=RESULTS, metavar="DIRECTORY")
     options = parser.parse_args(argv)
+    asked = [word for word in argv if word not in ("--results", str(options.results))]
     stopwatch = Stopwatch() if torch.cuda.is_available() else None
     facts = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
-        "command": shlex.join(["python", "-m", "benchmarks", "predict", *argv]),
+        "command": shlex.join(["python", "-m", "benchmarks", "predict", *asked]),
     }
     print("Predicted from counts, not measured.", flush=True)
     for gpu in (gpu for gpu in GPUS if gpu.name in options.gpus):
