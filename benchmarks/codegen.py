@@ -117,6 +117,11 @@ class Compiled:
         """The instructions of every innermost loop that multiplies matrices, in the order of the code."""
         return product_loops(self.machine_code)
 
+    @property
+    def machine_loops(self) -> list[list[str]]:
+        """The same, the shortest first."""
+        return sorted(self.products, key=len)
+
     def assert_keeps_its_registers(self) -> None:
         """No register is spilled to memory."""
         if "ptx" in self.asm:

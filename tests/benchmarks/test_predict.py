@@ -136,6 +136,7 @@ def test_the_loop_of_each_path_is_told_from_the_others(arch: str, format: str) -
         assert len({*map(tuple, loops)}) == len(paths)
         assert predict.matrix_instructions(loops[-1]) >= predict.matrix_instructions(loops[0])
         assert kernel.spills == 0
+        assert len(kernel.machine_loops[0]) == min(map(len, kernel.products))
 
 
 def test_a_kernel_of_another_shape_is_no_longer_told_apart() -> None:
