@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -33,6 +35,7 @@ DEVICES = {  # A100 SXM, H100 SXM, B200, MI300X
     "sm_100": Device("sm_100", processors=148, shared=232448),
     "gfx942": Device("gfx942", processors=304, shared=65536),
 }
+DECODE = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "decode.cu"
 MATRIX = r"[HI]MMA|HGMMA|UTC\w*MMA|v_mfma"  # instructions of the matrix unit
 
 
@@ -83,10 +86,10 @@ class Compiled:
 
     @property
     def registers(self) -> int:
-        """Registers of a thread; of AMD's those for matrices too."""
+        """Registers of a thread, on AMD those for matrices included."""
         if "cubin" in self.asm:
             return self._resources["REG"]
-        return sum(int(count) for count in re.findall(r"^\s+\.[av]gpr_count: +(\d+)", self.code, re.MULTILINE))
+        return int(re.search(r"\.vgpr_count: +(\d+)", self.code)[1])  # type: ignore[index]
 
     @property
     def spills(self) -> int:
@@ -98,7 +101,9 @@ class Compiled:
     @cached_property
     def _resources(self) -> dict[str, int]:
         said = with_file(self.asm["cubin"], triton.knobs.nvidia.cuobjdump.path, "-res-usage")
-        return {name: int(count) for name, count in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
+        own = re.search(rf"Function {self.name}:\s*(.*)", said)
+        assert own, said
+        return {name: int(count) for name, count in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", own[1])}
 
     @cached_property
     def instructions(self) -> list[str]:
@@ -108,9 +113,12 @@ class Compiled:
     @cached_property
     def machine_code(self) -> str:
         """NVIDIA's SASS, or AMD's assembly."""
-        if "cubin" in self.asm:
-            return with_file(self.asm["cubin"], triton.knobs.nvidia.nvdisasm.path, "-c")
-        return self.asm["amdgcn"]
+        if "cubin" not in self.asm:
+            return self.asm["amdgcn"]
+        code = with_file(self.asm["cubin"], triton.knobs.nvidia.nvdisasm.path, "-c")
+        own = re.search(rf"^\.text\.{self.name}:\n(.*?)(?=^\.text\.|\Z)", code, re.MULTILINE | re.DOTALL)
+        assert own, f"{self.name} is not in its cubin"
+        return own[1]
 
     @cached_property
     def products(self) -> list[list[str]]:
@@ -138,6 +146,35 @@ def with_file(content: bytes, *command: str) -> str:
         file.write(content)
         file.flush()
         return subprocess.run([*command, file.name], check=True, capture_output=True, text=True).stdout
+
+
+# How the CUDA C++ kernel's name tells the format: by its operands' types, the second of two equal ones not spelled out.
+OPERANDS = {
+    "pair": ["Numbers"],
+    "int8": ["Numbers", "Codes8"],
+    "int4": ["Numbers", "Codes4"],
+    "w8d4": ["Codes8", "Codes4"],
+}
+
+
+@cache
+def cuda_kernels(arch: str) -> dict[str, Compiled]:
+    """Returns the CUDA C++ kernels for bfloat16 by format, compiled by nvcc, or none without nvcc or for AMD."""
+    if arch.startswith("gfx") or shutil.which("nvcc") is None:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "decode.cubin"
+        options = ["-std=c++17", "-O3", "-cubin", f"-arch={arch}"]
+        subprocess.run(["nvcc", *options, DECODE, "-o", cubin], check=True, capture_output=True, text=True)
+        content = cubin.read_bytes()
+    found = {}
+    said = with_file(content, triton.knobs.nvidia.cuobjdump.path, "-res-usage")
+    for name in re.findall(r"Function (\w+):", said):
+        operands = re.findall(r"Numbers|Codes8|Codes4", name)
+        if "F16" not in name.replace("Bf16", ""):
+            format = next(format for format, types in OPERANDS.items() if types == operands)
+            found[format] = Compiled(name, {"cubin": content}, 0, 0, 0, 0)
+    return found
 
 
 LABEL = re.compile(r"(\.L\w+):")

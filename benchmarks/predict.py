@@ -15,7 +15,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -24,19 +24,22 @@ import torch
 from torch import Tensor
 
 from benchmarks import lams, limits
-from benchmarks.ahead import META
+from benchmarks.ahead import META, described
 from benchmarks.check import check_linear
-from benchmarks.codegen import DEVICES, MATRIX, Compiled, compiling_for
+from benchmarks.codegen import DEVICES, MATRIX, Compiled, compiling_for, cuda_kernels
 from benchmarks.gpus import AMD_PIPES, GPUS, ISSUED, NVIDIA_PIPES, SHARED, GpuLimits
 from benchmarks.machine import Gpu, commit
 from benchmarks.measure import SingleEntryCache
 from benchmarks.record import RESULTS, store, text_table
 from benchmarks.shapes import EXPERT_LAYERS, EXPERTS, EXPERTS_PER_TOKEN, LAYERS
+from benchmarks.tune import forced
 from benchmarks.weights import KERNEL_FORMATS, Copies, count_of
 from dami_kernels import formats, lerp_linear
 from dami_kernels import triton as kernels
 from dami_kernels.tuning import LinearConfig, experts_config, linear_config, row_config
+from dami_kernels.tuning.cuda import MAX_ROWS, STEP, TILE, decode_warps, shared_bytes
 
+CUDA = "lerp_linear, CUDA C++"
 HEAD = LAYERS["Qwen3-4B"]["lm_head"]
 KINDS = ["zero", "identical", "distinct"]
 DTYPE = torch.bfloat16
@@ -111,11 +114,23 @@ def main(argv: list[str] | None = None) -> int:
         "command": shlex.join(["python", "-m", "benchmarks", "predict", *asked]),
     }
     print("Predicted from counts, not measured.", flush=True)
+    code = 0
     for gpu in (gpu for gpu in GPUS if gpu.name in options.gpus):
-        rows = [row(case, gpu, stopwatch) for case in cases(options)]
+        wanted = [case for case in cases(options) if case.kernel != CUDA or cuda_kernels(gpu.arch)]
+        rows = [found for case in wanted if (found := attempted(case, gpu, stopwatch))]
+        code |= len(rows) < len(wanted)
         store([facts | row for row in rows], options.results / "predict.csv")
         show(gpu, rows)
-    return 0
+    return code
+
+
+def attempted(case: Case, gpu: GpuLimits, stopwatch: Stopwatch | None) -> dict[str, object] | None:
+    """Returns a row of the results. A kernel that does not compile, or is not as expected, is told, and has none."""
+    try:
+        return row(case, gpu, stopwatch)
+    except Exception as error:
+        print(f"FAILED: {gpu.name}: {case}: {described(error)}", flush=True)
+        return None
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -125,6 +140,10 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
             yield Case("lerp_linear", layer, *LAYERS["Qwen3-4B"][layer], rows, format, kind)
     if options.no_others:
         return
+    for layer, rows in itertools.product(options.layers, options.rows):
+        if rows <= MAX_ROWS:
+            for format, kind in itertools.product(options.formats, options.lams):
+                yield Case(CUDA, layer, *LAYERS["Qwen3-4B"][layer], rows, format, kind)
     vocabulary, columns = HEAD
     for rows, format in itertools.product(options.rows, options.formats):
         yield Case("lerp_experts", f"{EXPERTS} gate_up", *EXPERT_LAYERS["gate_up"], rows, format, "distinct")
@@ -160,7 +179,7 @@ def row(case: Case, gpu: GpuLimits, stopwatch: Stopwatch | None) -> dict[str, ob
         **{f"{name}_us": micro[name] for name in LIMITS},
         "predicted_us": micro[limit],
         "limit": limit,
-        "merged_us": f"{1e6 * merged(case, gpu):.2f}" if case.kernel == "lerp_linear" else "",
+        "merged_us": f"{1e6 * merged(case, gpu):.2f}" if case.kernel in ("lerp_linear", CUDA) else "",
         "measured_us": "" if measured is None else f"{1e6 * measured:.2f}",
     }
 
@@ -244,12 +263,15 @@ def matrix_instructions(loop: list[str]) -> int:
 def compiled(case: Case, arch: str) -> Compiled:
     """Returns the kernel that would be launched. λ is data: its kind does not matter."""
     if case.kind != "distinct":
-        return compiled(Case(**{**vars(case), "kind": "distinct"}), arch)
+        return compiled(replace(case, kind="distinct"), arch)
     lam = torch.empty(case.rows, device=META)
     x, vectors = (
         torch.empty(case.rows, case.k, dtype=DTYPE, device=META),
         [torch.empty(case.k, dtype=DTYPE, device=META)] * 2,
     )
+    if case.kernel == CUDA:
+        warps = decode_warps(case.n, case.k, case.format, DEVICES[arch])
+        return replace(cuda_kernels(arch)[case.format], warps=warps, shared=warps * shared_bytes(case.format))
     with compiling_for(arch) as launched:
         if case.kernel == "lerp_linear":
             kernels.lerp_linears(x, tensors(case), [], lam, None, 1, case.format, False)
@@ -281,6 +303,8 @@ def stored_bytes(case: Case) -> tuple[float, float]:
 
 
 def work_of(case: Case, arch: str) -> Work:
+    if case.kernel == CUDA:
+        return decode_work(case, arch)
     if case.is_product:
         return product_work(case, arch)
     config = row_config(case.k)
@@ -324,6 +348,21 @@ def product_work(case: Case, arch: str) -> Work:
     return Work(int(memory), int(l2), weights * tiles_m * tiles_n * splits, loops, operations, path, tile_name(config))
 
 
+def decode_work(case: Case, arch: str) -> Work:
+    """Counts the work of the CUDA C++ kernel: blocks of 16 features, whose warps share the steps along K."""
+    warps = decode_warps(case.n, case.k, case.format, DEVICES[arch])
+    path, tiles, steps = "base" if case.kind == "zero" else "both", -(-case.n // TILE), -(-case.k // STEP)
+    base, second = stored_bytes(case)
+    weight = case.n * case.k * (base if path == "base" else base + second)
+    moved = limits.activation_bytes(case.rows, case.n, case.k, DTYPE)
+    x = case.rows * case.k * DTYPE.itemsize
+    operations = 2 * TILE * MAX_ROWS * steps * STEP * (2 if path == "both" else 1)
+    l2 = weight + moved + x * (tiles - 1)
+    return Work(
+        int(weight + moved), int(l2), tiles, -(-steps // warps), operations, path, f"{TILE} features, {warps} warps"
+    )
+
+
 def path_of(kind: str, config: LinearConfig) -> str:
     return "base" if kind == "zero" else "blend" if kind == "identical" and config.use_blend else "both"
 
@@ -362,7 +401,8 @@ class Stopwatch:
         def call(i: int) -> Tensor:
             return lerp_linear(x, weights[i % len(weights)], lam, rows_per_lam=rows_per_lam)
 
-        with torch.inference_mode():
+        config = linear_config(case.rows, case.n, case.k, DTYPE, case.format, DEVICES[gpu.arch])
+        with torch.inference_mode(), forced(config):  # not what a table has
             check_linear(call(0), x, weights[0], batch.per_row().to(self.here.device))
             stopwatch = self.here.stopwatch(call, len(weights))
             return sorted(stopwatch() for _ in range(9))[4]

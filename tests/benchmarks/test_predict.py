@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,8 @@ def test_blocks_that_fit_on_a_processor() -> None:
     sm_90.shared = 100_000
     assert predict.resident(sm_90, H200) == 2
     gfx = kernel({"amdgcn": "    .agpr_count:     32\n    .vgpr_count:     96\n.private_segment_fixed_size: 0"}, 0, 4)
-    assert (gfx.registers, gfx.spills) == (128, 0)
-    assert predict.resident(gfx, MI300X) == 131072 // (128 * 64 * 4)
+    assert (gfx.registers, gfx.spills) == (96, 0)  # which the 32 are part of
+    assert predict.resident(gfx, MI300X) == 131072 // (96 * 64 * 4)
 
 
 @pytest.mark.parametrize(("arch", "format"), [("sm_90", "pair"), ("sm_100", "int4"), ("gfx942", "pair")])
@@ -161,13 +162,53 @@ def test_bytes_and_operations_of_a_product() -> None:
     assert experts.memory == 8 * (2 * 1536 * 2048 + 2 * (1536 + 2048))  # eight experts
 
 
-def test_it_prints_and_stores_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_cuda_kernel_s_work() -> None:
+    n, k = GATE_UP
+    work = predict.work_of(Case(predict.CUDA, "gate_up", n, k, 8, "pair", "distinct"), "sm_90")
+    assert work.programs == n // 16
+    assert work.programs * work.operations == 2 * 2 * 8 * n * k
+    assert work.memory == 4 * n * k + 2 * 8 * (n + k)
+    assert work.l2 == work.memory + 2 * 8 * k * (n // 16 - 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs CUDA's nvcc")
+@pytest.mark.parametrize("format", ["pair", "int8", "int4", "w8d4"])
+def test_the_cuda_kernel_is_counted(format: str) -> None:
+    case = Case(predict.CUDA, "gate_up", *GATE_UP, 1, format, "distinct")
+    row = predict.row(case, H200, None)
+    assert row["spills"] == 0
+    assert row["convert_instructions"] == 0  # codes become numbers under a power of two
+    assert len(predict.compiled(case, "sm_90").products) == (3 if format == "pair" else 2)
+
+
+def test_what_fails_costs_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = predict.row
+
+    def fails(case: Case, *rest: Any) -> dict[str, object]:
+        if case.format == "int8":
+            raise ValueError("loops")
+        return row(case, *rest)
+
+    monkeypatch.setattr(predict, "row", fails)
+    options = ["--gpus", "MI300X", "--layers", "o", "--rows", "1", "--lams", "zero", "--no-others"]
+    assert predict.main([*options, "--formats", "pair", "int8", "--results", str(tmp_path)]) == 1
+    assert [row["format"] for row in load(tmp_path / "predict.csv")] == ["pair"]
+    assert "FAILED: MI300X: Case(kernel='lerp_linear', layer='o'" in capsys.readouterr().out
+
+
+def test_it_prints_and_stores_predictions(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(predict, "cuda_kernels", lambda arch: {})
     options = ["--gpus", "H200", "--layers", "o", "--formats", "pair", "--rows", "1", "--lams", "zero", "distinct"]
     assert __main__.main(["predict", *options, "--results", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert out.startswith("Predicted from counts, not measured.\n\nH200 (sm_90), predicted:\n")
     rows = load(tmp_path / "predict.csv")
-    assert {row["kernel"] for row in rows} == {*predict.kernels.__all__} - {"lerp_linears"}
+    assert {row["kernel"] for row in rows} == {*predict.kernels.__all__} - {"lerp_linears"}  # none needs nvcc here
     for row in rows:
         assert float(row["predicted_us"]) == max(float(row[f"{name}_us"]) for name in predict.LIMITS)
         assert row["predicted_us"] == row[f"{row['limit']}_us"]
