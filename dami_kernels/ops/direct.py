@@ -18,7 +18,7 @@ from dami_kernels.tuning import routes
 from dami_kernels.weight import LerpWeight
 
 _C: Any = getattr(native, "_C", None)  # the functions below are only called if it exists
-HAS_AMX = routes.cpu().arch == "amx"  # then many rows may be torch's, see `linear.by_library`
+HAS_AMX = routes.cpu().arch == "amx"  # then many rows may be torch's to multiply: `linear` asks
 
 
 def lerp_linear(

@@ -123,8 +123,8 @@ def lerp_linears(
     way = route(M, N, K, x.dtype, format, device_of(x.device), together, invariant)
     if way is not Route.KERNEL:
         rows = (lam, row_to_lam, rows_per_lam, format, way)
-        each = [products.lerp_linear(x, [*g], biases[2 * i : 2 * i + 2], *rows) for i, g in enumerate(groups)]
-        return torch.cat([part.flatten() for part in each])
+        each = [products.lerp_linear(x, [*g], biases[2 * i : 2 * i + 2], *rows).flatten() for i, g in enumerate(groups)]
+        return each[0] if len(each) == 1 else torch.cat(each)
     y = x.new_empty(M * N)
     if y.numel() == 0:
         return y

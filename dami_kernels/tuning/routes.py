@@ -37,7 +37,8 @@ def route(
     if together >= TOGETHER:
         if measured:
             return nearest(measured, together).one
-        return Route.BLEND if device.arch == "amx" and together >= AMX_ROWS else Route.KERNEL
+        by_amx = device.arch == "amx" and dtype == torch.bfloat16 and together >= AMX_ROWS
+        return Route.BLEND if by_amx else Route.KERNEL
     return nearest(measured, M).mixed if measured and has_float32_results(device) else Route.KERNEL
 
 

@@ -69,7 +69,7 @@ def test_with_amx_rows_at_one_lam_are_blended_from_some_number_on() -> None:
         return route(4096, 64, 64, dtype, "pair", AMX, together, **more)
 
     assert [way(rows) for rows in (1, 511, 512, 4096)] == [Route.KERNEL] * 2 + [Route.BLEND] * 2
-    assert way(4096, torch.float32) is way(4096, invariant=True) is Route.KERNEL
+    assert way(4096, torch.float32) is way(4096, torch.float16) is way(4096, invariant=True) is Route.KERNEL
     assert tuning.candidates(4096, AMX) == [Route.KERNEL, Route.BLEND]
     assert tuning.candidates(1, AMX) == [Route.KERNEL]  # no product with float32 results
     assert tuning.candidates(1, H100) == [Route.KERNEL, Route.PRODUCTS]
@@ -197,6 +197,16 @@ def test_a_map_is_followed_row_by_row() -> None:
     assert torch.equal(y, run(Route.PRODUCTS, x, weight, lam[index], None))
     with pytest.raises(ValueError, match="row_to_lam must be None to blend the weight of rows at one λ, got a map"):
         products.lerp_linear(x, [*weight.tensors], [], lam, index, 1, "pair", Route.BLEND)
+
+
+@both_ways
+@pytest.mark.parametrize("format", FORMATS)
+def test_no_value_is_read_back(way: Route, format: str) -> None:
+    """Tensors on "meta" have none: a captured graph replays with any λ."""
+    weight = [tensor.to("meta") for tensor in packed(150, 70, format=format).tensors]
+    x, lam = torch.empty(40, 70, dtype=torch.bfloat16, device="meta"), torch.empty(4, device="meta")
+    y = products.lerp_linear(x, weight, [x.new_empty(150)] * 2, lam, None, 10, format, way)
+    assert (y.device.type, y.shape, y.dtype) == ("meta", (40, 150), torch.bfloat16)
 
 
 class Largest(TorchDispatchMode):
