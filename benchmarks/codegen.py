@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import shutil
 import subprocess
@@ -223,7 +224,22 @@ def product_loops(code: str) -> list[list[str]]:
             yield from within or [loop]
 
     whole = graph
-    return [[instructions[i] for i in sorted(loop)] for loop in sorted(inner(graph), key=min)]
+    loops = sorted(inner(graph), key=min)
+    return [[instructions[i] for i in sorted(_one_round(graph.subgraph(loop), instructions))] for loop in loops]
+
+
+def _one_round(loop: networkx.DiGraph, instructions: list[str]) -> set[int]:
+    """Returns what of a loop runs in a round that copies and multiplies: the shortest way through all that does.
+
+    It leaves out what runs instead of that, such as the code for operands that are not aligned, and waiting loops.
+    """
+    stops = [i for i in sorted(loop) if re.match(rf"{MATRIX}|LDGSTS", instructions[i])]
+    try:
+        ways = [networkx.shortest_path(loop, a, b) for a, b in itertools.pairwise(stops)]
+        last = networkx.shortest_path(loop, stops[-1], stops[0]) if len(stops) > 1 else sorted(loop)
+    except networkx.NetworkXNoPath:
+        return set(loop)
+    return {node for way in [*ways, last] for node in way}
 
 
 @contextmanager

@@ -24,7 +24,7 @@ H100, H200, B200, MI300X = GPUS
 GATE_UP = (19456, 2560)
 
 # Two loops that multiply. The first is entered in its middle and has a part set apart at the end of the code. Within
-# the second lies a loop that only waits, and around both is another.
+# the second lies a loop that only waits, and its copy has an alternative. Around both is another.
 SASS = """
 .text.kernel:
         /*0000*/                   MOV R1, c[0x0][0x28] ;
@@ -36,7 +36,9 @@ SASS = """
         /*0030*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
         /*0040*/              @!P0 BRA `(.L_x_6) ;
 .L_x_3:
+        /*0048*/              @!P4 BRA `(.L_x_8) ;
         /*0050*/                   LDGSTS.E.BYPASS.128 [R3], desc[UR4][R12.64] ;
+.L_x_5:
         /*0060*/                   HGMMA.64x16x16.F32.BF16 R24, R4, gdesc[UR8], R24 ;
 .L_x_4:
         /*0070*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R9], R5 ;
@@ -48,8 +50,12 @@ SASS = """
         /*00c0*/                   I2F.S8 R5, R6 ;
         /*00d0*/               @P3 BRA `(.L_x_1) ;
         /*00e0*/                   BRA `(.L_x_3) ;
+.L_x_8:
+        /*00e8*/                   LDG.E.U16 R3, desc[UR4][R12.64] ;
+        /*00f0*/                   STS.U16 [R3], R3 ;
+        /*00f8*/                   BRA `(.L_x_5) ;
 .L_x_7:
-        /*00f0*/                   BRA `(.L_x_7) ;
+        /*0100*/                   BRA `(.L_x_7) ;
 """
 
 
@@ -58,10 +64,10 @@ def names(loop: list[str]) -> list[str]:
 
 
 def test_loops_that_multiply_are_found_however_the_code_lies() -> None:
-    assert len(read(SASS)[0]) == 16
+    assert len(read(SASS)[0]) == 20
     first, second = product_loops(SASS)
     assert names(first) == ["LDSM", "HMMA", "BRA", "I2F", "BRA"]
-    assert names(second) == ["LDGSTS", "HGMMA", "SYNCS", "BRA", "BRA"]
+    assert names(second) == ["BRA", "LDGSTS", "HGMMA", "SYNCS", "BRA", "BRA"]  # not what runs instead of the copy
 
 
 def test_amd_s_assembly_is_read_too() -> None:
