@@ -7,6 +7,7 @@ parts:
   host       what a call costs beside its kernel (CPU)
   generate   decoding by transformers, a patched pair against one plain model
   peers      a pair in dami's server and in vLLM, against other servers with merged copies (CPU)
+  predict    what the machine code and the limits of GPUs say of the kernels' times, without a GPU
   tune       measure the launch parameters of this GPU and write its table; also: --tune
   suite      linear, operators and step, a few minutes (on a GPU: its tests last, at most 8 minutes)
 
@@ -20,7 +21,7 @@ import importlib
 import os
 import sys
 
-PARTS = ("suite", "linear", "operators", "step", "host", "generate", "peers", "tune")
+PARTS = ("suite", "linear", "operators", "step", "host", "generate", "peers", "predict", "tune")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -111,14 +111,16 @@ def main(argv: list[str] | None = None) -> int:
 def run_on_gpu(run: Run, compile_log: Path) -> None:
     """Builds the CUDA C++ kernels and meanwhile runs the smoke check, then runs the parts and the tests."""
     building = run.build_cuda(compile_log)
-    for i in range(PROCESSES):
-        run.start([sys.executable, "-m", "benchmarks", "suite", "--compile", f"{i}/{PROCESSES}"], compile_log)
+    command = [sys.executable, "-m", "benchmarks", "suite", "--compile"]
+    compiling = [run.start([*command, f"{i}/{PROCESSES}"], compile_log) for i in range(PROCESSES)]
     run.say("\n== smoke check")
     run.part(SMOKE, SMOKE.seconds)
     if building is not None:
         run.wait(building, run.began + BUILDING)
         run.say(f"\nthe kernels in CUDA C++: {built(building)}; {compile_log}")
     run.parts(GPU, run.end - TEST_SECONDS)
+    for process in compiling:  # whose contexts take memory of the device, too, besides the tests' share
+        stop(process)
     run.tests()
 
 

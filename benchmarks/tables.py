@@ -263,6 +263,70 @@ def summary() -> str:
     return about(rows) + markdown(lines)
 
 
+def predicted(kind: str, *gpus: str) -> str:
+    """Tabulates predict.csv for gate_up: the time as a ratio to one merged weight's least, and the limit that sets it.
+
+    Args:
+        kind: of λ; empty for all kinds.
+        gpus: their names.
+    """
+    rows = predictions(layer="gate_up", kernel="lerp_linear")
+    rows = [row for row in rows if row["gpu"] in gpus and kind in ("", row["lam"])]
+    sizes = list(dict.fromkeys(row["m"] for row in rows))
+    by = {(row["gpu"], row["format"], row["lam"], row["m"]): row for row in rows}
+    lines: list[list[str]] = [["GPU", "weights", "λ", *(f"M={m}" for m in sizes)]]
+    for gpu in gpus:
+        times = {row["m"]: f"{float(row['merged_us']):.1f} µs" for row in rows if row["gpu"] == gpu}
+        lines.append([gpu, "one merged", "one", *times.values()])
+        for format, lam in dict.fromkeys(key[1:3] for key in by if key[0] == gpu):
+            lines.append([gpu, f"`{format}`", KINDS[lam], *(told(by[gpu, format, lam, m]) for m in sizes)])
+    return source(rows) + markdown(lines)
+
+
+def told(row: Row) -> str:
+    ratio = f"{float(row['predicted_us']) / float(row['merged_us']):.2f} ({row['limit']})"
+    return (
+        f"{ratio}, measured {float(row['measured_us']) / float(row['merged_us']):.2f}" if row["measured_us"] else ratio
+    )
+
+
+def predicted_code() -> str:
+    """Tabulates what of the machine code on an H100 or H200 the predictions for gate_up follow from."""
+    rows = [row for row in predictions(layer="gate_up", kernel="lerp_linear", gpu="H200") if row["lam"] != "identical"]
+    by = {(row["format"], row["m"], row["lam"]): row for row in rows}
+    head = ["weights", "M", "tile", "registers", "spills", "blocks", "one end", "both ends", "fma", "alu", "convert"]
+    lines: list[list[str]] = [[*head, "shared"]]
+    for format, m in dict.fromkeys(key[:2] for key in by):
+        end, both = by[format, m, "zero"], by[format, m, "distinct"]
+        cells = [both[key] for key in ("tile", "registers", "spills", "blocks")]
+        pipes = [both[f"{pipe}_instructions"] for pipe in ("fma", "alu", "convert", "shared")]
+        lines.append([f"`{format}`", m, *cells, end["instructions"], both["instructions"], *pipes])
+    return source(rows) + markdown(lines)
+
+
+def predicted_others() -> str:
+    """Tabulates the predictions of what is not `lerp_linear`, on an H200."""
+    rows = [row for row in predictions(gpu="H200", lam="distinct") if row["m"] in ("1", "4096")]
+    rows = [row for row in rows if row["kernel"] != "lerp_linear"]
+    lines: list[list[str]] = [
+        ["operator", "N", "K", "weights", "M", "registers", "memory, µs", "predicted, µs", "limit"]
+    ]
+    keys = ("n", "k", "format", "m", "registers", "memory_us", "predicted_us", "limit")
+    lines += [[f"`{row['kernel']}`", *(row[key] for key in keys)] for row in rows]
+    return source(rows) + markdown(lines)
+
+
+def predictions(**wanted: str) -> list[Row]:
+    """Returns the wanted rows of the last run of `predict`."""
+    rows = load(RESULTS / "predict.csv")
+    last = max(row["date"] for row in rows)
+    return [row for row in rows if row["date"] == last and all(row[key] == value for key, value in wanted.items())]
+
+
+def source(rows: list[Row]) -> str:
+    return f"Predicted, not measured: `{rows[0]['command']}`, bf16, commit {rows[0]['commit']}.\n\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
     "pair": pair,
@@ -338,6 +402,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "ragged gpu": lambda: by_case([row for row in four_b("ragged", is_gpu) if int(row["m"]) > SEQUENCE], *LAYER),
     "kernels gpu": lambda: kernels(four_b("distinct", is_gpu)),
     "operators gpu": lambda: by_case(measured("operators.csv", is_gpu), "operator", "shape", "m"),
+    "predict": lambda: predicted("", "H200"),
+    "predict gpus": lambda: predicted("distinct", "H100", "B200", "MI300X"),
+    "predict code": predicted_code,
+    "predict others": predicted_others,
     "step gpu": lambda: by_case(measured("step.csv", is_gpu), "layers", "m"),
 }
 

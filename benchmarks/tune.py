@@ -1,8 +1,9 @@
 """Measures launch parameters of `lerp_linear` on this GPU and writes its table into dami_kernels/tuning/tables.
 
 For each shape the candidates of `dami_kernels.tuning` are compiled, checked and timed in CUDA graphs; the fastest goes
-into the table, and for few rows also whether the kernel in CUDA C++ is faster still. What the table has already and is
-not measured now stays. The rows that matter most come first; what does not fit into the time is named.
+into the table. So does, for few rows, whether the kernel in CUDA C++ is faster still, and for more rows whether torch's
+library is. What the table has already and is not measured now stays. The rows that matter most come first; what does
+not fit into the time is named.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -28,27 +29,31 @@ from benchmarks import lams, suite
 from benchmarks.ahead import META, PROCESSES, attempt, compiling, described, share
 from benchmarks.check import check_linear
 from benchmarks.journal import WHOLE, Journal
+from benchmarks.lams import Lams
 from benchmarks.linear import has_cuda_kernel
 from benchmarks.machine import Call, Gpu
 from benchmarks.measure import DTYPES, LOST, SingleEntryCache
 from benchmarks.shapes import HEAD_ROWS, LAYERS
 from benchmarks.timing import Budget, Times, interleaved
 from benchmarks.weights import KERNEL_FORMATS, Copies, count_of
-from dami_kernels import LerpWeight, cuda, lerp_linear
+from dami_kernels import LerpWeight, cuda, lerp_linear, products
 from dami_kernels.tuning import (
     LinearConfig,
     LinearEntry,
+    Route,
     device_of,
     linear_candidates,
     load_table,
     save_table,
     table_path,
 )
+from dami_kernels.tuning.routes import TOGETHER
 
 ROWS = [1, 16, 64, 4096, 8, 4, 32, 256, 1024]
 SLOW = 1.3  # candidates this many times slower than the fastest are dropped
 CUDA = "the kernel in CUDA C++"
-Candidate = LinearConfig | str  # parameters of Triton's kernel, or CUDA for the other kernel
+Candidate = LinearConfig | Route | str  # parameters of Triton's kernel, a route, or CUDA for the other kernel
+ROUTES = {"one": ("identical", Route.BLEND), "mixed": ("distinct", Route.PRODUCTS)}  # by column, and kind of λ
 
 
 @dataclass(frozen=True)
@@ -140,21 +145,10 @@ def tune(options: argparse.Namespace) -> int:
         journal.at(case, WHOLE)
         candidates = linear_candidates(case.rows, case.n, case.k, dtype, case.format, device)
         tuner = Tuner(case, here, journal, budget)
-        try:
-            with torch.inference_mode():
-                times = tuner.times(candidates, copies(case.n, case.k).weights[case.format], options.seconds)
-        except Exception as error:
-            tuner.passed_over(str(case), error)
-            times = {}
+        entry = tuner.entry(candidates, lambda case=case: copies(case.n, case.k).weights[case.format], options.seconds)
         here.forget()
-        by_triton = {config: taken.median for config, taken in times.items() if isinstance(config, LinearConfig)}
-        if by_triton:
-            best = min(by_triton, key=by_triton.__getitem__)
-            prefers_cuda = CUDA in times and times[CUDA].median < by_triton[best]
-            print(f"{case}: {told(times, candidates[0])}: {best}", flush=True)
-            table[case.rows, case.n, case.k, dtype, case.format] = LinearEntry(
-                case.rows, case.n, case.k, dtype, case.format, best, prefers_cuda
-            )
+        if entry is not None:
+            table[case.rows, case.n, case.k, dtype, case.format] = entry
             save_table(path, table.values())  # after each case, so that a stopped run keeps its results
             if options.results:
                 shutil.copy(path, options.results)
@@ -196,52 +190,59 @@ class Tuner:
     def __init__(self, case: Case, here: Gpu, journal: Journal, budget: Budget) -> None:
         self.case, self.here, self.journal, self.budget = case, here, journal, budget
 
+    def entry(
+        self, candidates: list[LinearConfig], weights: Callable[[], list[LerpWeight]], seconds: float
+    ) -> LinearEntry | None:
+        """Returns the table's entry for this case, or None if no candidate runs. Prints what decided."""
+        case = self.case
+        with torch.inference_mode():
+            try:
+                of = weights()
+                times = self.times(candidates, of, seconds)
+            except Exception as error:
+                self.passed_over(str(case), error)
+                return None
+            by_triton = {config: taken.median for config, taken in times.items() if isinstance(config, LinearConfig)}
+            if not by_triton:
+                return None
+            best = min(by_triton, key=by_triton.__getitem__)
+            prefers_cuda = CUDA in times and times[CUDA].median < by_triton[best]
+            print(f"{case}: {told(times, candidates[0])}: {best}", flush=True)
+            entry = LinearEntry(case.rows, case.n, case.k, of[0].dtype, case.format, best, prefers_cuda)
+            return replace(entry, **{column: self.route(best, column, of, seconds) for column in ROUTES})
+
     def times(
         self, candidates: list[LinearConfig], weights: list[LerpWeight], seconds: float
     ) -> dict[Candidate, Times]:
         """Times each candidate that compiles and is correct, except those that are far slower."""
         case = self.case
-        x = torch.randn(case.rows, case.k, device=self.here.device).to(weights[0].dtype)
-        batch = lams.make("uniform" if case.rows > lams.SEQUENCE else "distinct", case.rows)
-        lam, rows_per_lam, _ = batch.to(self.here.device)
-        per_row = batch.per_row().to(self.here.device)
-
-        def triton_call(i: int) -> Tensor:
-            return lerp_linear(x, weights[i % len(weights)], lam, rows_per_lam=rows_per_lam)
-
-        def cuda_call(i: int) -> Tensor:
-            tensors = [*weights[i % len(weights)].tensors]
-            return cuda.lerp_linear(x, tensors, [], lam, None, rows_per_lam, case.format, False)
-
-        stopwatches: dict[Candidate, Callable[[], float]] = {}
-        once: dict[Candidate, float] = {}
-
-        def consider(candidate: Candidate, call: Call) -> None:
-            if self.journal.is_fatal(case, str(candidate)):
-                return
-            self.journal.at(case, str(candidate))
-            try:
-                check_linear(call(0), x, weights[0], per_row)
-                stopwatch = self.here.stopwatch(call, len(weights))
-                once[candidate] = min(stopwatch() for _ in range(2))
-                stopwatches[candidate] = stopwatch
-            except Exception as error:  # too many registers, too much shared memory, or worse
-                self.passed_over(str(candidate), error)
-
-        if has_cuda_kernel(x):
-            consider(CUDA, cuda_call)
+        of = Operands(case, "uniform" if case.rows > lams.SEQUENCE else "distinct", weights, self.here)
+        contest = Contest(self, of, len(weights))
+        if has_cuda_kernel(of.x):
+            contest.consider(CUDA, of.by_cuda)
         for config in candidates:
-            if stopwatches and self.budget.is_spent():
+            if contest.stopwatches and self.budget.is_spent():
                 break
             with forced(config):
-                consider(config, triton_call)
-        fastest = min((once[config] for config in stopwatches if config != CUDA), default=0)
-        contenders = {
-            candidate: partial(self.timed, candidate, stopwatch)
-            for candidate, stopwatch in stopwatches.items()
-            if candidate == CUDA or once[candidate] <= SLOW * fastest
-        }
-        return interleaved(contenders, seconds) if contenders else {}
+                contest.consider(config, of.by_operator)
+        return contest.times(seconds)
+
+    def route(self, best: LinearConfig, column: str, weights: list[LerpWeight], seconds: float) -> Route:
+        """Returns the faster of our kernel and the route of a column, for rows of its kind of λ."""
+        kind, way = ROUTES[column]
+        if self.case.rows < TOGETHER or self.budget.is_spent():
+            return Route.KERNEL
+        of = Operands(self.case, kind, weights, self.here)
+        contest = Contest(self, of, len(weights))
+        with forced(best):
+            contest.consider(Route.KERNEL, of.by_operator)
+        contest.consider(way, partial(of.by_library, way=way))
+        times = contest.times(seconds)
+        if way not in times or Route.KERNEL not in times:
+            return Route.KERNEL
+        medians = {candidate: f"{taken.median * 1e6:.1f} µs" for candidate, taken in times.items()}
+        print(f"  {lams.KINDS[kind]}: {medians[Route.KERNEL]}, {medians[way]} by {way.value}", flush=True)
+        return min((Route.KERNEL, way), key=lambda candidate: times[candidate].median)
 
     def timed(self, candidate: Candidate, stopwatch: Callable[[], float]) -> float:
         self.journal.at(self.case, str(candidate))
@@ -254,9 +255,73 @@ class Tuner:
             raise SystemExit(LOST) from error
 
 
+class Operands:
+    """x, copies of a weight and λ of one kind, and the ways to multiply them."""
+
+    def __init__(self, case: Case, kind: str, weights: list[LerpWeight], here: Gpu) -> None:
+        self.case, self.weights = case, weights
+        self.x = torch.randn(case.rows, case.k, device=here.device).to(weights[0].dtype)
+        batch = lams.make(kind, case.rows)
+        self.per_row = batch.per_row().to(here.device)
+        # As the operator sees one λ for all rows: by the length of lam, not by its values.
+        self.lam, self.rows_per_lam, _ = (Lams(batch.lam[:1], case.rows) if kind == "identical" else batch).to(
+            here.device
+        )
+
+    def weight(self, i: int) -> LerpWeight:
+        return self.weights[i % len(self.weights)]
+
+    def by_operator(self, i: int) -> Tensor:
+        return lerp_linear(self.x, self.weight(i), self.lam, rows_per_lam=self.rows_per_lam)
+
+    def by_cuda(self, i: int) -> Tensor:
+        tensors = [*self.weight(i).tensors]
+        return cuda.lerp_linear(self.x, tensors, [], self.lam, None, self.rows_per_lam, self.case.format, False)
+
+    def by_library(self, i: int, way: Route) -> Tensor:
+        tensors = [*self.weight(i).tensors]
+        return products.lerp_linear(self.x, tensors, [], self.lam, None, self.rows_per_lam, self.case.format, way)
+
+
+class Contest:
+    """The stopwatches of the candidates that run and are right."""
+
+    def __init__(self, tuner: Tuner, operands: Operands, copies: int) -> None:
+        self.tuner, self.operands, self.copies = tuner, operands, copies
+        self.stopwatches: dict[Candidate, Callable[[], float]] = {}
+        self.once: dict[Candidate, float] = {}
+
+    def consider(self, candidate: Candidate, call: Call) -> None:
+        tuner, of = self.tuner, self.operands
+        if tuner.journal.is_fatal(tuner.case, str(candidate)):
+            return
+        tuner.journal.at(tuner.case, str(candidate))
+        try:
+            check_linear(call(0), of.x, of.weights[0], of.per_row)
+            stopwatch = tuner.here.stopwatch(call, self.copies)
+            self.once[candidate] = min(stopwatch() for _ in range(2))
+            self.stopwatches[candidate] = stopwatch
+        except Exception as error:  # too many registers, too much shared memory, or worse
+            tuner.passed_over(str(candidate), error)
+
+    def times(self, seconds: float) -> dict[Candidate, Times]:
+        """Times in turn what is not far slower than the fastest configuration; what is no configuration always."""
+        configs = [config for config in self.stopwatches if isinstance(config, LinearConfig)]
+        fastest = min((self.once[config] for config in configs), default=0)
+        contenders = {
+            candidate: partial(self.tuner.timed, candidate, stopwatch)
+            for candidate, stopwatch in self.stopwatches.items()
+            if candidate not in configs or self.once[candidate] <= SLOW * fastest
+        }
+        return interleaved(contenders, seconds) if contenders else {}
+
+
 @contextmanager
 def forced(config: LinearConfig) -> Iterator[None]:
     """Forces Triton's kernel with these parameters, whatever the shape."""
     kernel = importlib.import_module("dami_kernels.triton.linear")
-    with patch.object(kernel, "linear_config", lambda *_: config), patch.object(cuda, "takes", lambda *_: False):
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(kernel, "linear_config", lambda *_: config))
+        stack.enter_context(patch.object(kernel, "route", lambda *_: Route.KERNEL))
+        stack.enter_context(patch.object(cuda, "takes", lambda *_: False))
         yield

@@ -129,7 +129,7 @@ struct Codes {
 
   __device__ static void copy(char* to, const Operand& w, int first, int n, int k, int k_end) {
     const int groups_end = (k_end + group - 1) / group;
-    copy_rows<uint8_t, row_bytes, pitch, 16>(to, w.values, first, n, k * bits / 8, groups_end * group * bits / 8);
+    copy_rows<uint8_t, row_bytes, pitch, 16>(to, w.values, first, n, k / 8 * bits, groups_end * (group / 8 * bits));
     copy_rows<uint16_t, sizeof(uint2), sizeof(uint2), 4>(to + scales, w.scales, first, n, k / group, groups_end);
   }
 };

@@ -14,9 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from dami_kernels import native
+from dami_kernels.tuning import routes
 from dami_kernels.weight import LerpWeight
 
 _C: Any = getattr(native, "_C", None)  # the functions below are only called if it exists
+HAS_AMX = routes.cpu().arch == "amx"  # then many rows may be torch's to multiply: `linear` asks
 
 
 def lerp_linear(
@@ -30,7 +32,7 @@ def lerp_linear(
     row_to_lam: Tensor | None = None,
     invariant: bool = False,
 ) -> Tensor | None:
-    if not _fits(x, weight):
+    if not _fits(x, weight) or (HAS_AMX and _has_many_rows(x)):
         return None
     y = _C.linears(
         graph, x, weight.tensors, _ends(bias), lam, row_to_lam, rows_per_lam, weight.format, weight.shape[-1], invariant
@@ -49,7 +51,7 @@ def lerp_linears(
     row_to_lam: Tensor | None = None,
     invariant: bool = False,
 ) -> tuple[Tensor, ...] | None:
-    if not weights or not all(_fits(x, weight) for weight in weights):
+    if not weights or not all(_fits(x, weight) for weight in weights) or (HAS_AMX and _has_many_rows(x)):
         return None
     if biases is not None and len(biases) != len(weights):
         return None
@@ -133,6 +135,10 @@ def lerp_layer_norm(
 
 def _fits(x: Tensor, weight: LerpWeight) -> bool:
     return type(x) is Tensor and type(weight) is LerpWeight and weight.dtype is x.dtype and x.is_cpu
+
+
+def _has_many_rows(x: Tensor) -> bool:
+    return x.shape[:-1].numel() >= routes.AMX_ROWS
 
 
 def _ends(bias: LerpWeight | None) -> Sequence[Tensor] | None:

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dami_kernels import formats
+from dami_kernels import formats, products
 from dami_kernels.ops import direct, library
 from dami_kernels.rows import along, lam_map, lam_per_row, lerp, sum_per_lam
+from dami_kernels.tuning import Route, route, routes, rows_together
 from dami_kernels.weight import LerpWeight
 
 
@@ -59,16 +60,13 @@ def lerp_linear(
             base, target = bias.tensors
             y = y + lerp(base.float(), target.float(), per_row.unsqueeze(1)).to(y.dtype)
     else:
-        y = torch.ops.dami.lerp_linear(
-            flat,
-            list(weight.tensors),
-            None if bias is None else list(bias.tensors),
-            lam,
-            row_to_lam,
-            rows_per_lam,
-            weight.format,
-            invariant,
-        )
+        ends = [] if bias is None else list(bias.tensors)
+        rest = (lam, row_to_lam, rows_per_lam, weight.format)
+        way = _route(flat, weight.shape[0], *rest, invariant)
+        if way is Route.KERNEL:
+            y = torch.ops.dami.lerp_linear(flat, list(weight.tensors), ends or None, *rest, invariant)
+        else:
+            y = products.lerp_linear(flat, list(weight.tensors), ends, *rest, way)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -113,8 +111,17 @@ def lerp_linears(
         return tuple(
             lerp_linear(x, weight, per_row, None if biases is None else biases[i]) for i, weight in enumerate(weights)
         )
+    flat = x.reshape(rows, x.shape[-1])
+    sizes = [weight.shape[0] for weight in weights]
+    if _route(flat, sum(sizes), lam, row_to_lam, rows_per_lam, weights[0].format, invariant) is not Route.KERNEL:
+        each = None if row_to_lam is not None else rows_per_lam
+        bias: Sequence[LerpWeight | None] = biases or [None] * len(weights)
+        return tuple(
+            lerp_linear(x, w, lam, b, rows_per_lam=each, row_to_lam=row_to_lam)
+            for w, b in zip(weights, bias, strict=True)
+        )
     y = torch.ops.dami.lerp_linears(
-        x.reshape(rows, x.shape[-1]),
+        flat,
         [tensor for weight in weights for tensor in weight.tensors],
         None if biases is None else [tensor for bias in biases for tensor in bias.tensors],
         lam,
@@ -123,9 +130,22 @@ def lerp_linears(
         weights[0].format,
         invariant,
     )
-    sizes = [weight.shape[0] for weight in weights]
     parts = y.split([rows * size for size in sizes])
     return tuple(part.view(*x.shape[:-1], size) for part, size in zip(parts, sizes, strict=True))
+
+
+def _route(
+    x: Tensor, N: int, lam: Tensor, row_to_lam: Tensor | None, rows_per_lam: int, format: str, invariant: bool
+) -> Route:
+    """Returns how the CPU computes x [M, K] with N features. A GPU's route is chosen below, where its kernels are.
+
+    Whatever records, compiles or transforms the call gets the operator, which has derivatives.
+    """
+    if not x.is_cpu or not library.is_eager() or (torch.is_grad_enabled() and (x.requires_grad or lam.requires_grad)):
+        return Route.KERNEL
+    M, K = x.shape
+    together = rows_together(M, rows_per_lam, row_to_lam is not None)
+    return route(M, N, K, x.dtype, format, routes.cpu(), together, invariant)
 
 
 def _check(

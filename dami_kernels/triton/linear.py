@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dami_kernels import cuda
+from dami_kernels import cuda, products
 from dami_kernels.triton.host import cdiv, is_even, strides_of, vectors, weights_of, with_rows_in_one_piece
 from dami_kernels.triton.product import Operands, Plan, Tile, launch, product_tile
-from dami_kernels.tuning import device_of, linear_config, row_span
+from dami_kernels.tuning import Route, device_of, linear_config, route, row_span, rows_together
 
 
 # M, rows_per_lam and span change with every batch. Specialising on them would recompile the kernel.
@@ -119,6 +119,12 @@ def lerp_linears(
     M, K = x.shape
     sizes = tuple(group[0].shape[0] for group in groups)
     N = sum(sizes)
+    together = rows_together(M, rows_per_lam, row_to_lam is not None)
+    way = route(M, N, K, x.dtype, format, device_of(x.device), together, invariant)
+    if way is not Route.KERNEL:
+        rows = (lam, row_to_lam, rows_per_lam, format, way)
+        each = [products.lerp_linear(x, [*g], biases[2 * i : 2 * i + 2], *rows).flatten() for i, g in enumerate(groups)]
+        return each[0] if len(each) == 1 else torch.cat(each)
     y = x.new_empty(M * N)
     if y.numel() == 0:
         return y

@@ -214,8 +214,9 @@ def _sum_splits_kernel(parts, y, size, SPLIT_K: tl.constexpr, BLOCK: tl.constexp
     """y [size] from parts [SPLIT_K, size], summed in an order that does not depend on which program ended first."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.static_range(SPLIT_K):
-        total += tl.load(parts + split * size + index, mask=index < size, other=0.0)
+    for _ in tl.static_range(SPLIT_K):
+        total += tl.load(parts + index, mask=index < size, other=0.0)
+        parts += size  # not split * size, of which 32 bits may be too few
     tl.store(y + index, total.to(y.dtype.element_ty), mask=index < size)
 
 

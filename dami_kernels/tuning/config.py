@@ -1,8 +1,9 @@
-"""Launch parameters of a linear kernel."""
+"""Launch parameters of a linear kernel, and what may take its place."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 
 @dataclass(frozen=True)
@@ -25,3 +26,16 @@ class LinearConfig:
     use_blend: bool
     num_warps: int
     num_stages: int
+
+
+class Route(str, Enum):
+    """How `lerp_linear` is computed.
+
+    KERNEL: our kernel.
+    PRODUCTS: two products of the library, of the base and of the second matrix, with float32 results, and a lerp.
+    BLEND: for rows at one λ, the weight blended in pieces and rounded once, and a product of the library with each.
+    """
+
+    KERNEL = "kernel"
+    PRODUCTS = "products"
+    BLEND = "blend"

@@ -9,12 +9,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from dami_kernels.tuning.config import LinearConfig
+from dami_kernels.tuning.config import LinearConfig, Route
 
 TABLES = Path(__file__).parent / "tables"
 LOG = logging.getLogger("dami_kernels")
@@ -27,6 +25,7 @@ class LinearEntry:
     Attributes:
         config: the Triton kernel's configuration.
         prefers_cuda: whether the CUDA C++ kernel was faster.
+        one, mixed: the fastest route where all rows have one λ, and where every row has its own.
     """
 
     M: int
@@ -36,6 +35,8 @@ class LinearEntry:
     format: str
     config: LinearConfig
     prefers_cuda: bool = False
+    one: Route = Route.KERNEL
+    mixed: Route = Route.KERNEL
 
 
 def table_path(device_name: str) -> Path:
@@ -54,16 +55,15 @@ def save_table(path: Path, entries: Iterable[LinearEntry]) -> None:
 @cache
 def load_table(device_name: str) -> dict[tuple[int, int, torch.dtype, str], list[LinearEntry]]:
     """Returns a GPU's entries by (N, K, dtype, format), or none if it has no table. Logs which table it loads."""
-    from dami_kernels.tuning.config import LinearConfig
-
     path = table_path(device_name)
     table: dict[tuple[int, int, torch.dtype, str], list[LinearEntry]] = {}
     if not path.exists():
         LOG.info("lerp_linear on %s: tiles by heuristic, there is no table %s", device_name, path)
         return table
     for line in json.loads(path.read_text()):
-        config = LinearConfig(**line.pop("config"))
-        entry = LinearEntry(**{**line, "dtype": getattr(torch, line["dtype"]), "config": config})
+        parsed = {"dtype": getattr(torch, line["dtype"]), "config": LinearConfig(**line["config"])}
+        routes = {name: Route(line[name]) for name in ("one", "mixed") if name in line}
+        entry = LinearEntry(**{**line, **parsed, **routes})
         table.setdefault((entry.N, entry.K, entry.dtype, entry.format), []).append(entry)
     LOG.info("lerp_linear on %s: tiles as measured, %s", device_name, path)
     return table

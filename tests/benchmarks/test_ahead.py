@@ -20,7 +20,7 @@ from benchmarks import ahead, linear, operators, shapes, step, suite, tune  # no
 from dami_kernels.triton import embedding, experts, norms, product  # noqa: E402
 from dami_kernels.triton import linear as triton_linear  # noqa: E402
 from dami_kernels.tuning import device_of  # noqa: E402
-from tests.dami_kernels.triton_targets import TARGETS, _Driver  # noqa: E402
+from tests.dami_kernels.triton_targets import TARGETS, Driver  # noqa: E402
 
 H100 = SimpleNamespace(
     major=9, minor=0, multi_processor_count=132, shared_memory_per_block=49152, shared_memory_per_block_optin=232448,
@@ -35,7 +35,7 @@ def _a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100)
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     before = driver._active
-    driver.set_active(_Driver(TARGETS["sm_90"]))
+    driver.set_active(Driver(TARGETS["sm_90"]))
     forget()
     yield
     driver._active = before

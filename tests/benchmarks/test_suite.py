@@ -202,6 +202,30 @@ def test_on_a_gpu_numbers_come_before_the_tests(
     assert (tmp_path / "compile.txt").read_text().count("FAILED here: compile") == 2
 
 
+def test_nothing_compiles_beside_the_tests(machine: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each process holds some of the device's memory, of which the tests take their share."""
+    compiling: list[subprocess.Popen[bytes]] = []
+    beside: list[bool] = []
+    start = suite.Run.start
+
+    def noted(self: suite.Run, command: list[str], log: Path | None = None) -> subprocess.Popen[bytes]:
+        if "pytest" in command:
+            beside.extend(process.poll() is None for process in compiling)
+        if "--compile" not in command:
+            return start(self, command, log)
+        compiling.append(
+            subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], preexec_fn=os.setpgrp)
+        )
+        self.processes.append(compiling[-1])
+        return compiling[-1]
+
+    monkeypatch.setattr(suite.Run, "start", noted)
+    monkeypatch.setattr(suite.Run, "build_cuda", lambda run, log: None)
+    monkeypatch.setattr(suite, "PROCESSES", 2)
+    suite.main(["--gpu", "--results", str(tmp_path)])
+    assert beside == [False, False]
+
+
 def test_without_nvcc_the_cuda_kernels_are_left_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,32 @@ def test_the_kernel_in_cuda_is_preferred_where_it_is_faster(
     assert tune.main([*TUNE, "1", "4", "64", *journal]) == 0
     assert {M: entry.prefers_cuda for M, entry in table().items()} == {1: True, 4: False, 64: False}
     assert "µs by the kernel in CUDA C++" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(native.WHY_NOT is not None, reason="the compiled part is missing")
+@pytest.mark.usefixtures("_stand_in")
+def test_the_library_is_preferred_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, table: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For each kind of λ by itself; with few rows it is not asked."""
+
+    class Slow(StandIn):
+        """On which our kernel takes a second, and the library less with one λ and more with several."""
+
+        def stopwatch(self, call: Callable[[int], object], copies: int) -> Callable[[], float]:
+            if not isinstance(call, partial):
+                return super().stopwatch(call, copies)
+            call(0)
+            return lambda: 1e-9 if call.keywords["way"] is tuning.Route.BLEND else 1.0
+
+    monkeypatch.setattr(tune, "Gpu", Slow)
+    assert tune.main([*TUNE, "16", "64", "--journal", str(tmp_path / "journal")]) == 0
+    found = {M: (entry.one, entry.mixed) for M, entry in table().items()}
+    assert found == {16: (tuning.Route.KERNEL,) * 2, 64: (tuning.Route.BLEND, tuning.Route.KERNEL)}
+    out = capsys.readouterr().out
+    assert out.count("one λ for all: ") == 2  # of the two layers
+    assert " µs, 0.0 µs by blend" in out
+    assert " µs, 1000000.0 µs by products" in out
 
 
 @pytest.mark.skipif(native.WHY_NOT is not None, reason="the compiled part is missing")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -13,23 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from dami_kernels.tuning import cuda as tuning
-from tests.dami_kernels.cuda_on_cpu import DECODE, FORMATS
-from tests.dami_kernels.test_triton_plan import DEVICES
+triton = pytest.importorskip("triton")  # which brings a disassembler
 
+from benchmarks.codegen import product_loops, with_file  # noqa: E402
+from dami_kernels.tuning import cuda as tuning  # noqa: E402
+from tests.dami_kernels.cuda_on_cpu import DECODE, FORMATS  # noqa: E402
+from tests.dami_kernels.test_triton_plan import DEVICES  # noqa: E402
 
-def disassembler() -> str | None:
-    """CUDA's, or the one that Triton brings."""
-    if found := shutil.which("nvdisasm"):
-        return found
-    triton = importlib.util.find_spec("triton")
-    brought = Path(str(triton and triton.origin)).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    return str(brought) if brought.exists() else None
-
-
-pytestmark = pytest.mark.skipif(
-    shutil.which("nvcc") is None or disassembler() is None, reason="needs CUDA's nvcc and nvdisasm (Triton has one)"
-)
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs CUDA's nvcc")
 every_arch = pytest.mark.parametrize(
     "arch", ["sm_90", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("sm_80", "sm_100"))]
 )
@@ -47,22 +37,7 @@ class Kernel:
     @property
     def loops(self) -> list[str]:
         """The innermost loops that multiply."""
-        instructions: list[str] = []
-        labels: dict[str, int] = {}
-        spans = []
-        for line in self.code.splitlines():
-            if label := re.match(r"(\.L\w+):", line):
-                labels[label[1]] = len(instructions)
-            elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/ +(.*?);", line):
-                instructions.append(instruction[1])
-                jump = re.search(r"\bBRA\b.*`\((\.L\w+)\)", instruction[1])
-                if jump and jump[1] in labels:  # backwards
-                    spans.append(range(labels[jump[1]], len(instructions)))
-        inner: list[range] = []
-        for span in sorted(spans, key=len):  # a longer one around or across one of these is code set apart from it
-            if any("HMMA" in instructions[i] for i in span) and not any(set(span) & set(other) for other in inner):
-                inner.append(span)
-        return ["\n".join(instructions[i] for i in span) for span in inner]
+        return ["\n".join(loop) for loop in product_loops(self.code)]
 
 
 @cache
@@ -72,8 +47,7 @@ def kernels(arch: str) -> dict[tuple[str, str], Kernel]:
         cubin = f"{folder}/decode.cubin"
         options = ["-std=c++17", "-O3", "-cubin", "-Xptxas", "-v", f"-arch={arch}"]
         said = subprocess.run(["nvcc", *options, DECODE, "-o", cubin], check=True, capture_output=True, text=True)
-        tool = str(disassembler())
-        code = subprocess.run([tool, "-c", cubin], check=True, capture_output=True, text=True).stdout
+        code = with_file(Path(cubin).read_bytes(), triton.knobs.nvidia.nvdisasm.path, "-c")
     resources = re.findall(r"Compiling entry function '(\w+)'[^\n]*\n(.*?Used[^\n]*)", said.stderr, re.DOTALL)
     found = {}
     for name, resource in resources:

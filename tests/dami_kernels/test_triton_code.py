@@ -96,6 +96,19 @@ def test_every_kernel_fits(arch: str) -> None:
     assert {kernel.name for kernel in launched} == written
 
 
+@every_arch
+@every_format
+def test_an_embedding_of_less_than_a_group_fits(arch: str, format: str) -> None:
+    """Codes come in whole groups of 32, whatever the number of columns."""
+    with compiling_for(arch) as launched:
+        for D in (1, 16):
+            rows = (meta(9, dtype=torch.float32), None, 1)
+            kernels.lerp_embedding(
+                meta(9, dtype=torch.int64), stored(50, D, format=format), *rows, format, torch.bfloat16, D
+            )
+    assert_fits(arch, launched)
+
+
 MMA = {
     "sm_80": {DECODE: "mma.sync.aligned.m16n8k16", PREFILL: "mma.sync.aligned.m16n8k16"},
     "sm_90": {DECODE: "mma.sync.aligned.m16n8k16", PREFILL: "wgmma.mma_async.sync.aligned.m64n256k16"},

@@ -7,6 +7,7 @@ and test_ops.py with the operators' contracts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -348,6 +349,43 @@ def test_offsets_beyond_32_bits(kernels: dict[str, Kernel]) -> None:
     )
 
 
+@pytest.fixture
+def _corners(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large grid only the first and the last program run, and memory that nobody touches takes none."""
+    from triton.runtime import interpreter
+
+    def ends_of(*bounds: int) -> range:
+        whole = range(*bounds)
+        return whole[:: len(whole) - 1] if len(bounds) == 1 and len(whole) > 2**14 else whole
+
+    monkeypatch.setattr(interpreter, "range", ends_of, raising=False)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="takes more memory than the tests' share of a GPU")
+@pytest.mark.usefixtures("_corners")
+def test_outputs_beyond_32_bits(linear: Kernel, kernels: dict[str, Kernel]) -> None:
+    """The last numbers of outputs, and of the parts that are summed into them, of more than 2³¹."""
+    row, weight = torch.randn(1, 128).bfloat16(), ends(1, 128, dtype=torch.bfloat16)
+    lam = torch.tensor([0.3])
+    expected = kernels["lerp_linear"](row, weight, [], lam, None, 1, "pair", True).item()
+    for M, N, split_k in ((2**17, 2**14 + 16, 1), (5 * 2**12, 2**14 + 16, 8)):
+        both = [end.expand(N, 128) for end in weight]
+        steps = config(split_k, use_blend=split_k == 1)
+        y = linear(replace(steps, block_k=16), row.expand(M, 128), both, [], lam, each=M)
+        torch.testing.assert_close(y[-1, -16:].float(), torch.full((16,), expected), rtol=0.02, atol=1e-3)
+    M, E, N = 2**17 + 2, 2, 2**14 + 16  # with one row of the first expert, no program is left without rows
+    experts, offsets = [end.expand(E, N, 128) for end in weight], torch.tensor([1, M], dtype=torch.int32)
+    y = kernels["lerp_experts"](row.expand(M, 128), experts, [], lam, None, M, offsets, "pair", False)
+    torch.testing.assert_close(y[-1, -16:].float(), torch.full((16,), expected), rtol=0.02, atol=1e-3)
+    ids, table = torch.zeros(2**19 + 8, dtype=torch.int32), ends(1, 4096, dtype=torch.bfloat16)
+    y = kernels["lerp_embedding"](ids, table, lam, None, len(ids), "pair", torch.bfloat16, 4096)
+    torch.testing.assert_close(y[-1].float(), torch.lerp(*[end[0].float() for end in table], lam), rtol=0.01, atol=0)
+    x, vector = torch.randn(1, 2**16).bfloat16().expand(2**15 + 8, -1), ends(2**16, dtype=torch.bfloat16)
+    y = kernels["lerp_rms_norm"](x, vector, lam, None, len(x), 1e-6, 0.0)
+    assert torch.equal(y[-1], kernels["lerp_rms_norm"](x[:1], vector, lam, None, 1, 1e-6, 0.0)[0])
+
+
 FORMATS = ["pair", "int8", "int4", "w8d4"]
 every_format = pytest.mark.parametrize("format", FORMATS)
 
@@ -457,6 +495,16 @@ def test_embedding_in_every_format(kernels: dict[str, Kernel], format: str, dtyp
     y = kernels["lerp_embedding"](ids, [*weight.tensors], lam, None, 1, format, dtype, 150)
     oracle = reference.lerp_embedding(ids, weight.unpack(), lam)
     assert_as_accurate(y, oracle, oracle.to(dtype), factor=1.0)
+
+
+@every_format
+@pytest.mark.parametrize("D", [1, 8, 16, 17])
+def test_embedding_of_less_than_a_group(kernels: dict[str, Kernel], format: str, D: int) -> None:
+    weight, lam = packed(format, 11, D), torch.tensor([0.0, 1.0, 0.5], device=DEVICE)
+    ids = torch.tensor([10, 0, 3], device=DEVICE)
+    y = kernels["lerp_embedding"](ids, [*weight.tensors], lam, None, 1, format, torch.bfloat16, D)
+    oracle = reference.lerp_embedding(ids, weight.unpack(), lam)
+    assert_as_accurate(y, oracle, oracle.bfloat16(), factor=1.0)
 
 
 def test_scales_are_read_in_pairs_where_pairs_are_aligned() -> None:
