@@ -1,0 +1,137 @@
+"""Decodes by a compiled step: `generate(compile=True)`.
+
+transformers' `generate` compiles the forward pass of a step if its cache is static. Two things are added here. The
+cache has room for a power of two, so that one graph serves many lengths. And torch's guards on the model, hundreds for
+each layer, are not evaluated before every token, which would take as long as some of the layers: `structure` tells once
+per call whether what they are about has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CompileConfig, PreTrainedConfig
+
+from dami.dial.patch import patch_of
+from dami.dial.state import ModuleState
+from dami.generation.steering import SEVERAL_STEPS_IN_ONE, option
+from dami.upstream import KEPT_BY_GENERATE, compiles_steps, for_any_device
+
+LEAST_ROOM = 256  # tokens
+GRAPHS = 8  # of one model that are kept: with parts at a λ of their own, with an adapter, in another dtype
+
+
+class StepConfig(CompileConfig):
+    """Tells transformers to compile, and `PreTrainedModel.get_compiled_call` that it is done here."""
+
+
+def compiled_step(model: Any, options: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """Returns what transformers' `generate` must be told besides its other arguments, in order to compile its steps.
+
+    Args:
+        model: a patched model.
+        options: arguments of `generate` by name.
+        length: tokens of the prompts.
+
+    Raises:
+        ValueError: another option excludes it, or transformers compiles no steps of this model.
+    """
+    excluded = [
+        name for name in ("assistant_model", "custom_generate", "cache", "past_key_values") if options.get(name)
+    ]
+    excluded += [
+        name for name in (*SEVERAL_STEPS_IN_ONE, "compile_config", "disable_compile") if option(model, options, name)
+    ]
+    if excluded:
+        raise ValueError(f"compile=True excludes {excluded[0]}, got both")
+    beams = option(model, options, "num_beams") or 1
+    if beams > 1:
+        raise ValueError(f"compile=True is for greedy decoding and sampling, got num_beams={beams}")
+    if option(model, options, "use_cache") is False:
+        raise ValueError("compile=True needs a cache, got use_cache=False")
+    cache = option(model, options, "cache_implementation")
+    if cache not in (None, "static"):
+        raise ValueError(f"compile=True takes cache_implementation='static', got {cache!r}")
+    told = {"cache_implementation": "static", "compile_config": for_any_device(StepConfig())}
+    if not compiles_steps(model, told["compile_config"]):
+        raise ValueError(
+            f"compile=True is not for {type(model).__name__}: transformers compiles no steps of models that are "
+            "offloaded or whose cache cannot be static"
+        )
+    more = option(model, options, "max_new_tokens")
+    needed = length + more if more is not None else option(model, options, "max_length") or length + 20
+    room = max(LEAST_ROOM, 1 << (needed - 1).bit_length(), option(model, options, "max_cache_len") or 0)
+    return {**told, "max_cache_len": room}
+
+
+def how(device: torch.device) -> dict[str, Any]:
+    """Returns how `torch.compile` compiles a step for a device: on a GPU, it captures a graph."""
+    return {
+        "fullgraph": True,
+        "options": {"triton.cudagraphs": True} if device.type == "cuda" else {"cpp_wrapper": True},
+    }
+
+
+def compiled_call(model: Any) -> Callable[..., Any]:
+    """Returns a patched model's compiled forward pass, as the model is now. Call it until the model changes."""
+    calls, key = patch_of(model).compiled, structure(model)
+    if key not in calls:
+        while len(calls) >= GRAPHS:
+            del calls[next(iter(calls))]
+        calls[key] = _compiled(model)
+    return calls[key]
+
+
+def _compiled(model: Any) -> Callable[..., Any]:
+    def run(**inputs: Any) -> Any:
+        return model(**inputs)
+
+    # torch finds what it has compiled by the code of a function: this copy of the code is for one structure.
+    alone = FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)
+    wanted = how(model.device)
+    return torch.compile(alone, **{**wanted, "options": {**wanted.get("options", {}), "guard_filter_fn": of_inputs}})
+
+
+def of_inputs(guards: Sequence[Any]) -> list[bool]:
+    """Says which guards of a compiled forward pass are evaluated before every token.
+
+    These are the guards on its inputs, on the shape of λ, and on torch's own state. `structure` stands for those on the
+    model. If somebody replaces a function that a graph was traced from, that is not noticed.
+    """
+    return [
+        not guard.name or "inputs" in guard.name or (guard.guard_type == "TENSOR_MATCH" and guard.name.endswith(".lam"))
+        for guard in guards
+    ]
+
+
+def structure(model: nn.Module) -> Hashable:
+    """Returns what a graph of a model depends on: its modules, their settings, and shapes and dtypes of its tensors.
+
+    Not among it are the addresses and values of tensors, and λ: a compiled forward pass reads these at every call.
+    """
+    parts: dict[int, int] = {}
+    return tuple(
+        (name, type(module), _frozen({k: v for k, v in vars(module).items() if k not in KEPT_BY_GENERATE}, parts))
+        for name, module in model.named_modules()
+    )
+
+
+def _frozen(value: Any, parts: dict[int, int]) -> Hashable:
+    """Returns what a graph depends on in a value. `parts` numbers the dials of parts with a λ of their own."""
+    if isinstance(value, Tensor):
+        return type(value), value.shape, value.stride(), value.dtype, value.device, value.is_inference()
+    if isinstance(value, Mapping):
+        return tuple((key, _frozen(each, parts)) for key, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(_frozen(each, parts) for each in value)
+    if isinstance(value, PreTrainedConfig):
+        return _frozen(vars(value), parts)
+    if isinstance(value, ModuleState):
+        part = None if value.part is None else parts.setdefault(id(value.part), len(parts))
+        return part, _frozen(value.settings, parts), repr(value.stored), value.running.invariant
+    plain = (bool, int, float, str, frozenset, torch.dtype, torch.device, FunctionType)
+    return value if isinstance(value, plain) else frozenset(value) if isinstance(value, set) else type(value)
