@@ -20,6 +20,8 @@ from dami.layers.row_parameter import RowParameter
 
 NAME = "dami_packed"  # the name of this attention as an attn_implementation
 INVARIANT = "dami_packed_invariant"  # computes each query alone: its bits do not depend on how a prompt is chunked
+CAPTURED = "dami_packed_captured"  # does not ask the device for lengths: a captured graph can be replayed at others
+CHUNK = 16  # queries whose keys `captured_attention` gathers at once: few, as it gathers the most that any may have
 
 
 def packed_attention(
@@ -56,14 +58,7 @@ def packed_attention(
         [1, queries, heads, head size], and None in place of the attention weights.
     """
     result = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-    sinks = s_aux.rows if isinstance(s_aux, RowParameter) else s_aux
-
-    def attend(rows: slice | Tensor, keys: slice | Tensor, sees: Tensor | None, sequences: int = 1) -> None:
-        """Attends for sequences with equally many queries, whose keys are padded to equal length."""
-        q, k, v = (_take(x, at, sequences) for x, at in ((query, rows), (key, keys), (value, keys)))
-        sink = None if sinks is None else sinks.expand(query.shape[2], -1)[rows].unflatten(0, (sequences, -1)).mT
-        result[0, rows] = _attend(q, k, v, scaling, sees, softcap, sink).transpose(1, 2).flatten(0, 1)
-
+    attend = partial(_attend_rows, result, query, key, value, scaling=scaling, softcap=softcap, sinks=s_aux)
     decoding: dict[int, list[tuple[int, int, int]]] = {}  # (row, first key, number of keys), by bit length of the last
     of_queries, of_keys = (pairwise(lengths.tolist()) for lengths in (cu_seq_lens_q, cu_seq_lens_k))
     for (begin, end), (keys, keys_end) in zip(of_queries, of_keys, strict=True):
@@ -83,6 +78,70 @@ def packed_attention(
         own = first_keys[:, None] + torch.minimum(places, counts[:, None] - 1)
         attend(rows, own.flatten(), (places < counts[:, None])[:, None], len(alike))
     return result, None
+
+
+def captured_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    *,
+    cu_seq_lens_q: Tensor,
+    cu_seq_lens_k: Tensor,
+    max_length_k: int,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Computes what `packed_attention` does, with all lengths on the device only.
+
+    Queries after those of the last sequence are padding, whose results mean nothing.
+
+    Args:
+        max_length_k: the most keys of a sequence.
+        module, query, key, value, attention_mask, scaling, cu_seq_lens_q, cu_seq_lens_k, sliding_window, softcap,
+            s_aux: as in `packed_attention`.
+    """
+    result = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+    place = torch.arange(query.shape[2], dtype=torch.int32, device=query.device)
+    ends = cu_seq_lens_q[1:].contiguous()
+    sequence = torch.searchsorted(ends, place, right=True).clamp(max=len(ends) - 1)
+    last_key = cu_seq_lens_k[1:][sequence] - (ends[sequence] - place - 1)
+    first_key = cu_seq_lens_k[:-1][sequence]
+    if sliding_window is not None:
+        first_key = torch.maximum(first_key, last_key - sliding_window)
+    count = (last_key - first_key).clamp(min=1)
+    places = torch.arange(min(max_length_k, key.shape[2]), device=query.device)
+    # Pads with the query's own last key, so that no sequence reads another's keys.
+    own = (first_key[:, None] + torch.minimum(places, count[:, None] - 1)).clamp(0, key.shape[2] - 1)
+    sees = (places < count[:, None])[:, None]
+    for rows in (slice(start, start + CHUNK) for start in range(0, len(place), CHUNK)):
+        keys, seen = own[rows].flatten(), sees[rows]
+        _attend_rows(result, query, key, value, rows, keys, seen, len(seen), scaling, softcap, s_aux)
+    return result, None
+
+
+def _attend_rows(
+    result: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: slice | Tensor,
+    keys: slice | Tensor,
+    sees: Tensor | None,
+    sequences: int = 1,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> None:
+    """Writes rows of the result, for sequences with equally many queries, whose keys are padded to equal length."""
+    q, k, v = (_take(x, at, sequences) for x, at in ((query, rows), (key, keys), (value, keys)))
+    sinks = sinks.rows if isinstance(sinks, RowParameter) else sinks
+    sink = None if sinks is None else sinks.expand(query.shape[2], -1)[rows].unflatten(0, (sequences, -1)).mT
+    result[0, rows] = _attend(q, k, v, scaling, sees, softcap, sink).transpose(1, 2).flatten(0, 1)
 
 
 def _take(x: Tensor, at: slice | Tensor, sequences: int) -> Tensor:
@@ -139,4 +198,5 @@ def _attend(
 
 
 AttentionInterface.register(NAME, packed_attention)
+AttentionInterface.register(CAPTURED, captured_attention)
 AttentionInterface.register(INVARIANT, partial(packed_attention, invariant=True))
