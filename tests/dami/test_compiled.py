@@ -10,10 +10,13 @@ import dami
 import pytest
 import torch
 from dami import schedules
+from dami.cli import app
+from dami.dial.patch import patch_of
 from dami.estimators import StaticIntensity
 from dami.generation import compiled
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import CompileConfig, PreTrainedModel
+from typer.testing import CliRunner
 
 from tests.dami.families import pair
 from tests.dami.test_generation import LAM, prompts
@@ -37,7 +40,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
 def model() -> PreTrainedModel:
     model = dami.patch_model(*pair("qwen3"))
     dami.attach(model, StaticIntensity(0.4))
-    dami.dial.patch.patch_of(model).presets = {"low": 0.2, "high": 0.8}
+    patch_of(model).presets = {"low": 0.2, "high": 0.8}
     return model
 
 
@@ -189,7 +192,7 @@ def test_keeps_only_so_many_graphs(model: Any, graphs: Graphs) -> None:
         model.model.layers[0].self_attn.scaling = 0.1 * (number + 1)
         model.generate(**prompts(), max_new_tokens=2, intensity=0.3, compile=True)
     assert len(graphs) == compiled.GRAPHS + 2
-    assert len(dami.dial.patch.patch_of(model).compiled) == compiled.GRAPHS
+    assert len(patch_of(model).compiled) == compiled.GRAPHS
 
 
 @pytest.mark.parametrize(
@@ -222,10 +225,16 @@ def test_a_model_that_transformers_does_not_compile_is_refused(model: Any) -> No
 
 
 def test_the_door_of_transformers_stays_open(model: Any) -> None:
-    from transformers import CompileConfig
-
     call = model.get_compiled_call(CompileConfig(backend="eager", mode=None))
     assert call is model._compiled_call
+
+
+def test_the_command_line_compiles(graphs: Graphs) -> None:
+    options = ["--greedy", "--json", "-l", "0.3", "-l", "0.8", "--max-new-tokens", "4", "--dtype", "float32"]
+    lines = [CliRunner().invoke(app, ["generate", "2 + 3 =", *options, *more]) for more in ([], ["--compile"])]
+    assert lines[0].exit_code == lines[1].exit_code == 0, lines[1].output
+    assert lines[0].stdout == lines[1].stdout
+    assert graphs
 
 
 @pytest.mark.slow
