@@ -9,13 +9,16 @@ from typing import Any
 import dami
 import pytest
 import torch
+import torch.nn.functional as F
 from dami import schedules
 from dami.cli import app
 from dami.dial.patch import patch_of
 from dami.estimators import StaticIntensity
 from dami.generation import compiled
+from dami.generation.attention import grouped_attention
 from torch import Tensor, nn
 from transformers import CompileConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from typer.testing import CliRunner
 
 from tests.dami.families import pair
@@ -222,6 +225,27 @@ def test_a_model_that_transformers_does_not_compile_is_refused(model: Any) -> No
     model.hf_device_map = {"model": "cpu", "lm_head": "disk"}
     with pytest.raises(ValueError, match="compile=True is not for Qwen3ForCausalLM: transformers compiles no steps of"):
         model.generate(**prompts(), compile=True)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_heads_of_a_group_attend_as_in_transformers(heads: int, queries: int) -> None:
+    module = nn.Module()
+    module.num_key_value_groups = 4 // heads
+    q, (k, v) = torch.randn(2, 4, queries, 8), torch.randn(2, 2, heads, 9, 8)
+    for mask in (None, torch.rand(2, 1, queries, 9) < 0.7, torch.randn(2, 4, queries, 9)):
+        wanted, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=0.3)
+        found, _ = grouped_attention(module, q, k, v, mask, scaling=0.3)
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_compiled_step_does_not_copy_the_cache(model: Any, graphs: Graphs) -> None:
+    both(model, prompts(), intensity=LAM)
+    assert model.config._attn_implementation == "sdpa"
+    calls = [node.args for node in graphs[0].graph.nodes if node.target is F.scaled_dot_product_attention]
+    assert len(calls) == model.config.num_hidden_layers
+    heads = {operand.meta["example_value"].shape[1] for call in calls for operand in call[:3]}
+    assert heads == {model.config.num_key_value_heads}
 
 
 def test_the_door_of_transformers_stays_open(model: Any) -> None:

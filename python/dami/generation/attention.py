@@ -1,4 +1,4 @@
-"""Attention that treats each packed sequence separately, for continuous batching without flash attention.
+"""Attention of decoding steps: of packed sequences, for continuous batching without flash attention; of compiled ones.
 
 For every token of a packed batch, transformers' own `sdpa` computes the scores with the keys of all sequences, and
 masks most of them. That is quadratic in the number of sequences, and a NaN in one sequence reaches all, as 0·NaN is
@@ -14,13 +14,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from dami.layers.row_parameter import RowParameter
 
 NAME = "dami_packed"  # the name of this attention as an attn_implementation
 INVARIANT = "dami_packed_invariant"  # computes each query alone: its bits do not depend on how a prompt is chunked
 CAPTURED = "dami_packed_captured"  # does not ask the device for lengths: a captured graph can be replayed at others
+GROUPED = "dami_grouped"  # is sdpa, and computes all heads of a group at once in compiled steps too
 CHUNK = 16  # queries whose keys `captured_attention` gathers at once: few, as it gathers the most that any may have
 
 
@@ -197,6 +200,34 @@ def _attend(
     return scores.softmax(3, dtype=torch.float32)[..., :keys].to(value.dtype) @ value
 
 
+def grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Computes transformers' `sdpa`. With one query, its heads that share a key head count as queries of that head.
+
+    transformers does so too, but not in a compiled step: there, it copies keys and values once for each head.
+
+    Args:
+        module, query, key, value, attention_mask, dropout, scaling, options: as in transformers.
+    """
+    batch, heads, queries, size = query.shape
+    one_mask = attention_mask is None or attention_mask.shape[1] == 1
+    if queries > 1 or heads == key.shape[1] or not one_mask or options.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
+    q = query.reshape(batch, key.shape[1], -1, size)
+    y = F.scaled_dot_product_attention(q, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
+    return y.reshape(batch, 1, heads, -1), None
+
+
+AttentionInterface.register(GROUPED, grouped_attention)
+AttentionMaskInterface.register(GROUPED, sdpa_mask)
 AttentionInterface.register(NAME, packed_attention)
 AttentionInterface.register(CAPTURED, captured_attention)
 AttentionInterface.register(INVARIANT, partial(packed_attention, invariant=True))

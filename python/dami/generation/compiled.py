@@ -1,14 +1,15 @@
 """Decodes by a compiled step: `generate(compile=True)`.
 
-transformers' `generate` compiles the forward pass of a step if its cache is static. Two things are added here. The
-cache has room for a power of two, so that one graph serves many lengths. And torch's guards on the model, hundreds for
-each layer, are not evaluated before every token, which would take as long as some of the layers: `structure` tells once
-per call whether what they are about has changed.
+transformers' `generate` compiles the forward pass of a step if its cache is static. Three things are added here. The
+cache has room for a power of two, so that one graph serves many lengths. Torch's guards on the model, hundreds for each
+layer, are not evaluated before every token, which would take as long as some of the layers: `structure` tells once per
+call whether what they are about has changed. And attention does not copy the cache for heads that share it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -18,8 +19,9 @@ from transformers import CompileConfig, PreTrainedConfig
 
 from dami.dial.patch import patch_of
 from dami.dial.state import ModuleState
+from dami.generation.attention import GROUPED
 from dami.generation.steering import SEVERAL_STEPS_IN_ONE, option
-from dami.upstream import KEPT_BY_GENERATE, compiles_steps, for_any_device
+from dami.upstream import KEPT_BY_GENERATE, attention_of, compiles_steps, for_any_device
 
 LEAST_ROOM = 256  # tokens
 GRAPHS = 8  # of one model that are kept: with parts at a λ of their own, with an adapter, in another dtype
@@ -66,6 +68,19 @@ def compiled_step(model: Any, options: Mapping[str, Any], length: int) -> dict[s
     needed = length + more if more is not None else option(model, options, "max_length") or length + 20
     room = max(LEAST_ROOM, 1 << (needed - 1).bit_length(), option(model, options, "max_cache_len") or 0)
     return {**told, "max_cache_len": room}
+
+
+@contextmanager
+def compiling(model: Any) -> Iterator[None]:
+    """Prepares a model for compiled steps, for the duration of a `with` block."""
+    changes = attention_of(model) == "sdpa" and not model.config.sub_configs
+    if changes:
+        model.set_attn_implementation(GROUPED)
+    try:
+        yield
+    finally:
+        if changes:
+            model.set_attn_implementation("sdpa")
 
 
 def how(device: torch.device) -> dict[str, Any]:

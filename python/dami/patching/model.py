@@ -21,7 +21,7 @@ from dami.dial.choosing import chosen
 from dami.dial.patch import Patch, patch_of
 from dami.dial.turning import check_rows, set_intensity, turned
 from dami.dial.values import AnyIntensity, Intensity, IntensityLike
-from dami.generation.compiled import StepConfig, compiled_call, compiled_step
+from dami.generation.compiled import StepConfig, compiled_call, compiled_step, compiling
 from dami.generation.steering import programmed
 from dami.keywords import OURS, check_keywords
 from dami.layers.base import LerpModule, Recipe, check_dtypes, rebuild, recipe_of, runs_again
@@ -199,7 +199,8 @@ class PairModel(LerpModel, GenerationMixin):
             if compile:
                 kwargs |= compiled_step(self, options, _batch(args, kwargs)[1])
             each = bool(compile) and (prompts == 1 or self._mixes(kwargs))
-            with programmed(self, intensity, prompt_intensity, prompts, options, each):
+            prepared = compiling(self) if compile else nullcontext()
+            with programmed(self, intensity, prompt_intensity, prompts, options, each), prepared:
                 return super().generate(*args, **kwargs)
 
     def get_compiled_call(self, compile_config: Any) -> Any:
