@@ -6,6 +6,7 @@ parts:
   step       one decoder step of a whole model
   host       what a call costs beside its kernel (CPU)
   generate   decoding by transformers, a patched pair against one plain model
+  decode     where the time of a token goes, step by step and compiled
   tune       measure the launch parameters of this GPU and write its table; also: --tune
   suite      linear, operators and step, a few minutes (on a GPU: its tests last, at most 8 minutes)
 
@@ -19,7 +20,7 @@ import importlib
 import os
 import sys
 
-PARTS = ("suite", "linear", "operators", "step", "host", "generate", "tune")
+PARTS = ("suite", "linear", "operators", "step", "host", "generate", "decode", "tune")
 
 
 def main(argv: list[str] | None = None) -> int:
