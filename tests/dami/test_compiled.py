@@ -16,8 +16,10 @@ from dami.dial.patch import patch_of
 from dami.estimators import StaticIntensity
 from dami.generation import compiled
 from dami.generation.attention import grouped_attention
+from dami.generation.pieces import CACHE
 from torch import Tensor, nn
-from transformers import CompileConfig, PreTrainedModel
+from torch.utils._pytree import tree_leaves
+from transformers import CompileConfig, PreTrainedModel, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from typer.testing import CliRunner
 
@@ -268,3 +270,24 @@ def test_the_compiler_gives_the_same_tokens() -> None:
     model = dami.patch_model(*pair("qwen3"))
     for lam in (LAM, 0.3, [1.0, 0.5, 0.0, 0.2]):
         both(model, prompts(), intensity=lam)
+
+
+@torch.no_grad()
+def test_a_step_touches_nothing_on_the_host(model: Any, graphs: Graphs) -> None:
+    """As a GPU's capture needs it, for which the meta device stands in: it has no numbers that the host could read."""
+    model.to("meta")
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    sequences = {"intensity": torch.empty(4, device="meta"), CACHE: cache, "use_cache": True}
+    patch_of(model).checked = True
+    with compiled.compiling(model):
+        model(torch.empty(4, 3, dtype=torch.int64, device="meta"), **sequences)
+        lam = sequences.pop("intensity")
+        patch_of(model).dial.lam = lam
+        call = compiled.compiled_call(model)
+        logits = call(input_ids=torch.empty(4, 1, dtype=torch.int64, device="meta"), **sequences).logits
+    assert logits.device.type == "meta"
+    values = [node.meta.get("example_value") for node in graphs[0].graph.nodes]
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    assert len(tensors) > 100
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert any(tensor.shape == lam.shape and tensor.dtype == torch.float32 for tensor in tensors)
