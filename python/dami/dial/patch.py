@@ -66,8 +66,8 @@ class Patch:
         packs: whether the check of packed rows, for continuous batching, has passed.
         origin: the checkpoints that the model was made from.
         head: the hook on a head that is not part of the patch.
-        compiled: forward passes that `generation.compiled` has compiled, by the structure of the model then.
         shared: the weight that the head shared with the embedding, if patching gave the head a weight of its own.
+        compiled: forward passes that `generation.compiled` has compiled, by the structure of the model then.
     """
 
     dial: Dial
@@ -90,7 +90,7 @@ class Patch:
     compiled: dict[Hashable, Callable[..., Any]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out `with` blocks, a running `generate`, in neither of which a copy is, and what runs the original."""
+        """Leaves out `with` blocks and a running `generate`: a copy is in neither; and compiled graphs."""
         return {**vars(self), "parts": [*self.resting], "program": None, "compiled": {}}
 
 

@@ -42,9 +42,8 @@ def compiled_step(model: Any, options: Mapping[str, Any], length: int) -> dict[s
     Raises:
         ValueError: another option excludes it, or transformers compiles no steps of this model.
     """
-    excluded = [
-        name for name in ("assistant_model", "custom_generate", "cache", "past_key_values") if options.get(name)
-    ]
+    others = "assistant_model", "custom_generate", "cache", "past_key_values"
+    excluded = [name for name in others if options.get(name) is not None]
     excluded += [
         name for name in (*SEVERAL_STEPS_IN_ONE, "compile_config", "disable_compile") if option(model, options, name)
     ]

@@ -188,7 +188,7 @@ class PairModel(LerpModel, GenerationMixin):
             compile: whether to decode by a compiled step, which a GPU captures as a graph. The first call compiles,
                 which takes minutes; another λ does not compile again.
         """
-        if compile not in (None, True, False):
+        if compile is not None and not isinstance(compile, bool):
             raise TypeError(f"compile must be True or False, got {compile!r}")
         check_keywords("generate", kwargs, *OURS)
         check_adapters(self)
