@@ -162,6 +162,7 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
         Place(f"{STYLES}:EmbeddingParallel", ("install_forward",)),
     ),
     "compiled decoding": (
+        Place("torch._dynamo.exc:Unsupported"),
         Place("transformers:CompileConfig._compile_all_devices"),
         Place("transformers:GenerationMixin._supports_default_dynamic_cache"),
         Place(
@@ -454,6 +455,14 @@ def for_any_device(config: C) -> C:
     """Makes transformers compile on the CPU, too."""
     config._compile_all_devices = True  # type: ignore[assignment]
     return config
+
+
+@needs("compiled decoding")
+def unsupported() -> type[Exception]:
+    """Returns the error that torch raises where it cannot make one graph of a function."""
+    from torch._dynamo.exc import Unsupported
+
+    return Unsupported
 
 
 @needs("compiled decoding")

@@ -90,6 +90,24 @@ def test_other_lengths_need_no_new_graph_up_to_a_power_of_two(model: PreTrainedM
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("family", ["mistral", "gpt2"])
+def test_families(family: str, graphs: Graphs) -> None:
+    """Windows; learned positions."""
+    model, inputs = dami.patch_model(*pair(family)), prompts()
+    both(model, inputs, intensity=LAM)
+    count = len(graphs)  # a window that fills up takes another
+    both(model, inputs, intensity=0.3)
+    assert len(graphs) == count <= 2
+
+
+def test_a_model_that_is_not_one_graph_decodes_in_several_and_says_so(graphs: Graphs) -> None:
+    """Gemma 2 reads a parameter that differs by row."""
+    model = dami.patch_model(*pair("gemma2"))
+    with pytest.warns(UserWarning, match="Gemma2ForCausalLM decodes in several graphs, which is slower, as torch"):
+        both(model, prompts(), intensity=LAM)
+    both(model, prompts(), intensity=LAM[::-1])
+
+
 def test_guidance(model: PreTrainedModel, graphs: Graphs) -> None:
     for lam in (0.3, LAM):
         both(model, prompts(), intensity=lam, guidance_scale=1.5)
@@ -261,6 +279,20 @@ def test_the_command_line_compiles(graphs: Graphs) -> None:
     assert lines[0].exit_code == lines[1].exit_code == 0, lines[1].output
     assert lines[0].stdout == lines[1].stdout
     assert graphs
+
+
+def test_no_operator_asks_python_about_gradients(model: Any, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel for autograd's key, which is in Python, is left out in inference mode."""
+    seen: list[bool] = []
+    compiles = torch.compile
+
+    def compile(run: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        call = compiles(run, **options)
+        return lambda **inputs: seen.append(torch.is_inference_mode_enabled()) or call(**inputs)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    both(model, prompts(), intensity=LAM)
+    assert seen == [True] * (OPTIONS["max_new_tokens"] - 1)
 
 
 @pytest.mark.slow

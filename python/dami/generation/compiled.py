@@ -8,6 +8,7 @@ call whether what they are about has changed. And attention does not copy the ca
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FunctionType
@@ -21,7 +22,7 @@ from dami.dial.patch import patch_of
 from dami.dial.state import ModuleState
 from dami.generation.attention import GROUPED
 from dami.generation.steering import SEVERAL_STEPS_IN_ONE, option
-from dami.upstream import KEPT_BY_GENERATE, attention_of, compiles_steps, for_any_device
+from dami.upstream import KEPT_BY_GENERATE, attention_of, compiles_steps, for_any_device, unsupported
 
 LEAST_ROOM = 256  # tokens
 GRAPHS = 8  # of one model that are kept: with parts at a λ of their own, with an adapter, in another dtype
@@ -101,13 +102,40 @@ def compiled_call(model: Any) -> Callable[..., Any]:
 
 
 def _compiled(model: Any) -> Callable[..., Any]:
+    """Returns a model's forward pass, to be compiled when it is first called."""
+    wanted = how(model.device)
+    options = wanted.get("options", {})
+    one_graph = torch.compile(_alone(model), **{**wanted, "options": {**options, "guard_filter_fn": of_inputs}})
+    calls = [one_graph]
+
+    @torch.inference_mode()  # without it, the operators would ask Python whether a gradient is wanted
+    def call(**inputs: Any) -> Any:
+        try:
+            return calls[-1](**inputs)
+        except unsupported() as error:
+            if calls[-1] is not one_graph:
+                raise
+            said = str(error).splitlines()[0]
+            warnings.warn(
+                f"dami: {type(model).__name__} decodes in several graphs, which is slower, as torch cannot make one of "
+                f"it at this intensity: {said}",
+                UserWarning,
+                stacklevel=2,
+            )
+            calls.append(torch.compile(_alone(model), **{**wanted, "fullgraph": False}))  # with all guards
+            return calls[-1](**inputs)
+
+    return call
+
+
+def _alone(model: Any) -> Callable[..., Any]:
+    """Returns a function that calls a model. torch finds what it has compiled by the code of a function: this has its
+    own."""
+
     def run(**inputs: Any) -> Any:
         return model(**inputs)
 
-    # torch finds what it has compiled by the code of a function: this copy of the code is for one structure.
-    alone = FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)
-    wanted = how(model.device)
-    return torch.compile(alone, **{**wanted, "options": {**wanted.get("options", {}), "guard_filter_fn": of_inputs}})
+    return FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)
 
 
 def of_inputs(guards: Sequence[Any]) -> list[bool]:
