@@ -58,8 +58,8 @@ def compiled_step(model: Any, options: Mapping[str, Any], length: int) -> dict[s
     cache = option(model, options, "cache_implementation")
     if cache not in (None, "static"):
         raise ValueError(f"compile=True takes cache_implementation='static', got {cache!r}")
-    told = {"cache_implementation": "static", "compile_config": for_any_device(StepConfig())}
-    if not compiles_steps(model, told["compile_config"]):
+    config = for_any_device(StepConfig())
+    if not compiles_steps(model, config):
         raise ValueError(
             f"compile=True is not for {type(model).__name__}: transformers compiles no steps of models that are "
             "offloaded or whose cache cannot be static"
@@ -67,7 +67,7 @@ def compiled_step(model: Any, options: Mapping[str, Any], length: int) -> dict[s
     more = option(model, options, "max_new_tokens")
     needed = length + more if more is not None else option(model, options, "max_length") or length + 20
     room = max(LEAST_ROOM, 1 << (needed - 1).bit_length(), option(model, options, "max_cache_len") or 0)
-    return {**told, "max_cache_len": room}
+    return {"cache_implementation": "static", "compile_config": config, "max_cache_len": room}
 
 
 @contextmanager
@@ -162,7 +162,7 @@ def structure(model: nn.Module) -> Hashable:
     )
 
 
-def _frozen(value: Any, parts: dict[int, int]) -> Hashable:
+def _frozen(value: Any, parts: dict[int, int]) -> object:
     """Returns what a graph depends on in a value. `parts` numbers the dials of parts with a λ of their own."""
     if isinstance(value, Tensor):
         return type(value), value.shape, value.stride(), value.dtype, value.device, value.is_inference()
