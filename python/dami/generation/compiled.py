@@ -155,25 +155,25 @@ def structure(model: nn.Module) -> Hashable:
 
     Not among it are the addresses and values of tensors, and λ: a compiled forward pass reads these at every call.
     """
-    parts: dict[int, int] = {}
+    shares: dict[int, int] = {}
     return tuple(
-        (name, type(module), _frozen({k: v for k, v in vars(module).items() if k not in KEPT_BY_GENERATE}, parts))
+        (name, type(module), _frozen({k: v for k, v in vars(module).items() if k not in KEPT_BY_GENERATE}, shares))
         for name, module in model.named_modules()
     )
 
 
-def _frozen(value: Any, parts: dict[int, int]) -> object:
-    """Returns what a graph depends on in a value. `parts` numbers the dials of parts with a λ of their own."""
+def _frozen(value: Any, shares: dict[int, int]) -> object:
+    """Returns what a graph depends on in a value. `shares` numbers what modules share: dials and passes, by id."""
     if isinstance(value, Tensor):
         return type(value), value.shape, value.stride(), value.dtype, value.device, value.is_inference()
     if isinstance(value, Mapping):
-        return tuple((key, _frozen(each, parts)) for key, each in value.items())
+        return tuple((key, _frozen(each, shares)) for key, each in value.items())
     if isinstance(value, (list, tuple)):
-        return tuple(_frozen(each, parts) for each in value)
+        return tuple(_frozen(each, shares) for each in value)
     if isinstance(value, PreTrainedConfig):
-        return _frozen(vars(value), parts)
+        return _frozen(vars(value), shares)
     if isinstance(value, ModuleState):
-        part = None if value.part is None else parts.setdefault(id(value.part), len(parts))
-        return part, _frozen(value.settings, parts), repr(value.stored), value.running.invariant
+        shared = [shares.setdefault(id(each), len(shares)) for each in (value.part or value.dial, value.running)]
+        return *shared, _frozen(value.settings, shares), repr(value.stored), value.running.invariant
     plain = (bool, int, float, str, frozenset, torch.dtype, torch.device, FunctionType)
     return value if isinstance(value, plain) else frozenset(value) if isinstance(value, set) else type(value)
