@@ -129,8 +129,7 @@ def _compiled(model: Any) -> Callable[..., Any]:
 
 
 def _alone(model: Any) -> Callable[..., Any]:
-    """Returns a function that calls a model. torch finds what it has compiled by the code of a function: this has its
-    own."""
+    """Returns a function that calls a model, with code of its own, by which torch finds what it has compiled for it."""
 
     def run(**inputs: Any) -> Any:
         return model(**inputs)
