@@ -122,13 +122,17 @@ def intensities(lam: str, sequences: int) -> list[float]:
     return [0.3 if lam == "one" else (i + 1) / (sequences + 1) for i in range(sequences)]
 
 
-def step(model: Any, ids: Tensor, tokens: int, lam: str | None) -> float:
-    """Measures the seconds of a decoding step."""
-    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+def step(model: Any, ids: Tensor, tokens: int, lam: str | None, **options: Any) -> float:
+    """Measures the seconds of a decoding step. `options` are for `generate`."""
+    taken = [seconds(partial(answer, model, ids, lam, count, **options)) for count in (1, 1 + tokens)]
+    return (taken[1] - taken[0]) / tokens
+
+
+def answer(model: Any, ids: Tensor, lam: str | None, tokens: int, **options: Any) -> Any:
+    """Generates so many tokens, greedily."""
     if lam is not None:
         options["intensity"] = 0.3 if lam == "one" else intensities(lam, len(ids))
-    taken = [seconds(partial(model.generate, ids, max_new_tokens=count, **options)) for count in (1, 1 + tokens)]
-    return (taken[1] - taken[0]) / tokens
+    return model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=None, **options)
 
 
 def seconds(call: Callable[[], object]) -> float:

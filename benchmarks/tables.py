@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+from benchmarks import decode
 from benchmarks.host import STEPS
 from benchmarks.lams import KINDS, SEQUENCE
 from benchmarks.linear import BLEND, COPIES, CUDA, MERGED, MERGED_FLOAT32, OURS, TRITON, TWO
@@ -391,6 +392,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "load steps": lambda: steps(),
     "generate avx2": lambda: generate("avx2"),
     "generate avx512_bf16": lambda: generate("avx512_bf16"),
+    "decode": lambda: decoding([decode.STEP, decode.LEAST]),
+    "decode parts": lambda: decoding([*decode.PARTS, decode.PYTHON]),
     "linear avx2": lambda: square("avx2"),
     "linear avx512_bf16": lambda: square("avx512_bf16"),
     "layers cpu": lambda: by_case(four_b("distinct", is_cpu), *LAYER),
@@ -468,6 +471,21 @@ def steps() -> str:
     if not rows:
         return NOT_MEASURED
     lines = [["part", "ms", "%"], *([row["part"], row["ms"], f"{100 * float(row['share']):.0f}"] for row in rows)]
+    return where(rows[0]) + markdown(lines)
+
+
+def decoding(parts: list[str]) -> str:
+    """Tabulates decode.csv: parts of a step in ms by method, and with the whole step also tokens/s."""
+    if not load(RESULTS / "decode.csv"):
+        return NOT_MEASURED
+    rows = newest_run("decode.csv")
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    by = {(row["method"], row["part"]): row for row in rows}
+    lines = [["ms", *(f"`{method}`" for method in methods)]]
+    lines += [[part, *(f"{float(by[method, part]['ms']):.2f}" for method in methods)] for part in parts]
+    if decode.STEP in parts:
+        for name, key in ("tokens/s", "tokens_per_s"), ("against plain", "speedup"):
+            lines.append([name, *(by[method, decode.STEP][key] for method in methods)])
     return where(rows[0]) + markdown(lines)
 
 

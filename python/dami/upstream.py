@@ -8,6 +8,7 @@ names it, the installed version and the versions that work.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
@@ -26,11 +27,12 @@ from dami_kernels.upstream import Place
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import CompileConfig, PreTrainedConfig, PreTrainedModel
     from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T", bound=Tensor)
+C = TypeVar("C", bound="CompileConfig")
 
 TESTED = {
     "torch": "2.13",
@@ -158,6 +160,16 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
         Place(f"{STYLES}:ColwiseParallel", ("transform_inputs_pre_forward",)),
         Place(f"{STYLES}:RowwiseParallel", ("context_around_forward",)),
         Place(f"{STYLES}:EmbeddingParallel", ("install_forward",)),
+    ),
+    "compiled decoding": (
+        Place("torch._dynamo.exc:Unsupported"),
+        Place("transformers:CompileConfig._compile_all_devices"),
+        Place("transformers:GenerationMixin._supports_default_dynamic_cache"),
+        Place(
+            "transformers:GenerationMixin._valid_auto_compile_criteria", ("self", "model_kwargs", "generation_config")
+        ),
+        using("transformers:GenerationMixin._prepare_static_cache", "_previous_max_cache_length"),
+        keeping("transformers:GenerationConfig", "max_cache_len"),
     ),
     "continuous batching of a pair": (
         Place(
@@ -431,6 +443,39 @@ def local_shape_and_offset(tensor: DTensor, mesh: DeviceMesh) -> tuple[tuple[int
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     return compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
+
+
+# transformers: compiled decoding
+
+KEPT_BY_GENERATE = ("_previous_max_cache_length",)  # attributes of a model that `generate` sets
+
+
+@needs("compiled decoding")
+def for_any_device(config: C) -> C:
+    """Makes transformers compile on the CPU, too."""
+    config._compile_all_devices = True  # type: ignore[assignment]
+    return config
+
+
+@needs("compiled decoding")
+def unsupported() -> type[Exception]:
+    """Returns the error that torch raises where it cannot make one graph of a function."""
+    from torch._dynamo.exc import Unsupported
+
+    return Unsupported
+
+
+@needs("compiled decoding")
+def compiles_steps(model: Any, config: CompileConfig) -> bool:
+    """Whether transformers compiles the steps of a model with a static cache."""
+    from transformers import StaticCache
+
+    if not model._supports_default_dynamic_cache():
+        return False
+    cache = StaticCache(config=model.config, max_cache_len=1)
+    wanted = copy.copy(model.generation_config)
+    wanted.compile_config, wanted.disable_compile = config, False
+    return model._valid_auto_compile_criteria({"cache": cache, "past_key_values": cache}, wanted)
 
 
 # transformers: continuous batching

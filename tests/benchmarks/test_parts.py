@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from dami.generation import compiled
 
-from benchmarks import __main__, generate, host, lams, linear, measure, operators, shapes, step
+from benchmarks import __main__, decode, generate, host, lams, linear, measure, operators, shapes, step
 from benchmarks.machine import Cpu
 from benchmarks.record import load
 from benchmarks.weights import FORMATS
@@ -164,4 +165,22 @@ def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert [row["method"] for row in rows] == ["plain", "pair, one λ", "pair, mixed λ"]
     assert float(rows[0]["ratio"]) == 1
     assert all(float(row["tokens_per_s"]) > 0 for row in rows)
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_decode(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(generate.SHAPE, "vocab_size", 200)
+    monkeypatch.setattr(compiled, "how", lambda device: {"backend": "eager", "fullgraph": True})
+    small = ["--layers", "1", "--formats", "pair", "--tokens", "4"]
+    assert __main__.main(["decode", "--results", str(tmp_path), "--seconds", "0.01", *small]) == 0
+    rows = load(tmp_path / "decode.csv")
+    by = {(row["method"], row["part"]): row for row in rows}
+    assert {row["method"] for row in rows} == {"plain", "pair", "pair, compiled"}
+    assert float(by["plain", decode.STEP]["speedup"]) == 1
+    parts = {decode.STEP, decode.LEAST, *decode.PARTS, decode.PYTHON}
+    for method in ("plain", "pair", "pair, compiled"):
+        assert {part for of, part in by if of == method} == parts
+        assert float(by[method, decode.LEAST]["ms"]) > 0
+    assert float(by["pair, compiled", decode.LEAST]["ms"]) > float(by["plain", decode.LEAST]["ms"])
+    assert float(by["plain", decode.GUARDS]["ms"]) == 0
     assert "tokens/s" in capsys.readouterr().out

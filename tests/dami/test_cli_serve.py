@@ -29,7 +29,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(
         cli.serve, "load", lambda *_: (SimpleNamespace(dami_patch=SimpleNamespace(frontier={}, presets={})), None)
     )
-    monkeypatch.setattr(engine, "Engine", lambda *_: None)
+    monkeypatch.setattr(engine, "Engine", lambda *_: SimpleNamespace(cuda_graphs=False))
     monkeypatch.setattr(app, "create_app", lambda engine, tokenizer, given: settings.append(given))
     monkeypatch.setattr(listening, "run", lambda *_: 0)
     return settings
@@ -79,8 +79,8 @@ def test_every_setting_can_stand_in_a_file_or_in_the_environment(
         pair=["one", "two"], host="::1", port=1, api_key=["a,b"], allowed_host=["x", "y"], served_model_name="name",
         default_intensity="auto", intensity_range=(0.0, 1.5), format="int4", dtype="float16", chat_template=0.5,
         max_model_len=100, kv_memory=0.5, max_batch_tokens=2, max_batch_rows=3, max_requests=4, max_body=5,
-        read_timeout=6, prefix_cache=False, invariant=True, target_latency=2.5, intensity_floor=0.25,
-        frontier=Path(frontier), drain=7,
+        read_timeout=6, prefix_cache=False, cuda_graphs=True, invariant=True, target_latency=2.5,
+        intensity_floor=0.25, frontier=Path(frontier), drain=7,
     )  # fmt: skip
     values = {each.name: getattr(wanted, each.name) for each in fields(wanted)}
     assert all(values[each.name] != each.default for each in fields(wanted))
@@ -191,6 +191,18 @@ def test_keys_and_hosts(
     assert result.exit_code == 0, result.output
     assert [(each.api_keys, each.allowed_hosts) for each in served] == [(keys, hosts)]
     assert ("anyone who reaches 0.0.0.0" in result.output) == ("0.0.0.0" in arguments)
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_says_whether_it_captures_graphs(served: list[Any], monkeypatch: pytest.MonkeyPatch, captures: bool) -> None:
+    limits: list[engine.Limits] = []
+    monkeypatch.setattr(
+        engine, "Engine", lambda model, given, _: limits.append(given) or SimpleNamespace(cuda_graphs=captures)
+    )
+    result = serve("--no-cuda-graphs")
+    assert ("captured as CUDA graphs and replayed: --no-cuda-graphs turns this off" in result.output) == captures
+    assert serve().exit_code == 0
+    assert [each.cuda_graphs for each in limits] == [False, None]
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ USES: dict[str, Callable[[Any], Any]] = {
     "the loading of a packed pair": lambda model: _load_again("dami.loading.quantizer"),
     "an offloaded pair": lambda model: upstream.execution_device(model),
     "tensor parallelism of a pair": lambda model: _split(),
+    "compiled decoding": lambda model: model.generate(torch.ones(1, 2, dtype=torch.int64), compile=True),
     "continuous batching of a pair": lambda model: model.init_continuous_batching(),
     "an alignment of neurons": lambda model: upstream.compute_experts_one_by_one(model.config),
     "PEFT adapters on a pair": lambda model: setattr(model, "peft_config", {}),

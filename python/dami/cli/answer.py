@@ -79,6 +79,9 @@ TopPOption = Annotated[
     float | None, typer.Option(min=0, max=1, help="Sample from the likeliest tokens that hold this probability.")
 ]
 TopKOption = Annotated[int | None, typer.Option(min=0, help="Sample from this many likeliest tokens. 0 means all.")]
+CompileOption = Annotated[
+    bool, typer.Option("--compile", help="Compile the decoding step first, which takes minutes. Pays for long answers.")
+]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="The most rows in a batch. A prompt takes one row per λ.")]
 
 
@@ -101,6 +104,7 @@ def generate(
     top_k: TopKOption = None,
     seed: SeedOption = 0,
     batch_size: BatchSizeOption = 64,
+    compile: CompileOption = False,
 ) -> None:
     """Answer prompts at several λ at once, side by side.
 
@@ -109,6 +113,7 @@ def generate(
     if stream and as_json:
         raise fail("--stream and --json exclude each other")
     options = sampling_options(max_new_tokens, greedy, {"temperature": temperature, "top_p": top_p, "top_k": top_k})
+    options |= {"compile": True} if compile else {}
     if raw and chat_template is not None:
         raise fail("--raw excludes --chat-template")
     put_through = None if raw else "default" if chat_template is None else chat_template

@@ -86,6 +86,13 @@ class ServeSettings:
         int, typer.Option(min=1, metavar="SECONDS", help="Time for a request's headers, and again for its body.")
     ] = 30
     prefix_cache: Annotated[bool, typer.Option(help="Share the KV cache of equal prompt beginnings at one λ.")] = True
+    cuda_graphs: Annotated[
+        bool | None,
+        typer.Option(
+            help="Capture steps as CUDA graphs and replay them. Default: on a GPU, unless --invariant.",
+            show_default=False,
+        ),
+    ] = None
     invariant: Annotated[
         bool,
         typer.Option("--invariant", help="Make answers bitwise independent of other requests. Costs some speed."),
@@ -146,6 +153,7 @@ class ServeSettings:
             self.max_batch_rows,
             self.max_requests,
             self.prefix_cache,
+            self.cuda_graphs,
         )
 
     def controller(self, frontier: Mapping[str, Any]) -> IntensityController | None:
@@ -204,6 +212,8 @@ def serve(given: Given[ServeSettings]) -> None:
         known = dict(patch_of(model).frontier) if frontier is None else frontier
         engine = Engine(model, settings.limits(), settings.controller(known))
         served = create_app(engine, tokenizer, settings.service(known))
+    if engine.cuda_graphs:
+        err.print("steps are captured as CUDA graphs and replayed: --no-cuda-graphs turns this off")
     if not settings.local and not settings.api_key:
         err.print(f"anyone who reaches {settings.host} may use this server: see --api-key", style="yellow")
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -73,6 +73,7 @@ class Patch:
         origin: the checkpoints that the model was made from.
         head: the hook on a head that is not part of the patch.
         shared: the weight that the head shared with the embedding, if patching gave the head a weight of its own.
+        compiled: forward passes that `generation.compiled` has compiled, by the structure of the model then.
     """
 
     dial: Dial
@@ -92,10 +93,11 @@ class Patch:
     origin: Origin = field(default_factory=Origin)
     head: RemovableHandle | None = None
     shared: nn.Parameter | None = None
+    compiled: dict[Hashable, Callable[..., Any]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out `with` blocks and a running `generate`: a copy is in neither."""
-        return {**vars(self), "parts": [*self.resting], "program": None}
+        """Leaves out `with` blocks and a running `generate`: a copy is in neither; and compiled graphs."""
+        return {**vars(self), "parts": [*self.resting], "program": None, "compiled": {}}
 
 
 class Estimator(Protocol):

@@ -1,4 +1,4 @@
-"""Attention that treats each packed sequence separately, for continuous batching without flash attention.
+"""Attention of decoding steps: of packed sequences, for continuous batching without flash attention; of compiled ones.
 
 For every token of a packed batch, transformers' own `sdpa` computes the scores with the keys of all sequences, and
 masks most of them. That is quadratic in the number of sequences, and a NaN in one sequence reaches all, as 0·NaN is
@@ -18,12 +18,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from dami.layers.row_parameter import RowParameter
 
 NAME = "dami_packed"  # the name of this attention as an attn_implementation
 INVARIANT = "dami_packed_invariant"  # computes each query alone: its bits do not depend on how a prompt is chunked
+CAPTURED = "dami_packed_captured"  # does not ask the device for lengths: a captured graph can be replayed at others
+GROUPED = "dami_grouped"  # is sdpa, and computes all heads of a group at once in compiled steps too
+CHUNK = 16  # queries whose keys `captured_attention` gathers at once: few, as it gathers the most that any may have
 
 
 def packed_attention(
@@ -60,16 +65,12 @@ def packed_attention(
         [1, queries, heads, head size], and None in place of the attention weights.
     """
     result = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
-    sinks = s_aux.rows if isinstance(s_aux, RowParameter) else s_aux
     for group in _groups(cu_seq_lens_q, cu_seq_lens_k, sliding_window, invariant, query.device):
-        rows, keys, n = group.rows, group.keys, group.sequences
-        q, k, v = (_take(x, at, n) for x, at in ((query, rows), (key, keys), (value, keys)))
-        sink = None if sinks is None else sinks.expand(query.shape[2], -1)[rows].unflatten(0, (n, -1)).mT
-        attended = _attend(q, k, v, scaling, group.sees, softcap, sink).transpose(1, 2).flatten(0, 1)
-        if isinstance(rows, slice):
-            result[rows] = attended
+        attended = _attend_group(query, key, value, group, scaling, softcap, s_aux)
+        if isinstance(group.rows, slice):
+            result[group.rows] = attended
         else:
-            result.index_copy_(0, rows, attended)
+            result.index_copy_(0, group.rows, attended)
     return result.unsqueeze(0), None
 
 
@@ -151,6 +152,67 @@ def _grouped(
     return groups
 
 
+def captured_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    *,
+    cu_seq_lens_q: Tensor,
+    cu_seq_lens_k: Tensor,
+    max_length_k: int,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Computes what `packed_attention` does, with all lengths on the device only.
+
+    Queries after those of the last sequence are padding, whose results mean nothing.
+
+    Args:
+        max_length_k: the most keys of a sequence.
+        module, query, key, value, attention_mask, scaling, cu_seq_lens_q, cu_seq_lens_k, sliding_window, softcap,
+            s_aux: as in `packed_attention`.
+    """
+    result = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+    place = torch.arange(query.shape[2], dtype=torch.int32, device=query.device)
+    ends = cu_seq_lens_q[1:].contiguous()
+    sequence = torch.searchsorted(ends, place, right=True).clamp(max=len(ends) - 1)
+    last_key = cu_seq_lens_k[1:][sequence] - (ends[sequence] - place - 1)
+    first_key = cu_seq_lens_k[:-1][sequence]
+    if sliding_window is not None:
+        first_key = torch.maximum(first_key, last_key - sliding_window)
+    count = (last_key - first_key).clamp(min=1)
+    places = torch.arange(min(max_length_k, key.shape[2]), device=query.device)
+    # Pads with the query's own last key, so that no sequence reads another's keys.
+    own = (first_key[:, None] + torch.minimum(places, count[:, None] - 1)).clamp(0, key.shape[2] - 1)
+    sees = (places < count[:, None])[:, None]
+    for rows in (slice(start, start + CHUNK) for start in range(0, len(place), CHUNK)):
+        group = _Group(rows, own[rows].flatten(), sees[rows], len(sees[rows]))
+        result[rows] = _attend_group(query, key, value, group, scaling, softcap, s_aux)
+    return result.unsqueeze(0), None
+
+
+def _attend_group(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    group: _Group,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Computes the attention of a group, [its queries, heads, head size]."""
+    n = group.sequences
+    q, k, v = (_take(x, at, n) for x, at in ((query, group.rows), (key, group.keys), (value, group.keys)))
+    sinks = sinks.rows if isinstance(sinks, RowParameter) else sinks
+    sink = None if sinks is None else sinks.expand(query.shape[2], -1)[group.rows].unflatten(0, (n, -1)).mT
+    return _attend(q, k, v, scaling, group.sees, softcap, sink).transpose(1, 2).flatten(0, 1)
+
+
 def _take(x: Tensor, at: slice | Tensor, sequences: int) -> Tensor:
     """Takes some places of [1, heads, places, size], as [sequences, heads, places of each, size]."""
     taken = x[0][:, at] if isinstance(at, slice) else x[0].index_select(1, at)
@@ -204,5 +266,34 @@ def _attend(
     return scores.softmax(3, dtype=torch.float32)[..., :keys].to(value.dtype) @ value
 
 
+def grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Computes transformers' `sdpa`. With one query, its heads that share a key head count as queries of that head.
+
+    transformers does so too, but not in a compiled step: there, it copies keys and values once for each head.
+
+    Args:
+        module, query, key, value, attention_mask, dropout, scaling, options: as in transformers.
+    """
+    batch, heads, queries, size = query.shape
+    one_mask = attention_mask is None or attention_mask.shape[1] == 1
+    if queries > 1 or heads == key.shape[1] or not one_mask or options.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
+    q = query.reshape(batch, key.shape[1], -1, size)
+    y = F.scaled_dot_product_attention(q, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
+    return y.reshape(batch, 1, heads, -1), None
+
+
+AttentionInterface.register(GROUPED, grouped_attention)
+AttentionMaskInterface.register(GROUPED, sdpa_mask)
 AttentionInterface.register(NAME, packed_attention)
+AttentionInterface.register(CAPTURED, captured_attention)
 AttentionInterface.register(INVARIANT, partial(packed_attention, invariant=True))

@@ -133,7 +133,11 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
 
         Call it before `start`, on a manager that decodes greedily and batches synchronously.
         """
-        self.sampler = Sampler()
+        kept = None
+        if self.captures:
+            rows, vocabulary = self.continuous_batching_config.max_requests_per_batch, _head_of(self.model)
+            kept = torch.zeros(cast(int, rows), vocabulary, device=self.model.device)
+        self.sampler = Sampler(kept)
         self.logit_processor = LerpProcessors([*self.logit_processor.logits_processor, *self.sampler.processors])
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
@@ -141,11 +145,21 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         chosen = upstream.attention_of(model)
         if auto_switch_to_flash and chosen in ("sdpa", "paged|eager"):
             original = self._original_attn_impl or chosen
-            model.set_attn_implementation(attention.INVARIANT if patch_of(model).running.invariant else attention.NAME)
+            model.set_attn_implementation(self._attention(patch_of(model).running.invariant))
             self._original_attn_impl = original
         elif chosen == "paged|eager" and getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
             raise ValueError("attn_implementation 'eager' leaves out soft caps in continuous batching: use the default")
         patch_of(model).attention = self._original_attn_impl
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps are captured as CUDA graphs."""
+        return any(self.continuous_batching_config.cuda_graph_booleans)
+
+    def _attention(self, invariant: bool) -> str:
+        if invariant and self.captures:
+            raise ValueError("use_cuda_graph must be False for a pair loaded with invariant=True, got True")
+        return attention.INVARIANT if invariant else attention.CAPTURED if self.captures else attention.NAME
 
     def start(self) -> None:
         """Like transformers' own. Raises RuntimeError if another thread runs the model."""
@@ -250,6 +264,11 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
                 )
             )
         return goes_on
+
+
+def _head_of(model: Any) -> int:
+    """Returns how many logits a model computes for a token."""
+    return model.get_output_embeddings().weight.shape[0]
 
 
 class LerpProcessors(cb_logits_processors.ContinuousBatchingLogitsProcessorList):

@@ -87,39 +87,50 @@ class _Setting(ContinuousBatchingLogitsProcessor):
 class Sampler(_Setting):
     """Draws the next tokens of a step, in which some rows may be greedy and others sampled.
 
+    In a captured graph, nothing of this runs again but its operations on the device. So what the host reads after a
+    step lies in a tensor that stays.
+
+    Args:
+        kept: float32 [most rows, vocabulary], to receive the scores of each step; None if steps are not captured.
+
     Attributes:
         processors: the processors to add to transformers' list: those that bring the requests' settings, then itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Tensor | None = None) -> None:
         super().__init__(_chance)
+        self._kept = self._scores = kept
         self.temperature = _Setting(lambda state: sampling_of(state).temperature)
         self.top_p = _Setting(lambda state: sampling_of(state).top_p)
         self.top_k = _Setting(lambda state: sampling_of(state).top_k, torch.int32)
         self.processors = (self.temperature, self.top_p, self.top_k, self)
         self._wanted: list[int | None] = []
-        self._found: list[Logprobs | None] | None = None
 
     def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> Tensor:
         self._wanted = [sampling_of(request.state).logprobs for request in requests_with_new_token]
-        self._found = None
+        self._scores = self._kept
         return super().prepare_tensor_args(requests_with_new_token)
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         """Returns scores [rows, vocabulary] in which each row's maximum is the token to take."""
         scores = super().__call__(scores, tensor_arg)
         temperature, top_p, chance = (each.values.unsqueeze(1) for each in (self.temperature, self.top_p, self))
-        reports = any(wanted is not None for wanted in self._wanted)
-        if scores.device.type == "cpu" and not reports and not bool(temperature.any()):
-            return scores  # all rows are greedy
-        drawn = draw(scores, temperature, top_p, self.top_k.values, chance)
+        if self._kept is None:
+            self._scores = scores
+            if scores.device.type == "cpu" and not bool(temperature.any()):
+                return scores  # all rows are greedy
+        else:
+            self._kept[: len(scores)].copy_(scores)
+        drawn = draw(scores, temperature, top_p, self.top_k.values, chance, looks=self._kept is None)
         chosen = torch.where(temperature > 0, drawn, scores.argmax(1, True))
-        if reports:
-            self._found = self._look_up(scores, chosen)
         return scores.scatter(1, chosen, torch.inf)
 
-    def _look_up(self, scores: Tensor, chosen: Tensor) -> list[Logprobs | None]:
-        logprobs = scores.log_softmax(1)
+    def _look_up(self, tokens: list[int]) -> list[Logprobs | None] | None:
+        """Returns the log-probabilities of a step that has chosen these tokens, for the requests that want them."""
+        if self._scores is None or all(wanted is None for wanted in self._wanted):
+            return None
+        logprobs = self._scores[: len(self._wanted)].log_softmax(1)
+        chosen = torch.tensor(tokens[: len(logprobs)], device=logprobs.device).unsqueeze(1)
         most = max(wanted or 0 for wanted in self._wanted)
         values, ids = (x.tolist() for x in logprobs.topk(most, 1))
         own = logprobs.gather(1, chosen).squeeze(1).tolist()
@@ -136,7 +147,7 @@ class Sampler(_Setting):
 
         def prepare_batch_update() -> tuple[Any, Any, Any]:
             requests, tokens, _ = prepare()
-            return requests, tokens, self._found
+            return requests, tokens, self._look_up(tokens)
 
         replace_method(outputs, "prepare_batch_update", prepare_batch_update)
 
@@ -153,7 +164,9 @@ def _chance(state: RequestState) -> float:
     return uniform(sampling.seed, len(state.initial_tokens) + len(state.generated_tokens))
 
 
-def draw(scores: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, chance: Tensor) -> Tensor:
+def draw(
+    scores: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, chance: Tensor, looks: bool = True
+) -> Tensor:
     """Draws one token per row, int64 [rows, 1]: the first whose cumulative probability exceeds the row's `chance`.
 
     Probabilities are summed in the order of the vocabulary or, in rows with top_p or top_k, from the likeliest on.
@@ -162,6 +175,7 @@ def draw(scores: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, chan
         scores: float32 [rows, vocabulary].
         temperature, top_p, chance: [rows, 1]; a temperature of 0 gives an arbitrary token.
         top_k: int32 [rows]; 0 for all tokens.
+        looks: whether the host may look at the settings, which saves time on a CPU.
     """
     # Devices may flush subnormal numbers to 0, so the temperature is clamped to a normal one. The largest score is
     # shifted to 0, as it would overflow when divided by such a temperature. Others become -inf, with probability 0.
@@ -169,7 +183,7 @@ def draw(scores: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, chan
     scores, top_k = (scores - scores.amax(1, True)) / temperature, top_k.unsqueeze(1)
     probabilities, cut = scores.softmax(1), (top_p < 1) | (top_k > 0)
     drawn = _first_beyond(probabilities, chance)
-    if scores.device.type == "cpu" and not bool(cut.any()):
+    if looks and scores.device.type == "cpu" and not bool(cut.any()):
         return drawn  # skips sorting, which is slow
     probabilities, order = probabilities.sort(1, descending=True)
     place = torch.arange(scores.shape[1], device=scores.device)

@@ -21,6 +21,7 @@ from dami.dial.choosing import chosen
 from dami.dial.patch import Patch, patch_of
 from dami.dial.turning import check_rows, set_intensity, turned
 from dami.dial.values import AnyIntensity, Intensity, IntensityLike
+from dami.generation.compiled import StepConfig, compiled_call, compiled_step, compiling
 from dami.generation.steering import programmed
 from dami.keywords import OURS, check_keywords
 from dami.layers.base import LerpModule, Recipe, check_dtypes, rebuild, recipe_of, runs_again
@@ -114,6 +115,14 @@ class LerpModel(PreTrainedModel):
             check_independence(self, self.dami_patch.original.forward)
             self.dami_patch.checked = True
 
+    def _mixes(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a batch may be at several λ."""
+        try:
+            self._check_mixed(kwargs)
+        except ValueError:
+            return False
+        return True
+
     @property
     def dami(self) -> Status:
         """The pair's status, for you to print: ends, format, bytes, λ, presets, estimator, frontier."""
@@ -175,6 +184,7 @@ class PairModel(LerpModel, GenerationMixin):
         *args: Any,
         intensity: AnyIntensity | None = None,
         prompt_intensity: IntensityLike | None = None,
+        compile: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Like transformers' own.
@@ -184,14 +194,28 @@ class PairModel(LerpModel, GenerationMixin):
             intensity: λ for all prompts, or one per prompt: numbers, presets, "auto" or schedules; or a mapping from
                 parts of the model to these. By default, what `dami.set_intensity` or `with dami.intensity(…)` has set.
             prompt_intensity: λ for reading the prompts, if it differs: a number or a preset, or one per prompt.
+            compile: whether to decode by a compiled step, which a GPU captures as a graph. The first call compiles,
+                which takes minutes; another λ does not compile again.
         """
+        if compile is not None and not isinstance(compile, bool):
+            raise TypeError(f"compile must be True or False, got {compile!r}")
         check_keywords("generate", kwargs, *OURS)
         check_adapters(self)
         options = inspect.signature(self.dami_patch.original.generate).bind(self, *args, **kwargs).arguments
         options |= options.pop("kwargs", {})
         prompts = _sequences(self, args, kwargs) or 1
-        with self.dami_patch.hold, programmed(self, intensity, prompt_intensity, prompts, options):
-            return super().generate(*args, **kwargs)
+        with self.dami_patch.hold:
+            if compile:
+                kwargs |= compiled_step(self, options, _batch(args, kwargs)[1])
+            each = bool(compile) and (prompts == 1 or self._mixes(kwargs))
+            prepared = compiling(self) if compile else nullcontext()
+            with programmed(self, intensity, prompt_intensity, prompts, options, each), prepared:
+                return super().generate(*args, **kwargs)
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """Like transformers' own. `generate` asks for it once, for all steps."""
+        ours = isinstance(compile_config, StepConfig)
+        return compiled_call(self) if ours else super().get_compiled_call(compile_config)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Like transformers' own. `generate` calls it before each forward pass, so λ is updated here."""
@@ -235,8 +259,9 @@ class PairModel(LerpModel, GenerationMixin):
 
 KEYWORDS = {  # keywords that the methods of a patched model accept in addition to transformers' own
     "forward": ("intensity",),
-    "generate": ("intensity", "prompt_intensity"),
+    "generate": ("intensity", "prompt_intensity", "compile"),
     "generate_batch": ("intensity",),
+    "get_compiled_call": (),
     "prepare_inputs_for_generation": (),
     "init_continuous_batching": (),
 }

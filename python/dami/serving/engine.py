@@ -34,6 +34,11 @@ CHUNK = 32  # tokens of a row to handle before the event loop gets a turn
 WARMUP = 32  # tokens to generate before the first request, from a prompt twice as long
 
 
+def can_capture(device: torch.device) -> bool:
+    """Whether steps on a device can be captured as CUDA graphs."""
+    return device.type == "cuda"
+
+
 class Overloaded(Exception):
     """There are more requests than the engine takes at once."""
 
@@ -68,6 +73,8 @@ class Limits:
         max_batch_rows: maximum sequences per step.
         max_requests: maximum sequences at once, waiting ones included.
         share_prefixes: whether sequences at the same λ share the KV blocks of a common prefix.
+        cuda_graphs: whether to capture steps as CUDA graphs and replay them; None to do so on a GPU, unless the model
+            is invariant.
     """
 
     kv_memory: float = 1.0
@@ -76,6 +83,7 @@ class Limits:
     max_batch_rows: int = 64
     max_requests: int = 4096
     share_prefixes: bool = True
+    cuda_graphs: bool | None = None
 
     @property
     def share(self) -> int:
@@ -170,13 +178,14 @@ class Engine:
         controller: lowers λ under load; with None, λ stays as requested.
 
     Raises:
-        TypeError, ValueError: if the model is not patched or cannot be batched at several λ, or if the cache cannot
-            hold a sequence of `max_model_len`.
+        TypeError, ValueError: if the model is not patched or cannot be batched at several λ, if the cache cannot hold a
+            sequence of `max_model_len`, or if steps cannot be captured and `cuda_graphs` asks for it.
     """
 
     def __init__(self, model: Any, limits: Limits | None = None, controller: IntensityController | None = None) -> None:
         self.model, self.limits, self.controller = model, limits or Limits(), controller
         patch = patch_of(model)
+        self.cuda_graphs = self._captures()
         self.presets = dict(patch.presets)
         self.twin = dami.twin(model) if patch.estimator is not None else None
         self.ends = frozenset(end_tokens(model).tolist())
@@ -218,8 +227,17 @@ class Engine:
             max_requests_per_batch=min(limits.max_batch_rows, limits.max_batch_tokens),
             allow_block_sharing=limits.share_prefixes,
             use_async_batching=False,  # because log-probabilities are read right after their step
-            use_cuda_graph=False,
+            use_cuda_graph=self.cuda_graphs,
         )
+
+    def _captures(self) -> bool:
+        """Whether to capture steps as CUDA graphs."""
+        wanted, invariant = self.limits.cuda_graphs, patch_of(self.model).running.invariant
+        possible = can_capture(self.model.device) and not invariant
+        if wanted and not possible:
+            why = "bits that do not depend on other requests" if invariant else f"a model on {self.model.device}"
+            raise ValueError(f"cuda_graphs must be False for {why}, got True")
+        return possible if wanted is None else wanted
 
     async def __aenter__(self) -> Engine:
         self._loop = asyncio.get_running_loop()
@@ -255,7 +273,8 @@ class Engine:
         try:
             await self._warm_up(tokens)
         except EngineDead as dead:
-            raise ValueError(f"{type(self.model).__name__} cannot be batched continuously: {dead}") from dead
+            how = "batched continuously with CUDA graphs" if self.cuda_graphs else "batched continuously"
+            raise ValueError(f"{type(self.model).__name__} cannot be {how}: {dead}") from dead
         finally:
             self.controller = controller
         await self._warm_up(tokens)

@@ -72,9 +72,9 @@ def run(*asked: tuple[Sampling, int], scores: torch.Tensor) -> tuple[list[int], 
     storage = torch.zeros(processors.tensors_required, 16, dtype=torch.int32)
     processors.fill_defaults(storage)
     processors.prepare_tensor_args(requests, storage)
-    outputs: Any = SimpleNamespace(prepare_batch_update=lambda: ("requests", "tokens", None))
-    sampler.report_through(outputs)
     tokens = processors(torch.empty(1, 0, dtype=torch.int64), scores, storage).argmax(1)[: len(asked)].tolist()
+    outputs: Any = SimpleNamespace(prepare_batch_update=lambda: ("requests", tokens, None))
+    sampler.report_through(outputs)
     return tokens, outputs.prepare_batch_update()[2]
 
 

@@ -1,0 +1,325 @@
+"""`generate(compile=True)`: the tokens of a plain `generate`, and one graph for every λ."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import dami
+import pytest
+import torch
+import torch.nn.functional as F
+from dami import schedules
+from dami.cli import app
+from dami.dial.patch import patch_of
+from dami.estimators import StaticIntensity
+from dami.generation import compiled
+from dami.generation.attention import grouped_attention
+from dami.generation.pieces import CACHE
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers import CompileConfig, PreTrainedModel, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from typer.testing import CliRunner
+
+from tests.dami.families import pair
+from tests.dami.test_generation import LAM, prompts
+from tests.dami.test_patching import counting
+
+OPTIONS = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+FALLING = schedules.linear(1.0, 0.2, steps=4)
+Graphs = list[Any]
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
+    """The graphs that have been compiled, by a backend that runs them as they are."""
+    torch._dynamo.reset()
+    backend, graphs = counting()
+    monkeypatch.setattr(compiled, "how", lambda device: {"fullgraph": True, "backend": backend})
+    return graphs
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    model = dami.patch_model(*pair("qwen3"))
+    dami.attach(model, StaticIntensity(0.4))
+    patch_of(model).presets = {"low": 0.2, "high": 0.8}
+    return model
+
+
+def both(model: Any, inputs: dict[str, Tensor], **options: Any) -> None:
+    """Generates by a compiled step and without it, and compares the tokens."""
+    wanted = model.generate(**inputs, **OPTIONS | options)
+    assert torch.equal(model.generate(**inputs, **OPTIONS | options, compile=True), wanted)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_no_kind_of_intensity_compiles_again(model: PreTrainedModel, graphs: Graphs, rows: int) -> None:
+    inputs = {name: tensor[:rows] for name, tensor in prompts().items()}
+    lists = [0.3, 0.9, 0.0, 1.0], ["low", "high", 0.5, -0.5], ["auto", 0.1, 1.5, "low"], [FALLING, 0.1, FALLING, 0.2]
+    for lam in (0.7, 0.0, 1.0, "low", "auto", FALLING, torch.tensor(0.3), *(each[:rows] for each in lists)):
+        both(model, inputs, intensity=lam)
+    both(model, inputs, intensity=0.3, prompt_intensity=0.8)
+    both(model, inputs)
+    dami.set_intensity(model, 0.6)
+    both(model, inputs)
+    with dami.intensity(model, LAM[:rows]):
+        both(model, inputs)
+    assert len(graphs) == 1
+
+
+def test_parts_compile_once_for_all_their_lam(model: PreTrainedModel, graphs: Graphs) -> None:
+    for attn, mlp in (0.2, LAM), (LAM, 0.9), ("high", "auto"), (FALLING, 0.0):
+        both(model, prompts(), intensity={"attn": attn, ("mlp", 1): mlp})
+    assert len(graphs) == 1
+    both(model, prompts(), intensity={"attn": 0.2, "mlp": 0.3})  # other modules
+    assert len(graphs) == 2
+    both(model, prompts(), intensity={"attn": 0.2, ("mlp", 1): 0.3})
+    both(model, prompts(), intensity=0.5)
+    both(model, prompts(), intensity=LAM)
+    assert len(graphs) == 3
+
+
+def test_other_lengths_need_no_new_graph_up_to_a_power_of_two(model: PreTrainedModel, graphs: Graphs) -> None:
+    for tokens in (3, 40, 200):
+        model.generate(**prompts(), max_new_tokens=tokens, intensity=0.3, compile=True)
+    assert len(graphs) == 1
+    both(model, {name: tensor[:, -5:] for name, tensor in prompts().items()}, intensity=0.4)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("family", ["mistral", "gpt2"])
+def test_families(family: str, graphs: Graphs) -> None:
+    """Windows; learned positions."""
+    model, inputs = dami.patch_model(*pair(family)), prompts()
+    both(model, inputs, intensity=LAM)
+    count = len(graphs)  # a window that fills up takes another
+    both(model, inputs, intensity=0.3)
+    assert len(graphs) == count <= 2
+
+
+def test_a_model_that_is_not_one_graph_decodes_in_several_and_says_so(graphs: Graphs) -> None:
+    """Gemma 2 reads a parameter that differs by row."""
+    model = dami.patch_model(*pair("gemma2"))
+    with pytest.warns(UserWarning, match="Gemma2ForCausalLM decodes in several graphs, which is slower, as torch"):
+        both(model, prompts(), intensity=LAM)
+    both(model, prompts(), intensity=LAM[::-1])
+
+
+def test_guidance(model: PreTrainedModel, graphs: Graphs) -> None:
+    for lam in (0.3, LAM):
+        both(model, prompts(), intensity=lam, guidance_scale=1.5)
+    assert graphs
+
+
+def test_samples_as_a_plain_generate_does(model: PreTrainedModel, graphs: Graphs) -> None:
+    options = {"max_new_tokens": 6, "do_sample": True, "num_return_sequences": 2, "intensity": [0.9, 0.1, FALLING, 0.5]}
+    tokens = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        tokens.append(model.generate(**prompts(), **options, compile=compile))
+    assert torch.equal(*tokens)
+    assert graphs
+
+
+def _gives_other_weights(model: Any) -> None:
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight_target.add_(0.2)
+
+
+def _replaces_a_weight(model: Any) -> None:
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.weight_target = nn.Parameter(layer.weight_target.detach() + 0.3, requires_grad=False)
+
+
+def _adds_a_hook(model: Any) -> None:
+    model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, y: y * 1.5)
+
+
+def _changes_the_activation(model: Any) -> None:
+    model.model.layers[1].mlp.act_fn = nn.ReLU()
+
+
+def _replaces_a_module(model: Any) -> None:
+    model.model.layers[1].mlp = copy.deepcopy(model.model.layers[0].mlp)
+
+
+def _converts(model: Any) -> None:
+    model.to(torch.bfloat16)
+
+
+def _scales_attention(model: Any) -> None:
+    model.model.layers[0].self_attn.scaling = 0.9
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _gives_other_weights,
+        _replaces_a_weight,
+        _adds_a_hook,
+        _changes_the_activation,
+        _replaces_a_module,
+        _converts,
+        _scales_attention,
+    ],
+)
+def test_a_changed_model_runs_as_it_is_now(
+    model: PreTrainedModel, graphs: Graphs, change: Callable[[Any], None]
+) -> None:
+    """Though the guards on the model are not evaluated at every token."""
+    both(model, prompts(), intensity=LAM)
+    before = model.generate(**prompts(), **OPTIONS, intensity=LAM)
+    change(model)
+    both(model, prompts(), intensity=LAM)
+    assert not torch.equal(model.generate(**prompts(), **OPTIONS, intensity=LAM), before)
+    reads_anew = _gives_other_weights, _replaces_a_weight
+    assert len(graphs) == (1 if change in reads_anew else 2)
+
+
+def test_another_batch_and_a_longer_cache_get_graphs_of_their_own(model: PreTrainedModel, graphs: Graphs) -> None:
+    both(model, prompts(), intensity=LAM)
+    both(model, {name: tensor[:1] for name, tensor in prompts().items()}, intensity=LAM[:1])
+    both(model, prompts(), intensity=LAM, max_cache_len=600)
+    assert len(graphs) == 3
+
+
+def test_twins_do_not_share_what_is_compiled(model: PreTrainedModel, graphs: Graphs) -> None:
+    both(model, prompts(), intensity=LAM)
+    both(dami.twin(model), prompts(), intensity=LAM)
+    other = dami.patch_model(*reversed(pair("qwen3")))
+    both(other, prompts(), intensity=LAM)
+    assert len(graphs) == 3
+
+
+def test_few_guards_are_evaluated_before_a_token(model: PreTrainedModel, graphs: Graphs, monkeypatch: Any) -> None:
+    counts: list[tuple[int, int]] = []
+    of_inputs = compiled.of_inputs
+
+    def count(guards: Any) -> list[bool]:
+        kept = of_inputs(guards)
+        counts.append((sum(kept), len(kept)))
+        return kept
+
+    monkeypatch.setattr(compiled, "of_inputs", count)
+    both(model, prompts(), intensity=LAM)
+    assert len(counts) == 1
+    kept, among = counts[0]
+    assert 10 < kept < among / 10
+
+
+def test_keeps_only_so_many_graphs(model: Any, graphs: Graphs) -> None:
+    for number in range(compiled.GRAPHS + 2):
+        model.model.layers[0].self_attn.scaling = 0.1 * (number + 1)
+        model.generate(**prompts(), max_new_tokens=2, intensity=0.3, compile=True)
+    assert len(graphs) == compiled.GRAPHS + 2
+    assert len(patch_of(model).compiled) == compiled.GRAPHS
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compile": "yes"}, "compile must be True or False, got 'yes'"),
+        ({"use_cache": False}, "compile=True needs a cache, got use_cache=False"),
+        ({"cache_implementation": "dynamic"}, "compile=True takes cache_implementation='static', got 'dynamic'"),
+        ({"cache_implementation": "paged"}, "compile=True takes cache_implementation='static', got 'paged'"),
+        ({"num_beams": 2}, "compile=True is for greedy decoding and sampling, got num_beams=2"),
+        ({"disable_compile": True}, "compile=True excludes disable_compile, got both"),
+        ({"prompt_lookup_num_tokens": 2}, "compile=True excludes prompt_lookup_num_tokens, got both"),
+        ({"custom_generate": lambda *args, **options: None}, "compile=True excludes custom_generate, got both"),
+    ],
+)
+def test_what_excludes_it_is_refused(model: PreTrainedModel, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        model.generate(**prompts(), **{"compile": True, **options}, intensity=0.3)
+
+
+def test_an_assistant_is_refused(model: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="compile=True excludes assistant_model, got both"):
+        model.generate(**prompts(), compile=True, assistant_model=dami.twin(model))
+
+
+def test_a_model_that_transformers_does_not_compile_is_refused(model: Any) -> None:
+    model.hf_device_map = {"model": "cpu", "lm_head": "disk"}
+    with pytest.raises(ValueError, match="compile=True is not for Qwen3ForCausalLM: transformers compiles no steps of"):
+        model.generate(**prompts(), compile=True)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_heads_of_a_group_attend_as_in_transformers(heads: int, queries: int) -> None:
+    module = nn.Module()
+    module.num_key_value_groups = 4 // heads
+    q, (k, v) = torch.randn(2, 4, queries, 8), torch.randn(2, 2, heads, 9, 8)
+    for mask in (None, torch.rand(2, 1, queries, 9) < 0.7, torch.randn(2, 4, queries, 9)):
+        wanted, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=0.3)
+        found, _ = grouped_attention(module, q, k, v, mask, scaling=0.3)
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_compiled_step_does_not_copy_the_cache(model: Any, graphs: Graphs) -> None:
+    both(model, prompts(), intensity=LAM)
+    assert model.config._attn_implementation == "sdpa"
+    calls = [node.args for node in graphs[0].graph.nodes if node.target is F.scaled_dot_product_attention]
+    assert len(calls) == model.config.num_hidden_layers
+    heads = {operand.meta["example_value"].shape[1] for call in calls for operand in call[:3]}
+    assert heads == {model.config.num_key_value_heads}
+
+
+def test_the_door_of_transformers_stays_open(model: Any) -> None:
+    call = model.get_compiled_call(CompileConfig(backend="eager", mode=None))
+    assert call is model._compiled_call
+
+
+def test_the_command_line_compiles(graphs: Graphs) -> None:
+    options = ["--greedy", "--json", "-l", "0.3", "-l", "0.8", "--max-new-tokens", "4", "--dtype", "float32"]
+    lines = [CliRunner().invoke(app, ["generate", "2 + 3 =", *options, *more]) for more in ([], ["--compile"])]
+    assert lines[0].exit_code == lines[1].exit_code == 0, lines[1].output
+    assert lines[0].stdout == lines[1].stdout
+    assert graphs
+
+
+def test_no_operator_asks_python_about_gradients(model: Any, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel for autograd's key, which is in Python, is left out in inference mode."""
+    seen: list[bool] = []
+    compiles = torch.compile
+
+    def compile(run: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        call = compiles(run, **options)
+        return lambda **inputs: seen.append(torch.is_inference_mode_enabled()) or call(**inputs)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    both(model, prompts(), intensity=LAM)
+    assert seen == [True] * (OPTIONS["max_new_tokens"] - 1)
+
+
+@pytest.mark.slow
+def test_the_compiler_gives_the_same_tokens() -> None:
+    """The real one, with its C++ wrapper."""
+    torch._dynamo.reset()
+    model = dami.patch_model(*pair("qwen3"))
+    for lam in (LAM, 0.3, [1.0, 0.5, 0.0, 0.2]):
+        both(model, prompts(), intensity=lam)
+
+
+@torch.no_grad()
+def test_a_step_touches_nothing_on_the_host(model: Any, graphs: Graphs) -> None:
+    """As a GPU's capture needs it, for which the meta device stands in: it has no numbers that the host could read."""
+    model.to("meta")
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    sequences = {"intensity": torch.empty(4, device="meta"), CACHE: cache, "use_cache": True}
+    patch_of(model).checked = True
+    with compiled.compiling(model):
+        model(torch.empty(4, 3, dtype=torch.int64, device="meta"), **sequences)
+        lam = sequences.pop("intensity")
+        patch_of(model).dial.lam = lam
+        call = compiled.compiled_call(model)
+        logits = call(input_ids=torch.empty(4, 1, dtype=torch.int64, device="meta"), **sequences).logits
+    assert logits.device.type == "meta"
+    values = [node.meta.get("example_value") for node in graphs[0].graph.nodes]
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    assert len(tensors) > 100
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert any(tensor.shape == lam.shape and tensor.dtype == torch.float32 for tensor in tensors)
