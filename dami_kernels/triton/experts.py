@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dami_kernels.triton.host import cdiv, is_even, with_rows_in_one_piece
+from dami_kernels.triton.host import cdiv, in_words, is_even, with_rows_in_one_piece
 from dami_kernels.triton.product import Operands, Plan, Tile, launch, product_tile
 from dami_kernels.tuning import device_of, experts_config
 
@@ -59,6 +59,8 @@ def _lerp_experts_kernel(
     MIXED_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BY_GROUP: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
     """One tile of one split's share of y, into out [splits, M, N].
 
@@ -78,7 +80,7 @@ def _lerp_experts_kernel(
         product_tile(  # not of variables: assigned to one, a constant would no longer be a constant
             Operands(x, stride_x, weight, strides, bias, lam, row_to_lam, rows_per_lam, out, N),
             Tile(row, end, tile_n * BLOCK_N, N, K, begin, step_end),
-            Plan(BASE_BITS, SECOND_BITS, EVEN_K, USE_BLEND, BLOCK_M, MIXED_M, BLOCK_N, BLOCK_K),
+            Plan(BASE_BITS, SECOND_BITS, EVEN_K, USE_BLEND, BLOCK_M, MIXED_M, BLOCK_N, BLOCK_K, BY_GROUP, NUM_STAGES),
         )
     elif expert == E:
         rows = row + tl.arange(0, BLOCK_M)[:, None]
@@ -104,6 +106,7 @@ def lerp_experts(
     if y.numel() == 0:
         return y
     config = experts_config(M, E, N, K, x.dtype, format, device_of(x.device), invariant)
+    parts = in_words([weight], format)[0] if config.by_group else weight
     x = with_rows_in_one_piece(x)
     programs = row_tiles(M, E, config.block_m) * cdiv(N, config.block_n)
     launch(
@@ -113,9 +116,9 @@ def lerp_experts(
         y,
         K,
         format,
-        even_k=is_even([weight], format, K, config.block_k),
+        even_k=is_even([parts], format, K, config.block_k),
         x=x,
-        weights=tuple((tensor, tensor.stride(0)) for tensor in weight),
+        weights=tuple((tensor, tensor.stride(0)) for tensor in parts),
         biases=tuple((end.contiguous(), N) for end in bias) if bias else None,
         lam=lam,
         row_to_lam=row_to_lam,
@@ -125,7 +128,7 @@ def lerp_experts(
         N=N,
         rows_per_lam=rows_per_lam,
         stride_x=x.stride(0),
-        strides=tuple(tensor.stride()[1:] for tensor in weight),
+        strides=tuple(tensor.stride()[1:] for tensor in parts),
         SEGMENTS=1 << E.bit_length(),
     )
     return y

@@ -53,6 +53,26 @@ def is_even(weights: Sequence[Sequence[Tensor]], format: str, K: int, block_k: i
     )
 
 
+def in_words(weights: Sequence[Sequence[Tensor]], format: str) -> tuple[tuple[Tensor, ...], ...]:
+    """Returns the weights themselves if kernels can read their codes and scales four at a time, else copies."""
+    both = formats.matrices(format)
+    coded = [matrix.bits is not None for matrix in (both.base, both.second) for _ in matrix.suffixes]
+
+    def fits(tensor: Tensor) -> bool:
+        *strides, last = tensor.stride()
+        return last == 1 and not any(stride % 4 for stride in strides) and tensor.data_ptr() % 4 == 0
+
+    if all(fits(tensor) for weight in weights for tensor in itertools.compress(weight, coded)):
+        return tuple(tuple(weight) for weight in weights)
+    return tuple(
+        tuple(
+            tensor.clone(memory_format=torch.contiguous_format) if codes else tensor
+            for tensor, codes in zip(weight, coded, strict=True)
+        )
+        for weight in weights
+    )
+
+
 def strides_of(weight: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
     return tuple(tensor.stride() for tensor in weight)
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dami_kernels import cuda
-from dami_kernels.triton.host import cdiv, is_even, strides_of, vectors, weights_of, with_rows_in_one_piece
+from dami_kernels.triton.host import cdiv, in_words, is_even, strides_of, vectors, weights_of, with_rows_in_one_piece
 from dami_kernels.triton.product import Operands, Plan, Tile, launch, product_tile
 from dami_kernels.tuning import device_of, linear_config, row_span
 
@@ -40,6 +40,8 @@ def _lerp_linear_kernel(
     MIXED_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BY_GROUP: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
     """One tile of one split's share of y, into out [splits, M · all features], [M, features] of each weight.
 
@@ -78,7 +80,7 @@ def _lerp_linear_kernel(
     product_tile(  # not of variables: assigned to one, a constant would no longer be a constant
         Operands(x, stride_x, weight, strides, bias, lam, row_to_lam, rows_per_lam, out, N),
         Tile(row, row_end, feature, N, K, begin, end),
-        Plan(BASE_BITS, SECOND_BITS, EVEN_K, USE_BLEND, BLOCK_M, MIXED_M, BLOCK_N, BLOCK_K),
+        Plan(BASE_BITS, SECOND_BITS, EVEN_K, USE_BLEND, BLOCK_M, MIXED_M, BLOCK_N, BLOCK_K, BY_GROUP, NUM_STAGES),
     )
 
 
@@ -124,6 +126,9 @@ def lerp_linears(
         return y
     config = linear_config(M, N, K, x.dtype, format, device_of(x.device), invariant)
     span = row_span(M, rows_per_lam, config) if row_to_lam is None else M
+    if config.by_group:
+        groups = in_words(groups, format)
+        strides = strides_of(groups[0])
     x = with_rows_in_one_piece(x)
     tiles_n = sum([cdiv(size, config.block_n) for size in sizes])
     programs = M // span * cdiv(span, config.block_m) * tiles_n

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dami_kernels.triton.device import BASE, SECOND, blend, combine, lerp, load_end, row_lam
+from dami_kernels.triton.device import BASE, GROUP, SECOND, blend, combine, lerp, load_end, row_lam
+from dami_kernels.triton.groups import add_groups
 from dami_kernels.triton.host import bits_of, cdiv, on_device_of
 from dami_kernels.tuning import LinearConfig
 
@@ -73,6 +74,8 @@ class Plan(NamedTuple):
     MIXED_M: tl.constexpr
     BLOCK_N: tl.constexpr
     BLOCK_K: tl.constexpr
+    BY_GROUP: tl.constexpr
+    NUM_STAGES: tl.constexpr
 
 
 @triton.jit
@@ -169,6 +172,41 @@ def _ends_tile(ENDS: tl.constexpr, operands, tile, one_lam, BLOCK_M: tl.constexp
 
 
 @triton.jit
+def _groups_tile(ENDS: tl.constexpr, operands, tile, one_lam, plan):
+    """`product_tile` from both ends or from the base, of which at least one is codes, with few rows and a whole K."""
+    x, row_end = operands.x, tile.row_end
+    BLOCK_M: tl.constexpr = plan.BLOCK_M
+    BLOCK_N: tl.constexpr = plan.BLOCK_N
+    BLOCK_K: tl.constexpr = plan.BLOCK_K
+    rows = tile.row + tl.arange(0, BLOCK_M)
+    # The last feature again instead of those beyond: a copy with a condition takes two more instructions.
+    features = tl.minimum(tile.feature + tl.arange(0, BLOCK_N), tile.N - 1)
+    sums = tl.zeros((BLOCK_K // GROUP, BLOCK_N, BLOCK_M), tl.float32)
+    second_sums = tl.zeros_like(sums)
+    x += rows.to(tl.int64)[None, :] * operands.stride_x
+    # Given its own number of stages, a loop also copies ahead what no product reads: the scales.
+    for step in tl.range(tile.step_begin, tile.step_end, num_stages=plan.NUM_STAGES):
+        k = step * BLOCK_K
+        x_tile = tl.load(x + (k + tl.arange(0, BLOCK_K))[:, None], mask=(rows < row_end)[None, :], other=0.0)
+        sums = _add_groups(BASE, sums, operands, features, k, x_tile, plan)
+        if ENDS == BOTH:
+            second_sums = _add_groups(SECOND, second_sums, operands, features, k, x_tile, plan)
+    y = tl.sum(sums, 0)
+    if ENDS == BOTH:
+        row_tile = tile.row + tl.arange(0, BLOCK_M)[None, :]
+        one_lam = row_lam(operands.lam, operands.row_to_lam, row_tile, row_tile < row_end, operands.rows_per_lam)
+        y = combine(y, tl.sum(second_sums, 0), one_lam, plan.SECOND_BITS)
+    _store(operands, tile, y, one_lam, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _add_groups(END: tl.constexpr, sums, operands, features, k, x_tile, plan):
+    return add_groups(
+        sums, operands.weight, operands.strides, END, features, k, x_tile, plan.BASE_BITS, plan.SECOND_BITS
+    )
+
+
+@triton.jit
 def _store(operands, tile, y, lams, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Adds the bias to a tile [BLOCK_N, BLOCK_M] of y and stores it; `lams` broadcasts to it."""
     rows, features = tile.row + tl.arange(0, BLOCK_M), tile.feature + tl.arange(0, BLOCK_N)
@@ -195,7 +233,12 @@ def product_tile(operands, tile, plan):
     one_lam = row_lam(lam, row_to_lam, tl.full((1, 1), row, tl.int32), True, rows_per_lam)
     # Not by min and max: they pass over a NaN, whose row would then take its neighbours' λ.
     mixed = tl.sum(((rows < row_end) & (lams != tl.max(one_lam))).to(tl.int32)) > 0
-    if not mixed and tl.max(one_lam) == 0.0:
+    if plan.BY_GROUP:
+        if not mixed and tl.max(one_lam) == 0.0:
+            _groups_tile(BASE, operands, tile, one_lam, plan)
+        else:
+            _groups_tile(BOTH, operands, tile, one_lam, plan)
+    elif not mixed and tl.max(one_lam) == 0.0:
         _ends_tile(BASE, operands, tile, one_lam, plan.BLOCK_M, plan)
     elif plan.SECOND_BITS == 0 and not mixed and tl.max(one_lam) == 1.0:
         _ends_tile(SECOND, operands, tile, one_lam, plan.BLOCK_M, plan)
@@ -254,6 +297,8 @@ def launch(
             MIXED_M=config.mixed_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
+            BY_GROUP=config.by_group,
+            NUM_STAGES=config.num_stages,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

@@ -15,6 +15,7 @@ class LinearConfig:
         split_k: number of splits along the inner size. If more than 1, a second kernel sums their results.
         use_blend: whether a tile with a single λ blends the weight instead of keeping two accumulators.
         num_warps, num_stages: as in Triton.
+        by_group: whether a tile multiplies codes group by group and scales the sums. It then needs whole steps of K.
     """
 
     block_m: int
@@ -25,3 +26,4 @@ class LinearConfig:
     use_blend: bool
     num_warps: int
     num_stages: int
+    by_group: bool = False

@@ -85,9 +85,18 @@ def _num_coded(format: str) -> int:
 
 Tile = tuple[int, int, int]
 
+_STEP_BY_GROUP = 4 * 32  # a group for each of four warps
+
+
+def _multiplies_by_group(K: int, dtype: torch.dtype, format: str, device: Device) -> bool:
+    """Whether tiles of at most 16 rows multiply codes group by group. Only NVIDIA's machine code was looked at."""
+    return 0 == K % _STEP_BY_GROUP < K and dtype.itemsize == 2 and _num_coded(format) > 0 and not device.is_amd
+
 
 def _tiles(M: int, K: int, dtype: torch.dtype, format: str, device: Device) -> list[Tile]:
     """Returns tiles for M rows, largest first."""
+    if M <= 16 and _multiplies_by_group(K, dtype, format, device):
+        return [(8 if M <= 8 else 16, 64, _STEP_BY_GROUP)]
     table = _TILES_FLOAT32 if dtype == torch.float32 else _TILES_16_BIT
     rows = next((rows for rows in table if rows >= M), max(table))
     tiles = [(rows, *tile) for tile in table[rows]]
@@ -115,7 +124,8 @@ def _tiles(M: int, K: int, dtype: torch.dtype, format: str, device: Device) -> l
 
 
 def _config(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Device, tiles: list[Tile]) -> LinearConfig:
-    enough = device.processors * 3 // 4
+    by_group = tiles[0][0] <= 16 and _multiplies_by_group(K, dtype, format, device)
+    enough = device.processors * 2 if by_group else device.processors * 3 // 4
 
     def programs(tile: Tile) -> int:
         return -(-M // tile[0]) * -(-N // tile[1])
@@ -141,6 +151,10 @@ def _config(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Dev
         mixed_m = min(block_m, 128 // dtype.itemsize)
     # Two ends are dequantised, and two accumulators come back from tensor memory at once.
     crowded = device.has_tensor_memory and _num_coded(format) == 2 and block_m == 32
+    stages = _stages(_stage_bytes(tile, dtype), device) if aligned else 2
+    if by_group:  # three programs share a processor; a stage is being computed, the others are on their way
+        step = block_m * block_k * dtype.itemsize + block_n * block_k * formats.matrices(format).bytes_per_weight(dtype)
+        stages = max(2, min(4, 1 + int(device.shared / 3 / step)))
     return LinearConfig(
         block_m=block_m,
         block_n=block_n,
@@ -151,7 +165,8 @@ def _config(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Dev
         # so does blending them.
         use_blend=32 < block_m < M,
         num_warps=8 if block_m * block_n * dtype.itemsize >= (128 if aligned else 64) * 64 * 2 or crowded else 4,
-        num_stages=_stages(_stage_bytes(tile, dtype), device) if aligned else 2,
+        num_stages=stages,
+        by_group=by_group,
     )
 
 

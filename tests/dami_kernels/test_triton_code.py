@@ -102,11 +102,6 @@ MMA = {
     "sm_100": {DECODE: "mma.sync.aligned.m16n8k16", PREFILL: "tcgen05.mma.cta_group::1.kind::f16"},
     "gfx942": {DECODE: "v_mfma_f32_16x16x16_bf16", PREFILL: "v_mfma_f32_32x32x8_bf16"},
 }
-# Codes are multiplied with the base, as twice the features: tiles of 64 of them are 128 rows of the matrix unit.
-MMA_OF_CODES = MMA | {
-    "sm_90": {DECODE: "wgmma.mma_async.sync.aligned.m64n16k16", PREFILL: MMA["sm_90"][PREFILL]},
-    "sm_100": {DECODE: MMA["sm_100"][PREFILL], PREFILL: MMA["sm_100"][PREFILL]},
-}
 
 
 @every_arch
@@ -115,7 +110,7 @@ MMA_OF_CODES = MMA | {
 def test_codes_of_several_weights_are_multiplied_on_tensor_cores(arch: str, M: int, format: str) -> None:
     launched = compile_linear(arch, M, QKV, format=format)
     assert_fits(arch, launched)
-    assert MMA_OF_CODES[arch][M] in launched[0].code
+    assert MMA[arch][M] in launched[0].code
 
 
 @every_arch
@@ -183,7 +178,11 @@ def test_a_blended_weight_stays_in_registers(arch: str, ragged: bool, dtype: tor
 def test_codes_stay_in_registers(arch: str, M: int, format: str, ends_of_codes: int) -> None:
     """What they stand for is computed where it is multiplied, in every loop but that of a base that has no codes."""
     loops = compile_linear(arch, M, QKV, format=format)[0].loops
-    assert len(loops) == (2 if M == DECODE else 3)  # the base, its blend with the delta if there is one, and both
+    if M == DECODE:
+        assert len(loops) == 2
+        assert not any(count(loop, r"st\.shared|stmatrix|ld\.global|cvt\.rn") for loop in loops)
+        return
+    assert len(loops) == 3  # the base, its blend with the delta if there is one, and both
     with_codes = [loop for loop in loops if count(loop, r"(?:fma|mul|sub)\S*\.(?:f32|bf16x2)")]
     assert len(with_codes) == len(loops) - (2 - ends_of_codes)
     assert all(multiplies_from_registers(arch, loop) for loop in with_codes)
@@ -195,6 +194,46 @@ def multiplies_from_registers(arch: str, loop: str) -> bool:
     if arch == "sm_80":  # whose mma knows nothing else
         return not stored
     return not stored and count(loop, r"wgmma\.mma_async\S+ \{[^}]*\}, \{") == count(loop, r"wgmma\.mma_async") > 0
+
+
+# Instructions of a warp for one step over K where rows differ in λ, of 8 and of 16 rows, and the most registers.
+# 64 features by 128 columns; 32 features for a `pair`.
+# On gfx942 nothing is multiplied by group.
+DECODE_BUDGETS = {
+    "sm_80": {"pair": (122, 122), "int8": (246, 278), "int4": (220, 276), "w8d4": (344, 424)},
+    "sm_90": {"pair": (129, 129), "int8": (252, 300), "int4": (210, 256), "w8d4": (344, 424)},
+    "sm_100": {"pair": (127, 127), "int8": (258, 288), "int4": (214, 252), "w8d4": (330, 400)},
+    "gfx942": {"pair": (127, 127), "int8": (538, 538), "int4": (812, 812), "w8d4": (1112, 1112)},
+}
+
+
+@pytest.mark.parametrize(
+    "arch", ["sm_90", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHS if arch != "sm_90")]
+)
+@every_format
+@pytest.mark.parametrize("rows", [8, 16])
+def test_a_decode_step_stays_within_its_budget(arch: str, format: str, rows: int) -> None:
+    """Of instructions, four of which a multiprocessor issues in a cycle, and of registers: three programs at a time."""
+    kernel = compile_linear(arch, rows, format=format, bias=False)[0]
+    assert_fits(arch, [kernel])
+    assert max(map(len, kernel.machine_loops)) <= DECODE_BUDGETS[arch][format][rows // 16]
+    if arch != "gfx942" and rows == 8:
+        assert kernel.registers <= 168
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_codes_become_numbers_by_few_instructions(format: str, dtype: torch.dtype) -> None:
+    """64 codes a thread: by shifts and LOP3, of which a loop without codes has fewer, and by no conversion."""
+    kernel = compile_linear("sm_90", DECODE, format=format, dtype=dtype, bias=False)[0]
+    base, both = kernel.machine_loops  # the shortest first
+
+    def converting(loop: list[str]) -> int:
+        return sum(bool(re.match(r"LOP3|SHF|PRMT|HADD2|HMUL2|HFMA2|I2F|F2F", part)) for part in loop)
+
+    bits_of_sign = format == "int8" and dtype == torch.bfloat16  # a second number for each code
+    assert converting(both) - converting(base) <= (1.4 if bits_of_sign else 1.1) * 64
+    assert not [part for part in both if re.match(r"I2F|F2F|HADD2|HMUL2|HFMA2", part)]
 
 
 @every_format

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import re
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from dami_kernels.tuning import Device
 
+NVDISASM = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -94,6 +98,41 @@ class Compiled:
             r"^(\$\w+):(?:[^\n]*\n\s*//)?[^\n]*Inner Loop Header[^\n]*\n(.*?)bra[^\n]*\1;", re.MULTILINE | re.DOTALL
         )
         return [match[2] for match in loop.finditer(self.code)]
+
+    @cached_property
+    def machine_loops(self) -> list[list[str]]:
+        """The instructions of the innermost loops of the machine code; those of waits that never end left out."""
+        if "cubin" in self.asm:
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                Path(file.name).write_bytes(self.asm["cubin"])
+                code = subprocess.run([NVDISASM, "-c", file.name], check=True, capture_output=True, text=True).stdout
+            line = re.compile(r"^\s*(?:(\.L\w+):|/\*[0-9a-f]{4,}\*/\s+(.*?);)", re.MULTILINE)
+        else:
+            code = self.asm["amdgcn"]
+            line = re.compile(r"^(?:(\.L\w+):|\t([a-z]\w+.*?)(?:;.*)?$)", re.MULTILINE)
+        instructions: list[str] = []
+        labels: dict[str, int] = {}
+        loops: list[range] = []
+        for label, instruction in line.findall(code):
+            if label:
+                labels[label] = len(instructions)
+                continue
+            instructions.append(instruction)
+            jump = re.search(r"branch\w* (\.L\w+)|BRA\b.*`\((\.L\w+)\)", instruction)
+            if jump and (begin := labels.get(jump[1] or jump[2])) is not None:
+                loops.append(range(begin, len(instructions)))
+        inner: list[range] = []
+        for loop in sorted(loops, key=len):  # a longer one around or across one of these is code set apart from it
+            if len(loop) > 1 and not any(set(loop) & set(other) for other in inner):
+                inner.append(loop)
+        return [instructions[loop.start : loop.stop] for loop in inner]
+
+    @property
+    def registers(self) -> int:
+        """Registers of a thread, on NVIDIA."""
+        used = re.search(r"Used (\d+) registers", self.ptxas)
+        assert used
+        return int(used[1])
 
     @property
     def ptxas(self) -> str:
