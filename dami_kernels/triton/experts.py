@@ -33,7 +33,7 @@ def _tile_of_expert(offsets, tile, M, E, BLOCK_M: tl.constexpr, SEGMENTS: tl.con
     return found, tl.sum(tl.where(expert == found, row, 0)), tl.sum(tl.where(expert == found, end, 0))
 
 
-@triton.jit(do_not_specialize=["M", "rows_per_lam"])
+@triton.jit(do_not_specialize=["M", "rows_per_lam", "first_program", "all_programs"])
 def _lerp_experts_kernel(
     x,
     weights,
@@ -42,6 +42,10 @@ def _lerp_experts_kernel(
     row_to_lam,
     offsets,
     out,
+    parts,
+    arrived,
+    first_program,
+    all_programs,
     M,
     E,
     N,
@@ -62,24 +66,26 @@ def _lerp_experts_kernel(
     BY_GROUP: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """One tile of one split's share of y, into out [splits, M, N].
+    """One tile of y [M, N], or of one split's share of it, of `all_programs`.
 
     `weights` and `biases` are pairs (tensor, stride from one expert to the next), `strides` those within an expert.
     """
-    pid, split = tl.program_id(0), tl.program_id(1)
+    pid, split = first_program + tl.program_id(0), tl.program_id(1)
     tiles_n = tl.cdiv(N, BLOCK_N)
     # Programs that run at the same time share the weights of an expert, and the rows of eight tiles, in the L2 cache.
-    tile_m, tile_n = tl.swizzle2d(pid // tiles_n, pid % tiles_n, tl.num_programs(0) // tiles_n, tiles_n, 8)
+    tile_m, tile_n = tl.swizzle2d(pid // tiles_n, pid % tiles_n, all_programs // tiles_n, tiles_n, 8)
     expert, row, end = _tile_of_expert(offsets, tile_m, M, E, BLOCK_M, SEGMENTS)
-    out += split.to(tl.int64) * M * N
+    if parts is not None:
+        parts += tl.program_id(0).to(tl.int64) * tl.num_programs(1) * (BLOCK_M * BLOCK_N)
+        arrived += tl.program_id(0)
     if expert < E:
         weight = [part[0] + expert.to(tl.int64) * part[1] for part in weights]
         bias = None if biases is None else [part[0] + expert.to(tl.int64) * part[1] for part in biases]
         begin = split * steps_per_split
         step_end = min(begin + steps_per_split, max(tl.cdiv(K, BLOCK_K), 1))
         product_tile(  # not of variables: assigned to one, a constant would no longer be a constant
-            Operands(x, stride_x, weight, strides, bias, lam, row_to_lam, rows_per_lam, out, N),
-            Tile(row, end, tile_n * BLOCK_N, N, K, begin, step_end),
+            Operands(x, stride_x, weight, strides, bias, lam, row_to_lam, rows_per_lam, out, N, parts, arrived),
+            Tile(0, row, end, tile_n * BLOCK_N, N, K, begin, step_end),
             Plan(BASE_BITS, SECOND_BITS, EVEN_K, USE_BLEND, BLOCK_M, MIXED_M, BLOCK_N, BLOCK_K, BY_GROUP, NUM_STAGES),
         )
     elif expert == E:
@@ -117,6 +123,7 @@ def lerp_experts(
         K,
         format,
         even_k=is_even([parts], format, K, config.block_k),
+        all_programs=programs,
         x=x,
         weights=tuple((tensor, tensor.stride(0)) for tensor in parts),
         biases=tuple((end.contiguous(), N) for end in bias) if bias else None,

@@ -16,7 +16,7 @@ from dami_kernels.tuning import device_of, linear_config, row_span
 
 
 # M, rows_per_lam and span change with every batch. Specialising on them would recompile the kernel.
-@triton.jit(do_not_specialize=["M", "rows_per_lam", "span"])
+@triton.jit(do_not_specialize=["M", "rows_per_lam", "span", "first_program"])
 def _lerp_linear_kernel(
     x,
     weights,
@@ -24,6 +24,9 @@ def _lerp_linear_kernel(
     lam,
     row_to_lam,
     out,
+    parts,
+    arrived,
+    first_program,
     M,
     sizes,
     K,
@@ -43,7 +46,7 @@ def _lerp_linear_kernel(
     BY_GROUP: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """One tile of one split's share of y, into out [splits, M · all features], [M, features] of each weight.
+    """One tile of y, or of one split's share of it. `out` holds y [M, features] of each weight.
 
     Args:
         weights, biases: of every weight its tensors, and None or the pair of its ends.
@@ -53,13 +56,12 @@ def _lerp_linear_kernel(
     """
     # Of the weight whose tile this is: its tensors, its first tile and the features before its own.
     weight, bias, N, first_tile, column = weights[0], None if biases is None else biases[0], sizes[0], 0, 0
-    tiles_n, columns = tl.cdiv(N, BLOCK_N), N
+    tiles_n = tl.cdiv(N, BLOCK_N)
     for i in tl.static_range(1, len(sizes)):
         tiles_n += tl.cdiv(sizes[i], BLOCK_N)
-        columns += sizes[i]
     tiles_per_span = tl.cdiv(span, BLOCK_M)
     tiles_m = M // span * tiles_per_span
-    pid, split = tl.program_id(0), tl.program_id(1)
+    pid, split = first_program + tl.program_id(0), tl.program_id(1)
     # Programs that run at the same time share eight tiles of the weight, and some of x, in the L2 cache.
     tile_n, tile_m = tl.swizzle2d(pid // tiles_m, pid % tiles_m, tiles_n, tiles_m, 8)
     tiles_before, columns_before = 0, 0
@@ -76,10 +78,13 @@ def _lerp_linear_kernel(
     begin = split * steps_per_split
     end = min(begin + steps_per_split, max(tl.cdiv(K, BLOCK_K), 1))
     feature = (tile_n - first_tile) * BLOCK_N
-    out += (split.to(tl.int64) * columns + column) * M
+    out += tl.cast(column, tl.int64) * M
+    if parts is not None:
+        parts += tl.program_id(0).to(tl.int64) * tl.num_programs(1) * (BLOCK_M * BLOCK_N)
+        arrived += tl.program_id(0)
     product_tile(  # not of variables: assigned to one, a constant would no longer be a constant
-        Operands(x, stride_x, weight, strides, bias, lam, row_to_lam, rows_per_lam, out, N),
-        Tile(row, row_end, feature, N, K, begin, end),
+        Operands(x, stride_x, weight, strides, bias, lam, row_to_lam, rows_per_lam, out, N, parts, arrived),
+        Tile(0, row, row_end, feature, N, K, begin, end),
         Plan(BASE_BITS, SECOND_BITS, EVEN_K, USE_BLEND, BLOCK_M, MIXED_M, BLOCK_N, BLOCK_K, BY_GROUP, NUM_STAGES),
     )
 

@@ -256,10 +256,27 @@ def test_weights_stream_past_the_registers(arch: str) -> None:
         assert not any(count(loop, r"ld\.global") for loop in kernel.loops)
 
 
+def atomics(kernel: Compiled) -> set[str]:
+    return set(re.findall(r"^\s*(?:@\S+ )?((?:atom|red)\.\S+|\w*_atomic_\w+)", kernel.code, re.MULTILINE))
+
+
 @every_arch
-def test_nothing_is_atomic(arch: str) -> None:
-    for kernel in [*compile_linear(arch, DECODE, N=512), *compile_linear(arch, PREFILL), *compile_rows(arch, 2560)]:
-        assert not re.search(r"^\s*(?:@\S+ )?(?:atom|red)\.|_atomic_", kernel.code, re.MULTILINE)
+def test_nothing_is_atomic_but_the_count_of_splits(arch: str) -> None:
+    """No sum is, whose order would then be another in every run."""
+    (split,) = compile_linear(arch, DECODE, N=512)
+    assert atomics(split) == {"global_atomic_add" if arch == "gfx942" else "atom.global.gpu.acq_rel.add.u32"}
+    for kernel in [*compile_linear(arch, PREFILL), *compile_rows(arch, 2560)]:
+        assert not atomics(kernel)
+
+
+def test_the_parts_of_an_invariant_prefill_are_bounded() -> None:
+    """It splits K as it does for one row. At most 32 MB of parts are in memory, however many rows there are."""
+    config = linear_config(1, 2560, 9728, torch.bfloat16, "pair", DEVICES["sm_90"], True)
+    launched = compile_linear("sm_90", 8192, 2560, 9728, invariant=True)
+    assert config.split_k > 1 < len(launched)
+    assert all(kernel.programs * config.block_m * config.block_n * 4 <= 32 << 20 for kernel in launched)
+    tiles = 8192 // config.block_m * (2560 // config.block_n)
+    assert sum(kernel.programs for kernel in launched) == tiles * config.split_k
 
 
 def test_a_new_batch_compiles_nothing() -> None:
