@@ -129,7 +129,8 @@ def lerp_linears(
     y = x.new_empty(M * N)
     if y.numel() == 0:
         return y
-    config = linear_config(M, N, K, x.dtype, format, device_of(x.device), invariant)
+    mixes_lams = row_to_lam is None and rows_per_lam < 256
+    config = linear_config(M, N, K, x.dtype, format, device_of(x.device), invariant, mixes_lams)
     span = row_span(M, rows_per_lam, config) if row_to_lam is None else M
     if config.by_group:
         groups = in_words(groups, format)

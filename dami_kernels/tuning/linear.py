@@ -22,13 +22,20 @@ _TILES_FLOAT32 = {16: ((64, 32), (32, 64), (16, 64)), 32: ((64, 16), (32, 32)), 
 
 @lru_cache(1 << 14)  # called some hundred times per decode step
 def linear_config(
-    M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Device, invariant: bool = False
+    M: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    format: str,
+    device: Device,
+    invariant: bool = False,
+    mixes_lams: bool = False,
 ) -> LinearConfig:
     """Returns launch parameters for x [M, K] and weights [N, K], with N features in total.
 
     Uses the configuration measured on this GPU for the nearest M. Without one, takes the largest tile that still keeps
     most of the device busy, and splits K if even the smallest does not. If invariant, the result does not depend on M,
-    and weights are not blended.
+    and weights are not blended. `mixes_lams` says that λ changes within any 256 rows.
     """
     if invariant:
         rows = 32 if dtype == torch.float32 else 64
@@ -37,7 +44,11 @@ def linear_config(
     measured = load_table(device.name).get((N, K, dtype, format)) if device.name else None
     if measured:
         return nearest(measured, M).config
-    return _config(M, N, K, dtype, format, device, _tiles(M, K, dtype, format, device))
+    tiles = _tiles(M, K, dtype, format, device)
+    if mixes_lams and device.has_wide_mma and not device.has_tensor_memory and _num_coded(format) == 0:
+        # Two accumulators of 128 rows fit where no weight is dequantised, and read it half as often as those of 64.
+        tiles = [tile for tile in tiles if tile[0] <= 128]
+    return _config(M, N, K, dtype, format, device, tiles)
 
 
 def linear_candidates(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Device) -> list[LinearConfig]:

@@ -93,15 +93,15 @@ class Compiled:
 
     @cached_property
     def loops(self) -> list[str]:
-        """The bodies of the innermost loops of the PTX."""
+        """The bodies of the innermost loops of the PTX that multiply on tensor cores."""
         loop = re.compile(
             r"^(\$\w+):(?:[^\n]*\n\s*//)?[^\n]*Inner Loop Header[^\n]*\n(.*?)bra[^\n]*\1;", re.MULTILINE | re.DOTALL
         )
-        return [match[2] for match in loop.finditer(self.code)]
+        return [match[2] for match in loop.finditer(self.code) if "mma" in match[2]]
 
     @cached_property
     def machine_loops(self) -> list[list[str]]:
-        """The instructions of the innermost loops of the machine code; those of waits that never end left out."""
+        """The instructions of the innermost loops of the machine code that multiply, the shortest first."""
         if "cubin" in self.asm:
             with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
                 Path(file.name).write_bytes(self.asm["cubin"])
@@ -123,9 +123,10 @@ class Compiled:
                 loops.append(range(begin, len(instructions)))
         inner: list[range] = []
         for loop in sorted(loops, key=len):  # a longer one around or across one of these is code set apart from it
-            if len(loop) > 1 and not any(set(loop) & set(other) for other in inner):
+            if not any(set(loop) & set(other) for other in inner):
                 inner.append(loop)
-        return [instructions[loop.start : loop.stop] for loop in inner]
+        bodies = [instructions[loop.start : loop.stop] for loop in inner]
+        return [body for body in bodies if re.search("MMA|mfma", "".join(body))]
 
     @property
     def registers(self) -> int:
