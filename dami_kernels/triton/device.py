@@ -84,11 +84,15 @@ def load_end(
 
 @triton.jit
 def load_float(tensor, strides, rows, wanted, start, end, COLUMNS: tl.constexpr):
-    """Tile of a matrix as it is, from column `start`; columns from `end` on are 0."""
+    """Tile of a matrix as it is, from column `start`; columns from `end` on are 0. All rows if `wanted` is None."""
     columns = start + tl.arange(0, COLUMNS)
     offsets = rows.to(tl.int64)[:, None] * strides[0] + columns.to(tl.int64)[None, :] * strides[1]
-    mask = wanted[:, None] if end is None else wanted[:, None] & (columns < end)[None, :]
-    return tl.load(tensor + offsets, mask=mask, other=0)
+    if wanted is None:
+        tile = tl.load(tensor + offsets)
+    else:
+        mask = wanted[:, None] if end is None else wanted[:, None] & (columns < end)[None, :]
+        tile = tl.load(tensor + offsets, mask=mask, other=0)
+    return tile
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dami_kernels.triton.host import cdiv, is_even, with_rows_in_one_piece
+from dami_kernels.triton.host import cdiv, in_words, is_even, with_rows_in_one_piece
 from dami_kernels.triton.product import Operands, Plan, Tile, launch, product_tile
 from dami_kernels.tuning import device_of, experts_config
 
@@ -33,7 +33,7 @@ def _tile_of_expert(offsets, tile, M, E, BLOCK_M: tl.constexpr, SEGMENTS: tl.con
     return found, tl.sum(tl.where(expert == found, row, 0)), tl.sum(tl.where(expert == found, end, 0))
 
 
-@triton.jit(do_not_specialize=["M", "rows_per_lam"])
+@triton.jit(do_not_specialize=["M", "rows_per_lam", "first_program", "all_programs"])
 def _lerp_experts_kernel(
     x,
     weights,
@@ -42,6 +42,10 @@ def _lerp_experts_kernel(
     row_to_lam,
     offsets,
     out,
+    parts,
+    arrived,
+    first_program,
+    all_programs,
     M,
     E,
     N,
@@ -59,26 +63,30 @@ def _lerp_experts_kernel(
     MIXED_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BY_GROUP: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
-    """One tile of one split's share of y, into out [splits, M, N].
+    """One tile of y [M, N], or of one split's share of it, of `all_programs`.
 
     `weights` and `biases` are pairs (tensor, stride from one expert to the next), `strides` those within an expert.
     """
-    pid, split = tl.program_id(0), tl.program_id(1)
+    pid, split = first_program + tl.program_id(0), tl.program_id(1)
     tiles_n = tl.cdiv(N, BLOCK_N)
     # Programs that run at the same time share the weights of an expert, and the rows of eight tiles, in the L2 cache.
-    tile_m, tile_n = tl.swizzle2d(pid // tiles_n, pid % tiles_n, tl.num_programs(0) // tiles_n, tiles_n, 8)
+    tile_m, tile_n = tl.swizzle2d(pid // tiles_n, pid % tiles_n, all_programs // tiles_n, tiles_n, 8)
     expert, row, end = _tile_of_expert(offsets, tile_m, M, E, BLOCK_M, SEGMENTS)
-    out += split.to(tl.int64) * M * N
+    if parts is not None:
+        parts += tl.program_id(0).to(tl.int64) * tl.num_programs(1) * (BLOCK_M * BLOCK_N)
+        arrived += tl.program_id(0)
     if expert < E:
         weight = [part[0] + expert.to(tl.int64) * part[1] for part in weights]
         bias = None if biases is None else [part[0] + expert.to(tl.int64) * part[1] for part in biases]
         begin = split * steps_per_split
         step_end = min(begin + steps_per_split, max(tl.cdiv(K, BLOCK_K), 1))
         product_tile(  # not of variables: assigned to one, a constant would no longer be a constant
-            Operands(x, stride_x, weight, strides, bias, lam, row_to_lam, rows_per_lam, out, N),
-            Tile(row, end, tile_n * BLOCK_N, N, K, begin, step_end),
-            Plan(BASE_BITS, SECOND_BITS, EVEN_K, USE_BLEND, BLOCK_M, MIXED_M, BLOCK_N, BLOCK_K),
+            Operands(x, stride_x, weight, strides, bias, lam, row_to_lam, rows_per_lam, out, N, parts, arrived),
+            Tile(0, row, end, tile_n * BLOCK_N, N, K, begin, step_end),
+            Plan(BASE_BITS, SECOND_BITS, EVEN_K, USE_BLEND, BLOCK_M, MIXED_M, BLOCK_N, BLOCK_K, BY_GROUP, NUM_STAGES),
         )
     elif expert == E:
         rows = row + tl.arange(0, BLOCK_M)[:, None]
@@ -104,6 +112,7 @@ def lerp_experts(
     if y.numel() == 0:
         return y
     config = experts_config(M, E, N, K, x.dtype, format, device_of(x.device), invariant)
+    parts = in_words([weight], format)[0] if config.by_group else weight
     x = with_rows_in_one_piece(x)
     programs = row_tiles(M, E, config.block_m) * cdiv(N, config.block_n)
     launch(
@@ -113,9 +122,10 @@ def lerp_experts(
         y,
         K,
         format,
-        even_k=is_even([weight], format, K, config.block_k),
+        even_k=is_even([parts], format, K, config.block_k),
+        all_programs=programs,
         x=x,
-        weights=tuple((tensor, tensor.stride(0)) for tensor in weight),
+        weights=tuple((tensor, tensor.stride(0)) for tensor in parts),
         biases=tuple((end.contiguous(), N) for end in bias) if bias else None,
         lam=lam,
         row_to_lam=row_to_lam,
@@ -125,7 +135,7 @@ def lerp_experts(
         N=N,
         rows_per_lam=rows_per_lam,
         stride_x=x.stride(0),
-        strides=tuple(tensor.stride()[1:] for tensor in weight),
+        strides=tuple(tensor.stride()[1:] for tensor in parts),
         SEGMENTS=1 << E.bit_length(),
     )
     return y

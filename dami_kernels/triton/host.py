@@ -53,6 +53,26 @@ def is_even(weights: Sequence[Sequence[Tensor]], format: str, K: int, block_k: i
     )
 
 
+def in_words(weights: Sequence[Sequence[Tensor]], format: str) -> tuple[tuple[Tensor, ...], ...]:
+    """Returns the weights themselves if kernels can read their codes and scales four at a time, else copies."""
+    both = formats.matrices(format)
+    coded = [matrix.bits is not None for matrix in (both.base, both.second) for _ in matrix.suffixes]
+
+    def fits(tensor: Tensor) -> bool:
+        *strides, last = tensor.stride()
+        return last == 1 and not any(stride % 4 for stride in strides) and tensor.data_ptr() % 4 == 0
+
+    if all(fits(tensor) for weight in weights for tensor in itertools.compress(weight, coded)):
+        return tuple(tuple(weight) for weight in weights)
+    return tuple(
+        tuple(
+            tensor.clone(memory_format=torch.contiguous_format) if codes else tensor
+            for tensor, codes in zip(weight, coded, strict=True)
+        )
+        for weight in weights
+    )
+
+
 def strides_of(weight: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
     return tuple(tensor.stride() for tensor in weight)
 
@@ -65,3 +85,30 @@ def with_rows_in_one_piece(x: Tensor) -> Tensor:
 def vectors(ends: list[Tensor]) -> tuple[Tensor, ...] | None:
     """Returns the ends of a 1-d operand, each contiguous, or None if there is no such operand."""
     return tuple(end.contiguous() for end in ends) if ends else None
+
+
+def counters(device: torch.device, count: int) -> Tensor:
+    """Returns int32 zeros [count] for a kernel that leaves zeros behind. No kernel that may run meanwhile has the same.
+
+    Kernels of one stream run one after the other and share theirs. A captured kernel may run on any stream: it gets a
+    part of its own of a tensor made before, or zeros that its graph fills at every replay.
+    """
+    if device.type != "cuda":
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        left = _for_graphs.get(device)
+        if left is None or len(left) < count:
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        _for_graphs[device] = left[count:]
+        return left[:count]
+    if device not in _for_graphs:
+        _for_graphs[device] = torch.zeros(1 << 20, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device)
+    zeros = _of_streams.get(stream)
+    if zeros is None or len(zeros) < count:
+        zeros = _of_streams[stream] = torch.zeros(max(count, 1 << 10), dtype=torch.int32, device=device)
+    return zeros
+
+
+_for_graphs: dict[torch.device, Tensor] = {}
+_of_streams: dict[torch.cuda.Stream, Tensor] = {}

@@ -10,13 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from dami_kernels import cuda, products
-from dami_kernels.triton.host import cdiv, is_even, strides_of, vectors, weights_of, with_rows_in_one_piece
+from dami_kernels.triton.host import cdiv, in_words, is_even, strides_of, vectors, weights_of, with_rows_in_one_piece
 from dami_kernels.triton.product import Operands, Plan, Tile, launch, product_tile
 from dami_kernels.tuning import Route, device_of, linear_config, route, row_span, rows_together
 
 
 # M, rows_per_lam and span change with every batch. Specialising on them would recompile the kernel.
-@triton.jit(do_not_specialize=["M", "rows_per_lam", "span"])
+@triton.jit(do_not_specialize=["M", "rows_per_lam", "span", "first_program"])
 def _lerp_linear_kernel(
     x,
     weights,
@@ -24,6 +24,9 @@ def _lerp_linear_kernel(
     lam,
     row_to_lam,
     out,
+    parts,
+    arrived,
+    first_program,
     M,
     sizes,
     K,
@@ -40,8 +43,10 @@ def _lerp_linear_kernel(
     MIXED_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BY_GROUP: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
-    """One tile of one split's share of y, into out [splits, M · all features], [M, features] of each weight.
+    """One tile of y, or of one split's share of it. `out` holds y [M, features] of each weight.
 
     Args:
         weights, biases: of every weight its tensors, and None or the pair of its ends.
@@ -51,13 +56,12 @@ def _lerp_linear_kernel(
     """
     # Of the weight whose tile this is: its tensors, its first tile and the features before its own.
     weight, bias, N, first_tile, column = weights[0], None if biases is None else biases[0], sizes[0], 0, 0
-    tiles_n, columns = tl.cdiv(N, BLOCK_N), N
+    tiles_n = tl.cdiv(N, BLOCK_N)
     for i in tl.static_range(1, len(sizes)):
         tiles_n += tl.cdiv(sizes[i], BLOCK_N)
-        columns += sizes[i]
     tiles_per_span = tl.cdiv(span, BLOCK_M)
     tiles_m = M // span * tiles_per_span
-    pid, split = tl.program_id(0), tl.program_id(1)
+    pid, split = first_program + tl.program_id(0), tl.program_id(1)
     # Programs that run at the same time share eight tiles of the weight, and some of x, in the L2 cache.
     tile_n, tile_m = tl.swizzle2d(pid // tiles_m, pid % tiles_m, tiles_n, tiles_m, 8)
     tiles_before, columns_before = 0, 0
@@ -74,11 +78,14 @@ def _lerp_linear_kernel(
     begin = split * steps_per_split
     end = min(begin + steps_per_split, max(tl.cdiv(K, BLOCK_K), 1))
     feature = (tile_n - first_tile) * BLOCK_N
-    out += (split.to(tl.int64) * columns + column) * M
+    out += tl.cast(column, tl.int64) * M
+    if parts is not None:
+        parts += tl.program_id(0).to(tl.int64) * tl.num_programs(1) * (BLOCK_M * BLOCK_N)
+        arrived += tl.program_id(0)
     product_tile(  # not of variables: assigned to one, a constant would no longer be a constant
-        Operands(x, stride_x, weight, strides, bias, lam, row_to_lam, rows_per_lam, out, N),
-        Tile(row, row_end, feature, N, K, begin, end),
-        Plan(BASE_BITS, SECOND_BITS, EVEN_K, USE_BLEND, BLOCK_M, MIXED_M, BLOCK_N, BLOCK_K),
+        Operands(x, stride_x, weight, strides, bias, lam, row_to_lam, rows_per_lam, out, N, parts, arrived),
+        Tile(0, row, row_end, feature, N, K, begin, end),
+        Plan(BASE_BITS, SECOND_BITS, EVEN_K, USE_BLEND, BLOCK_M, MIXED_M, BLOCK_N, BLOCK_K, BY_GROUP, NUM_STAGES),
     )
 
 
@@ -128,8 +135,12 @@ def lerp_linears(
     y = x.new_empty(M * N)
     if y.numel() == 0:
         return y
-    config = linear_config(M, N, K, x.dtype, format, device_of(x.device), invariant)
+    mixes_lams = row_to_lam is None and rows_per_lam < 256
+    config = linear_config(M, N, K, x.dtype, format, device_of(x.device), invariant, mixes_lams)
     span = row_span(M, rows_per_lam, config) if row_to_lam is None else M
+    if config.by_group:
+        groups = in_words(groups, format)
+        strides = strides_of(groups[0])
     x = with_rows_in_one_piece(x)
     tiles_n = sum([cdiv(size, config.block_n) for size in sizes])
     programs = M // span * cdiv(span, config.block_m) * tiles_n

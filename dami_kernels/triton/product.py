@@ -16,12 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dami_kernels.triton.device import BASE, SECOND, blend, combine, lerp, load_end, row_lam
-from dami_kernels.triton.host import bits_of, cdiv, on_device_of
+from dami_kernels.triton.device import BASE, GROUP, SECOND, blend, combine, lerp, load_end, row_lam
+from dami_kernels.triton.groups import add_groups
+from dami_kernels.triton.host import bits_of, cdiv, counters, on_device_of
 from dami_kernels.tuning import LinearConfig
 
 BLEND = tl.constexpr(2)
 BOTH = tl.constexpr(3)
+MAX_PARTS = 1 << 23  # float32 numbers, 32 MB, of the parts of tiles that are computed in one launch
 
 
 class Operands(NamedTuple):
@@ -33,6 +35,8 @@ class Operands(NamedTuple):
         bias: its two ends [N], or None.
         lam, row_to_lam, rows_per_lam: as `row_lam` takes them.
         out, stride_out: where y's rows go.
+        parts, arrived: if K is split, float32 [splits, BLOCK_M, BLOCK_N] for this tile, and how many of its splits have
+            been computed, 0 before and after; else None.
     """
 
     x: tl.tensor
@@ -45,14 +49,17 @@ class Operands(NamedTuple):
     rows_per_lam: tl.tensor
     out: tl.tensor
     stride_out: tl.tensor
+    parts: tl.tensor | None
+    arrived: tl.tensor | None
 
 
 class Tile(NamedTuple):
     """A part of a product: rows [row, row_end) of x, features from `feature` on, steps [step_begin, step_end) along K.
 
-    There is at least one step. Features end at N, and columns end at K.
+    There is at least one step. Features end at N, and columns end at K. The program has `rows_before` others.
     """
 
+    rows_before: tl.tensor
     row: tl.tensor
     row_end: tl.tensor
     feature: tl.tensor
@@ -73,6 +80,8 @@ class Plan(NamedTuple):
     MIXED_M: tl.constexpr
     BLOCK_N: tl.constexpr
     BLOCK_K: tl.constexpr
+    BY_GROUP: tl.constexpr
+    NUM_STAGES: tl.constexpr
 
 
 @triton.jit
@@ -165,21 +174,84 @@ def _ends_tile(ENDS: tl.constexpr, operands, tile, one_lam, BLOCK_M: tl.constexp
         row_tile = tile.row + tl.arange(0, BLOCK_M)[None, :]
         one_lam = row_lam(operands.lam, operands.row_to_lam, row_tile, row_tile < row_end, operands.rows_per_lam)
         y = combine(y, second_y, one_lam, plan.SECOND_BITS)
-    _store(operands, tile, y, one_lam, BLOCK_M, BLOCK_N)
+    _store(operands, tile, y, one_lam, BLOCK_M, BLOCK_N, plan.BLOCK_M)
 
 
 @triton.jit
-def _store(operands, tile, y, lams, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Adds the bias to a tile [BLOCK_N, BLOCK_M] of y and stores it; `lams` broadcasts to it."""
-    rows, features = tile.row + tl.arange(0, BLOCK_M), tile.feature + tl.arange(0, BLOCK_N)
+def _groups_tile(ENDS: tl.constexpr, operands, tile, one_lam, plan):
+    """`product_tile` from both ends or from the base, of which at least one is codes, with few rows and a whole K."""
+    x, row_end = operands.x, tile.row_end
+    BLOCK_M: tl.constexpr = plan.BLOCK_M
+    BLOCK_N: tl.constexpr = plan.BLOCK_N
+    BLOCK_K: tl.constexpr = plan.BLOCK_K
+    rows = tile.row + tl.arange(0, BLOCK_M)
+    # The last feature again instead of those beyond: a copy with a condition takes two more instructions.
+    features = tl.minimum(tile.feature + tl.arange(0, BLOCK_N), tile.N - 1)
+    sums = tl.zeros((BLOCK_K // GROUP, BLOCK_N, BLOCK_M), tl.float32)
+    second_sums = tl.zeros_like(sums)
+    x += rows.to(tl.int64)[None, :] * operands.stride_x
+    # Given its own number of stages, a loop also copies ahead what no product reads: the scales.
+    for step in tl.range(tile.step_begin, tile.step_end, num_stages=plan.NUM_STAGES):
+        k = step * BLOCK_K
+        x_tile = tl.load(x + (k + tl.arange(0, BLOCK_K))[:, None], mask=(rows < row_end)[None, :], other=0.0)
+        sums = _add_groups(BASE, sums, operands, features, k, x_tile, plan)
+        if ENDS == BOTH:
+            second_sums = _add_groups(SECOND, second_sums, operands, features, k, x_tile, plan)
+    y = tl.sum(sums, 0)
+    if ENDS == BOTH:
+        row_tile = tile.row + tl.arange(0, BLOCK_M)[None, :]
+        one_lam = row_lam(operands.lam, operands.row_to_lam, row_tile, row_tile < row_end, operands.rows_per_lam)
+        y = combine(y, tl.sum(second_sums, 0), one_lam, plan.SECOND_BITS)
+    _store(operands, tile, y, one_lam, BLOCK_M, BLOCK_N, plan.BLOCK_M)
+
+
+@triton.jit
+def _add_groups(END: tl.constexpr, sums, operands, features, k, x_tile, plan):
+    return add_groups(
+        sums, operands.weight, operands.strides, END, features, k, x_tile, plan.BASE_BITS, plan.SECOND_BITS
+    )
+
+
+@triton.jit
+def _store(operands, tile, y, lams, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr):
+    """Adds the bias to a tile [BLOCK_N, BLOCK_M] of y and stores it, or the split's part; `lams` broadcasts to it.
+
+    ROWS is those of the whole tile of this program, of which this may be a part.
+    """
+    features = tile.feature + tl.arange(0, BLOCK_N)
     if operands.bias is not None:
         mask = (features < tile.N) & (tile.step_begin == 0)
         bias_base = tl.load(operands.bias[0] + features, mask=mask, other=0.0)[:, None]
         bias_target = tl.load(operands.bias[1] + features, mask=mask, other=0.0)[:, None]
         y += lerp(bias_base, bias_target, lams)
+    y = tl.trans(y)
+    if operands.parts is None:
+        _store_rows(operands, tile, y, BLOCK_M, BLOCK_N)
+    else:
+        row_of_part = tl.program_id(1) * ROWS + tile.rows_before + tl.arange(0, BLOCK_M)
+        tl.store(operands.parts + row_of_part[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], y)
+
+
+@triton.jit
+def _store_rows(operands, tile, y, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    rows, features = tile.row + tl.arange(0, BLOCK_M), tile.feature + tl.arange(0, BLOCK_N)
     out = operands.out + rows.to(tl.int64)[:, None] * operands.stride_out + features[None, :]
     mask = (rows < tile.row_end)[:, None] & (features < tile.N)[None, :]
-    tl.store(out, tl.trans(y).to(out.dtype.element_ty), mask=mask)
+    tl.store(out, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_splits(operands, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """In the last program of a tile, whichever that is: stores the sum of all parts, always in the same order."""
+    tl.debug_barrier()  # all threads have stored their part; the atomic then releases it and acquires the others'
+    splits = tl.num_programs(1)
+    if tl.atomic_add(operands.arrived, 1, sem="acq_rel") == splits - 1:
+        tl.store(operands.arrived, 0)  # for the next launch, or the next replay of a graph
+        parts = operands.parts + tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for split in tl.range(splits, loop_unroll_factor=4):
+            y += tl.load(parts + split * (BLOCK_M * BLOCK_N), cache_modifier=".cg")
+        _store_rows(operands, tile, y, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -195,7 +267,12 @@ def product_tile(operands, tile, plan):
     one_lam = row_lam(lam, row_to_lam, tl.full((1, 1), row, tl.int32), True, rows_per_lam)
     # Not by min and max: they pass over a NaN, whose row would then take its neighbours' λ.
     mixed = tl.sum(((rows < row_end) & (lams != tl.max(one_lam))).to(tl.int32)) > 0
-    if not mixed and tl.max(one_lam) == 0.0:
+    if plan.BY_GROUP:
+        if not mixed and tl.max(one_lam) == 0.0:
+            _groups_tile(BASE, operands, tile, one_lam, plan)
+        else:
+            _groups_tile(BOTH, operands, tile, one_lam, plan)
+    elif not mixed and tl.max(one_lam) == 0.0:
         _ends_tile(BASE, operands, tile, one_lam, plan.BLOCK_M, plan)
     elif plan.SECOND_BITS == 0 and not mixed and tl.max(one_lam) == 1.0:
         _ends_tile(SECOND, operands, tile, one_lam, plan.BLOCK_M, plan)
@@ -205,19 +282,10 @@ def product_tile(operands, tile, plan):
         # Not the parts of a tile that have no rows; but a loop of one round is none if its bounds are constants.
         STEP: tl.constexpr = plan.MIXED_M
         for start in range(0, STEP if plan.BLOCK_M == STEP else min(plan.BLOCK_M, row_end - row), STEP):
-            part = Tile(row + start, row_end, tile.feature, tile.N, tile.K, tile.step_begin, tile.step_end)
+            part = Tile(start, row + start, row_end, tile.feature, tile.N, tile.K, tile.step_begin, tile.step_end)
             _ends_tile(BOTH, operands, part, one_lam, STEP, plan)
-
-
-@triton.jit
-def _sum_splits_kernel(parts, y, size, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr):
-    """y [size] from parts [SPLIT_K, size], summed in an order that does not depend on which program ended first."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in tl.static_range(SPLIT_K):
-        total += tl.load(parts + index, mask=index < size, other=0.0)
-        parts += size  # not split * size, of which 32 bits may be too few
-    tl.store(y + index, total.to(y.dtype.element_ty), mask=index < size)
+    if operands.parts is not None:
+        _sum_splits(operands, tile, plan.BLOCK_M, plan.BLOCK_N)
 
 
 def launch(
@@ -231,32 +299,39 @@ def launch(
     even_k: bool,
     **arguments: object,
 ) -> None:
-    """Runs a kernel of `product_tile` with `programs` programs for each split of K, and sums the splits into y.
+    """Runs a kernel of `product_tile` with `programs` programs for each split of K.
 
     Args:
-        kernel: takes `out` [splits, *y.shape], K, steps_per_split and the constants of `Plan`.
+        kernel: takes `out`, `parts`, `arrived`, K, steps_per_split, the first program and the constants of `Plan`.
         y: receives the result.
         arguments: the kernel's other arguments.
     """
     steps = max(1, cdiv(K, config.block_k))
     steps_per_split = cdiv(steps, config.split_k)
     splits = cdiv(steps, steps_per_split)
-    parts = y if splits == 1 else y.new_empty(splits, *y.shape, dtype=torch.float32)
+    size = splits * config.block_m * config.block_n  # numbers of the parts of a tile
+    at_once = programs if splits == 1 else min(programs, max(1, MAX_PARTS // size))
+    parts = None if splits == 1 else y.new_empty(at_once * size, dtype=torch.float32)
+    arrived = None if splits == 1 else counters(y.device, at_once)
     with on_device_of(y):
-        kernel[programs, splits](
-            out=parts,
-            K=K,
-            steps_per_split=steps_per_split,
-            **arguments,
-            **bits_of(format),
-            EVEN_K=even_k,
-            USE_BLEND=config.use_blend,
-            BLOCK_M=config.block_m,
-            MIXED_M=config.mixed_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-        if splits > 1:
-            _sum_splits_kernel[cdiv(y.numel(), 256),](parts, y, y.numel(), SPLIT_K=splits, BLOCK=256)
+        for first in range(0, programs, at_once):
+            kernel[min(at_once, programs - first), splits](
+                out=y,
+                parts=parts,
+                arrived=arrived,
+                first_program=first,
+                K=K,
+                steps_per_split=steps_per_split,
+                **arguments,
+                **bits_of(format),
+                EVEN_K=even_k,
+                USE_BLEND=config.use_blend,
+                BLOCK_M=config.block_m,
+                MIXED_M=config.mixed_m,
+                BLOCK_N=config.block_n,
+                BLOCK_K=config.block_k,
+                BY_GROUP=config.by_group,
+                NUM_STAGES=config.num_stages,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )

@@ -13,9 +13,10 @@ class LinearConfig:
     Attributes:
         block_m, block_n, block_k: rows, features and inner size of a tile.
         mixed_m: rows that a tile with several λ handles at a time. Its two accumulators take twice the registers.
-        split_k: number of splits along the inner size. If more than 1, a second kernel sums their results.
+        split_k: number of splits along the inner size. The last one of a tile sums their results.
         use_blend: whether a tile with a single λ blends the weight instead of keeping two accumulators.
         num_warps, num_stages: as in Triton.
+        by_group: whether a tile multiplies codes group by group and scales the sums. It then needs whole steps of K.
     """
 
     block_m: int
@@ -26,6 +27,7 @@ class LinearConfig:
     use_blend: bool
     num_warps: int
     num_stages: int
+    by_group: bool = False
 
 
 class Route(str, Enum):

@@ -22,13 +22,20 @@ _TILES_FLOAT32 = {16: ((64, 32), (32, 64), (16, 64)), 32: ((64, 16), (32, 32)), 
 
 @lru_cache(1 << 14)  # called some hundred times per decode step
 def linear_config(
-    M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Device, invariant: bool = False
+    M: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    format: str,
+    device: Device,
+    invariant: bool = False,
+    mixes_lams: bool = False,
 ) -> LinearConfig:
     """Returns launch parameters for x [M, K] and weights [N, K], with N features in total.
 
     Uses the configuration measured on this GPU for the nearest M. Without one, takes the largest tile that still keeps
     most of the device busy, and splits K if even the smallest does not. If invariant, the result does not depend on M,
-    and weights are not blended.
+    and weights are not blended. `mixes_lams` says that λ changes within any 256 rows.
     """
     if invariant:
         rows = 32 if dtype == torch.float32 else 64
@@ -37,7 +44,11 @@ def linear_config(
     measured = load_table(device.name).get((N, K, dtype, format)) if device.name else None
     if measured:
         return nearest(measured, M).config
-    return _config(M, N, K, dtype, format, device, _tiles(M, K, dtype, format, device))
+    tiles = _tiles(M, K, dtype, format, device)
+    if mixes_lams and device.has_wide_mma and not device.has_tensor_memory and _num_coded(format) == 0:
+        # Two accumulators of 128 rows fit where no weight is dequantised, and read it half as often as those of 64.
+        tiles = [tile for tile in tiles if tile[0] <= 128]
+    return _config(M, N, K, dtype, format, device, tiles)
 
 
 def linear_candidates(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Device) -> list[LinearConfig]:
@@ -85,9 +96,18 @@ def _num_coded(format: str) -> int:
 
 Tile = tuple[int, int, int]
 
+_STEP_BY_GROUP = 4 * 32  # a group for each of four warps
+
+
+def _multiplies_by_group(K: int, dtype: torch.dtype, format: str, device: Device) -> bool:
+    """Whether tiles of at most 16 rows multiply codes group by group. Only NVIDIA's machine code was looked at."""
+    return 0 == K % _STEP_BY_GROUP < K and dtype.itemsize == 2 and _num_coded(format) > 0 and not device.is_amd
+
 
 def _tiles(M: int, K: int, dtype: torch.dtype, format: str, device: Device) -> list[Tile]:
     """Returns tiles for M rows, largest first."""
+    if M <= 16 and _multiplies_by_group(K, dtype, format, device):
+        return [(8 if M <= 8 else 16, 64, _STEP_BY_GROUP)]
     table = _TILES_FLOAT32 if dtype == torch.float32 else _TILES_16_BIT
     rows = next((rows for rows in table if rows >= M), max(table))
     tiles = [(rows, *tile) for tile in table[rows]]
@@ -115,7 +135,8 @@ def _tiles(M: int, K: int, dtype: torch.dtype, format: str, device: Device) -> l
 
 
 def _config(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Device, tiles: list[Tile]) -> LinearConfig:
-    enough = device.processors * 3 // 4
+    by_group = tiles[0][0] <= 16 and _multiplies_by_group(K, dtype, format, device)
+    enough = device.processors * 2 if by_group else device.processors * 3 // 4
 
     def programs(tile: Tile) -> int:
         return -(-M // tile[0]) * -(-N // tile[1])
@@ -141,6 +162,10 @@ def _config(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Dev
         mixed_m = min(block_m, 128 // dtype.itemsize)
     # Two ends are dequantised, and two accumulators come back from tensor memory at once.
     crowded = device.has_tensor_memory and _num_coded(format) == 2 and block_m == 32
+    stages = _stages(_stage_bytes(tile, dtype), device) if aligned else 2
+    if by_group:  # three programs share a processor; a stage is being computed, the others are on their way
+        step = block_m * block_k * dtype.itemsize + block_n * block_k * formats.matrices(format).bytes_per_weight(dtype)
+        stages = max(2, min(4, 1 + int(device.shared / 3 / step)))
     return LinearConfig(
         block_m=block_m,
         block_n=block_n,
@@ -151,7 +176,8 @@ def _config(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Dev
         # so does blending them.
         use_blend=32 < block_m < M,
         num_warps=8 if block_m * block_n * dtype.itemsize >= (128 if aligned else 64) * 64 * 2 or crowded else 4,
-        num_stages=_stages(_stage_bytes(tile, dtype), device) if aligned else 2,
+        num_stages=stages,
+        by_group=by_group,
     )
 
 

@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize(
     "files",
     [
-        "test_ops.py test_triton_numbers.py",
+        "test_ops.py test_triton_numbers.py test_triton_groups.py",
         "test_views.py",
         "test_triton_experts.py",
         pytest.param("test_experts.py", marks=pytest.mark.slow),

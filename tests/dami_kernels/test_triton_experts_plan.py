@@ -52,7 +52,7 @@ def test_tiles_are_legal(dtype: torch.dtype, format: str, device: Device) -> Non
         config = plan(tokens, shape, dtype, format, device, invariant)
         sizes = (config.block_m, config.block_n, config.block_k, config.split_k, config.num_warps)
         assert all(size & (size - 1) == 0 for size in sizes), config
-        assert min(config.block_m, config.block_n) >= 16, config
+        assert min(config.block_m, config.block_n) >= (8 if config.by_group else 16), config
         assert config.block_k >= (16 if format == "pair" else 32), config
 
 

@@ -239,6 +239,67 @@ def test_a_split_is_the_same_every_time(linear: Kernel, dtype: torch.dtype) -> N
     assert all(torch.equal(y, linear(config(split_k=4), x, weight, bias, lam)) for _ in range(3))
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="only the interpreter's programs run in an order that can be chosen")
+@pytest.mark.parametrize("format", ["pair", "int4"])
+def test_whichever_split_comes_last_sums_them(linear: Kernel, monkeypatch: pytest.MonkeyPatch, format: str) -> None:
+    """In the same order, with the same bits; and it leaves zeros for the next launch, as it found them."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    x, weight = torch.randn(20, 150, dtype=torch.bfloat16), packed(format, 21, 150)
+    lam, arrived = torch.rand(20), torch.zeros(99, dtype=torch.int32)
+    monkeypatch.setattr("dami_kernels.triton.product.counters", lambda *_: arrived)
+    y = linear(config(split_k=4), x, [*weight.tensors], [], lam, format)
+    plain = InterpreterBuilder.set_grid_idx
+    for order in ([2, 1, 0], [1, 2, 0]):  # 150 columns are five steps, two in a split
+        with monkeypatch.context() as patch:
+            patch.setattr(InterpreterBuilder, "set_grid_idx", lambda self, i, j, k, o=order: plain(self, i, o[j], k))
+            assert torch.equal(linear(config(split_k=4), x, [*weight.tensors], [], lam, format), y)
+        assert not arrived.any()
+
+
+@pytest.mark.parametrize("use_blend", [False, True], ids=["two accumulators", "blend"])
+def test_parts_of_splits_are_bounded(linear: Kernel, monkeypatch: pytest.MonkeyPatch, use_blend: bool) -> None:
+    """Too many tiles at once are launched one lot after the other, with the same bits."""
+    lam = every_kind_of_tile()
+    x, weights = torch.randn(len(lam), 150, device=DEVICE), [ends(n, 150, dtype=torch.float32) for n in (21, 40)]
+    split = config(4, use_blend, block_m=32)
+    y = linear(split, x, [*chain(*weights)], [], lam)
+    monkeypatch.setattr("dami_kernels.triton.product.MAX_PARTS", 4 * 4 * 32 * 16 + 5)
+    assert torch.equal(linear(split, x, [*chain(*weights)], [], lam), y)
+
+
+def test_counters_are_shared_by_nothing_that_runs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for CUDA: a stream's launches share theirs, and each captured launch has its own."""
+    from dami_kernels.triton import host
+
+    for name in ("_for_graphs", "_of_streams"):
+        monkeypatch.setattr(host, name, {})
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, **options: zeros(*size, **options))
+    stream, capturing = "first", True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+
+    def places(count: int) -> set[int]:
+        tensor = host.counters(torch.device("cuda", 0), count)
+        taken.append(tensor)
+        assert tensor.dtype == torch.int32
+        assert not tensor.any()
+        return {tensor[i].data_ptr() for i in range(count)}
+
+    taken: list[Tensor] = []
+    before = places(5)  # captured before anything else has run
+    capturing = False
+    eager = places(5)
+    assert places(5) == eager
+    stream = "second"
+    other = places(3000)
+    capturing = True
+    graphs = [places(5), places(7), places(1 << 20)]  # the last does not fit
+    everything = [before, eager, other, *graphs]
+    assert len(set().union(*everything)) == sum(map(len, everything))
+
+
 def test_more_splits_than_steps(linear: Kernel) -> None:
     x, weight = torch.randn(3, 40, device=DEVICE), ends(5, 40, dtype=torch.float32)
     lam = torch.rand(3, device=DEVICE)

@@ -129,6 +129,29 @@ def test_every_format_keeps_the_two_sums_of_a_thread_together() -> None:
             assert config.mixed_m <= config.block_m
 
 
+@pytest.mark.parametrize("M", [257, 1024, 16384])
+def test_rows_of_many_lams_take_their_tile_at_once(M: int) -> None:
+    """On an H100, 128 rows: a tile of 256 would go through its weights four times, 64 rows at a time."""
+    for N, K in SHAPES:
+        config = linear_config(M, N, K, torch.bfloat16, "pair", H100, mixes_lams=True)
+        assert config.mixed_m == config.block_m <= 128
+        assert config.use_blend  # where a tile has one λ after all
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())
+def test_codes_of_few_rows_are_multiplied_by_group(device: Device) -> None:
+    """Whole steps of four groups, a warp for each; where steps are whole, and in formats with codes."""
+    for M, (N, K), dtype, format in itertools.product(ROWS, SHAPES, DTYPES, ("pair", "int8", "int4", "w8d4")):
+        config = linear_config(M, N, K, dtype, format, device)
+        is_coded = format != "pair" and dtype != torch.float32 and not device.is_amd
+        assert config.by_group == (M <= 16 and K % 128 == 0 and is_coded)
+        if config.by_group:
+            assert (config.block_m, config.block_n, config.block_k) == (8 if M <= 8 else 16, 64, 128)
+            assert config.num_warps == 4
+            tiles = -(-N // 64)
+            assert tiles * config.split_k >= 2 * device.processors or 8 * config.split_k > K // 128
+
+
 def test_an_invariant_plan_knows_no_rows() -> None:
     for format, dtype, (N, K) in itertools.product(("pair", "int4"), DTYPES, SHAPES):
         configs = {linear_config(M, N, K, dtype, format, H100, True) for M in ROWS}

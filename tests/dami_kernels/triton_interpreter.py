@@ -61,8 +61,9 @@ def _binary(builder: InterpreterBuilder, a: TensorHandle, b: TensorHandle, op: A
 
 def _dot(builder: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *_: Any) -> TensorHandle:
     product = np.zeros_like(d.data)
-    for column, row in zip(_float32(a).T[:, :, None], _float32(b), strict=True):
-        product += column * row
+    left, right = _float32(a), _float32(b)
+    for k in range(left.shape[-1]):
+        product += left[..., :, k, None] * right[..., k, None, :]
     return TensorHandle(product + d.data, d.dtype.scalar)
 
 
