@@ -1,7 +1,7 @@
 """Times decoding by transformers' `generate`: a pair of SmolLM2-135M's shapes, patched, against one plain model.
 
 Weights are random, as none of the time depends on them. A row is the time of a step, from the second token on: tokens/s
-are B over it. λ is "mixed" where every sequence has its own.
+are B over it. λ is "mixed" where every sequence has its own. Models in huge pages are there where the system has them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dami import materialize, patch_model
+from dami import materialize, patch_model, use_huge_pages
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -102,7 +102,10 @@ def prepared(
                 parameter.add_(0.003 * torch.randn_like(parameter))
         patched = patch_model(instruct, thinking, format)
         models |= {(f"{format}, one λ", "one"): patched, (f"{format}, mixed λ", "mixed"): patched}
-    return models
+    moved = {
+        (f"{name}, huge pages", lam): copy.deepcopy(model) for (name, lam), model in models.items() if lam != "one"
+    }
+    return models | {key: model for key, model in moved.items() if use_huge_pages(model)}
 
 
 @torch.inference_mode()

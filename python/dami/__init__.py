@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dami.dial.turning import intensity, set_intensity
     from dami.estimators.attach import attach
     from dami.estimators.registry import register_estimator
+    from dami.huge_pages import use_huge_pages
     from dami.layers.describe import describe
     from dami.loading.load import load_pair
     from dami.loading.packing import pack
@@ -40,6 +41,7 @@ _HOME = {
     "set_intensity": "dial.turning",
     "twin": "patching.model",
     "unpatch_model": "patching.patch",
+    "use_huge_pages": "huge_pages",
 }
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "set_intensity",
     "twin",
     "unpatch_model",
+    "use_huge_pages",
 ]
 
 registration.register()

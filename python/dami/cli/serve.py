@@ -204,10 +204,12 @@ def serve(given: Given[ServeSettings]) -> None:
         settings.pair, settings.format, settings.dtype, settings.invariant, [settings.default_intensity]
     )
     from dami.dial.patch import patch_of
+    from dami.huge_pages import use_huge_pages
     from dami.serving.app import create_app
     from dami.serving.engine import Engine
     from dami.serving.listening import run
 
+    use_huge_pages(model)
     with user_errors():
         known = dict(patch_of(model).frontier) if frontier is None else frontier
         engine = Engine(model, settings.limits(), settings.controller(known))

@@ -165,7 +165,9 @@ def test_a_server_with_graphs(graphs: list[Graph]) -> None:
         patched("qwen3", invariant=True).init_continuous_batching(GREEDY, config(use_cuda_graph=True))
 
 
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 4}, {"softcap": 2.0}, {"s_aux": torch.tensor([-1.0, 0.5, 2.0, 0.0])}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"sliding_window": 4}, {"softcap": 2.0}, {"s_aux": torch.tensor([-1.0, 0.5, 2.0, 0.0])}], ids=str
+)
 def test_the_attention_of_graphs_is_the_attention(options: dict[str, Any]) -> None:
     """With padding after the last sequence: of queries, keys, lengths. What it holds reaches nobody."""
     queries, keys = [3, 1, 1, 6, 1], [9, 20, 1, 6, 33]
