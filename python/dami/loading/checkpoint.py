@@ -44,7 +44,7 @@ class Checkpoint:
         name: its name on the hub, or the name of its directory or file.
         gguf: name of its GGUF file, None for any other checkpoint.
         trust_remote_code: whether its own modelling code may run.
-        download: download options, those named in `DOWNLOAD`.
+        download: download options, those named in `sources.DOWNLOAD`.
     """
 
     directory: Path
@@ -57,16 +57,35 @@ class Checkpoint:
     def find(
         cls, source: str | Path, trust_remote_code: bool = False, download: Mapping[str, Any] | None = None
     ) -> Checkpoint:
-        """Finds the checkpoint in a directory, a GGUF file or a hub repository, and downloads it if necessary."""
-        path, download = local(source), download or {}
+        """Finds the checkpoint in a directory, a GGUF file or a hub repository, and downloads it if necessary.
+
+        Args:
+            source: where it is.
+            trust_remote_code: whether its own modelling code may run.
+            download: download options, and the `subfolder` of the directory or repository that it is in.
+        """
+        download = dict(download or {})
+        subfolder = download.pop("subfolder", None) or ""
+        path = local(source, subfolder)
         if path is not None and path.is_file():
             return cls(path.parent, path.name, path.name, trust_remote_code, download)
         if path is not None:
             return cls(path, path.resolve().name, None, trust_remote_code, download)
-        directory = Path(snapshot_download(str(source), allow_patterns=FILES, **download))
-        if not any(directory.glob("*.safetensors")):
-            directory = Path(snapshot_download(str(source), allow_patterns=LEGACY_FILES, **download))
-        return cls(directory, str(source), None, trust_remote_code, download)
+        name = f"{source}/{subfolder}".rstrip("/")
+        for files in (FILES, LEGACY_FILES):
+            patterns = [f"{subfolder}/{pattern}".lstrip("/") for pattern in files]
+            directory = Path(snapshot_download(str(source), allow_patterns=patterns, **download), subfolder)
+            if any(directory.glob("*.safetensors")):
+                break
+        if subfolder and not directory.is_dir():
+            raise OSError(f"there is no checkpoint {name}")
+        return cls(directory, name, None, trust_remote_code, download)
+
+    @classmethod
+    def at(cls, source: str | Path, options: Mapping[str, Any]) -> Checkpoint:
+        """Finds a checkpoint as `find` does, with the options that `sources.per_end` returns for it."""
+        download = {name: value for name, value in options.items() if name != "trust_remote_code"}
+        return cls.find(source, bool(options.get("trust_remote_code")), download)
 
     @property
     def path(self) -> Path:

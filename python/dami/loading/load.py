@@ -19,12 +19,12 @@ from dami.loading.checkpoint import FILES, Checkpoint
 from dami.loading.match import Match
 from dami.patching.model import PairModel
 from dami.patching.patch import interpolate, patch_model
-from dami.sources import FOLDER, SETTINGS, check_packed
+from dami.sources import DOWNLOAD as DOWNLOAD
+from dami.sources import FOLDER, OPTIONS, SETTINGS, THINKING, check_packed, per_end
 from dami.sources import example_pair as example_pair
 from dami_kernels import formats
 
 FILES.append(f"{FOLDER}/*")
-DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 PARALLEL = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
 LOADING = {  # options of `from_pretrained` that mean the same for a pair; any setting of the config is allowed too
     *("attn_implementation", "experts_implementation", "max_memory", "offload_folder", "offload_buffers"),
@@ -72,9 +72,10 @@ def load_pair(
             choose either by name: `tokenizer.apply_chat_template(…, chat_template="thinking")`.
         invariant: as in `patch_model`.
         trust_remote_code: as in `from_pretrained`.
-        options: `revision` (one for both ends, or a pair), `token`, `cache_dir`, `force_download` and
-            `local_files_only` for downloads; and arguments of `from_pretrained` such as `attn_implementation`,
-            including settings of the config.
+        options: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` and `subfolder`, as in
+            `from_pretrained`. They and `trust_remote_code` hold for both ends; with `thinking_` before the name, such
+            as `thinking_revision`, for the thinking end instead. And other arguments of `from_pretrained`, such as
+            `attn_implementation`, including settings of the config.
 
     Returns:
         (model, tokenizer): the model as `dami.patch_model` returns it, in evaluation mode; the tokenizer is None if the
@@ -89,15 +90,15 @@ def load_pair(
     if chat_template not in ("instruct", "thinking"):
         raise ValueError(f"chat_template must be 'instruct' or 'thinking', got {chat_template!r}")
     formats.get(format or "pair")
-    downloads = downloads_of({name: options.pop(name) for name in DOWNLOAD if name in options}, thinking is not None)
+    own = per_end(options := {"trust_remote_code": trust_remote_code, **options}, thinking is not None)
     if thinking is not None and (split := set(PARALLEL) & options.keys()):
         raise ValueError(f"{sorted(split)} need a packed pair, which dami.pack makes of two checkpoints")
-    first = Checkpoint.find(instruct, trust_remote_code, downloads[0])
+    first = Checkpoint.at(instruct, own[0])
     _check_options(options, first)
     loaded = {"device_map": device_map, "dtype": dtype, **options}
     if thinking is None:
         return _load_packed(first, format, chat_template, invariant, **loaded)
-    ends = first, Checkpoint.find(thinking, trust_remote_code, downloads[1])
+    ends = first, Checkpoint.at(thinking, own[1])
     if ends[1].is_adapter:
         model, tokenizers = _load_adapted(*ends, format or "pair", invariant, **loaded)
     else:
@@ -115,19 +116,6 @@ def load_pair(
     return _with_estimator(model, ends[1]), tokenizer
 
 
-def downloads_of(options: Mapping[str, Any], two: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the download options of the instruct end and of the thinking end; TypeError if one is unknown."""
-    if unknown := options.keys() - set(DOWNLOAD):
-        raise TypeError(f"options must be of {list(DOWNLOAD)}, got {sorted(unknown)}")
-    revision = options.get("revision")
-    revisions = revision if isinstance(revision, (tuple, list)) else (revision, revision)
-    if len(revisions) != 2 or not (two or revisions is not revision):
-        raise TypeError(f"revision must be one, or a pair for a pair of checkpoints, got {revision!r}")
-    if revision is None:
-        return dict(options), dict(options)
-    return {**options, "revision": revisions[0]}, {**options, "revision": revisions[1]}
-
-
 def _check_options(options: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """Raises TypeError for options that `from_pretrained` would ignore, or that make no sense for two ends."""
     unknown = [name for name in options if name not in LOADING]
@@ -136,8 +124,8 @@ def _check_options(options: Mapping[str, Any], checkpoint: Checkpoint) -> None:
         unknown = [name for name in unknown if name not in settings]
     if unknown:
         raise TypeError(
-            f"options must be settings of the config, or of {sorted({*DOWNLOAD, *LOADING})}, got {unknown}; "
-            "what load_pair cannot find by itself, such as a subfolder, download first and name its directory"
+            f"options must be settings of the config, or of {sorted({*OPTIONS, *LOADING})}, got {unknown}; "
+            f"those of checkpoints hold for the thinking end alone as {THINKING}revision and so on"
         )
 
 

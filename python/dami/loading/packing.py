@@ -20,12 +20,13 @@ from dami.layers.base import LerpModule
 from dami.layers.kinds import kind_on_meta, readers, stored_format
 from dami.layers.obstacles import obstacles, unread
 from dami.loading.checkpoint import Checkpoint, StoredTensors, headers_in
-from dami.loading.load import downloads_of, load_pair, with_both_templates
+from dami.loading.load import load_pair, with_both_templates
 from dami.loading.match import Match
 from dami.patching.compare import first_names
 from dami.saving.config import PairConfig, by_pattern
 from dami.saving.directory import write_pair
 from dami.saving.model_card import write_model_card
+from dami.sources import OPTIONS, THINKING, per_end
 from dami_kernels import LerpWeight, formats
 from dami_kernels.weight import FLOAT_DTYPES
 
@@ -45,7 +46,7 @@ def pack(
     trust_remote_code: bool = False,
     max_shard_size: int | str = SHARD_SIZE,
     shard_bytes: int | None = None,
-    **download: Any,
+    **options: Any,
 ) -> Path:
     """Packs two checkpoints of one architecture into one directory, which `dami.load_pair` loads, and returns it.
 
@@ -62,7 +63,8 @@ def pack(
         trust_remote_code: as in `from_pretrained`.
         max_shard_size: maximum size of a file, unless a single weight is larger: bytes, or a string such as "1GB".
         shard_bytes: the old name of `max_shard_size`.
-        download: `revision`, `token`, `cache_dir`, `force_download` and `local_files_only`, as in `load_pair`.
+        options: options of the checkpoints, as in `load_pair`: `revision`, `token`, `cache_dir`, `force_download`,
+            `local_files_only`, `subfolder`, and `thinking_revision` and so on.
 
     Raises:
         TypeError: an option is unknown.
@@ -73,16 +75,16 @@ def pack(
     formats.get(format)
     directory = Path(directory)
     shard_bytes = shard_bytes or convert_file_size_to_int(max_shard_size)
-    downloads = downloads_of(download)
-    ends = (
-        Checkpoint.find(instruct, trust_remote_code, downloads[0]),
-        Checkpoint.find(thinking, trust_remote_code, downloads[1]),
-    )
+    options["trust_remote_code"] = trust_remote_code
+    own = per_end(unknown := dict(options))
+    if unknown:
+        raise TypeError(f"options must be of {list(OPTIONS)}, or of these after {THINKING}, got {sorted(unknown)}")
+    ends = Checkpoint.at(instruct, own[0]), Checkpoint.at(thinking, own[1])
     with written_whole(directory, overwrite, [end.path for end in ends]) as partial:
         match = None if ends[1].is_adapter else Match.of(*ends)
         if match is None or not all(stored.complete for stored in match.stored):
             logger.warning(f"{instruct} or {thinking} is not stored as the model is: loading both ends first")
-            model, tokenizer = load_pair(instruct, thinking, format, trust_remote_code=trust_remote_code, **download)
+            model, tokenizer = load_pair(instruct, thinking, format, **options)
             write_pair(model, partial, tokenizer, shard_bytes)
         else:
             _pack(match, partial, format, shard_bytes)
