@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -113,7 +113,7 @@ def check_pair(
     format: str | None,
     intensities: Iterable[float | str] = (),
     caller: Caller = CALLERS["dami generate"],
-    subfolders: Sequence[str | None] = (None, None),
+    options: Sequence[Mapping[str, Any]] = ({}, {}),
 ) -> None:
     """Raises the errors of loading a pair and asking it at these λ, as far as the files on disk show them.
 
@@ -122,12 +122,12 @@ def check_pair(
         format: likewise.
         intensities: numbers, names of presets, "auto".
         caller: who was given them.
-        subfolders: the folder of each end in its directory.
+        options: the options of each end, of which `subfolder` matters here.
     """
     names = {each for each in intensities if isinstance(each, str)}
     if AUTO in names:
         caller.check("auto")
-    paths = [local(end, subfolder) for end, subfolder in zip(ends, subfolders, strict=False)]
+    paths = [local(end, own.get("subfolder")) for end, own in zip(ends, options, strict=False)]
     for end, path in zip(ends, paths, strict=True):
         if path is None and len(ends) == 1 and "/" not in end:
             raise OSError(f"there is no packed pair {end}: name its directory, or OWNER/NAME on the hub")
