@@ -12,6 +12,7 @@ from dami.callers import AUTO, CALLERS, Caller
 T = TypeVar("T")
 
 QUANT_METHOD = "dami"  # quant_method of a packed pair
+TWO_ENDS = "dami-pair"  # quant_method of a checkpoint that is to be loaded with its thinking end
 ADAPTER = "adapter_config.json"
 FOLDER, SETTINGS = "intensity", "intensity.json"  # of an estimator and presets: the folder in a pair, the file in that
 DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -44,6 +45,16 @@ def save(model: PreTrainedModel, path: Path, words: int = 9, template: str = "",
 def ends(tmp_path: Path) -> tuple[Path, Path]:
     instruct, thinking = pair("llama")
     return save(instruct, tmp_path / "instruct", template="I"), save(thinking, tmp_path / "thinking", template="T")
+
+
+class Harmful:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
 
 
 def edit_config(path: Path, **changes: Any) -> None:
@@ -150,6 +161,35 @@ def test_an_end_that_is_not_in_safetensors_is_loaded_as_a_model(
         model, _ = dami.load_pair(*ends)
         inputs = batch("left")
         assert torch.equal(model(**inputs, intensity=LAM).logits, expected(**inputs, intensity=LAM).logits)
+
+
+@pytest.mark.parametrize("end", [0, 1], ids=["instruct", "thinking"])
+def test_what_is_pickled_is_never_run(end: int, ends: tuple[Path, Path], tmp_path: Path) -> None:
+    tensors = load_file(ends[end] / "model.safetensors")
+    (ends[end] / "model.safetensors").unlink()
+    torch.save({**tensors, "x": Harmful(tmp_path / "harm")}, ends[end] / "pytorch_model.bin")
+    for run in (lambda: dami.load_pair(*ends), lambda: dami.pack(*ends, tmp_path / "packed")):
+        with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+            run()
+    with pytest.raises(ValueError, match="weights_only must be True, got False: what is pickled in"):
+        dami.load_pair(*ends, weights_only=False)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_bin_in_several_files(ends: tuple[Path, Path], tmp_path: Path) -> None:
+    expected = dami.load_pair(*ends)[0]
+    for path in ends:
+        tensors = load_file(path / "model.safetensors")
+        (path / "model.safetensors").unlink()
+        names = {name: f"pytorch_model-{i % 3 + 1:05}-of-00003.bin" for i, name in enumerate(tensors)}
+        for file in {*names.values()}:
+            torch.save({name: tensors[name] for name in names if names[name] == file}, path / file)
+        index = {"metadata": {"total_size": 0}, "weight_map": names}
+        (path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    inputs = batch("left")
+    for model in (dami.load_pair(*ends)[0], dami.load_pair(dami.pack(*ends, tmp_path / "packed", "pair"))[0]):
+        with torch.no_grad():
+            assert torch.equal(model(**inputs, intensity=LAM).logits, expected(**inputs, intensity=LAM).logits)
 
 
 def test_everything_that_does_not_match_is_reported_at_once(

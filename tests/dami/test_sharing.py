@@ -15,7 +15,7 @@ import dami
 import pytest
 import torch
 from dami.files import MARK
-from dami.saving.config import PairConfig, by_pattern
+from dami.saving.config import PackedConfig, by_pattern
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor
@@ -206,7 +206,7 @@ def test_names_of_all_layers() -> None:
         "h.1.b": "pair",
         "norm1.w": "pair",
     }
-    config = PairConfig("int4", {"h.*.w": "int4", "h.1.b": "pair"})
+    config = PackedConfig("int4", {"h.*.w": "int4", "h.1.b": "pair"})
     assert [config.format_of(name) for name in names] == ["int4", "int4", None, "pair", None]
 
 

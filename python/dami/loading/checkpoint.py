@@ -32,7 +32,7 @@ from dami.upstream import ignored_keys, ties_of
 FILES = ["model*.safetensors", adapters.WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md"]
 
 
-LEGACY_FILES = ["pytorch_model*.bin"]
+LEGACY_FILES = ["pytorch_model*.bin", adapters.LEGACY]
 
 
 @dataclass(frozen=True)

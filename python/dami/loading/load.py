@@ -7,20 +7,15 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
 import dami.loading.quantizer  # noqa: F401  (registers packed pairs with transformers; raises the error if that fails)
-from dami.dial.patch import Origin, patch_of
-from dami.estimators.attach import attach
+from dami.dial.patch import patch_of
 from dami.layers.kinds import LerpConv1D, LerpExperts, LerpLinear
-from dami.loading import adapters
 from dami.loading.checkpoint import FILES, Checkpoint
-from dami.loading.match import Match
+from dami.loading.joining import Joining, Tokenizer, base_of, with_estimator
 from dami.patching.model import PairModel
-from dami.patching.patch import interpolate, patch_model
 from dami.sources import DOWNLOAD as DOWNLOAD
-from dami.sources import FOLDER, OPTIONS, SETTINGS, THINKING, check_packed, per_end
+from dami.sources import FOLDER, OPTIONS, THINKING, check_packed, per_end
 from dami.sources import example_pair as example_pair
 from dami_kernels import formats
 
@@ -32,10 +27,6 @@ LOADING = {  # options of `from_pretrained` that mean the same for a pair; any s
     *("use_kernels", "allow_all_kernels", "kernel_config", *PARALLEL),
 }
 
-Tokenizer = PreTrainedTokenizerBase | Any  # None if the instruct end has none; Any spares most callers the check
-
-logger = logging.get_logger(__name__)
-
 
 def load_pair(
     instruct: str | Path,
@@ -46,6 +37,7 @@ def load_pair(
     dtype: torch.dtype | str = "auto",
     chat_template: Literal["instruct", "thinking"] = "instruct",
     invariant: bool = False,
+    base: str | Path | None = None,
     trust_remote_code: bool = False,
     **options: Any,
 ) -> tuple[PairModel, Tokenizer]:
@@ -61,9 +53,10 @@ def load_pair(
     and presets are attached.
 
     Args:
-        instruct: directory, GGUF file or hub name of the λ=0 end; or directory or hub name of a packed pair.
-        thinking: likewise for the λ=1 end; or a LoRA adapter on the λ=0 end, as PEFT saves it, which
-            `format="lowrank"` keeps unchanged. None if `instruct` is a packed pair.
+        instruct: directory, GGUF file or hub name of the λ=0 end, or of a LoRA adapter as PEFT saves it, which is put
+            into its base; or directory or hub name of a packed pair.
+        thinking: likewise for the λ=1 end. A LoRA adapter on the λ=0 end, or on its base, is kept unchanged by
+            `format="lowrank"`. None if `instruct` is a packed pair.
         format: how embeddings and linear weights are stored, a name of `dami_kernels.formats.names()`. None means
             `"pair"`, or a packed pair's own format.
         device_map: as in transformers' `from_pretrained`. None means the CPU. Only a packed pair can be offloaded.
@@ -71,6 +64,7 @@ def load_pair(
         chat_template: the end whose chat template the tokenizer uses by default. If the templates differ, you can
             choose either by name: `tokenizer.apply_chat_template(…, chat_template="thinking")`.
         invariant: as in `patch_model`.
+        base: what the adapters were trained on, if the instruct end is one and the base is not what it names.
         trust_remote_code: as in `from_pretrained`.
         options: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` and `subfolder`, as in
             `from_pretrained`. They and `trust_remote_code` hold for both ends; with `thinking_` before the name, such
@@ -90,30 +84,24 @@ def load_pair(
     if chat_template not in ("instruct", "thinking"):
         raise ValueError(f"chat_template must be 'instruct' or 'thinking', got {chat_template!r}")
     formats.get(format or "pair")
+    if options.get("weights_only") is False:
+        raise ValueError("weights_only must be True, got False: what is pickled in a .bin file could run any code")
     own = per_end(options := {"trust_remote_code": trust_remote_code, **options}, thinking is not None)
     if thinking is not None and (split := set(PARALLEL) & options.keys()):
         raise ValueError(f"{sorted(split)} need a packed pair, which dami.pack makes of two checkpoints")
     first = Checkpoint.at(instruct, own[0])
-    _check_options(options, first)
+    second = None if thinking is None else Checkpoint.at(thinking, own[1])
+    if second is None and base is not None:
+        raise TypeError("base is for two adapters, got a packed pair: leave it out")
+    based = first if second is None else base_of((first, second), base, own[0])
+    _check_options(options, based)
     loaded = {"device_map": device_map, "dtype": dtype, **options}
-    if thinking is None:
+    if second is None:
         return _load_packed(first, format, chat_template, invariant, **loaded)
-    ends = first, Checkpoint.at(thinking, own[1])
-    if ends[1].is_adapter:
-        model, tokenizers = _load_adapted(*ends, format or "pair", invariant, **loaded)
-    else:
-        match = Match.of(*ends, dtypes=dtype == "auto")
-        plain, tokenizers = ends[0].model(**loaded), match.tokenizers
-        if match.stored[1].complete:
-            tensors = ends[1].tensors(match.stored[1].names)
-            model = interpolate(plain, tensors, format or "pair", invariant=invariant, owned=True)
-        else:
-            logger.warning(f"{thinking} is not stored as the model is: loading it as a second model on the CPU first")
-            other = ends[1].model(dtype=plain.dtype, **options)
-            model = patch_model(plain, other, format or "pair", invariant=invariant)
-    tokenizer = with_both_templates(tokenizers, chat_template)
-    patch_of(model).origin = Origin([end.parent() for end in ends], tokenizer=tokenizer)
-    return _with_estimator(model, ends[1]), tokenizer
+    joining = Joining.of((first, second), based, dtypes=dtype == "auto")
+    model = joining.onto(based.model(**loaded), format or "pair", invariant, options)
+    patch_of(model).origin.tokenizer = tokenizer = joining.tokenizer(chat_template)
+    return model, tokenizer
 
 
 def _check_options(options: Mapping[str, Any], checkpoint: Checkpoint) -> None:
@@ -127,12 +115,6 @@ def _check_options(options: Mapping[str, Any], checkpoint: Checkpoint) -> None:
             f"options must be settings of the config, or of {sorted({*OPTIONS, *LOADING})}, got {unknown}; "
             f"those of checkpoints hold for the thinking end alone as {THINKING}revision and so on"
         )
-
-
-def _with_estimator(model: PairModel, where: Checkpoint) -> PairModel:
-    """Attaches the estimator and presets stored next to the weights, if there are any, and returns the model."""
-    directory = where.directory / FOLDER
-    return attach(model, directory) if (directory / SETTINGS).exists() else model
 
 
 def _load_packed(
@@ -149,27 +131,4 @@ def _load_packed(
         if isinstance(module, (LerpLinear, LerpConv1D, LerpExperts)) and invariant:
             module.lerp.settings["invariant"] = True
     patch_of(model).origin.tokenizer = tokenizer
-    return _with_estimator(model, pair), tokenizer
-
-
-def _load_adapted(
-    instruct: Checkpoint, thinking: Checkpoint, format: str, invariant: bool, **options: Any
-) -> tuple[PairModel, tuple[Tokenizer, Tokenizer]]:
-    """Returns the model and both tokenizers if the λ=1 end is a LoRA adapter on the λ=0 end."""
-    adapter = adapters.Adapter.read(thinking.directory)
-    mismatches = adapter.mismatches(instruct.skeleton())
-    if mismatches:
-        raise ValueError("\n  ".join([f"{instruct.directory} and {thinking.directory} do not match:", *mismatches]))
-    plain = instruct.model(**options)
-    model = interpolate(plain, adapter.tensors(plain), format, invariant=invariant, owned=True)
-    return model, (instruct.tokenizer(), thinking.tokenizer())
-
-
-def with_both_templates(tokenizers: tuple[Tokenizer, Tokenizer], default: str) -> Tokenizer:
-    """Returns the instruct end's tokenizer or None, with both ends' chat templates by name if they differ."""
-    tokenizer, other = tokenizers
-    if tokenizer is not None and other is not None and tokenizer.chat_template != other.chat_template:
-        templates = {"instruct": tokenizer.chat_template, "thinking": other.chat_template}
-        templates = {name: template for name, template in templates.items() if template}
-        tokenizer.chat_template = {"default": templates.get(default, next(iter(templates.values()))), **templates}
-    return tokenizer
+    return with_estimator(model, pair), tokenizer

@@ -20,10 +20,11 @@ from dami.layers.base import LerpModule
 from dami.layers.kinds import kind_on_meta, readers, stored_format
 from dami.layers.obstacles import obstacles, unread
 from dami.loading.checkpoint import Checkpoint, StoredTensors, headers_in
-from dami.loading.load import load_pair, with_both_templates
+from dami.loading.joining import Joining, base_of, with_both_templates
+from dami.loading.load import load_pair
 from dami.loading.match import Match
 from dami.patching.compare import first_names
-from dami.saving.config import PairConfig, by_pattern
+from dami.saving.config import PackedConfig, by_pattern
 from dami.saving.directory import write_pair
 from dami.saving.model_card import write_model_card
 from dami.sources import OPTIONS, THINKING, per_end
@@ -43,6 +44,7 @@ def pack(
     format: str = "int4",
     *,
     overwrite: bool = False,
+    base: str | Path | None = None,
     trust_remote_code: bool = False,
     max_shard_size: int | str = SHARD_SIZE,
     shard_bytes: int | None = None,
@@ -60,6 +62,7 @@ def pack(
         directory: the directory to write; it must be empty or not exist.
         format: how embeddings and linear weights are stored, a name of `dami_kernels.formats.names()`.
         overwrite: whether to replace an existing directory.
+        base: as in `load_pair`.
         trust_remote_code: as in `from_pretrained`.
         max_shard_size: maximum size of a file, unless a single weight is larger: bytes, or a string such as "1GB".
         shard_bytes: the old name of `max_shard_size`.
@@ -80,11 +83,12 @@ def pack(
     if unknown:
         raise TypeError(f"options must be of {list(OPTIONS)}, or of these after {THINKING}, got {sorted(unknown)}")
     ends = Checkpoint.at(instruct, own[0]), Checkpoint.at(thinking, own[1])
-    with written_whole(directory, overwrite, [end.path for end in ends]) as partial:
-        match = None if ends[1].is_adapter else Match.of(*ends)
-        if match is None or not all(stored.complete for stored in match.stored):
+    based = base_of(ends, base, own[0])
+    with written_whole(directory, overwrite, [end.path for end in (*ends, based)]) as partial:
+        match = Joining.of(ends, based).whole
+        if match is None:
             logger.warning(f"{instruct} or {thinking} is not stored as the model is: loading both ends first")
-            model, tokenizer = load_pair(instruct, thinking, format, **options)
+            model, tokenizer = load_pair(instruct, thinking, format, base=base, **options)
             write_pair(model, partial, tokenizer, shard_bytes)
         else:
             _pack(match, partial, format, shard_bytes)
@@ -121,7 +125,7 @@ def _pack(match: Match, directory: Path, format: str, shard_bytes: int) -> None:
     firsts = first_names(match.skeleton)
     stored = {name: interpolated[first] for name, first in firsts.items() if first in interpolated}
     parents = [end.parent() for end in match.ends]
-    quantization = PairConfig(format, by_pattern(stored, firsts), parents, error.relative)
+    quantization = PackedConfig(format, by_pattern(stored, firsts), parents, error.relative)
     instruct = match.ends[0].directory
     for pattern in CARRIED:
         for file in instruct.glob(pattern):

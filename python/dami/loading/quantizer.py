@@ -1,4 +1,4 @@
-"""Lets transformers' `from_pretrained` load packed pairs, by the quantisation method "dami" in their configs.
+"""Lets transformers' `from_pretrained` load pairs, as the quantisation methods "dami" and "dami-pair".
 
 This file may be imported while transformers itself is being imported. So modules that need transformers' models are
 imported inside the functions.
@@ -17,8 +17,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 
 from dami.layers.kinds import kind_on_meta
-from dami.saving.config import PairConfig
-from dami.sources import QUANT_METHOD
+from dami.saving.config import PackedConfig, PairConfig
+from dami.sources import QUANT_METHOD, TWO_ENDS
 from dami.upstream import check, execution_device, keep_from_initialization, parameters_of
 from dami_kernels import LerpWeight, formats
 
@@ -28,16 +28,17 @@ if TYPE_CHECKING:
     from dami.patching.compare import Header
 
 check("the loading of a packed pair")
-register_quantization_config(QUANT_METHOD)(PairConfig)
+register_quantization_config(QUANT_METHOD)(PackedConfig)
+register_quantization_config(TWO_ENDS)(PairConfig)
 
 
 @register_quantizer(QUANT_METHOD)
 class PairQuantizer(HfQuantizer):
     """Loads packed pairs: patches the empty model, so that every stored tensor is loaded straight into place."""
 
-    quantization_config: PairConfig
+    quantization_config: PackedConfig
     requires_calibration = True  # tells transformers that it cannot make a pair from one ordinary checkpoint
-    is_trainable = False
+    is_trainable = True  # not the pair, but an adapter on top of it
     is_compileable = True
 
     @property
@@ -137,6 +138,43 @@ class PairQuantizer(HfQuantizer):
         patch.dial.lam = torch.zeros((), device=model.device)
         patch.origin = Origin(self.quantization_config.parents, self.quantization_config.error)
         model.requires_grad_(False)
+
+
+@register_quantizer(TWO_ENDS)
+class TwoEndsQuantizer(HfQuantizer):
+    """Loads the thinking end after the instruct end, which transformers loads, and patches the model."""
+
+    quantization_config: PairConfig
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, dtype: torch.dtype | None = None, **_: Any
+    ) -> None:
+        """Checks that the ends match, before any weight is read."""
+        from dami.loading.checkpoint import Checkpoint
+        from dami.loading.joining import Joining
+
+        if _is_split(model):
+            raise ValueError("tp_plan needs a packed pair, which dami.pack makes of two checkpoints")
+        if not checkpoint_files:
+            raise ValueError("quantization_config=PairConfig(…) needs an instruct end that is read from files")
+        where, name = Path(checkpoint_files[0]).parent, model.config.name_or_path
+        instruct = Checkpoint(where, name, trust_remote_code=type(model).is_remote_code())
+        thinking = Checkpoint.at(self.quantization_config.thinking, self.quantization_config.options)
+        stored = {kept for _, kept in instruct.headers().values()}
+        # If another dtype than the instruct end's is asked for, both ends are converted to it.
+        self.joining = Joining.of((instruct, thinking), instruct, str(dtype).removeprefix("torch.") in stored)
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        from dami.dial.turning import set_intensity
+
+        config = self.quantization_config
+        self.remove_quantization_config(model)
+        self.joining.onto(model, config.format, config.invariant, {})
+        model.dami_patch.origin.tokenizer = self.joining.tokenizer()
+        set_intensity(model, config.intensity)
+
+    def is_serializable(self) -> bool:
+        return True
 
 
 def _is_split(model: Any) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from dami.sources import TWO_ENDS
+
 Header = tuple[list[int], str]
 
 
@@ -51,7 +53,8 @@ def config_mismatches(instruct: PreTrainedConfig, thinking: PreTrainedConfig) ->
     """Returns a line for each setting that differs between two configs and changes what a forward pass computes."""
     ends = [_flat(config.to_dict()) for config in (instruct, thinking)]
     for end in ends:
-        if end.get("quantization_config.quant_method") == "gguf":  # describes the file; the loaded weights are plain
+        # these describe how a file is read; the loaded weights are plain
+        if end.get("quantization_config.quant_method") in ("gguf", TWO_ENDS):
             end.update({key: None for key in end if key.startswith("quantization_config.")})
     if instruct.model_type != thinking.model_type:  # comparing the rest would be pointless
         ends = [{"model_type": config.model_type} for config in (instruct, thinking)]
