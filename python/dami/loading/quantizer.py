@@ -145,6 +145,7 @@ class TwoEndsQuantizer(HfQuantizer):
     """Loads the thinking end after the instruct end, which transformers loads, and patches the model."""
 
     quantization_config: PairConfig
+    is_trainable = True
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, dtype: torch.dtype | None = None, **_: Any
@@ -157,7 +158,8 @@ class TwoEndsQuantizer(HfQuantizer):
             raise ValueError("tp_plan needs a packed pair, which dami.pack makes of two checkpoints")
         if not checkpoint_files:
             raise ValueError("quantization_config=PairConfig(…) needs an instruct end that is read from files")
-        where, name = Path(checkpoint_files[0]).parent, model.config.name_or_path
+        where, named = Path(checkpoint_files[0]).parent, Path(model.config.name_or_path)
+        name = named.resolve().name if named.exists() else str(named)
         instruct = Checkpoint(where, name, trust_remote_code=type(model).is_remote_code())
         thinking = Checkpoint.at(self.quantization_config.thinking, self.quantization_config.options)
         stored = {kept for _, kept in instruct.headers().values()}
