@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import ModelCard, snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -131,6 +132,8 @@ class Checkpoint:
 
     def model(self, **options: Any) -> PreTrainedModel:
         """Loads the checkpoint with transformers; ValueError if that would leave a parameter randomly initialised."""
+        if self.gguf and hasattr(transformers, "GgufConfig"):  # newer versions may keep the file's blocks
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             self.directory, output_loading_info=True, **self._where, **options
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -52,8 +53,7 @@ def tensor_mismatches(instruct: Mapping[str, Header], thinking: Mapping[str, Hea
 def config_mismatches(instruct: PreTrainedConfig, thinking: PreTrainedConfig) -> list[str]:
     """Returns a line for each setting that differs between two configs and changes what a forward pass computes."""
     ends = [_flat(config.to_dict()) for config in (instruct, thinking)]
-    for end in ends:
-        # these describe how a file is read; the loaded weights are plain
+    for end in ends:  # these describe how a file is read; the loaded weights are plain
         if end.get("quantization_config.quant_method") in ("gguf", TWO_ENDS):
             end.update({key: None for key in end if key.startswith("quantization_config.")})
     if instruct.model_type != thinking.model_type:  # comparing the rest would be pointless
@@ -65,9 +65,16 @@ def config_mismatches(instruct: PreTrainedConfig, thinking: PreTrainedConfig) ->
         values = [end.get(key) for end in ends]
         unknown = key == "architectures" and None in values
         name = key.rpartition(".")[2]
-        if values[0] != values[1] and not unknown and name not in harmless and not HARMLESS.fullmatch(name):
+        if not _same(*values) and not unknown and name not in harmless and not HARMLESS.fullmatch(name):
             lines.append(f"config.{key}: {values[0]!r} in the instruct end, {values[1]!r} in the thinking end")
     return lines
+
+
+def _same(ours: object, theirs: object) -> bool:
+    """Whether two values of a setting are equal; numbers are, if they may have been the same before float32."""
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return math.isclose(ours, theirs, rel_tol=2**-24)  # GGUF files keep numbers in float32
+    return ours == theirs
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
