@@ -5,9 +5,9 @@
     python examples/train_adapter/train.py --help
 
 The shipped pair answers "133". Here it learns to say "The answer is 133.", and to think as before. It answers questions
-itself, each at a λ drawn at random; its answers are put into the new words; and the adapter learns each of them at the λ
-that it was given at. Both ends of the pair stay frozen. All that transformers' Trainer needs is a collator that adds λ
-to a batch.
+itself, each at a λ drawn at random, and its answers are put into the new words. The adapter learns each of them at the
+λ that it was given at. Both ends of the pair stay frozen. All that transformers' Trainer needs is a collator that adds
+λ to a batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import dami
 import torch
 from dami.chat import ask, render
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
@@ -65,6 +65,24 @@ def collate(examples: Sequence[dict[str, Any]], padding: int) -> dict[str, Tenso
     }
 
 
+def train(adapted: PeftModel, examples: Sequence[dict[str, Any]], padding: int, **settings: Any) -> list[float]:
+    """Trains the adapter with activation checkpointing, and returns the losses that were logged.
+
+    Args:
+        adapted: a patched model with a LoRA adapter.
+        examples: as `teach` returns them.
+        padding: the token to pad with.
+        settings: further arguments of transformers' TrainingArguments.
+    """
+    arguments = TrainingArguments(
+        **settings, lr_scheduler_type="cosine", gradient_checkpointing=True, remove_unused_columns=False,
+        save_strategy="no", report_to="none",
+    )  # fmt: skip
+    trainer = Trainer(adapted, arguments, train_dataset=examples, data_collator=lambda some: collate(some, padding))
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
 def style(model: Any, tokenizer: Any, questions: Sequence[str]) -> dict[float, float]:
     """Returns the share of answers in the new words, by λ. All λ of a question are rows of one batch."""
     lams = [lam for lam in LAMS for _ in questions]
@@ -75,7 +93,7 @@ def style(model: Any, tokenizer: Any, questions: Sequence[str]) -> dict[float, f
 
 
 def main(argv: Sequence[str] | None = None) -> list[float]:
-    """Trains and measures an adapter, and returns the loss in each quarter of the training."""
+    """Trains and measures an adapter, and returns the losses that were logged."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("adapter"), help="directory of the adapter")
     parser.add_argument("--questions", type=int, default=128, help="to learn from (default: %(default)s)")
@@ -96,20 +114,15 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     examples = teach(model, tokenizer, questions, chance)
 
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=8, lora_alpha=16))
-    settings = TrainingArguments(
-        output_dir=str(args.out / "trainer"), per_device_train_batch_size=args.batch, max_steps=args.steps,
-        learning_rate=5e-3, lr_scheduler_type="cosine", gradient_checkpointing=True, seed=args.seed,
-        remove_unused_columns=False, save_strategy="no", report_to="none", logging_steps=max(1, args.steps // 4),
+    losses = train(
+        adapted, examples, tokenizer.pad_token_id, output_dir=str(args.out / "trainer"), max_steps=args.steps,
+        per_device_train_batch_size=args.batch, learning_rate=5e-3, seed=args.seed, logging_steps=20,
     )  # fmt: skip
-    trainer = Trainer(
-        adapted, settings, train_dataset=examples, data_collator=lambda some: collate(some, tokenizer.pad_token_id)
-    )
-    trainer.train()
     adapted.save_pretrained(args.out)  # dami.load_pair(…), then PeftModel.from_pretrained(model, OUT)
     after = style(adapted.eval(), tokenizer, held_out)
     for lam in LAMS:
         print(f"λ = {lam:g}: {before[lam]:.0%} of answers in the new words before, {after[lam]:.0%} after")
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses
 
 
 if __name__ == "__main__":

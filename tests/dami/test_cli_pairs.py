@@ -99,7 +99,7 @@ def test_serve_takes_them_as_it_takes_all_its_settings(packed: str, monkeypatch:
 def test_every_option_of_a_checkpoint_is_one_of_every_command(command: str) -> None:
     options = {each.name for each in get_command(cli.app).commands[command].params}  # type: ignore[attr-defined]
     names = ("revision", "subfolder", "cache_dir", "token", "trust_remote_code")
-    wanted = {f"{end}{name}" for name in names for end in ("", sources.THINKING)}
+    wanted = {f"{end}{name}" for name in names for end in ("", sources.THINKING)} | {"base"}
     assert wanted == vars(CheckpointSettings()).keys()
     assert wanted <= options
 
@@ -115,7 +115,7 @@ def test_every_command_hands_them_on(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr("dami.pack", note, raising=False)
     pair = ["--pair", "some/instruct", "some/thinking"]
     words = ["revision=a", "thinking-revision=b", "subfolder=c", "thinking-subfolder=d", "token=e", "thinking-token=f"]
-    words += ["cache-dir=g", "thinking-cache-dir=h", "trust-remote-code", "no-thinking-trust-remote-code"]
+    words += ["cache-dir=g", "thinking-cache-dir=h", "trust-remote-code", "no-thinking-trust-remote-code", "base=i"]
     options = [f"--{word}" for word in words]
     own = {
         "generate": ["1 + 1"],
@@ -132,7 +132,7 @@ def test_every_command_hands_them_on(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     for command, more in own.items():
         result = run(command, *pair, *options, *more)
         assert (result.exit_code, result.stderr) == (2, "dami: error: asked\n"), command
-    one = {"revision": "a", "subfolder": "c", "token": "e", "cache_dir": "g", "trust_remote_code": True}
+    one = {"revision": "a", "subfolder": "c", "token": "e", "cache_dir": "g", "trust_remote_code": True, "base": "i"}
     other = {"revision": "b", "subfolder": "d", "token": "f", "cache_dir": "h", "trust_remote_code": False}
     assert asked == [one | {f"thinking_{name}": value for name, value in other.items()}] * len(own)
 

@@ -78,7 +78,7 @@ def _is_packed(source: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSettings:
-    """The options of a pair's checkpoints, as `sources.per_end` takes them. None if not given."""
+    """The options of a pair's checkpoints, as `load_pair` takes them. None if not given."""
 
     revision: Annotated[str | None, typer.Option(help="The branch, tag or commit of both ends on the hub.")] = None
     thinking_revision: Annotated[str | None, typer.Option(help="That of the thinking end, if another.")] = None
@@ -98,6 +98,10 @@ class CheckpointSettings:
         typer.Option(
             "--thinking-trust-remote-code/--no-thinking-trust-remote-code", help="Whether the thinking end may."
         ),
+    ] = None
+
+    base: Annotated[
+        str | None, typer.Option(help="The checkpoint that the adapters were trained on, if not what they name.")
     ] = None
 
     def given(self) -> dict[str, Any]:
