@@ -9,7 +9,7 @@ from typing import Any
 import dami
 import pytest
 from dami import cli, sources
-from dami.cli.checkpoints import CheckpointSettings, named
+from dami.cli.checkpoints import CheckpointSettings, named, refuse_checkpoint
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
@@ -144,6 +144,7 @@ def test_every_command_hands_them_on(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         (["owner/pair", "42 + 69 ="], 1),
         (["owner/pair", "-l", "1"], 1),
         (["owner/pair", "hello"], 1),
+        (["owner/pair", "1 + " * 2000], 1),  # too long for the name of a file
         (["owner/pair", "questions.jsonl"], 1),
         (["owner/instruct", "owner/thinking"], 2),
         (["owner/instruct", "."], 2),  # a directory
@@ -176,6 +177,17 @@ def test_a_mistake_is_told_with_its_remedy(arguments: list[str], message: str) -
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_prompt_may_be_longer_than_a_name_and_no_task_is_no_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for word in ("1 + " * 2000, "a\0b", ""):
+        refuse_checkpoint(word, "a prompt")
+    with pytest.raises(ValueError, match=r"\. is a checkpoint, not a prompt"):
+        refuse_checkpoint(".", "a prompt")
 
 
 def test_an_option_of_the_thinking_end_needs_two_ends(packed: str) -> None:

@@ -82,10 +82,8 @@ def load(
 ) -> tuple[Any, Any]:
     """Loads a packed pair or two checkpoints, onto the GPU if there is one and no other device is named.
 
-    `checkpoints` are options of the checkpoints, as `load_pair` takes them.
-
-    Progress goes to stderr. Errors in the pair or in the requested λ are reported before torch is imported, as far as
-    the files on disk show them.
+    `checkpoints` are their options, as `load_pair` takes them. Progress goes to stderr. Errors in the pair or in the
+    requested λ are reported before torch is imported, as far as the files on disk show them.
     """
     if pair is None or not err.is_terminal:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,13 +60,13 @@ def named(words: Sequence[str]) -> list[str]:
 
 
 def on_disk(source: str) -> bool:
-    """Returns whether there is a file or directory of this name."""
-    return Path(source).expanduser().exists()
+    """Returns whether there is a file or directory of this name; a long text is none."""
+    return os.path.exists(os.path.expanduser(source))
 
 
 def refuse_checkpoint(word: str, wanted: str) -> None:
     """Raises ValueError if a word on the line is the directory of a checkpoint, where something else is wanted."""
-    if Path(word, "config.json").is_file() or Path(word, sources.ADAPTER).is_file():
+    if word and any(os.path.isfile(os.path.join(word, name)) for name in ("config.json", sources.ADAPTER)):
         raise ValueError(f"{word} is a checkpoint, not {wanted}: name the pair with {PAIR}, as {PAIR} {word}")
 
 
@@ -99,7 +100,6 @@ class CheckpointSettings:
             "--thinking-trust-remote-code/--no-thinking-trust-remote-code", help="Whether the thinking end may."
         ),
     ] = None
-
     base: Annotated[
         str | None, typer.Option(help="The checkpoint that the adapters were trained on, if not what they name.")
     ] = None
