@@ -145,10 +145,42 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         dami.load_pair(base, adapter)
 
 
-def test_a_tied_weight_cannot_be_adapted_alone(tmp_path: Path) -> None:
-    base, adapter, _ = adapted("qwen3", tmp_path, target_modules=["embed_tokens"])
-    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight: tied in the model, adapted alone"):
-        dami.load_pair(base, adapter)
+TIED: dict[str, dict[str, Any]] = {
+    "embedding": {"target_modules": ["embed_tokens"]},
+    "head": {"target_modules": ["lm_head", "q_proj"]},
+    "both": {"target_modules": ["embed_tokens", "lm_head"]},
+    "a head of its own": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("format", ["lowrank", "pair"])
+@pytest.mark.parametrize("case", TIED)
+def test_one_of_a_tied_head_and_embedding(case: str, format: str, tmp_path: Path) -> None:
+    """Is two tensors in the pair, as it is in PEFT's model, and one again when the patch is taken off."""
+    base, adapter, model = adapted("qwen3", tmp_path, **TIED[case])
+    inputs = batch("left")
+    patched, _ = dami.load_pair(base, adapter, format)
+    packed, _ = dami.load_pair(dami.pack(base, adapter, tmp_path / "packed", format))
+    plain = pair("qwen3")[0]
+    with torch.inference_mode():
+        for lam, expected in ((0.0, plain), (1.0, model)):
+            for each in (patched, packed):
+                logits = each(**inputs, intensity=lam).logits
+                torch.testing.assert_close(logits, expected(**inputs).logits, rtol=1e-4, atol=1e-4)
+        again = dami.unpatch_model(patched)
+        assert again.lm_head.weight is again.model.embed_tokens.weight
+        torch.testing.assert_close(again(**inputs).logits, plain(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_an_adapted_embedding_as_the_instruct_end_and_a_tied_head_as_the_other(tmp_path: Path) -> None:
+    base, adapter, model = adapted("qwen3", tmp_path, **TIED["embedding"])
+    thinking = save(pair("qwen3")[1], tmp_path / "thinking")
+    patched, _ = dami.load_pair(adapter, thinking, base=base)
+    inputs = batch("left")
+    for lam, expected in ((0.0, model), (1.0, pair("qwen3")[1])):
+        logits = patched(**inputs, intensity=lam).logits
+        torch.testing.assert_close(logits, expected(**inputs).logits, rtol=1e-4, atol=1e-4)
 
 
 DORA = {

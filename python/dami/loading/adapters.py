@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from dami.layers.packed import LowRank
 from dami.layers.peft import LORA_FACTOR, UNCHANGED, more_than_lora
 from dami.patching.compare import first_names
+from dami.patching.ties import head_name
 from dami.sources import ADAPTER
 
 CONFIG, WEIGHTS, LEGACY = ADAPTER, "adapter_model.safetensors", "adapter_model.bin"
@@ -89,7 +90,7 @@ class Adapter:
         for name in sorted({*self.names, *self.magnitudes}):
             if name not in state:
                 lines.append(f"{name}: in the adapter only")
-            elif name in tied or firsts[name] != name:
+            elif (name in tied or firsts[name] != name) and name not in _head_and_embedding(model):
                 lines.append(f"{name}: tied in the model, adapted alone")
             elif name in self.whole and self.whole[name].shape != state[name].shape:
                 shapes = list(state[name].shape), list(self.whole[name].shape)
@@ -102,6 +103,10 @@ class Adapter:
                 if sorted(shape) != sorted(state[name].shape) or low.up.shape[1] != low.down.shape[0]:
                     lines.append(f"{name}: {list(state[name].shape)} in the instruct end, {shape} in the adapter")
         return lines
+
+    def unties(self, model: PreTrainedModel) -> bool:
+        """Whether it changes an embedding or a head that are one tensor in the model, and so makes them two."""
+        return not _head_and_embedding(model).isdisjoint(self.names)
 
     def tensors(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor | LowRank]]:
         """Yields what differs from the base, by the parameter's name: whole tensors and low-rank differences.
@@ -196,6 +201,12 @@ def _stored(directory: Path) -> dict[str, Tensor]:
     if (directory / WEIGHTS).exists() or not (directory / LEGACY).exists():
         return load_file(directory / WEIGHTS)
     return torch.load(directory / LEGACY, map_location="cpu", weights_only=True)
+
+
+def _head_and_embedding(model: PreTrainedModel) -> set[str]:
+    """Returns the names of the head's and of the embedding's weight where they are tied, else nothing."""
+    head, firsts = head_name(model), first_names(model)
+    return {head, firsts[head]} if head is not None and firsts.get(head, head) != head else set()
 
 
 def _holder(model: PreTrainedModel, name: str) -> nn.Module:

@@ -21,6 +21,7 @@ from dami.loading.checkpoint import Checkpoint
 from dami.loading.match import Match
 from dami.patching.model import PairModel
 from dami.patching.patch import interpolate, patch_model
+from dami.patching.ties import untie
 from dami.sources import FOLDER, SETTINGS
 
 Tokenizer = PreTrainedTokenizerBase | Any  # None if the instruct end has none; Any spares most callers the check
@@ -77,21 +78,27 @@ class Joining:
             options: how to load the thinking end as a model, if it is not stored as the model is.
         """
         first, second = self.adapters
+        shared = untie(plain) if any(each.unties(plain) for each in (first, second) if each) else None
         if second is not None:
             tensors = second.tensors(plain) if first is None else _between(first, second, plain, format)
             model = interpolate(plain, tensors, format, invariant=invariant, owned=True)
         else:
             if first is not None:
                 first.apply(plain)
-            model = self._whole_onto(plain, format, invariant, options)
-        patch_of(model).origin = Origin([end.parent() for end in self.ends])
+            model = self._whole_onto(plain, format, invariant, options, shared is None)
+        patch = patch_of(model)
+        patch.origin, patch.shared = (
+            Origin([end.parent() for end in self.ends]),
+            patch.shared if shared is None else shared,
+        )
         return with_estimator(model, self.ends[1])
 
     def _whole_onto(
-        self, plain: PreTrainedModel, format: str, invariant: bool, options: Mapping[str, Any]
+        self, plain: PreTrainedModel, format: str, invariant: bool, options: Mapping[str, Any], as_stored: bool
     ) -> PairModel:
+        """Does it for a whole thinking end. `as_stored` tells whether the model's tensors are those that are stored."""
         thinking, match = self.ends[1], self.match
-        if match is not None and match.stored[1].complete:
+        if as_stored and match is not None and match.stored[1].complete:
             tensors = thinking.tensors(match.stored[1].names)
             return interpolate(plain, tensors, format, invariant=invariant, owned=True)
         logger.warning(f"{thinking.name} is not stored as the model is: loading it as a second model on the CPU first")
