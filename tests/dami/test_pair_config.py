@@ -142,6 +142,20 @@ def test_what_does_not_match_is_told_before_a_weight_is_read(
         AutoModelForCausalLM.from_pretrained(ends[0], quantization_config=config)
 
 
+def test_vocabularies_are_compared_where_there_are_tokenizers(
+    ends: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    save(pair("qwen3")[1], ends[1], words=7)
+    with pytest.raises(ValueError, match=r"do not match:\n  tokenizer: 2 tokens have another id"):
+        AutoModelForCausalLM.from_pretrained(ends[0], quantization_config=dami.PairConfig(ends[1]))
+    for file in ends[0].glob("*token*"):
+        file.unlink()
+    assert not caplog.text
+    AutoModelForCausalLM.from_pretrained(ends[0], quantization_config=dami.PairConfig(ends[1]))
+    told = "instruct has no tokenizer beside its weights: whether the vocabularies match is not checked"
+    assert told in caplog.text
+
+
 def test_where_the_tensors_are_given_there_is_nothing_to_compare(ends: tuple[Path, Path]) -> None:
     model = pair("qwen3")[0]
     with pytest.raises(ValueError, match="needs an instruct end that is read from files"):
@@ -172,3 +186,8 @@ def test_lm_eval_through_its_own_hf_model(ends: tuple[Path, Path], tmp_path: Pat
         for (value, greedy), (expected, same) in zip(each.loglikelihood(asked), wanted, strict=True):
             assert value == pytest.approx(expected, rel=1e-4)
             assert greedy == same
+    settings = {"until": ["\n\n\n"], "do_sample": False, "max_gen_toks": 12}
+    dami.set_intensity(packed.model, 0.0)
+    (said,) = plain.generate_until([Instance("generate_until", {}, (context, dict(settings)), 0)])
+    (same,) = packed.generate_until([Instance("generate_until", {}, (context, {**settings, "intensity": 1.0}), 0)])
+    assert said == same != ""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 
 from dami.layers.kinds import kind_on_meta
 from dami.saving.config import PackedConfig, PairConfig
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from dami.layers.base import LerpModule
     from dami.layers.packed import Packed
     from dami.patching.compare import Header
+
+logger = logging.get_logger(__name__)
 
 check("the loading of a packed pair")
 register_quantization_config(QUANT_METHOD)(PackedConfig)
@@ -161,6 +164,8 @@ class TwoEndsQuantizer(HfQuantizer):
         where, named = Path(checkpoint_files[0]).parent, Path(model.config.name_or_path)
         name = named.resolve().name if named.exists() else str(named)
         instruct = Checkpoint(where, name, trust_remote_code=type(model).is_remote_code())
+        if not any(where.glob("*token*")):  # transformers downloads it apart from the model
+            logger.warning(f"{name} has no tokenizer beside its weights: whether the vocabularies match is not checked")
         thinking = Checkpoint.at(self.quantization_config.thinking, self.quantization_config.options)
         stored = {kept for _, kept in instruct.headers().values()}
         # If another dtype than the instruct end's is asked for, both ends are converted to it.
