@@ -178,9 +178,8 @@ def test_lm_eval_through_its_own_hf_model(ends: tuple[Path, Path], tmp_path: Pat
     ours = huggingface.HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(instruct), batch_size=2)
     packed = huggingface.HFLM(pretrained=str(dami.pack(instruct, thinking, tmp_path / "packed", "pair")), **common)
     dami.set_intensity(packed.model, 1.0)
-    asked = [
-        Instance("loglikelihood", {}, ("<|user|>What is 2 + 3?<|assistant|>", end), i) for i, end in enumerate("567")
-    ]
+    context = "<|user|>What is 2 + 3?<|assistant|>"
+    asked = [Instance("loglikelihood", {}, (context, end), i) for i, end in enumerate("567")]
     wanted = plain.loglikelihood(asked)
     for each in (ours, packed):
         for (value, greedy), (expected, same) in zip(each.loglikelihood(asked), wanted, strict=True):
