@@ -19,7 +19,7 @@ from huggingface_hub.utils import (
 )
 from torch import Tensor
 
-from dami.loading.adapters import CONFIG, WEIGHTS
+from dami.loading.adapters import CONFIG
 from dami.loading.checkpoint import DTYPES, FILES, Checkpoint
 from dami.patching.compare import Header
 from dami.sources import local
@@ -78,16 +78,18 @@ class RemoteCheckpoint(Checkpoint):
         return response.content[: end - begin]
 
 
-def preview_of(
-    source: str | Path, trust_remote_code: bool = False, download: Mapping[str, Any] | None = None
-) -> Checkpoint:
-    """Finds a checkpoint as `Checkpoint.find` does, but leaves the weights of a whole one on the hub."""
-    download = download or {}
-    if local(source) is not None:
-        return Checkpoint.find(source, trust_remote_code, download)
-    small = [pattern for pattern in FILES if not pattern.endswith(".safetensors")]
-    directory = Path(snapshot_download(str(source), allow_patterns=small, **download))
+def preview_of(source: str | Path, options: Mapping[str, Any]) -> Checkpoint:
+    """Finds a checkpoint as `Checkpoint.at` does, but leaves the weights of a whole one on the hub."""
+    download = {name: value for name, value in options.items() if name != "trust_remote_code"}
+    trust = bool(options.get("trust_remote_code"))
+    subfolder = download.pop("subfolder", None) or ""
+    if local(source, subfolder) is not None:
+        return Checkpoint.at(source, options)
+    small = [f"{subfolder}/{pattern}".lstrip("/") for pattern in FILES if not pattern.endswith(".safetensors")]
+    directory = Path(snapshot_download(str(source), allow_patterns=small, **download), subfolder)
     if (directory / CONFIG).exists():
-        directory = Path(snapshot_download(str(source), allow_patterns=[CONFIG, WEIGHTS], **download))
-        return Checkpoint(directory, str(source), None, trust_remote_code, download)
-    return RemoteCheckpoint(directory, str(source), None, trust_remote_code, download)
+        return Checkpoint.at(source, options)
+    if subfolder and not directory.is_dir():
+        raise OSError(f"there is no checkpoint {source}/{subfolder}")
+    name = f"{source}/{subfolder}".rstrip("/")
+    return RemoteCheckpoint(directory, name, None, trust, download, str(source), subfolder)
