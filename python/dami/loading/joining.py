@@ -61,6 +61,8 @@ class Joining:
             ValueError: they do not match; every mismatch is named. Or there is nothing to choose.
         """
         check_distinct(ends)
+        if ends[1].is_adapter and choices is not None and (chosen := choices.between_ends):
+            raise ValueError(f"{chosen[0]} must be left out with an adapter, which has the {chosen[0]} of its model")
         read = tuple(Adapter.read(end.directory) if end.is_adapter else None for end in ends)
         for adapter in filter(None, read):
             if mismatches := adapter.mismatches(base.skeleton()):
@@ -69,8 +71,6 @@ class Joining:
         match = Match.of(base, ends[1], choices) if read[1] is None else None
         if match is not None:
             match.check()
-        elif choices is not None and (chosen := choices.between_ends):
-            raise ValueError(f"{chosen[0]} must be left out with an adapter, which has the {chosen[0]} of its model")
         return cls(ends, base, (read[0], read[1]), match)
 
     @property

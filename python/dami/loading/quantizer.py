@@ -153,7 +153,7 @@ class TwoEndsQuantizer(HfQuantizer):
     is_trainable = True
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: Sequence[str] | None = None, dtype: torch.dtype | None = None, **_: Any
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         """Checks that the ends match, before any weight is read."""
         from dami.loading.checkpoint import Checkpoint
@@ -171,11 +171,14 @@ class TwoEndsQuantizer(HfQuantizer):
             logger.warning(f"{name} has no tokenizer beside its weights: whether the vocabularies match is not checked")
         thinking = Checkpoint.at(self.quantization_config.thinking, self.quantization_config.options)
         # transformers has chosen the dtype: where another than the instruct end's is asked for, both ends get it.
+        dtype = model.config.dtype
         asked = str(dtype).removeprefix("torch.") not in {kept for _, kept in instruct.headers().values()}
-        self.joining = Joining.of((instruct, thinking), instruct, Choices(dtype) if dtype and asked else None)
+        self.joining = Joining.of((instruct, thinking), instruct, Choices(dtype) if asked else None)
         match = self.joining.match
         if match is not None and match.dtype not in ("auto", dtype):
-            raise ValueError(f"dtype must be told, got two: {thinking.name} needs {match.dtype}, {name} is in {dtype}")
+            raise ValueError(
+                f"{name} is in {dtype}, which does not hold {thinking.name}: load with dtype={match.dtype}"
+            )
         self.joining.warn()
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
