@@ -137,7 +137,7 @@ def test_what_does_not_match_is_told_before_a_weight_is_read(
     edit_tensors(ends[0], lambda tensors: tensors.update({k: v.half() for k, v in tensors.items()}))
     edit_tensors(ends[1], lambda tensors: tensors.update({k: v.bfloat16() for k, v in tensors.items()}))
     edit_config(ends[0], dtype="float16")
-    with pytest.raises(ValueError, match=r"float16, which does not hold thinking: load with dtype=torch\.float32"):
+    with pytest.raises(ValueError, match=r"float16, which does not hold thinking: use dtype=torch\.float32"):
         AutoModelForCausalLM.from_pretrained(ends[0], quantization_config=config)
     edit_config(ends[1], rms_norm_eps=1e-3)
     monkeypatch.setattr(
