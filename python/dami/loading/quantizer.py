@@ -176,9 +176,7 @@ class TwoEndsQuantizer(HfQuantizer):
         self.joining = Joining.of((instruct, thinking), instruct, Choices(dtype) if asked else None)
         match = self.joining.match
         if match is not None and match.dtype not in ("auto", dtype):
-            raise ValueError(
-                f"{name} is in {dtype}, which does not hold {thinking.name}: load with dtype={match.dtype}"
-            )
+            raise ValueError(f"{name} is in {dtype}, which does not hold {thinking.name}: use dtype={match.dtype}")
         self.joining.warn()
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
