@@ -22,6 +22,7 @@ from dami import cli
 from dami.loading.checkpoint import Checkpoint
 from dami.loading.preview import GPUS, SHARE, preview
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
@@ -30,8 +31,8 @@ from tests.dami.test_policies import DIFFERENCES, edit_config, edit_tensors, unt
 from tests.dami.test_policies import ends as ends  # a fixture
 
 
-def check(*arguments: object, columns: int = 100) -> Result:
-    return CliRunner().invoke(cli.app, ["check", *map(str, arguments)], env={"COLUMNS": str(columns)})
+def check(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, ["check", *map(str, arguments)], env={"COLUMNS": "100"})
 
 
 def as_json(*arguments: object, code: int = 0) -> dict[str, Any]:
@@ -119,9 +120,10 @@ def test_one_checkpoint_twice_is_no_pair(ends: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize("columns", [40, 100, 300])
-def test_it_fits_the_terminal(columns: int, ends: tuple[Path, Path]) -> None:
+def test_it_fits_the_terminal(columns: int, ends: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dami.cli.check.out", Console(width=columns, highlight=False))
     untie(ends[1])
-    result = check(*ends, columns=columns)
+    result = check(*ends)
     assert result.exit_code == 0, result.output
     assert max(map(len, result.stdout.splitlines())) <= columns
 
