@@ -15,7 +15,7 @@ import pytest
 import torch
 from dami import cli
 from dami.chat import ask
-from dami.estimators import registry
+from dami.estimators import files, registry  # noqa: F401  # files registers kinds, before a page runs
 from dami.evaluation import verifiers
 from dami.evaluation.tasks import last_word
 from typer.main import get_command

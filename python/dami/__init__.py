@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from dami.loading.packing import pack
     from dami.patching.model import PairModel, twin
     from dami.patching.patch import patch_model, unpatch_model
+    from dami.saving.config import PairConfig
     from dami.saving.directory import save_pair
     from dami.saving.merging import materialize
     from dami.sources import example_pair
 
 _HOME = {
+    "PairConfig": "saving.config",
     "PairModel": "patching.model",
     "attach": "estimators.attach",
     "describe": "layers.describe",
@@ -45,6 +47,7 @@ _HOME = {
 }
 
 __all__ = [
+    "PairConfig",
     "PairModel",
     "attach",
     "describe",

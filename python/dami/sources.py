@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dami.callers import AUTO, CALLERS, Caller
 
 T = TypeVar("T")
 
 QUANT_METHOD = "dami"  # quant_method of a packed pair
+TWO_ENDS = "dami-pair"  # quant_method of a checkpoint that is to be loaded with its thinking end
 ADAPTER = "adapter_config.json"
 FOLDER, SETTINGS = "intensity", "intensity.json"  # of an estimator and presets: the folder in a pair, the file in that
+DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+OPTIONS = (*DOWNLOAD, "subfolder", "trust_remote_code")  # of a checkpoint
+THINKING = "thinking_"  # before the name of an option for the thinking end alone
 QUESTIONS = Path(__file__).parent / "data" / "pair" / "questions.jsonl"  # held out from the pair that ships
 
 
@@ -23,18 +27,44 @@ def example_pair() -> tuple[Path, Path]:
     return pair / "instruct", pair / "thinking"
 
 
-def local(source: str | Path) -> Path | None:
+def per_end(options: dict[str, Any], two: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Takes the options of checkpoints out of `options`, and returns those of the instruct end and of the thinking end.
+
+    `revision` and the other `OPTIONS` hold for both ends, `thinking_revision` and so on for the thinking end instead.
+    `revision` may also be a pair of both.
+
+    Args:
+        options: arguments by name; those of checkpoints are removed.
+        two: whether there are two ends rather than a packed pair.
+
+    Raises:
+        TypeError: `revision` is neither one nor two, or an option for the thinking end is given for a packed pair.
+    """
+    first = {name: options.pop(name) for name in OPTIONS if name in options}
+    own = {name: options.pop(THINKING + name) for name in OPTIONS if THINKING + name in options}
+    if own and not two:
+        raise TypeError(f"{THINKING}{next(iter(own))} is for two checkpoints, got a packed pair: leave it out")
+    revision = first.get("revision")
+    if not isinstance(revision, (tuple, list)):
+        return first, {**first, **own}
+    if len(revision) != 2 or not two:
+        raise TypeError(f"revision must be one, or a pair for a pair of checkpoints, got {revision!r}")
+    return {**first, "revision": revision[0]}, {**first, "revision": revision[1], **own}
+
+
+def local(source: str | Path, subfolder: str | None = None) -> Path | None:
     """The directory or the GGUF file of a checkpoint on disk; None if `source` can only be a name on the hub.
 
     Raises:
-        OSError: `source` is no name on the hub, and there is no such checkpoint on disk.
+        OSError: `source` is no name on the hub, and there is no such checkpoint on disk, or not in its subfolder.
     """
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return path
     if path.is_dir():
+        path /= subfolder or ""
         if not any((path / name).exists() for name in ("config.json", ADAPTER)):
-            raise OSError(f"{source} is no checkpoint: it has no config.json")
+            raise OSError(f"{path if subfolder else source} is no checkpoint: it has no config.json")
         return path
     if path.is_absolute() or str(source).startswith((".", "~")) or path.suffix == ".gguf" or len(path.parts) > 2:
         raise OSError(f"there is no checkpoint {source}")
@@ -84,6 +114,7 @@ def check_pair(
     format: str | None,
     intensities: Iterable[float | str] = (),
     caller: Caller = CALLERS["dami generate"],
+    options: Sequence[Mapping[str, Any]] = ({}, {}),
 ) -> None:
     """Raises the errors of loading a pair and asking it at these λ, as far as the files on disk show them.
 
@@ -92,12 +123,15 @@ def check_pair(
         format: likewise.
         intensities: numbers, names of presets, "auto".
         caller: who was given them.
+        options: the options of each end, of which `subfolder` matters here.
     """
     names = {each for each in intensities if isinstance(each, str)}
     if AUTO in names:
         caller.check("auto")
-    paths = [local(end) for end in ends]
-    for path in paths:
+    paths = [local(end, own.get("subfolder")) for end, own in zip(ends, options, strict=False)]
+    for end, path in zip(ends, paths, strict=True):
+        if path is None and len(ends) == 1 and "/" not in end:
+            raise OSError(f"there is no packed pair {end}: name its directory, or OWNER/NAME on the hub")
         if path is not None and len(ends) == 1:
             check_packed(path, format)
         elif path is not None:

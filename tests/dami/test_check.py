@@ -22,7 +22,8 @@ from dami import cli
 from dami.loading.checkpoint import Checkpoint
 from dami.loading.preview import GPUS, SHARE, preview
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from tests.dami.families import pair
@@ -30,8 +31,8 @@ from tests.dami.test_policies import DIFFERENCES, edit_config, edit_tensors, unt
 from tests.dami.test_policies import ends as ends  # a fixture
 
 
-def check(*arguments: object, columns: int = 100) -> Result:
-    return CliRunner().invoke(cli.app, ["check", *map(str, arguments)], env={"COLUMNS": str(columns)})
+def check(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, ["check", *map(str, arguments)], env={"COLUMNS": "100"})
 
 
 def as_json(*arguments: object, code: int = 0) -> dict[str, Any]:
@@ -119,9 +120,10 @@ def test_one_checkpoint_twice_is_no_pair(ends: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize("columns", [40, 100, 300])
-def test_it_fits_the_terminal(columns: int, ends: tuple[Path, Path]) -> None:
+def test_it_fits_the_terminal(columns: int, ends: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dami.cli.check.out", Console(width=columns, highlight=False))
     untie(ends[1])
-    result = check(*ends, columns=columns)
+    result = check(*ends)
     assert result.exit_code == 0, result.output
     assert max(map(len, result.stdout.splitlines())) <= columns
 
@@ -172,12 +174,12 @@ class Hub(BaseHTTPRequestHandler):
         tree = re.fullmatch(r"/api/models/(\w+/\w+)/tree/\w+", path)
         file = re.fullmatch(r"/(\w+/\w+)/resolve/\w+/(.+)", path)
         if info:
-            names = [{"rfilename": each.name} for each in self.directories[info[1]].iterdir()]
+            names = [{"rfilename": name} for name in self._files(info[1])]
             self._send(json.dumps({"id": info[1], "sha": "0" * 40, "siblings": names}).encode())
         elif tree:
             files = [
-                {"type": "file", "path": each.name, "size": each.stat().st_size, "oid": "0123"}
-                for each in self.directories[tree[1]].iterdir()
+                {"type": "file", "path": name, "size": (self.directories[tree[1]] / name).stat().st_size, "oid": "0123"}
+                for name in self._files(tree[1])
             ]
             self._send(json.dumps(files).encode())
         elif file and (self.directories[file[1]] / file[2]).exists():
@@ -190,6 +192,10 @@ class Hub(BaseHTTPRequestHandler):
             self._send(part, 206 if span else 200)
         else:
             self._send(b"", 404)
+
+    def _files(self, repository: str) -> list[str]:
+        where = self.directories[repository]
+        return [each.relative_to(where).as_posix() for each in where.rglob("*") if each.is_file()]
 
     def _send(self, content: bytes, status: int = 200) -> None:
         self.send_response(status)
@@ -208,12 +214,54 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(ends: tuple[Path, Path]) -> Iterator[str]:
-    Hub.directories, Hub.served = {"someone/instruct": ends[0], "someone/thinking": ends[1]}, 0
+    Hub.directories = {"someone/instruct": ends[0], "someone/thinking": ends[1], "someone/both": ends[0].parent}
+    Hub.served = 0
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
+
+
+def check_on(hub: str, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "HF_ENDPOINT": hub,
+        "HF_HOME": str(cache / "cache"),
+        "HF_HUB_OFFLINE": "0",
+    }
+    command = [sys.executable, "-m", "dami", "check", *arguments, "--json"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_folders_of_one_repository_are_read_in_ranges(
+    hub: str, ends: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """One end has its weights in two files, which an index names."""
+    tensors = load_file(ends[1] / "model.safetensors")
+    (ends[1] / "model.safetensors").unlink()
+    files = {name: f"model-{i % 2 + 1:05}-of-00002.safetensors" for i, name in enumerate(tensors)}
+    for file in {*files.values()}:
+        save_file({name: tensors[name] for name in files if files[name] == file}, ends[1] / file, {"format": "pt"})
+    index = {"metadata": {"total_size": 0}, "weight_map": files}
+    (ends[1] / "model.safetensors.index.json").write_text(json.dumps(index))
+    folders = ("--subfolder", "instruct", "--thinking-subfolder", "thinking")
+    done = check_on(hub, tmp_path_factory.mktemp("hub"), "someone/both", "someone/both", *folders)
+    assert done.returncode == 0, done.stderr
+    names = {"instruct": "someone/both/instruct", "thinking": "someone/both/thinking"}
+    expected = as_json(ends[0].parent, ends[0].parent, *folders)
+    assert json.loads(done.stdout) == expected | names == as_json(*ends) | names
+    done = check_on(hub, tmp_path_factory.mktemp("hub"), "someone/both", "someone/both", "--subfolder", "nowhere")
+    assert done.returncode == 2
+    assert "there is no checkpoint someone/both/nowhere" in done.stderr
+
+
+def test_base_is_not_for_check() -> None:
+    result = check("--base", "somewhere")
+    assert result.exit_code == 2
+    assert "base is for an adapter as the instruct end, which is not checked: name its base" in " ".join(
+        result.output.split()
+    )
 
 
 def test_checkpoints_on_a_hub_are_read_in_ranges(hub: str, ends: tuple[Path, Path], tmp_path: Path) -> None:
@@ -225,14 +273,7 @@ def test_checkpoints_on_a_hub_are_read_in_ranges(hub: str, ends: tuple[Path, Pat
 
     for path in ends:
         edit_tensors(path, bulky)
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "HF_ENDPOINT": hub,
-        "HF_HOME": str(tmp_path / "cache"),
-        "HF_HUB_OFFLINE": "0",
-    }
-    command = [sys.executable, "-m", "dami", "check", "someone/instruct", "someone/thinking", "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = check_on(hub, tmp_path, "someone/instruct", "someone/thinking")
     assert done.returncode == 0, done.stderr
     names = {"instruct": "someone/instruct", "thinking": "someone/thinking"}
     assert json.loads(done.stdout) == as_json(*ends) | names

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -44,6 +45,16 @@ def save(model: PreTrainedModel, path: Path, words: int = 9, template: str = "",
 def ends(tmp_path: Path) -> tuple[Path, Path]:
     instruct, thinking = pair("llama")
     return save(instruct, tmp_path / "instruct", template="I"), save(thinking, tmp_path / "thinking", template="T")
+
+
+class Harmful:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
 
 
 def edit_config(path: Path, **changes: Any) -> None:
@@ -150,6 +161,35 @@ def test_an_end_that_is_not_in_safetensors_is_loaded_as_a_model(
         model, _ = dami.load_pair(*ends)
         inputs = batch("left")
         assert torch.equal(model(**inputs, intensity=LAM).logits, expected(**inputs, intensity=LAM).logits)
+
+
+@pytest.mark.parametrize("end", [0, 1], ids=["instruct", "thinking"])
+def test_what_is_pickled_is_never_run(end: int, ends: tuple[Path, Path], tmp_path: Path) -> None:
+    tensors = load_file(ends[end] / "model.safetensors")
+    (ends[end] / "model.safetensors").unlink()
+    torch.save({**tensors, "x": Harmful(tmp_path / "harm")}, ends[end] / "pytorch_model.bin")
+    for run in (lambda: dami.load_pair(*ends), lambda: dami.pack(*ends, tmp_path / "packed")):
+        with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+            run()
+    with pytest.raises(ValueError, match="weights_only must be True, got False: what is pickled in"):
+        dami.load_pair(*ends, weights_only=False)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_bin_in_several_files(ends: tuple[Path, Path], tmp_path: Path) -> None:
+    expected = dami.load_pair(*ends)[0]
+    for path in ends:
+        tensors = load_file(path / "model.safetensors")
+        (path / "model.safetensors").unlink()
+        names = {name: f"pytorch_model-{i % 3 + 1:05}-of-00003.bin" for i, name in enumerate(tensors)}
+        for file in {*names.values()}:
+            torch.save({name: tensors[name] for name in names if names[name] == file}, path / file)
+        index = {"metadata": {"total_size": 0}, "weight_map": names}
+        (path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    inputs = batch("left")
+    for model in (dami.load_pair(*ends)[0], dami.load_pair(dami.pack(*ends, tmp_path / "packed", "pair"))[0]):
+        with torch.no_grad():
+            assert torch.equal(model(**inputs, intensity=LAM).logits, expected(**inputs, intensity=LAM).logits)
 
 
 def test_everything_that_does_not_match_is_reported_at_once(
@@ -309,12 +349,13 @@ def test_options_reach_the_files_that_a_config_names_elsewhere(
 
 
 @pytest.mark.parametrize(
-    "option", ["revison", "subfolder", "variant", "torch_dtype", "use_auth_token", "quantization_config", "config"]
+    "option",
+    ["revison", "thinking_revison", "variant", "torch_dtype", "use_auth_token", "quantization_config", "config"],
 )
 def test_an_unknown_option_is_refused(ends: tuple[Path, Path], option: str) -> None:
     with pytest.raises(TypeError, match=rf"options must be settings of the config, or of .*, got \['{option}'\]"):
         dami.load_pair(*ends, **{option: "x"})
-    with pytest.raises(TypeError, match=rf"options must be of \['revision', .*\], got \['{option}'\]"):
+    with pytest.raises(TypeError, match=rf"options must be of \['revision', .* after thinking_, got \['{option}'\]"):
         dami.pack(*ends, ends[0].parent / "packed", **{option: "x"})
 
 
@@ -326,6 +367,63 @@ def test_revisions_are_one_or_two(ends: tuple[Path, Path]) -> None:
     for args, revision in ((ends, ("a", "b", "c")), (ends[:1], ("a", "b"))):
         with pytest.raises(TypeError, match="revision must be one, or a pair for a pair of checkpoints, got"):
             dami.load_pair(*args, revision=revision)
+
+
+def test_an_option_of_the_thinking_end_needs_one(ends: tuple[Path, Path], tmp_path: Path) -> None:
+    packed = dami.pack(*ends, tmp_path / "packed")
+    with pytest.raises(TypeError, match="thinking_revision is for two checkpoints, got a packed pair: leave it out"):
+        dami.load_pair(packed, thinking_revision="v2")
+
+
+def test_each_end_has_its_own_options(ends: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr("dami.loading.checkpoint.snapshot_download", stand_in(ends, asked))
+    trusted = []
+    tokenizer = "dami.loading.checkpoint.AutoTokenizer.from_pretrained"
+    monkeypatch.setattr(tokenizer, lambda directory, **options: trusted.append(options["trust_remote_code"]))
+    model, _ = dami.load_pair(
+        *("someone/instruct", "someone/thinking"),
+        **{"revision": "v1", "token": "a", "thinking_token": "b", "cache_dir": "c", "thinking_cache_dir": None},
+        **{"trust_remote_code": True, "thinking_trust_remote_code": False, "thinking_local_files_only": True},
+    )
+    assert asked == [
+        ("someone/instruct", {"revision": "v1", "token": "a", "cache_dir": "c"}),
+        ("someone/thinking", {"revision": "v1", "token": "b", "cache_dir": None, "local_files_only": True}),
+    ]
+    assert trusted == [True, False]
+    assert model.lm_head.weight_target is not None
+
+
+def test_both_ends_in_folders_of_one_directory(ends: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "both").mkdir()
+    for end in ends:
+        end.rename(tmp_path / "both" / end.name)
+    where, folders = tmp_path / "both", {"subfolder": "instruct", "thinking_subfolder": "thinking"}
+    model, tokenizer = dami.load_pair(where, where, **folders)
+    assert tokenizer.get_chat_template("thinking") == "T"
+    packed, _ = dami.load_pair(dami.pack(where, where, tmp_path / "out" / "packed", "pair", **folders))
+    again, _ = dami.load_pair(tmp_path / "out", subfolder="packed")
+    inputs = batch("left")
+    with torch.no_grad():
+        logits = [each(**inputs, intensity=LAM).logits for each in (model, packed, again)]
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+    with pytest.raises(OSError, match=r"both/nowhere is no checkpoint: it has no config\.json"):
+        dami.load_pair(where, where, subfolder="instruct", thinking_subfolder="nowhere")
+
+
+def test_a_folder_on_the_hub_is_downloaded_alone(ends: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, set[str]]] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, {pattern.rpartition("/")[0] for pattern in allow_patterns}))
+        return str(ends[0].parent)
+
+    monkeypatch.setattr("dami.loading.checkpoint.snapshot_download", download)
+    dami.load_pair("someone/pair", "someone/pair", subfolder="instruct", thinking_subfolder="thinking")
+    assert asked == [("someone/pair", {f, f"{f}/intensity"}) for f in ("instruct", "thinking")]
+    with pytest.raises(OSError, match="there is no checkpoint someone/pair/other"):
+        dami.load_pair("someone/pair", "someone/pair", subfolder="other")
 
 
 def test_a_tensor_that_cannot_be_interpolated_stops_the_load(

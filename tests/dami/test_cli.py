@@ -341,7 +341,7 @@ for line in sys.stdin:
         (["generate", "hi", "--top-p", "2"], "--top-p"),
         (["generate", "hi", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["generate", "hi", "--pair", "./no/such", "./directory"], "no/such"),
-        (["generate", "hi", "--pair", "one"], "--pair"),
+        (["generate", "hi", "--pair", "one"], "there is no packed pair one"),
         (["describe", "one", "two", "three"], "a pair is one packed directory or two checkpoints, got 3"),
         (["pack", "one", "-o", "there"], "two checkpoints are packed, an instruct and a thinking one, got 1"),
         (

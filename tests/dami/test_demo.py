@@ -14,10 +14,10 @@ from dami.cli import demo, terminal
 from dami.evaluation import Frontier, Question, plots
 from dami.evaluation.frontier import Interval, Point
 from rich.console import Console
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tests.dami.evaluation.test_frontier import RISING, records
+from tests.dami.families import merged
 
 QUESTIONS = [
     Question(f"{task} {level} {n}", str(n), task, level)
@@ -50,16 +50,6 @@ def test_rising_takes_one_question_of_each_level_and_tasks_by_turns() -> None:
     assert chosen[0].task != chosen[1].task
     assert chosen == demo.rising(QUESTIONS, seed=0)
     assert chosen != demo.rising(QUESTIONS, seed=1)
-
-
-def test_merged_copy_is_the_lerp_rounded_once_and_leaves_the_ends_alone() -> None:
-    ends = [nn.Linear(5, 3).bfloat16() for _ in range(2)]
-    before = [end.weight.clone() for end in ends]
-    merged = demo.merged_copy(*ends, 0.3)
-    exact = before[0].double() + 0.3 * (before[1].double() - before[0].double())
-    assert isinstance(merged, nn.Linear)
-    assert (merged.weight.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
-    assert all(torch.equal(end.weight, weight) for end, weight in zip(ends, before, strict=True))
 
 
 def test_measured_sees_memory_that_was_held_and_given_back() -> None:
@@ -188,7 +178,7 @@ def test_one_batch_and_merged_copies_are_asked_the_same(shipped: tuple[Any, Any,
     model, tokenizer, ends = shipped
     prompts, lams = ["What is 2 + 3?", "gcd(12, 18)"], (0.0, 0.4, 1.0)
     patched = demo.cost_of(model, tokenizer, prompts, lams, max_new_tokens=4)
-    each = [demo.cost_of(demo.merged_copy(*ends, lam), tokenizer, prompts, max_new_tokens=4) for lam in lams]
+    each = [demo.cost_of(merged(*ends, lam, torch.float32), tokenizer, prompts, max_new_tokens=4) for lam in lams]
     copies = demo.cost_of_all(each)
     assert patched.weights == 2 * copies.weights / 3
     assert patched.texts == copies.texts

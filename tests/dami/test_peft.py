@@ -9,11 +9,13 @@ from typing import Any
 import dami
 import pytest
 import torch
+import transformers
 from packaging import version
 from transformers import PreTrainedModel
 from transformers.integrations import peft as integration
 
 from tests.dami.families import batch, pair, references
+from tests.dami.test_checkpoints import save
 from tests.dami.test_generation import GREEDY, LAM, assert_rows_match, prompts
 
 peft = pytest.importorskip("peft")
@@ -73,6 +75,43 @@ def test_an_adapter_can_be_trained_and_taken_off(model: PreTrainedModel) -> None
     }
     model.delete_adapter("default")
     assert not any(hasattr(module, "lerp") for module in dami.unpatch_model(model).modules())
+
+
+def test_an_adapter_learns_of_each_row_what_it_would_on_a_copy_merged_at_its_lam(model: PreTrainedModel) -> None:
+    """The gradient of a mixed batch is the sum of theirs, with and without activation checkpointing."""
+    lora, inputs, lams = ADAPTERS["lora"], batch("right"), [0.0, 0.37, 1.0, 1.2]
+
+    def gradients(model: Any, rows: slice, **options: Any) -> list[torch.Tensor]:
+        logits = model(**{name: tensor[rows] for name, tensor in inputs.items()}, **options).logits
+        (logits.double().square() * inputs["attention_mask"][rows].unsqueeze(-1)).sum().backward()
+        return [p.grad for name, p in model.named_parameters() if "lora_" in name]
+
+    plain = [
+        gradients(adapted(copy.deepcopy(references("qwen3", lam)[0]), lora()), slice(row, row + 1))
+        for row, lam in enumerate(lams)
+    ]
+    wanted = [sum(parts) for parts in zip(*plain, strict=True)]
+    for checkpointed in (False, True):
+        ours = adapted(dami.patch_model(*pair("qwen3")), lora()).train()
+        if checkpointed:
+            ours.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.testing.assert_close(gradients(ours, slice(None), intensity=lams), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_the_trainer_takes_a_packed_pair_with_an_adapter_and_no_other(tmp_path: Path) -> None:
+    """It asks the quantiser of a loaded model whether it can be trained."""
+    ends = [save(model, tmp_path / str(i)) for i, model in enumerate(pair("qwen3"))]
+    packed, _ = dami.load_pair(dami.pack(*ends, tmp_path / "packed"))
+    settings = transformers.TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, max_steps=2)
+    with pytest.raises(ValueError, match="fine-tuning on purely quantized models"):
+        transformers.Trainer(packed, settings)
+    rows = [{"input_ids": [3, 4, 5], "labels": [3, 4, 5], "intensity": lam} for lam in (0.0, 0.5, 1.0)]
+    adapter = adapted(packed, ADAPTERS["lora"]())
+    before = [parameter.clone() for parameter in adapter.parameters() if parameter.requires_grad]
+    transformers.Trainer(adapter, settings, train_dataset=rows).train()
+    after = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
+    assert before
+    assert not any(torch.equal(*both) for both in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize(

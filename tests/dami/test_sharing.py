@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,20 @@ import dami
 import pytest
 import torch
 from dami.files import MARK
-from dami.saving.config import PairConfig, by_pattern
+from dami.loading import packing
+from dami.saving.config import PackedConfig, by_pattern
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, MambaConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    PreTrainedModel,
+)
 
 from tests.dami import architectures
 from tests.dami.families import batch, merged, pair
@@ -206,7 +217,7 @@ def test_names_of_all_layers() -> None:
         "h.1.b": "pair",
         "norm1.w": "pair",
     }
-    config = PairConfig("int4", {"h.*.w": "int4", "h.1.b": "pair"})
+    config = PackedConfig("int4", {"h.*.w": "int4", "h.1.b": "pair"})
     assert [config.format_of(name) for name in names] == ["int4", "int4", None, "pair", None]
 
 
@@ -235,6 +246,41 @@ def test_the_ends_are_never_lost(ends: tuple[Path, Path], tmp_path: Path) -> Non
             dami.pack(*ends, directory, overwrite=True)
         assert (directory / "notes.txt").exists()
     dami.load_pair(*ends)
+
+
+def most_files_mapped(directory: Path, run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Returns how many files in a directory are in memory at once, at most, when `dami.pack` has read a tensor."""
+    mapped, read = [0], packing._Reader.read
+
+    def counted(self: Any, name: str) -> Tensor:
+        tensor = read(self, name)
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        mapped.append(len({line.split()[-1] for line in lines if f"{directory}/" in line}))
+        return tensor
+
+    with monkeypatch.context() as patched:
+        patched.setattr(packing._Reader, "read", counted)
+        run()
+    return max(mapped)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("format", ["pair", "w8d4"])
+def test_of_many_files_few_are_in_memory_at_once(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the tensors that one file of the packed pair takes, however many layers there are."""
+    most = []
+    for layers in (4, 12):
+        torch.manual_seed(0)
+        config = LlamaConfig(vocab_size=101, hidden_size=32, intermediate_size=64, num_hidden_layers=layers)
+        where, to = tmp_path / str(layers), tmp_path / f"packed-{layers}"
+        ends = [save(LlamaForCausalLM(config), where / name, max_shard_size="4KB") for name in ("a", "b")]
+        count = len([*where.rglob("*.safetensors")])
+        assert count > 10 * layers
+        run = functools.partial(dami.pack, *ends, to, format, max_shard_size="24KB")
+        most.append(most_files_mapped(where, run, monkeypatch))
+        assert max(file.stat().st_size for file in to.glob("*.safetensors")) < 30_000
+        assert 2 <= most[-1] < count / 3
+    assert most[1] <= most[0] + 2
 
 
 def test_an_interrupted_run_leaves_no_half_made_directory(

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from dami.cli.base import app, err, fail, load, out, user_errors
+from dami.cli.checkpoints import TakesPair, refuse_checkpoint, takes_checkpoints
 from dami.cli.options import (
     ChatTemplateOption,
     DtypeOption,
@@ -26,7 +27,8 @@ from dami.files import check_directory
 from dami.prompts import Prompt, as_prompt
 
 
-@app.command()
+@app.command(cls=TakesPair)
+@takes_checkpoints
 def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", file_okay=False, help="Directory for the picture and the numbers.")
@@ -34,6 +36,8 @@ def demo(
     pair: PairOption = None,
     questions: Annotated[int, typer.Option(min=1, help="Questions in the sweep. Each is asked at 11 λ.")] = 120,
     seed: SeedOption = 0,
+    *,
+    checkpoints: dict[str, Any],
 ) -> None:
     """See the idea work.
 
@@ -41,7 +45,7 @@ def demo(
     """
     with user_errors():
         check_directory(output)
-    model, tokenizer = load(pair)
+    model, tokenizer = load(pair, checkpoints=checkpoints)
     from dami.cli.demo import run
 
     with user_errors():
@@ -85,7 +89,8 @@ CompileOption = Annotated[
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="The most rows in a batch. A prompt takes one row per λ.")]
 
 
-@app.command()
+@app.command(cls=TakesPair)
+@takes_checkpoints
 def generate(
     prompts: PromptsArgument = None,
     file: FileOption = None,
@@ -105,6 +110,8 @@ def generate(
     seed: SeedOption = 0,
     batch_size: BatchSizeOption = 64,
     compile: CompileOption = False,
+    *,
+    checkpoints: dict[str, Any],
 ) -> None:
     """Answer prompts at several λ at once, side by side.
 
@@ -119,7 +126,7 @@ def generate(
     put_through = None if raw else "default" if chat_template is None else chat_template
     asked = read_prompts(prompts or [], file)
     lams: list[Any] = intensity or [0.0, 0.5, 1.0]
-    model, tokenizer = load(pair, format, dtype, intensities=lams)
+    model, tokenizer = load(pair, format, dtype, intensities=lams, checkpoints=checkpoints)
 
     import torch
 
@@ -164,6 +171,8 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[Prompt]:
         raise fail("prompts come as arguments or with --file, got both")
     if prompts:
         with user_errors():
+            for prompt in prompts:
+                refuse_checkpoint(prompt, "a prompt")
             return [as_prompt(prompt) for prompt in prompts]
     source = str(file) if file else "stdin"
     if file is None and sys.stdin.isatty():

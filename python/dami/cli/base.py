@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -78,11 +78,12 @@ def load(
     intensities: Sequence[float | str] = (),
     device: str | None = None,
     caller: Caller = CALLERS["dami generate"],
+    checkpoints: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any]:
     """Loads a packed pair or two checkpoints, onto the GPU if there is one and no other device is named.
 
-    Progress goes to stderr. Errors in the pair or in the requested λ are reported before torch is imported, as far as
-    the files on disk show them.
+    `checkpoints` are their options, as `load_pair` takes them. Progress goes to stderr. Errors in the pair or in the
+    requested λ are reported before torch is imported, as far as the files on disk show them.
     """
     if pair is None or not err.is_terminal:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
@@ -91,8 +92,9 @@ def load(
     if pair is not None and len(pair) > 2:
         raise fail(f"a pair is one packed directory or two checkpoints, got {len(pair)}")
     ends = [*(pair or map(str, sources.example_pair()))]
+    own = checkpoints or {}
     with user_errors():
-        sources.check_pair(ends, format, intensities, caller)
+        sources.check_pair(ends, format, intensities, caller, sources.per_end(dict(own), len(ends) == 2))
     outside = [lam for lam in intensities if not isinstance(lam, str) and not 0 <= lam <= 1]
     if outside:
         told = ", ".join(f"{lam:g}" for lam in outside)
@@ -104,7 +106,7 @@ def load(
     with user_errors():
         try:
             device = device or ("cuda" if torch.cuda.is_available() else None)
-            options: dict[str, Any] = {"format": format, "device_map": device, "dtype": dtype, "invariant": invariant}
+            options = {"format": format, "device_map": device, "dtype": dtype, "invariant": invariant, **own}
             return load_pair(*ends, **options)
         except OSError as error:  # the hub's errors don't name the checkpoint
             raise OSError(f"cannot load {' and '.join(ends)}: {' '.join(str(error).split())}") from error

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from dami import sources
 from dami.cli.base import app, err, fail, out, user_errors
+from dami.cli.checkpoints import TakesPair, takes_checkpoints
 from dami.cli.options import DtypeOption, RopeOption, TokenizerOption
 from dami.tables import FittedTable
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from dami.loading.preview import Preview
 
 
-@app.command()
+@app.command(cls=TakesPair)
+@takes_checkpoints
 def check(
     ends: Annotated[
         list[str] | None,
@@ -30,10 +32,9 @@ def check(
     dtype: DtypeOption = "auto",
     tokenizer: TokenizerOption = None,
     rope: RopeOption = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the checkpoints run their own code.")
-    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    *,
+    checkpoints: dict[str, Any],
 ) -> None:
     """See whether two checkpoints are a pair, in seconds.
 
@@ -44,14 +45,17 @@ def check(
         raise fail(f"two checkpoints are checked, an instruct and a thinking one, got {len(ends)}")
     sides = ends or [str(end) for end in sources.example_pair()]
     with user_errors():
-        sources.check_pair(sides, None)
+        if checkpoints.pop("base", None) is not None:
+            raise ValueError("base is for an adapter as the instruct end, which is not checked: name its base instead")
+        own = sources.per_end(dict(checkpoints))
+        sources.check_pair(sides, None, options=own)
     with err.status("loading transformers"):
         from dami.loading.policies import Choices
         from dami.loading.preview import preview
         from dami.loading.remote import preview_of
     with user_errors(), err.status("reading configs, tokenizers and headers"):
         choices: Any = {"dtype": dtype, "tokenizer": tokenizer, "rope": rope}
-        instruct, thinking = (preview_of(end, trust_remote_code) for end in sides)
+        instruct, thinking = map(preview_of, sides, own)
         found = preview(instruct, thinking, Choices(**choices))
     if as_json:
         typer.echo(json.dumps({**found.to_dict(), "engines": engines(found)}, indent=1, ensure_ascii=False))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import gc
 import json
@@ -20,7 +19,6 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
-from torch import nn
 
 from dami.chat import Answer, answers_of, ask, encode
 from dami.cli.terminal import point_table, side_by_side, size
@@ -29,7 +27,7 @@ from dami.evaluation.plots import draw_curve, save_curve
 from dami.evaluation.sweeps import sweep
 from dami.evaluation.tasks import JsonLines, Question, last_word, spread
 from dami.generation.pieces import generate_in_pieces
-from dami.loading.checkpoint import Checkpoint
+from dami.saving.merging import materialize
 from dami.sources import example_pair
 from dami.tables import FittedTable
 from dami.thoughts import Reader
@@ -62,15 +60,6 @@ def rising(questions: Sequence[Question], seed: int) -> list[Question]:
         of_task = [q for q in of_level if q.task == tasks[turn % len(tasks)]]
         chosen.append(chance.choice(of_task or of_level))
     return chosen
-
-
-def merged_copy(instruct: nn.Module, thinking: nn.Module, intensity: float) -> nn.Module:
-    """Returns an ordinary model with the weights at λ, interpolated in float32 and rounded once, for comparison."""
-    merged = copy.deepcopy(instruct)
-    with torch.no_grad():
-        for ours, theirs in zip(merged.parameters(), thinking.parameters(), strict=True):
-            ours.copy_(torch.lerp(ours.float(), theirs.float(), intensity))
-    return merged
 
 
 def cost_of(
@@ -157,13 +146,13 @@ def _resident() -> int:
 
 
 def run(
-    model: Any, tokenizer: Any, pair: tuple[str, str] | None, output: Path, count: int, seed: int, console: Console
+    model: Any, tokenizer: Any, pair: Sequence[str] | None, output: Path, count: int, seed: int, console: Console
 ) -> None:
     """Runs the demo on a loaded pair, prints the results, and writes curve.png and demo.json to `output`.
 
     Args:
         model, tokenizer: as `load_pair` returns them.
-        pair: the two checkpoints they came from; None for the shipped pair.
+        pair: the packed pair or the two checkpoints they came from; None for the shipped pair.
         output: directory, created if need be.
         count: number of questions in the sweep.
         seed: seed for choosing questions and for sampling.
@@ -178,7 +167,7 @@ def run(
         answers = show_answers(model, tokenizer, shown, seed, console)
         frontier = show_curve(model, tokenizer, held_out, seed, console)
         save_curve(frontier, output / "curve.png", f"{len(frontier)} held-out questions, 95 % intervals")
-        patched, copies, gaps = show_price(model, tokenizer, pair or example_pair(), shown, console)
+        patched, copies, gaps = show_price(model, tokenizer, shown, console)
         device = f"{torch.get_num_threads()} CPU threads".replace("1 CPU threads", "1 CPU thread")
     record = {
         "versions": {"dami": __version__, "torch": torch.__version__},
@@ -240,7 +229,7 @@ def show_curve(model: Any, tokenizer: Any, held_out: JsonLines, seed: int, conso
 
 
 def show_price(
-    model: Any, tokenizer: Any, pair: Sequence[Any], shown: Sequence[Question], console: Console
+    model: Any, tokenizer: Any, shown: Sequence[Question], console: Console
 ) -> tuple[Cost, Cost, list[float]]:
     """Asks the questions again at the λ of SWEPT, with one patched model and with merged copies, and prints both costs.
 
@@ -257,10 +246,9 @@ def show_price(
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("one patched model", total=len(SWEPT) + 1)
         patched = cost_of(model, tokenizer, prompts, SWEPT)
-        ends = [Checkpoint.find(end).model(dtype=model.dtype).to(model.device) for end in pair]
         for place, lam in enumerate(SWEPT):
             progress.update(bar, advance=1, description=f"merged copy, λ = {lam:g}")
-            merged = merged_copy(ends[0], ends[1], lam)
+            merged = materialize(model, lam)
             costs.append(cost_of(merged, tokenizer, prompts))
             ours = patched.answers[place * len(prompts) :][: len(prompts)]
             gaps += [

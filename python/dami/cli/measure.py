@@ -12,6 +12,7 @@ import typer
 
 from dami import sources
 from dami.cli.base import CHECKOUT, app, err, fail, load, out, progress_bars, user_errors
+from dami.cli.checkpoints import TakesPair, refuse_checkpoint, takes_checkpoints
 from dami.cli.options import (
     DtypeOption,
     FormatOption,
@@ -42,6 +43,7 @@ def read_task(task: str | None, pair: Sequence[str] | None, verifier: str | None
             "a task is needed for a pair of your own: a file of questions (.jsonl), or a dataset of reasoning-gym"
         )
     with user_errors():
+        refuse_checkpoint(task or "", "a task")
         return load_task(task or str(sources.QUESTIONS), count, seed, **({"verifier": verifier} if verifier else {}))
 
 
@@ -50,11 +52,12 @@ QuestionsOption = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=TakesPair)
+@takes_checkpoints
 def evaluate(
     task: TaskArgument = None,
     pair: PairOption = None,
-    format: FormatOption = "pair",
+    format: FormatOption = None,
     dtype: DtypeOption = "auto",
     intensity: Annotated[list[float] | None, lam_option("A λ to ask at.", "0 to 1 in tenths")] = None,
     questions: QuestionsOption = None,
@@ -67,6 +70,8 @@ def evaluate(
         "evaluation"
     ),
     seed: SeedOption = 0,
+    *,
+    checkpoints: dict[str, Any],
 ) -> None:
     """Ask every question at every λ, and report the frontier.
 
@@ -84,12 +89,13 @@ def evaluate(
     asked = read_task(task, pair, verifier, questions, seed)
     with user_errors():
         check_enough(asked, TO_EVALUATE)
-    model, tokenizer = load(pair, format, dtype, intensities=lams)
+    model, tokenizer = load(pair, format, dtype, intensities=lams, checkpoints=checkpoints)
     from dami.cli.terminal import point_table
     from dami.dial.patch import patch_of
     from dami.evaluation.frontier import Frontier
     from dami.evaluation.report import write_report
     from dami.evaluation.sweeps import Record, sweep
+    from dami.layers.describe import describe
 
     options: dict[str, Any] = {"do_sample": False} if greedy else {}
     if max_tokens:
@@ -107,7 +113,8 @@ def evaluate(
             model, tokenizer, asked, lams,
             path=output / "records.jsonl", samples=samples, rows=rows, seed=seed, on_batch=show, **options,
         )  # fmt: skip
-        about = {"pair": " and ".join(pair) if pair else "the shipped pair", "format": format, "samples": samples}
+        named = " and ".join(pair) if pair else "the shipped pair"
+        about = {"pair": named, "format": describe(model).format, "samples": samples}
         chosen = None
         if patch_of(model).estimator is not None:
             chosen = chosen_lams(model, tokenizer, [question.question for question in asked.questions], rows)
@@ -126,7 +133,8 @@ def chosen_lams(model: Any, tokenizer: Any, prompts: Sequence[Prompt], rows: int
     return [lam for batch in batches for lam in numbers_of(model, tokenizer, batch, ["auto"] * len(batch))]
 
 
-@app.command("train-estimator")
+@app.command("train-estimator", cls=TakesPair)
+@takes_checkpoints
 def train_estimator(
     output: OutputOption,
     task: TaskArgument = None,
@@ -145,6 +153,8 @@ def train_estimator(
     rows: RowsOption = 64,
     max_tokens: MaxTokensOption = None,
     seed: SeedOption = 0,
+    *,
+    checkpoints: dict[str, Any],
 ) -> None:
     """Learn from answers which λ a prompt deserves.
 
@@ -162,7 +172,7 @@ def train_estimator(
         check_directory(output)
         check_distinct(lams)
         check_enough(asked, TO_TRAIN)
-    model, tokenizer = load(pair, format, dtype, intensities=lams)
+    model, tokenizer = load(pair, format, dtype, intensities=lams, checkpoints=checkpoints)
     from dami.cli.terminal import outcome_table
     from dami.evaluation.training import train_estimator
 
@@ -190,11 +200,12 @@ def stages(bars: Progress) -> Callable[[str, int, int], None]:
     return progress
 
 
-@app.command()
+@app.command(cls=TakesPair)
+@takes_checkpoints
 def study(
     task: TaskArgument = None,
     pair: PairOption = None,
-    format: FormatOption = "pair",
+    format: FormatOption = None,
     dtype: DtypeOption = "auto",
     control: Annotated[
         list[str] | None,
@@ -215,6 +226,8 @@ def study(
         "study"
     ),
     seed: SeedOption = 0,
+    *,
+    checkpoints: dict[str, Any],
 ) -> None:
     """Study the path between the ends, and each part alone.
 
@@ -231,10 +244,11 @@ def study(
             check_distinct(intensity, (0.0, 1.0))
         for each in set(control or ()) - {"permuted"}:
             sources.local(each)
-    model, tokenizer = load(pair, format, dtype, intensities=intensity or ())
+    model, tokenizer = load(pair, format, dtype, intensities=intensity or (), checkpoints=checkpoints)
     from dami.evaluation import study as studies
     from dami.evaluation.report import verifiers_of
     from dami.evaluation.study.report import circumstances, write_study_report
+    from dami.layers.describe import describe
 
     options: dict[str, Any] = {"do_sample": sample}
     if max_tokens:
@@ -246,7 +260,7 @@ def study(
         )  # fmt: skip
     about = {
         "pair": " and ".join(pair) if pair else "the shipped pair",
-        "format": format or "pair",
+        "format": describe(model).format,
         "verifier": ", ".join(verifiers_of(asked)),
         "answers": "sampled" if sample else "greedy",
         **circumstances(model, CHECKOUT),

@@ -29,7 +29,8 @@ def intensity_names(context: typer.Context, incomplete: str) -> list[str]:
     pair = context.params.get("pair") or (positional and context.args)  # if the line ends with an option
     pair = pair or [str(end) for end in sources.example_pair()]
     try:
-        where = sources.local(pair[-1])
+        folders = [context.params.get(f"{end}subfolder") for end in ("", sources.THINKING)]
+        where = sources.local(pair[-1], folders[0] if len(pair) == 1 else folders[1] or folders[0])
         presets, has_estimator = sources.stored_names(where) if where is not None else ([], False)
     except (ValueError, OSError):  # the command will report it
         return []
@@ -84,11 +85,11 @@ def lam_option(help: str, default: str) -> Any:
 
 
 PairOption = Annotated[
-    tuple[str, str] | None,
+    list[str] | None,
     typer.Option(
         "--pair",
-        metavar="INSTRUCT THINKING",
-        help="The two checkpoints: directories or hub names. Default: the shipped pair.",
+        metavar="PAIR | INSTRUCT THINKING",
+        help="A packed pair or two checkpoints: directories or hub names. Default: the shipped pair.",
     ),
 ]
 

@@ -9,6 +9,7 @@ import typer
 from dami import sources
 from dami.callers import CALLERS
 from dami.cli.base import app, err, fail, load, out, user_errors
+from dami.cli.checkpoints import TakesPair, takes_checkpoints
 from dami.cli.options import (
     FORMATS,
     DtypeOption,
@@ -25,24 +26,28 @@ from dami.cli.options import (
 from dami.files import check_new, written_whole
 
 
-@app.command()
+@app.command(cls=TakesPair)
+@takes_checkpoints
 def describe(
     ends: EndsArgument = None,
     format: FormatOption = None,
     dtype: DtypeOption = "auto",
+    *,
+    checkpoints: dict[str, Any],
 ) -> None:
     """Show every parameter of a pair and how it is stored.
 
     The last line compares the bytes with those of merged copies.
     """
-    model, _ = load(ends, format, dtype)
+    model, _ = load(ends, format, dtype, checkpoints=checkpoints)
     import dami
     from dami.cli.terminal import parameters
 
     out.print(parameters(dami.describe(model)))
 
 
-@app.command()
+@app.command(cls=TakesPair)
+@takes_checkpoints
 def pack(
     output: OutputOption,
     ends: Annotated[
@@ -65,9 +70,8 @@ def pack(
     tokenizer: TokenizerOption = None,
     rope: RopeOption = None,
     overwrite: OverwriteOption = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the checkpoints run their own code.")
-    ] = False,
+    *,
+    checkpoints: dict[str, Any],
 ) -> None:
     """Pack two checkpoints into one directory.
 
@@ -77,21 +81,20 @@ def pack(
     if ends and len(ends) != 2:
         raise fail(f"two checkpoints are packed, an instruct and a thinking one, got {len(ends)}")
     with user_errors():
-        sources.check_pair([str(instruct), str(thinking)], format)
+        sources.check_pair([str(instruct), str(thinking)], format, options=sources.per_end(dict(checkpoints)))
         check_new(output, overwrite, [instruct, thinking])
     with err.status("loading torch and transformers"):
         import dami
         from dami.cli.terminal import size
     choices: dict[str, Any] = {"dtype": dtype, "tokenizer": tokenizer, "rope": rope}
     with user_errors():
-        dami.pack(
-            instruct, thinking, output, format, overwrite=overwrite, trust_remote_code=trust_remote_code, **choices
-        )
+        dami.pack(instruct, thinking, output, format, overwrite=overwrite, **choices, **checkpoints)
     total = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     out.print(f"{output}: {size(total)}. Load it with dami.load_pair({str(output)!r}).")
 
 
-@app.command()
+@app.command(cls=TakesPair)
+@takes_checkpoints
 def merge(
     output: OutputOption,
     intensity: Annotated[
@@ -100,6 +103,8 @@ def merge(
     ],
     ends: EndsArgument = None,
     overwrite: OverwriteOption = False,
+    *,
+    checkpoints: dict[str, Any],
 ) -> None:
     """Write an ordinary checkpoint of a pair at one λ.
 
@@ -109,7 +114,9 @@ def merge(
     with user_errors():
         check_new(output, overwrite, inputs)
     caller = CALLERS["dami merge"]
-    model, tokenizer = load(ends, intensities=[intensity], caller=caller, device="cpu")  # each weight is read once
+    model, tokenizer = load(  # on the CPU, as each weight is read once
+        ends, intensities=[intensity], caller=caller, device="cpu", checkpoints=checkpoints
+    )
     from dami.saving.merging import write_merged
 
     with user_errors(), written_whole(output, overwrite, inputs) as partial:

@@ -13,6 +13,7 @@ import typer
 
 from dami.callers import DEFAULT_INTENSITY
 from dami.cli.base import app, err, fail, load, user_errors
+from dami.cli.checkpoints import CheckpointSettings, TakesPair
 from dami.cli.options import (
     ChatTemplateOption,
     DtypeOption,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ServeSettings:
+class ServeSettings(CheckpointSettings):
     """The settings of `dami serve`."""
 
     pair: Annotated[EndsArgument, Several()] = None
@@ -188,7 +189,7 @@ class ServeSettings:
         )
 
 
-@app.command()
+@app.command(cls=TakesPair)
 @options_of(ServeSettings, "serve", ["fastapi", "prometheus_client", "pydantic_settings", "uvicorn"])
 def serve(given: Given[ServeSettings]) -> None:
     """Serve a pair over OpenAI's API, each request at its own λ.
@@ -201,8 +202,9 @@ def serve(given: Given[ServeSettings]) -> None:
     with user_errors():
         frontier = check(given)
     model, tokenizer = load(
-        settings.pair, settings.format, settings.dtype, settings.invariant, [settings.default_intensity]
-    )
+        settings.pair, settings.format, settings.dtype, settings.invariant, [settings.default_intensity],
+        checkpoints=settings.given(),
+    )  # fmt: skip
     from dami.dial.patch import patch_of
     from dami.huge_pages import use_huge_pages
     from dami.serving.app import create_app

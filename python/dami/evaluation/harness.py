@@ -1,17 +1,20 @@
 """lm-evaluation-harness with the model "dami": python -m dami.evaluation.harness --model dami --model_args pair=…,…
 
-Arguments: `pair`, a packed pair, or `instruct` and `thinking`; `intensity`, a number or "auto"; `format`; and those
-of the harness's model "hf" for batches, lengths and templates.
+Arguments: `pair`, a packed pair, or `instruct` and `thinking`; `intensity`, a number or "auto"; `format`; the options
+of both checkpoints, such as `revision` and `thinking_revision`; and those of the harness's model "hf" for batches,
+lengths and templates. The model "hf" itself takes a packed pair, or a model that PairConfig has loaded.
 """
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
 
 import dami
+from dami.sources import OPTIONS, THINKING
 from dami.upstream import check
 from dami_kernels.installation import needs
 
@@ -42,8 +45,12 @@ class DamiLM(HFLM):
         """Loads the pair.
 
         Raises:
+            TypeError: an option is unknown.
             ValueError: neither a packed pair nor two ends are given, or the intensity is neither a number nor "auto".
         """
+        known = {*inspect.signature(HFLM.__init__).parameters, *OPTIONS, *(THINKING + name for name in OPTIONS)}
+        if unknown := options.keys() - known:
+            raise TypeError(f'the model "dami" has no {sorted(unknown)}: it takes {sorted(known - {"self", "kwargs"})}')
         if bool(pair) == bool(instruct and thinking) or (pair and (instruct or thinking)):
             raise ValueError(
                 f"pair must be a packed pair, or instruct and thinking two checkpoints, got pair={pair}, "
@@ -54,7 +61,8 @@ class DamiLM(HFLM):
                 intensity = float(intensity)
             except ValueError as error:
                 raise ValueError(f'intensity must be a number or "auto", got {intensity!r}') from error
-        loaded: dict[str, Any] = {"device_map": device, "dtype": dtype}
+        ours = [name for name in options if name.removeprefix(THINKING) in OPTIONS]
+        loaded: dict[str, Any] = {"device_map": device, "dtype": dtype, **{name: options.pop(name) for name in ours}}
         if not pair:
             loaded["format"] = format
         model, tokenizer = dami.load_pair(str(pair or instruct), thinking, **loaded)

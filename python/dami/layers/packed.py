@@ -21,6 +21,10 @@ class LowRank:
     down: Tensor
     up: Tensor
 
+    def minus(self, other: LowRank) -> LowRank:
+        """Returns the difference of two, whose rank is the sum of theirs."""
+        return LowRank(torch.cat((self.down, other.down.to(self.down))), torch.cat((self.up, -other.up.to(self.up)), 1))
+
 
 def adapted(base: Tensor, difference: LowRank, format: str) -> LerpWeight:
     """Packs base and base + up · down: as factors in the format `lowrank`, as two full ends in any other."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import ModelCard, snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -32,13 +33,13 @@ from transformers.utils import logging
 from dami.loading import adapters
 from dami.patching.compare import Header, first_names
 from dami.patching.ties import TIES
-from dami.sources import QUANT_METHOD, local
+from dami.sources import QUANT_METHOD, TWO_ENDS, local
 from dami.upstream import ignored_keys, ties_of
 
 FILES = ["model*.safetensors", adapters.WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md"]
 
 
-LEGACY_FILES = ["pytorch_model*.bin"]
+LEGACY_FILES = ["pytorch_model*.bin", adapters.LEGACY]
 
 FP8 = "fp8"  # quant_method of checkpoints whose weights are FP8 with a scale for each block
 DEQUANTIZABLE = (FP8, "mxfp4", "compressed-tensors")  # methods that transformers can undo while it loads
@@ -54,7 +55,7 @@ class Checkpoint:
         name: its name on the hub, or the name of its directory or file.
         gguf: name of its GGUF file, None for any other checkpoint.
         trust_remote_code: whether its own modelling code may run.
-        download: download options, those named in `DOWNLOAD`.
+        download: download options, those named in `sources.DOWNLOAD`.
     """
 
     directory: Path
@@ -67,16 +68,35 @@ class Checkpoint:
     def find(
         cls, source: str | Path, trust_remote_code: bool = False, download: Mapping[str, Any] | None = None
     ) -> Checkpoint:
-        """Finds the checkpoint in a directory, a GGUF file or a hub repository, and downloads it if necessary."""
-        path, download = local(source), download or {}
+        """Finds the checkpoint in a directory, a GGUF file or a hub repository, and downloads it if necessary.
+
+        Args:
+            source: where it is.
+            trust_remote_code: whether its own modelling code may run.
+            download: download options, and the `subfolder` of the directory or repository that it is in.
+        """
+        download = dict(download or {})
+        subfolder = download.pop("subfolder", None) or ""
+        path = local(source, subfolder)
         if path is not None and path.is_file():
             return cls(path.parent, path.name, path.name, trust_remote_code, download)
         if path is not None:
             return cls(path, path.resolve().name, None, trust_remote_code, download)
-        directory = Path(snapshot_download(str(source), allow_patterns=FILES, **download))
-        if not any(directory.glob("*.safetensors")):
-            directory = Path(snapshot_download(str(source), allow_patterns=LEGACY_FILES, **download))
-        return cls(directory, str(source), None, trust_remote_code, download)
+        name = f"{source}/{subfolder}".rstrip("/")
+        for files in (FILES, LEGACY_FILES):
+            patterns = [f"{subfolder}/{pattern}".lstrip("/") for pattern in files]
+            directory = Path(snapshot_download(str(source), allow_patterns=patterns, **download), subfolder)
+            if any(directory.glob("*.safetensors")):
+                break
+        if subfolder and not directory.is_dir():
+            raise OSError(f"there is no checkpoint {name}")
+        return cls(directory, name, None, trust_remote_code, download)
+
+    @classmethod
+    def at(cls, source: str | Path, options: Mapping[str, Any]) -> Checkpoint:
+        """Finds a checkpoint as `find` does, with the options that `sources.per_end` returns for it."""
+        download = {name: value for name, value in options.items() if name != "trust_remote_code"}
+        return cls.find(source, bool(options.get("trust_remote_code")), download)
 
     @property
     def path(self) -> Path:
@@ -122,11 +142,12 @@ class Checkpoint:
 
     @cached_property
     def quantization(self) -> dict[str, Any] | None:
-        """How its weights are quantised, as its config says; None if they are not, in a GGUF file or a packed pair."""
+        """How its weights are quantised, as its config says; None if they are not, in a GGUF file or a pair."""
         if self.gguf is not None or self.is_adapter:
             return None
         quantization = json.loads((self.directory / "config.json").read_text()).get("quantization_config")
-        return None if quantization is None or quantization.get("quant_method") == QUANT_METHOD else quantization
+        ours = (QUANT_METHOD, TWO_ENDS)
+        return None if quantization is None or quantization.get("quant_method") in ours else quantization
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Returns its tokenizer, or None if it has none."""
@@ -141,6 +162,8 @@ class Checkpoint:
         """
         if self.quantization is not None:
             options["quantization_config"] = AutoQuantizationConfig.from_dict({**self.quantization, "dequantize": True})
+        if self.gguf and hasattr(transformers, "GgufConfig"):  # newer versions may keep the file's blocks
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         with warnings.catch_warnings():  # that the checkpoint is quantised already
             warnings.filterwarnings("ignore", "You passed `quantization_config`")
             loaded: Any = AutoModelForCausalLM.from_pretrained(

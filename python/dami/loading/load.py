@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 import dami.loading.quantizer  # noqa: F401  (registers packed pairs with transformers; raises the error if that fails)
-from dami.dial.patch import Origin, patch_of
-from dami.estimators.attach import attach
+from dami.dial.patch import patch_of
 from dami.layers.kinds import LerpConv1D, LerpExperts, LerpLinear
-from dami.loading import adapters
 from dami.loading.checkpoint import FILES, Checkpoint
-from dami.loading.match import Match, vocabulary_tensors
-from dami.loading.policies import CONTEXT, ENDS, Choices, End, copy_rope, translated
+from dami.loading.joining import Joining, Tokenizer, base_of, with_estimator
+from dami.loading.policies import CONTEXT, Choices, End
 from dami.patching.model import PairModel
-from dami.patching.patch import interpolate, patch_model
-from dami.sources import FOLDER, SETTINGS, check_packed
+from dami.sources import DOWNLOAD as DOWNLOAD
+from dami.sources import FOLDER, OPTIONS, THINKING, check_packed, per_end
 from dami.sources import example_pair as example_pair
 from dami_kernels import formats
 
 FILES.append(f"{FOLDER}/*")
-DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 PARALLEL = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
 LOADING = {  # options of `from_pretrained` that mean the same for a pair; any setting of the config is allowed too
     *("attn_implementation", "experts_implementation", "max_memory", "offload_folder", "offload_buffers"),
     *("low_cpu_mem_usage", "use_safetensors", "weights_only", "disable_mmap", "generation_config"),
     *("use_kernels", "allow_all_kernels", "kernel_config", *PARALLEL),
 }
-
-Tokenizer = PreTrainedTokenizerBase | Any  # None if the instruct end has none; Any spares most callers the check
-
-logger = logging.get_logger(__name__)
 
 
 def load_pair(
@@ -50,6 +40,7 @@ def load_pair(
     tokenizer: End | None = None,
     rope: End | None = None,
     invariant: bool = False,
+    base: str | Path | None = None,
     trust_remote_code: bool = False,
     **options: Any,
 ) -> tuple[PairModel, Tokenizer]:
@@ -66,9 +57,10 @@ def load_pair(
     and presets are attached.
 
     Args:
-        instruct: directory, GGUF file or hub name of the λ=0 end; or directory or hub name of a packed pair.
-        thinking: likewise for the λ=1 end; or a LoRA adapter on the λ=0 end, as PEFT saves it, which
-            `format="lowrank"` keeps unchanged. None if `instruct` is a packed pair.
+        instruct: directory, GGUF file or hub name of the λ=0 end, or of a LoRA adapter as PEFT saves it, which is put
+            into its base; or directory or hub name of a packed pair.
+        thinking: likewise for the λ=1 end. A LoRA adapter on the λ=0 end, or on its base, is kept unchanged by
+            `format="lowrank"`. None if `instruct` is a packed pair.
         format: how embeddings and linear weights are stored, a name of `dami_kernels.formats.names()`. None means
             `"pair"`, or a packed pair's own format.
         device_map: as in transformers' `from_pretrained`. None means the CPU. Only a packed pair can be offloaded.
@@ -79,10 +71,13 @@ def load_pair(
             the instruct end's, unless only the thinking end's has tokens that mark a thought.
         rope: the end whose rotary embedding both ends get, if theirs differ. None refuses such a pair.
         invariant: as in `patch_model`.
+        base: what the adapters were trained on, if the instruct end is one and the base is not what it names.
         trust_remote_code: as in `from_pretrained`.
-        options: `revision` (one for both ends, or a pair), `token`, `cache_dir`, `force_download` and
-            `local_files_only` for downloads; and arguments of `from_pretrained` such as `attn_implementation`,
-            including settings of the config. `max_position_embeddings` is the smaller of the ends' unless given.
+        options: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` and `subfolder`, as in
+            `from_pretrained`. They and `trust_remote_code` hold for both ends; with `thinking_` before the name, such
+            as `thinking_revision`, for the thinking end instead. And other arguments of `from_pretrained`, such as
+            `attn_implementation`, including settings of the config. `max_position_embeddings` is the smaller of the
+            ends' unless given.
 
     Returns:
         (model, tokenizer): the model as `dami.patch_model` returns it, in evaluation mode; the tokenizer is None if the
@@ -97,102 +92,30 @@ def load_pair(
     if chat_template not in ("instruct", "thinking"):
         raise ValueError(f"chat_template must be 'instruct' or 'thinking', got {chat_template!r}")
     formats.get(format or "pair")
-    downloads = downloads_of({name: options.pop(name) for name in DOWNLOAD if name in options}, thinking is not None)
+    if options.get("weights_only") is False:
+        raise ValueError("weights_only must be True, got False: what is pickled in a .bin file could run any code")
+    own = per_end(options := {"trust_remote_code": trust_remote_code, **options}, thinking is not None)
     if thinking is not None and (split := set(PARALLEL) & options.keys()):
         raise ValueError(f"{sorted(split)} need a packed pair, which dami.pack makes of two checkpoints")
-    first = Checkpoint.find(instruct, trust_remote_code, downloads[0])
-    _check_options(options, first)
-    loaded = {"device_map": device_map, "dtype": dtype, **options}
-    chosen = [name for name, end in (("tokenizer", tokenizer), ("rope", rope)) if end is not None]
-    if chosen and thinking is None:
-        raise ValueError(f"{chosen[0]} must be left out of a packed pair, whose ends were resolved when it was packed")
-    if thinking is None:
-        return _load_packed(first, format, chat_template, invariant, **loaded)
-    ends = first, Checkpoint.find(thinking, trust_remote_code, downloads[1])
-    if chosen and ends[1].is_adapter:
-        raise ValueError(f"{chosen[0]} must be left out with an adapter, which has the {chosen[0]} of its model")
-    if ends[1].is_adapter:
-        model, tokenizers = _load_adapted(*ends, format or "pair", invariant, **loaded)
-        told = with_both_templates(tokenizers, chat_template)
-        patch_of(model).origin = Origin([end.parent() for end in ends], tokenizer=told)
-    else:
-        match = Match.of(*ends, Choices(dtype, tokenizer, rope, options.get(CONTEXT)))
-        match.check()
-        for difference in match.report.resolved:
-            logger.warning(f"{difference}")
-        model = _load_two(match, format or "pair", invariant, device_map, options)
-        patch_of(model).origin = origin_of(match, chat_template)
-    return _with_estimator(model, ends[1]), patch_of(model).origin.tokenizer
-
-
-def origin_of(match: Match, chat_template: str) -> Origin:
-    """Returns what a pair keeps about its two checkpoints."""
-    return Origin(
-        [end.parent() for end in match.ends],
-        tokenizer=with_both_templates(match.tokenizers, chat_template, match.tokenizer),
-        differences=match.report.to_dicts(),
-        vocabulary=match.lacking,
-        sampling=match.sampling,
-    )
-
-
-def _load_two(match: Match, format: str, invariant: bool, device_map: Any, options: Mapping[str, Any]) -> PairModel:
-    """Returns the patched model of two matching checkpoints."""
-    plain = _loaded(match, 0, device_map=device_map, dtype=match.dtype, **options)
-    shared = match.prepare(plain)
-    if match.stored[1].complete:
-        model = interpolate(plain, _other_end(match, plain), format, invariant=invariant, owned=True)
-    else:
-        logger.warning(f"{match.ends[1].name} is not stored as the model is: loading it as a second model on the CPU")
-        other = _loaded(match, 1, dtype=plain.dtype, **options)
-        match.prepare(other)
-        _fill(match, plain, other)
-        model = patch_model(plain, other, format, invariant=invariant)
-    if shared is not None:
-        model.dami_patch.shared = shared
-    if match.end_ids is not None and "generation_config" not in options:
-        model.generation_config.eos_token_id = match.end_ids
-    return model
-
-
-def _loaded(match: Match, end: int, **options: Any) -> PreTrainedModel:
-    """Loads an end, with the rotary embedding that the user has chosen."""
-    checkpoint, rope = match.ends[end], match.choices.rope
-    if rope not in (None, ENDS[end]):
-        config = checkpoint.config()
-        copy_rope(match.ends[1 - end].config(), config)
-        for name in options.keys() - LOADING - {"device_map", "dtype"}:  # beside a config, they would be the model's
-            setattr(config, name, options.pop(name))
-        options["config"] = config
-    return checkpoint.model(**options)
-
-
-def _other_end(match: Match, plain: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of the thinking end by their names in the model, each as long as the model's."""
-    state = plain.state_dict(keep_vars=True)
-    for name, tensor in match.ends[1].tensors(match.stored[1].names):
-        yield name, match.lengthen(name, state[name], tensor)[1]
-
-
-def _fill(match: Match, plain: PreTrainedModel, other: PreTrainedModel) -> None:
-    """Gives each of two loaded models the rows of the vocabulary that only the other has."""
-    short, long = (plain, other) if match.sizes[0] < match.sizes[1] else (other, plain)
-    rows, states = slice(min(match.sizes), None), (short.state_dict(), long.state_dict())
-    for name in vocabulary_tensors(plain) if match.lacking is not None else ():
-        states[0][name][rows] = states[1][name][rows].to(states[0][name].device)
-
-
-def downloads_of(options: Mapping[str, Any], two: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the download options of the instruct end and of the thinking end; TypeError if one is unknown."""
-    if unknown := options.keys() - set(DOWNLOAD):
-        raise TypeError(f"options must be of {list(DOWNLOAD)}, got {sorted(unknown)}")
-    revision = options.get("revision")
-    revisions = revision if isinstance(revision, (tuple, list)) else (revision, revision)
-    if len(revisions) != 2 or not (two or revisions is not revision):
-        raise TypeError(f"revision must be one, or a pair for a pair of checkpoints, got {revision!r}")
-    if revision is None:
-        return dict(options), dict(options)
-    return {**options, "revision": revisions[0]}, {**options, "revision": revisions[1]}
+    first = Checkpoint.at(instruct, own[0])
+    second = None if thinking is None else Checkpoint.at(thinking, own[1])
+    if second is None and base is not None:
+        raise TypeError("base is for two adapters, got a packed pair: leave it out")
+    based = first if second is None else base_of((first, second), base, own[0])
+    _check_options(options, based)
+    choices = Choices(dtype, tokenizer, rope, options.get(CONTEXT))
+    if second is None:
+        if chosen := choices.between_ends:
+            raise ValueError(
+                f"{chosen[0]} must be left out of a packed pair, whose ends were resolved when it was packed"
+            )
+        return _load_packed(first, format, chat_template, invariant, device_map=device_map, dtype=dtype, **options)
+    joining = Joining.of((first, second), based, choices)
+    joining.warn()
+    plain = joining.load(device_map=device_map, dtype=dtype, options=options)
+    model = joining.onto(plain, format or "pair", invariant, options)
+    patch_of(model).origin.tokenizer = words = joining.tokenizer(chat_template)
+    return model, words
 
 
 def _check_options(options: Mapping[str, Any], checkpoint: Checkpoint) -> None:
@@ -203,15 +126,9 @@ def _check_options(options: Mapping[str, Any], checkpoint: Checkpoint) -> None:
         unknown = [name for name in unknown if name not in settings]
     if unknown:
         raise TypeError(
-            f"options must be settings of the config, or of {sorted({*DOWNLOAD, *LOADING})}, got {unknown}; "
-            "what load_pair cannot find by itself, such as a subfolder, download first and name its directory"
+            f"options must be settings of the config, or of {sorted({*OPTIONS, *LOADING})}, got {unknown}; "
+            f"those of checkpoints hold for the thinking end alone as {THINKING}revision and so on"
         )
-
-
-def _with_estimator(model: PairModel, where: Checkpoint) -> PairModel:
-    """Attaches the estimator and presets stored next to the weights, if there are any, and returns the model."""
-    directory = where.directory / FOLDER
-    return attach(model, directory) if (directory / SETTINGS).exists() else model
 
 
 def _load_packed(
@@ -228,34 +145,4 @@ def _load_packed(
         if isinstance(module, (LerpLinear, LerpConv1D, LerpExperts)) and invariant:
             module.lerp.settings["invariant"] = True
     patch_of(model).origin.tokenizer = tokenizer
-    return _with_estimator(model, pair), tokenizer
-
-
-def _load_adapted(
-    instruct: Checkpoint, thinking: Checkpoint, format: str, invariant: bool, **options: Any
-) -> tuple[PairModel, tuple[Tokenizer, Tokenizer]]:
-    """Returns the model and both tokenizers if the λ=1 end is a LoRA adapter on the λ=0 end."""
-    adapter = adapters.Adapter.read(thinking.directory)
-    mismatches = adapter.mismatches(instruct.skeleton())
-    if mismatches:
-        raise ValueError("\n  ".join([f"{instruct.directory} and {thinking.directory} do not match:", *mismatches]))
-    plain = instruct.model(**options)
-    model = interpolate(plain, adapter.tensors(plain), format, invariant=invariant, owned=True)
-    return model, (instruct.tokenizer(), thinking.tokenizer())
-
-
-def with_both_templates(tokenizers: tuple[Tokenizer, Tokenizer], default: str, end: End = "instruct") -> Tokenizer:
-    """Returns one end's tokenizer or None, with both ends' chat templates by name if they differ.
-
-    The other end's template gets this tokenizer's names of its special tokens.
-    """
-    own = ENDS.index(end)
-    tokenizer, other = tokenizers[own], tokenizers[1 - own]
-    if tokenizer is None or other is None or tokenizer.chat_template == other.chat_template:
-        return tokenizer
-    templates: dict[str, Any] = {end: tokenizer.chat_template, ENDS[1 - own]: other.chat_template}
-    if isinstance(other.chat_template, str):
-        templates[ENDS[1 - own]] = translated(other.chat_template, other, tokenizer)
-    templates = {name: templates[name] for name in ENDS if templates[name]}
-    tokenizer.chat_template = {"default": templates.get(default, next(iter(templates.values()))), **templates}
-    return tokenizer
+    return with_estimator(model, pair), tokenizer

@@ -56,11 +56,6 @@ class Match:
         ends, choices = (instruct, thinking), choices or Choices()
         for end in ends:
             check_end(end.path)
-        if instruct.path == thinking.path:
-            raise ValueError(
-                f"instruct and thinking must be two checkpoints, got {instruct.name} twice: the chat modes of one "
-                "hybrid model are no pair; the other end may be an adapter trained on it"
-            )
         configs = instruct.config(), thinking.config()
         sizes = _vocabulary_size(configs[0]), _vocabulary_size(configs[1])
         headers = instruct.headers(), thinking.headers()
@@ -162,6 +157,15 @@ class Match:
     @property
     def _vocabulary_tensors(self) -> set[str]:
         return set(vocabulary_tensors(self.skeleton))
+
+
+def check_distinct(ends: tuple[Checkpoint, Checkpoint]) -> None:
+    """Raises ValueError if both ends are one checkpoint."""
+    if ends[0].path == ends[1].path:
+        raise ValueError(
+            f"instruct and thinking must be two checkpoints, got {ends[0].name} twice: the chat modes of one "
+            "hybrid model are no pair; the other end may be an adapter trained on it"
+        )
 
 
 def vocabulary_tensors(model: PreTrainedModel) -> Iterator[str]:

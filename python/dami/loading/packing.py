@@ -20,13 +20,15 @@ from dami.layers.base import LerpModule
 from dami.layers.kinds import kind_on_meta, readers, stored_format
 from dami.layers.obstacles import obstacles, unread
 from dami.loading.checkpoint import Checkpoint
-from dami.loading.load import downloads_of, load_pair, origin_of
+from dami.loading.joining import Joining, base_of, origin_of, with_both_templates
+from dami.loading.load import load_pair
 from dami.loading.match import Match
 from dami.loading.policies import CONTEXT, Choices, End, main_dtype, wider_dtype
 from dami.patching.compare import first_names
-from dami.saving.config import PairConfig, by_pattern
+from dami.saving.config import PackedConfig, by_pattern
 from dami.saving.directory import write_pair
 from dami.saving.model_card import write_model_card
+from dami.sources import OPTIONS, THINKING, per_end
 from dami_kernels import LerpWeight, formats
 from dami_kernels.weight import FLOAT_DTYPES
 
@@ -43,6 +45,7 @@ def pack(
     format: str = "int4",
     *,
     overwrite: bool = False,
+    base: str | Path | None = None,
     trust_remote_code: bool = False,
     max_shard_size: int | str = SHARD_SIZE,
     shard_bytes: int | None = None,
@@ -50,7 +53,7 @@ def pack(
     tokenizer: End | None = None,
     rope: End | None = None,
     max_position_embeddings: int | None = None,
-    **download: Any,
+    **options: Any,
 ) -> Path:
     """Packs two checkpoints of one architecture into one directory, which `dami.load_pair` loads, and returns it.
 
@@ -64,11 +67,13 @@ def pack(
         directory: the directory to write; it must be empty or not exist.
         format: how embeddings and linear weights are stored, a name of `dami_kernels.formats.names()`.
         overwrite: whether to replace an existing directory.
+        base: as in `load_pair`.
         trust_remote_code: as in `from_pretrained`.
         max_shard_size: maximum size of a file, unless a single weight is larger: bytes, or a string such as "1GB".
         shard_bytes: the old name of `max_shard_size`.
         dtype, tokenizer, rope, max_position_embeddings: as in `load_pair`. The pair records what was resolved.
-        download: `revision`, `token`, `cache_dir`, `force_download` and `local_files_only`, as in `load_pair`.
+        options: options of the checkpoints, as in `load_pair`: `revision`, `token`, `cache_dir`, `force_download`,
+            `local_files_only`, `subfolder`, and `thinking_revision` and so on.
 
     Raises:
         TypeError: an option is unknown.
@@ -79,26 +84,24 @@ def pack(
     formats.get(format)
     directory = Path(directory)
     shard_bytes = shard_bytes or convert_file_size_to_int(max_shard_size)
-    downloads = downloads_of(download)
-    ends = (
-        Checkpoint.find(instruct, trust_remote_code, downloads[0]),
-        Checkpoint.find(thinking, trust_remote_code, downloads[1]),
-    )
+    options["trust_remote_code"] = trust_remote_code
+    own = per_end(unknown := dict(options))
+    if unknown:
+        raise TypeError(f"options must be of {list(OPTIONS)}, or of these after {THINKING}, got {sorted(unknown)}")
+    ends = Checkpoint.at(instruct, own[0]), Checkpoint.at(thinking, own[1])
+    based = base_of(ends, base, own[0])
     choices = Choices(dtype, tokenizer, rope, max_position_embeddings)
-    with written_whole(directory, overwrite, [end.path for end in ends]) as partial:
-        match = None if ends[1].is_adapter else Match.of(*ends, choices)
-        if match is not None:
-            match.check()
-        if match is None or not all(stored.complete for stored in match.stored):
+    with written_whole(directory, overwrite, [end.path for end in (*ends, based)]) as partial:
+        joining = Joining.of(ends, based, choices)
+        if joining.whole is None:
             logger.warning(f"{instruct} or {thinking} is not stored as the model is: loading both ends first")
             told = {} if max_position_embeddings is None else {CONTEXT: max_position_embeddings}
-            options: dict[str, Any] = {"dtype": choices.dtype, "tokenizer": tokenizer, "rope": rope, **told, **download}
-            model, words = load_pair(instruct, thinking, format, trust_remote_code=trust_remote_code, **options)
+            options |= {"dtype": choices.dtype, "tokenizer": tokenizer, "rope": rope, **told}
+            model, words = load_pair(instruct, thinking, format, base=base, **options)
             write_pair(model, partial, words, shard_bytes)
         else:
-            for difference in match.report.resolved:
-                logger.warning(f"{difference}")
-            _pack(match, partial, format, shard_bytes)
+            joining.warn()
+            _pack(joining.whole, partial, format, shard_bytes)
     return directory
 
 
@@ -144,16 +147,17 @@ def _describe(
     weights: int,
 ) -> None:
     """Writes all files of a packed pair but its weights."""
-    origin = origin_of(match, "instruct")
+    origin = origin_of(match.ends, match)
+    tokenizer = with_both_templates(match.tokenizers, "instruct", match.tokenizer)
     kept = origin.differences, origin.vocabulary, origin.sampling
-    quantization = PairConfig(format, interpolated, origin.parents, error, *kept)
+    quantization = PackedConfig(format, interpolated, origin.parents, error, *kept)
     instruct = match.ends[0].directory
     for pattern in CARRIED:
         for file in instruct.glob(pattern):
             shutil.copy(file, directory)
     copy_estimator(match.ends[1].directory, directory)
-    if origin.tokenizer is not None:
-        origin.tokenizer.save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
     if match.end_ids is not None:
         generation = match.ends[0].generation()
         generation.eos_token_id = match.end_ids
@@ -166,7 +170,7 @@ def _describe(
     own = config.pop("torch_dtype", None) or config.get("dtype") or main_dtype(match.stored[0].headers)
     config["dtype"] = str(own if match.dtype == "auto" else match.dtype).removeprefix("torch.")
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    write_model_card(directory, quantization, nbytes, weights, origin.tokenizer)
+    write_model_card(directory, quantization, nbytes, weights, tokenizer)
 
 
 def _kinds(match: Match) -> dict[str, type[LerpModule] | None]:

@@ -59,6 +59,11 @@ class Choices:
         if self.context is not None and not (isinstance(self.context, int) and self.context > 0):
             raise ValueError(f"{CONTEXT} must be a positive number of tokens, got {self.context!r}")
 
+    @property
+    def between_ends(self) -> list[str]:
+        """The names of the choices made that need two whole checkpoints."""
+        return [name for name in ("tokenizer", "rope") if getattr(self, name) is not None]
+
 
 @dataclass(frozen=True)
 class Difference:

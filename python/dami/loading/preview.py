@@ -14,7 +14,7 @@ from dami.layers.kinds import kind_on_meta, readers, stored_format
 from dami.layers.obstacles import obstacles
 from dami.loading.adapters import Adapter
 from dami.loading.checkpoint import Checkpoint, StoredTensors
-from dami.loading.match import Match
+from dami.loading.match import Match, check_distinct
 from dami.loading.policies import Choices, Difference, Report
 from dami.patching.patch import place_of
 from dami_kernels import formats
@@ -104,6 +104,7 @@ def preview(instruct: Checkpoint, thinking: Checkpoint, choices: Choices | None 
     Raises:
         ValueError, OSError: an end is none, or files are damaged.
     """
+    check_distinct((instruct, thinking))
     if thinking.is_adapter:
         return _of_adapter(instruct, thinking)
     match = Match.of(instruct, thinking, choices)

@@ -1,4 +1,4 @@
-"""Lets transformers' `from_pretrained` load packed pairs, by the quantisation method "dami" in their configs.
+"""Lets transformers' `from_pretrained` load pairs, as the quantisation methods "dami" and "dami-pair".
 
 This file may be imported while transformers itself is being imported. So modules that need transformers' models are
 imported inside the functions.
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 
 from dami.layers.kinds import kind_on_meta
-from dami.saving.config import PairConfig
-from dami.sources import QUANT_METHOD
+from dami.saving.config import PackedConfig, PairConfig
+from dami.sources import QUANT_METHOD, TWO_ENDS
 from dami.upstream import check, execution_device, keep_from_initialization, parameters_of
 from dami_kernels import LerpWeight, formats
 
@@ -27,17 +28,20 @@ if TYPE_CHECKING:
     from dami.layers.packed import Packed
     from dami.patching.compare import Header
 
+logger = logging.get_logger(__name__)
+
 check("the loading of a packed pair")
-register_quantization_config(QUANT_METHOD)(PairConfig)
+register_quantization_config(QUANT_METHOD)(PackedConfig)
+register_quantization_config(TWO_ENDS)(PairConfig)
 
 
 @register_quantizer(QUANT_METHOD)
 class PairQuantizer(HfQuantizer):
     """Loads packed pairs: patches the empty model, so that every stored tensor is loaded straight into place."""
 
-    quantization_config: PairConfig
+    quantization_config: PackedConfig
     requires_calibration = True  # tells transformers that it cannot make a pair from one ordinary checkpoint
-    is_trainable = False
+    is_trainable = True  # not the pair, but an adapter on top of it
     is_compileable = True
 
     @property
@@ -139,6 +143,53 @@ class PairQuantizer(HfQuantizer):
         sizes = None if config.vocabulary is None else (config.vocabulary[0], config.vocabulary[1])
         patch.origin = Origin(config.parents, config.error, None, config.differences, sizes, config.sampling)
         model.requires_grad_(False)
+
+
+@register_quantizer(TWO_ENDS)
+class TwoEndsQuantizer(HfQuantizer):
+    """Loads the thinking end after the instruct end, which transformers loads, and patches the model."""
+
+    quantization_config: PairConfig
+    is_trainable = True
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        """Checks that the ends match, before any weight is read."""
+        from dami.loading.checkpoint import Checkpoint
+        from dami.loading.joining import Joining
+        from dami.loading.policies import Choices
+
+        if _is_split(model):
+            raise ValueError("tp_plan needs a packed pair, which dami.pack makes of two checkpoints")
+        if not checkpoint_files:
+            raise ValueError("quantization_config=PairConfig(…) needs an instruct end that is read from files")
+        where, named = Path(checkpoint_files[0]).parent, Path(model.config.name_or_path)
+        name = named.resolve().name if named.exists() else str(named)
+        instruct = Checkpoint(where, name, trust_remote_code=type(model).is_remote_code())
+        if not any(where.glob("*token*")):  # transformers downloads it apart from the model
+            logger.warning(f"{name} has no tokenizer beside its weights: whether the vocabularies match is not checked")
+        thinking = Checkpoint.at(self.quantization_config.thinking, self.quantization_config.options)
+        # transformers has chosen the dtype: where another than the instruct end's is asked for, both ends get it.
+        dtype = model.config.dtype
+        asked = str(dtype).removeprefix("torch.") not in {kept for _, kept in instruct.headers().values()}
+        self.joining = Joining.of((instruct, thinking), instruct, Choices(dtype) if asked else None)
+        match = self.joining.match
+        if match is not None and match.dtype not in ("auto", dtype):
+            raise ValueError(f"{name} is in {dtype}, which does not hold {thinking.name}: use dtype={match.dtype}")
+        self.joining.warn()
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        from dami.dial.turning import set_intensity
+
+        config = self.quantization_config
+        self.remove_quantization_config(model)
+        self.joining.onto(model, config.format, config.invariant, {})
+        model.dami_patch.origin.tokenizer = self.joining.tokenizer()
+        set_intensity(model, config.intensity)
+
+    def is_serializable(self) -> bool:
+        return True
 
 
 def _is_split(model: Any) -> bool:

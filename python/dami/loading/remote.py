@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import get_safetensors_metadata, hf_hub_url, snapshot_download
+from huggingface_hub import hf_hub_url, parse_safetensors_file_metadata, snapshot_download
 from huggingface_hub.utils import (
-    NotASafetensorsRepoError,
+    EntryNotFoundError,
     SafetensorsFileMetadata,
     build_hf_headers,
     get_session,
     hf_raise_for_status,
 )
 from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from dami.loading.adapters import CONFIG, WEIGHTS
+from dami.loading.adapters import CONFIG, LEGACY, WEIGHTS
 from dami.loading.checkpoint import DTYPES, FILES, Checkpoint
 from dami.patching.compare import Header
 from dami.sources import local
@@ -27,14 +30,36 @@ from dami.sources import local
 
 @dataclass(frozen=True)
 class RemoteCheckpoint(Checkpoint):
-    """A checkpoint on the hub, of which only config, tokenizer and index have been downloaded."""
+    """A checkpoint on the hub, of which only config, tokenizer and index have been downloaded.
+
+    Attributes:
+        repository: its name on the hub, without the subfolder.
+        subfolder: where in the repository it is.
+    """
+
+    repository: str = ""
+    subfolder: str = ""
 
     @cached_property
     def _files(self) -> Mapping[str, SafetensorsFileMetadata]:
-        revision, token = self.download.get("revision"), self.download.get("token")
+        """What the headers tell, by the file's name in the repository; {} if there is no safetensors file."""
+
+        def read(name: str) -> SafetensorsFileMetadata:
+            revision, token = self.download.get("revision"), self.download.get("token")
+            return parse_safetensors_file_metadata(self.repository, name, revision=revision, token=token)
+
+        index = self.directory / SAFE_WEIGHTS_INDEX_NAME
+        if index.exists():
+            files = sorted({*json.loads(index.read_text())["weight_map"].values()})
+        else:
+            files = [SAFE_WEIGHTS_NAME]
+        names = [f"{self.subfolder}/{file}".lstrip("/") for file in files]
         try:
-            return get_safetensors_metadata(self.name, revision=revision, token=token).files_metadata
-        except NotASafetensorsRepoError:
+            with ThreadPoolExecutor() as pool:
+                return dict(zip(names, pool.map(read, names), strict=True))
+        except EntryNotFoundError:
+            if index.exists():
+                raise
             return {}
 
     @cached_property
@@ -71,23 +96,29 @@ class RemoteCheckpoint(Checkpoint):
         return self._begins[file]
 
     def _range(self, file: str, begin: int, end: int) -> bytes:
-        url = hf_hub_url(self.name, file, revision=self.download.get("revision"))
+        url = hf_hub_url(self.repository, file, revision=self.download.get("revision"))
         headers = build_hf_headers(token=self.download.get("token")) | {"Range": f"bytes={begin}-{end - 1}"}
         response = get_session().get(url, headers=headers, follow_redirects=True)
         hf_raise_for_status(response)
         return response.content[: end - begin]
 
 
-def preview_of(
-    source: str | Path, trust_remote_code: bool = False, download: Mapping[str, Any] | None = None
-) -> Checkpoint:
-    """Finds a checkpoint as `Checkpoint.find` does, but leaves the weights of a whole one on the hub."""
-    download = download or {}
-    if local(source) is not None:
-        return Checkpoint.find(source, trust_remote_code, download)
-    small = [pattern for pattern in FILES if not pattern.endswith(".safetensors")]
-    directory = Path(snapshot_download(str(source), allow_patterns=small, **download))
+def preview_of(source: str | Path, options: Mapping[str, Any]) -> Checkpoint:
+    """Finds a checkpoint as `Checkpoint.at` does, but leaves the weights of a whole one on the hub."""
+    download = {name: value for name, value in options.items() if name != "trust_remote_code"}
+    trust = bool(options.get("trust_remote_code"))
+    subfolder = download.pop("subfolder", None) or ""
+    if local(source, subfolder) is not None:
+        return Checkpoint.at(source, options)
+    name = f"{source}/{subfolder}".rstrip("/")
+
+    def downloaded(files: Iterable[str]) -> Path:
+        patterns = [f"{subfolder}/{file}".lstrip("/") for file in files]
+        return Path(snapshot_download(str(source), allow_patterns=patterns, **download), subfolder)
+
+    directory = downloaded(pattern for pattern in FILES if not pattern.endswith(".safetensors"))
+    if subfolder and not directory.is_dir():
+        raise OSError(f"there is no checkpoint {name}")
     if (directory / CONFIG).exists():
-        directory = Path(snapshot_download(str(source), allow_patterns=[CONFIG, WEIGHTS], **download))
-        return Checkpoint(directory, str(source), None, trust_remote_code, download)
-    return RemoteCheckpoint(directory, str(source), None, trust_remote_code, download)
+        return Checkpoint(downloaded([CONFIG, WEIGHTS, LEGACY]), name, None, trust, download)
+    return RemoteCheckpoint(directory, name, None, trust, download, str(source), subfolder)

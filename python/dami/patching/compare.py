@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from dami.sources import TWO_ENDS
 
 Header = tuple[list[int], str]
 
@@ -61,8 +64,8 @@ def differing_settings(instruct: PreTrainedConfig, thinking: PreTrainedConfig) -
     Settings of a nested config are named with dots, such as `text_config.hidden_size`.
     """
     ends = [_flat(config.to_dict()) for config in (instruct, thinking)]
-    for end in ends:
-        if end.get("quantization_config.quant_method") == "gguf":  # describes the file; the loaded weights are plain
+    for end in ends:  # these describe how a file is read; the loaded weights are plain
+        if end.get("quantization_config.quant_method") in ("gguf", TWO_ENDS):
             end.update({key: None for key in end if key.startswith("quantization_config.")})
     if instruct.model_type != thinking.model_type:  # comparing the rest would be pointless
         ends = [{"model_type": config.model_type} for config in (instruct, thinking)]
@@ -73,9 +76,16 @@ def differing_settings(instruct: PreTrainedConfig, thinking: PreTrainedConfig) -
         values = ends[0].get(key), ends[1].get(key)
         unknown = key == "architectures" and None in values
         name = key.rpartition(".")[2]
-        if values[0] != values[1] and not unknown and name not in harmless and not HARMLESS.fullmatch(name):
+        if not _same(*values) and not unknown and name not in harmless and not HARMLESS.fullmatch(name):
             found[key] = values
     return found
+
+
+def _same(ours: object, theirs: object) -> bool:
+    """Whether two values of a setting are equal; numbers are, if they may have been the same before float32."""
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return math.isclose(ours, theirs, rel_tol=2**-24)  # GGUF files keep numbers in float32
+    return ours == theirs
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,18 +1,20 @@
-"""Defines `PairConfig`, the part of a packed pair's config that describes how it is stored."""
+"""The two kinds of `quantization_config`: how a packed pair is stored, and what makes a pair of one checkpoint."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from dami.sources import QUANT_METHOD
+from dami.callers import DEFAULT_INTENSITY
+from dami.sources import OPTIONS, QUANT_METHOD, TWO_ENDS
 from dami_kernels import formats
 
 
-class PairConfig(QuantizationConfigMixin):
+class PackedConfig(QuantizationConfigMixin):
     """The `quantization_config` of a packed pair.
 
     Attributes:
@@ -35,8 +37,11 @@ class PairConfig(QuantizationConfigMixin):
         differences: Sequence[Mapping[str, Any]] = (),
         vocabulary: Sequence[int] | None = None,
         sampling: Mapping[str, Mapping[str, Any]] | None = None,
-        **_: Any,
+        quant_method: str = QUANT_METHOD,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            raise TypeError(f"quantization_config of a packed pair has no {sorted(unknown)}: a newer dami may read it")
         for name in {format, *interpolated.values()}:
             formats.get(name)
         self.quant_method: Any = QUANT_METHOD
@@ -56,6 +61,52 @@ class PairConfig(QuantizationConfigMixin):
     def format_of(self, name: str) -> str | None:
         """Returns the format of a parameter, or None if it is the same in both ends."""
         return self.interpolated.get(name) or self.interpolated.get(any_layer(name))
+
+
+class PairConfig(QuantizationConfigMixin):
+    """A `quantization_config` that loads the thinking end too, and makes one patched model of both.
+
+    `AutoModelForCausalLM.from_pretrained(instruct, quantization_config=dami.PairConfig(thinking, format="int4"))` and
+    `pipeline(…, model_kwargs={"quantization_config": …})` take it. As a dict, in JSON for example, it has the key
+    `quant_method`, "dami-pair", and the arguments as further keys.
+
+    Args:
+        thinking: the λ=1 end, as in `load_pair`: a directory, a hub name or a LoRA adapter on the λ=0 end.
+        format: how embeddings and linear weights are stored, a name of `dami_kernels.formats.names()`.
+        intensity: λ until another is set: a number, or a preset of the thinking end.
+        invariant: as in `patch_model`.
+        options: options of the thinking end: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`,
+            `subfolder`, `trust_remote_code`. Those of the instruct end are arguments of `from_pretrained`.
+
+    Raises:
+        TypeError: an option is unknown.
+        ValueError: the format is unknown.
+    """
+
+    def __init__(
+        self,
+        thinking: str | Path,
+        format: str = "pair",
+        *,
+        intensity: float | str = DEFAULT_INTENSITY,
+        invariant: bool = False,
+        quant_method: str = TWO_ENDS,
+        **options: Any,
+    ) -> None:
+        formats.get(format)
+        if unknown := options.keys() - set(OPTIONS):
+            raise TypeError(f"PairConfig takes options of {list(OPTIONS)} for the thinking end, got {sorted(unknown)}")
+        self.quant_method: Any = TWO_ENDS
+        self.thinking = str(thinking)
+        self.format = format
+        self.intensity = intensity
+        self.invariant = invariant
+        self.options = options
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the arguments and `quant_method`, but no token, as transformers may write it to a file or a log."""
+        own = {name: value for name, value in vars(self).items() if name != "options"}
+        return own | {name: value for name, value in self.options.items() if name != "token"}
 
 
 def any_layer(name: str) -> str:

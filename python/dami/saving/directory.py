@@ -16,7 +16,7 @@ from dami.estimators.files import FOLDER, StoredIntensity
 from dami.files import written_whole
 from dami.layers.describe import describe
 from dami.layers.peft import refuse_adapters
-from dami.saving.config import PairConfig, by_pattern
+from dami.saving.config import PackedConfig, by_pattern
 from dami.saving.model_card import write_model_card
 
 MAX_SHARD_SIZE = "4GB"
@@ -123,10 +123,10 @@ def push(
         )
 
 
-def config_of(model: PreTrainedModel) -> PairConfig:
+def config_of(model: PreTrainedModel) -> PackedConfig:
     """Returns the `quantization_config` of a patched model."""
     origin, description = patch_of(model).origin, describe(model)
     stored = {row.name: row.format for row in description.rows if row.format is not None}
     interpolated = by_pattern(stored, (row.name for row in description.rows))
     kept = origin.differences, origin.vocabulary, origin.sampling
-    return PairConfig(description.format, interpolated, origin.parents, origin.error, *kept)
+    return PackedConfig(description.format, interpolated, origin.parents, origin.error, *kept)

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedTokenizerBase
 
-from dami.saving.config import PairConfig
+from dami.saving.config import PackedConfig
 from dami_kernels import formats
 
 TEXT = """---
@@ -72,7 +72,7 @@ named: `tokenizer.apply_chat_template(…, chat_template="thinking")`."""
 
 
 def write_model_card(
-    directory: str | Path, config: PairConfig, nbytes: int, weights: int, tokenizer: PreTrainedTokenizerBase | None
+    directory: str | Path, config: PackedConfig, nbytes: int, weights: int, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
     """Writes the README.md of a packed pair.
 

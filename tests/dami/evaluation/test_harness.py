@@ -58,3 +58,20 @@ def test_bad_arguments_are_named() -> None:
         DamiLM(instruct="a")
     with pytest.raises(ValueError, match="intensity must be a number or \"auto\", got 'high'"):
         DamiLM(pair="a", intensity="high")
+
+
+def test_options_reach_the_checkpoints_and_an_unknown_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def load(*_: Any, **options: Any) -> Any:
+        asked.update(options)
+        raise OSError("asked")
+
+    monkeypatch.setattr(dami, "load_pair", load)
+    own = {"revision": "v1", "thinking_revision": "v2", "subfolder": "a", "trust_remote_code": True}
+    with pytest.raises(OSError, match="asked"):
+        DamiLM(instruct="a", thinking="b", batch_size=2, **own)
+    assert own.items() <= asked.items()
+    assert "batch_size" not in asked
+    with pytest.raises(TypeError, match=r"the model \"dami\" has no \['revison'\]: it takes \["):
+        DamiLM(instruct="a", thinking="b", revison="v1")

@@ -29,7 +29,7 @@ class PairQuantization(QuantizationConfig):
     """The `quantization_config` of a packed pair. Without one, all parameters are pairs, made of two checkpoints.
 
     Attributes:
-        interpolated: as in `dami.saving.config.PairConfig`; None if all parameters are interpolated.
+        interpolated: as in `dami.saving.config.PackedConfig`; None if all parameters are interpolated.
         settings: the user's settings; set by the loader.
         ranks: ranks of the stored low-rank differences; set by the loader.
         stored: the format of every checkpoint parameter that the model keeps as a pair.

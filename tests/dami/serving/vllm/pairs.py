@@ -11,7 +11,7 @@ import dami
 import torch
 import transformers
 from dami.loading.quantizer import QUANT_METHOD
-from dami.saving.config import PairConfig
+from dami.saving.config import PackedConfig
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -79,7 +79,7 @@ def merged(packed: Path, lam: float) -> PreTrainedModel:
     stored = config.quantization_config
     del config.quantization_config
     assert stored.pop("quant_method") == QUANT_METHOD
-    pair = PairConfig(**stored)
+    pair = PackedConfig(**stored)
     tensors = {name: tensor for file in packed.glob("*.safetensors") for name, tensor in load_file(file).items()}
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
