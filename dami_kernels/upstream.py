@@ -1,4 +1,4 @@
-"""The private parts of torch that the kernels rely on, and a check that they are still there.
+"""The private parts of torch and Triton that the kernels rely on, and a check that they are still there.
 
 A package may move such a name in any release. So each is listed here once, as a `Place`, and used through this file.
 If one has moved, the error says which, and in which version of its package. `dami.upstream` does the same for what the
@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-TESTED = {"torch": "2.13"}
+TESTED = {"torch": "2.13", "triton": "3.6"}
 
 
 class Moved(ImportError):
@@ -110,6 +111,7 @@ RELIED_ON = (
     Place("torch._C:DispatchKey", ("BackendSelect", "ADInplaceOrView")),
     Place("torch._C:_len_torch_function_stack"),
     Place("torch.autograd:_profiler_enabled"),
+    Place("torch._C:_is_any_autocast_enabled"),
     Place("torch:ops.aten.relu.default._schema.arguments"),
     Place("torch.utils._pytree:tree_flatten", ("tree", "is_leaf")),
     Place("torch.utils._pytree:tree_unflatten", ("leaves", "treespec")),
@@ -146,11 +148,12 @@ _NOTHING_INCLUDED = (
 
 
 def is_watched() -> bool:
-    """Whether anything besides autograd observes operator calls: a mode, tracer, transform or profiler."""
+    """Whether anything besides autograd observes or changes operator calls: a mode, tracer, transform, profiler, cast."""
     return (
         _C._dispatch_tls_local_include_set() not in _NOTHING_INCLUDED
         or _C._len_torch_function_stack() > 0
         or torch.autograd._profiler_enabled()
+        or _C._is_any_autocast_enabled()
         or forward_ad._current_level >= 0
     )
 
@@ -171,3 +174,72 @@ def _optional_lists(op: Any) -> frozenset[int]:
     """Returns the positions of the arguments that may be a list of tensors or None."""
     types = [str(argument.type) for argument in op._schema.arguments]
     return frozenset(place for place, type in enumerate(types) if type == "Optional[List[Tensor]]")
+
+
+def _text(function: Any) -> str:
+    return " ".join(inspect.getsource(function).split())
+
+
+def _launches_as_we_do(run: Any) -> bool:
+    """Whether a launch is this call, of what Triton's driver, these settings and the arguments decide."""
+    settings = {"runtime.debug", "compilation.instrumentation_mode", "runtime.launch_enter_hook", "runtime.launch_exit_hook"}
+    return (
+        "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, launch_metadata, "
+        "knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *bound_args.values())" in _text(run)
+        and set(re.findall(r"knobs\.(\w+\.\w+)", _text(run))) <= settings
+    )
+
+
+# Without these Triton launches itself, see `dami_kernels.launching`.
+LAUNCHES = (
+    Place("triton.runtime.jit:JITFunction.run", ("grid", "warmup"), "launch as we do", _launches_as_we_do),
+    Place("triton.runtime.jit:JITFunction", ("add_pre_run_hook",)),
+    Place("triton.compiler:CompiledKernel", ("run",)),
+    Place("triton.runtime.driver:DriverConfig", ("active",)),
+    Place("triton.knobs:HookChain", does="keep its hooks in calls", proof=lambda chain: chain().calls == []),
+    Place("triton.knobs:runtime.debug"),
+    Place("triton.knobs:runtime.launch_enter_hook"),
+    Place("triton.knobs:runtime.launch_exit_hook"),
+    Place("triton.knobs:compilation.instrumentation_mode"),
+)
+
+
+@functools.cache
+def why_triton_launches() -> str | None:
+    """Returns why only Triton itself can launch its kernels, or None."""
+    try:
+        check("a fast launch", LAUNCHES, TESTED, "it")
+    except Moved as moved:
+        return str(moved)
+    return None
+
+
+@functools.cache
+def _triton() -> Any:
+    """Returns what a launch looks at in Triton, or None if that is not there."""
+    if why_triton_launches() is not None:
+        return None
+    from triton import knobs
+    from triton.compiler import CompiledKernel
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    return knobs, driver, JITFunction, CompiledKernel
+
+
+def triton_state() -> tuple[Any, ...] | None:
+    """Returns what Triton's launches depend on besides their arguments, its driver first; None if hooks want to see them."""
+    found = _triton()
+    if found is None:
+        return None
+    knobs, driver, function, _ = found
+    runtime = knobs.runtime
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook is not None and (type(hook) is not knobs.HookChain or hook.calls):
+            return None
+    return driver.active, runtime.debug, knobs.compilation.instrumentation_mode, function.run
+
+
+def is_compiled(kernel: Any) -> bool:
+    """Whether Triton's launch returned a kernel that can be launched again."""
+    return isinstance(kernel, _triton()[3])

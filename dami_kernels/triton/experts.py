@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dami_kernels.launching import Job, launch
 from dami_kernels.triton.host import cdiv, is_even, with_rows_in_one_piece
-from dami_kernels.triton.product import Operands, Plan, Tile, launch, product_tile
+from dami_kernels.triton.product import Operands, Plan, Tile, job, product_tile
 from dami_kernels.tuning import device_of, experts_config
 
 
@@ -98,37 +99,52 @@ def lerp_experts(
     format: str,
     invariant: bool,
 ) -> Tensor:
+    N = weight[0].shape[1]
+    if not len(x) * N:
+        return x.new_empty(len(x), N)
+    operands = (
+        with_rows_in_one_piece(x),
+        tuple([(tensor, tensor.stride(0)) for tensor in weight]),
+        tuple([(end.contiguous(), N) for end in bias]) or None,
+        lam,
+        row_to_lam,
+        offsets,
+    )
+    return launch(_plan, operands, rows_per_lam, format, invariant)
+
+
+def _plan(
+    x: Tensor,
+    weights: tuple[tuple[Tensor, int], ...],
+    biases: object,
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    offsets: Tensor,
+    rows_per_lam: int,
+    format: str,
+    invariant: bool,
+) -> Job:
+    weight = [tensor for tensor, _ in weights]
     M, K = x.shape
     E, N = weight[0].shape[:2]
-    y = x.new_empty(M, N)
-    if y.numel() == 0:
-        return y
     config = experts_config(M, E, N, K, x.dtype, format, device_of(x.device), invariant)
-    x = with_rows_in_one_piece(x)
-    programs = row_tiles(M, E, config.block_m) * cdiv(N, config.block_n)
-    launch(
+    return job(
         _lerp_experts_kernel,
-        programs,
+        row_tiles(M, E, config.block_m) * cdiv(N, config.block_n),
         config,
-        y,
+        (M, N),
+        x.dtype,
         K,
         format,
         even_k=is_even([weight], format, K, config.block_k),
-        x=x,
-        weights=tuple((tensor, tensor.stride(0)) for tensor in weight),
-        biases=tuple((end.contiguous(), N) for end in bias) if bias else None,
-        lam=lam,
-        row_to_lam=row_to_lam,
-        offsets=offsets,
         M=M,
         E=E,
         N=N,
         rows_per_lam=rows_per_lam,
         stride_x=x.stride(0),
-        strides=tuple(tensor.stride()[1:] for tensor in weight),
+        strides=tuple([tensor.stride()[1:] for tensor in weight]),
         SEGMENTS=1 << E.bit_length(),
     )
-    return y
 
 
 def row_tiles(rows: int, experts: int, block_m: int) -> int:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 
-import torch
 from torch import Tensor
 
 from dami_kernels import formats
@@ -31,11 +29,6 @@ def weights_of(tensors: list[Tensor], format: str) -> tuple[tuple[Tensor, ...], 
 def cdiv(a: int, b: int) -> int:
     """Returns a / b rounded up. Triton's own function takes 1.5 µs on the host."""
     return -(-a // b)
-
-
-def on_device_of(x: Tensor) -> AbstractContextManager[None]:
-    """Makes x's GPU the current device, on which Triton launches."""
-    return torch.cuda.device_of(x)
 
 
 def is_even(weights: Sequence[Sequence[Tensor]], format: str, K: int, block_k: int) -> bool:

@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dami_kernels import cuda
+from dami_kernels.launching import Job, launch
 from dami_kernels.triton.host import cdiv, is_even, strides_of, vectors, weights_of, with_rows_in_one_piece
-from dami_kernels.triton.product import Operands, Plan, Tile, launch, product_tile
+from dami_kernels.triton.product import Operands, Plan, Tile, job, product_tile
 from dami_kernels.tuning import device_of, linear_config, row_span
 
 
@@ -116,35 +117,48 @@ def lerp_linears(
             for i, group in enumerate(groups)
         ]
         return torch.cat(parts)
+    N = sum([group[0].shape[0] for group in groups])
+    if not len(x) * N:
+        return x.new_empty(0)
+    operands = (
+        with_rows_in_one_piece(x),
+        groups,
+        tuple([vectors(biases[i : i + 2]) for i in range(0, len(biases), 2)]) or None,
+        lam,
+        row_to_lam,
+    )
+    return launch(_plan, operands, rows_per_lam, format, invariant)
+
+
+def _plan(
+    x: Tensor,
+    weights: tuple[tuple[Tensor, ...], ...],
+    biases: object,
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    format: str,
+    invariant: bool,
+) -> Job:
     M, K = x.shape
-    sizes = tuple(group[0].shape[0] for group in groups)
+    sizes = tuple(weight[0].shape[0] for weight in weights)
     N = sum(sizes)
-    y = x.new_empty(M * N)
-    if y.numel() == 0:
-        return y
     config = linear_config(M, N, K, x.dtype, format, device_of(x.device), invariant)
     span = row_span(M, rows_per_lam, config) if row_to_lam is None else M
-    x = with_rows_in_one_piece(x)
     tiles_n = sum([cdiv(size, config.block_n) for size in sizes])
-    programs = M // span * cdiv(span, config.block_m) * tiles_n
-    launch(
+    return job(
         _lerp_linear_kernel,
-        programs,
+        M // span * cdiv(span, config.block_m) * tiles_n,
         config,
-        y,
+        (M * N,),
+        x.dtype,
         K,
         format,
-        even_k=is_even(groups, format, K, config.block_k),
-        x=x,
-        weights=groups,
-        biases=tuple([vectors(biases[i : i + 2]) for i in range(0, len(biases), 2)]) or None,
-        lam=lam,
-        row_to_lam=row_to_lam,
+        even_k=is_even(weights, format, K, config.block_k),
         M=M,
         sizes=sizes,
         rows_per_lam=rows_per_lam,
         span=span,
         stride_x=x.stride(0),
-        strides=strides,
+        strides=strides_of(weights[0]),
     )
-    return y

@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dami_kernels.launching import Job, Launch, launch
 from dami_kernels.triton.device import lerp, row_lam
-from dami_kernels.triton.host import cdiv, on_device_of, vectors, with_rows_in_one_piece
+from dami_kernels.triton.host import cdiv, vectors, with_rows_in_one_piece
 from dami_kernels.tuning import row_config
 
 
@@ -125,29 +126,35 @@ def _norm(
     *,
     is_centred: bool,
 ) -> Tensor:
+    if not x.numel():
+        return x.new_empty(x.shape)
+    operands = with_rows_in_one_piece(x), vectors(weight), vectors(bias), lam, row_to_lam
+    return launch(_plan, operands, rows_per_lam, eps, offset, is_centred)
+
+
+def _plan(
+    x: Tensor,
+    weight: object,
+    bias: object,
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    eps: float,
+    offset: float | None,
+    is_centred: bool,
+) -> Job:
     M, D = x.shape
-    y = x.new_empty(M, D)
-    if y.numel() == 0:
-        return y
     config = row_config(D)
-    x = with_rows_in_one_piece(x)
-    with on_device_of(x):
-        _lerp_norm_kernel[cdiv(M, config.block_m),](
-            x,
-            vectors(weight),
-            vectors(bias),
-            lam,
-            row_to_lam,
-            y,
-            M,
-            D,
-            rows_per_lam,
-            x.stride(0),
-            eps,
-            offset,
-            CENTRED=is_centred,
-            BLOCK_M=config.block_m,
-            BLOCK_D=config.block_d,
-            num_warps=config.num_warps,
-        )
-    return y
+    named = {
+        "M": M,
+        "D": D,
+        "rows_per_lam": rows_per_lam,
+        "stride_x": x.stride(0),
+        "eps": eps + 0.0,  # 0 and −0 are equal, and would be remembered as one
+        "offset": None if offset is None else offset + 0.0,
+        "CENTRED": is_centred,
+        "BLOCK_M": config.block_m,
+        "BLOCK_D": config.block_d,
+        "num_warps": config.num_warps,
+    }
+    return Job((M, D), x.dtype, Launch(_lerp_norm_kernel, (cdiv(M, config.block_m),), named))

@@ -9,15 +9,16 @@ operand of wgmma may come from registers, on sm_100 only the left operand of tcg
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from dami_kernels.launching import Job, Launch
 from dami_kernels.triton.device import BASE, SECOND, blend, combine, lerp, load_end, row_lam
-from dami_kernels.triton.host import bits_of, cdiv, on_device_of
+from dami_kernels.triton.host import bits_of, cdiv
 from dami_kernels.tuning import LinearConfig
 
 BLEND = tl.constexpr(2)
@@ -219,43 +220,42 @@ def _sum_splits_kernel(parts, y, size, SPLIT_K: tl.constexpr, BLOCK: tl.constexp
     tl.store(y + index, total.to(y.dtype.element_ty), mask=index < size)
 
 
-def launch(
+def job(
     kernel: triton.JITFunction,
     programs: int,
     config: LinearConfig,
-    y: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
     K: int,
     format: str,
     *,
     even_k: bool,
     **arguments: object,
-) -> None:
-    """Runs a kernel of `product_tile` with `programs` programs for each split of K, and sums the splits into y.
+) -> Job:
+    """Returns the launches of a kernel of `product_tile`, `programs` programs for each split of K, and the splits' sum.
 
     Args:
-        kernel: takes `out` [splits, *y.shape], K, steps_per_split and the constants of `Plan`.
-        y: receives the result.
+        kernel: takes its operands, `out` [splits, *shape], K, steps_per_split and the constants of `Plan`.
+        shape, dtype: of the result.
         arguments: the kernel's other arguments.
     """
     steps = max(1, cdiv(K, config.block_k))
     steps_per_split = cdiv(steps, config.split_k)
     splits = cdiv(steps, steps_per_split)
-    parts = y if splits == 1 else y.new_empty(splits, *y.shape, dtype=torch.float32)
-    with on_device_of(y):
-        kernel[programs, splits](
-            out=parts,
-            K=K,
-            steps_per_split=steps_per_split,
-            **arguments,
-            **bits_of(format),
-            EVEN_K=even_k,
-            USE_BLEND=config.use_blend,
-            BLOCK_M=config.block_m,
-            MIXED_M=config.mixed_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-        if splits > 1:
-            _sum_splits_kernel[cdiv(y.numel(), 256),](parts, y, y.numel(), SPLIT_K=splits, BLOCK=256)
+    named = {
+        "K": K,
+        "steps_per_split": steps_per_split,
+        **arguments,
+        **bits_of(format),
+        "EVEN_K": even_k,
+        "USE_BLEND": config.use_blend,
+        "BLOCK_M": config.block_m,
+        "MIXED_M": config.mixed_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    size = math.prod(shape)
+    add = Launch(_sum_splits_kernel, (cdiv(size, 256),), {"size": size, "SPLIT_K": splits, "BLOCK": 256})
+    return Job(shape, dtype, Launch(kernel, (programs, splits), named), splits, add if splits > 1 else None)
