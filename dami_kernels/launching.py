@@ -26,10 +26,10 @@ LOG = logging.getLogger("dami_kernels")
 DEVICE_TYPE = 2  # DLPack's number of CUDA
 LIMIT = 1 << 12  # kinds that are remembered
 
-Operand = Tensor | tuple[Any, ...] | None  # a tuple holds the tensors of a weight, or such tuples
+Operand = Tensor | tuple[Any, ...] | None  # a tuple has the tensors of a weight, or such tuples, or integers
 _C: Any = getattr(native, "_C", None)
 _steps: dict[Any, _Step] = {}  # by what `launch` is given
-_calls: dict[Any, tuple[_Step, list[torch.Size]]] = {}  # by what a public operator is given, with its results' shapes
+_calls: dict[Any, _Call] = {}  # by what a public operator is given
 
 
 class _Watch(threading.local):
@@ -54,37 +54,35 @@ class Job(NamedTuple):
     """The launches that compute one result.
 
     Attributes:
+        operands: of `compute`.
         shape, dtype: of the result.
         compute: takes the operands and writes the result, or if there is `add`, [splits, *shape] in float32.
         add: takes these and writes the result.
     """
 
+    operands: tuple[Operand, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
     compute: Launch
     splits: int = 1
     add: Launch | None = None
 
-    def outputs(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns memory for the result and for what `compute` writes."""
-        y = like.new_empty(self.shape, dtype=self.dtype)
-        return y, y if self.add is None else like.new_empty((self.splits, *self.shape), dtype=torch.float32)
 
-
-def launch(plan: Callable[..., Job], operands: tuple[Operand, ...], *others: Any) -> Tensor:
+def launch(plan: Callable[..., Job | Tensor], operands: tuple[Operand, ...], *others: Any) -> Tensor:
     """Runs the job `plan(*operands, *others)`, and plans it only if there was none of its kind.
 
     Args:
-        plan: a function of what the operands are, not of what they hold.
-        operands: the kernel's first arguments. The first is a tensor.
+        plan: a function of what the operands are, not of what they hold. It may replace some by copies, or return a
+            result that was computed otherwise; such jobs are planned at every call.
+        operands: the first is a tensor.
         others: further arguments of the plan, which can be hashed and are the same wherever they are equal.
     """
     seen, state = _facts(False, operands)
     key = None if seen is None else (plan, seen[0], others, state)
     step = _steps.get(key)
-    y = None if seen is None or step is None else step.run(seen[1], operands[0])
+    y = None if seen is None or step is None else step.run(seen[1], step.y)
     if y is None:
-        y, step = _launch_by_triton(plan(*operands, *others), operands, state)
+        y, step = _first_launch(plan(*operands, *others), seen, state)
         if step is not None:
             _remember(_steps, key, step)
     if _watch.steps is not None:
@@ -107,19 +105,15 @@ def call(
     seen, state = _facts(graph, operands)
     if seen is None or (rows_per_lam is not None and type(rows_per_lam) is not int):
         return None
-    key = (seen[0], rows_per_lam, others, state)
+    key = seen[0], rows_per_lam, others, state
     known = _calls.get(key)
     if known is None:
         return FirstCall(key, seen[1])
-    step, shapes = known
-    if len(shapes) == 1:
-        y = step.run(seen[1], operands[0], shapes[0])
+    y = known.step.run(seen[1], known.y)
+    if y is None or known.parts is None:
         return None if y is None else (y,)
-    y = step.run(seen[1], operands[0])
-    if y is None:
-        return None
-    parts = y.split([shape.numel() for shape in shapes])
-    return tuple([part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
+    parts = y.split([shape.numel() for shape in known.parts])
+    return tuple([part.view(shape) for part, shape in zip(parts, known.parts, strict=True)])
 
 
 class FirstCall:
@@ -139,8 +133,11 @@ class FirstCall:
         finally:
             _watch.steps = outer
         if len(steps) == 1 and steps[0][0] is not None and steps[0][1] == self.addresses:
-            results = result if isinstance(result, tuple) else (result,)
-            _remember(_calls, self.key, (steps[0][0], [each.shape for each in results]))
+            step = steps[0][0]
+            if isinstance(result, Tensor):
+                _remember(_calls, self.key, _Call(step, _without_memory(result), None))
+            else:
+                _remember(_calls, self.key, _Call(step, step.y, [each.shape for each in result]))
         return result
 
 
@@ -156,59 +153,78 @@ class _Ready:
     def __init__(self, launch: Launch, compiled: Any, given: int) -> None:
         self.hooks = launch.kernel.pre_run_hooks
         self.grid = (*launch.grid, 1, 1)[:3]
-        self.kernel = compiled.function, compiled.packed_metadata, None, None, None  # no hooks, nor anything for them
+        self.launch, self.kernel = upstream.launcher_of(compiled)
         self.others = tuple([launch.named[name] for name in launch.kernel.arg_names[given:]])
-        self.run = compiled.run
-
-    def launch(self, stream: int, *operands: Any) -> None:
-        self.run(*self.grid, stream, *self.kernel, *operands, *self.others)
 
 
 class _Step:
-    """A job as it was launched once, on the device that was current then."""
+    """A job as it was launched once, on the device that is current: `y` and `parts` are like its output, without memory."""
 
-    def __init__(self, driver: Any, job: Job, compute: _Ready, add: _Ready | None) -> None:
-        self.job, self.compute, self.add = job, compute, add
-        self.driver = driver
-        self.device = driver.get_current_device()
+    def __init__(self, driver: Any, y: Tensor, compute: _Ready, parts: Tensor | None, add: _Ready | None) -> None:
+        self.driver, self.device = driver, driver.get_current_device()
+        self.y, self.parts = y, parts
+        self.compute, self.add = compute, add
 
-    def run(self, addresses: tuple[Any, ...], like: Any, shape: Any = None) -> Tensor | None:
-        """Returns the result, in the job's shape or another with as many elements; or None if Triton has to launch."""
-        if self.compute.hooks or (self.add is not None and self.add.hooks):
-            return None
-        job = self.job
-        shape = job.shape if shape is None else shape
-        y = like.new_empty(shape) if like.dtype is job.dtype else like.new_empty(shape, dtype=job.dtype)
-        out = y if self.add is None else like.new_empty((job.splits, *job.shape), dtype=torch.float32)
-        to = y.data_ptr(), out.data_ptr()
-        if (to[0] | to[1]) % 16:
-            return None
+    def run(self, addresses: tuple[Any, ...], like: Tensor) -> Tensor | None:
+        """Returns the result, which is like a given tensor, or None if Triton has to launch."""
         if self.driver.get_current_device() == self.device:
-            self._launch(addresses, *to)
-        else:
-            with torch.cuda.device_of(like):
-                self._launch(addresses, *to)
+            return self._run(addresses, like)
+        with torch.cuda.device(self.device):
+            return self._run(addresses, like)
+
+    def _run(self, addresses: tuple[Any, ...], like: Tensor) -> Tensor | None:
+        compute, add = self.compute, self.add
+        if compute.hooks or (add is not None and add.hooks):
+            return None
+        y = torch.empty_like(like)
+        parts = y if self.parts is None else torch.empty_like(self.parts)
+        out = parts.data_ptr()
+        if (out | y.data_ptr()) % 16:
+            return None
+        stream = self.driver.get_current_stream(self.device)
+        compute.launch(*compute.grid, stream, *compute.kernel, *addresses, out, *compute.others)
+        if add is not None:
+            add.launch(*add.grid, stream, *add.kernel, out, y.data_ptr(), *add.others)
         return y
 
-    def _launch(self, addresses: tuple[Any, ...], y: int, out: int) -> None:
-        stream = self.driver.get_current_stream(self.device)
-        self.compute.launch(stream, *addresses, out)
-        if self.add is not None:
-            self.add.launch(stream, out, y)
+
+class _Call(NamedTuple):
+    """How a public operator ran: `y` is like its output, whose `parts` are the results if there are several."""
+
+    step: _Step
+    y: Tensor
+    parts: list[torch.Size] | None
 
 
-def _launch_by_triton(job: Job, operands: tuple[Any, ...], state: Any) -> tuple[Tensor, _Step | None]:
-    """Returns the result, and the step to repeat it by if there is one."""
+def _first_launch(job: Job | Tensor, seen: Any, state: Any) -> tuple[Tensor, _Step | None]:
+    """Returns the result, which Triton launched, and the step to repeat it by if that can be done."""
+    if isinstance(job, Tensor):
+        return job, None
     if why := native.WHY_NOT if _C is None else upstream.why_triton_launches():
         _say_why_slow(why)
-    y, out = job.outputs(operands[0])
-    with torch.cuda.device_of(operands[0]):
-        compute = job.compute.by_triton(*operands, out)
-        add = None if job.add is None else job.add.by_triton(out, y)
-        if state is None or (y.data_ptr() | out.data_ptr()) % 16 or not upstream.is_compiled(compute):
+    x = job.operands[0]
+    assert isinstance(x, Tensor)
+    y = x.new_empty(job.shape, dtype=job.dtype)
+    parts = None if job.add is None else x.new_empty((job.splits, *job.shape), dtype=torch.float32)
+    out = y if parts is None else parts
+    with torch.cuda.device_of(x):
+        compiled = job.compute.by_triton(*job.operands, out)
+        added = None if job.add is None else job.add.by_triton(out, y)
+        used, _ = _facts(False, job.operands)
+        if state is None or used is None or used[1] != seen[1] or not upstream.is_compiled(compiled):
             return y, None
-        ready = None if job.add is None else _Ready(job.add, add, 2)
-        return y, _Step(state[0], job, _Ready(job.compute, compute, len(operands) + 1), ready)
+        if (y.data_ptr() | out.data_ptr()) % 16:
+            return y, None
+        add = None if job.add is None else _Ready(job.add, added, 2)
+        compute = _Ready(job.compute, compiled, len(job.operands) + 1)
+        return y, _Step(state[0], _without_memory(y), compute, None if parts is None else _without_memory(parts), add)
+
+
+def _without_memory(tensor: Tensor) -> Tensor:
+    """Returns a tensor like a given one, whose memory is given back: it costs least to make others like it."""
+    like = torch.empty_like(tensor)
+    like.untyped_storage().resize_(0)
+    return like
 
 
 def _facts(graph: bool, operands: tuple[Operand, ...]) -> tuple[tuple[bytes, tuple[Any, ...]] | None, Any]:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 
 TESTED = {"torch": "2.13", "triton": "3.6"}
 
@@ -193,7 +193,11 @@ def _launches_as_we_do(run: Any) -> bool:
 # Without these Triton launches itself, see `dami_kernels.launching`.
 LAUNCHES = (
     Place("triton.runtime.jit:JITFunction.run", ("grid", "warmup"), "launch as we do", _launches_as_we_do),
-    Place("triton.runtime.jit:JITFunction", ("add_pre_run_hook",)),
+    Place(
+        "triton.runtime.jit:JITFunction.add_pre_run_hook",
+        does="keep its hooks in pre_run_hooks",
+        proof=lambda add: "self.pre_run_hooks.append(hook)" in _text(add),
+    ),
     Place("triton.compiler:CompiledKernel", ("run",)),
     Place("triton.runtime.driver:DriverConfig", ("active",)),
     Place("triton.knobs:HookChain", does="keep its hooks in calls", proof=lambda chain: chain().calls == []),
@@ -204,19 +208,44 @@ LAUNCHES = (
 )
 
 
+# Without this its Python in between is called.
+LAUNCHER = (
+    Place(
+        "triton.backends.nvidia.driver:CudaLauncher.__call__",
+        ("gridX", "gridY", "gridZ", "stream", "function", "args"),
+        "launch as we do",
+        lambda call: "self.launch(gridX, gridY, gridZ, stream, function, self.launch_cooperative_grid, self.launch_pdl, "
+        "global_scratch, profile_scratch, *args)" in _text(call),
+    ),
+)
+
+
 @functools.cache
 def why_triton_launches() -> str | None:
     """Returns why only Triton itself can launch its kernels, or None."""
+    return _fault_of(LAUNCHES)
+
+
+@functools.cache
+def _fault_of(places: tuple[Place, ...]) -> str | None:
     try:
-        check("a fast launch", LAUNCHES, TESTED, "it")
+        check("a fast launch", places, TESTED, "it")
     except Moved as moved:
         return str(moved)
     return None
 
 
+class _Triton(NamedTuple):
+    """What a launch looks at in Triton."""
+
+    knobs: Any
+    driver: Any
+    function: Any
+    kernel: type
+
+
 @functools.cache
-def _triton() -> Any:
-    """Returns what a launch looks at in Triton, or None if that is not there."""
+def _triton() -> _Triton | None:
     if why_triton_launches() is not None:
         return None
     from triton import knobs
@@ -224,22 +253,38 @@ def _triton() -> Any:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    return knobs, driver, JITFunction, CompiledKernel
+    return _Triton(knobs, driver, JITFunction, CompiledKernel)
 
 
 def triton_state() -> tuple[Any, ...] | None:
-    """Returns what Triton's launches depend on besides their arguments, its driver first; None if hooks want to see them."""
-    found = _triton()
-    if found is None:
+    """Returns what Triton's launches depend on besides their arguments, its driver first; None if hooks watch them."""
+    triton = _triton()
+    if triton is None:
         return None
-    knobs, driver, function, _ = found
-    runtime = knobs.runtime
-    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
-        if hook is not None and (type(hook) is not knobs.HookChain or hook.calls):
-            return None
-    return driver.active, runtime.debug, knobs.compilation.instrumentation_mode, function.run
+    knobs, driver, function, _ = triton
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    if _has_hooks(enter, knobs.HookChain) or _has_hooks(leave, knobs.HookChain):
+        return None
+    return driver.active, knobs.runtime.debug, knobs.compilation.instrumentation_mode, function.run
+
+
+def _has_hooks(hook: Any, chain: Any) -> bool:
+    return hook is not None and (type(hook) is not chain or bool(hook.calls))
 
 
 def is_compiled(kernel: Any) -> bool:
-    """Whether Triton's launch returned a kernel that can be launched again."""
-    return isinstance(kernel, _triton()[3])
+    """Whether this is what Triton returns of a launch that can be made again."""
+    triton = _triton()
+    return triton is not None and isinstance(kernel, triton.kernel)
+
+
+def launcher_of(kernel: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """Returns what launches a compiled kernel, given the grid, the stream, the tuple returned here and the arguments."""
+    run, without_hooks = kernel.run, (kernel.packed_metadata, None, None, None)
+    if _fault_of(LAUNCHER) is None:
+        from triton.backends.nvidia.driver import CudaLauncher
+
+        if type(run) is CudaLauncher and run.global_scratch_size == run.profile_scratch_size == 0:
+            flags = run.launch_cooperative_grid, run.launch_pdl
+            return run.launch, (kernel.function, *flags, None, None, *without_hooks)
+    return run, (kernel.function, *without_hooks)

@@ -64,7 +64,7 @@ def embedding(
     dtype: torch.dtype,
     columns: int,
 ) -> Any:
-    operands = ids, weight, lam, row_to_lam
+    operands = ids, tuple(weight), lam, row_to_lam
     return _only(call(graph, operands, rows_per_lam, embedding, format, dtype, columns))
 
 
@@ -104,6 +104,8 @@ def _norm(graph: bool, operands: Any, rows_per_lam: int | None, name: Any, eps: 
 
 def _parts(tensors: Sequence[Tensor], each: int) -> tuple[tuple[Tensor, ...], ...]:
     """Returns the tensors of several weights, grouped by weight."""
+    if len(tensors) == each:
+        return (tuple(tensors),)
     return tuple([tuple(tensors[i : i + each]) for i in range(0, len(tensors), each)])
 
 

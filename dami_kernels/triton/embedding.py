@@ -63,8 +63,6 @@ def lerp_embedding(
     dtype: torch.dtype,
     columns: int,
 ) -> Tensor:
-    if not len(ids) * columns:
-        return weight[0].new_empty(len(ids), columns, dtype=dtype)
     return launch(_plan, (ids, tuple(weight), lam, row_to_lam), rows_per_lam, format, dtype, columns)
 
 
@@ -77,8 +75,10 @@ def _plan(
     format: str,
     dtype: torch.dtype,
     columns: int,
-) -> Job:
+) -> Job | Tensor:
     M, D = len(ids), columns
+    if M * D == 0:
+        return weight[0].new_empty(M, D, dtype=dtype)
     config = row_config(D)
     named = {
         "M": M,
@@ -91,4 +91,4 @@ def _plan(
         "num_warps": config.num_warps,
     }
     grid = cdiv(M, config.block_m), cdiv(D, config.block_d)
-    return Job((M, D), dtype, Launch(_lerp_embedding_kernel, grid, named))
+    return Job((ids, weight, lam, row_to_lam), (M, D), dtype, Launch(_lerp_embedding_kernel, grid, named))

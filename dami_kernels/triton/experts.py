@@ -100,38 +100,35 @@ def lerp_experts(
     invariant: bool,
 ) -> Tensor:
     N = weight[0].shape[1]
-    if not len(x) * N:
-        return x.new_empty(len(x), N)
-    operands = (
-        with_rows_in_one_piece(x),
-        tuple([(tensor, tensor.stride(0)) for tensor in weight]),
-        tuple([(end.contiguous(), N) for end in bias]) or None,
-        lam,
-        row_to_lam,
-        offsets,
-    )
+    weights = tuple([(tensor, tensor.stride(0)) for tensor in weight])
+    operands = x, weights, tuple([(end, N) for end in bias]) or None, lam, row_to_lam, offsets
     return launch(_plan, operands, rows_per_lam, format, invariant)
 
 
 def _plan(
     x: Tensor,
     weights: tuple[tuple[Tensor, int], ...],
-    biases: object,
+    biases: tuple[tuple[Tensor, int], ...] | None,
     lam: Tensor,
     row_to_lam: Tensor | None,
     offsets: Tensor,
     rows_per_lam: int,
     format: str,
     invariant: bool,
-) -> Job:
+) -> Job | Tensor:
     weight = [tensor for tensor, _ in weights]
     M, K = x.shape
     E, N = weight[0].shape[:2]
+    if M * N == 0:
+        return x.new_empty(M, N)
+    x = with_rows_in_one_piece(x)
+    ends = tuple([(end.contiguous(), N) for end, _ in biases]) if biases else None
     config = experts_config(M, E, N, K, x.dtype, format, device_of(x.device), invariant)
     return job(
         _lerp_experts_kernel,
         row_tiles(M, E, config.block_m) * cdiv(N, config.block_n),
         config,
+        (x, weights, ends, lam, row_to_lam, offsets),
         (M, N),
         x.dtype,
         K,

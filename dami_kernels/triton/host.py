@@ -55,6 +55,6 @@ def with_rows_in_one_piece(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def vectors(ends: list[Tensor]) -> tuple[Tensor, ...] | None:
+def vectors(ends: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
     """Returns the ends of a 1-d operand, each contiguous, or None if there is no such operand."""
     return tuple(end.contiguous() for end in ends) if ends else None

@@ -15,6 +15,8 @@ from dami_kernels.triton.host import cdiv, is_even, strides_of, vectors, weights
 from dami_kernels.triton.product import Operands, Plan, Tile, job, product_tile
 from dami_kernels.tuning import device_of, linear_config, row_span
 
+Weights = tuple[tuple[Tensor, ...], ...]
+
 
 # M, rows_per_lam and span change with every batch. Specialising on them would recompile the kernel.
 @triton.jit(do_not_specialize=["M", "rows_per_lam", "span"])
@@ -93,10 +95,8 @@ def lerp_linear(
     format: str,
     invariant: bool,
 ) -> Tensor:
-    if cuda.takes(x, weight, format, invariant, device_of(x.device)):
-        return cuda.lerp_linear(x, weight, bias, lam, row_to_lam, rows_per_lam, format, invariant)
-    y = lerp_linears(x, weight, bias, lam, row_to_lam, rows_per_lam, format, invariant)
-    return y.view(len(x), weight[0].shape[0])
+    operands = x, (tuple(weight),), (tuple(bias),) if bias else None, lam, row_to_lam
+    return launch(_plan_one, operands, rows_per_lam, format, invariant)
 
 
 def lerp_linears(
@@ -110,46 +110,56 @@ def lerp_linears(
     invariant: bool,
 ) -> Tensor:
     groups = weights_of(weights, format)
-    strides = strides_of(groups[0])
-    if any(strides_of(group) != strides for group in groups[1:]):
-        parts = [
-            lerp_linears(x, list(group), biases[2 * i : 2 * i + 2], lam, row_to_lam, rows_per_lam, format, invariant)
-            for i, group in enumerate(groups)
-        ]
-        return torch.cat(parts)
-    N = sum([group[0].shape[0] for group in groups])
-    if not len(x) * N:
-        return x.new_empty(0)
-    operands = (
-        with_rows_in_one_piece(x),
-        groups,
-        tuple([vectors(biases[i : i + 2]) for i in range(0, len(biases), 2)]) or None,
-        lam,
-        row_to_lam,
-    )
-    return launch(_plan, operands, rows_per_lam, format, invariant)
+    pairs = tuple([tuple(biases[i : i + 2]) for i in range(0, len(biases), 2)]) or None
+    return launch(_plan, (x, groups, pairs, lam, row_to_lam), rows_per_lam, format, invariant)
 
 
-def _plan(
+def _plan_one(
     x: Tensor,
-    weights: tuple[tuple[Tensor, ...], ...],
-    biases: object,
+    weights: Weights,
+    biases: Weights | None,
     lam: Tensor,
     row_to_lam: Tensor | None,
     rows_per_lam: int,
     format: str,
     invariant: bool,
-) -> Job:
+) -> Job | Tensor:
+    shape = len(x), weights[0][0].shape[0]
+    if cuda.takes(x, list(weights[0]), format, invariant, device_of(x.device)):
+        bias = list(biases[0]) if biases else []
+        return cuda.lerp_linear(x, list(weights[0]), bias, lam, row_to_lam, rows_per_lam, format, invariant)
+    made = _plan(x, weights, biases, lam, row_to_lam, rows_per_lam, format, invariant)
+    return made.view(shape) if isinstance(made, Tensor) else made._replace(shape=shape)
+
+
+def _plan(
+    x: Tensor,
+    weights: Weights,
+    biases: Weights | None,
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    format: str,
+    invariant: bool,
+) -> Job | Tensor:
+    rest = lam, row_to_lam, rows_per_lam, format, invariant
+    strides = strides_of(weights[0])
+    if any(strides_of(weight) != strides for weight in weights[1:]):
+        each = zip(weights, biases or [()] * len(weights), strict=True)
+        return torch.cat([lerp_linears(x, list(weight), list(bias), *rest) for weight, bias in each])
     M, K = x.shape
     sizes = tuple(weight[0].shape[0] for weight in weights)
     N = sum(sizes)
+    if M * N == 0:
+        return x.new_empty(0)
     config = linear_config(M, N, K, x.dtype, format, device_of(x.device), invariant)
     span = row_span(M, rows_per_lam, config) if row_to_lam is None else M
-    tiles_n = sum([cdiv(size, config.block_n) for size in sizes])
+    x = with_rows_in_one_piece(x)
     return job(
         _lerp_linear_kernel,
-        M // span * cdiv(span, config.block_m) * tiles_n,
+        M // span * cdiv(span, config.block_m) * sum([cdiv(size, config.block_n) for size in sizes]),
         config,
+        (x, weights, tuple([vectors(bias) for bias in biases]) if biases else None, lam, row_to_lam),
         (M * N,),
         x.dtype,
         K,
@@ -160,5 +170,5 @@ def _plan(
         rows_per_lam=rows_per_lam,
         span=span,
         stride_x=x.stride(0),
-        strides=strides_of(weights[0]),
+        strides=strides,
     )

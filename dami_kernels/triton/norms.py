@@ -126,24 +126,25 @@ def _norm(
     *,
     is_centred: bool,
 ) -> Tensor:
-    if not x.numel():
-        return x.new_empty(x.shape)
-    operands = with_rows_in_one_piece(x), vectors(weight), vectors(bias), lam, row_to_lam
+    operands = x, tuple(weight), tuple(bias) or None, lam, row_to_lam
     return launch(_plan, operands, rows_per_lam, eps, offset, is_centred)
 
 
 def _plan(
     x: Tensor,
-    weight: object,
-    bias: object,
+    weight: tuple[Tensor, ...],
+    bias: tuple[Tensor, ...] | None,
     lam: Tensor,
     row_to_lam: Tensor | None,
     rows_per_lam: int,
     eps: float,
     offset: float | None,
     is_centred: bool,
-) -> Job:
+) -> Job | Tensor:
     M, D = x.shape
+    if M * D == 0:
+        return x.new_empty(M, D)
+    x = with_rows_in_one_piece(x)
     config = row_config(D)
     named = {
         "M": M,
@@ -157,4 +158,5 @@ def _plan(
         "BLOCK_D": config.block_d,
         "num_warps": config.num_warps,
     }
-    return Job((M, D), x.dtype, Launch(_lerp_norm_kernel, (cdiv(M, config.block_m),), named))
+    operands = x, vectors(weight), vectors(bias or ()), lam, row_to_lam
+    return Job(operands, (M, D), x.dtype, Launch(_lerp_norm_kernel, (cdiv(M, config.block_m),), named))

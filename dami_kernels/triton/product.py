@@ -10,7 +10,7 @@ operand of wgmma may come from registers, on sm_100 only the left operand of tcg
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -224,6 +224,7 @@ def job(
     kernel: triton.JITFunction,
     programs: int,
     config: LinearConfig,
+    operands: tuple[Any, ...],
     shape: tuple[int, ...],
     dtype: torch.dtype,
     K: int,
@@ -235,7 +236,7 @@ def job(
     """Returns the launches of a kernel of `product_tile`, `programs` programs for each split of K, and the splits' sum.
 
     Args:
-        kernel: takes its operands, `out` [splits, *shape], K, steps_per_split and the constants of `Plan`.
+        kernel: takes the operands, `out` [splits, *shape], K, steps_per_split and the constants of `Plan`.
         shape, dtype: of the result.
         arguments: the kernel's other arguments.
     """
@@ -258,4 +259,4 @@ def job(
     }
     size = math.prod(shape)
     add = Launch(_sum_splits_kernel, (cdiv(size, 256),), {"size": size, "SPLIT_K": splits, "BLOCK": 256})
-    return Job(shape, dtype, Launch(kernel, (programs, splits), named), splits, add if splits > 1 else None)
+    return Job(operands, shape, dtype, Launch(kernel, (programs, splits), named), splits, add if splits > 1 else None)
