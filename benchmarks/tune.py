@@ -34,7 +34,7 @@ from benchmarks.measure import DTYPES, LOST, SingleEntryCache
 from benchmarks.shapes import HEAD_ROWS, LAYERS
 from benchmarks.timing import Budget, Times, interleaved
 from benchmarks.weights import KERNEL_FORMATS, Copies, count_of
-from dami_kernels import LerpWeight, cuda, lerp_linear
+from dami_kernels import LerpWeight, cuda, launching, lerp_linear
 from dami_kernels.tuning import (
     LinearConfig,
     LinearEntry,
@@ -258,5 +258,7 @@ class Tuner:
 def forced(config: LinearConfig) -> Iterator[None]:
     """Forces Triton's kernel with these parameters, whatever the shape."""
     kernel = importlib.import_module("dami_kernels.triton.linear")
+    launching.forget()
     with patch.object(kernel, "linear_config", lambda *_: config), patch.object(cuda, "takes", lambda *_: False):
         yield
+    launching.forget()

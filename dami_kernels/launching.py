@@ -112,8 +112,7 @@ def call(
     y = known.step.run(seen[1], known.y)
     if y is None or known.parts is None:
         return None if y is None else (y,)
-    parts = y.split([shape.numel() for shape in known.parts])
-    return tuple([part.view(shape) for part, shape in zip(parts, known.parts, strict=True)])
+    return tuple([y.as_strided(*part) for part in known.parts])
 
 
 class FirstCall:
@@ -135,9 +134,10 @@ class FirstCall:
         if len(steps) == 1 and steps[0][0] is not None and steps[0][1] == self.addresses:
             step = steps[0][0]
             if isinstance(result, Tensor):
-                _remember(_calls, self.key, _Call(step, _without_memory(result), None))
+                _remember(_calls, self.key, _Call(step, _shape_of(result), None))
             else:
-                _remember(_calls, self.key, _Call(step, step.y, [each.shape for each in result]))
+                parts = [(each.shape, each.stride(), each.storage_offset()) for each in result]
+                _remember(_calls, self.key, _Call(step, step.y, parts))
         return result
 
 
@@ -158,7 +158,7 @@ class _Ready:
 
 
 class _Step:
-    """A job as it was launched once, on the device that is current: `y` and `parts` are like its output, without memory."""
+    """A job as it was launched once, on the device that is current. `y` and `parts` have the shapes of what it writes."""
 
     def __init__(self, driver: Any, y: Tensor, compute: _Ready, parts: Tensor | None, add: _Ready | None) -> None:
         self.driver, self.device = driver, driver.get_current_device()
@@ -189,11 +189,11 @@ class _Step:
 
 
 class _Call(NamedTuple):
-    """How a public operator ran: `y` is like its output, whose `parts` are the results if there are several."""
+    """How a public operator ran: `y` has its output's shape; `parts` are the sizes, strides and offsets of several results."""
 
     step: _Step
     y: Tensor
-    parts: list[torch.Size] | None
+    parts: list[tuple[torch.Size, tuple[int, ...], int]] | None
 
 
 def _first_launch(job: Job | Tensor, seen: Any, state: Any) -> tuple[Tensor, _Step | None]:
@@ -217,14 +217,17 @@ def _first_launch(job: Job | Tensor, seen: Any, state: Any) -> tuple[Tensor, _St
             return y, None
         add = None if job.add is None else _Ready(job.add, added, 2)
         compute = _Ready(job.compute, compiled, len(job.operands) + 1)
-        return y, _Step(state[0], _without_memory(y), compute, None if parts is None else _without_memory(parts), add)
+        return y, _Step(state[0], _shape_of(y), compute, None if parts is None else _shape_of(parts), add)
 
 
-def _without_memory(tensor: Tensor) -> Tensor:
-    """Returns a tensor like a given one, whose memory is given back: it costs least to make others like it."""
-    like = torch.empty_like(tensor)
-    like.untyped_storage().resize_(0)
-    return like
+def _shape_of(tensor: Tensor) -> Tensor:
+    """Returns a tensor of the same shape in the memory of one number: `empty_like` of it costs less than `new_empty`."""
+    return _number(tensor.dtype, tensor.device).expand(tensor.shape)
+
+
+@cache
+def _number(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty((), dtype=dtype, device=device)
 
 
 def _facts(graph: bool, operands: tuple[Operand, ...]) -> tuple[tuple[bytes, tuple[Any, ...]] | None, Any]:

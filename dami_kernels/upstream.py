@@ -182,10 +182,16 @@ def _text(function: Any) -> str:
 
 def _launches_as_we_do(run: Any) -> bool:
     """Whether a launch is this call, of what Triton's driver, these settings and the arguments decide."""
-    settings = {"runtime.debug", "compilation.instrumentation_mode", "runtime.launch_enter_hook", "runtime.launch_exit_hook"}
+    settings = {
+        "runtime.debug",
+        "compilation.instrumentation_mode",
+        "runtime.launch_enter_hook",
+        "runtime.launch_exit_hook",
+    }
     return (
         "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, launch_metadata, "
-        "knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *bound_args.values())" in _text(run)
+        "knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *bound_args.values())"
+        in _text(run)
         and set(re.findall(r"knobs\.(\w+\.\w+)", _text(run))) <= settings
     )
 
@@ -214,8 +220,10 @@ LAUNCHER = (
         "triton.backends.nvidia.driver:CudaLauncher.__call__",
         ("gridX", "gridY", "gridZ", "stream", "function", "args"),
         "launch as we do",
-        lambda call: "self.launch(gridX, gridY, gridZ, stream, function, self.launch_cooperative_grid, self.launch_pdl, "
-        "global_scratch, profile_scratch, *args)" in _text(call),
+        lambda call: (
+            "self.launch(gridX, gridY, gridZ, stream, function, self.launch_cooperative_grid, self.launch_pdl, "
+            "global_scratch, profile_scratch, *args)" in _text(call)
+        ),
     ),
 )
 
@@ -262,14 +270,11 @@ def triton_state() -> tuple[Any, ...] | None:
     if triton is None:
         return None
     knobs, driver, function, _ = triton
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    if _has_hooks(enter, knobs.HookChain) or _has_hooks(leave, knobs.HookChain):
-        return None
-    return driver.active, knobs.runtime.debug, knobs.compilation.instrumentation_mode, function.run
-
-
-def _has_hooks(hook: Any, chain: Any) -> bool:
-    return hook is not None and (type(hook) is not chain or bool(hook.calls))
+    runtime = knobs.runtime
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook is not None and (type(hook) is not knobs.HookChain or hook.calls):
+            return None
+    return driver.active, runtime.debug, knobs.compilation.instrumentation_mode, function.run
 
 
 def is_compiled(kernel: Any) -> bool:

@@ -11,7 +11,7 @@ import re
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -78,7 +78,9 @@ def _library() -> ctypes.CDLL:
 
 def _sizes(code: bytes) -> list[int]:
     """Returns the bytes of each parameter of a kernel, given its machine code."""
-    found = {ordinal: bits >> 18 for _, ordinal, _, bits in map(struct.Struct("<IHHI").unpack, _PARAMETER.findall(code))}
+    found = {
+        ordinal: bits >> 18 for _, ordinal, _, bits in map(struct.Struct("<IHHI").unpack, _PARAMETER.findall(code))
+    }
     return [found[ordinal] for ordinal in sorted(found)]
 
 
@@ -123,6 +125,26 @@ class Driver(CudaDriver):
             self.names[seen.function], seen.function, tuple(seen.grid), tuple(seen.block), seen.shared, seen.stream,
             seen.attributes, bytes(seen.data[: seen.bytes]),
         )  # fmt: skip
+
+
+def by_triton(call: Callable[[], object]) -> Callable[[], None]:
+    """Returns what makes Triton launch what a call launches."""
+    made: list[tuple[launching.Launch, tuple[Any, ...]]] = []
+    plain = launching.Launch.by_triton
+
+    def noted(launch: launching.Launch, *operands: Any) -> Any:
+        made.append((launch, operands))
+        return plain(launch, *operands)
+
+    launching.forget()
+    with patch.object(launching.Launch, "by_triton", noted):
+        call()
+
+    def run() -> None:
+        for launch, operands in made:
+            launch.kernel[launch.grid](*operands, **launch.named)
+
+    return run
 
 
 @contextmanager

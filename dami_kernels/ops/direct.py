@@ -51,14 +51,14 @@ def lerp_linears(
     row_to_lam: Tensor | None = None,
     invariant: bool = False,
 ) -> Any:
-    if not weights or not all(_fits(x, weight) for weight in weights):
-        return None
-    if biases is not None and len(biases) != len(weights):
+    if not weights or not _fits(x, weights[0]) or (biases is not None and len(biases) != len(weights)):
         return None
     format, columns = weights[0].format, weights[0].shape[-1]
-    if any(weight.format != format for weight in weights):
-        return None
-    tensors = [tensor for weight in weights for tensor in weight.tensors]
+    tensors: list[Tensor] = []
+    for weight in weights:
+        if not _fits(x, weight) or weight.format != format:
+            return None
+        tensors += weight.tensors
     ends = [tensor for bias in biases or () for tensor in _ends(bias) or (None,)]
     return _kernels_of(x).linears(graph, x, tensors, ends, lam, row_to_lam, rows_per_lam, format, columns, invariant)
 
@@ -134,9 +134,7 @@ def lerp_layer_norm(
 
 
 def _fits(x: Tensor, weight: LerpWeight) -> bool:
-    return (
-        type(x) is Tensor and type(weight) is LerpWeight and weight.dtype is x.dtype and (x.is_cpu or x.is_cuda)
-    )
+    return type(x) is Tensor and type(weight) is LerpWeight and weight.dtype is x.dtype and (x.is_cpu or x.is_cuda)
 
 
 def _kernels_of(x: Tensor) -> Any:
