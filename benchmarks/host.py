@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def loop(call: Callable[[], object], count: int) -> float:
-    """Measures the seconds per call that this thread computes in a loop of `count` calls, not those it waits for a core."""
+    """Measures the seconds per call that this thread runs in a loop of `count` calls, not those it waits for a core."""
     start = time.thread_time()
     for _ in range(count):
         call()

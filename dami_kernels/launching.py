@@ -40,7 +40,7 @@ _watch = _Watch()
 
 
 class Launch(NamedTuple):
-    """One launch. The kernel's first parameters are the operands and the output; `named` are the others, with options."""
+    """One launch. The kernel's first parameters are the operands and the output; `named` are others, and options."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -158,7 +158,7 @@ class _Ready:
 
 
 class _Step:
-    """A job as it was launched once, on the device that is current. `y` and `parts` have the shapes of what it writes."""
+    """A job as it was launched once, on the current device. `y` and `parts` have the shapes of what it writes."""
 
     def __init__(self, driver: Any, y: Tensor, compute: _Ready, parts: Tensor | None, add: _Ready | None) -> None:
         self.driver, self.device = driver, driver.get_current_device()
@@ -189,7 +189,7 @@ class _Step:
 
 
 class _Call(NamedTuple):
-    """How a public operator ran: `y` has its output's shape; `parts` are the sizes, strides and offsets of several results."""
+    """How a public operator ran: `y` has its output's shape, `parts` several results' sizes, strides and offsets."""
 
     step: _Step
     y: Tensor
@@ -221,7 +221,7 @@ def _first_launch(job: Job | Tensor, seen: Any, state: Any) -> tuple[Tensor, _St
 
 
 def _shape_of(tensor: Tensor) -> Tensor:
-    """Returns a tensor of the same shape in the memory of one number: `empty_like` of it costs less than `new_empty`."""
+    """Returns a tensor of that shape in the memory of one number: `empty_like` of it costs less than `new_empty`."""
     return _number(tensor.dtype, tensor.device).expand(tensor.shape)
 
 

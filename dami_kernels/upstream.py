@@ -148,7 +148,7 @@ _NOTHING_INCLUDED = (
 
 
 def is_watched() -> bool:
-    """Whether anything besides autograd observes or changes operator calls: a mode, tracer, transform, profiler, cast."""
+    """Whether anything besides autograd sees or changes operator calls: a mode, tracer, transform, profiler or cast."""
     return (
         _C._dispatch_tls_local_include_set() not in _NOTHING_INCLUDED
         or _C._len_torch_function_stack() > 0
@@ -181,18 +181,9 @@ def _text(function: Any) -> str:
 
 
 def _launches_as_we_do(run: Any) -> bool:
-    """Whether a launch is this call, of what Triton's driver, these settings and the arguments decide."""
-    settings = {
-        "runtime.debug",
-        "compilation.instrumentation_mode",
-        "runtime.launch_enter_hook",
-        "runtime.launch_exit_hook",
-    }
     return (
         "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, launch_metadata, "
-        "knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *bound_args.values())"
-        in _text(run)
-        and set(re.findall(r"knobs\.(\w+\.\w+)", _text(run))) <= settings
+        "knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *bound_args.values())" in _text(run)
     )
 
 
@@ -207,10 +198,6 @@ LAUNCHES = (
     Place("triton.compiler:CompiledKernel", ("run",)),
     Place("triton.runtime.driver:DriverConfig", ("active",)),
     Place("triton.knobs:HookChain", does="keep its hooks in calls", proof=lambda chain: chain().calls == []),
-    Place("triton.knobs:runtime.debug"),
-    Place("triton.knobs:runtime.launch_enter_hook"),
-    Place("triton.knobs:runtime.launch_exit_hook"),
-    Place("triton.knobs:compilation.instrumentation_mode"),
 )
 
 
@@ -244,12 +231,14 @@ def _fault_of(places: tuple[Place, ...]) -> str | None:
 
 
 class _Triton(NamedTuple):
-    """What a launch looks at in Triton."""
+    """What a launch looks at in Triton: `hooks` and `settings` are names of its knobs, in their groups."""
 
-    knobs: Any
     driver: Any
     function: Any
     kernel: type
+    chain: Any
+    hooks: list[tuple[Any, str]]
+    settings: list[tuple[Any, str]]
 
 
 @functools.cache
@@ -261,7 +250,12 @@ def _triton() -> _Triton | None:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    return _Triton(knobs, driver, JITFunction, CompiledKernel)
+    # Versions differ in what a launch looks at, so its code is asked.
+    names = sorted(set(re.findall(r"\bknobs\.(\w+)\.(\w+)", _text(JITFunction.run))))
+    looked_at = [(getattr(knobs, group), name) for group, name in names]
+    hooks = [each for each in looked_at if each[1].endswith("_hook")]
+    settings = [each for each in looked_at if not each[1].endswith("_hook")]
+    return _Triton(driver, JITFunction, CompiledKernel, knobs.HookChain, hooks, settings)
 
 
 def triton_state() -> tuple[Any, ...] | None:
@@ -269,12 +263,11 @@ def triton_state() -> tuple[Any, ...] | None:
     triton = _triton()
     if triton is None:
         return None
-    knobs, driver, function, _ = triton
-    runtime = knobs.runtime
-    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
-        if hook is not None and (type(hook) is not knobs.HookChain or hook.calls):
+    for group, name in triton.hooks:
+        hook = getattr(group, name)
+        if hook is not None and (type(hook) is not triton.chain or hook.calls):
             return None
-    return driver.active, runtime.debug, knobs.compilation.instrumentation_mode, function.run
+    return triton.driver.active, triton.function.run, *[getattr(group, name) for group, name in triton.settings]
 
 
 def is_compiled(kernel: Any) -> bool:
@@ -284,7 +277,7 @@ def is_compiled(kernel: Any) -> bool:
 
 
 def launcher_of(kernel: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
-    """Returns what launches a compiled kernel, given the grid, the stream, the tuple returned here and the arguments."""
+    """Returns what launches a compiled kernel, given grid, stream, the tuple that is returned too, and arguments."""
     run, without_hooks = kernel.run, (kernel.packed_metadata, None, None, None)
     if _fault_of(LAUNCHER) is None:
         from triton.backends.nvidia.driver import CudaLauncher

@@ -1,5 +1,5 @@
-"""A machine without a GPU plays one with an H100: Triton compiles, and its own launcher launches into `libcuda.c`, which
-accepts every launch and runs nothing. So what a launch costs on the host, and what it passes, can be seen anywhere.
+"""A machine without a GPU plays one with an H100: Triton compiles, and its own launcher launches into `libcuda.c`,
+which accepts every launch and runs nothing. So what a launch costs on the host, and what it passes, is seen anywhere.
 
 The tensors are the CPU's. Their results are whatever was in memory.
 """
