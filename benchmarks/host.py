@@ -38,7 +38,8 @@ from dami_kernels import (
     native,
     upstream,
 )
-from dami_kernels.ops import direct, gpu, library
+from dami_kernels.ops import direct, library
+from dami_kernels.ops import gpu as gpu_calls
 
 FORMATS = ("pair", "int8", "int4", "w8d4")
 SIZE = 64  # of both dimensions of a weight
@@ -53,6 +54,7 @@ Calls = dict[str, Callable[[], object]]
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks host", description=__doc__)
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing for each case, about")
+    parser.add_argument("--on", nargs="+", choices=("cpu", "gpu"), default=["cpu", "gpu"], help="whose calls")
     parser.add_argument("--calls", type=int, default=1000, help="in one loop")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIRECTORY", help="of host.csv")
     options = parser.parse_args(argv)
@@ -61,7 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     facts = about(machine())
     print(f"{facts['device']}, {facts['isa']}, torch {facts['torch']}, one thread", flush=True)
     with torch.no_grad():
-        for case, calls in itertools.chain(cases(), launches() if can_launch() else ()):
+        cpu, gpu = (
+            (cases() if "cpu" in options.on else ()),
+            (launches() if "gpu" in options.on and can_launch() else ()),
+        )
+        for case, calls in itertools.chain(cpu, gpu):
             count = options.calls if case != "model" else max(1, options.calls // 100)
             times = interleaved({name: partial(loop, call, count) for name, call in calls.items()}, options.seconds)
             rows = [row(case, name, taken, times) for name, taken in times.items()]
@@ -272,7 +278,7 @@ def launch_steps(x: Tensor, weight: LerpWeight, lam: Tensor) -> Calls:
         "whole": partial(lerp_linear, x, weight, lam),
         "is anybody watching?": library.is_eager,
         "from Python on": partial(direct.lerp_linear, False, x, weight, lam),
-        "look-up and launch": partial(gpu.linears, False, *arguments),
+        "look-up and launch": partial(gpu_calls.linears, False, *arguments),
         "what the operands are": facts,
         "what Triton's state is": upstream.triton_state,
         "output and launch": partial(step.run, addresses, step.y),
