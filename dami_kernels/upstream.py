@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 TESTED = {"torch": "2.13", "triton": "3.6"}
@@ -231,14 +232,14 @@ def _fault_of(places: tuple[Place, ...]) -> str | None:
 
 
 class _Triton(NamedTuple):
-    """What a launch looks at in Triton: `hooks` and `settings` are names of its knobs, in their groups."""
+    """What a launch looks at in Triton. `looks` returns the values of knobs, those of `hooks` hooks first."""
 
     driver: Any
     function: Any
     kernel: type
-    chain: Any
-    hooks: list[tuple[Any, str]]
-    settings: list[tuple[Any, str]]
+    knobs: Any
+    looks: Callable[[Any], tuple[Any, ...]]
+    hooks: int
 
 
 @functools.cache
@@ -251,11 +252,10 @@ def _triton() -> _Triton | None:
     from triton.runtime.jit import JITFunction
 
     # Versions differ in what a launch looks at, so its code is asked.
-    names = sorted(set(re.findall(r"\bknobs\.(\w+)\.(\w+)", _text(JITFunction.run))))
-    looked_at = [(getattr(knobs, group), name) for group, name in names]
-    hooks = [each for each in looked_at if each[1].endswith("_hook")]
-    settings = [each for each in looked_at if not each[1].endswith("_hook")]
-    return _Triton(driver, JITFunction, CompiledKernel, knobs.HookChain, hooks, settings)
+    names = set(re.findall(r"\bknobs\.(\w+\.\w+)", _text(JITFunction.run)))
+    hooks = {name for name in names if name.endswith("_hook")}
+    looks = attrgetter(*sorted(hooks), *sorted(names - hooks))
+    return _Triton(driver, JITFunction, CompiledKernel, knobs, looks, len(hooks))
 
 
 def triton_state() -> tuple[Any, ...] | None:
@@ -263,11 +263,12 @@ def triton_state() -> tuple[Any, ...] | None:
     triton = _triton()
     if triton is None:
         return None
-    for group, name in triton.hooks:
-        hook = getattr(group, name)
-        if hook is not None and (type(hook) is not triton.chain or hook.calls):
+    driver, function, _, knobs, looks, hooks = triton
+    seen = looks(knobs)
+    for hook in seen[:hooks]:
+        if hook is not None and (type(hook) is not knobs.HookChain or hook.calls):
             return None
-    return triton.driver.active, triton.function.run, *[getattr(group, name) for group, name in triton.settings]
+    return driver.active, function.run, seen[hooks:]
 
 
 def is_compiled(kernel: Any) -> bool:
