@@ -3,7 +3,7 @@
 Triton binds, specialises and looks up every launch in Python. Here its first launch of a kind is remembered: the
 compiled kernel and every argument but the operands' addresses. A launch is of the same kind if all that Triton, the
 operators' checks and the launch parameters look at is the same: of each operand its type, dtype, shape, strides, device
-and whether its address is a multiple of 16; all other arguments; and Triton's driver and settings. The addresses, the
+and the remainder of its address by 16; all other arguments; and Triton's driver and settings. The addresses, the
 device guard and the stream belong to each launch.
 
 Where somebody listens to launches, or something is missing that this relies on, Triton launches.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -50,7 +51,8 @@ class Launch(NamedTuple):
         return self.kernel[self.grid](*operands, **self.named)
 
 
-class Job(NamedTuple):
+@dataclass(frozen=True)
+class Job:
     """The launches that compute one result.
 
     Attributes:

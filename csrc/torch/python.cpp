@@ -315,7 +315,7 @@ class Facts {
   Object tensor(PyObject* object, bool is_stored) {
     const DLTensor from = read_.plain(object);
     const auto address = from.data ? reinterpret_cast<uint64_t>(from.data) + from.byte_offset : 0;
-    put(from.dtype), put(from.ndim), put(from.device.device_id), put(address % 16 == 0);
+    put(from.dtype), put(from.ndim), put(from.device.device_id), put(address % 16);
     int64_t last = 0;
     bool is_empty = false;
     for (int d = 0; d < from.ndim; d++) {

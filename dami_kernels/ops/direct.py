@@ -92,7 +92,7 @@ def lerp_embedding(
     rows_per_lam: int | None = None,
     row_to_lam: Tensor | None = None,
 ) -> Any:
-    if type(ids) is not Tensor or type(weight) is not LerpWeight or not (ids.is_cpu or ids.is_cuda):
+    if type(ids) is not Tensor or not _is_weight(weight) or not (ids.is_cpu or ids.is_cuda):
         return None
     dtype = weight.dtype
     return _kernels_of(ids).embedding(
@@ -134,7 +134,11 @@ def lerp_layer_norm(
 
 
 def _fits(x: Tensor, weight: LerpWeight) -> bool:
-    return type(x) is Tensor and type(weight) is LerpWeight and weight.dtype is x.dtype and (x.is_cpu or x.is_cuda)
+    return type(x) is Tensor and _is_weight(weight) and weight.dtype is x.dtype and (x.is_cpu or x.is_cuda)
+
+
+def _is_weight(weight: LerpWeight) -> bool:
+    return type(weight) is LerpWeight and len(weight.shape) > 0
 
 
 def _kernels_of(x: Tensor) -> Any:

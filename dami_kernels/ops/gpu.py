@@ -47,8 +47,8 @@ def experts(
 ) -> Any:
     if bias is None:
         return None
-    weights = tuple([(tensor, tensor.stride(0)) for tensor in weight])
-    operands = x, weights, tuple([(end, end.shape[-1]) for end in bias]) or None, lam, row_to_lam, offsets
+    weights = tuple([(tensor, *tensor.stride()[:1]) for tensor in weight])
+    operands = x, weights, tuple([(end, *end.shape[1:]) for end in bias]) or None, lam, row_to_lam, offsets
     return _only(call(graph, operands, rows_per_lam, experts, format, columns, bool(invariant)))
 
 

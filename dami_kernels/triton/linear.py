@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -129,7 +131,7 @@ def _plan_one(
         bias = list(biases[0]) if biases else []
         return cuda.lerp_linear(x, list(weights[0]), bias, lam, row_to_lam, rows_per_lam, format, invariant)
     made = _plan(x, weights, biases, lam, row_to_lam, rows_per_lam, format, invariant)
-    return made.view(shape) if isinstance(made, Tensor) else made._replace(shape=shape)
+    return made.view(shape) if isinstance(made, Tensor) else replace(made, shape=shape)
 
 
 def _plan(

@@ -32,7 +32,7 @@ from dami_kernels import (  # noqa: E402
 from dami_kernels.ops import library  # noqa: E402
 from dami_kernels.triton import linear, norms  # noqa: E402
 from dami_kernels.tuning import H100, linear_config  # noqa: E402
-from tests.dami_kernels.test_direct import Through  # noqa: E402
+from tests.dami_kernels.test_direct import Through, refuse_a_weight_without_dimensions  # noqa: E402
 from tests.moving import break_place, ways  # noqa: E402
 
 pytestmark = pytest.mark.skipif(native.WHY_NOT is not None, reason=str(native.WHY_NOT))
@@ -226,7 +226,8 @@ VARIANTS: dict[str, Callable[[], Call]] = {
     "invariant": lambda: product(x_of(2, K), packed(N, K), invariant=True),
     "K split": lambda: product(x_of(2, 2048), packed(N, 2048)),
     "w8d4": lambda: product(x_of(2, 128), packed(N, 128, format="w8d4")),
-    "w8d4 with a scale not aligned": lambda: product(x_of(2, 128), shifted(packed(N, 128, format="w8d4"), 1)),
+    "w8d4 with a scale at a 32-bit word": lambda: product(x_of(2, 128), shifted(packed(N, 128, format="w8d4"), 1, 2)),
+    "w8d4 with a scale at no 32-bit word": lambda: product(x_of(2, 128), shifted(packed(N, 128, format="w8d4"), 1, 1)),
 }
 COPIED: dict[str, Callable[[], Call]] = {
     "x transposed": lambda: norm(x_of(K, 2).mT),
@@ -305,6 +306,10 @@ def test_errors_stay(gpu: Any) -> None:
         for _ in range(2):
             with pytest.raises((TypeError, ValueError), match=message):
                 make()
+
+
+def test_a_weight_without_dimensions_is_refused(gpu: Any) -> None:
+    refuse_a_weight_without_dimensions()
 
 
 def test_settings_of_triton_are_looked_at(gpu: Any, by_triton: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -538,7 +543,7 @@ def test_the_facts_of_operands() -> None:
         for operands in (
             (one,), (one.t(),), (one.int(),), (one.half(),), (one[None],), (one.flatten(),), (one.view(-1)[1:],),
             (one[:, 1:],), ((one,),), (None,), (3,), (4,), ((),), (one, one), ((one, one),), ((one,), one),
-            (one[1:],), (one[:0],), (torch.tensor(0.0),),
+            (one[1:],), (one[:0],), (torch.tensor(0.0),), (one[:, 2:],), (one[:, 1:3],),
         )
     ]  # fmt: skip
     assert len(set(keys)) == len(keys)
