@@ -105,7 +105,7 @@ def call(
         Its results, a `FirstCall` if it was not given the like before, or None if it has to go through the dispatcher.
     """
     seen, state = _facts(graph, operands)
-    if seen is None or (rows_per_lam is not None and type(rows_per_lam) is not int):
+    if seen is None or (rows_per_lam is not None and type(rows_per_lam) is not int):  # True is equal to 1, too
         return None
     key = seen[0], rows_per_lam, others, state
     known = _calls.get(key)
@@ -179,14 +179,16 @@ class _Step:
         if compute.hooks or (add is not None and add.hooks):
             return None
         y = torch.empty_like(like)
-        parts = y if self.parts is None else torch.empty_like(self.parts)
-        out = parts.data_ptr()
-        if (out | y.data_ptr()) % 16:
+        to = out = y.data_ptr()
+        if self.parts is not None:
+            parts = torch.empty_like(self.parts)
+            out = parts.data_ptr()
+        if (to | out) % 16:
             return None
         stream = self.driver.get_current_stream(self.device)
         compute.launch(*compute.grid, stream, *compute.kernel, *addresses, out, *compute.others)
         if add is not None:
-            add.launch(*add.grid, stream, *add.kernel, out, y.data_ptr(), *add.others)
+            add.launch(*add.grid, stream, *add.kernel, out, to, *add.others)
         return y
 
 
@@ -234,8 +236,9 @@ def _number(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _facts(graph: bool, operands: tuple[Operand, ...]) -> tuple[tuple[bytes, tuple[Any, ...]] | None, Any]:
     """Returns what operands are, with their addresses, and Triton's state; or None if nothing may be remembered."""
-    seen = None if _C is None else _C.facts(DEVICE_TYPE, graph, operands)
-    state = None if seen is None else upstream.triton_state()
+    if _C is None or (seen := _C.facts(DEVICE_TYPE, graph, operands)) is None:
+        return None, None
+    state = upstream.triton_state()
     return (None, None) if state is None else (seen, state)
 
 
