@@ -259,6 +259,8 @@ def forced(config: LinearConfig) -> Iterator[None]:
     """Forces Triton's kernel with these parameters, whatever the shape."""
     kernel = importlib.import_module("dami_kernels.triton.linear")
     launching.forget()
-    with patch.object(kernel, "linear_config", lambda *_: config), patch.object(cuda, "takes", lambda *_: False):
-        yield
-    launching.forget()
+    try:
+        with patch.object(kernel, "linear_config", lambda *_: config), patch.object(cuda, "takes", lambda *_: False):
+            yield
+    finally:
+        launching.forget()
