@@ -42,7 +42,7 @@ _watch = _Watch()
 
 
 class Launch(NamedTuple):
-    """One launch. The kernel's first parameters are the operands, and what `Job` says; `named` are others, and options."""
+    """One launch. The kernel first takes what `Job` says; `named` are its other parameters, and options."""
 
     kernel: Any
     grid: tuple[int, ...]

@@ -213,6 +213,7 @@ def test_parameters_are_forced_on_the_kernel_only_within(monkeypatch: pytest.Mon
     config = tuning.linear_config(1, 64, 64, torch.bfloat16, "pair", tuning.H100)
     with contextlib.suppress(RuntimeError), tune.forced(config):
         assert linear.linear_config(7, 8, 9) is config  # type: ignore[call-arg, arg-type]
+        assert linear.route(7, 8, 9) is tuning.Route.KERNEL  # type: ignore[call-arg]
         assert not remembered
         remembered["a launch"] = "of a candidate"
         raise RuntimeError("the failure of a candidate")

@@ -7,7 +7,9 @@ import logging
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -31,7 +33,7 @@ from dami_kernels import (  # noqa: E402
 )
 from dami_kernels.ops import library  # noqa: E402
 from dami_kernels.triton import linear, norms  # noqa: E402
-from dami_kernels.tuning import H100, linear_config  # noqa: E402
+from dami_kernels.tuning import H100, Route, linear_config  # noqa: E402
 from tests.dami_kernels.test_direct import Through, refuse_a_weight_without_dimensions  # noqa: E402
 from tests.moving import break_place, ways  # noqa: E402
 
@@ -39,7 +41,7 @@ pytestmark = pytest.mark.skipif(native.WHY_NOT is not None, reason=str(native.WH
 stand_in = pytest.importorskip("benchmarks.stand_in")
 
 FORMATS = ["pair", "int8", "int4", "w8d4"]
-ROWS, K, N, E = 6, 64, 32, 3
+ROWS, K, N, E = 6, 128, 32, 3  # codes are multiplied group by group
 Call = Callable[[], Any]
 
 
@@ -112,13 +114,23 @@ CASES += [(name, "pair", lam) for name in ("linear", "rms_norm", "layer_norm") f
 
 def seen(gpu: Any, call: Call) -> list[Any]:
     """What a call launches, with names in place of the addresses of what it allocates."""
+    taken: list[Tensor] = []
+    counters = launching.counters
+
+    def noted(device: torch.device, count: int) -> Tensor:
+        taken.append(counters(device, count))
+        return taken[-1]
+
     before = gpu.count()
-    y = call()
+    with patch.object(launching, "counters", noted):
+        y = call()
     launches = gpu.launches(before)
     first = y[0] if isinstance(y, tuple) else y
     names = {struct.pack("<Q", first.data_ptr()): b"result  "}
-    if len(launches) > 1:
-        names[launches[1].parameters[:8]] = b"partsums"
+    for arrived in taken[-1:]:  # K is split
+        address = struct.pack("<Q", arrived.data_ptr())
+        at = launches[0].parameters.index(address)
+        names |= {address: b"counters", launches[0].parameters[at - 8 : at]: b"parts   "}
     result = []
     for launch in launches:
         parameters = launch.parameters
@@ -225,14 +237,22 @@ VARIANTS: dict[str, Callable[[], Call]] = {
     "target with rows apart": lambda: product(x_of(2, K), shifted(packed(N, K), 1, 0, 16)),
     "invariant": lambda: product(x_of(2, K), packed(N, K), invariant=True),
     "K split": lambda: product(x_of(2, 2048), packed(N, 2048)),
-    "w8d4": lambda: product(x_of(2, 128), packed(N, 128, format="w8d4")),
-    "w8d4 with a scale at a 32-bit word": lambda: product(x_of(2, 128), shifted(packed(N, 128, format="w8d4"), 1, 2)),
-    "w8d4 with a scale at no 32-bit word": lambda: product(x_of(2, 128), shifted(packed(N, 128, format="w8d4"), 1, 1)),
+    "w8d4 with K split": lambda: product(x_of(2, 2048), packed(N, 2048, format="w8d4")),
+    "w8d4, not by group": lambda: product(x_of(2, 192), packed(N, 192, format="w8d4")),
+    "w8d4, not by group, with a scale at no 32-bit word": lambda: product(
+        x_of(2, 192), shifted(packed(N, 192, format="w8d4"), 1, 1)
+    ),
+    "w8d4": lambda: product(x_of(2, K), packed(N, K, format="w8d4")),
+    "w8d4 with a scale at a 32-bit word": lambda: product(x_of(2, K), shifted(packed(N, K, format="w8d4"), 1, 2)),
+    "w8d4 with codes at a 32-bit word": lambda: product(x_of(2, K), shifted(packed(N, K, format="w8d4"), 0, 4)),
 }
 COPIED: dict[str, Callable[[], Call]] = {
     "x transposed": lambda: norm(x_of(K, 2).mT),
     "x with rows apart in two ways": lambda: norm(x_of(2, 4, K)[:, :3], lam=torch.rand(6)),
     "λ with gaps": lambda: norm(x_of(4, K), lam=torch.rand(8)[::2]),
+    "scale at no 32-bit word": lambda: product(x_of(2, K), shifted(packed(N, K, format="w8d4"), 1, 1)),
+    "codes at no 32-bit word": lambda: product(x_of(2, K), shifted(packed(N, K, format="w8d4"), 0, 1)),
+    "codes with rows apart by an odd number": lambda: product(x_of(2, K), shifted(packed(N, K, format="int4"), 2, 0, 1)),
     "weight with gaps": lambda: norm(x_of(2, K), LerpWeight.pack(x_of(2 * K)[::2], x_of(2 * K)[::2])),
 }
 
@@ -267,6 +287,78 @@ def test_what_was_copied_for_one_launch_is_copied_for_the_next(
             first.grid,
             len(first.parameters),
         )
+
+
+@pytest.mark.parametrize("name", ["linear", "linears", "experts"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_decoding_is_one_remembered_launch(name: str, format: str, gpu: Any, by_triton: list[str]) -> None:
+    made = call(name, format)
+    made()
+    before = gpu.count()
+    made(), made()
+    assert (len(by_triton), len(launching._calls), gpu.count() - before) == (1, 1, 2)
+
+
+def test_scratch_of_splits_belongs_to_each_launch(
+    gpu: Any, by_triton: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The counters are asked for at each, when its stream is the current one."""
+    made = product(x_of(2, 2048), packed(N, 2048))
+    made()
+    taken: list[tuple[Tensor, int]] = []
+
+    def counters(device: torch.device, count: int, offset: int = 0) -> Tensor:
+        taken.append((torch.zeros(count + offset, dtype=torch.int32)[offset:], gpu.stream))
+        return taken[-1][0]
+
+    monkeypatch.setattr(launching, "counters", counters)
+    before = gpu.count()
+    for stream in (7, 8, 7):
+        monkeypatch.setattr(gpu, "stream", stream)
+        made()
+    assert len(by_triton) == 1
+    for launched, (arrived, stream) in zip(gpu.launches(before), taken, strict=True):
+        assert launched.stream == stream
+        assert struct.pack("<Q", arrived.data_ptr()) in launched.parameters
+    monkeypatch.setattr(launching, "counters", partial(counters, offset=1))
+    made()
+    assert len(by_triton) == 2  # Triton passes what is not aligned to another kernel
+
+
+def test_lots_are_launched_again_one_after_the_other(
+    gpu: Any, by_triton: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dami_kernels.triton.product.MAX_PARTS", 1)
+    made = product(x_of(2, 2048), packed(200, 2048))
+    made()
+    asked = len(by_triton)
+    assert asked > 1
+    launches = seen(gpu, made)
+    assert len(by_triton) == len(launches) == asked
+    assert len({launch[-1] for launch in launches}) == asked  # each has a first program of its own
+    assert_as_triton(gpu, made)
+
+
+def test_a_library_s_route_is_taken_anew_each_time(
+    gpu: Any, by_triton: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is the launch remembered that looks up the route's results."""
+    made = call("linear")
+    asked: list[Any] = []
+
+    def products(*args: Any) -> Route:
+        asked.append(args)
+        return Route.PRODUCTS
+
+    with monkeypatch.context() as patched:
+        patched.setattr(linear, "route", products)
+        for _ in range(3):
+            made()
+    assert len(asked) == 3
+    assert set(by_triton) == {"_lerp_embedding_kernel"}
+    assert not launching._calls
+    made()
+    assert by_triton[-1] == "_lerp_linear_kernel"
 
 
 def test_no_address_is_remembered(gpu: Any) -> None:
