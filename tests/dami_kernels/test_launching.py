@@ -252,7 +252,7 @@ COPIED: dict[str, Callable[[], Call]] = {
     "λ with gaps": lambda: norm(x_of(4, K), lam=torch.rand(8)[::2]),
     "scale at no 32-bit word": lambda: product(x_of(2, K), shifted(packed(N, K, format="w8d4"), 1, 1)),
     "codes at no 32-bit word": lambda: product(x_of(2, K), shifted(packed(N, K, format="w8d4"), 0, 1)),
-    "codes with rows apart by an odd number": lambda: product(x_of(2, K), shifted(packed(N, K, format="int4"), 2, 0, 1)),
+    "codes with rows an odd number apart": lambda: product(x_of(2, K), shifted(packed(N, K, format="int4"), 2, 0, 1)),
     "weight with gaps": lambda: norm(x_of(2, K), LerpWeight.pack(x_of(2 * K)[::2], x_of(2 * K)[::2])),
 }
 
