@@ -1,12 +1,17 @@
 """Times what a call costs on the host: every operator on operands so small that next to nothing is computed, against
-torch's own operator; where the time of one call goes; and a model of eight tiny layers, patched and plain.
+torch's own operator; where the time of one call goes; and a model of eight tiny layers, patched and plain. Then what a
+call on a GPU costs on the host, without a GPU: Triton launches into a stand-in for CUDA's driver (benchmarks/stand_in).
 
-A call is timed in a loop of many, with no gradient, as `generate` makes them. Run it alone on the machine.
+A call is timed in a loop of many, with no gradient, as `generate` makes them. Times are the thread's, not the clock's,
+so others on the machine disturb them less; run it alone nevertheless.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,25 +28,33 @@ from benchmarks.record import RESULTS, store, text_table
 from benchmarks.timing import Times, interleaved
 from dami_kernels import (
     LerpWeight,
+    launching,
     lerp_embedding,
+    lerp_experts,
     lerp_layer_norm,
     lerp_linear,
     lerp_linears,
     lerp_rms_norm,
     native,
+    upstream,
 )
 from dami_kernels.ops import direct, library
+from dami_kernels.ops import gpu as gpu_calls
 
 FORMATS = ("pair", "int8", "int4", "w8d4")
 SIZE = 64  # of both dimensions of a weight
 TORCH, OURS, DISPATCHED = "torch", "dami", "dami, dispatched"
 STEPS = "a call of linear pair"
+GPU = "on a GPU: "  # begins the cases of launches
+GPU_STEPS = f"{GPU}a call of linear pair"
+TRITON, LAUNCH = "Triton's launch", "dami, from the dispatcher on"
 Calls = dict[str, Callable[[], object]]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks host", description=__doc__)
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing for each case, about")
+    parser.add_argument("--on", nargs="+", choices=("cpu", "gpu"), default=["cpu", "gpu"], help="whose calls")
     parser.add_argument("--calls", type=int, default=1000, help="in one loop")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIRECTORY", help="of host.csv")
     options = parser.parse_args(argv)
@@ -50,7 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     facts = about(machine())
     print(f"{facts['device']}, {facts['isa']}, torch {facts['torch']}, one thread", flush=True)
     with torch.no_grad():
-        for case, calls in cases():
+        cpu, gpu = (
+            (cases() if "cpu" in options.on else ()),
+            (launches() if "gpu" in options.on and can_launch() else ()),
+        )
+        for case, calls in itertools.chain(cpu, gpu):
             count = options.calls if case != "model" else max(1, options.calls // 100)
             times = interleaved({name: partial(loop, call, count) for name, call in calls.items()}, options.seconds)
             rows = [row(case, name, taken, times) for name, taken in times.items()]
@@ -61,11 +78,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def loop(call: Callable[[], object], count: int) -> float:
-    """Measures the seconds per call in a loop of `count` calls."""
-    start = time.perf_counter()
+    """Measures the seconds per call that this thread runs in a loop of `count` calls, not those it waits for a core."""
+    start = time.thread_time()
     for _ in range(count):
         call()
-    return (time.perf_counter() - start) / count
+    return (time.thread_time() - start) / count
 
 
 def row(case: str, method: str, taken: Times, all: dict[str, Times]) -> dict[str, object]:
@@ -165,4 +182,108 @@ def model() -> Calls:
         TORCH: partial(alone, ids),
         f"{OURS}, one λ": partial(patched, ids, intensity=0.3),
         f"{OURS}, four λ": partial(patched, ids, intensity=lam),
+    }
+
+
+def can_launch() -> bool:
+    """Whether Triton and a C compiler are there, and says so if they are not."""
+    found = importlib.util.find_spec("triton") is not None and shutil.which("cc") is not None
+    if not found:
+        print("\nno launches on a GPU: they need Triton and a C compiler, cc")
+    return found
+
+
+def launches() -> Iterator[tuple[str, Calls]]:
+    """Returns each case of a call on a GPU. Nothing is computed; the launches are compared by tests."""
+    from benchmarks.stand_in import by_triton, playing_gpu
+    from dami_kernels import triton
+
+    with playing_gpu():
+
+        def case(call: Callable[[], object], kernel: Callable[[], object]) -> Calls:
+            methods: Calls = {TRITON: by_triton(call), LAUNCH: kernel, OURS: call}
+            for method in methods.values():
+                method(), method()
+            return methods
+
+        x, lam, rows = torch.randn(1, SIZE).bfloat16(), torch.tensor([0.3]), (torch.tensor([0.3]), None, 1)
+        for format in FORMATS:
+            weight = random(SIZE, SIZE, format=format)
+            operands = x, list(weight.tensors), [], *rows, format, False
+            yield (
+                f"{GPU}linear {format}",
+                case(partial(lerp_linear, x, weight, lam), partial(triton.lerp_linear, *operands)),
+            )
+        weight, long = random(SIZE, 2048, format="w8d4"), torch.randn(1, 2048).bfloat16()
+        operands = long, list(weight.tensors), [], *rows, "w8d4", False
+        yield (
+            f"{GPU}linear w8d4, K in four parts",
+            case(partial(lerp_linear, long, weight, lam), partial(triton.lerp_linear, *operands)),
+        )
+        weight, norm = random(SIZE, SIZE), random(SIZE)
+        operands = x, list(weight.tensors) * 3, [], *rows, "pair", False
+        yield (
+            f"{GPU}linears",
+            case(partial(lerp_linears, x, [weight] * 3, lam), partial(triton.lerp_linears, *operands)),
+        )
+        experts, offsets = random(4, SIZE, SIZE), torch.tensor([0, 1, 1, 1], dtype=torch.int32)
+        yield (
+            f"{GPU}experts",
+            case(
+                partial(lerp_experts, x, experts, lam, offsets),
+                partial(triton.lerp_experts, x, list(experts.tensors), [], *rows, offsets, "pair", False),
+            ),
+        )
+        ids = torch.tensor([7])
+        yield (
+            f"{GPU}embedding",
+            case(
+                partial(lerp_embedding, ids, weight, lam),
+                partial(triton.lerp_embedding, ids, list(weight.tensors), *rows, "pair", weight.dtype, SIZE),
+            ),
+        )
+        yield (
+            f"{GPU}rms_norm",
+            case(
+                partial(lerp_rms_norm, x, norm, lam),
+                partial(triton.lerp_rms_norm, x, list(norm.tensors), *rows, 1e-6, 0.0),
+            ),
+        )
+        yield (
+            f"{GPU}layer_norm",
+            case(
+                partial(lerp_layer_norm, x, norm, lam, norm),
+                partial(triton.lerp_layer_norm, x, list(norm.tensors), list(norm.tensors), *rows, 1e-5),
+            ),
+        )
+        yield GPU_STEPS, launch_steps(x, weight, lam)
+
+
+def random(*shape: int, format: str = "pair") -> LerpWeight:
+    base = torch.randn(shape)
+    return LerpWeight.pack(base.bfloat16(), (base + 0.1 * torch.randn(shape)).bfloat16(), format)
+
+
+def launch_steps(x: Tensor, weight: LerpWeight, lam: Tensor) -> Calls:
+    """Returns a whole call on a GPU, and parts of it that can be called alone."""
+    arguments = (x, weight.tensors, (), lam, None, None, weight.format, SIZE, False)
+    operands = (x, (weight.tensors,), None, lam, None)
+    launching.forget()
+    y = lerp_linear(x, weight, lam)
+    ((step, *_),) = launching._calls.values()
+    facts = partial(launching._C.facts, launching.DEVICE_TYPE, False, operands)
+    _, addresses = facts()
+    (launch,) = step.launches
+    return {
+        "whole": partial(lerp_linear, x, weight, lam),
+        "is anybody watching?": library.is_eager,
+        "from Python on": partial(direct.lerp_linear, False, x, weight, lam),
+        "look-up and launch": partial(gpu_calls.linears, False, *arguments),
+        "what the operands are": facts,
+        "what Triton's state is": upstream.triton_state,
+        "output and launch": partial(step.run, addresses, step.y),
+        "an empty tensor": partial(torch.empty_like, y),
+        "Triton's compiled launcher": partial(
+            launch.launch, *launch.grid, 0, *launch.kernel, *addresses, y.data_ptr(), *launch.others
+        ),
     }

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from benchmarks import decode
-from benchmarks.host import STEPS
+from benchmarks.host import GPU, GPU_STEPS, STEPS
 from benchmarks.lams import KINDS, SEQUENCE
 from benchmarks.linear import BLEND, COPIES, CUDA, MERGED, MERGED_FLOAT32, OURS, TRITON, TWO
 from benchmarks.record import RESULTS, latest, load
@@ -384,8 +384,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "formats": formats,
     "roundings": roundings,
     "loading": loading,
-    "host": lambda: host(lambda case: case not in ("model", STEPS)),
+    "host": lambda: host(lambda case: case not in ("model", STEPS) and not case.startswith(GPU)),
     "host steps": lambda: host(STEPS.__eq__),
+    "host launches": lambda: host(lambda case: case.startswith(GPU) and case != GPU_STEPS),
+    "host launch steps": lambda: host(GPU_STEPS.__eq__),
     "host model": lambda: host("model".__eq__, 1000, "ms"),
     "peers shipped": lambda: peers("shipped"),
     "peers smollm2": lambda: peers("SmolLM2-135M's shapes"),
@@ -421,15 +423,15 @@ def where(row: Row) -> str:
 
 def host(wanted: Callable[[str], bool], unit: float = 1.0, name: str = "µs") -> str:
     """Tabulates host.csv: the first method's time, and the others' as ratios to it."""
-    rows = [row for row in newest_run("host.csv") if wanted(row["case"])]
+    rows = newest_run("host.csv", lambda row: wanted(row["case"]))
     lines: list[list[str]] = [["case", "method", name, "ratio"]]
     lines += [[row["case"], row["method"], f"{float(row['median_us']) / unit:.3g}", row["ratio"]] for row in rows]
     return where(rows[0]) + markdown(lines)
 
 
-def newest_run(file: str, **equal: str) -> list[Row]:
-    """Returns the rows of a file's last run, whose parts are minutes apart."""
-    rows = load(RESULTS / file, **equal)
+def newest_run(file: str, wanted: Callable[[Row], bool] = lambda _: True, **equal: str) -> list[Row]:
+    """Returns the rows of a file's last run, whose parts are minutes apart, that has any that are wanted."""
+    rows = [row for row in load(RESULTS / file, **equal) if wanted(row)]
     last = max(rows, key=lambda row: row["date"], default={})
     return [row for row in rows if (row["date"], row["commit"]) == (last["date"], last["commit"])]
 

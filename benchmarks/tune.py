@@ -36,7 +36,7 @@ from benchmarks.measure import DTYPES, LOST, SingleEntryCache
 from benchmarks.shapes import HEAD_ROWS, LAYERS
 from benchmarks.timing import Budget, Times, interleaved
 from benchmarks.weights import KERNEL_FORMATS, Copies, count_of
-from dami_kernels import LerpWeight, cuda, lerp_linear, products
+from dami_kernels import LerpWeight, cuda, launching, lerp_linear, products
 from dami_kernels.tuning import (
     LinearConfig,
     LinearEntry,
@@ -321,7 +321,9 @@ def forced(config: LinearConfig) -> Iterator[None]:
     """Forces Triton's kernel with these parameters, whatever the shape."""
     kernel = importlib.import_module("dami_kernels.triton.linear")
     with ExitStack() as stack:
+        stack.callback(launching.forget)  # after the patches are undone
         stack.enter_context(patch.object(kernel, "linear_config", lambda *_: config))
         stack.enter_context(patch.object(kernel, "route", lambda *_: Route.KERNEL))
         stack.enter_context(patch.object(cuda, "takes", lambda *_: False))
+        launching.forget()
         yield

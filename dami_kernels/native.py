@@ -36,6 +36,7 @@ else:
     WHY_NOT = None
     _TYPES = {torch.float32: _C.Type.f32, torch.bfloat16: _C.Type.bf16, torch.float16: _C.Type.f16}
     DTYPES = {dtype: int(type) for dtype, type in _TYPES.items()}
+    FORMATS: dict[str, int] = _C.FORMATS  # tensors of a weight in each
     _C.isa()  # rejects an unsupported DAMI_CPU_ISA now rather than at the first call
 
 

@@ -1,4 +1,4 @@
-"""The private parts of torch that the kernels rely on, and a check that they are still there.
+"""The private parts of torch and Triton that the kernels rely on, and a check that they are still there.
 
 A package may move such a name in any release. So each is listed here once, as a `Place`, and used through this file.
 If one has moved, the error says which, and in which version of its package. `dami.upstream` does the same for what the
@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
-TESTED = {"torch": "2.13"}
+TESTED = {"torch": "2.13", "triton": "3.6"}
 
 
 class Moved(ImportError):
@@ -110,6 +112,7 @@ RELIED_ON = (
     Place("torch._C:DispatchKey", ("BackendSelect", "ADInplaceOrView")),
     Place("torch._C:_len_torch_function_stack"),
     Place("torch.autograd:_profiler_enabled"),
+    Place("torch._C:_is_any_autocast_enabled"),
     Place("torch:ops.aten.relu.default._schema.arguments"),
     Place("torch.utils._pytree:tree_flatten", ("tree", "is_leaf")),
     Place("torch.utils._pytree:tree_unflatten", ("leaves", "treespec")),
@@ -146,11 +149,12 @@ _NOTHING_INCLUDED = (
 
 
 def is_watched() -> bool:
-    """Whether anything besides autograd observes operator calls: a mode, tracer, transform or profiler."""
+    """Whether anything besides autograd sees or changes operator calls: a mode, tracer, transform, profiler or cast."""
     return (
         _C._dispatch_tls_local_include_set() not in _NOTHING_INCLUDED
         or _C._len_torch_function_stack() > 0
         or torch.autograd._profiler_enabled()
+        or _C._is_any_autocast_enabled()
         or forward_ad._current_level >= 0
     )
 
@@ -171,3 +175,115 @@ def _optional_lists(op: Any) -> frozenset[int]:
     """Returns the positions of the arguments that may be a list of tensors or None."""
     types = [str(argument.type) for argument in op._schema.arguments]
     return frozenset(place for place, type in enumerate(types) if type == "Optional[List[Tensor]]")
+
+
+def _text(function: Any) -> str:
+    return " ".join(inspect.getsource(function).split())
+
+
+def _launches_as_we_do(run: Any) -> bool:
+    return (
+        "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, launch_metadata, "
+        "knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *bound_args.values())" in _text(run)
+    )
+
+
+# Without these Triton launches itself, see `dami_kernels.launching`.
+LAUNCHES = (
+    Place("triton.runtime.jit:JITFunction.run", ("grid", "warmup"), "launch as we do", _launches_as_we_do),
+    Place(
+        "triton.runtime.jit:JITFunction.add_pre_run_hook",
+        does="keep its hooks in pre_run_hooks",
+        proof=lambda add: "self.pre_run_hooks.append(hook)" in _text(add),
+    ),
+    Place("triton.compiler:CompiledKernel", ("run",)),
+    Place("triton.runtime.driver:DriverConfig", ("active",)),
+    Place("triton.knobs:HookChain", does="keep its hooks in calls", proof=lambda chain: chain().calls == []),
+)
+
+
+# Without this its Python in between is called.
+LAUNCHER = (
+    Place(
+        "triton.backends.nvidia.driver:CudaLauncher.__call__",
+        ("gridX", "gridY", "gridZ", "stream", "function", "args"),
+        "launch as we do",
+        lambda call: (
+            "self.launch(gridX, gridY, gridZ, stream, function, self.launch_cooperative_grid, self.launch_pdl, "
+            "global_scratch, profile_scratch, *args)" in _text(call)
+        ),
+    ),
+)
+
+
+@functools.cache
+def why_triton_launches() -> str | None:
+    """Returns why only Triton itself can launch its kernels, or None."""
+    return _fault_of(LAUNCHES)
+
+
+@functools.cache
+def _fault_of(places: tuple[Place, ...]) -> str | None:
+    try:
+        check("a fast launch", places, TESTED, "it")
+    except Moved as moved:
+        return str(moved)
+    return None
+
+
+class _Triton(NamedTuple):
+    """What a launch looks at in Triton. `looks` returns the values of knobs, those of `hooks` hooks first."""
+
+    driver: Any
+    function: Any
+    kernel: type
+    knobs: Any
+    looks: Callable[[Any], tuple[Any, ...]]
+    hooks: int
+
+
+@functools.cache
+def _triton() -> _Triton | None:
+    if why_triton_launches() is not None:
+        return None
+    from triton import knobs
+    from triton.compiler import CompiledKernel
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    # Versions differ in what a launch looks at, so its code is asked.
+    names = set(re.findall(r"\bknobs\.(\w+\.\w+)", _text(JITFunction.run)))
+    hooks = {name for name in names if name.endswith("_hook")}
+    looks = attrgetter(*sorted(hooks), *sorted(names - hooks))
+    return _Triton(driver, JITFunction, CompiledKernel, knobs, looks, len(hooks))
+
+
+def triton_state() -> tuple[Any, ...] | None:
+    """Returns what Triton's launches depend on besides their arguments, its driver first; None if hooks watch them."""
+    triton = _triton()
+    if triton is None:
+        return None
+    driver, function, _, knobs, looks, hooks = triton
+    seen = looks(knobs)
+    for hook in seen[:hooks]:
+        if hook is not None and (type(hook) is not knobs.HookChain or hook.calls):
+            return None
+    return driver.active, function.run, seen[hooks:]
+
+
+def is_compiled(kernel: Any) -> bool:
+    """Whether this is what Triton returns of a launch that can be made again."""
+    triton = _triton()
+    return triton is not None and isinstance(kernel, triton.kernel)
+
+
+def launcher_of(kernel: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """Returns what launches a compiled kernel, given grid, stream, the tuple that is returned too, and arguments."""
+    run, without_hooks = kernel.run, (kernel.packed_metadata, None, None, None)
+    if _fault_of(LAUNCHER) is None:
+        from triton.backends.nvidia.driver import CudaLauncher
+
+        if type(run) is CudaLauncher and run.global_scratch_size == run.profile_scratch_size == 0:
+            flags = run.launch_cooperative_grid, run.launch_pdl
+            return run.launch, (kernel.function, *flags, None, None, *without_hooks)
+    return run, (kernel.function, *without_hooks)

@@ -4,6 +4,7 @@
 
 #include <new>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "calls.h"
@@ -74,12 +75,12 @@ Dtype dtype_of(const DLDataType& type) {
 
 struct NotTaken {};
 
-// Reads what Python passes for a tensor. With `graph` those that want a gradient are not taken.
+// Reads what Python passes for a tensor on one kind of device. With `graph` those that want a gradient are not taken.
 class Reader {
  public:
-  explicit Reader(bool graph) : graph_(graph) {}
+  explicit Reader(bool graph, int64_t device_type = kDLCPU) : graph_(graph), device_type_(device_type) {}
 
-  Tensor operand(PyObject* object) const {
+  DLTensor plain(PyObject* object) const {
     DLTensor from;
     if (Py_TYPE(object) != reinterpret_cast<PyTypeObject*>(torch.tensor) &&
         Py_TYPE(object) != reinterpret_cast<PyTypeObject*>(torch.parameter))
@@ -89,7 +90,12 @@ class Reader {
       PyErr_Clear();  // a layout without strides, say
       throw NotTaken{};
     }
-    if (from.device.device_type != kDLCPU || truth(call(object, name.is_neg).get())) throw NotTaken{};
+    if (from.device.device_type != device_type_ || truth(call(object, name.is_neg).get())) throw NotTaken{};
+    return from;
+  }
+
+  Tensor operand(PyObject* object) const {
+    const DLTensor from = plain(object);
     const Tensor tensor{from.data ? static_cast<char*>(from.data) + from.byte_offset : nullptr, dtype_of(from.dtype), from.ndim,
                         from.shape, from.strides, 0};
     if (is_without_memory(tensor)) throw NotTaken{};
@@ -107,11 +113,15 @@ class Reader {
     for (size_t i = 0; i < tensors.size(); i++) {
       PyObject* object = PySequence_Fast_GET_ITEM(sequence, i);
       tensors[i] = operand(object);
-      const Object storage = call(object, name.untyped_storage);
-      tensors[i].bytes = integer(call(storage.get(), name.nbytes).get()) -
-                         integer(call(object, name.storage_offset).get()) * bytes_of(tensors[i].dtype);
+      tensors[i].bytes = bytes(object, bytes_of(tensors[i].dtype));
     }
     return tensors;
+  }
+
+  // Of a tensor's storage, from its first element on.
+  static int64_t bytes(PyObject* object, int64_t item) {
+    const Object storage = call(object, name.untyped_storage);
+    return integer(call(storage.get(), name.nbytes).get()) - integer(call(object, name.storage_offset).get()) * item;
   }
 
   LamArguments lams(PyObject* lam, PyObject* row_to_lam, PyObject* rows_per_lam) const {
@@ -127,6 +137,7 @@ class Reader {
 
  private:
   bool graph_;
+  int64_t device_type_;
 };
 
 std::string_view text(PyObject* object) {
@@ -177,10 +188,10 @@ PyObject* run(Object y, Run run) {
 }
 
 // f(arguments) as a function of CPython: its exceptions become Python's.
-template <int count, PyObject* (*f)(PyObject* const*)>
+template <int count, PyObject* (*f)(PyObject* const*), bool is_kernel = true>
 PyObject* function(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
   if (given != count) return PyErr_Format(PyExc_TypeError, "takes %d arguments, got %zd", count, given);
-  if (!torch.dlpack || !takes_calls) Py_RETURN_NONE;
+  if (!torch.dlpack || (is_kernel && !takes_calls)) Py_RETURN_NONE;
   try {
     return f(arguments);
   } catch (const NotTaken&) {
@@ -266,6 +277,71 @@ PyObject* layer_norm(PyObject* const* a) {
   return run(std::move(y), [&](int threads) { call.run(to, threads); });
 }
 
+// What a launch on a GPU depends on in its operands, but for their addresses, as a key; and the addresses.
+class Facts {
+ public:
+  explicit Facts(const Reader& read) : read_(read) {}
+  const std::string& key() const { return key_; }
+
+  // The address of a tensor, None or an integer itself, or a tuple of these for a tuple or list. A tensor in one belongs to
+  // a weight and must lie inside its storage.
+  Object add(PyObject* object, bool is_stored = false) {
+    if (object == Py_None) return put('n'), Object(Py_NewRef(object));
+    if (PyLong_CheckExact(object)) return put('i'), put(integer(object)), Object(Py_NewRef(object));
+    if (!PyTuple_Check(object) && !PyList_Check(object)) return tensor(object, is_stored);
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(object);
+    put('('), put(count);
+    Object addresses = checked(PyTuple_New(count));
+    for (Py_ssize_t i = 0; i < count; i++)
+      PyTuple_SET_ITEM(addresses.get(), i, add(PySequence_Fast_GET_ITEM(object, i), true).release());
+    return addresses;
+  }
+
+  // Of all operands, which as a whole are no weight.
+  Object add_all(PyObject* operands) {
+    if (!PyTuple_Check(operands)) throw NotTaken{};
+    Object addresses = checked(PyTuple_New(PyTuple_GET_SIZE(operands)));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(operands); i++)
+      PyTuple_SET_ITEM(addresses.get(), i, add(PyTuple_GET_ITEM(operands, i)).release());
+    return addresses;
+  }
+
+ private:
+  template <class T>
+  void put(const T& value) {
+    key_.append(reinterpret_cast<const char*>(&value), sizeof value);
+  }
+
+  Object tensor(PyObject* object, bool is_stored) {
+    const DLTensor from = read_.plain(object);
+    const auto address = from.data ? reinterpret_cast<uint64_t>(from.data) + from.byte_offset : 0;
+    put(from.dtype), put(from.ndim), put(from.device.device_id), put(address % 16);
+    int64_t last = 0;
+    bool is_empty = false;
+    for (int d = 0; d < from.ndim; d++) {
+      put(from.shape[d]), put(from.strides[d]);
+      last += (from.shape[d] - 1) * from.strides[d];
+      is_empty |= from.shape[d] == 0;
+    }
+    const int64_t item = from.dtype.bits / 8 * from.dtype.lanes;
+    if (!is_empty && !address) throw NotTaken{};
+    if (is_stored && !is_empty && (last + 1) * item > Reader::bytes(object, item)) throw NotTaken{};
+    return checked(PyLong_FromUnsignedLongLong(address));
+  }
+
+  const Reader& read_;
+  std::string key_;
+};
+
+// (device type as in DLPack, graph, operands) → (key, addresses), for tensors that all are plain and of that device.
+PyObject* facts(PyObject* const* a) {
+  const Reader read(truth(a[1]), integer(a[0]));
+  Facts facts(read);
+  const Object addresses = facts.add_all(a[2]);
+  const Object key = checked(PyBytes_FromStringAndSize(facts.key().data(), static_cast<Py_ssize_t>(facts.key().size())));
+  return checked(PyTuple_Pack(2, key.get(), addresses.get())).release();
+}
+
 // (Tensor, Parameter, get_num_threads): from now on calls are taken. ImportError if this torch offers no such exchange.
 PyObject* connect(PyObject*, PyObject* const* arguments, Py_ssize_t) {
   const Object capsule(PyObject_GetAttrString(arguments[0], "__dlpack_c_exchange_api__"));
@@ -292,6 +368,7 @@ PyMethodDef methods[] = {
     {"embedding", fast(function<10, embedding>), METH_FASTCALL, nullptr},
     {"rms_norm", fast(function<8, rms_norm>), METH_FASTCALL, nullptr},
     {"layer_norm", fast(function<8, layer_norm>), METH_FASTCALL, nullptr},
+    {"facts", fast(function<3, facts, false>), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

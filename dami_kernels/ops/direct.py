@@ -1,9 +1,10 @@
-"""Direct calls from a public function to its CPU kernel, bypassing torch's dispatcher.
+"""Direct calls from a public function to its kernel, bypassing torch's dispatcher.
 
 A small product takes only a fraction of the time spent in the dispatcher and the Python code below it. Each function
 takes a flag that says whether gradients are recorded, then the arguments of the public function of the same name. It
-returns None if it cannot handle the call: if a tensor is not a plain CPU tensor, requires grad, would have to be
-copied first, or does not fit. The compiled part inspects every tensor on each call and never caches an address.
+returns None if it cannot handle the call: if a tensor is not a plain tensor of the CPU or a GPU, requires grad, would
+have to be copied first, or does not fit. On a GPU it returns a `FirstCall` for a call like none before. The compiled
+part inspects every tensor on each call, and no address is ever cached.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from dami_kernels import native
+from dami_kernels.ops import gpu
 from dami_kernels.tuning import routes
 from dami_kernels.weight import LerpWeight
 
@@ -31,13 +33,13 @@ def lerp_linear(
     rows_per_lam: int | None = None,
     row_to_lam: Tensor | None = None,
     invariant: bool = False,
-) -> Tensor | None:
-    if not _fits(x, weight) or (HAS_AMX and _has_many_rows(x)):
+) -> Any:
+    if not _fits(x, weight) or _may_be_torchs(x):
         return None
-    y = _C.linears(
+    y = _kernels_of(x).linears(
         graph, x, weight.tensors, _ends(bias), lam, row_to_lam, rows_per_lam, weight.format, weight.shape[-1], invariant
     )
-    return None if y is None else y[0]
+    return y[0] if type(y) is tuple else y
 
 
 def lerp_linears(
@@ -50,17 +52,19 @@ def lerp_linears(
     rows_per_lam: int | None = None,
     row_to_lam: Tensor | None = None,
     invariant: bool = False,
-) -> tuple[Tensor, ...] | None:
-    if not weights or not all(_fits(x, weight) for weight in weights) or (HAS_AMX and _has_many_rows(x)):
+) -> Any:
+    if not weights or not _fits(x, weights[0]) or (biases is not None and len(biases) != len(weights)):
         return None
-    if biases is not None and len(biases) != len(weights):
+    if _may_be_torchs(x):
         return None
     format, columns = weights[0].format, weights[0].shape[-1]
-    if any(weight.format != format for weight in weights):
-        return None
-    tensors = [tensor for weight in weights for tensor in weight.tensors]
+    tensors: list[Tensor] = []
+    for weight in weights:
+        if not _fits(x, weight) or weight.format != format:
+            return None
+        tensors += weight.tensors
     ends = [tensor for bias in biases or () for tensor in _ends(bias) or (None,)]
-    return _C.linears(graph, x, tensors, ends, lam, row_to_lam, rows_per_lam, format, columns, invariant)
+    return _kernels_of(x).linears(graph, x, tensors, ends, lam, row_to_lam, rows_per_lam, format, columns, invariant)
 
 
 def lerp_experts(
@@ -74,10 +78,10 @@ def lerp_experts(
     rows_per_lam: int | None = None,
     row_to_lam: Tensor | None = None,
     invariant: bool = False,
-) -> Tensor | None:
+) -> Any:
     if not _fits(x, weight):
         return None
-    return _C.experts(
+    return _kernels_of(x).experts(
         graph, x, weight.tensors, _ends(bias), lam, row_to_lam, rows_per_lam, expert_offsets, weight.format,
         weight.shape[-1], invariant,
     )  # fmt: skip
@@ -91,11 +95,11 @@ def lerp_embedding(
     *,
     rows_per_lam: int | None = None,
     row_to_lam: Tensor | None = None,
-) -> Tensor | None:
-    if type(ids) is not Tensor or type(weight) is not LerpWeight or not ids.is_cpu:
+) -> Any:
+    if type(ids) is not Tensor or not _is_weight(weight) or not (ids.is_cpu or ids.is_cuda):
         return None
     dtype = weight.dtype
-    return _C.embedding(
+    return _kernels_of(ids).embedding(
         graph, ids, weight.tensors, lam, row_to_lam, rows_per_lam, weight.format, native.DTYPES[dtype], dtype,
         weight.shape[-1],
     )  # fmt: skip
@@ -111,10 +115,10 @@ def lerp_rms_norm(
     offset: float = 0.0,
     rows_per_lam: int | None = None,
     row_to_lam: Tensor | None = None,
-) -> Tensor | None:
+) -> Any:
     if not _fits(x, weight):
         return None
-    return _C.rms_norm(graph, x, weight.tensors, lam, row_to_lam, rows_per_lam, eps, offset)
+    return _kernels_of(x).rms_norm(graph, x, weight.tensors, lam, row_to_lam, rows_per_lam, eps, offset)
 
 
 def lerp_layer_norm(
@@ -127,18 +131,26 @@ def lerp_layer_norm(
     *,
     rows_per_lam: int | None = None,
     row_to_lam: Tensor | None = None,
-) -> Tensor | None:
+) -> Any:
     if not _fits(x, weight):
         return None
-    return _C.layer_norm(graph, x, weight.tensors, _ends(bias), lam, row_to_lam, rows_per_lam, eps)
+    return _kernels_of(x).layer_norm(graph, x, weight.tensors, _ends(bias), lam, row_to_lam, rows_per_lam, eps)
 
 
 def _fits(x: Tensor, weight: LerpWeight) -> bool:
-    return type(x) is Tensor and type(weight) is LerpWeight and weight.dtype is x.dtype and x.is_cpu
+    return type(x) is Tensor and _is_weight(weight) and weight.dtype is x.dtype and (x.is_cpu or x.is_cuda)
 
 
-def _has_many_rows(x: Tensor) -> bool:
-    return x.shape[:-1].numel() >= routes.AMX_ROWS
+def _is_weight(weight: LerpWeight) -> bool:
+    return type(weight) is LerpWeight and len(weight.shape) > 0
+
+
+def _kernels_of(x: Tensor) -> Any:
+    return _C if x.is_cpu else gpu
+
+
+def _may_be_torchs(x: Tensor) -> bool:
+    return HAS_AMX and x.is_cpu and x.shape[:-1].numel() >= routes.AMX_ROWS
 
 
 def _ends(bias: LerpWeight | None) -> Sequence[Tensor] | None:

@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 
 from dami_kernels import formats, native, upstream
 from dami_kernels.installation import needs
+from dami_kernels.launching import FirstCall
 from dami_kernels.upstream import pytree
 from dami_kernels.weight import FLOAT_DTYPES, LerpWeight
 
@@ -198,14 +199,14 @@ def register_vmap(name: str) -> None:
 
 def is_eager() -> bool:
     """Whether a call only needs its kernel: nothing compiles, traces, transforms, intercepts or casts it."""
-    return not torch.compiler.is_compiling() and not upstream.is_watched() and not torch.is_autocast_enabled("cpu")
+    return not torch.compiler.is_compiling() and not upstream.is_watched()
 
 
 def public(kind: Literal["product", "norm", "lookup"], direct: Callable[..., Any]) -> Callable[[F], F]:
     """Makes a public function of x or ids call its kernel directly, and follow `torch.autocast` as torch's own do.
 
     `direct` takes a flag that says whether gradients are recorded, then the function's arguments. It returns None if
-    it cannot handle the call. Through torch's dispatcher, a small call takes ten times as long.
+    it cannot handle the call, or a `FirstCall`. Through torch's dispatcher, a small call takes ten times as long.
 
     A product casts x, weights and biases to autocast's dtype, like `F.linear`. A norm computes in float32 and, like
     `F.layer_norm`, returns float32 on a GPU and x's dtype on the CPU. A lookup casts nothing, like `F.embedding`. λ
@@ -220,7 +221,7 @@ def public(kind: Literal["product", "norm", "lookup"], direct: Callable[..., Any
             if not native.WHY_NOT and is_eager():
                 y = direct(torch.is_grad_enabled(), *args, **options)
                 if y is not None:
-                    return y
+                    return y.run(function, *args, **options) if type(y) is FirstCall else y
             x = args[0] if args else options.get(first)
             if not isinstance(x, Tensor) or x.dtype == torch.float64 or not _is_autocast(x.device.type):
                 return function(*args, **options)

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dami_kernels.launching import Job, Launch, launch
 from dami_kernels.triton.device import BASE, SECOND, combine, load_end, row_lam
-from dami_kernels.triton.host import bits_of, cdiv, on_device_of, strides_of
+from dami_kernels.triton.host import bits_of, cdiv, strides_of
 from dami_kernels.tuning import row_config
 
 
@@ -62,26 +63,32 @@ def lerp_embedding(
     dtype: torch.dtype,
     columns: int,
 ) -> Tensor:
-    bits = bits_of(format)
-    M, D = ids.shape[0], columns
-    y = weight[0].new_empty(M, D, dtype=dtype)
-    if y.numel() == 0:
-        return y
+    return launch(_plan, (ids, tuple(weight), lam, row_to_lam), rows_per_lam, format, dtype, columns)
+
+
+def _plan(
+    ids: Tensor,
+    weight: tuple[Tensor, ...],
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    format: str,
+    dtype: torch.dtype,
+    columns: int,
+) -> Job | Tensor:
+    M, D = len(ids), columns
+    if M * D == 0:
+        return weight[0].new_empty(M, D, dtype=dtype)
     config = row_config(D)
-    with on_device_of(ids):
-        _lerp_embedding_kernel[cdiv(M, config.block_m), cdiv(D, config.block_d)](
-            ids,
-            tuple(weight),
-            lam,
-            row_to_lam,
-            y,
-            M,
-            D,
-            rows_per_lam,
-            strides_of(weight),
-            **bits,
-            BLOCK_M=config.block_m,
-            BLOCK_D=config.block_d,
-            num_warps=config.num_warps,
-        )
-    return y
+    named = {
+        "M": M,
+        "D": D,
+        "rows_per_lam": rows_per_lam,
+        "strides": strides_of(weight),
+        **bits_of(format),
+        "BLOCK_M": config.block_m,
+        "BLOCK_D": config.block_d,
+        "num_warps": config.num_warps,
+    }
+    grid = cdiv(M, config.block_m), cdiv(D, config.block_d)
+    return Job((ids, weight, lam, row_to_lam), (M, D), dtype, (Launch(_lerp_embedding_kernel, grid, named),))

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dami_kernels.launching import Job, launch
 from dami_kernels.triton.host import cdiv, in_words, is_even, with_rows_in_one_piece
-from dami_kernels.triton.product import Operands, Plan, Tile, launch, product_tile
+from dami_kernels.triton.product import Operands, Plan, Tile, job, product_tile
 from dami_kernels.tuning import device_of, experts_config
 
 
@@ -106,39 +107,54 @@ def lerp_experts(
     format: str,
     invariant: bool,
 ) -> Tensor:
+    N = weight[0].shape[1]
+    weights = tuple([(tensor, tensor.stride(0)) for tensor in weight])
+    operands = x, weights, tuple([(end, N) for end in bias]) or None, lam, row_to_lam, offsets
+    return launch(_plan, operands, rows_per_lam, format, invariant)
+
+
+def _plan(
+    x: Tensor,
+    weights: tuple[tuple[Tensor, int], ...],
+    biases: tuple[tuple[Tensor, int], ...] | None,
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    offsets: Tensor,
+    rows_per_lam: int,
+    format: str,
+    invariant: bool,
+) -> Job | Tensor:
+    weight = [tensor for tensor, _ in weights]
     M, K = x.shape
     E, N = weight[0].shape[:2]
-    y = x.new_empty(M, N)
-    if y.numel() == 0:
-        return y
+    if M * N == 0:
+        return x.new_empty(M, N)
     config = experts_config(M, E, N, K, x.dtype, format, device_of(x.device), invariant)
-    parts = in_words([weight], format)[0] if config.by_group else weight
+    if config.by_group:
+        weight = list(in_words([weight], format)[0])
     x = with_rows_in_one_piece(x)
+    parts = tuple([(tensor, tensor.stride(0)) for tensor in weight])
+    ends = tuple([(end.contiguous(), N) for end, _ in biases]) if biases else None
     programs = row_tiles(M, E, config.block_m) * cdiv(N, config.block_n)
-    launch(
+    return job(
         _lerp_experts_kernel,
         programs,
         config,
-        y,
+        (x, parts, ends, lam, row_to_lam, offsets),
+        (M, N),
+        x.dtype,
         K,
         format,
-        even_k=is_even([parts], format, K, config.block_k),
+        even_k=is_even([weight], format, K, config.block_k),
         all_programs=programs,
-        x=x,
-        weights=tuple((tensor, tensor.stride(0)) for tensor in parts),
-        biases=tuple((end.contiguous(), N) for end in bias) if bias else None,
-        lam=lam,
-        row_to_lam=row_to_lam,
-        offsets=offsets,
         M=M,
         E=E,
         N=N,
         rows_per_lam=rows_per_lam,
         stride_x=x.stride(0),
-        strides=tuple(tensor.stride()[1:] for tensor in parts),
+        strides=tuple([tensor.stride()[1:] for tensor in weight]),
         SEGMENTS=1 << E.bit_length(),
     )
-    return y
 
 
 def row_tiles(rows: int, experts: int, block_m: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -31,11 +30,6 @@ def weights_of(tensors: list[Tensor], format: str) -> tuple[tuple[Tensor, ...], 
 def cdiv(a: int, b: int) -> int:
     """Returns a / b rounded up. Triton's own function takes 1.5 µs on the host."""
     return -(-a // b)
-
-
-def on_device_of(x: Tensor) -> AbstractContextManager[None]:
-    """Makes x's GPU the current device, on which Triton launches."""
-    return torch.cuda.device_of(x)
 
 
 def is_even(weights: Sequence[Sequence[Tensor]], format: str, K: int, block_k: int) -> bool:
@@ -82,33 +76,6 @@ def with_rows_in_one_piece(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def vectors(ends: list[Tensor]) -> tuple[Tensor, ...] | None:
+def vectors(ends: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
     """Returns the ends of a 1-d operand, each contiguous, or None if there is no such operand."""
     return tuple(end.contiguous() for end in ends) if ends else None
-
-
-def counters(device: torch.device, count: int) -> Tensor:
-    """Returns int32 zeros [count] for a kernel that leaves zeros behind. No kernel that may run meanwhile has the same.
-
-    Kernels of one stream run one after the other and share theirs. A captured kernel may run on any stream: it gets a
-    part of its own of a tensor made before, or zeros that its graph fills at every replay.
-    """
-    if device.type != "cuda":
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
-        left = _for_graphs.get(device)
-        if left is None or len(left) < count:
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        _for_graphs[device] = left[count:]
-        return left[:count]
-    if device not in _for_graphs:
-        _for_graphs[device] = torch.zeros(1 << 20, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device)
-    zeros = _of_streams.get(stream)
-    if zeros is None or len(zeros) < count:
-        zeros = _of_streams[stream] = torch.zeros(max(count, 1 << 10), dtype=torch.int32, device=device)
-    return zeros
-
-
-_for_graphs: dict[torch.device, Tensor] = {}
-_of_streams: dict[torch.cuda.Stream, Tensor] = {}

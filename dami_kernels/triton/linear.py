@@ -4,15 +4,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dami_kernels import cuda, products
+from dami_kernels.launching import Job, launch
 from dami_kernels.triton.host import cdiv, in_words, is_even, strides_of, vectors, weights_of, with_rows_in_one_piece
-from dami_kernels.triton.product import Operands, Plan, Tile, launch, product_tile
+from dami_kernels.triton.product import Operands, Plan, Tile, job, product_tile
 from dami_kernels.tuning import Route, device_of, linear_config, route, row_span, rows_together
+
+Weights = tuple[tuple[Tensor, ...], ...]
 
 
 # M, rows_per_lam and span change with every batch. Specialising on them would recompile the kernel.
@@ -99,10 +104,8 @@ def lerp_linear(
     format: str,
     invariant: bool,
 ) -> Tensor:
-    if cuda.takes(x, weight, format, invariant, device_of(x.device)):
-        return cuda.lerp_linear(x, weight, bias, lam, row_to_lam, rows_per_lam, format, invariant)
-    y = lerp_linears(x, weight, bias, lam, row_to_lam, rows_per_lam, format, invariant)
-    return y.view(len(x), weight[0].shape[0])
+    operands = x, (tuple(weight),), (tuple(bias),) if bias else None, lam, row_to_lam
+    return launch(_plan_one, operands, rows_per_lam, format, invariant)
 
 
 def lerp_linears(
@@ -116,47 +119,69 @@ def lerp_linears(
     invariant: bool,
 ) -> Tensor:
     groups = weights_of(weights, format)
-    strides = strides_of(groups[0])
-    if any(strides_of(group) != strides for group in groups[1:]):
-        parts = [
-            lerp_linears(x, list(group), biases[2 * i : 2 * i + 2], lam, row_to_lam, rows_per_lam, format, invariant)
-            for i, group in enumerate(groups)
-        ]
-        return torch.cat(parts)
+    pairs = tuple([tuple(biases[i : i + 2]) for i in range(0, len(biases), 2)]) or None
+    return launch(_plan, (x, groups, pairs, lam, row_to_lam), rows_per_lam, format, invariant)
+
+
+def _plan_one(
+    x: Tensor,
+    weights: Weights,
+    biases: Weights | None,
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    format: str,
+    invariant: bool,
+) -> Job | Tensor:
+    shape = len(x), weights[0][0].shape[0]
+    if cuda.takes(x, list(weights[0]), format, invariant, device_of(x.device)):
+        bias = list(biases[0]) if biases else []
+        return cuda.lerp_linear(x, list(weights[0]), bias, lam, row_to_lam, rows_per_lam, format, invariant)
+    made = _plan(x, weights, biases, lam, row_to_lam, rows_per_lam, format, invariant)
+    return made.view(shape) if isinstance(made, Tensor) else replace(made, shape=shape)
+
+
+def _plan(
+    x: Tensor,
+    weights: Weights,
+    biases: Weights | None,
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    format: str,
+    invariant: bool,
+) -> Job | Tensor:
+    rest = lam, row_to_lam, rows_per_lam, format, invariant
+    strides = strides_of(weights[0])
+    if any(strides_of(weight) != strides for weight in weights[1:]):
+        each = zip(weights, biases or [()] * len(weights), strict=True)
+        return torch.cat([lerp_linears(x, list(weight), list(bias), *rest) for weight, bias in each])
     M, K = x.shape
-    sizes = tuple(group[0].shape[0] for group in groups)
+    sizes = tuple(weight[0].shape[0] for weight in weights)
     N = sum(sizes)
+    if M * N == 0:
+        return x.new_empty(0)
     together = rows_together(M, rows_per_lam, row_to_lam is not None)
     way = route(M, N, K, x.dtype, format, device_of(x.device), together, invariant)
     if way is not Route.KERNEL:
-        rows = (lam, row_to_lam, rows_per_lam, format, way)
-        each = [products.lerp_linear(x, [*g], biases[2 * i : 2 * i + 2], *rows).flatten() for i, g in enumerate(groups)]
-        return each[0] if len(each) == 1 else torch.cat(each)
-    y = x.new_empty(M * N)
-    if y.numel() == 0:
-        return y
+        return _by_library(x, weights, biases, lam, row_to_lam, rows_per_lam, format, way)
     mixes_lams = row_to_lam is None and rows_per_lam < 256
     config = linear_config(M, N, K, x.dtype, format, device_of(x.device), invariant, mixes_lams)
     span = row_span(M, rows_per_lam, config) if row_to_lam is None else M
     if config.by_group:
-        groups = in_words(groups, format)
-        strides = strides_of(groups[0])
+        weights = in_words(weights, format)
+        strides = strides_of(weights[0])
     x = with_rows_in_one_piece(x)
-    tiles_n = sum([cdiv(size, config.block_n) for size in sizes])
-    programs = M // span * cdiv(span, config.block_m) * tiles_n
-    launch(
+    return job(
         _lerp_linear_kernel,
-        programs,
+        M // span * cdiv(span, config.block_m) * sum([cdiv(size, config.block_n) for size in sizes]),
         config,
-        y,
+        (x, weights, tuple([vectors(bias) for bias in biases]) if biases else None, lam, row_to_lam),
+        (M * N,),
+        x.dtype,
         K,
         format,
-        even_k=is_even(groups, format, K, config.block_k),
-        x=x,
-        weights=groups,
-        biases=tuple([vectors(biases[i : i + 2]) for i in range(0, len(biases), 2)]) or None,
-        lam=lam,
-        row_to_lam=row_to_lam,
+        even_k=is_even(weights, format, K, config.block_k),
         M=M,
         sizes=sizes,
         rows_per_lam=rows_per_lam,
@@ -164,4 +189,19 @@ def lerp_linears(
         stride_x=x.stride(0),
         strides=strides,
     )
-    return y
+
+
+def _by_library(
+    x: Tensor,
+    weights: Weights,
+    biases: Weights | None,
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    format: str,
+    way: Route,
+) -> Tensor:
+    rest = lam, row_to_lam, rows_per_lam, format, way
+    each = zip(weights, biases or [()] * len(weights), strict=True)
+    parts = [products.lerp_linear(x, list(weight), list(bias), *rest).flatten() for weight, bias in each]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

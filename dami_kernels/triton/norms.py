@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dami_kernels.launching import Job, Launch, launch
 from dami_kernels.triton.device import lerp, row_lam
-from dami_kernels.triton.host import cdiv, on_device_of, vectors, with_rows_in_one_piece
+from dami_kernels.triton.host import cdiv, vectors, with_rows_in_one_piece
 from dami_kernels.tuning import row_config
 
 
@@ -125,29 +126,37 @@ def _norm(
     *,
     is_centred: bool,
 ) -> Tensor:
+    operands = x, tuple(weight), tuple(bias) or None, lam, row_to_lam
+    return launch(_plan, operands, rows_per_lam, eps, offset, is_centred)
+
+
+def _plan(
+    x: Tensor,
+    weight: tuple[Tensor, ...],
+    bias: tuple[Tensor, ...] | None,
+    lam: Tensor,
+    row_to_lam: Tensor | None,
+    rows_per_lam: int,
+    eps: float,
+    offset: float | None,
+    is_centred: bool,
+) -> Job | Tensor:
     M, D = x.shape
-    y = x.new_empty(M, D)
-    if y.numel() == 0:
-        return y
-    config = row_config(D)
+    if M * D == 0:
+        return x.new_empty(M, D)
     x = with_rows_in_one_piece(x)
-    with on_device_of(x):
-        _lerp_norm_kernel[cdiv(M, config.block_m),](
-            x,
-            vectors(weight),
-            vectors(bias),
-            lam,
-            row_to_lam,
-            y,
-            M,
-            D,
-            rows_per_lam,
-            x.stride(0),
-            eps,
-            offset,
-            CENTRED=is_centred,
-            BLOCK_M=config.block_m,
-            BLOCK_D=config.block_d,
-            num_warps=config.num_warps,
-        )
-    return y
+    config = row_config(D)
+    named = {
+        "M": M,
+        "D": D,
+        "rows_per_lam": rows_per_lam,
+        "stride_x": x.stride(0),
+        "eps": eps + 0.0,  # 0 and −0 are equal, and would be remembered as one
+        "offset": None if offset is None else offset + 0.0,
+        "CENTRED": is_centred,
+        "BLOCK_M": config.block_m,
+        "BLOCK_D": config.block_d,
+        "num_warps": config.num_warps,
+    }
+    operands = x, vectors(weight), vectors(bias or ()), lam, row_to_lam
+    return Job(operands, (M, D), x.dtype, (Launch(_lerp_norm_kernel, (cdiv(M, config.block_m),), named),))

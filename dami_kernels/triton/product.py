@@ -9,16 +9,16 @@ operand of wgmma may come from registers, on sm_100 only the left operand of tcg
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from dami_kernels.launching import Job, Launch
 from dami_kernels.triton.device import BASE, GROUP, SECOND, blend, combine, lerp, load_end, row_lam
 from dami_kernels.triton.groups import add_groups
-from dami_kernels.triton.host import bits_of, cdiv, counters, on_device_of
+from dami_kernels.triton.host import bits_of, cdiv
 from dami_kernels.tuning import LinearConfig
 
 BLEND = tl.constexpr(2)
@@ -288,22 +288,27 @@ def product_tile(operands, tile, plan):
         _sum_splits(operands, tile, plan.BLOCK_M, plan.BLOCK_N)
 
 
-def launch(
+def job(
     kernel: triton.JITFunction,
     programs: int,
     config: LinearConfig,
-    y: Tensor,
+    operands: tuple[Any, ...],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
     K: int,
     format: str,
     *,
     even_k: bool,
     **arguments: object,
-) -> None:
-    """Runs a kernel of `product_tile` with `programs` programs for each split of K.
+) -> Job:
+    """Returns the launches of a kernel of `product_tile` with `programs` programs for each split of K.
+
+    More programs than MAX_PARTS allows at once are launched one lot after the other, with the same parts.
 
     Args:
-        kernel: takes `out`, `parts`, `arrived`, K, steps_per_split, the first program and the constants of `Plan`.
-        y: receives the result.
+        kernel: takes the operands, `out`, `parts`, `arrived`, K, steps_per_split, the first program and the constants
+            of `Plan`.
+        shape, dtype: of the result.
         arguments: the kernel's other arguments.
     """
     steps = max(1, cdiv(K, config.block_k))
@@ -311,27 +316,26 @@ def launch(
     splits = cdiv(steps, steps_per_split)
     size = splits * config.block_m * config.block_n  # numbers of the parts of a tile
     at_once = programs if splits == 1 else min(programs, max(1, MAX_PARTS // size))
-    parts = None if splits == 1 else y.new_empty(at_once * size, dtype=torch.float32)
-    arrived = None if splits == 1 else counters(y.device, at_once)
-    with on_device_of(y):
-        for first in range(0, programs, at_once):
-            kernel[min(at_once, programs - first), splits](
-                out=y,
-                parts=parts,
-                arrived=arrived,
-                first_program=first,
-                K=K,
-                steps_per_split=steps_per_split,
-                **arguments,
-                **bits_of(format),
-                EVEN_K=even_k,
-                USE_BLEND=config.use_blend,
-                BLOCK_M=config.block_m,
-                MIXED_M=config.mixed_m,
-                BLOCK_N=config.block_n,
-                BLOCK_K=config.block_k,
-                BY_GROUP=config.by_group,
-                NUM_STAGES=config.num_stages,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-            )
+    named = {
+        **({"parts": None, "arrived": None} if splits == 1 else {}),
+        "K": K,
+        "steps_per_split": steps_per_split,
+        **arguments,
+        **bits_of(format),
+        "EVEN_K": even_k,
+        "USE_BLEND": config.use_blend,
+        "BLOCK_M": config.block_m,
+        "MIXED_M": config.mixed_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "BY_GROUP": config.by_group,
+        "NUM_STAGES": config.num_stages,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    lots = [
+        Launch(kernel, (min(at_once, programs - first), splits), {**named, "first_program": first})
+        for first in range(0, programs, at_once)
+    ]
+    parts, counters = (0, 0) if splits == 1 else (at_once * size, at_once)
+    return Job(operands, shape, dtype, tuple(lots), parts, counters)

@@ -148,13 +148,31 @@ def test_step(tmp_path: Path) -> None:
 
 
 def test_host(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = __main__.main(["host", "--results", str(tmp_path), "--seconds", "0.01", "--calls", "3"])
+    code = __main__.main(["host", "--on", "cpu", "--results", str(tmp_path), "--seconds", "0.01", "--calls", "3"])
     rows = load(tmp_path / "host.csv")
     assert code == 0
     assert {row["case"] for row in rows} >= {"linear pair", "linear w8d4", "rms_norm", "a call of linear pair", "model"}
     assert all(0 < float(row["p10_us"]) <= float(row["median_us"]) <= float(row["p90_us"]) for row in rows)
     assert all(float(row["ratio"]) == 1 for row in rows if row["method"] == host.TORCH)
     assert "is anybody watching?" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_host_of_launches_on_a_gpu(
+    missing: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(host, "FORMATS", ("pair",))
+    if missing:
+        monkeypatch.setattr("shutil.which", lambda name: None)
+    code = __main__.main(["host", "--on", "gpu", "--results", str(tmp_path), "--seconds", "0.01", "--calls", "3"])
+    assert code == 0
+    assert ("no launches on a GPU: they need Triton and a C compiler, cc" in capsys.readouterr().out) == missing
+    if not missing:
+        rows = load(tmp_path / "host.csv")
+        operators = {row["case"].removeprefix(host.GPU).split()[0] for row in rows if row["method"] == host.OURS}
+        assert operators == {"linear", "linears", "experts", "embedding", "rms_norm", "layer_norm"}
+        assert {row["case"] for row in rows if row["method"] == "whole"} == {host.GPU_STEPS}
 
 
 def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -203,14 +204,21 @@ def test_candidates_that_fail_are_passed_over(
     assert not (tmp_path / "tables").exists()
 
 
-def test_parameters_are_forced_on_the_kernel_only_within() -> None:
+def test_parameters_are_forced_on_the_kernel_only_within(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launch is remembered from outside or from within."""
     from dami_kernels.triton import linear
 
-    before = linear.linear_config
+    before, remembered = linear.linear_config, {"a launch": "of the plan's parameters"}
+    monkeypatch.setattr(tune.launching, "_steps", remembered)
     config = tuning.linear_config(1, 64, 64, torch.bfloat16, "pair", tuning.H100)
-    with tune.forced(config):
+    with contextlib.suppress(RuntimeError), tune.forced(config):
         assert linear.linear_config(7, 8, 9) is config  # type: ignore[call-arg, arg-type]
+        assert linear.route(7, 8, 9) is tuning.Route.KERNEL  # type: ignore[call-arg]
+        assert not remembered
+        remembered["a launch"] = "of a candidate"
+        raise RuntimeError("the failure of a candidate")
     assert linear.linear_config is before
+    assert not remembered
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

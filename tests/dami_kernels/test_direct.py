@@ -157,6 +157,28 @@ def test_empty_biases_are_still_refused() -> None:
         lerp_linears(torch.randn(2, K), [packed(N, K)], torch.rand(2), [])
 
 
+def refuse_a_weight_without_dimensions() -> None:
+    x, lam, number = torch.randn(2, K), torch.rand(2), LerpWeight.pack(torch.tensor(1.0), torch.tensor(2.0))
+    ids, offsets = torch.tensor([0, 0]), torch.tensor([2], dtype=torch.int32)
+    wrong: list[Callable[[], Any]] = [
+        lambda: lerp_linear(x, number, lam),
+        lambda: lerp_linear(x, packed(N, K), lam, number),
+        lambda: lerp_linears(x, [number], lam),
+        lambda: lerp_experts(x, number, lam, offsets),
+        lambda: lerp_experts(x, packed(1, N, K), lam, offsets, number),
+        lambda: lerp_embedding(ids, number, lam),
+        lambda: lerp_rms_norm(x, number, lam),
+        lambda: lerp_layer_norm(x, packed(K), lam, number),
+    ]
+    for call in wrong:
+        with pytest.raises(ValueError, match=r"must have \d dimensions, got shape \[\]"):
+            call()
+
+
+def test_a_weight_without_dimensions_is_refused() -> None:
+    refuse_a_weight_without_dimensions()
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_no_address_is_remembered(format: str) -> None:
     """A tensor that is moved, replaced or changed in place is read where and as it is at the next call."""

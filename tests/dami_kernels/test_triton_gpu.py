@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dami_kernels import LerpWeight, lerp_embedding, lerp_layer_norm, lerp_linear, lerp_rms_norm, reference
+from dami_kernels import LerpWeight, launching, lerp_embedding, lerp_layer_norm, lerp_linear, lerp_rms_norm, reference
 from tests.tolerance import assert_as_accurate
 
 pytestmark = pytest.mark.gpu
@@ -94,6 +94,39 @@ def test_a_graph_replays_with_any_lam() -> None:
     ids[11:] = 0
     graph.replay()
     assert torch.equal(y[:11], expected)
+
+
+@pytest.mark.parametrize("format", ["pair", "int8", "int4", "w8d4"])
+def test_a_repeated_call_gives_the_first_ones_bits(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With other tensors than those that were launched first, on the default stream, on another one, and in a graph."""
+    monkeypatch.setattr("dami_kernels.cuda.takes", lambda *_: False)  # the other kernel is not launched by Triton
+    calls = []
+    for _ in range(2):
+        base = torch.randn(192, 2560, device="cuda")
+        ends = (base.bfloat16(), (base + 0.1 * torch.randn_like(base)).bfloat16())
+        weight, bias = LerpWeight.pack(*ends, format), pair(192)
+        x, lam = torch.randn(3, 2560, device="cuda", dtype=torch.bfloat16), torch.rand(3, device="cuda")
+        calls.append((x, weight, lam, bias))
+    with torch.no_grad():
+        launching.forget()
+        expected = lerp_linear(*calls[1])
+        launching.forget()
+        lerp_linear(*calls[0])
+        assert len(launching._calls) == len(launching._steps) == 1
+        assert torch.equal(lerp_linear(*calls[1]), expected)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            other = lerp_linear(*calls[1])
+        torch.cuda.current_stream().wait_stream(stream)
+        assert torch.equal(other, expected)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = lerp_linear(*calls[1])
+        captured.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(captured, expected)
+        assert len(launching._calls) == len(launching._steps) == 1
 
 
 @pytest.mark.parametrize("rows", [4, 512])

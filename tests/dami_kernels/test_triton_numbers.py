@@ -247,7 +247,7 @@ def test_whichever_split_comes_last_sums_them(linear: Kernel, monkeypatch: pytes
 
     x, weight = torch.randn(20, 150, dtype=torch.bfloat16), packed(format, 21, 150)
     lam, arrived = torch.rand(20), torch.zeros(99, dtype=torch.int32)
-    monkeypatch.setattr("dami_kernels.triton.product.counters", lambda *_: arrived)
+    monkeypatch.setattr("dami_kernels.launching.counters", lambda *_: arrived)
     y = linear(config(split_k=4), x, [*weight.tensors], [], lam, format)
     plain = InterpreterBuilder.set_grid_idx
     for order in ([2, 1, 0], [1, 2, 0]):  # 150 columns are five steps, two in a split
@@ -270,10 +270,10 @@ def test_parts_of_splits_are_bounded(linear: Kernel, monkeypatch: pytest.MonkeyP
 
 def test_counters_are_shared_by_nothing_that_runs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for CUDA: a stream's launches share theirs, and each captured launch has its own."""
-    from dami_kernels.triton import host
+    from dami_kernels import counters as module
 
     for name in ("_for_graphs", "_of_streams"):
-        monkeypatch.setattr(host, name, {})
+        monkeypatch.setattr(module, name, {})
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *size, device, **options: zeros(*size, **options))
     stream, capturing = "first", True
@@ -281,7 +281,7 @@ def test_counters_are_shared_by_nothing_that_runs_at_once(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
 
     def places(count: int) -> set[int]:
-        tensor = host.counters(torch.device("cuda", 0), count)
+        tensor = module.counters(torch.device("cuda", 0), count)
         taken.append(tensor)
         assert tensor.dtype == torch.int32
         assert not tensor.any()
