@@ -74,11 +74,11 @@ class Compiled:
 
     @cached_property
     def loops(self) -> list[str]:
-        """The bodies of the innermost loops of the PTX."""
+        """The bodies of the innermost loops of the PTX that multiply on tensor cores."""
         loop = re.compile(
             r"^(\$\w+):(?:[^\n]*\n\s*//)?[^\n]*Inner Loop Header[^\n]*\n(.*?)bra[^\n]*\1;", re.MULTILINE | re.DOTALL
         )
-        return [match[2] for match in loop.finditer(self.code)]
+        return [match[2] for match in loop.finditer(self.code) if "mma" in match[2]]
 
     @property
     def ptxas(self) -> str:

@@ -15,6 +15,7 @@ def counters(device: torch.device, count: int) -> Tensor:
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
+        count = -(-count // 4) * 4  # the next part begins at 16 bytes, for which the kernel was compiled
         left = _for_graphs.get(device)
         if left is None or len(left) < count:
             return torch.zeros(count, dtype=torch.int32, device=device)

@@ -446,7 +446,7 @@ def test_transformers_reads_the_signatures_it_knows(model: PreTrainedModel) -> N
     for name in ("forward", "generate"):
         patched = inspect.signature(getattr(model, name)).parameters
         original = inspect.signature(getattr(model.dami_patch.original, name)).parameters
-        added = ("intensity", "prompt_intensity")
+        added = ("intensity", "prompt_intensity", "compile")
         assert [key for key in patched if key not in added] == [key for key in original if key != "self"]
         assert patched["intensity"].kind is inspect.Parameter.KEYWORD_ONLY
     assert type(model).__name__ == "Qwen3ForCausalLM"
