@@ -258,6 +258,12 @@ def _triton() -> _Triton | None:
     return _Triton(driver, JITFunction, CompiledKernel, knobs, looks, len(hooks))
 
 
+def look_at_triton_again() -> None:
+    """Forgets what was found of Triton, whose parts others may have replaced for a while."""
+    for found in (why_triton_launches, _fault_of, _triton):
+        found.cache_clear()
+
+
 def triton_state() -> tuple[Any, ...] | None:
     """Returns what Triton's launches depend on besides their arguments, its driver first; None if hooks watch them."""
     triton = _triton()

@@ -17,6 +17,7 @@ import typer
 from dami import cli
 from dami.cli.settings import Given
 from dami.serving import app, engine, listening
+from torch import nn
 from typer.testing import CliRunner, Result
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -26,9 +27,9 @@ LOCAL = ("localhost", "127.0.0.1", "::1")
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The settings of the servers that were started."""
     settings: list[Any] = []
-    monkeypatch.setattr(
-        cli.serve, "load", lambda *_, **__: (SimpleNamespace(dami_patch=SimpleNamespace(frontier={}, presets={})), None)
-    )
+    pair = nn.Module()
+    pair.dami_patch = SimpleNamespace(frontier={}, presets={})
+    monkeypatch.setattr(cli.serve, "load", lambda *_, **__: (pair, None))
     monkeypatch.setattr(engine, "Engine", lambda *_: SimpleNamespace(cuda_graphs=False))
     monkeypatch.setattr(app, "create_app", lambda engine, tokenizer, given: settings.append(given))
     monkeypatch.setattr(listening, "run", lambda *_: 0)

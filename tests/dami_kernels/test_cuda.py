@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,9 +89,15 @@ def test_triton_hands_over_what_is_preferred(monkeypatch: pytest.MonkeyPatch, me
     monkeypatch.setattr(linear, "device_of", lambda _: measured)
     x, weight = torch.randn(4, 64).bfloat16(), [torch.randn(32, 64).bfloat16()] * 2
     monkeypatch.setattr(cuda, "WHY_NOT", None)
-    monkeypatch.setattr(cuda, "lerp_linear", lambda *args: args)
-    args = (x, weight, [], lam, None, 1, "pair", False)
-    assert all(got is given for got, given in zip(triton.lerp_linear(*args), args, strict=True))
+    handed: list[tuple[Any, ...]] = []
+    result = torch.randn(4, 32)
+    monkeypatch.setattr(cuda, "lerp_linear", lambda *args: handed.append(args) or result)
+    assert triton.lerp_linear(x, weight, [], lam, None, 1, "pair", False) is result
+    ((of_x, of_weight, of_bias, of_lam, *rest),) = handed
+    assert of_x is x
+    assert of_lam is lam
+    assert all(got is given for got, given in zip(of_weight, weight, strict=True))
+    assert (of_bias, rest) == ([], [None, 1, "pair", False])
     assert not cuda.takes(x, weight, "pair", invariant=True, device=measured)
     assert not cuda.takes(torch.cat((x, x)), weight, "pair", invariant=False, device=measured)
     assert not cuda.takes(x, [end.t().contiguous().t() for end in weight], "pair", invariant=False, device=measured)

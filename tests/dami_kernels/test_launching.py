@@ -584,11 +584,11 @@ def test_without_a_private_name_triton_launches_and_that_is_said(
 ) -> None:
     made = call("linear")
     plain = seen(gpu, made)
+    launching.forget()
     ask_anew()
     with monkeypatch.context() as patch:
         said = break_place(patch, place, way)
         assert said in str(upstream.why_triton_launches())
-    launching.forget()
     with caplog.at_level(logging.WARNING, "dami_kernels"):
         assert [seen(gpu, made) for _ in range(3)] == [plain] * 3
     assert len(by_triton) == 4
