@@ -234,6 +234,7 @@ def check_on(hub: str, cache: Path, *arguments: str) -> subprocess.CompletedProc
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_folders_of_one_repository_are_read_in_ranges(
     hub: str, ends: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -210,6 +210,7 @@ def test_few_guards_are_evaluated_before_a_token(model: PreTrainedModel, graphs:
     assert 10 < kept < among / 10
 
 
+@pytest.mark.slow
 def test_keeps_only_so_many_graphs(model: Any, graphs: Graphs) -> None:
     for number in range(compiled.GRAPHS + 2):
         model.model.layers[0].self_attn.scaling = 0.1 * (number + 1)
