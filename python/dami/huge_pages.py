@@ -16,9 +16,9 @@ SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def use_huge_pages(model: nn.Module) -> int:
     """Moves the parameters and buffers that are on the CPU into transparent huge pages (Linux).
 
-    Decoding a few sequences waits for the weights, which then arrive up to a quarter sooner. It costs one copy: the
-    weights of a saved pair no longer lie in the file's pages, which other processes share. Values, parameters and
-    strides stay as they are.
+    Decoding a few sequences waits for the weights, if they are large, and these may then arrive sooner. It costs one
+    copy: the weights of a saved pair no longer lie in the file's pages, which other processes share. Values,
+    parameters and strides stay as they are.
 
     Returns:
         The number of bytes moved; 0 if the system gives no huge pages.
