@@ -118,11 +118,11 @@ def stream(
 ) -> None:
     """Answers one prompt and shows tokens as they come: plain text for one λ, columns for several."""
     prompts = [prompt] * len(intensities)
-    lams = numbers_of(model, tokenizer, prompts, intensities, chat_template)
     if len(intensities) == 1:
         written = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        ask(model, tokenizer, prompts, lams, chat_template, streamer=written, **options)
+        ask(model, tokenizer, prompts, intensities, chat_template, streamer=written, **options)
         return
+    lams = numbers_of(model, tokenizer, prompts, intensities, chat_template)
     rows, reader = RowStreamer(), Reader.of(tokenizer)
     texts, _ = encode(tokenizer, prompts, chat_template, lams)
 
