@@ -43,9 +43,8 @@ def write_tokenizer(path: Path, names: tuple[str, ...], words: int = 9, bos: str
     tokenizer.save_pretrained(path)
 
 
-def edit_config(path: Path, **changes: Any) -> None:
-    file = path / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+def edit_config(path: Path, file: str = "config.json", **changes: Any) -> None:
+    (path / file).write_text(json.dumps({**json.loads((path / file).read_text()), **changes}))
 
 
 def edit_tensors(path: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
