@@ -326,7 +326,7 @@ def generations(configs: tuple[GenerationConfig, GenerationConfig]) -> Iterator[
         yield Difference("end tokens", told, union, "generate(eos_token_id=…) sets others")
     sampling = [sampling_of(config) for config in configs]
     if sampling[0] != sampling[1]:
-        resolution = "the instruct end's are the default; both are kept in the pair's config"
+        resolution = "the instruct end's are the default, in dami serve the nearer end's; the pair's config keeps both"
         yield Difference("sampling", both(*sampling), resolution, "arguments of generate set others")
 
 
