@@ -133,6 +133,7 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
         Place(
             "transformers.quantizers.base:HfQuantizer._process_model_after_weight_loading", ("self", "model", "kwargs")
         ),
+        Place("transformers.quantizers.base:HfQuantizer.update_attn_implementation", ("self", "config")),
         Place(
             "transformers.initialization:ones_",
             does="leave alone what _is_hf_initialized marks",
