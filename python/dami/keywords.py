@@ -12,7 +12,7 @@ from dami.callers import listed
 
 OURS = ("intensity", "prompt_intensity", "prompt_tail")
 LAMBDA = ("lam", "lambda_", "lmbda", "λ")
-ALIKE = 0.75  # of difflib, from 0 to 1: no keyword in transformers is as much like ours
+ALIKE = 0.8  # of difflib, from 0 to 1: no keyword in transformers is as much like ours
 
 
 @torch.compiler.assume_constant_result  # a graph is traced for the keywords of one call
