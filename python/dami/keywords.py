@@ -10,9 +10,9 @@ import torch
 
 from dami.callers import listed
 
-OURS = ("intensity", "prompt_intensity", "prompt_tail")
+# how much a misspelling is alike, of difflib, from 0 to 1: no keyword in transformers is as much like ours
+OURS = {"intensity": 0.75, "prompt_intensity": 0.75, "prompt_tail": 0.85}
 LAMBDA = ("lam", "lambda_", "lmbda", "λ")
-ALIKE = 0.75  # of difflib, from 0 to 1: no keyword in transformers is as much like ours
 
 
 @torch.compiler.assume_constant_result  # a graph is traced for the keywords of one call
@@ -24,8 +24,8 @@ def meant(name: str) -> str | None:
 @functools.cache
 def _meant(name: str) -> str | None:
     if name in LAMBDA:
-        return OURS[0]
-    return next(iter(get_close_matches(name.lower(), OURS, 1, ALIKE)), None)
+        return "intensity"
+    return next((ours for ours, alike in OURS.items() if get_close_matches(name.lower(), [ours], 1, alike)), None)
 
 
 def check_keywords(function: str, given: Iterable[str], *takes: str) -> None:

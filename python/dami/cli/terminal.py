@@ -59,6 +59,7 @@ def side_by_side(
     verdicts: Sequence[bool] | None = None,
     lines: int = 7,
     tail: bool = False,
+    names: Sequence[str] = (),
 ) -> RenderableType:
     """Shows the answers to one prompt in columns: λ, tokens, right or wrong, the thought dimmed and folded, the answer.
 
@@ -71,6 +72,7 @@ def side_by_side(
         verdicts: whether each answer is right, if known.
         lines: number of lines to fold a thought to.
         tail: keep the end of a long thought instead of both ends, for thoughts still being generated.
+        names: what to put before each λ, if anything, such as how it was chosen.
     """
     thinks = any(answer.thought for answer in answers)
     labels = ("thought: ", "answer: ") if thinks and not console.is_terminal else ("", "")  # without styles
@@ -83,7 +85,8 @@ def side_by_side(
         heads, thoughts, ends = [], [], []
         for place, answer in enumerate(answers[start : start + per_line], start):
             table.add_column(width=width)
-            head = Text(f"λ={answer.intensity:g}", style=f"bold {style_of(answer.intensity or 0)}")
+            named = f"{names[place]} " if names and names[place] else ""
+            head = Text(f"{named}λ={answer.intensity:g}", style=f"bold {style_of(answer.intensity or 0)}")
             if verdicts is not None:
                 head.append(*(("  ✓", "bold green") if verdicts[place] else ("  ✗", "bold red")))
             heads.append(head.append(f"  {answer.tokens} tokens", "not bold dim"))

@@ -253,11 +253,28 @@ class PairModel(LerpModel, GenerationMixin):
         with self.dami_patch.hold:
             return LerpManager.of(super().init_continuous_batching(*args, **kwargs))
 
-    def generate_batch(self, inputs: Any, *args: Any, intensity: IntensityLike | None = None, **kwargs: Any) -> Any:
-        """Like transformers' own, with one λ for all prompts or one per prompt: numbers, presets or "auto"."""
-        from dami.generation.batching import Prompts, check_config, check_prompt, padded
+    def generate_batch(
+        self,
+        inputs: Any,
+        *args: Any,
+        intensity: IntensityLike | None = None,
+        prompt_intensity: IntensityLike | None = None,
+        prompt_tail: int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Like transformers' own.
 
-        check_keywords("generate_batch", kwargs, "intensity")
+        Args:
+            inputs, args, kwargs: as in transformers.
+            intensity: λ for all prompts, or one per prompt: numbers, presets or "auto".
+            prompt_intensity: λ for reading the prompts, if it differs: a number or a preset, or one per prompt. Prompts
+                that begin alike share what was read at the same λ, whatever their `intensity`.
+            prompt_tail: how many tokens at the end of a prompt are read at `intensity` all the same, one number or one
+                per prompt; 1 by default.
+        """
+        from dami.generation.batching import LAM_KEYWORDS, Prompts, check_config, check_prompt, lams_of_prompts, padded
+
+        check_keywords("generate_batch", kwargs, *LAM_KEYWORDS)
         options = inspect.signature(self.dami_patch.original.generate_batch).bind(self, inputs, *args, **kwargs)
         config = options.arguments.get("generation_config") or self.generation_config
         check_config(config)
@@ -268,15 +285,16 @@ class PairModel(LerpModel, GenerationMixin):
             check_prompt(self, config, prompt, kwargs.get("max_new_tokens"), f"inputs[{place}]")
         with self.dami_patch.hold:
             wanted = self.dami_patch.dial.lam if intensity is None else intensity
-            batch = padded(inputs, self.device)
-            lam = chosen(self, wanted, CALLERS["generate_batch"], batch, len(inputs)).each(len(inputs))
-            return super().generate_batch(Prompts(inputs, lam), *args, **kwargs)
+            batch, caller, prompts = padded(inputs, self.device), CALLERS["generate_batch"], len(inputs)
+            each = chosen(self, wanted, caller, batch, prompts).each(prompts)
+            lams = lams_of_prompts(prompts, each, prompt_intensity, prompt_tail, caller, self)
+            return super().generate_batch(Prompts(inputs, lams), *args, **kwargs)
 
 
 KEYWORDS = {  # keywords that the methods of a patched model accept in addition to transformers' own
     "forward": ("intensity",),
     "generate": ("intensity", "prompt_intensity", "prompt_tail", "compile"),
-    "generate_batch": ("intensity",),
+    "generate_batch": ("intensity", "prompt_intensity", "prompt_tail"),
     "get_compiled_call": (),
     "prepare_inputs_for_generation": (),
     "init_continuous_batching": (),
@@ -302,9 +320,14 @@ def _packed_forward(model: LerpModel, args: tuple[Any, ...], kwargs: dict[str, A
     from dami.generation.rowwise import Rowwise
 
     running, (lam, kept) = model.dami_patch.running, packed_lam(kwargs)
+    on_states = kwargs.pop("on_states", None)
+    if on_states is not None:
+        kwargs["output_hidden_states"] = True
     sharing = nullcontext() if torch.compiler.is_compiling() else one_pass()
     with sharing, running.during(len(lam), 1, lam, kept), Rowwise() if running.invariant else nullcontext():
         output = model.dami_patch.original.forward(model, *args, **kwargs)
+        if on_states is not None:
+            on_states(output.hidden_states)
         return model._weighed(output, lam if kept is None else kept)
 
 
