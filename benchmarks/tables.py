@@ -240,6 +240,23 @@ def estimators(pair: str) -> str:
     return markdown(lines)
 
 
+def tails(pair: str) -> str:
+    """Tabulates accuracy and tokens over λ by the tail of the prompt, and what each tail costs."""
+    if not load(RESULTS / f"tails_{pair}.csv"):
+        return NOT_MEASURED
+    rows = newest(RESULTS / f"tails_{pair}.csv")
+    lams = list(dict.fromkeys(row["intensity"] for row in rows))
+    lines = [["read at λ", *(f"λ = {float(lam):g}" for lam in lams), "worth lost, points"]]
+    for tail in dict.fromkeys(row["tail"] for row in rows):
+        of_tail = [row for row in rows if row["tail"] == tail]
+        cells = [f"{100 * float(row['accuracy']):.0f} @ {float(row['tokens']):.0f}" for row in of_tail]
+        loss = [100 * float(of_tail[0][f"loss{end}"]) for end in ("", "_low", "_high")]
+        name = {"all": "all of the prompt", "turn": "the last user message on", "1": "the last token"}
+        lost = "" if tail == "all" else "{:+.1f} ({:+.1f} to {:+.1f})".format(*loss)
+        lines.append([name.get(tail, f"the last {tail} tokens"), *cells, lost])
+    return markdown(lines)
+
+
 def summary() -> str:
     """Compares N λ in one batch with N merged copies: bytes, time, accuracy."""
     stored = latest(newest(RESULTS / "formats.csv"), "stored")
@@ -380,6 +397,8 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "estimators shipped": lambda: estimators("shipped"),
     "estimators smollm2": lambda: estimators("smollm2"),
+    "tails shipped": lambda: tails("shipped"),
+    "tails smollm2": lambda: tails("smollm2"),
     "smollm2": smollm2,
     "formats": formats,
     "roundings": roundings,

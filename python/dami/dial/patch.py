@@ -63,6 +63,7 @@ class Patch:
         resting: the dials among these that `dami.set_intensity` created, not a `with` block.
         frontier: the measurements behind presets and estimator, as `dami.evaluation.report.summary` returns them; {}
             if there are none.
+        prompt_tail: the least `prompt_tail` that was found to cost nothing; None if none was, or none was measured.
         hold: the hold of the thread that runs the model.
         program: turns the dials during `generate`; None if no `generate` is running.
         running: the forward pass that the model is in.
@@ -85,6 +86,7 @@ class Patch:
     parts: list[Dial] = field(default_factory=list)
     resting: list[Dial] = field(default_factory=list)
     frontier: Mapping[str, Any] = field(default_factory=dict)
+    prompt_tail: int | None = None
     hold: Hold = field(default_factory=Hold)
     program: DialProgram | None = None
     running: ForwardState = field(default_factory=ForwardState)
