@@ -101,7 +101,12 @@ class Patch:
 
 
 class Estimator(Protocol):
-    """Chooses λ for the prompts of a batch."""
+    """Chooses λ for the prompts of a batch.
+
+    An estimator may have `layers` and `choose`, if nothing decides but the states at a prompt's last token, at λ=0:
+    `choose` takes them as float32 [B, features], those of each of the `layers` one after the other, and returns λ [B].
+    A server that reads prompts at λ=0 then asks it in passing (`dami.estimators.features.prompt_states` are the same).
+    """
 
     def estimate(self, model: Any, batch: Mapping[str, Tensor]) -> Sequence[float] | Tensor:
         """Returns λ for every prompt.
