@@ -27,7 +27,7 @@ from dami_kernels.upstream import Place
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
-    from transformers import CompileConfig, PreTrainedConfig, PreTrainedModel
+    from transformers import CompileConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
     from transformers.generation.continuous_batching.continuous_api import OutputRouter
     from transformers.generation.continuous_batching.input_outputs import (
         ContinuousBatchingAsyncIOs,
@@ -133,6 +133,7 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
         Place(
             "transformers.quantizers.base:HfQuantizer._process_model_after_weight_loading", ("self", "model", "kwargs")
         ),
+        Place("transformers.quantizers.base:HfQuantizer.update_attn_implementation", ("self", "config")),
         Place(
             "transformers.initialization:ones_",
             does="leave alone what _is_hf_initialized marks",
@@ -176,6 +177,12 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
         ),
         using("transformers:GenerationMixin._prepare_static_cache", "_previous_max_cache_length"),
         keeping("transformers:GenerationConfig", "max_cache_len"),
+    ),
+    "a prompt at another intensity": (
+        Place("transformers:GenerationMixin._prefill", ("self", "input_ids", "generation_config", "model_kwargs")),
+        using("transformers:GenerationMixin._prefill", "_mask_length"),
+        using("transformers:GenerationMixin._sample", "_prefill"),
+        using("transformers:GenerationMixin._beam_search", "_prefill"),
     ),
     "continuous batching of a pair": (
         Place(
@@ -500,6 +507,15 @@ def compiles_steps(model: Any, config: CompileConfig) -> bool:
     wanted = copy.copy(model.generation_config)
     wanted.compile_config, wanted.disable_compile = config, False
     return model._valid_auto_compile_criteria({"cache": cache, "past_key_values": cache}, wanted)
+
+
+# transformers: the pass that reads a prompt
+
+
+@needs("a prompt at another intensity")
+def mask_width(config: GenerationConfig) -> int:
+    """Returns the width of the attention mask that `generate` has dropped, as it held no padding; -1 if it has not."""
+    return getattr(config, "_mask_length", -1)
 
 
 # transformers: continuous batching

@@ -22,6 +22,7 @@ from dami.cli.options import (
     finite,
     intensity_names,
     number_or_name,
+    tail,
 )
 from dami.cli.settings import Given, Several, options_of
 
@@ -29,13 +30,6 @@ if TYPE_CHECKING:
     from dami.serving.controller import IntensityController
     from dami.serving.engine import Limits
     from dami.serving.service import ServiceSettings
-
-
-def tail(text: str) -> int | str:
-    """Reads how much of a prompt is its tail: a number of tokens, or "turn"."""
-    if text == "turn" or (text.isascii() and text.isdigit()):
-        return text if text == "turn" else int(text)
-    raise typer.BadParameter(f"must be a number of tokens or turn, got {text!r}")
 
 
 @dataclass(frozen=True)

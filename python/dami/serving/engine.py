@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 GIB = 1 << 30
 PAGE = 16  # tokens per block; prompts share whole blocks only
 CHUNK = 32  # tokens of a row to handle before the event loop gets a turn
+GREEDY = Sampling(temperature=0.0)  # until λ is known, on which the sampling may depend
 WARMUP = 32  # tokens to generate before the first request, from a prompt twice as long
 
 
@@ -182,15 +183,13 @@ class Row:
             self.engine.forget(self, complete=True)
             self.news.put_nowait(None)
 
-    def settle(self, chosen: float, auto: Auto) -> None:
-        """Called on the event loop with the λ that the estimator has chosen."""
+    def settle(self, granted: float, lowered: bool) -> None:
+        """Called on the event loop with the λ that the estimator has chosen, as granted."""
         if self.name in self.engine.rows:
-            wanted = auto.wanted(chosen)
-            granted = min(wanted, auto.most)
             if self.engine.controller is not None:
                 self.engine.controller.finish(self.intensity, None)
                 self.engine.controller.start(granted)
-            self.intensity, self.lowered = granted, granted < wanted
+            self.intensity, self.lowered = granted, lowered
         self.granted.set()
 
     def fail(self, error: Exception) -> None:
@@ -347,7 +346,7 @@ class Engine:
         self,
         prompt: list[int],
         intensity: float | Auto,
-        sampling: Sampling,
+        sampling: Sampling | Callable[[float], Sampling],
         max_tokens: int,
         ends: frozenset[int] | None = None,
         prompt_intensity: float | None = None,
@@ -358,7 +357,7 @@ class Engine:
         Args:
             prompt: token ids, at least one.
             intensity: its λ, or how to choose it, if `chooses` allows that.
-            sampling: how to sample its tokens.
+            sampling: how to sample its tokens; with an `Auto`, what says so for a λ.
             max_tokens: maximum tokens of the answer; prompt and answer together may have `max_model_len`.
             ends: ids of the tokens that end it; the model's own if None.
             prompt_intensity: λ at which the prompt is read, except for its tail; None for `intensity`.
@@ -373,9 +372,12 @@ class Engine:
         row = Row(self, prompt, 0.0, uuid.uuid4().hex, max_tokens, ends, time.monotonic())
         if isinstance(intensity, Auto):
             assert prompt_intensity is not None
+            assert callable(sampling)
             row.intensity, prompt_intensity = prompt_intensity, None
-            choice = Choice(self.layers, functools.partial(self._decide, row, intensity), prompt_tail)
+            choice = Choice(self.layers, functools.partial(self._decide, row, intensity, sampling), prompt_tail)
+            sampling = GREEDY
         else:
+            assert isinstance(sampling, Sampling)
             row.intensity, choice = intensity, None
             row.granted.set()
         self.manager.register_result_handler(row.name, row.take)  # called later, on the event loop
@@ -387,7 +389,7 @@ class Engine:
             eos_token_id=sorted(ends) or -1,
             intensity=row.intensity,
             prompt_intensity=prompt_intensity,
-            prompt_tail=prompt_tail,
+            prompt_tail=None if prompt_intensity is None else prompt_tail,
             choice=choice,
             sampling=sampling,
         )
@@ -404,7 +406,7 @@ class Engine:
         """Whether `submit` takes an `Auto`: if the estimator looks at nothing but the prompt's states at this λ."""
         return prompt_intensity == 0.0 and bool(self.layers) and self.manager.can_choose(prompt_tail)
 
-    def _decide(self, row: Row, auto: Auto, states: Tensor) -> float:
+    def _decide(self, row: Row, auto: Auto, sampling: Callable[[float], Sampling], states: Tensor) -> dict[str, Any]:
         """Returns the λ granted to a row by the states of its prompt; called in the generation thread."""
         try:
             estimator: Any = patch_of(self.model).estimator
@@ -413,9 +415,10 @@ class Engine:
             logger.exception("the estimator failed")
             self._call(row.fail, EstimatorFailed(str(error)))
             self.manager.cancel_request(row.name)
-            return 0.0
-        self._call(row.settle, chosen, auto)
-        return min(auto.wanted(chosen), auto.most)
+            return {"intensity": row.intensity}
+        granted = min(auto.wanted(chosen), auto.most)
+        self._call(row.settle, granted, granted < auto.wanted(chosen))
+        return {"intensity": granted, "sampling": sampling(granted)}
 
     def check_room(self, rows: int) -> None:
         """Raises what `submit` would raise for this many sequences."""

@@ -20,7 +20,6 @@ MESSAGES = 2048  # maximum messages of a conversation, as in OpenAI's API, and m
 PROMPTS = 1024  # maximum prompts of a request
 STOP = 1024  # maximum characters of a stop string
 SAME = "same"  # a prompt_intensity: that of the answer
-TURN = "turn"  # a prompt_tail: from the text of the last user message on
 EFFORTS = {"none": 0.0, "minimal": 0.0, "xhigh": 1.0, "max": 1.0}  # λ of OpenAI's values that are not presets
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]

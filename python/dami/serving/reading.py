@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import takewhile
-from typing import Any
 
-from dami.callers import AUTO, CALLERS
+from dami.callers import AUTO, CALLERS, TURN
 from dami.dial.values import Intensity
 from dami.generation.reading import TAIL
-from dami.serving.protocol import SAME, TURN, BadRequest, ChatRequest, CompletionRequest
+from dami.serving.protocol import SAME, BadRequest, ChatRequest, CompletionRequest
 
 CALLER = replace(CALLERS["dami serve"], argument="prompt_intensity", takes=CALLERS["dami serve"].takes - {AUTO})
 
@@ -72,26 +70,17 @@ def reading_of(
             raise BadRequest(
                 f"prompt_intensity must be in {bounds} on this server, got {body.prompt_intensity}", "prompt_intensity"
             )
+    if lam is None and body.prompt_tail is not None:
+        raise BadRequest(
+            "prompt_tail says where prompt_intensity ends, which is that of the answer: give prompt_intensity, or "
+            "leave out prompt_tail",
+            "prompt_tail",
+        )
     if isinstance(body, CompletionRequest):
         tail = TAIL if tail == TURN else tail
         if body.prompt_tail == TURN:
             raise BadRequest("prompt_tail must be a number for a text, which has no turns, got 'turn'", "prompt_tail")
     return PromptReading(lam, tail if body.prompt_tail is None else body.prompt_tail)
-
-
-def other_turns(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Returns conversations that differ from one by the first letter of the last user message; none without one."""
-    last = max((place for place, each in enumerate(messages) if each["role"] == "user"), default=None)
-    if last is None:
-        return []
-    other = "1" if messages[last]["content"].lstrip().startswith("0") else "0"
-    return [[*messages[:last], {**messages[last], "content": other}, *messages[last + 1 :]]]
-
-
-def tokens_after(ids: list[int], other: list[int]) -> int:
-    """Returns how many tokens there are from the first one on that another text does not have."""
-    same = takewhile(lambda both: both[0] == both[1], zip(ids, other, strict=False))
-    return len(ids) - len([*same])
 
 
 def proposal(tail: int | None, reading: PromptReading) -> str | None:

@@ -9,13 +9,15 @@ import secrets
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request
 from transformers import GenerationConfig
 
-from dami.callers import CALLERS, DEFAULT_INTENSITY
-from dami.chat import ChatTemplate, render
+from dami.callers import CALLERS, DEFAULT_INTENSITY, TURN
+from dami.chat import ChatTemplate, last_turn, otherwise, render
+from dami.dial.patch import patch_of
 from dami.dial.values import Intensity
 from dami.generation.reading import TAIL
 from dami.generation.sampling import Sampling
@@ -27,8 +29,8 @@ from dami.serving.formatting import ChatFormat, CompletionFormat, Format
 from dami.serving.gate import check_key
 from dami.serving.lanes import Lanes
 from dami.serving.metrics import Metrics
-from dami.serving.protocol import SAME, TURN, BadRequest, ChatRequest, CompletionRequest
-from dami.serving.reading import PromptReading, default_reading, other_turns, reading_of, tokens_after
+from dami.serving.protocol import SAME, BadRequest, ChatRequest, CompletionRequest
+from dami.serving.reading import PromptReading, default_reading, reading_of
 from dami.serving.responses import as_json
 from dami.serving.schema import Model
 from dami.serving.token_bytes import TokenBytes
@@ -97,6 +99,12 @@ class SamplingDefaults:
         said = {name: getattr(config, name, None) for name in names} | {"max_tokens": config.max_new_tokens}
         return cls(**{name: value for name, value in said.items() if value is not None})
 
+    @classmethod
+    def of_ends(cls, model: Any) -> tuple[SamplingDefaults, SamplingDefaults]:
+        """Takes those of the instruct end and of the thinking end; a pair keeps both where they differ."""
+        instruct, sampling = cls.of(model.generation_config), patch_of(model).origin.sampling
+        return instruct, cls.of(GenerationConfig(**sampling["thinking"])) if sampling else instruct
+
 
 class Service:
     """Answers requests.
@@ -117,7 +125,7 @@ class Service:
         self.lanes = Lanes()
         self.chat_format = ChatFormat(settings.name, self.token_bytes)
         self.completion_format = CompletionFormat(settings.name, self.token_bytes)
-        self.defaults = SamplingDefaults.of(engine.model.generation_config)
+        self.defaults = SamplingDefaults.of_ends(engine.model)
         self.created = int(time.time())
 
     def model_object(self) -> Model:
@@ -181,8 +189,8 @@ class Service:
         """Returns a reading whose tail is a number of tokens; "turn" is all of them without a user message."""
         if reading.tail != TURN:
             return reading
-        others = [self._encode_chat(other, template, intensity)[1] for other in other_turns(messages)]
-        return replace(reading, tail=tokens_after(ids, *others) if others else len(ids))
+        _, other = self._encode_chat([*otherwise(messages)], template, intensity)
+        return replace(reading, tail=last_turn(ids, other))
 
     def _check(self, body: ChatRequest | CompletionRequest, prompts: int) -> None:
         if body.model not in (None, self.settings.name):
@@ -314,7 +322,7 @@ class Service:
                 field if len(prompt) < most else body.prompt_field,
                 "context_length_exceeded",
             )
-        return wanted or min(most - len(prompt), self.defaults.max_tokens or most)
+        return wanted or min(most - len(prompt), self.defaults[0].max_tokens or most)
 
     async def _begin(
         self,
@@ -330,16 +338,16 @@ class Service:
         rooms = [self._room(body, prompt) for prompt in prompts]
         ends = frozenset(() if body.ignore_eos else self.engine.ends) | frozenset(body.stop_token_ids or ())
         seed = secrets.randbits(62) if body.seed is None else body.seed
-        sampling = {name: self._setting(body, name) for name in ("temperature", "top_p", "top_k")}
         stops = [*map(Stop, body.stops)]
         request = ActiveRequest(body, f"{prefix}-{secrets.token_hex(12)}", sum(map(len, prompts)), [])
         try:
             for prompt, intensity, room in zip(prompts, intensities, rooms, strict=True):
                 for each in range(body.n or 1):
+                    sampling = partial(self._sampling, body, seed + each)
                     row = self.engine.submit(
                         prompt,
                         intensity,
-                        Sampling(**sampling, seed=seed + each, logprobs=body.wanted_logprobs),
+                        sampling if isinstance(intensity, Auto) else sampling(intensity),
                         room,
                         ends,
                         reading.intensity,
@@ -368,9 +376,15 @@ class Service:
         if row.failure is not None:
             raise row.failure
 
-    def _setting(self, body: ChatRequest | CompletionRequest, name: str) -> Any:
+    def _sampling(self, body: ChatRequest | CompletionRequest, seed: int, intensity: float) -> Sampling:
+        """Returns how the tokens of a sequence at λ are drawn."""
+        settings = {name: self._setting(body, name, intensity) for name in ("temperature", "top_p", "top_k")}
+        return Sampling(**settings, seed=seed, logprobs=body.wanted_logprobs)
+
+    def _setting(self, body: ChatRequest | CompletionRequest, name: str, intensity: float) -> Any:
+        """Returns a sampling parameter of a request: by default that of the end nearer to its λ."""
         value = getattr(body, name)
-        value = getattr(self.defaults, name) if value is None else value
+        value = getattr(self.defaults[intensity >= 0.5], name) if value is None else value
         return max(value, 0)  # vLLM writes "no top_k" as −1
 
     def end(self, request: ActiveRequest) -> None:

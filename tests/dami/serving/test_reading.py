@@ -9,14 +9,14 @@ import dami
 import httpx
 import pytest
 import torch
-from dami.chat import render
+from dami.chat import last_turn, render
 from dami.estimators.preference import PreferenceEstimator
 from dami.generation.batching import StepLoad
 from dami.serving.controller import IntensityController
 from dami.serving.engine import Limits
 from dami.serving.protocol import BadRequest, ChatRequest, CompletionRequest
-from dami.serving.reading import PromptReading, default_reading, other_turns, proposal, reading_of, tokens_after
-from dami.serving.service import ServiceSettings
+from dami.serving.reading import PromptReading, default_reading, proposal, reading_of
+from dami.serving.service import Service, ServiceSettings
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from tests.dami.serving.test_server import CHAT, COMPLETIONS, QUESTIONS, Running, asked, sse, until
@@ -115,7 +115,7 @@ def test_a_prompt_is_read_as_the_request_says(
     [text, other] = render(tokenizer, [TALK, [*TALK[:-1], {"role": "user", "content": "0"}]], "default", None)
     ids, otherwise = (tokenizer(each, add_special_tokens=False)["input_ids"] for each in (text, other))
     if tail is None:
-        tail = tokens_after(ids, otherwise)
+        tail = last_turn(ids, otherwise)
         assert tokenizer.decode(ids[-tail:]).startswith("12 + 3")
     assert answer["intensity"] == 0.8
     assert bare(text_of(answer)) == bare(alone(plain, ids, 0.8, read, tail))
@@ -149,6 +149,20 @@ def test_the_estimator_looks_at_the_prompt_in_passing(server: Running, plain: tu
     assert capped["intensity"] == min(0.05, answer["intensity"])
     several = server.post(COMPLETIONS, body | {"n": 2}).json()
     assert several["intensity"] == pytest.approx(wanted)
+
+
+def test_sampling_follows_what_is_chosen(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its defaults may depend on λ, which is known only when the prompt has been read."""
+    asked_for: list[float] = []
+    sampling = Service._sampling
+
+    def seen(self: Service, body: Any, seed: int, intensity: float) -> Any:
+        asked_for.append(intensity)
+        return sampling(self, body, seed, intensity)
+
+    monkeypatch.setattr(Service, "_sampling", seen)
+    answer = server.post(CHAT, asked(max_tokens=2, intensity="auto")).json()
+    assert asked_for == [answer["intensity"]]
 
 
 def test_an_estimator_that_fails_in_passing_fails_its_request_only(
@@ -195,6 +209,7 @@ def test_the_model_says_how_prompts_are_read(server: Running) -> None:
         (CHAT, {"prompt_tail": -1}, "prompt_tail", "greater than or equal to 0"),
         (CHAT, {"prompt_tail": 1.5}, "prompt_tail", "prompt_tail: "),
         (CHAT, {"prompt_tail": "all"}, "prompt_tail", "'turn'"),
+        (CHAT, {"prompt_intensity": "same", "prompt_tail": 1}, "prompt_tail", "give prompt_intensity, or leave out"),
         (CHAT, {"prompt_tail": 1, "vllm_xargs": {"prompt_tail": 2}}, "prompt_tail", "is 1 and in vllm_xargs 2"),
         (COMPLETIONS, {"prompt_tail": "turn"}, "prompt_tail", "must be a number for a text, which has no turns"),
     ],
@@ -231,11 +246,8 @@ def test_what_a_request_leaves_out_is_the_servers() -> None:
 
 
 def test_a_turn_begins_where_another_message_would() -> None:
-    assert other_turns([{"role": "system", "content": "a"}]) == []
-    assert [other[-1]["content"] for other in other_turns(TALK)] == ["0"]
-    assert other_turns([{"role": "user", "content": " 01"}]) == [[{"role": "user", "content": "1"}]]
-    assert tokens_after([1, 2, 3, 4], [1, 2, 9, 4]) == 2
-    assert tokens_after([1, 2], [1, 2, 3]) == 0
+    assert last_turn([1, 2, 3, 4], [1, 2, 9, 4]) == 2
+    assert last_turn([1, 2], [1, 2]) == 2  # without a user message
 
 
 def test_a_measured_tail_is_proposed() -> None:
