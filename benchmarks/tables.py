@@ -359,6 +359,11 @@ TABLES: dict[str, Callable[[], str]] = {
             "memory_gb": "memory, GB",
         },
     ),
+    "load prefixes": lambda: load_test(
+        "prefixes",
+        ("measure", "mode"),
+        {"requests": "requests", "tokens": "tokens read", "cpu": "CPU, s", "overhead": "overhead"},
+    ),
     "load streams": lambda: load_test(
         "streams",
         ("mode", "streams"),

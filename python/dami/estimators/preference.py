@@ -104,6 +104,11 @@ class PreferenceEstimator:
             {float(price): float(tokens) for price, tokens in settings["budgets"]},
         )
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose states `choose` takes, as `Estimator` says; none if it needs a trial answer, too."""
+        return () if self.features.trial else self.features.layers
+
     def at(self, price: float) -> PreferenceEstimator:
         """Returns this estimator at another price."""
         return replace(self, price=price)
