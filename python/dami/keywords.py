@@ -8,9 +8,11 @@ from difflib import get_close_matches
 
 import torch
 
-OURS = ("intensity", "prompt_intensity")
+from dami.callers import listed
+
+# how much a misspelling is alike, of difflib, from 0 to 1: no keyword in transformers is as much like ours
+OURS = {"intensity": 0.75, "prompt_intensity": 0.75, "prompt_tail": 0.85}
 LAMBDA = ("lam", "lambda_", "lmbda", "λ")
-ALIKE = 0.75  # of difflib, from 0 to 1: no keyword in transformers is as much like ours
 
 
 @torch.compiler.assume_constant_result  # a graph is traced for the keywords of one call
@@ -22,8 +24,8 @@ def meant(name: str) -> str | None:
 @functools.cache
 def _meant(name: str) -> str | None:
     if name in LAMBDA:
-        return OURS[0]
-    return next(iter(get_close_matches(name.lower(), OURS, 1, ALIKE)), None)
+        return "intensity"
+    return next((ours for ours, alike in OURS.items() if get_close_matches(name.lower(), [ours], 1, alike)), None)
 
 
 def check_keywords(function: str, given: Iterable[str], *takes: str) -> None:
@@ -38,4 +40,4 @@ def check_keywords(function: str, given: Iterable[str], *takes: str) -> None:
         ours = meant(name)
         if ours is not None:
             elsewhere = "" if ours in takes else f"; {ours} is for generate"
-            raise TypeError(f"{function} takes λ as {' and '.join(takes)}, got {name!r}{elsewhere}")
+            raise TypeError(f"{function} takes λ as {listed(takes, 'and')}, got {name!r}{elsewhere}")

@@ -63,6 +63,11 @@ class CalibratedEstimator(PricedEstimator):
 
     features: Signature
 
+    @property
+    def takes_cache(self) -> bool:
+        """Whether it goes on from a cache, as `Estimator` says: only if no signal needs a trial answer."""
+        return self.features.names == ("states",)
+
     @classmethod
     def reader(cls, settings: Mapping[str, Any]) -> Signature:
         """Returns the signals with these settings, as read from JSON."""

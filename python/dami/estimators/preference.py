@@ -69,6 +69,11 @@ class PreferenceEstimator(PricedEstimator):
 
     features: Features
 
+    @property
+    def takes_cache(self) -> bool:
+        """Whether it goes on from a cache, as `Estimator` says: not if it generates a trial answer."""
+        return not self.features.trial
+
     @classmethod
     def reader(cls, settings: Mapping[str, Any]) -> Features:
         """Returns the features with these settings, as read from JSON."""
