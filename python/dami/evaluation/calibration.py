@@ -67,7 +67,7 @@ def calibrate(
     directory: str | Path,
     intensities: Sequence[float] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
     *,
-    signals: Sequence[str] = ("states", "doubt"),
+    signals: Sequence[str] = ("states",),
     trial: int = 8,
     samples: int = 4,
     compare: str = "word",
@@ -86,7 +86,8 @@ def calibrate(
         prompts: like those that the estimator will see. 50 to 200 are recommended, and at least 20 are required.
         directory: where the estimator is saved. Load it with `dami.attach(model, directory)`.
         intensities: λ to try.
-        signals: what the estimator reads of a prompt, names of `dami.estimators.signals.SIGNALS`.
+        signals: what the estimator reads of a prompt, names of `dami.estimators.signals.SIGNALS`. With "states" alone,
+            it generates nothing and goes on from a prompt that has been read at λ=0.
         trial: tokens of the trial answer that some signals need.
         samples: number of answers to a prompt at each λ.
         compare: how two answers are compared, a name of `dami.evaluation.consensus.COMPARABLE`.

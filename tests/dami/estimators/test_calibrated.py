@@ -90,6 +90,7 @@ def test_it_is_stored(tmp_path: Path) -> None:
     assert (found.intensities, found.features, found.price, found.budgets) == (LAMS, made.features, 0.4, {0.1: 9.0})
     assert torch.equal(found.choose(torch.cat(signals, 1)), made.choose(torch.cat(signals, 1)))
     assert found.within(9.0).price == 0.1
+    assert not found.takes_cache  # its trial answer is generated from the whole prompt
 
 
 def test_mistakes_are_named() -> None:

@@ -38,6 +38,7 @@ def test_it_attaches_and_answers(calibrated: tuple[Calibration, Path], pair: tup
     model, tokenizer = pair
     estimator = found.stored.estimator
     assert isinstance(estimator, CalibratedEstimator)
+    assert estimator.takes_cache
     assert (estimator.intensities, estimator.price, len(estimator.budgets)) == (found.usable, 0.3, 14)
     assert [point.intensity for point in found.points] == [*LAMS]
     assert json.loads((directory / "calibration.json").read_text())["usable"] == [*found.usable]
