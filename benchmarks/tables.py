@@ -257,6 +257,44 @@ def tails(pair: str) -> str:
     return markdown(lines)
 
 
+def by_pair() -> dict[tuple[str, ...], Row]:
+    """Returns the newest row of each pair and policy in estimator_pairs.csv; pairs that rules were chosen on first."""
+    found = latest(load(RESULTS / "estimator_pairs.csv"), "pair", "policy")
+    return dict(sorted(found.items(), key=lambda item: item[1]["tuned_on"] != "True"))
+
+
+def estimator_pairs(policy: str) -> str:
+    """Tabulates what a policy gives on each pair, beside the two ends."""
+    rows = by_pair()
+    heads = ["pair", "λ = 0: accuracy, tokens", "λ = 1", "`auto`", "gain, points", "AES", "empty or cut, %"]
+    lines = [[*heads, "room, points", "won of it, %", "time of the estimate"]]
+    for pair in dict.fromkeys(pair for pair, _ in rows):
+        row = rows[pair, policy]
+        ends = [rows[pair, f"λ = {end}"] for end in (0, 1)]
+        cells = [f"{100 * float(each['accuracy']):.1f}, {float(each['tokens']):.1f}" for each in (*ends, row)]
+        gain, won = ([100 * float(row[f"{key}{end}"]) for end in ("", "_low", "_high")] for key in ("gain", "won"))
+        cells.append("{:+.1f} ({:+.1f} to {:+.1f})".format(*gain))
+        cells += [
+            f"{float(row['aes']):.2f}",
+            f"{100 * float(row['incomplete']):.1f}",
+            f"{100 * float(row['room']):.1f}",
+        ]
+        cells += ["{:.0f} ({:.0f} to {:.0f})".format(*won), f"{float(row['time']):.2f}"]
+        lines.append([f"`{pair.removeprefix('zoo/')}`" + ("" if row["tuned_on"] == "True" else " (unseen)"), *cells])
+    return markdown(lines)
+
+
+def estimator_gains() -> str:
+    """Tabulates the gain of every policy on each pair, in points above static λ of as many tokens."""
+    rows = by_pair()
+    pairs = list(dict.fromkeys(pair for pair, _ in rows))
+    lines = [["λ by", *(f"`{pair.removeprefix('zoo/')}`" for pair in pairs)]]
+    for policy in dict.fromkeys(policy for _, policy in rows):
+        cells = [f"{100 * float(rows[pair, policy]['gain']):+.1f}" if (pair, policy) in rows else "–" for pair in pairs]
+        lines.append([policy, *cells])
+    return markdown(lines)
+
+
 def summary() -> str:
     """Compares N λ in one batch with N merged copies: bytes, time, accuracy."""
     stored = latest(newest(RESULTS / "formats.csv"), "stored")
@@ -404,6 +442,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "estimators smollm2": lambda: estimators("smollm2"),
     "tails shipped": lambda: tails("shipped"),
     "tails smollm2": lambda: tails("smollm2"),
+    "estimator pairs": lambda: estimator_pairs("calibrated, price 0.2"),
+    "estimator gains": estimator_gains,
     "smollm2": smollm2,
     "formats": formats,
     "roundings": roundings,

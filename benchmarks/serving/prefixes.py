@@ -110,10 +110,9 @@ async def beginnings(model: Any, prompts: list[list[int]]) -> list[Measured]:
     measured = []
     lams = [place % LAMS / (LAMS - 1) for place in range(len(prompts))]
     for mode, read in (("same", None), ("λ=0", 0.0)):
-        async with Engine(model, Limits(kv_memory=0.5)) as engine:
-            async with spending(engine) as spent:
-                asked = zip(prompts, lams, strict=True)
-                await asyncio.gather(*(answer(engine, prompt, lam, SHORT, read) for prompt, lam in asked))
+        async with Engine(model, Limits(kv_memory=0.5)) as engine, spending(engine) as spent:
+            asked = zip(prompts, lams, strict=True)
+            await asyncio.gather(*(answer(engine, prompt, lam, SHORT, read) for prompt, lam in asked))
         measured.append(("beginning", mode, len(prompts), spent.tokens, spent.cpu))
     return measured
 
