@@ -340,10 +340,13 @@ def predicted(kind: str, *gpus: str) -> str:
 
 
 def told(row: Row) -> str:
-    ratio = f"{float(row['predicted_us']) / float(row['merged_us']):.2f} ({row['limit']})"
-    return (
-        f"{ratio}, measured {float(row['measured_us']) / float(row['merged_us']):.2f}" if row["measured_us"] else ratio
-    )
+    """Describes a prediction: of our kernel and its limit, of the library's route where that is taken; and what our
+    kernel was measured to take."""
+    merged = float(row["merged_us"])
+    text = f"{float(row['predicted_us']) / merged:.2f} ({row['limit']})"
+    if row.get("route_us"):
+        text = f"{float(row['route_us']) / merged:.2f} ({row['route']}; kernel {text})"
+    return f"{text}, measured {float(row['measured_us']) / merged:.2f}" if row["measured_us"] else text
 
 
 def predicted_code() -> str:
@@ -373,14 +376,19 @@ def predicted_others() -> str:
 
 
 def predictions(**wanted: str) -> list[Row]:
-    """Returns the wanted rows of the last run of `predict`."""
+    """Returns the wanted rows of the last run of `predict` for each GPU."""
     rows = load(RESULTS / "predict.csv")
-    last = max(row["date"] for row in rows)
-    return [row for row in rows if row["date"] == last and all(row[key] == value for key, value in wanted.items())]
+    last = {row["gpu"]: row["date"] for row in sorted(rows, key=lambda row: str(row["date"]))}
+    return [
+        row
+        for row in rows
+        if row["date"] == last[row["gpu"]] and all(row[key] == value for key, value in wanted.items())
+    ]
 
 
 def source(rows: list[Row]) -> str:
-    return f"Predicted, not measured: `{rows[0]['command']}`, bf16, commit {rows[0]['commit']}.\n\n"
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    return f"Predicted, not measured: `python -m benchmarks predict`, bf16, commit {commits}.\n\n"
 
 
 TABLES: dict[str, Callable[[], str]] = {
