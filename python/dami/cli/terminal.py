@@ -18,6 +18,7 @@ from rich.text import Text
 from transformers import TextStreamer
 
 from dami.chat import Answer, ChatTemplate, Prompt, answers_of, ask, encode, numbers_of
+from dami.evaluation.calibration import Calibration
 from dami.evaluation.frontier import Point
 from dami.evaluation.plots import color
 from dami.evaluation.policies import Outcome
@@ -221,6 +222,24 @@ def tuned_table(found: Tuned) -> FittedTable:
     heads = ("way", "accuracy", "tokens", "gain over single λ")
     ways = sorted(found.finalists, key=lambda each: each.tokens.value)
     return FittedTable(heads, [(w.way.name, str(w.accuracy), str(w.tokens), str(w.gain)) for w in ways])
+
+
+def health_table(found: Calibration) -> FittedTable:
+    """Returns a table with one row per λ of a calibration. Marks the usable λ."""
+    heads = ("λ", "comes to its end", "thinks", "tokens", "as most answers say", "95 % interval")
+    rows = [
+        (
+            Text(f"{p.intensity:g}", f"bold {style_of(p.intensity)}"),
+            f"{p.well_formed:.0%}",
+            f"{p.thinking:.0%}",
+            f"{p.tokens.value:.0f}",
+            f"{p.accuracy.value:.0%}",
+            f"{p.accuracy.low:.0%} to {p.accuracy.high:.0%}",
+        )
+        for p in found.points
+    ]
+    usable = frozenset(place for place, point in enumerate(found.points) if point.intensity in found.usable)
+    return FittedTable(heads, rows, marked=usable)
 
 
 def outcome_table(outcomes: Mapping[float, Outcome], price: float) -> FittedTable:

@@ -110,6 +110,10 @@ class Estimator(Protocol):
     An estimator with an attribute `takes_cache` that is true is spared what `generate` reads at λ=0 anyway, because of
     `prompt_intensity=0`. It then finds a cache of the prompts' first tokens in the batch, under the name that the
     model's forward pass gives it, and may add to it.
+
+    An estimator may have `layers` and `choose`, if nothing decides but the states at a prompt's last token, at λ=0:
+    `choose` takes them as float32 [B, features], those of each of the `layers` one after the other, and returns λ [B].
+    A server that reads prompts at λ=0 then asks it in passing (`dami.estimators.features.prompt_states` are the same).
     """
 
     def estimate(self, model: Any, batch: Mapping[str, Tensor]) -> Sequence[float] | Tensor:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dami.dial.patch import Estimator
-from dami.estimators import confidence, preference  # noqa: F401  # registers their estimators
+from dami.estimators import calibrated, confidence, preference  # noqa: F401  # registers their estimators
 from dami.estimators.registry import estimator_of, state_of
 from dami.files import write_text, written_file
 from dami.sources import FOLDER, SETTINGS

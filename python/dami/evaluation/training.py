@@ -17,6 +17,7 @@ from dami.chat import ChatTemplate, encode
 from dami.dial.patch import patch_of
 from dami.estimators.files import StoredIntensity
 from dami.estimators.preference import Features, PreferenceEstimator, fit
+from dami.estimators.priced import Reader
 from dami.evaluation.findings import Findings
 from dami.evaluation.frontier import Frontier
 from dami.evaluation.policies import Outcome, play
@@ -119,7 +120,7 @@ def features_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    read: Features,
+    read: Reader,
     rows: int = 64,
     chat_template: ChatTemplate | None = "default",
 ) -> Tensor:
