@@ -87,7 +87,7 @@ def test_the_beginning_is_read_at_another_lam(family: str, tail: int) -> None:
         assert torch.equal(model.generate(**inputs, intensity=LAM, prompt_intensity=READ, **GREEDY), found)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma2"])
+@pytest.mark.parametrize("family", ["qwen3", "mistral"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -323,6 +323,9 @@ def test_an_estimator_goes_on_from_a_beginning_read_at_0(model: PreTrainedModel)
         found = model.generate(**inputs, intensity=some, prompt_intensity=[1.0, 0.0, 0.5, 0.0], **GREEDY)
     assert passes[:3] == [(4, 6), (2, 1), (4, 1)]
     assert [*model.dami.chosen] == [1, 3]
+    parts = {"*": some, "mlp": some}
+    of_parts = model.generate(**inputs, intensity=parts, prompt_intensity=[1.0, 0.0, 0.5, 0.0], **GREEDY)
+    assert torch.equal(of_parts, found)
     some[1::2] = lams[1::2]
     assert torch.equal(found, model.generate(**inputs, intensity=some, prompt_intensity=[1.0, 0.0, 0.5, 0.0], **GREEDY))
 

@@ -161,6 +161,7 @@ class Prompts:
         batch: dict[str, Any] = {name: x[rows] for name, x in self.columns.items()}
         if cache_of is not None:
             batch[CACHE] = cache_of(rows)
+        program.read(self.of[rows])  # parts of the model, too
         with self.only(rows):
             patch.chosen = program.decide(estimated(self.model, batch, len(rows)))
 
@@ -230,7 +231,7 @@ def _indivisible(prompts: Prompts, cache: Any) -> str | None:
         return f"for {name} with is_decoder=False, where tokens see those after them"
     widths = {prompts.length, _mask_width(prompts)}
     for other, x in prompts.columns.items():
-        if x.dim() < 2 or len(x) != len(prompts.ids) or x.shape[1] not in widths:
+        if x.dim() != (3 if other == EMBEDS else 2) or len(x) != len(prompts.ids) or x.shape[1] not in widths:
             return f"with {other}, whose shape {list(x.shape)} does not tell what belongs to which token"
     media = [key for key, x in prompts.others.items() if isinstance(x, Mapping) and x]
     return f"with {media[0]}, which does not tell what belongs to which token" if media else None
