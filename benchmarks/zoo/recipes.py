@@ -103,7 +103,7 @@ ANCESTORS = {
 PAIRS = {
     "sums": Pair("sums", *ends(SUMS, 1), tuned_on=True),
     "valley": Pair("sums", *ends(SUMS, 1, never, always, steps=500, rate=6e-3), tuned_on=True),
-    "cups": Pair("cups", *ends(CUPS, 2), tuned_on=True),
+    "cups": Pair("cups", *ends(CUPS, 2)),
     "products": Pair("products", *ends(PRODUCTS, 3)),
     "adapter": Pair("cups", *ends(CUPS, 2, never, thorough, rate=4e-3), rank=4),
     "mixed": Pair("mixed", *ends(MIXED, 4, quick, thorough, steps=240)),
