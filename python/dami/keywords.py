@@ -10,9 +10,10 @@ import torch
 
 from dami.callers import listed
 
-# how much a misspelling is alike, of difflib, from 0 to 1: no keyword in transformers is as much like ours
-OURS = {"intensity": 0.75, "prompt_intensity": 0.75, "prompt_tail": 0.85}
+OURS = ("intensity", "prompt_intensity", "prompt_tail")
 LAMBDA = ("lam", "lambda_", "lmbda", "λ")
+ALIKE = 0.75  # of difflib, from 0 to 1: no keyword in transformers is as much like ours,
+ALIKE_PROMPTS = 0.85  # except for many that begin with "prompt_"
 
 
 @torch.compiler.assume_constant_result  # a graph is traced for the keywords of one call
@@ -24,8 +25,9 @@ def meant(name: str) -> str | None:
 @functools.cache
 def _meant(name: str) -> str | None:
     if name in LAMBDA:
-        return "intensity"
-    return next((ours for ours, alike in OURS.items() if get_close_matches(name.lower(), [ours], 1, alike)), None)
+        return OURS[0]
+    alike = ALIKE_PROMPTS if name.startswith("prompt_") else ALIKE
+    return next(iter(get_close_matches(name.lower(), OURS, 1, alike)), None)
 
 
 def check_keywords(function: str, given: Iterable[str], *takes: str) -> None:

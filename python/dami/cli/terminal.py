@@ -22,6 +22,8 @@ from dami.evaluation.calibration import Calibration
 from dami.evaluation.frontier import Point
 from dami.evaluation.plots import color
 from dami.evaluation.policies import Outcome
+from dami.evaluation.tails import Tails
+from dami.evaluation.tuning import Tuned
 from dami.layers.describe import Description, ParameterRow
 from dami.tables import FittedTable
 from dami.thoughts import Reader
@@ -200,6 +202,26 @@ def point_table(points: Sequence[Point], title: Text | None = None) -> FittedTab
         for p in points
     ]
     return FittedTable(("λ", "right", "95 % interval", "tokens", "95 % interval"), rows, title=title)
+
+
+def tail_table(found: Tails) -> FittedTable:
+    """Returns a table with one row per tail: accuracy and tokens at every λ, and what the tail costs."""
+    lams = list(dict.fromkeys(point.intensity for point in found.points))
+    tails = list(dict.fromkeys(point.tail for point in found.points))
+    rows = []
+    for tail in tails:
+        at = [point for point in found.points if point.tail == tail]
+        loss = found.losses.get(tail) if tail is not None else None
+        cells = [f"{point.accuracy.value:.0%} @ {point.tokens.value:.0f}" for point in at]
+        rows.append(("all" if tail is None else str(tail), *cells, "" if loss is None else str(loss)))
+    return FittedTable(("tail", *(f"λ={lam:g}" for lam in lams), "worth lost"), rows)
+
+
+def tuned_table(found: Tuned) -> FittedTable:
+    """Returns a table with one row per way to answer, on the questions held out from the search."""
+    heads = ("way", "accuracy", "tokens", "gain over single λ")
+    ways = sorted(found.finalists, key=lambda each: each.tokens.value)
+    return FittedTable(heads, [(w.way.name, str(w.accuracy), str(w.tokens), str(w.gain)) for w in ways])
 
 
 def health_table(found: Calibration) -> FittedTable:

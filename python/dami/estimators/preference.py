@@ -79,6 +79,11 @@ class PreferenceEstimator(PricedEstimator):
         """Returns the features with these settings, as read from JSON."""
         return Features(tuple(settings["layers"]), settings["trial"])
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose states `choose` takes, as `Estimator` says; none if it needs a trial answer, too."""
+        return () if self.features.trial else self.features.layers
+
     def gain_and_cost(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Computes gain and cost of every λ with the network."""
         return _network(self.weights, features, torch.tensor(self.intensities))

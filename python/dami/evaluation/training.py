@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dami.chat import ChatTemplate, encode
+from dami.dial.patch import patch_of
 from dami.estimators.files import StoredIntensity
 from dami.estimators.preference import Features, PreferenceEstimator, fit
 from dami.estimators.priced import Reader
@@ -95,7 +96,7 @@ def train_estimator(
     about = {"task": task.name, **Findings.of(frontier).to_json(), "estimator, on questions held out": {
         str(p): asdict(outcome) for p, outcome in outcomes.items()
     }}  # fmt: skip
-    stored = StoredIntensity(estimator, presets_of(frontier), about)
+    stored = StoredIntensity(estimator, presets_of(frontier), about, patch_of(model).prompt_tail)
     stored.save(directory)
     return Trained(stored, outcomes)
 
