@@ -21,6 +21,13 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((RO
 FORMATS = ("pair", "int8", "int4", "w8d4", "lowrank")
 LAYER = ("model", "layer", "n", "k", "m")  # identifies a case of linear.csv at one kind of λ
 NOT_MEASURED = "Not measured yet."
+GAINS = (
+    "preference, price 0.2",
+    "router, price 0.2",
+    "calibrated on",
+    "confidence, trial of 3, its",
+    "confidence router, trial of 3, its",
+)
 Row = dict[str, str]
 
 
@@ -263,35 +270,37 @@ def by_pair() -> dict[tuple[str, ...], Row]:
     return dict(sorted(found.items(), key=lambda item: item[1]["tuned_on"] != "True"))
 
 
+def won_of_room(row: Row) -> str:
+    """Formats what a policy adds to the best static λ, and the room for that, in points of worth."""
+    room = 100 * float(row["room"])
+    return f"{room * float(row['won']):+.1f} of {room:.1f}"
+
+
 def estimator_pairs(policy: str) -> str:
     """Tabulates what a policy gives on each pair, beside the two ends."""
     rows = by_pair()
     heads = ["pair", "λ = 0: accuracy, tokens", "λ = 1", "`auto`", "gain, points", "AES", "empty or cut, %"]
-    lines = [[*heads, "room, points", "won of it, %", "time of the estimate"]]
+    lines = [[*heads, "won of the room, points", "time"]]
     for pair in dict.fromkeys(pair for pair, _ in rows):
         row = rows[pair, policy]
-        ends = [rows[pair, f"λ = {end}"] for end in (0, 1)]
-        cells = [f"{100 * float(each['accuracy']):.1f}, {float(each['tokens']):.1f}" for each in (*ends, row)]
-        gain, won = ([100 * float(row[f"{key}{end}"]) for end in ("", "_low", "_high")] for key in ("gain", "won"))
-        cells.append("{:+.1f} ({:+.1f} to {:+.1f})".format(*gain))
-        cells += [
-            f"{float(row['aes']):.2f}",
-            f"{100 * float(row['incomplete']):.1f}",
-            f"{100 * float(row['room']):.1f}",
-        ]
-        cells += ["{:.0f} ({:.0f} to {:.0f})".format(*won), f"{float(row['time']):.2f}"]
-        lines.append([f"`{pair.removeprefix('zoo/')}`" + ("" if row["tuned_on"] == "True" else " (unseen)"), *cells])
+        shown = [rows[pair, "λ = 0"], rows[pair, "λ = 1"], row]
+        cells = [f"{100 * float(each['accuracy']):.1f}, {float(each['tokens']):.1f}" for each in shown]
+        gain = [100 * float(row[f"gain{end}"]) for end in ("", "_low", "_high")]
+        cells += ["{:+.1f} ({:+.1f} to {:+.1f})".format(*gain), f"{float(row['aes']):.2f}"]
+        cells += [f"{100 * float(row['incomplete']):.1f}", won_of_room(row), f"{float(row['time']):.2f}"]
+        lines.append([f"`{pair.removeprefix('zoo/')}`" + ("" if row["tuned_on"] == "True" else ", unseen"), *cells])
     return markdown(lines)
 
 
 def estimator_gains() -> str:
-    """Tabulates the gain of every policy on each pair, in points above static λ of as many tokens."""
+    """Tabulates the gain of policies at the default price on each pair, and what of the room they win, in points."""
     rows = by_pair()
     pairs = list(dict.fromkeys(pair for pair, _ in rows))
-    lines = [["λ by", *(f"`{pair.removeprefix('zoo/')}`" for pair in pairs)]]
+    lines = [["λ by", *(f"`{pair.removeprefix('zoo/')}`: gain, won" for pair in pairs)]]
     for policy in dict.fromkeys(policy for _, policy in rows):
-        cells = [f"{100 * float(rows[pair, policy]['gain']):+.1f}" if (pair, policy) in rows else "–" for pair in pairs]
-        lines.append([policy, *cells])
+        if policy.startswith(GAINS):
+            some = [rows[pair, policy] for pair in pairs]
+            lines.append([policy, *(f"{100 * float(row['gain']):+.1f}, {won_of_room(row)}" for row in some)])
     return markdown(lines)
 
 
