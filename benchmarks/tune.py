@@ -234,7 +234,7 @@ class Tuner:
             return Route.KERNEL
         of = Operands(self.case, kind, weights, self.here)
         contest = Contest(self, of, len(weights))
-        with forced(best):
+        with forced(best if column == "one" or self.case.rows <= 128 else None):  # else the plan has a tile for it
             contest.consider(Route.KERNEL, of.by_operator)
         contest.consider(way, partial(of.by_library, way=way))
         times = contest.times(seconds)
@@ -317,12 +317,13 @@ class Contest:
 
 
 @contextmanager
-def forced(config: LinearConfig) -> Iterator[None]:
-    """Forces Triton's kernel with these parameters, whatever the shape."""
+def forced(config: LinearConfig | None) -> Iterator[None]:
+    """Forces Triton's kernel, whatever the shape: with these parameters, or with those that it would have."""
     kernel = importlib.import_module("dami_kernels.triton.linear")
     with ExitStack() as stack:
         stack.callback(launching.forget)  # after the patches are undone
-        stack.enter_context(patch.object(kernel, "linear_config", lambda *_: config))
+        if config is not None:
+            stack.enter_context(patch.object(kernel, "linear_config", lambda *_: config))
         stack.enter_context(patch.object(kernel, "route", lambda *_: Route.KERNEL))
         stack.enter_context(patch.object(cuda, "takes", lambda *_: False))
         launching.forget()

@@ -8,9 +8,12 @@ from difflib import get_close_matches
 
 import torch
 
-OURS = ("intensity", "prompt_intensity")
+from dami.callers import listed
+
+OURS = ("intensity", "prompt_intensity", "prompt_tail")
 LAMBDA = ("lam", "lambda_", "lmbda", "λ")
-ALIKE = 0.75  # of difflib, from 0 to 1: no keyword in transformers is as much like ours
+ALIKE = 0.75  # of difflib, from 0 to 1: no keyword in transformers is as much like ours,
+ALIKE_PROMPTS = 0.85  # except for many that begin with "prompt_"
 
 
 @torch.compiler.assume_constant_result  # a graph is traced for the keywords of one call
@@ -23,7 +26,8 @@ def meant(name: str) -> str | None:
 def _meant(name: str) -> str | None:
     if name in LAMBDA:
         return OURS[0]
-    return next(iter(get_close_matches(name.lower(), OURS, 1, ALIKE)), None)
+    alike = ALIKE_PROMPTS if name.startswith("prompt_") else ALIKE
+    return next(iter(get_close_matches(name.lower(), OURS, 1, alike)), None)
 
 
 def check_keywords(function: str, given: Iterable[str], *takes: str) -> None:
@@ -38,4 +42,4 @@ def check_keywords(function: str, given: Iterable[str], *takes: str) -> None:
         ours = meant(name)
         if ours is not None:
             elsewhere = "" if ours in takes else f"; {ours} is for generate"
-            raise TypeError(f"{function} takes λ as {' and '.join(takes)}, got {name!r}{elsewhere}")
+            raise TypeError(f"{function} takes λ as {listed(takes, 'and')}, got {name!r}{elsewhere}")

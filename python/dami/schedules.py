@@ -14,11 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 Schedule = Callable[[int, Tensor], float | Tensor]
+N = TypeVar("N", float, Tensor)
+SHARE = 0.5  # of a thought's budget, over which λ falls
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,7 @@ class switch_after:
     after: float
 
     def __post_init__(self) -> None:
-        ids = (self.ids,) if isinstance(self.ids, int) else tuple(self.ids)
-        if not ids:
-            raise ValueError("ids must hold at least one token, got none")
-        object.__setattr__(self, "ids", ids)
+        object.__setattr__(self, "ids", tag_ids(self.ids, "ids"))
 
     def __call__(self, step: int, tokens: Tensor) -> float | Tensor:
         ids = tokens.new_tensor(self.ids)
@@ -63,3 +63,96 @@ class switch_after:
             return self.before
         passed = (tokens.unfold(1, len(ids), 1) == ids).all(2).any(1)
         return torch.where(passed, self.after, self.before)
+
+
+def bent(intensity: float, left: N, span: float, least: float = 0.0) -> float | N:
+    """Returns λ of a thought that nears the end of its budget, so that the model ends it by itself.
+
+    λ falls in a straight line over the last `span` tokens and reaches `least` with the last one:
+
+        λ(left) = λ − (λ − least) · (1 − clip(left / span, 0, 1)),  if λ > least, else λ
+
+    Args:
+        intensity: λ of the thought while there is room.
+        left: how many more tokens the thought may have: a number, or a tensor of numbers.
+        span: over how many tokens λ falls; 0 if it is `least` at once when nothing is left.
+        least: λ at the end of the budget.
+    """
+    if intensity <= least:
+        return intensity
+    share = left / span if span else left
+    share = share.clamp(0.0, 1.0) if isinstance(share, Tensor) else min(max(share, 0.0), 1.0)
+    return intensity - (intensity - least) * (1.0 - share)  # exactly λ while there is room
+
+
+def thinking(tokens: Tensor, start: Tensor, end: Tensor, inside: bool) -> tuple[Tensor, Tensor]:
+    """Returns which rows are inside a thought, bool [rows], and the tokens of their thoughts, int64 [rows].
+
+    A token counts if it was generated inside a thought, the end tag included, as in `thoughts.ThoughtMeter`.
+
+    Args:
+        tokens: int64 [rows, step], generated so far.
+        start, end: int64 [ids], the tokens of the tags.
+        inside: whether the prompts end inside a thought.
+    """
+    rows, step = tokens.shape
+    place = torch.arange(step, device=tokens.device)
+
+    def last(tag: Tensor) -> Tensor:
+        """Returns where the last such tag up to each token ends; −1 if there is none."""
+        ends = torch.full_like(tokens, -1)
+        if step >= len(tag):
+            found = (tokens.unfold(1, len(tag), 1) == tag).all(2)
+            ends[:, len(tag) - 1 :] = torch.where(found, place[len(tag) - 1 :], -1)
+        return ends.cummax(1).values if step else ends
+
+    opened, closed = last(start), last(end)
+    after = torch.where(torch.maximum(opened, closed) < 0, inside, opened > closed)
+    states = torch.cat([after.new_full((rows, 1), inside), after], 1)  # before each token, and after the last
+    return states[:, -1], states[:, :-1].sum(1)
+
+
+@dataclass(frozen=True)
+class bend:
+    """A schedule for thoughts with a budget: λ slides toward the Instruct end as a thought nears it.
+
+    `bent` is the law. Outside of thoughts λ is `intensity`. The schedule alone does not keep a thought within
+    its budget: `dami.generation.budget.ThoughtLimit` writes the end tag when nothing is left.
+
+    Args:
+        intensity: λ while there is room, and of the answer.
+        budget: the most tokens of all thoughts of a row together, at least 1.
+        start, end: the tokens of the tags around a thought: one or several consecutive ones.
+        inside: whether the prompts end inside a thought, as those of some thinking templates do.
+        share: the part of the budget over which λ falls, above 0 and at most 1.
+        least: λ at the end of the budget.
+    """
+
+    intensity: float
+    budget: int
+    start: int | Sequence[int]
+    end: int | Sequence[int]
+    inside: bool = False
+    share: float = SHARE
+    least: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.budget < 1:
+            raise ValueError(f"budget must be at least 1, got {self.budget}")
+        if not 0.0 < self.share <= 1.0:
+            raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
+        for name in ("start", "end"):
+            object.__setattr__(self, name, tag_ids(getattr(self, name), name))
+
+    def __call__(self, step: int, tokens: Tensor) -> float | Tensor:
+        inside, used = thinking(tokens, tokens.new_tensor(self.start), tokens.new_tensor(self.end), self.inside)
+        lam = bent(self.intensity, self.budget - used, self.share * self.budget, self.least)
+        return torch.where(inside, lam, self.intensity)
+
+
+def tag_ids(ids: int | Sequence[int], name: str) -> tuple[int, ...]:
+    """Returns the tokens of a tag. Raises ValueError if there are none; the message calls them `name`."""
+    several = (ids,) if isinstance(ids, int) else tuple(ids)
+    if not several:
+        raise ValueError(f"{name} must hold at least one token, got none")
+    return several

@@ -129,6 +129,10 @@ class Reader:
         """Whether a prompt ends with a start tag, as some thinking templates do."""
         return prompt.rstrip().endswith(self.tags.start)
 
+    def leaves_open(self, text: str) -> bool:
+        """Whether a text ends inside a thought."""
+        return not _spans(text, self.tags, False, False)[1]
+
     def read(self, ids: Sequence[int], *, inside: bool = False, finished: bool = False) -> ParsedRow:
         """Splits generated tokens into thoughts, answers and tags, by the module's rules.
 
@@ -167,6 +171,38 @@ class Reader:
                 said = text[begin : edges[0]] + said + text[edges[1] : end]
             yield Segment(kind, tuple(ids[first:last]), said)
             first = last
+
+
+class ThoughtMeter:
+    """Follows a row while it is generated: whether it is inside a thought, and how long its thoughts are.
+
+    It applies the module's rules without looking ahead: a tag of `instead` ends a thought as soon as it comes.
+
+    Args:
+        reader: gives the tags, and the texts of tokens.
+        inside: whether the prompt ends inside a thought.
+
+    Attributes:
+        inside: whether the next token belongs to a thought.
+        ended: whether a thought has ended.
+        tokens: number of tokens that came while the row was inside a thought, end tags included.
+    """
+
+    def __init__(self, reader: Reader, inside: bool = False) -> None:
+        self.inside, self.ended, self.tokens = inside, False, 0
+        self._reader, self._tail = reader, ""
+        tags = sorted((reader.tags.start, *reader.tags.ends, *reader.tags.instead), key=len, reverse=True)
+        self._tag, self._most = re.compile("|".join(map(re.escape, tags))), len(tags[0]) - 1
+
+    def push(self, token: int) -> None:
+        """Adds a token."""
+        self.tokens += self.inside
+        text, end = self._tail + self._reader.text(token), 0
+        for tag in self._tag.finditer(text):
+            opens, end = tag[0] == self._reader.tags.start, tag.end()
+            self.ended |= (self.inside and not opens) or tag[0] in self._reader.tags.ends
+            self.inside = opens
+        self._tail = text[max(end, len(text) - self._most) :]
 
 
 def _spans(text: str, tags: Tags, inside: bool, finished: bool) -> tuple[list[tuple[Kind, int, int]], bool]:

@@ -195,7 +195,13 @@ def test_demo_leaves_a_picture_and_numbers(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "new" / "directory" / "demo.json").read_text())
     assert [p["intensity"] for p in record["points"]] == [n / 10 for n in range(11)]
     assert record["questions"] == 2
-    assert len(record["shown"]) == 15
+    lams = [answer["intensity"] for answer in record["shown"]]
+    assert lams[::3] == [0.0] * 5
+    assert lams[1::3] == [1.0] * 5
+    assert len(lams[2::3]) == 5  # auto's
+    assert 0 <= record["auto"]["accuracy"][0] <= 1
+    assert "auto λ=" in result.stdout
+    assert "◆" in result.stdout
     # One pair against eleven copies.
     assert record["copies"]["weights"] / record["patched"]["weights"] == pytest.approx(5.5, rel=0.01)
     assert len(record["copies"]["texts"]) == len(record["patched"]["texts"]) == 55
@@ -290,6 +296,8 @@ def test_what_needs_no_model_is_told_before_torch_is_imported(tmp_path: Path) ->
         "study --questions 3": "questions must be at least 4, got 3",
         "study -l 0 -l 0.5": "intensities must be distinct and hold 0 and 1, got [0.0, 0.5]",
         "study --control no/such/path": "there is no checkpoint no/such/path",
+        "calibrate --prompts 5 -o new": "prompts must be at least 20, got 5",
+        "calibrate --compare letters -o new": "compare must be one of ['math', 'text', 'word'], got 'letters'",
         "train-estimator --questions 2 -o new": "questions must be at least 20, got 2",
         "train-estimator -o binary/out": "binary/out cannot be a directory: ",
         "pack pair/instruct pair/thinking -o pair --overwrite": "pair must not be overwritten: pair/instruct, which is",

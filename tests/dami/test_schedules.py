@@ -13,8 +13,18 @@ from dami import schedules
 from dami.dial.choosing import estimates
 from dami.dial.patch import Estimator
 from dami.estimators import StaticIntensity
+from dami.generation.budget import ThoughtLimit
 from torch import Tensor
-from transformers import CompileConfig, DbrxConfig, Mamba2Config, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import (
+    CompileConfig,
+    DbrxConfig,
+    LogitsProcessorList,
+    Mamba2Config,
+    PrefixConstrainedLogitsProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
 
 from tests.dami import architectures
 from tests.dami.families import VOCABULARY, merged, pair, references
@@ -70,16 +80,16 @@ def test_each_sequence_has_a_schedule_of_its_own(model: PreTrainedModel) -> None
 def test_the_prompt_may_be_read_at_another_lam(model: PreTrainedModel) -> None:
     inputs = prompts()
     read, said = [1.0, 0.0, 0.5, 0.2], LAM
-    tokens = model.generate(**inputs, prompt_intensity=read, intensity=said, **GREEDY)
-    chunks = model.generate(**inputs, prompt_intensity=read, intensity=said, prefill_chunk_size=3, **GREEDY)
+    how = {"prompt_intensity": read, "prompt_tail": 0, **GREEDY}
+    tokens = model.generate(**inputs, intensity=said, **how)
+    chunks = model.generate(**inputs, intensity=said, prefill_chunk_size=3, **how)
     assert torch.equal(tokens, chunks)
     for row in range(4):
         lam_of = lambda step, row=row: said[row] if step else read[row]  # noqa: E731
         assert torch.equal(tokens[row], taking_turns(lam_of).generate(**inputs, **GREEDY)[row]), f"row {row}"
     with dami.intensity(model, said):  # the answer at whatever holds
-        assert torch.equal(model.generate(**inputs, prompt_intensity=read, **GREEDY), tokens)
-    every = {"*": said}
-    assert torch.equal(model.generate(**inputs, prompt_intensity=read, intensity=every, **GREEDY), tokens)
+        assert torch.equal(model.generate(**inputs, **how), tokens)
+    assert torch.equal(model.generate(**inputs, intensity={"*": said}, **how), tokens)
     assert torch.equal(model.generate(**inputs, intensity=0.0, **GREEDY), model.generate(**inputs, **GREEDY))
 
 
@@ -114,6 +124,70 @@ def test_switch_after_looks_at_what_each_row_has_said(model: PreTrainedModel, be
             both.add(passed)
     assert len(seen) == 6
     assert both == {True, False}
+
+
+@pytest.mark.parametrize(("start", "end"), [([7], [9]), ([7, 8], [7, 9]), ([7, 8, 7], [9, 7])])
+@pytest.mark.parametrize("inside", [True, False])
+def test_thoughts_are_counted_as_they_come(start: list[int], end: list[int], inside: bool) -> None:
+    """As a plain loop over the tokens counts them."""
+    tokens = torch.tensor([7, 8, 9])[torch.randint(3, (30, 17))]
+    found = schedules.thinking(tokens, torch.tensor(start), torch.tensor(end), inside)
+    for row, now, count in zip(tokens.tolist(), *map(Tensor.tolist, found), strict=True):
+        state, used = inside, 0
+        for place in range(1, len(row) + 1):
+            used += state
+            for tag, after in ((start, True), (end, False)):
+                if row[max(place - len(tag), 0) : place] == tag:
+                    state = after
+        assert (now, count) == (state, used)
+    nothing = schedules.thinking(tokens[:, :0], torch.tensor(start), torch.tensor(end), inside)
+    assert [each.tolist() for each in nothing] == [[inside] * 30, [0] * 30]
+
+
+def test_a_thought_bends_toward_the_end_of_its_budget() -> None:
+    """λ(left) = λ − (λ − least) · (1 − clip(left / span, 0, 1)), inside a thought; elsewhere λ."""
+    schedule = schedules.bend(0.9, budget=8, start=7, end=9, share=0.5, least=0.1)
+    thought = torch.tensor([[7, *[1] * 12], [1] * 13, [7, 1, 1, 9, *[1] * 9], [7, 1, 1, 9, 7, *[1] * 8]])
+    lams = torch.stack([torch.as_tensor(schedule(step, thought[:, :step])).expand(4) for step in range(14)])
+    full, bending = [0.9] * 6, [0.7, 0.5, 0.3]  # 4, then 3, 2 and 1 of 8 tokens left: bends over the last 4
+    assert lams[:, 0].tolist() == pytest.approx([*full, *bending, 0.1, 0.1, 0.1, 0.1, 0.1])
+    assert lams[:, 1].tolist() == lams[:, 2].tolist() == pytest.approx([0.9] * 14)
+    assert lams[:, 3].tolist() == pytest.approx([0.9] * 7 + [0.7, 0.5, 0.3, 0.1, 0.1, 0.1, 0.1])
+    below = schedules.bend(-0.5, budget=2, start=7, end=9)
+    assert [float(torch.as_tensor(below(step, thought[:1, :step]))) for step in (0, 3, 9)] == [-0.5] * 3
+    assert schedules.bent(0.8, 0, 0) == 0.0
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize(("start", "end"), [([7], [9]), ([7, 8], [9, 10])])
+def test_thoughts_are_kept_within_their_budget(
+    model: PreTrainedModel, beams: int, start: list[int], end: list[int]
+) -> None:
+    """Rows that begin a thought at once never end it; the limit does, and lets them begin no other."""
+    inputs = prompts()
+    length = inputs["input_ids"].shape[1]
+
+    def think(place: int, tokens: Tensor) -> list[int]:
+        said = tokens[length:].tolist()
+        return [start[len(said)]] if len(said) < len(start) and place else list(range(20, 60))
+
+    options = {**GREEDY, "max_new_tokens": 12, "min_new_tokens": 12, "num_beams": beams}
+    limit = ThoughtLimit(length, 3, start, end)
+    schedule = schedules.bend(1.0, 3, start, end)
+    processors = LogitsProcessorList([PrefixConstrainedLogitsProcessor(think, beams), limit])
+    tokens = model.generate(**inputs, intensity=schedule, logits_processor=processors, **options)[:, length:]
+    for row, said in enumerate(tokens.tolist()):
+        if row:
+            assert said[: len(start)] == start
+            assert said[len(start) + 3 : len(start) + 3 + len(end)] == end
+        assert said.count(end[-1]) == bool(row)
+    scores = torch.zeros(2, 30)
+    open_again = torch.tensor([[*start, 1, 1, 1, *end], [*start, 1, 1, 1, *[1] * len(end)]])
+    ruled = ThoughtLimit(0, 3, start, end)(open_again, scores)
+    assert ruled[0, start[0]] == (-torch.inf if len(start) == 1 else 0)
+    assert ruled[0].isfinite().sum() >= 29
+    assert ruled[1].isfinite().nonzero().flatten().tolist() == [end[0]]
+    assert ThoughtLimit(0, 9, start, end)(open_again, scores) is scores
 
 
 def test_no_new_lam_recompiles(model: PreTrainedModel) -> None:
@@ -236,6 +310,11 @@ def test_a_schedule_that_returns_something_else_is_named(
     [
         (lambda: schedules.linear(1.0, 0.0, steps=0), "steps must be at least 1, got 0"),
         (lambda: schedules.switch_after([], 1.0, 0.0), "ids must hold at least one token"),
+        (lambda: schedules.bend(1.0, 0, 7, 9), "budget must be at least 1, got 0"),
+        (lambda: schedules.bend(1.0, 5, 7, 9, share=0), "share must be above 0 and at most 1, got 0"),
+        (lambda: schedules.bend(1.0, 5, [], 9), "start must hold at least one token, got none"),
+        (lambda: ThoughtLimit(4, -1, 7, 9), "budget must be at least 0, got -1"),
+        (lambda: ThoughtLimit(4, 1, 7, []), "end must hold at least one token, got none"),
     ],
 )
 def test_a_schedule_checks_its_arguments(make: Any, message: str) -> None:

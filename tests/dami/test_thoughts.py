@@ -11,7 +11,7 @@ from typing import Any
 
 import dami
 import pytest
-from dami.thoughts import FAMILIES, ParsedRow, Reader, Tags, tags_of
+from dami.thoughts import FAMILIES, ParsedRow, Reader, Tags, ThoughtMeter, tags_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -162,3 +162,41 @@ def test_samples_of_the_transition_band() -> None:
             sample["ids"]
         )
         assert [token for segment in reading.segments for token in segment.ids] == sample["ids"]
+
+
+@given(
+    st.lists(
+        st.sampled_from(["a", "<think>", "</think>", "<th", "ink>", "</th", "x</think>y", "<tool_call>", "b<think>"]),
+        max_size=12,
+    ),
+    st.booleans(),
+)
+def test_a_meter_knows_where_a_row_stands_without_looking_ahead(pieces: list[str], inside: bool) -> None:
+    reader = Reader(Pieces(pieces), THINK)
+    meter, tokens = ThoughtMeter(reader, inside), 0
+    for token in range(len(pieces)):
+        tokens += meter.inside
+        meter.push(token)
+        so_far = "".join(pieces[: token + 1])
+        tags = re.findall("</?think>|<tool_call>", so_far)
+        assert meter.inside == (tags[-1] == "<think>" if tags else inside)
+        assert meter.ended == ("</think>" in tags or any(a != "<tool_call>" == b for a, b in pairwise(tags, inside)))
+        if "<tool_call>" not in tags:
+            assert meter.inside != reader.read(range(token + 1), inside=inside).closed
+    assert meter.tokens == tokens
+
+
+def pairwise(tags: list[str], inside: bool) -> list[tuple[str, str]]:
+    """Each tag with the one before it; before the first is a start tag if the prompt ends inside a thought."""
+    return [
+        (before, after)
+        for before, after in zip(["<think>" if inside else "<tool_call>", *tags], tags, strict=False)
+        if before != "</think>"
+    ]
+
+
+def test_where_a_text_ends() -> None:
+    reader = Reader(Pieces([]), THINK)
+    assert [reader.leaves_open(text) for text in ("", "a", "<think>a", "<think>a</think>", "a</think>b<think>")] == [
+        False, False, True, False, True,
+    ]  # fmt: skip

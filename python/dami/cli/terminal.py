@@ -18,9 +18,12 @@ from rich.text import Text
 from transformers import TextStreamer
 
 from dami.chat import Answer, ChatTemplate, Prompt, answers_of, ask, encode, numbers_of
+from dami.evaluation.calibration import Calibration
 from dami.evaluation.frontier import Point
 from dami.evaluation.plots import color
 from dami.evaluation.policies import Outcome
+from dami.evaluation.tails import Tails
+from dami.evaluation.tuning import Tuned
 from dami.layers.describe import Description, ParameterRow
 from dami.tables import FittedTable
 from dami.thoughts import Reader
@@ -57,6 +60,7 @@ def side_by_side(
     verdicts: Sequence[bool] | None = None,
     lines: int = 7,
     tail: bool = False,
+    names: Sequence[str] = (),
 ) -> RenderableType:
     """Shows the answers to one prompt in columns: λ, tokens, right or wrong, the thought dimmed and folded, the answer.
 
@@ -69,6 +73,7 @@ def side_by_side(
         verdicts: whether each answer is right, if known.
         lines: number of lines to fold a thought to.
         tail: keep the end of a long thought instead of both ends, for thoughts still being generated.
+        names: what to put before each λ, if anything, such as how it was chosen.
     """
     thinks = any(answer.thought for answer in answers)
     labels = ("thought: ", "answer: ") if thinks and not console.is_terminal else ("", "")  # without styles
@@ -81,7 +86,8 @@ def side_by_side(
         heads, thoughts, ends = [], [], []
         for place, answer in enumerate(answers[start : start + per_line], start):
             table.add_column(width=width)
-            head = Text(f"λ={answer.intensity:g}", style=f"bold {style_of(answer.intensity or 0)}")
+            named = f"{names[place]} " if names and names[place] else ""
+            head = Text(f"{named}λ={answer.intensity:g}", style=f"bold {style_of(answer.intensity or 0)}")
             if verdicts is not None:
                 head.append(*(("  ✓", "bold green") if verdicts[place] else ("  ✗", "bold red")))
             heads.append(head.append(f"  {answer.tokens} tokens", "not bold dim"))
@@ -118,11 +124,11 @@ def stream(
 ) -> None:
     """Answers one prompt and shows tokens as they come: plain text for one λ, columns for several."""
     prompts = [prompt] * len(intensities)
-    lams = numbers_of(model, tokenizer, prompts, intensities, chat_template)
     if len(intensities) == 1:
         written = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        ask(model, tokenizer, prompts, lams, chat_template, streamer=written, **options)
+        ask(model, tokenizer, prompts, intensities, chat_template, streamer=written, **options)
         return
+    lams = numbers_of(model, tokenizer, prompts, intensities, chat_template)
     rows, reader = RowStreamer(), Reader.of(tokenizer)
     texts, _ = encode(tokenizer, prompts, chat_template, lams)
 
@@ -196,6 +202,44 @@ def point_table(points: Sequence[Point], title: Text | None = None) -> FittedTab
         for p in points
     ]
     return FittedTable(("λ", "right", "95 % interval", "tokens", "95 % interval"), rows, title=title)
+
+
+def tail_table(found: Tails) -> FittedTable:
+    """Returns a table with one row per tail: accuracy and tokens at every λ, and what the tail costs."""
+    lams = list(dict.fromkeys(point.intensity for point in found.points))
+    tails = list(dict.fromkeys(point.tail for point in found.points))
+    rows = []
+    for tail in tails:
+        at = [point for point in found.points if point.tail == tail]
+        loss = found.losses.get(tail) if tail is not None else None
+        cells = [f"{point.accuracy.value:.0%} @ {point.tokens.value:.0f}" for point in at]
+        rows.append(("all" if tail is None else str(tail), *cells, "" if loss is None else str(loss)))
+    return FittedTable(("tail", *(f"λ={lam:g}" for lam in lams), "worth lost"), rows)
+
+
+def tuned_table(found: Tuned) -> FittedTable:
+    """Returns a table with one row per way to answer, on the questions held out from the search."""
+    heads = ("way", "accuracy", "tokens", "gain over single λ")
+    ways = sorted(found.finalists, key=lambda each: each.tokens.value)
+    return FittedTable(heads, [(w.way.name, str(w.accuracy), str(w.tokens), str(w.gain)) for w in ways])
+
+
+def health_table(found: Calibration) -> FittedTable:
+    """Returns a table with one row per λ of a calibration. Marks the usable λ."""
+    heads = ("λ", "comes to its end", "thinks", "tokens", "as most answers say", "95 % interval")
+    rows = [
+        (
+            Text(f"{p.intensity:g}", f"bold {style_of(p.intensity)}"),
+            f"{p.well_formed:.0%}",
+            f"{p.thinking:.0%}",
+            f"{p.tokens.value:.0f}",
+            f"{p.accuracy.value:.0%}",
+            f"{p.accuracy.low:.0%} to {p.accuracy.high:.0%}",
+        )
+        for p in found.points
+    ]
+    usable = frozenset(place for place, point in enumerate(found.points) if point.intensity in found.usable)
+    return FittedTable(heads, rows, marked=usable)
 
 
 def outcome_table(outcomes: Mapping[float, Outcome], price: float) -> FittedTable:

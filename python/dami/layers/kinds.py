@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,9 +26,9 @@ from dami_kernels import LerpWeight, lerp_embedding, lerp_experts, lerp_layer_no
 
 
 @functools.cache
-def arguments(cls: Any) -> tuple[str, ...]:
+def arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
     """Returns the names of the arguments of a class's forward, self among them."""
-    return tuple(inspect.signature(cls.forward).parameters)
+    return tuple(inspect.signature(forward).parameters)
 
 
 class LerpLinear(LerpModule, nn.Linear):
@@ -107,7 +107,7 @@ class LerpRMSNorm(LerpModule):
         weight = parameters_of(module).get("weight")
         if weight is None or weight.dim() != 1 or len([*module.parameters()]) != 1:
             return None
-        if len(arguments(type(module))) != 2:  # self and x, and no gate
+        if len(arguments(type(module).forward)) != 2:  # self and x, and no gate
             return None
         generator = torch.Generator().manual_seed(0)
         w = torch.randn(weight.shape, generator=generator).to(weight.device)
@@ -149,7 +149,7 @@ class LerpExperts(LerpModule):
     def fit(cls, module: nn.Module) -> dict[str, Any] | None:
         if not describes_experts(module) or getattr(module, "is_transposed", None) is not cls.transposed:
             return None
-        return {} if len(arguments(type(module))) == 4 else None  # self, hidden states, indices, weights
+        return {} if len(arguments(type(module).forward)) == 4 else None  # self, hidden states, indices, weights
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         x, rows = self.rows(hidden_states)
@@ -198,7 +198,9 @@ class LerpRouted(LerpModule):
 
     @classmethod
     def fit(cls, module: nn.Module) -> dict[str, Any] | None:
-        return {} if arguments(type(module)) == ("self", "hidden_states", "top_k_index", "top_k_weights") else None
+        return (
+            {} if arguments(type(module).forward) == ("self", "hidden_states", "top_k_index", "top_k_weights") else None
+        )
 
     def forward(self, *given: Tensor) -> Tensor:
         modules, running = [each for each in self.modules() if isinstance(each, LerpModule)], self.lerp.running

@@ -19,12 +19,14 @@ from pydantic_core import PydanticCustomError
 MESSAGES = 2048  # maximum messages of a conversation, as in OpenAI's API, and maximum parts of a message
 PROMPTS = 1024  # maximum prompts of a request
 STOP = 1024  # maximum characters of a stop string
+SAME = "same"  # a prompt_intensity: that of the answer
 EFFORTS = {"none": 0.0, "minimal": 0.0, "xhigh": 1.0, "max": 1.0}  # λ of OpenAI's values that are not presets
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Count = Annotated[StrictInt, Field(ge=1, le=1 << 30)]
 Preset = Annotated[StrictStr, Field(max_length=64)]  # or "auto"
 Intensity = Number | Preset
+Tail = Annotated[StrictInt, Field(ge=0, le=1 << 30)] | Literal["turn"]
 TokenId = Annotated[StrictInt, Field(ge=0, lt=1 << 31)]
 StopString = Annotated[StrictStr, Field(min_length=1, max_length=STOP)]
 
@@ -98,6 +100,8 @@ class VllmArguments(Strict):
 
     intensity: Intensity | None = None
     max_intensity: Number | None = None
+    prompt_intensity: Intensity | None = None
+    prompt_tail: Tail | None = None
 
 
 class Request(Strict):
@@ -111,7 +115,17 @@ class Request(Strict):
         None, description="λ: a number, 0 the instruct end and 1 the thinking end; a preset of the pair; or auto."
     )
     max_intensity: Number | None = Field(None, description="λ at most; under load the server may choose a lower one.")
-    vllm_xargs: VllmArguments | None = Field(None, description="The same two, where vLLM wants them.")
+    prompt_intensity: Intensity | None = Field(
+        None,
+        description="λ at which the prompt is read, except for its tail: a number, a preset, or same for that of the "
+        "answer. Requests at any λ share the reading of equal beginnings.",
+    )
+    prompt_tail: Tail | None = Field(
+        None,
+        description="How many tokens at the end of the prompt are read at the λ of the answer; or turn, for all from "
+        "the last user message on.",
+    )
+    vllm_xargs: VllmArguments | None = Field(None, description="These four, where vLLM wants them.")
     n: Annotated[StrictInt, Field(ge=1, le=128)] | None = 1
     max_tokens: Count | None = None
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
@@ -133,7 +147,7 @@ class Request(Strict):
     @model_validator(mode="after")
     def _agree(self) -> Request:
         if self.vllm_xargs is not None:
-            for name in ("intensity", "max_intensity"):
+            for name in VllmArguments.model_fields:
                 inner, outer = getattr(self.vllm_xargs, name), getattr(self, name)
                 if inner is not None and outer is not None and inner != outer:
                     raise _disagreement(name, f"{name} is {outer} and in vllm_xargs {inner}")

@@ -122,7 +122,6 @@ def config(**changed: Any) -> Any:
     """As much of a config as is checked, with some of it changed: `parallel_config__pipeline_parallel_size=2`."""
     made = SimpleNamespace(
         model_config=SimpleNamespace(
-            architectures=["Qwen3MoeForCausalLM"],
             runner_type="generate",
             is_moe=True,
             enable_prompt_embeds=False,
@@ -161,7 +160,6 @@ def test_plain_options_pass() -> None:
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"model_config__architectures": ["DeepseekV4ForCausalLM"]}, "the architecture DeepseekV4ForCausalLM"),
         ({"model_config__runner_type": "pooling"}, "the runner pooling"),
         ({"model_config__enable_prompt_embeds": True}, "prompt embeddings"),
         ({"model_config__head_dtype": torch.float64}, "an output layer in torch.float64"),
@@ -246,29 +244,6 @@ def test_a_tensor_that_is_missing(packed: Any, tmp_path: Path) -> None:
     del tensors["model.layers.1.mlp.up_proj.weight_delta_scale"]
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(Exception, match=r"pair lacks model.layers.1.mlp.up_proj.weight_delta_scale$"), engine(tmp_path):
-        pass
-
-
-def test_the_self_test_sees_a_layer_that_is_wrong(packed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dami.serving.vllm.methods import LinearMethod
-
-    apply = LinearMethod.apply
-
-    def wrong(self: Any, layer: Any, x: Any, bias: Any = None) -> Any:
-        """One layer stays at λ=0 whatever is asked."""
-        before = layer.intensity
-        if layer.prefix.endswith("1.mlp.down_proj"):
-            layer.intensity = torch.zeros_like(before)
-        try:
-            return apply(self, layer, x, bias)
-        finally:
-            layer.intensity = before
-
-    monkeypatch.setattr(LinearMethod, "apply", wrong)
-    with (
-        pytest.raises(Exception, match="the pair fails its self-test: at λ=1 a token's output is off by"),
-        engine(packed("qwen3", "int8")),
-    ):
         pass
 
 

@@ -1,0 +1,78 @@
+"""Writes the table of docs/vllm.md: what vLLM does with a tiny random pair of every family.
+
+python -m tests.dami.serving.vllm.architectures         # all families
+python -m tests.dami.serving.vllm.architectures glm4    # some of them again; the other lines stay
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tests.dami.serving.vllm import pairs
+
+PAGE = Path(__file__).parents[4] / "docs" / "vllm.md"
+BEGIN = "<!-- architectures: python -m tests.dami.serving.vllm.architectures -->\n"
+END = "<!-- end of architectures -->"
+HEAD = ("| class | vLLM's code | two ends, `pair` | packed, `int8` |", "|---|---|---|---|")
+
+
+def verdict(directory: Path, family: str) -> str:
+    """A line of the table."""
+    ends = pairs.write_ends(family, directory)
+    name = pairs.AutoConfig.from_pretrained(ends[0]).architectures[0]
+    found, code = {}, ""
+    for way, format in (("two ends", "pair"), ("packed", "int8")):
+        packed = pairs.pack(ends, format)
+        try:
+            found[way], code = answers(family, packed, ends if way == "two ends" else None)
+        except Exception as error:
+            found[way] = f"refused: {said(error)}"
+    return f"| {name} | {code} | {found['two ends']} | {found['packed']} |"
+
+
+def answers(family: str, packed: Path, ends: tuple[Path, Path] | None) -> tuple[str, str]:
+    """Whether a pair answers as merged models do, and whose code computes it."""
+    from tests.dami.serving.vllm.engines import ask, engine, tokens_of
+    from tests.dami.serving.vllm.test_families import PROMPTS, VLLM_S_OWN, wanted
+
+    with engine(*(ends or [packed])) as llm:
+        found = tokens_of(ask(llm, PROMPTS))
+        backend = llm.llm_engine.model_config.using_transformers_backend()
+    right = f"right{'¹' * (family in VLLM_S_OWN)}" if found == wanted(family, packed) else "wrong"
+    return right, "transformers'" if backend else "its own"
+
+
+def said(error: BaseException) -> str:
+    """The first two lines of the first error, which was raised where a pair is loaded."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return " ".join(str(error).split("\n")[:2]).replace("|", "¦")
+
+
+def listed() -> dict[str, str]:
+    """The lines of the table by class."""
+    table = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    return {line.split(" ")[1]: line for line in table.splitlines() if re.match(r"\| [A-Z]", line)}
+
+
+def write(families: list[str]) -> None:
+    lines = listed() if families else {}
+    for family in families or pairs.FAMILIES:
+        with TemporaryDirectory() as directory, contextlib.redirect_stdout(sys.stderr):
+            line = verdict(Path(directory), family)
+        print(line, flush=True)
+        lines[line.split(" ")[1]] = line
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        _, _, after = rest.partition(END)
+        table = "\n".join([*HEAD, *(lines[name] for name in sorted(lines))])
+        PAGE.write_text(f"{before}{BEGIN}{table}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    os.environ.update(pairs.ENVIRONMENT)
+    write(sys.argv[1:])
