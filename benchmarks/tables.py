@@ -456,6 +456,23 @@ TABLES: dict[str, Callable[[], str]] = {
             "alone_slowest": "without faults",
         },
     ),
+    "load soak": lambda: load_test(
+        "soak",
+        ("requests",),
+        {
+            "answered": "answered",
+            "lost": "lost",
+            "wrong": "refused, as they were wrong",
+            "other": "other answers to wrong ones",
+            "growth": "growth of memory",
+            "held": "KV cache held",
+            "small_p95": "small request, s",
+            "beside_p95": "beside giants, s",
+            "refused": "429 under overload",
+            "drained": "ended after SIGTERM",
+            "exit": "exit",
+        },
+    ),
     "load control": lambda: load_test(
         "control",
         ("rate", "mode"),
