@@ -32,6 +32,7 @@ from dami.callers import CALLERS, Caller
 from dami.dial.patch import patch_of
 from dami.dial.values import Intensity
 from dami.generation import attention
+from dami.generation.courses import course_of
 from dami.generation.sampling import Sampler
 from dami.keywords import check_keywords
 from dami.layers.base import LerpModule
@@ -294,6 +295,10 @@ class LerpProcessors(cb_logits_processors.ContinuousBatchingLogitsProcessorList)
         int32_tensor[-1].zero_()
 
     def prepare_tensor_args(self, requests_in_batch: list[FutureRequestState], arg_storage: Tensor) -> Tensor:
+        for request in requests_in_batch:
+            course = course_of(request.state)
+            if course is not None and request.has_new_token:
+                course.follow(request.state)
         super().prepare_tensor_args(requests_in_batch, arg_storage)
         lam = [request.state.logit_processor_kwargs.get("intensity", 0.0) for request in requests_in_batch]
         arg_storage[-1, : len(lam)] = torch.tensor(lam).view(torch.int32).to(arg_storage.device)
@@ -417,9 +422,12 @@ def key_blocks(processor: continuous_api.ContinuousBatchProcessor) -> None:
     search, mark = cache.search_prefix_match, cache.mark_complete_blocks
 
     def search_prefix_match(request_id: str, prompt_ids: list[int]) -> int:
-        return search(request_id, keyed(prompt_ids, scheduler.waiting_requests[request_id]))
+        state = scheduler.waiting_requests[request_id]
+        return 0 if "earlier" in state.logit_processor_kwargs else search(request_id, keyed(prompt_ids, state))
 
     def mark_complete_blocks(state: RequestState, complete_blocks: dict[str, int]) -> None:
+        if "earlier" in state.logit_processor_kwargs:
+            return  # its λ has changed, which no key tells
         if complete_blocks and cache.allow_block_sharing:
             state = copy.copy(state)
             state.initial_tokens = keyed(state.initial_tokens, state)

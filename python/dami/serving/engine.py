@@ -21,6 +21,7 @@ from dami.chat import end_tokens
 from dami.dial.choosing import estimates
 from dami.dial.patch import patch_of
 from dami.generation.batching import LerpManager, StepLoad, padded
+from dami.generation.courses import Course
 from dami.generation.sampling import Logprobs, Sampling
 from dami.serving.controller import IntensityController
 from dami.upstream import forget_handler
@@ -93,9 +94,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class Token:
-    """A generated token, and its log-probabilities if they were asked for."""
+    """A generated token.
+
+    Attributes:
+        id: its id.
+        intensity: λ of the step that gave it.
+        logprobs: its log-probabilities, if they were asked for.
+    """
 
     id: int
+    intensity: float
     logprobs: Logprobs | None
 
 
@@ -105,7 +113,8 @@ class Row:
 
     Attributes:
         prompt: token ids.
-        intensity: its λ.
+        intensity: its λ, as granted.
+        course: decides about each of its tokens.
         name: the name of its request in the manager.
         reason: "stop" after an end token, "length" after `max_tokens`; None while it runs.
     """
@@ -113,6 +122,7 @@ class Row:
     engine: Engine
     prompt: list[int]
     intensity: float
+    course: Course
     name: str
     max_tokens: int
     ends: frozenset[int]
@@ -128,7 +138,10 @@ class Row:
             self.fail(EngineDead(output.error))
             return
         tokens, logprobs = output.generated_tokens, output.logprobs
-        fresh = [Token(tokens[i], logprobs[i] if i < len(logprobs) else None) for i in range(self.seen, len(tokens))]
+        fresh = [
+            Token(tokens[i], self.course.lams[i], logprobs[i] if i < len(logprobs) else None)
+            for i in range(self.seen, len(tokens))
+        ]
         if fresh and self.first_token is None:
             self.first_token = time.monotonic()
             self.engine.waiting.pop(self.name, None)
@@ -294,6 +307,7 @@ class Engine:
         sampling: Sampling,
         max_tokens: int,
         ends: frozenset[int] | None = None,
+        course: Course | None = None,
     ) -> Row:
         """Submits a sequence.
 
@@ -303,6 +317,7 @@ class Engine:
             sampling: how to sample its tokens.
             max_tokens: maximum tokens of the answer; prompt and answer together may have `max_model_len`.
             ends: ids of the tokens that end it; the model's own if None.
+            course: decides about each of its tokens; None for one that leaves them alone.
 
         Raises:
             Overloaded: if there are too many sequences.
@@ -310,7 +325,8 @@ class Engine:
         """
         self.check_room(1)
         ends = self.ends if ends is None else ends
-        row = Row(self, prompt, intensity, uuid.uuid4().hex, max_tokens, ends, time.monotonic())
+        course = Course(len(prompt), intensity) if course is None else course
+        row = Row(self, prompt, intensity, course, uuid.uuid4().hex, max_tokens, ends, time.monotonic())
         self.manager.register_result_handler(row.name, row.take)  # called later, on the event loop
         name = self.manager.add_request(
             prompt,
@@ -320,6 +336,7 @@ class Engine:
             eos_token_id=sorted(ends) or -1,
             intensity=intensity,
             sampling=sampling,
+            course=course,
         )
         if name is None:
             self._unregister(row)
