@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 AUTO = "auto"
+TURN = "turn"  # a prompt_tail: from the last user message on
 DEFAULT_INTENSITY = 0.0  # if none is given: the instruct end, under whose name a pair is served and saved
 
 INTENSITY_KINDS = {  # as error messages name them

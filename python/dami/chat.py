@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dami.callers import CALLERS
+from dami.callers import AUTO, CALLERS, TURN
 from dami.dial.choosing import estimates
 from dami.dial.patch import patch_of
 from dami.dial.values import Intensity, IntensityLike
@@ -115,6 +115,8 @@ def ask(
     prompts: Sequence[Prompt],
     intensities: IntensityLike | None,
     chat_template: ChatTemplate | None = "default",
+    prompt_intensity: IntensityLike | None = None,
+    prompt_tail: Any = None,
     **options: Any,
 ) -> list[Answer]:
     """Answers all prompts in one batch, each at its own λ.
@@ -125,18 +127,100 @@ def ask(
         prompts: one per row.
         intensities: for all rows or one per row: a number, a preset's name, or "auto".
         chat_template: as in `render`. If it depends on λ, the estimator gets prompts in the instruct end's template.
+        prompt_intensity: λ of the prompts before their tails, as in `generate`.
+        prompt_tail: as in `generate`, or "turn", for all rows or in a list: from the text of the last user message on.
         options: passed to `model.generate`.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, what it is and what it must be.
     """
+    wanted: Sequence[float | str] | None = None
     with torch.inference_mode():
-        lams = None if intensities is None else numbers_of(model, tokenizer, prompts, intensities, chat_template)
+        if intensities is not None:
+            wanted = _wanted(model, tokenizer, prompts, intensities, chat_template, prompt_intensity)
+        lams: Any = wanted  # numbers, if the template depends on them
         texts, batch = encode(tokenizer, prompts, chat_template, lams)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        given: dict[str, Any] = {} if wanted is None else {"intensity": wanted}
+        if prompt_intensity is not None or prompt_tail is not None:
+            tails = _tails(tokenizer, prompts, prompt_tail, chat_template, lams)
+            given |= {"prompt_intensity": prompt_intensity, "prompt_tail": tails}
         if options.keys() <= KNOWN:
-            ids = generate_in_pieces(model, batch, lams, **options)
+            ids = generate_in_pieces(model, batch, given.pop("intensity", None), **given, **options)
         else:
-            given = {} if lams is None else {"intensity": lams}
             ids = model.generate(**batch, **given, **options)[:, batch["input_ids"].shape[1] :]
+    if wanted is not None:
+        lams = [patch_of(model).chosen[row] if isinstance(lam, str) else lam for row, lam in enumerate(wanted)]
     return answers_of(model, Reader.of(tokenizer), ids.cpu(), prompts, lams, texts)
+
+
+def _wanted(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    intensities: IntensityLike,
+    chat_template: ChatTemplate | None,
+    prompt_intensity: IntensityLike | None,
+) -> list[float | str]:
+    """Returns λ of every row: numbers, and "auto" where `generate` can ask the estimator about the very prompts."""
+    if prompt_intensity is None or not (chat_template is None or isinstance(chat_template, str)):
+        return [*numbers_of(model, tokenizer, prompts, intensities, chat_template)]
+    parsed = Intensity.parse(intensities, CALLERS["dami.chat.ask"], patch_of(model).presets, len(prompts))
+    return [AUTO if row in parsed.auto else lam for row, lam in enumerate(parsed.each(len(prompts)))]
+
+
+def _tails(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    tail: Any,
+    chat_template: ChatTemplate | None,
+    intensities: Sequence[float] | None,
+) -> Any:
+    """Replaces "turn" in a `prompt_tail` by numbers of tokens."""
+    several = [tail] * len(prompts) if isinstance(tail, str) else tail
+    if not isinstance(several, (list, tuple)) or TURN not in several:
+        return tail
+    turns = last_turns(tokenizer, prompts, chat_template, intensities)
+    return [turn if each == TURN else each for each, turn in zip(several, turns, strict=False)]
+
+
+def last_turns(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    chat_template: ChatTemplate | None = "default",
+    intensities: Sequence[float] | None = None,
+) -> list[int]:
+    """Returns how many tokens each prompt has from the text of its last user message on.
+
+    These are the tokens from the first one on that would be another if this message began otherwise. A prompt without a
+    user message counts as a whole.
+
+    Args:
+        tokenizer, prompts, chat_template, intensities: as in `render`.
+
+    Raises:
+        ValueError: `chat_template` is None, so that there are no messages; or as in `render`.
+    """
+    if chat_template is None:
+        raise ValueError(
+            "prompt_tail='turn' needs the chat template: drop chat_template=None (--raw), or pass a number"
+        )
+    texts = render(tokenizer, [*prompts, *map(_otherwise, prompts)], chat_template, intensities and [*intensities] * 2)
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [
+        len(row) - next((place for place, (a, b) in enumerate(zip(row, other)) if a != b), 0)  # noqa: B905
+        for row, other in zip(rows[: len(prompts)], rows[len(prompts) :], strict=True)
+    ]
+
+
+def _otherwise(prompt: Prompt) -> Prompt:
+    """Returns a prompt with another last user message, which differs from the first letter on."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    last = max((place for place, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if last is None:
+        return prompt
+    other = "1" if messages[last]["content"].lstrip().startswith("0") else "0"
+    return [*messages[:last], {**messages[last], "content": other}, *messages[last + 1 :]]
 
 
 def numbers_of(

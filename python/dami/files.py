@@ -18,7 +18,9 @@ MARK = ".incomplete"  # in a directory that is being written: only one that has 
 
 
 @contextmanager
-def written_whole(directory: str | Path, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> Iterator[Path]:
+def written_whole(
+    directory: str | Path, overwrite: bool = False, inputs: Iterable[str | Path] = (), resume: bool = False
+) -> Iterator[Path]:
     """A directory to write to, which takes its name at the end of the block, or is removed if that fails.
 
     Until then it is called DIRECTORY.partial. One that an interrupted run has left is removed first. A directory that
@@ -29,6 +31,7 @@ def written_whole(directory: str | Path, overwrite: bool = False, inputs: Iterab
         directory: it must not exist, or be empty.
         overwrite: replaces a directory with something in it.
         inputs: files and directories that the block reads.
+        resume: keeps DIRECTORY.partial if the block fails, and begins with what such a block has left.
 
     Raises:
         ValueError: replacing the directory would remove an input, or a part of one.
@@ -43,8 +46,9 @@ def written_whole(directory: str | Path, overwrite: bool = False, inputs: Iterab
     if several:
         distributed.barrier()  # all have looked
     if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        if not resume:
+            shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=resume)
         (partial / MARK).touch()
     if several:
         distributed.barrier()
@@ -52,7 +56,7 @@ def written_whole(directory: str | Path, overwrite: bool = False, inputs: Iterab
         with _naming(name):
             yield partial
     except BaseException:
-        if first:
+        if first and not resume:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     if first:

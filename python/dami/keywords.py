@@ -8,7 +8,9 @@ from difflib import get_close_matches
 
 import torch
 
-OURS = ("intensity", "prompt_intensity")
+from dami.callers import listed
+
+OURS = ("intensity", "prompt_intensity", "prompt_tail")
 LAMBDA = ("lam", "lambda_", "lmbda", "λ")
 ALIKE = 0.75  # of difflib, from 0 to 1: no keyword in transformers is as much like ours
 
@@ -38,4 +40,4 @@ def check_keywords(function: str, given: Iterable[str], *takes: str) -> None:
         ours = meant(name)
         if ours is not None:
             elsewhere = "" if ours in takes else f"; {ours} is for generate"
-            raise TypeError(f"{function} takes λ as {' and '.join(takes)}, got {name!r}{elsewhere}")
+            raise TypeError(f"{function} takes λ as {listed(takes, 'and')}, got {name!r}{elsewhere}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from dami.callers import AUTO, CALLERS, Caller
 
@@ -18,6 +18,8 @@ FOLDER, SETTINGS = "intensity", "intensity.json"  # of an estimator and presets:
 DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 OPTIONS = (*DOWNLOAD, "subfolder", "trust_remote_code")  # of a checkpoint
 THINKING = "thinking_"  # before the name of an option for the thinking end alone
+End = Literal["instruct", "thinking"]
+ENDS: tuple[End, End] = ("instruct", "thinking")
 QUESTIONS = Path(__file__).parent / "data" / "pair" / "questions.jsonl"  # held out from the pair that ships
 
 
@@ -25,6 +27,12 @@ def example_pair() -> tuple[Path, Path]:
     """Returns the directories of the pair that ships with dami: the instruct end and the thinking end."""
     pair = QUESTIONS.parent
     return pair / "instruct", pair / "thinking"
+
+
+def check_choice(name: str, end: str | None) -> None:
+    """Raises ValueError unless `end` names an end of a pair, or none."""
+    if end not in (None, *ENDS):
+        raise ValueError(f"{name} must be 'instruct' or 'thinking', got {end!r}")
 
 
 def per_end(options: dict[str, Any], two: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -27,8 +27,14 @@ from dami_kernels.upstream import Place
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
-    from transformers import CompileConfig, PreTrainedConfig, PreTrainedModel
+    from transformers import CompileConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
     from transformers.generation.continuous_batching.continuous_api import OutputRouter
+    from transformers.generation.continuous_batching.input_outputs import (
+        ContinuousBatchingAsyncIOs,
+        ContinuousBatchingIOs,
+    )
+    from transformers.generation.continuous_batching.requests import RequestState
+    from transformers.generation.continuous_batching.scheduler import Scheduler
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T", bound=Tensor)
@@ -127,6 +133,7 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
         Place(
             "transformers.quantizers.base:HfQuantizer._process_model_after_weight_loading", ("self", "model", "kwargs")
         ),
+        Place("transformers.quantizers.base:HfQuantizer.update_attn_implementation", ("self", "config")),
         Place(
             "transformers.initialization:ones_",
             does="leave alone what _is_hf_initialized marks",
@@ -170,6 +177,12 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
         ),
         using("transformers:GenerationMixin._prepare_static_cache", "_previous_max_cache_length"),
         keeping("transformers:GenerationConfig", "max_cache_len"),
+    ),
+    "a prompt at another intensity": (
+        Place("transformers:GenerationMixin._prefill", ("self", "input_ids", "generation_config", "model_kwargs")),
+        using("transformers:GenerationMixin._prefill", "_mask_length"),
+        using("transformers:GenerationMixin._sample", "_prefill"),
+        using("transformers:GenerationMixin._beam_search", "_prefill"),
     ),
     "continuous batching of a pair": (
         Place(
@@ -221,17 +234,35 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
         Place(f"{BATCHING}.input_outputs:ContinuousBatchingIOs.prepare_batch_update", ("self",)),
         using(f"{BATCHING}.input_outputs:ContinuousBatchingIOs.prepare_batch_update", "requests_in_batch"),
         Place(f"{BATCHING}.input_outputs:ContinuousBatchingAsyncIOs.prepare_batch_update", ("self",)),
+        Place(f"{BATCHING}.input_outputs:ContinuousBatchingIOs.get_model_kwargs", ("self", "use_padding")),
+        using(
+            f"{BATCHING}.input_outputs:ContinuousBatchingIOs.get_model_kwargs", "_bulk_input_tensor", "static_inputs"
+        ),
+        using(f"{BATCHING}.input_outputs:ContinuousBatchingAsyncIOs.get_model_kwargs", "io_pairs", "device_io"),
+        Place(f"{BATCHING}.input_outputs:ContinuousBatchingIOs.prepare_batch_tensors", ("self", "requests_in_batch")),
+        using(f"{BATCHING}.input_outputs:ContinuousBatchingIOs.prepare_batch_tensors", "position_offset"),
         Place(f"{BATCHING}.cache:PagedAttentionCache.search_prefix_match", ("self", "request_id", "prompt_ids")),
         Place(f"{BATCHING}.cache:PagedAttentionCache.mark_complete_blocks", ("self", "state", "complete_blocks")),
         Place(f"{BATCHING}.cache:PagedAttentionCache.free_all_requests", ("self", "clear_ledgers")),
         Place(f"{BATCHING}.cache:PagedAttentionCache.compute_free_capacity", ("self",)),
         Place(f"{BATCHING}.cache_allocators.cache_allocator:CacheAllocator", ("num_blocks",)),
         using(f"{BATCHING}.cache_allocators.cache_allocator:CacheAllocator.mark_complete_blocks", "ledger"),
-        keeping(f"{BATCHING}.cache_allocators.cache_allocator:BlockLedger", "cached_blocks"),
+        using(f"{BATCHING}.cache_allocators.cache_allocator:CacheAllocator.match_prefix_blocks", "tokens_per_page"),
+        Place(
+            f"{BATCHING}.cache_allocators.cache_allocator:compute_block_hash",
+            ("parent_hash", "tokens"),
+            "tell longer lists of tokens from shorter ones",
+            lambda key: key(None, [1, 2]) != key(None, [1]) != key(key(None, [1]), [1]),
+        ),
+        keeping(f"{BATCHING}.cache_allocators.cache_allocator:BlockLedger", "cached_blocks", "hash_to_block"),
         Place(f"{BATCHING}.scheduler:Scheduler.clear_cancelled_requests", ("self",)),
+        Place(f"{BATCHING}.scheduler:Scheduler._get_waiting_candidates", ("self",)),
         Place(
             f"{BATCHING}.requests:RequestState",
-            ("initial_tokens", "generated_tokens", "logit_processor_kwargs", "create_equivalent_initial_request"),
+            (
+                *("initial_tokens", "generated_tokens", "position_offset", "remaining_prefill_tokens", "status"),
+                *("is_cpu_offloaded", "logit_processor_kwargs", "create_equivalent_initial_request"),
+            ),
         ),
         Place(f"{BATCHING}.requests:RequestState.update_and_check_completion", ("self", "token_id", "logprob")),
         Place(
@@ -478,6 +509,15 @@ def compiles_steps(model: Any, config: CompileConfig) -> bool:
     return model._valid_auto_compile_criteria({"cache": cache, "past_key_values": cache}, wanted)
 
 
+# transformers: the pass that reads a prompt
+
+
+@needs("a prompt at another intensity")
+def mask_width(config: GenerationConfig) -> int:
+    """Returns the width of the attention mask that `generate` has dropped, as it held no padding; -1 if it has not."""
+    return getattr(config, "_mask_length", -1)
+
+
 # transformers: continuous batching
 
 
@@ -485,6 +525,51 @@ def replace_method(owner: Any, name: str, method: Callable[..., Any]) -> None:
     """Makes one object of transformers call a function of dami instead of its method."""
     assert callable(getattr(owner, name))
     setattr(owner, name, method)
+
+
+@needs("continuous batching of a pair")
+def widen_arguments(
+    outputs: ContinuousBatchingIOs | ContinuousBatchingAsyncIOs, more: Callable[[], dict[str, Any]]
+) -> None:
+    """Makes a step pass the arguments of the logits processors for each token; transformers does for each sequence.
+
+    Args:
+        outputs: what prepares the arguments of a step.
+        more: returns further arguments of a step.
+    """
+    pairs = getattr(outputs, "io_pairs", None)
+    for inputs in [outputs] if pairs is None else [pair.device_io for pair in pairs]:
+        _widen(inputs, more)
+
+
+def _widen(inputs: Any, more: Callable[[], dict[str, Any]]) -> None:
+    narrow = inputs.get_model_kwargs
+
+    def get_model_kwargs(*args: Any, **options: Any) -> Any:
+        arguments = narrow(*args, **options)
+        tokens = arguments["input_ids"].shape[1]
+        arguments["logits_processor_args"] = inputs._bulk_input_tensor[inputs.static_inputs :, :tokens]
+        return arguments | more()
+
+    replace_method(inputs, "get_model_kwargs", get_model_kwargs)
+
+
+@needs("continuous batching of a pair")
+def filter_waiting(scheduler: Scheduler, kept: Callable[[list[RequestState]], list[RequestState]]) -> None:
+    """Makes a scheduler consider only the requests that `kept` returns of those that wait."""
+    all_of_them = scheduler._get_waiting_candidates
+    replace_method(scheduler, "_get_waiting_candidates", lambda: kept(all_of_them()))
+
+
+@needs("continuous batching of a pair")
+def block_keys(tokens: list[int], page: int, blocks: int) -> list[int]:
+    """Returns the keys by which transformers looks up a sequence's first `blocks` blocks, of `page` tokens each."""
+    from transformers.generation.continuous_batching.cache_allocators.cache_allocator import compute_block_hash
+
+    keys: list[int] = []
+    for start in range(0, blocks * page, page):
+        keys.append(compute_block_hash(keys[-1] if keys else None, tokens[start : start + page]))
+    return keys
 
 
 @needs("continuous batching of a pair")

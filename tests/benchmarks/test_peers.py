@@ -114,6 +114,10 @@ def test_answers_may_part_where_rounding_can_turn_the_choice() -> None:
         right.check("bb")
     with pytest.raises(WrongResult, match="parts from"):
         right.check("abx")
+    ended = models.Expected(["a", "a", "ab"], [1.0, 0.5, 1.0], 0.3)  # the second token is not shown
+    assert not ended.check("ac")
+    with pytest.raises(WrongResult, match="parts from"):
+        models.Expected(["a", "a", "ab"], [1.0, 1.0, 1.0], 0.3).check("ac")
 
 
 def test_the_oracle_depends_on_lam(pair: models.Pair) -> None:

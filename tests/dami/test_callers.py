@@ -103,7 +103,7 @@ def lam_of_prompts(model: Any, value: Any) -> list[float]:
     """λ of two prompts that `generate_batch` hands on to transformers' own."""
 
     def generate_batch(self: Any, inputs: Prompts, generation_config: Any = None, batching: Any = None) -> Any:
-        return inputs.intensities
+        return [lam for lam, *_ in inputs.lams]
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(model.dami_patch.original, "generate_batch", generate_batch)

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import re
 import shutil
 import subprocess
-import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import dami
 import pytest
@@ -24,9 +18,11 @@ from dami.loading.preview import GPUS, SHARE, preview
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from tests.dami.families import pair
+from tests.dami.hub import Hub, run_on, serving
 from tests.dami.test_policies import DIFFERENCES, edit_config, edit_tensors, untie
 from tests.dami.test_policies import ends as ends  # a fixture
 
@@ -150,6 +146,42 @@ def test_an_adapter_may_be_the_other_end(ends: tuple[Path, Path], tmp_path: Path
     assert found["differences"][0]["ends"].endswith("in the adapter")
 
 
+@pytest.mark.parametrize("other", ["checkpoint", "adapter"])
+def test_an_adapter_may_be_the_instruct_end(other: str, ends: tuple[Path, Path], tmp_path: Path) -> None:
+    """Its base is what it names, or `--base`; sizes are those that the pair has when loaded."""
+    config = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"])
+    for name in ("first", "second"):
+        get_peft_model(AutoModelForCausalLM.from_pretrained(ends[0]), config).save_pretrained(tmp_path / name)
+    first, second = tmp_path / "first", tmp_path / "second" if other == "adapter" else ends[1]
+    tensors = load_file(first / "adapter_model.safetensors")
+    save_file({name: tensor + 0.1 for name, tensor in tensors.items()}, first / "adapter_model.safetensors")
+    found = as_json(first, second)
+    assert found["pair"] is True
+    assert found["engines"]["vLLM"] == "yes, packed"
+    assert not found["streams"]
+    for format in ("pair", "w8d4"):
+        model, _ = dami.load_pair(first, second, format=format)
+        assert found["sizes"][format] == dami.describe(model).nbytes
+    assert "dami pack reads with both ends in memory" in " ".join(check(first, second).stdout.split())
+    edit_config(first, base_model_name_or_path="", file="adapter_config.json")
+    edit_config(tmp_path / "second", base_model_name_or_path="", file="adapter_config.json")
+    assert "does not say what it was trained on: name it, base=" in " ".join(check(first, second).stderr.split())
+    assert as_json(first, second, "--base", ends[0]) == found
+    edit_config(ends[0], hidden_size=36)
+    blocked = as_json(first, second, "--base", ends[0], code=1)["differences"]
+    assert any(each["ends"].endswith("in the adapter") for each in blocked)
+
+
+def test_a_choice_between_ends_needs_two_checkpoints(ends: tuple[Path, Path], tmp_path: Path) -> None:
+    get_peft_model(pair("qwen3")[0], LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    result = check(ends[0], tmp_path / "adapter", "--rope", "thinking")
+    assert result.exit_code == 2
+    assert "rope must be left out with an adapter, which has the rope of its model" in result.stderr
+    result = check(*ends, "--base", ends[0])
+    assert result.exit_code == 2
+    assert "base is for an adapter as the instruct end" in result.stderr
+
+
 @pytest.mark.parametrize("format", ["pair", "w8d4"])
 def test_what_fits_on_no_gpu_takes_several(format: str) -> None:
     found = preview(*map(Checkpoint.find, dami.example_pair()))
@@ -159,79 +191,14 @@ def test_what_fits_on_no_gpu_takes_several(format: str) -> None:
     assert found.loads(format)
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The parts of a hub's API that a client uses to read a repository. It counts the bytes of weights it hands out."""
-
-    directories: ClassVar[dict[str, Path]] = {}
-    served = 0
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        info = re.fullmatch(r"/api/models/(\w+/\w+)(?:/revision/\w+)?", path)
-        tree = re.fullmatch(r"/api/models/(\w+/\w+)/tree/\w+", path)
-        file = re.fullmatch(r"/(\w+/\w+)/resolve/\w+/(.+)", path)
-        if info:
-            names = [{"rfilename": name} for name in self._files(info[1])]
-            self._send(json.dumps({"id": info[1], "sha": "0" * 40, "siblings": names}).encode())
-        elif tree:
-            files = [
-                {"type": "file", "path": name, "size": (self.directories[tree[1]] / name).stat().st_size, "oid": "0123"}
-                for name in self._files(tree[1])
-            ]
-            self._send(json.dumps(files).encode())
-        elif file and (self.directories[file[1]] / file[2]).exists():
-            content = (self.directories[file[1]] / file[2]).read_bytes()
-            span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-            part = content[int(span[1]) : int(span[2]) + 1] if span else content
-            if file[2].endswith(".safetensors") and self.command == "GET":
-                assert span, "the whole file of weights was asked for"
-                type(self).served += len(part)
-            self._send(part, 206 if span else 200)
-        else:
-            self._send(b"", 404)
-
-    def _files(self, repository: str) -> list[str]:
-        where = self.directories[repository]
-        return [each.relative_to(where).as_posix() for each in where.rglob("*") if each.is_file()]
-
-    def _send(self, content: bytes, status: int = 200) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", f'"{hashlib.sha1(content + self.path.encode()).hexdigest()}"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        if status == 404:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def hub(ends: tuple[Path, Path]) -> Iterator[str]:
-    Hub.directories = {"someone/instruct": ends[0], "someone/thinking": ends[1], "someone/both": ends[0].parent}
-    Hub.served = 0
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving({"someone/instruct": ends[0], "someone/thinking": ends[1], "someone/both": ends[0].parent}) as address:
+        yield address
 
 
 def check_on(hub: str, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "HF_ENDPOINT": hub,
-        "HF_HOME": str(cache / "cache"),
-        "HF_HUB_OFFLINE": "0",
-    }
-    command = [sys.executable, "-m", "dami", "check", *arguments, "--json"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return run_on(hub, cache, "check", *arguments, "--json")
 
 
 @pytest.mark.slow
@@ -255,14 +222,6 @@ def test_folders_of_one_repository_are_read_in_ranges(
     done = check_on(hub, tmp_path_factory.mktemp("hub"), "someone/both", "someone/both", "--subfolder", "nowhere")
     assert done.returncode == 2
     assert "there is no checkpoint someone/both/nowhere" in done.stderr
-
-
-def test_base_is_not_for_check() -> None:
-    result = check("--base", "somewhere")
-    assert result.exit_code == 2
-    assert "base is for an adapter as the instruct end, which is not checked: name its base" in " ".join(
-        result.output.split()
-    )
 
 
 def test_checkpoints_on_a_hub_are_read_in_ranges(hub: str, ends: tuple[Path, Path], tmp_path: Path) -> None:

@@ -195,7 +195,13 @@ def test_demo_leaves_a_picture_and_numbers(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "new" / "directory" / "demo.json").read_text())
     assert [p["intensity"] for p in record["points"]] == [n / 10 for n in range(11)]
     assert record["questions"] == 2
-    assert len(record["shown"]) == 15
+    lams = [answer["intensity"] for answer in record["shown"]]
+    assert lams[::3] == [0.0] * 5
+    assert lams[1::3] == [1.0] * 5
+    assert len(lams[2::3]) == 5  # auto's
+    assert 0 <= record["auto"]["accuracy"][0] <= 1
+    assert "auto λ=" in result.stdout
+    assert "◆" in result.stdout
     # One pair against eleven copies.
     assert record["copies"]["weights"] / record["patched"]["weights"] == pytest.approx(5.5, rel=0.01)
     assert len(record["copies"]["texts"]) == len(record["patched"]["texts"]) == 55

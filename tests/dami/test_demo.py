@@ -13,6 +13,7 @@ from dami.chat import Answer, encode
 from dami.cli import demo, terminal
 from dami.evaluation import Frontier, Question, plots
 from dami.evaluation.frontier import Interval, Point
+from dami.evaluation.policies import play
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -116,6 +117,32 @@ def test_the_drawn_curve_fits_and_puts_points_where_they_belong(width: int) -> N
 
 def test_a_curve_of_one_value_can_be_drawn() -> None:
     assert plots.draw_curve([point(0.0, 0.1, 3.0)], 80).plain.count("●") == 1
+
+
+def test_a_policy_is_a_diamond_with_its_name() -> None:
+    reached = plots.Reached("auto", Interval(40.0, 38.0, 42.0), Interval(0.7, 0.65, 0.75))
+    lines = plots.draw_curve(CURVE, 80, reached=[reached]).plain.split("\n")
+    (at,) = [(y, line.index("◆auto")) for y, line in enumerate(lines) if "◆" in line]
+    (half,) = [(y, line.index("●0.5")) for y, line in enumerate(lines) if "●0.5" in line]
+    assert at[1] == half[1]  # of as many tokens
+    assert at[0] < half[0]  # and right more often
+
+
+def test_the_demo_says_what_choosing_is_worth() -> None:
+    frontier = Frontier.of(records(*RISING))
+    outcome = play(frontier, [0.5] * len(frontier))
+    told = demo.auto_verdict(frontier, outcome)
+    thinking = frontier.points[-1]
+    for part in (str(outcome.accuracy), f"{thinking.accuracy.value:.1%}", f"{outcome.static.value:.1%}"):
+        assert part in told
+    assert f"{outcome.tokens.value / thinking.tokens.value:.2f} of what λ = 1 takes" in told
+
+
+def test_how_a_lam_was_chosen_stands_before_it() -> None:
+    answers = [answer(0.0, "a"), answer(0.4, "b")]
+    text = printed(terminal.side_by_side(answers, Console(width=80), names=["", "auto"]), 80)
+    assert "auto λ=0.4" in text
+    assert "auto λ=0 " not in text
 
 
 def test_colors_run_from_cool_to_warm_and_stay_at_the_ends() -> None:

@@ -392,23 +392,27 @@ def test_lam_is_one_for_each_row_however_it_is_given(model: PreTrainedModel, cho
     assert not model.dami_patch.parts
 
 
+TAKES = "intensity, prompt_intensity and prompt_tail"
+
+
 @pytest.mark.parametrize("name", ["intensty", "intesity", "Intensity", "intensities", "lam", "λ"])
 def test_a_misspelt_intensity_is_refused(model: PreTrainedModel, name: str) -> None:
     with pytest.raises(TypeError, match=f"^forward takes λ as intensity, got '{name}'$"):
         model(**batch("left"), **{name: 1.0})
-    with pytest.raises(TypeError, match=f"^generate takes λ as intensity and prompt_intensity, got '{name}'$"):
+    with pytest.raises(TypeError, match=f"^generate takes λ as {TAKES}, got '{name}'$"):
         model.generate(**batch("left"), **{name: 1.0})
-    with pytest.raises(TypeError, match=f"^generate_batch takes λ as intensity, got '{name}'$"):
+    with pytest.raises(TypeError, match=f"^generate_batch takes λ as {TAKES}, got '{name}'$"):
         model.generate_batch([[5, 6]], **{name: 1.0})
 
 
 def test_prompt_intensity_is_for_generate(model: PreTrainedModel) -> None:
+    for name in ("prompt_tail", "prompt_tial"):
+        with pytest.raises(TypeError, match=f"forward takes .* got '{name}'; prompt_tail is for generate"):
+            model(**batch("left"), **{name: 1})
     for name in ("prompt_intensity", "prompt_intensty"):
         with pytest.raises(TypeError, match=f"forward takes .* got '{name}'; prompt_intensity is for generate"):
             model(**batch("left"), **{name: 1.0})
-        with pytest.raises(TypeError, match=f"generate_batch takes .* got '{name}'; prompt_intensity is for generate"):
-            model.generate_batch([[5, 6]], **{name: 1.0})
-    with pytest.raises(TypeError, match="generate takes λ as intensity and prompt_intensity, got 'promt_intensity'"):
+    with pytest.raises(TypeError, match=f"generate takes λ as {TAKES}, got 'promt_intensity'"):
         model.generate(**batch("left"), promt_intensity=1.0)
 
 
@@ -446,7 +450,7 @@ def test_transformers_reads_the_signatures_it_knows(model: PreTrainedModel) -> N
     for name in ("forward", "generate"):
         patched = inspect.signature(getattr(model, name)).parameters
         original = inspect.signature(getattr(model.dami_patch.original, name)).parameters
-        added = ("intensity", "prompt_intensity", "compile")
+        added = ("intensity", "prompt_intensity", "prompt_tail", "compile")
         assert [key for key in patched if key not in added] == [key for key in original if key != "self"]
         assert patched["intensity"].kind is inspect.Parameter.KEYWORD_ONLY
     assert type(model).__name__ == "Qwen3ForCausalLM"

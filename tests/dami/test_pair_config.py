@@ -9,11 +9,13 @@ from typing import Any
 import dami
 import pytest
 import torch
+from dami.sources import End
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from tests.dami.families import batch, pair
 from tests.dami.test_checkpoints import edit_config, edit_tensors, save
+from tests.dami.test_policies import write_tokenizer
 
 LAM = [0.0, 0.37, 1.0, 1.2]
 
@@ -54,6 +56,38 @@ def test_lam_is_that_of_the_config_until_another_is_set(ends: tuple[Path, Path])
     assert torch.equal(logits(model), logits(expected, intensity=0.7))
     dami.set_intensity(model, 0.2)
     assert torch.equal(logits(model), logits(expected, intensity=0.2))
+
+
+@pytest.mark.parametrize("rope", ["instruct", "thinking"])
+def test_whose_rotary_embedding_the_pair_has(rope: End, ends: tuple[Path, Path]) -> None:
+    edit_config(ends[1], rope_parameters={"rope_type": "default", "rope_theta": 300.0})
+    with pytest.raises(ValueError, match=r"rotary embedding: .*choose whose"):
+        AutoModelForCausalLM.from_pretrained(ends[0], quantization_config=dami.PairConfig(ends[1]))
+    expected, _ = dami.load_pair(*ends, rope=rope)
+    model = AutoModelForCausalLM.from_pretrained(ends[0], quantization_config=dami.PairConfig(ends[1], rope=rope))
+    assert torch.equal(logits(model, intensity=LAM), logits(expected, intensity=LAM))
+    assert model.config.rope_parameters == expected.config.rope_parameters
+    plain = AutoModelForCausalLM.from_pretrained(ends[rope == "thinking"])
+    assert torch.equal(model.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)
+
+
+@pytest.mark.parametrize("tokenizer", ["instruct", "thinking"])
+def test_whose_tokenizer_the_pair_has(tokenizer: End, ends: tuple[Path, Path], tmp_path: Path) -> None:
+    for end, name in zip(ends, ("<|user|>", "<|User|>"), strict=True):
+        write_tokenizer(end, (name, "<|end|>"))
+    config = {"quant_method": "dami-pair", "thinking": str(ends[1]), "tokenizer": tokenizer}
+    model = AutoModelForCausalLM.from_pretrained(ends[0], quantization_config=config)
+    _, words = dami.load_pair(dami.save_pair(model, tmp_path / "saved"))
+    assert ("<|User|>" in words.get_vocab()) == (tokenizer == "thinking")
+
+
+def test_choices_that_are_none() -> None:
+    with pytest.raises(ValueError, match="rope must be 'instruct' or 'thinking', got 'mean'"):
+        dami.PairConfig("thinking", rope="mean")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="tokenizer must be 'instruct' or 'thinking', got 0"):
+        dami.PairConfig("thinking", tokenizer=0)  # type: ignore[arg-type]
+    assert dami.PairConfig("thinking").to_dict().keys().isdisjoint({"rope", "tokenizer"})
+    assert dami.PairConfig("thinking", rope="thinking").to_dict()["rope"] == "thinking"
 
 
 def test_a_pipeline_takes_an_intensity_for_each_call() -> None:

@@ -43,9 +43,8 @@ def write_tokenizer(path: Path, names: tuple[str, ...], words: int = 9, bos: str
     tokenizer.save_pretrained(path)
 
 
-def edit_config(path: Path, **changes: Any) -> None:
-    file = path / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+def edit_config(path: Path, file: str = "config.json", **changes: Any) -> None:
+    (path / file).write_text(json.dumps({**json.loads((path / file).read_text()), **changes}))
 
 
 def edit_tensors(path: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -177,7 +176,8 @@ DIFFERENCES: dict[str, tuple[Edit, list[str]]] = {
         [
             "end tokens: [2, 3] in the instruct end, [4] in the thinking end → any of [2, 3, 4]; generate(eos",
             "sampling: {'do_sample': True, 'temperature': 0.7} in the instruct end, {'do_sample': True, 'temperature': "
-            "0.6} in the thinking end → the instruct end's are the default; both are kept in the pair's config",
+            "0.6} in the thinking end → the instruct end's are the default, in dami serve the nearer end's; the pair's "
+            "config keeps both",
         ],
     ),
     "context length": (

@@ -75,6 +75,9 @@ USES: dict[str, Callable[[Any], Any]] = {
     "an offloaded pair": lambda model: upstream.execution_device(model),
     "tensor parallelism of a pair": lambda model: _split(),
     "compiled decoding": lambda model: model.generate(torch.ones(1, 2, dtype=torch.int64), compile=True),
+    "a prompt at another intensity": lambda model: model.generate(
+        torch.ones(1, 2, dtype=torch.int64), prompt_intensity=0.5, max_new_tokens=1
+    ),
     "continuous batching of a pair": lambda model: model.init_continuous_batching(),
     "an alignment of neurons": lambda model: upstream.compute_experts_one_by_one(model.config),
     "PEFT adapters on a pair": lambda model: setattr(model, "peft_config", {}),

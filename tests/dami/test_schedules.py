@@ -80,16 +80,16 @@ def test_each_sequence_has_a_schedule_of_its_own(model: PreTrainedModel) -> None
 def test_the_prompt_may_be_read_at_another_lam(model: PreTrainedModel) -> None:
     inputs = prompts()
     read, said = [1.0, 0.0, 0.5, 0.2], LAM
-    tokens = model.generate(**inputs, prompt_intensity=read, intensity=said, **GREEDY)
-    chunks = model.generate(**inputs, prompt_intensity=read, intensity=said, prefill_chunk_size=3, **GREEDY)
+    how = {"prompt_intensity": read, "prompt_tail": 0, **GREEDY}
+    tokens = model.generate(**inputs, intensity=said, **how)
+    chunks = model.generate(**inputs, intensity=said, prefill_chunk_size=3, **how)
     assert torch.equal(tokens, chunks)
     for row in range(4):
         lam_of = lambda step, row=row: said[row] if step else read[row]  # noqa: E731
         assert torch.equal(tokens[row], taking_turns(lam_of).generate(**inputs, **GREEDY)[row]), f"row {row}"
     with dami.intensity(model, said):  # the answer at whatever holds
-        assert torch.equal(model.generate(**inputs, prompt_intensity=read, **GREEDY), tokens)
-    every = {"*": said}
-    assert torch.equal(model.generate(**inputs, prompt_intensity=read, intensity=every, **GREEDY), tokens)
+        assert torch.equal(model.generate(**inputs, **how), tokens)
+    assert torch.equal(model.generate(**inputs, intensity={"*": said}, **how), tokens)
     assert torch.equal(model.generate(**inputs, intensity=0.0, **GREEDY), model.generate(**inputs, **GREEDY))
 
 

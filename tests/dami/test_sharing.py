@@ -295,7 +295,7 @@ def test_an_interrupted_run_leaves_no_half_made_directory(
         file.write_bytes(b"some")
 
     with monkeypatch.context() as patched:
-        patched.setattr("dami.loading.packing.save_file", stopped)
+        patched.setattr("dami.loading.shards.save_file", stopped)
         with pytest.raises(KeyboardInterrupt):
             dami.pack(*ends, tmp_path / "packed", shard_bytes=10_000)
     assert written

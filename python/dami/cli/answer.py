@@ -18,10 +18,13 @@ from dami.cli.options import (
     DtypeOption,
     FormatOption,
     PairOption,
+    PromptIntensityOption,
+    PromptTailOption,
     SeedOption,
     intensity_names,
     number_or_name,
     positive,
+    reading,
 )
 from dami.files import check_directory
 from dami.prompts import Prompt, as_prompt
@@ -95,6 +98,8 @@ def generate(
     prompts: PromptsArgument = None,
     file: FileOption = None,
     intensity: IntensityOption = None,
+    prompt_intensity: PromptIntensityOption = None,
+    prompt_tail: PromptTailOption = None,
     pair: PairOption = None,
     format: FormatOption = None,
     dtype: DtypeOption = "auto",
@@ -119,8 +124,11 @@ def generate(
     """
     if stream and as_json:
         raise fail("--stream and --json exclude each other")
-    options = sampling_options(max_new_tokens, greedy, {"temperature": temperature, "top_p": top_p, "top_k": top_k})
+    options: dict[str, Any] = sampling_options(
+        max_new_tokens, greedy, {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    )
     options |= {"compile": True} if compile else {}
+    options |= reading(prompt_intensity, prompt_tail)
     if raw and chat_template is not None:
         raise fail("--raw excludes --chat-template")
     put_through = None if raw else "default" if chat_template is None else chat_template
@@ -154,9 +162,7 @@ def generate(
                 out.print(terminal.side_by_side(answers[place : place + len(lams)], out))
 
 
-def sampling_options(
-    max_new_tokens: int | None, greedy: bool, given: Mapping[str, float | None]
-) -> dict[str, float | bool]:
+def sampling_options(max_new_tokens: int | None, greedy: bool, given: Mapping[str, float | None]) -> dict[str, Any]:
     """Returns the sampling options for `generate`: only those that the user has set."""
     sampling = {name: value for name, value in given.items() if value is not None}
     if greedy and sampling:

@@ -26,7 +26,7 @@ def check(
         list[str] | None,
         typer.Argument(
             metavar="[INSTRUCT THINKING]",
-            help="Directories or hub names of both ends; the second may be an adapter. Default: the shipped pair.",
+            help="Directories or hub names of both ends; either may be an adapter. Default: the shipped pair.",
         ),
     ] = None,
     dtype: DtypeOption = "auto",
@@ -45,18 +45,19 @@ def check(
         raise fail(f"two checkpoints are checked, an instruct and a thinking one, got {len(ends)}")
     sides = ends or [str(end) for end in sources.example_pair()]
     with user_errors():
-        if checkpoints.pop("base", None) is not None:
-            raise ValueError("base is for an adapter as the instruct end, which is not checked: name its base instead")
+        base = checkpoints.pop("base", None)
         own = sources.per_end(dict(checkpoints))
         sources.check_pair(sides, None, options=own)
     with err.status("loading transformers"):
+        from dami.loading.joining import base_of
         from dami.loading.policies import Choices
         from dami.loading.preview import preview
-        from dami.loading.remote import preview_of
+        from dami.loading.remote import left_on_hub
     with user_errors(), err.status("reading configs, tokenizers and headers"):
         choices: Any = {"dtype": dtype, "tokenizer": tokenizer, "rope": rope}
-        instruct, thinking = map(preview_of, sides, own)
-        found = preview(instruct, thinking, Choices(**choices))
+        ends_found = left_on_hub(sides[0], own[0]), left_on_hub(sides[1], own[1])
+        based = base_of(ends_found, base, own[0], left_on_hub)
+        found = preview(*ends_found, Choices(**choices), based)
     if as_json:
         typer.echo(json.dumps({**found.to_dict(), "engines": engines(found)}, indent=1, ensure_ascii=False))
     else:
@@ -76,7 +77,7 @@ def engines(found: Preview) -> dict[str, str]:
     vllm = f"no: {found.architecture} is not among {', '.join(ARCHITECTURES)}" if not known else "yes"
     if refused:
         vllm = "no: it needs ends of one vocabulary"
-    elif known and found.report.resolved:
+    elif known and (found.report.resolved or not found.streams):
         vllm = "yes, packed"
     return {"transformers": "yes", "vLLM": vllm}
 

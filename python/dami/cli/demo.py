@@ -20,10 +20,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
-from dami.chat import Answer, answers_of, ask, encode
+from dami.chat import Answer, answers_of, ask, encode, numbers_of
 from dami.cli.terminal import point_table, side_by_side, size
+from dami.dial.patch import patch_of
 from dami.evaluation.frontier import Frontier
-from dami.evaluation.plots import draw_curve, save_curve
+from dami.evaluation.plots import Reached, draw_curve, save_curve
+from dami.evaluation.policies import Outcome, play
 from dami.evaluation.sweeps import sweep
 from dami.evaluation.tasks import JsonLines, Question, last_word, spread
 from dami.generation.pieces import generate_in_pieces
@@ -33,7 +35,8 @@ from dami.tables import FittedTable
 from dami.thoughts import Reader
 from dami.version import __version__
 
-SHOWN = (0.0, 0.5, 1.0)
+SHOWN = (0.0, 1.0, "auto")
+SHOWN_WITHOUT_ESTIMATOR = (0.0, 0.5, 1.0)
 SWEPT = tuple(tenth / 10 for tenth in range(11))
 ROWS = 264  # rows per batch of the sweep, enough to keep two cores busy
 
@@ -164,9 +167,11 @@ def run(
     held_out.questions = spread(held_out.questions, count)
     # The shipped pair is too small for two threads: next to other processes they would mostly wait for each other.
     with threads(torch.get_num_threads() if pair else 1):
-        answers = show_answers(model, tokenizer, shown, seed, console)
-        frontier = show_curve(model, tokenizer, held_out, seed, console)
-        save_curve(frontier, output / "curve.png", f"{len(frontier)} held-out questions, 95 % intervals")
+        lams = SHOWN if patch_of(model).estimator else SHOWN_WITHOUT_ESTIMATOR
+        answers = show_answers(model, tokenizer, shown, lams, seed, console)
+        frontier, auto = show_curve(model, tokenizer, held_out, "auto" in lams, seed, console)
+        title = f"{len(frontier)} held-out questions, 95 % intervals"
+        save_curve(frontier, output / "curve.png", title, reached(auto))
         patched, copies, gaps = show_price(model, tokenizer, shown, console)
         device = f"{torch.get_num_threads()} CPU threads".replace("1 CPU threads", "1 CPU thread")
     record = {
@@ -174,10 +179,11 @@ def run(
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else device,
         "seed": seed,
         "shown": [
-            asdict(answer) | {"question": asdict(shown[place // len(SHOWN)])} for place, answer in enumerate(answers)
+            asdict(answer) | {"question": asdict(shown[place // len(lams)])} for place, answer in enumerate(answers)
         ],
         "questions": len(frontier),
         "points": [asdict(point) for point in frontier.points],
+        "auto": asdict(auto) if auto else None,
         "patched": asdict(patched) | {"tokens": sum(map(len, patched.answers))},
         "copies": asdict(copies) | {"tokens": sum(map(len, copies.answers))},
         "gaps": gaps,
@@ -197,35 +203,66 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def show_answers(model: Any, tokenizer: Any, shown: Sequence[Question], seed: int, console: Console) -> list[Answer]:
-    """Asks every question at the λ of SHOWN, in one batch, and prints the answers side by side."""
-    console.rule(f"One batch, {len(shown) * len(SHOWN)} rows: {len(shown)} questions, each at λ = 0, 0.5 and 1")
+def show_answers(
+    model: Any, tokenizer: Any, shown: Sequence[Question], lams: Sequence[float | str], seed: int, console: Console
+) -> list[Answer]:
+    """Asks every question at every λ, in one batch, and prints the answers side by side."""
+    told = f"{', '.join(f'{lam:g}' if isinstance(lam, float) else lam for lam in lams[:-1])} and {lams[-1]}"
+    console.rule(f"One batch, {len(shown) * len(lams)} rows: {len(shown)} questions, each at λ = {told}")
     torch.manual_seed(seed)
-    rows = [(question, lam) for question in shown for lam in SHOWN]
+    rows = [(question, lam) for question in shown for lam in lams]
     with console.status("answering"):
         answers = ask(model, tokenizer, [q.question for q, _ in rows], [lam for _, lam in rows])
+    names = [lam if isinstance(lam, str) else "" for lam in lams]
     for place, question in enumerate(shown):
-        several = answers[place * len(SHOWN) :][: len(SHOWN)]
+        several = answers[place * len(lams) :][: len(lams)]
         title = f"level {question.level}, {question.task.replace('_', ' ')}, answer {question.answer}"
         verdicts = [bool(last_word(answer.text, question.answer)) for answer in several]
-        console.print(side_by_side(several, console, title, verdicts))
+        console.print(side_by_side(several, console, title, verdicts, names=names))
     return answers
 
 
-def show_curve(model: Any, tokenizer: Any, held_out: JsonLines, seed: int, console: Console) -> Frontier:
-    """Asks every held-out question at the λ of SWEPT, and draws accuracy against tokens."""
-    console.rule(f"{len(held_out.questions)} held-out questions at {len(SWEPT)} λ, in mixed batches")
-    total = len(held_out.questions) * len(SWEPT)
+def show_curve(
+    model: Any, tokenizer: Any, held_out: JsonLines, auto: bool, seed: int, console: Console
+) -> tuple[Frontier, Outcome | None]:
+    """Asks every held-out question at the λ of SWEPT, and draws accuracy against tokens.
+
+    With `auto`, also the λ that the pair's estimator chooses for each question, on the very same answers.
+    """
+    prompts = [question.question for question in held_out.questions]
+    chosen = numbers_of(model, tokenizer, prompts, ["auto"] * len(prompts)) if auto else []
+    lams = sorted({*SWEPT, *(lam for lam in chosen if not SWEPT[0] <= lam <= SWEPT[-1])})
+    console.rule(f"{len(prompts)} held-out questions at {len(lams)} λ, in mixed batches")
+    total = len(prompts) * len(lams)
     console.print(f"{total} answers, {ROWS} at once: most of the time that this takes", style="dim")
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("answers", total=total)
         records = sweep(
-            model, tokenizer, held_out, SWEPT, rows=ROWS, seed=seed,
+            model, tokenizer, held_out, lams, rows=ROWS, seed=seed,
             on_batch=lambda news: progress.advance(bar, len(news)),
         )  # fmt: skip
     frontier = Frontier.of(records)
-    console.print(draw_curve(frontier.points, console.width), point_table(frontier.points), sep="\n\n")
-    return frontier
+    outcome = play(frontier, chosen) if auto else None
+    curve = draw_curve(frontier.points, console.width, reached=reached(outcome))
+    console.print(curve, point_table(frontier.points), sep="\n\n")
+    if outcome:
+        console.print(Text(auto_verdict(frontier, outcome), "bold"))
+    return frontier, outcome
+
+
+def reached(auto: Outcome | None) -> list[Reached]:
+    """Returns the point of the estimator's choices, if there is one."""
+    return [Reached("auto", auto.tokens, auto.accuracy)] if auto else []
+
+
+def auto_verdict(frontier: Frontier, auto: Outcome) -> str:
+    """Compares the λ that were chosen for each question with λ = 1 for all, and with the best static λ."""
+    thinking = frontier.points[-1]
+    return (
+        f"auto: {auto.accuracy} right with {auto.tokens.value:.0f} tokens, "
+        f"{auto.tokens.value / thinking.tokens.value:.2f} of what λ = {thinking.intensity:g} takes for "
+        f"{thinking.accuracy.value:.1%}.\nOne λ for all questions and as many tokens: {auto.static.value:.1%}."
+    )
 
 
 def show_price(

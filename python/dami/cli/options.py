@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from dami import sources
-from dami.callers import from_text
+from dami.callers import TURN, from_text
 
 FORMATS = ("pair", "int8", "int4", "w8d4", "lowrank")  # as dami_kernels.formats.names(), which would import torch
 
@@ -53,6 +53,13 @@ def number_or_name(text: str) -> float | str:
         raise typer.BadParameter(str(error)) from error
 
 
+def tail(text: str) -> int | str:
+    """Reads how much of a prompt is its tail: a number of tokens, or "turn"."""
+    if text == TURN or (text.isascii() and text.isdigit()):
+        return text if text == TURN else int(text)
+    raise typer.BadParameter(f"must be a number of tokens or turn, got {text!r}")
+
+
 def positive(text: str) -> float:
     """Reads a temperature."""
     value = finite(text)
@@ -82,6 +89,28 @@ def lam_option(help: str, default: str) -> Any:
     """Returns the option -l of a command that asks at several λ."""
     text = f"{help} Repeatable. Default: {default}."
     return typer.Option("--intensity", "-l", parser=finite, metavar="LAMBDA", help=text)
+
+
+PromptIntensityOption = Annotated[
+    Any,  # a number or a name: typer takes no unions
+    typer.Option(
+        parser=number_or_name,
+        metavar="λ|NAME",
+        help="The λ to read prompts at, once for all λ of their answers. Default: that of the answer.",
+    ),
+]
+
+
+PromptTailOption = Annotated[
+    Any,  # a number or a word
+    typer.Option(
+        parser=tail,
+        metavar="TOKENS|turn",
+        help="How much at the end of a prompt is read at the λ of the answer nevertheless: tokens, or all from the "
+        "last user message on. Default: 1.",
+        autocompletion=one_of(TURN),
+    ),
+]
 
 
 PairOption = Annotated[
@@ -164,6 +193,12 @@ TokenizerOption = Annotated[
         autocompletion=one_of("instruct", "thinking"),
     ),
 ]
+
+
+def reading(prompt_intensity: float | str | None, prompt_tail: int | str | None) -> dict[str, Any]:
+    """Returns how `dami.chat.ask` is to read prompts: only what the user has set."""
+    given = {"prompt_intensity": prompt_intensity, "prompt_tail": prompt_tail}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 SeedOption = Annotated[int, typer.Option(help="Seed for sampling.")]

@@ -70,6 +70,12 @@ def pack(
     tokenizer: TokenizerOption = None,
     rope: RopeOption = None,
     overwrite: OverwriteOption = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read the weights from the hub as they are packed; download no checkpoint.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="If interrupted, keep what is finished; and go on from what is left.")
+    ] = False,
     *,
     checkpoints: dict[str, Any],
 ) -> None:
@@ -88,7 +94,8 @@ def pack(
         from dami.cli.terminal import size
     choices: dict[str, Any] = {"dtype": dtype, "tokenizer": tokenizer, "rope": rope}
     with user_errors():
-        dami.pack(instruct, thinking, output, format, overwrite=overwrite, **choices, **checkpoints)
+        run: dict[str, Any] = {"overwrite": overwrite, "stream": stream, "resume": resume}
+        dami.pack(instruct, thinking, output, format, **run, **choices, **checkpoints)
     total = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     out.print(f"{output}: {size(total)}. Load it with dami.load_pair({str(output)!r}).")
 

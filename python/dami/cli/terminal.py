@@ -57,6 +57,7 @@ def side_by_side(
     verdicts: Sequence[bool] | None = None,
     lines: int = 7,
     tail: bool = False,
+    names: Sequence[str] = (),
 ) -> RenderableType:
     """Shows the answers to one prompt in columns: λ, tokens, right or wrong, the thought dimmed and folded, the answer.
 
@@ -69,6 +70,7 @@ def side_by_side(
         verdicts: whether each answer is right, if known.
         lines: number of lines to fold a thought to.
         tail: keep the end of a long thought instead of both ends, for thoughts still being generated.
+        names: what to put before each λ, if anything, such as how it was chosen.
     """
     thinks = any(answer.thought for answer in answers)
     labels = ("thought: ", "answer: ") if thinks and not console.is_terminal else ("", "")  # without styles
@@ -81,7 +83,8 @@ def side_by_side(
         heads, thoughts, ends = [], [], []
         for place, answer in enumerate(answers[start : start + per_line], start):
             table.add_column(width=width)
-            head = Text(f"λ={answer.intensity:g}", style=f"bold {style_of(answer.intensity or 0)}")
+            named = f"{names[place]} " if names and names[place] else ""
+            head = Text(f"{named}λ={answer.intensity:g}", style=f"bold {style_of(answer.intensity or 0)}")
             if verdicts is not None:
                 head.append(*(("  ✓", "bold green") if verdicts[place] else ("  ✗", "bold red")))
             heads.append(head.append(f"  {answer.tokens} tokens", "not bold dim"))
@@ -118,11 +121,11 @@ def stream(
 ) -> None:
     """Answers one prompt and shows tokens as they come: plain text for one λ, columns for several."""
     prompts = [prompt] * len(intensities)
-    lams = numbers_of(model, tokenizer, prompts, intensities, chat_template)
     if len(intensities) == 1:
         written = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        ask(model, tokenizer, prompts, lams, chat_template, streamer=written, **options)
+        ask(model, tokenizer, prompts, intensities, chat_template, streamer=written, **options)
         return
+    lams = numbers_of(model, tokenizer, prompts, intensities, chat_template)
     rows, reader = RowStreamer(), Reader.of(tokenizer)
     texts, _ = encode(tokenizer, prompts, chat_template, lams)
 

@@ -41,6 +41,11 @@ def _without_auto(model: nn.Module, intensity: Intensity, batch: Mapping[str, An
     return replace(intensity, numbers=numbers, auto=())
 
 
+def asked(intensity: Intensity) -> set[int]:
+    """Returns the indices of the prompts for which an estimator chooses λ, of the whole model or of a part."""
+    return {*intensity.auto}.union(*(asked(part) for _, _, part in intensity.parts))
+
+
 def estimates(model: nn.Module, batch: Mapping[str, Any], prompts: int, places: Sequence[int] | None = None) -> Tensor:
     """Returns the λ that a patched model's estimator chooses for P prompts: float32 [P] on the CPU.
 
@@ -54,7 +59,7 @@ def estimates(model: nn.Module, batch: Mapping[str, Any], prompts: int, places: 
         TypeError, ValueError: there is no estimator, or it returns an invalid λ.
     """
     patch = patch_of(model)
-    estimator = check_estimator(patch.estimator)
+    check_estimator(patch.estimator)
     places = list(range(prompts) if places is None else places)
     inputs = {
         "input_ids" if name == "inputs" else name: tensor[places] if tensor.shape[:1] == (prompts,) else tensor
@@ -64,9 +69,17 @@ def estimates(model: nn.Module, batch: Mapping[str, Any], prompts: int, places: 
     groups = [inputs]
     if patch.running.invariant:  # λ must not depend on the other prompts either
         groups = [_alone(inputs, row, len(places)) for row in range(len(places))]
-    several = len(places) // len(groups)
-    found = (as_lam(estimator.estimate(model, group), torch.device("cpu"), several) for group in groups)
-    return torch.cat([lam.expand(several) for lam in found])
+    return torch.cat([estimated(model, group, len(places) // len(groups)) for group in groups])
+
+
+def estimated(model: nn.Module, batch: Mapping[str, Any], prompts: int) -> Tensor:
+    """Returns the λ that a patched model's estimator chooses for a batch of its arguments: float32 [prompts].
+
+    Raises:
+        TypeError, ValueError: there is no estimator, or it returns an invalid λ.
+    """
+    estimator = check_estimator(patch_of(model).estimator)
+    return as_lam(estimator.estimate(model, batch), torch.device("cpu"), prompts).expand(prompts)
 
 
 def _alone(batch: Mapping[str, Tensor], row: int, prompts: int) -> dict[str, Tensor]:

@@ -73,6 +73,7 @@ class Patch:
         origin: the checkpoints that the model was made from.
         head: the hook on a head that is not part of the patch.
         shared: the weight that the head shared with the embedding, if patching gave the head a weight of its own.
+        chosen: λ that the estimator chose in the last `generate` that asked it, by the prompt's index.
         compiled: forward passes that `generation.compiled` has compiled, by the structure of the model then.
     """
 
@@ -93,6 +94,7 @@ class Patch:
     origin: Origin = field(default_factory=Origin)
     head: RemovableHandle | None = None
     shared: nn.Parameter | None = None
+    chosen: Mapping[int, float] = field(default_factory=dict)
     compiled: dict[Hashable, Callable[..., Any]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -101,7 +103,12 @@ class Patch:
 
 
 class Estimator(Protocol):
-    """Chooses λ for the prompts of a batch."""
+    """Chooses λ for the prompts of a batch.
+
+    An estimator with an attribute `takes_cache` that is true is spared what `generate` reads at λ=0 anyway, because of
+    `prompt_intensity=0`. It then finds a cache of the prompts' first tokens in the batch, under the name that the
+    model's forward pass gives it, and may add to it.
+    """
 
     def estimate(self, model: Any, batch: Mapping[str, Tensor]) -> Sequence[float] | Tensor:
         """Returns λ for every prompt.

@@ -5,24 +5,26 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dami.estimators.confidence import Signals, signals
+from dami.generation.pieces import CACHE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 @torch.no_grad()
-def prompt_states(model: PreTrainedModel, batch: Mapping[str, Tensor], layers: Sequence[int]) -> Tensor:
+def prompt_states(model: PreTrainedModel, batch: Mapping[str, Any], layers: Sequence[int]) -> Tensor:
     """Returns the instruct end's hidden states at each prompt's last token, of several layers, in one forward pass.
 
     Args:
         model: a patched model.
-        batch: `input_ids` [B, T] or `inputs_embeds` [B, T, D], and `attention_mask` [B, T] if there is padding.
+        batch: `input_ids` [B, T] or `inputs_embeds` [B, T, D], and `attention_mask` [B, T] if there is padding; a cache
+            of the prompts' first tokens at λ=0, if they have been read: then only the others are.
         layers: indices into transformers' `hidden_states`: 0 is the embedding, -1 the input of the head.
 
     Returns:
@@ -31,11 +33,19 @@ def prompt_states(model: PreTrainedModel, batch: Mapping[str, Tensor], layers: S
     Raises:
         ValueError: the model has no such layer.
     """
-    inputs = {name: batch[name] for name in ("input_ids", "inputs_embeds", "attention_mask") if name in batch}
+    inputs: dict[str, Any] = {
+        name: batch[name] for name in ("input_ids", "inputs_embeds", "attention_mask") if name in batch
+    }
     seen = inputs.get("attention_mask")
     if seen is not None and "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)
-    states = model(**inputs, intensity=0.0, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
+    if CACHE in batch:
+        past = batch[CACHE].get_seq_length()
+        inputs = {name: x if name == "attention_mask" else x[:, past:] for name, x in inputs.items()}
+        inputs |= {CACHE: batch[CACHE], "use_cache": True}
+    states = model(
+        **{"use_cache": False, **inputs}, intensity=0.0, output_hidden_states=True, logits_to_keep=1
+    ).hidden_states
     wrong = [layer for layer in layers if not -len(states) <= layer < len(states)]
     if wrong:
         raise ValueError(f"layers must be from {-len(states)} to {len(states) - 1} for this model, got {wrong}")

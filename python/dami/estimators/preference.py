@@ -83,6 +83,11 @@ class PreferenceEstimator:
         if not self.price >= 0:
             raise ValueError(f"price must be a number of at least 0, got {self.price!r}")
 
+    @property
+    def takes_cache(self) -> bool:
+        """Whether it goes on from a cache, as `Estimator` says: not if it generates a trial answer."""
+        return not self.features.trial
+
     def state(self) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
         """Returns settings and weights, for `from_state`."""
         settings = {"intensities": self.intensities, "features": asdict(self.features), "price": self.price}

@@ -119,15 +119,16 @@ def curve_figure(frontier: Frontier, title: str, reached: Sequence[Reached] = ()
     return figure
 
 
-def save_curve(frontier: Frontier, path: Path, title: str) -> None:
+def save_curve(frontier: Frontier, path: Path, title: str, reached: Sequence[Reached] = ()) -> None:
     """Saves accuracy against tokens and each level's accuracy over λ as PNG or SVG, depending on the file name."""
-    save(curve_figure(frontier, title), path)
+    save(curve_figure(frontier, title, reached), path)
 
 
-def draw_curve(points: Sequence[Point], width: int, height: int = 15) -> Text:
+def draw_curve(points: Sequence[Point], width: int, height: int = 15, reached: Sequence[Reached] = ()) -> Text:
     """Draws accuracy in percent (upwards) against mean tokens (to the right) in `width` columns of text.
 
-    A dot is a λ, the bar through it is its 95 % interval, and the thin line joins neighbouring λ.
+    A dot is a λ, the bar through it is its 95 % interval, and the thin line joins neighbouring λ. Diamonds are
+    policies.
     """
     left = 6
     columns, rows = width - left - 1, height
@@ -141,7 +142,7 @@ def draw_curve(points: Sequence[Point], width: int, height: int = 15) -> Text:
         y = (y_high - 100 * accuracy) / (y_high - y_low) * (rows - 1)
         return round(x), round(min(max(y, 0), rows - 1))
 
-    def at(p: Point) -> tuple[float, float]:
+    def at(p: Point | Reached) -> tuple[float, float]:
         return p.tokens.value, p.accuracy.value
 
     grid: list[list[tuple[str, str]]] = [[(" ", "")] * columns for _ in range(rows)]
@@ -155,11 +156,11 @@ def draw_curve(points: Sequence[Point], width: int, height: int = 15) -> Text:
         x, top = place(p.tokens.value, p.accuracy.high)
         for y in range(top, place(p.tokens.value, p.accuracy.low)[1] + 1):
             grid[y][x] = ("│", style)
-    for p in points:
-        style = "bold rgb({},{},{})".format(*color(p.intensity))
-        x, y = place(*at(p))
-        grid[y][x] = ("●", style)
-        label = f"{p.intensity:g}"
+    marks = [("●", f"{p.intensity:g}", at(p), "bold rgb({},{},{})".format(*color(p.intensity))) for p in points]
+    marks += [("◆", each.name, at(each), "bold green") for each in reached]
+    for sign, label, where, style in marks:
+        x, y = place(*where)
+        grid[y][x] = (sign, style)
         free = slice(x + 1, x + 1 + len(label))
         if all(cell[0] in " ·" for cell in grid[y][free]) and free.stop <= columns:
             grid[y][free] = [(letter, style) for letter in label]

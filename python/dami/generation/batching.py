@@ -1,20 +1,18 @@
 """Adds λ to transformers' continuous batching. `init_continuous_batching` of a patched model returns a `LerpManager`.
 
-A request's λ is one of its `logit_processor_kwargs`, which transformers carries along with the request (queue, fork,
-eviction, ranks of a tensor-parallel group). In each step, the λ of every request is written after the arguments of the
-logits processors, in static storage. On the device, `packed_lam` expands it to the tokens of the packed row.
+A request's λ, with that of its prompt, is among its `logit_processor_kwargs`, which transformers carries along with
+the request (queue, fork, eviction, ranks of a tensor-parallel group). In each step, the λ of every token is written
+after the arguments of the logits processors, in static storage, from where `packed_lam` takes it on the device.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 import numbers
-import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, cast
 
@@ -22,17 +20,19 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.continuous_batching import cb_logits_processors, continuous_api
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 from transformers.generation.continuous_batching.scheduler import Scheduler
 
 from dami import upstream
-from dami.callers import CALLERS, Caller
+from dami.callers import AUTO, CALLERS, Caller
 from dami.dial.patch import patch_of
 from dami.dial.values import Intensity
 from dami.generation import attention
+from dami.generation.choices import Choice, Choices
 from dami.generation.courses import course_of
+from dami.generation.prefixes import blocks_in_use, key_blocks, read_once
+from dami.generation.reading import Reading, parse_tails
 from dami.generation.sampling import Sampler
 from dami.keywords import check_keywords
 from dami.layers.base import LerpModule
@@ -57,8 +57,7 @@ NEUTRAL = {
 }  # fmt: skip
 
 
-TOKEN_BITS = 23  # bits of the token in an int32 block key; 8 other bits hold a byte of λ
-TOKENS = 1 << TOKEN_BITS
+LAM_KEYWORDS = ("intensity", "prompt_intensity", "prompt_tail")
 
 
 @dataclass(frozen=True)
@@ -82,12 +81,39 @@ class StepLoad:
     seconds: float
 
 
-class Prompts(list[Any]):
-    """Prompts with an intensity each, passed through transformers' `generate_batch`."""
+Lams = tuple[float, float | None, int]  # a request's `intensity`, `prompt_intensity` and `prompt_tail`
 
-    def __init__(self, prompts: Sequence[Any], intensities: Sequence[float]) -> None:
+
+class Prompts(list[Any]):
+    """Prompts with their λ, passed through transformers' `generate_batch`."""
+
+    def __init__(self, prompts: Sequence[Any], lams: Sequence[Lams]) -> None:
         super().__init__(prompts)
-        self.intensities = intensities
+        self.lams = lams
+
+
+def lams_of_prompts(
+    prompts: int, intensities: Sequence[float], prompt_intensity: Any, prompt_tail: Any, caller: Caller, model: Any
+) -> list[Lams]:
+    """Returns the λ of each prompt.
+
+    Args:
+        prompts: number of prompts.
+        intensities: λ of each answer.
+        prompt_intensity: λ of the prompts: a number or a preset, or one per prompt; None for that of the answers.
+        prompt_tail: as in `parse_tails`.
+        caller: for error messages.
+        model: a patched model.
+
+    Raises:
+        TypeError, ValueError: an argument is none of these.
+    """
+    tails = parse_tails(prompt_tail, prompts)
+    if prompt_intensity is None:
+        return [(lam, None, tail) for lam, tail in zip(intensities, tails, strict=True)]
+    caller = replace(caller, argument="prompt_intensity", takes=caller.takes - {AUTO})
+    read = Intensity.parse(prompt_intensity, caller, patch_of(model).presets, prompts).each(prompts)
+    return list(zip(intensities, read, tails, strict=True))
 
 
 class LerpManager(continuous_api.ContinuousBatchingManager):
@@ -104,17 +130,11 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
 
         Raises:
             ImportError: this version of transformers lacks something that is needed.
-            ValueError: the model cannot run packed rows at several λ, or its vocabulary is too large.
+            ValueError: the model cannot run packed rows at several λ.
         """
         if isinstance(manager, cls):
             return manager
         upstream.check("continuous batching of a pair")
-        vocabulary = cast(Any, manager.model).get_input_embeddings().num_embeddings
-        if vocabulary > TOKENS and manager.continuous_batching_config.allow_block_sharing:
-            raise ValueError(
-                f"allow_block_sharing must be False for a vocabulary of {vocabulary}: blocks are told apart by λ and "
-                f"by tokens below {TOKENS}"
-            )
         manager.__class__ = cls
         lerped = cast(LerpManager, manager)
         lerped.parts = {}
@@ -189,6 +209,9 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         max_new_tokens: int | None = None,
         *args: Any,
         intensity: float | str | None = None,
+        prompt_intensity: float | str | None = None,
+        prompt_tail: int | None = None,
+        choice: Choice | None = None,
         **options: Any,
     ) -> str | None:
         """Like transformers' own.
@@ -196,32 +219,74 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         Args:
             input_ids: token ids of the prompt, at least one, all in the model's vocabulary.
             intensity: λ of the request, a finite number or a preset's name; by default, the model's current λ.
+            prompt_intensity: λ at which the prompt is read, a number or a preset; by default, `intensity`. Requests
+                at any `intensity` share the blocks of a prompt's beginning that was read at the same λ.
+            prompt_tail: how many tokens at the end of the prompt are read at `intensity` all the same; 1 by default.
+                With 0, the answer's first token follows from `prompt_intensity`.
+            choice: chooses λ when the prompt has been read, at `intensity`; it has the tail. None to choose nothing.
             request_id, max_new_tokens, args, options: as in transformers. Without `max_new_tokens`, the config's
                 `max_length` applies as it does in `generate`.
 
         Raises:
-            TypeError, ValueError: `intensity` is not one finite number or a preset, or the prompt is not a list of the
-                model's tokens that leaves room for an answer.
+            TypeError, ValueError: `intensity` or `prompt_intensity` is not one finite number or a preset,
+                `prompt_tail` is not an integer of at least 0, the prompt is not a list of the model's tokens that
+                leaves room for an answer, or this manager does not allow a choice.
         """
-        check_keywords("add_request", options, "intensity")
-        options["intensity"] = self._parse(intensity, CALLERS["add_request"]).one
+        caller = CALLERS["add_request"]
+        check_keywords("add_request", options, *LAM_KEYWORDS)
+        lam, [tail] = self._parse(intensity, caller).one, parse_tails(prompt_tail)
+        read = None
+        if prompt_intensity is not None:
+            read = self._parse(prompt_intensity, replace(caller, argument="prompt_intensity")).one
         room = check_prompt(self.model, self.generation_config, input_ids, max_new_tokens, "input_ids")
+        if choice is not None:
+            if not self.can_choose(choice.tail):
+                raise ValueError(f"choice must be None for this manager, which has no use for one, got {choice!r}")
+            options["choice"] = choice
+        options |= Reading.of_prompt(len(input_ids), lam, read, tail).arguments
         return super().add_request(input_ids, request_id, room, *args, **options)
 
-    def add_requests(self, inputs: list[list[int]], *args: Any, intensity: Any = None, **options: Any) -> list[str]:
-        """Like transformers' own, with one λ for all prompts or one per prompt: numbers or presets' names.
+    def can_choose(self, tail: int) -> bool:
+        """Whether a request may choose its λ when its prompt is read, and go back by so many tokens.
+
+        A captured step shows no states, an asynchronous one has begun the next, and a cache of sliding windows has
+        lost what the tokens before a longer tail saw.
+        """
+        if self.batch_processor is None:
+            self.warmup()
+        kinds = cast(Any, self.batch_processor).cache.cache_allocators
+        return (
+            not self.captures
+            and not self.continuous_batching_config.use_async_batching
+            and (tail <= 1 or all(each.supports_block_sharing for each in kinds.values()))
+        )
+
+    def add_requests(
+        self,
+        inputs: list[list[int]],
+        *args: Any,
+        intensity: Any = None,
+        prompt_intensity: Any = None,
+        prompt_tail: Any = None,
+        **options: Any,
+    ) -> list[str]:
+        """Like transformers' own, with the arguments of `add_request`, each one for all prompts or one per prompt.
 
         Raises:
-            TypeError, ValueError: `intensity` is none of these.
+            TypeError, ValueError: `intensity`, `prompt_intensity` or `prompt_tail` is none of these.
         """
-        check_keywords("add_requests", options, "intensity")
-        if intensity is None and isinstance(inputs, Prompts):
-            intensity = inputs.intensities
-        lam = self._parse(intensity, CALLERS["add_requests"], len(inputs)).each(len(inputs))
-        ids = [""] * len(inputs)
-        for value in dict.fromkeys(lam):
-            places = [place for place, each in enumerate(lam) if each == value]
-            alike = super().add_requests([inputs[place] for place in places], *args, intensity=value, **options)
+        check_keywords("add_requests", options, *LAM_KEYWORDS)
+        caller, prompts = CALLERS["add_requests"], len(inputs)
+        if isinstance(inputs, Prompts):
+            lams = inputs.lams
+        else:
+            each = self._parse(intensity, caller, prompts).each(prompts)
+            lams = lams_of_prompts(prompts, each, prompt_intensity, prompt_tail, caller, self.model)
+        ids = [""] * prompts
+        for lam in dict.fromkeys(lams):
+            places = [place for place, each in enumerate(lams) if each == lam]
+            options |= dict(zip(LAM_KEYWORDS, lam, strict=True))
+            alike = super().add_requests([inputs[place] for place in places], *args, **options)
             for place, name in zip(places, alike, strict=True):
                 ids[place] = name
         return ids
@@ -236,6 +301,8 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         processor = super()._create_batch_processor()
         if processor is not before:
             key_blocks(processor)
+            read_once(processor)
+            upstream.widen_arguments(processor.inputs_and_outputs, Choices(processor).arguments)
             unblock_after_cancellations(processor.scheduler)
             if self.sampler is not None:
                 self.sampler.report_through(processor.inputs_and_outputs)
@@ -273,7 +340,7 @@ def _head_of(model: Any) -> int:
 
 
 class LerpProcessors(cb_logits_processors.ContinuousBatchingLogitsProcessorList):
-    """transformers' list of logits processors, with the λ of every request of a step as an additional last row.
+    """transformers' list of logits processors, with the λ of every token of a step as an additional last row.
 
     λ cannot be a processor of its own, because processors see only the requests that get a token in the step.
     """
@@ -286,7 +353,7 @@ class LerpProcessors(cb_logits_processors.ContinuousBatchingLogitsProcessorList)
         for each in per_request:
             self.supported_keys |= each.supported_kwargs
             self.ignored_keys |= {*each.ignored_kwargs}
-        self.supported_keys["intensity"] = float
+        self.supported_keys |= {"intensity": float, "earlier": tuple, "choice": Choice}
         self.tensors_required = len(per_request) + 1
         self.do_processing = len(self.logits_processor) > 0
 
@@ -300,7 +367,10 @@ class LerpProcessors(cb_logits_processors.ContinuousBatchingLogitsProcessorList)
             if course is not None and request.has_new_token:
                 course.follow(request.state)
         super().prepare_tensor_args(requests_in_batch, arg_storage)
-        lam = [request.state.logit_processor_kwargs.get("intensity", 0.0) for request in requests_in_batch]
+        lam: list[float] = []
+        for request in requests_in_batch:
+            end = request.state.position_offset  # which counts the tokens of this step already
+            lam += Reading.of(request.state).lam(end - request.query_length, end)
         arg_storage[-1, : len(lam)] = torch.tensor(lam).view(torch.int32).to(arg_storage.device)
         return arg_storage
 
@@ -351,16 +421,12 @@ def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> dict[str, 
 def packed_lam(inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """Returns the λ of every token of a packed row, float32 [tokens], and of the tokens whose logits are kept.
 
-    The second is None if `logits_to_keep` is not a tensor.
+    The second is None if `logits_to_keep` is not a tensor. Tokens that only pad the row have any λ.
 
     Args:
         inputs: the arguments that continuous batching passes to the model's forward pass.
     """
     lam = inputs["logits_processor_args"][-1].view(torch.float32)
-    ends = inputs["cu_seq_lens_q"][1:].contiguous()
-    tokens = torch.arange(inputs["input_ids"].shape[1], dtype=ends.dtype, device=ends.device)
-    sequence = torch.searchsorted(ends, tokens, right=True).clamp(max=len(ends) - 1)  # the clamp is for padding
-    lam = lam[sequence]
     kept = inputs.get("logits_to_keep")
     return lam, lam[kept] if isinstance(kept, Tensor) else None
 
@@ -393,7 +459,7 @@ def check_packed(model: Any) -> None:
             position_ids=torch.tensor([[place for length in lengths for place in range(length)]], device=model.device),
             cu_seq_lens_q=begins,
             cu_seq_lens_k=begins,
-            logits_processor_args=lam.view(torch.int32).unsqueeze(0),
+            logits_processor_args=lam.repeat_interleave(begins.diff()).view(torch.int32).unsqueeze(0),
             use_cache=False,
             **last,
         ).logits
@@ -410,43 +476,6 @@ def check_packed(model: Any) -> None:
             f"{type(model).__name__} cannot be batched continuously at several λ: one reaches other sequences"
         )
     patch.packs = True
-
-
-def key_blocks(processor: continuous_api.ContinuousBatchProcessor) -> None:
-    """Makes requests share blocks of the KV cache only if their λ is equal.
-
-    transformers looks up blocks by the tokens from the start of the prompt. Here, the high bits of the first four
-    tokens hold the bits of λ. That suffices because a page holds at least four tokens.
-    """
-    cache, scheduler = processor.cache, processor.scheduler
-    search, mark = cache.search_prefix_match, cache.mark_complete_blocks
-
-    def search_prefix_match(request_id: str, prompt_ids: list[int]) -> int:
-        state = scheduler.waiting_requests[request_id]
-        return 0 if "earlier" in state.logit_processor_kwargs else search(request_id, keyed(prompt_ids, state))
-
-    def mark_complete_blocks(state: RequestState, complete_blocks: dict[str, int]) -> None:
-        if "earlier" in state.logit_processor_kwargs:
-            return  # its λ has changed, which no key tells
-        if complete_blocks and cache.allow_block_sharing:
-            state = copy.copy(state)
-            state.initial_tokens = keyed(state.initial_tokens, state)
-        mark(state, complete_blocks)
-
-    upstream.replace_method(cache, "search_prefix_match", search_prefix_match)
-    upstream.replace_method(cache, "mark_complete_blocks", mark_complete_blocks)
-
-
-def keyed(tokens: list[int], state: RequestState) -> list[int]:
-    """Returns a prompt that encodes λ: each of its first four int32 holds 8 bits of λ above 23 bits of a token."""
-    bits = struct.pack("<f", state.logit_processor_kwargs.get("intensity", 0.0))
-    return [token | byte << TOKEN_BITS for token, byte in zip(tokens, bits, strict=False)] + tokens[len(bits) :]
-
-
-def blocks_in_use(cache: PagedAttentionCache) -> float:
-    """Returns the share of a KV cache that requests hold, 0 to 1, without blocks cached for future prompts."""
-    kept = sum(len(each.ledger.cached_blocks) / each.num_blocks for each in cache.cache_allocators.values())
-    return round(1.0 - cache.compute_free_capacity() - kept, 6) + 0.0  # −0 is 0
 
 
 def unblock_after_cancellations(scheduler: Scheduler) -> None:

@@ -10,17 +10,23 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from dami.callers import AUTO
+from dami.dial.patch import patch_of
+from dami.schedules import Schedule
 from dami.upstream import is_stateful
 
 PIECE = 16  # tokens: few enough to waste little on finished rows, many enough to make the overhead negligible
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"  # its name in 5.24
 KNOWN = {"do_sample", "max_new_tokens", "min_p", "repetition_penalty", "temperature", "top_k", "top_p"}
+OfRows = Sequence[float | str | Schedule]  # λ of each row; a string is "auto"
 
 
 def generate_in_pieces(
     model: Any,
     batch: Mapping[str, Tensor],
-    intensities: Sequence[float] | Mapping[Any, Sequence[float]] | None = None,
+    intensities: OfRows | Mapping[Any, OfRows] | None = None,
+    prompt_intensity: Any = None,
+    prompt_tail: Any = None,
     **options: Any,
 ) -> Tensor:
     """Generates what `model.generate` does, at a cost set by the total number of tokens, not by the longest answer.
@@ -30,7 +36,8 @@ def generate_in_pieces(
     Args:
         model: a patched model, or an ordinary one with `intensities` None.
         batch: `input_ids` and `attention_mask`, int64 [rows, length], padded on the left.
-        intensities: λ, one per row; or a mapping from parts of the model to these.
+        intensities: λ, "auto" or a schedule, one per row; or a mapping from parts of the model to these.
+        prompt_intensity, prompt_tail: as in `generate`.
         options: options of `generate`, only those in `KNOWN`.
 
     Returns:
@@ -48,16 +55,21 @@ def generate_in_pieces(
     out = ids.new_full((len(ids), limit), config.pad_token_id or 0)
     rows, cache, told = torch.arange(len(ids), device=ids.device), None, 0
     parts = intensities if isinstance(intensities, Mapping) else {} if intensities is None else {None: intensities}
-    lams = {part: torch.tensor(values, dtype=torch.float32, device=ids.device) for part, values in parts.items()}
+    lams: dict[Any, list[Any]] = {part: list(values) for part, values in parts.items()}
+    if prompt_intensity is not None or prompt_tail is not None:
+        options |= {"prompt_intensity": prompt_intensity, "prompt_tail": prompt_tail}
     most = PIECE if _can_shrink(model) else limit
     while told < limit:
         if lams:
-            of_rows = {part: lam[rows] for part, lam in lams.items()}
+            of_rows = {part: _continued(values, rows.tolist(), ids[:, length:]) for part, values in lams.items()}
             options["intensity"] = of_rows.get(None, of_rows)
         piece = model.generate(
             input_ids=ids, attention_mask=seen, max_new_tokens=min(most, limit - told), return_dict_in_generate=True,
             num_beams=1, num_return_sequences=1, **{CACHE: cache}, **options,
         )  # fmt: skip
+        if told == 0:
+            options = {name: value for name, value in options.items() if not name.startswith("prompt_")}
+            lams = {part: _chosen(model, values) for part, values in lams.items()}
         ids, cache = piece.sequences, piece[CACHE]
         news = ids[:, length + told :]
         out[rows, told : told + news.shape[1]] = news
@@ -70,6 +82,35 @@ def generate_in_pieces(
             rows, ids, seen = rows[running], ids[running], seen[running]
             cache.batch_select_indices(running.nonzero().flatten())
     return out[:, :told]
+
+
+def _chosen(model: Any, lams: Sequence[Any]) -> list[Any]:
+    """Replaces "auto" by what the estimator has chosen for each row."""
+    return [
+        patch_of(model).chosen[row] if isinstance(lam, str) and lam == AUTO else lam for row, lam in enumerate(lams)
+    ]
+
+
+def _continued(lams: Sequence[Any], rows: Sequence[int], said: Tensor) -> list[Any]:
+    """Returns λ of some rows for their next piece, given the tokens that they have said, int64 [rows, tokens]."""
+    if said.shape[1] == 0:
+        return [lams[row] for row in rows]
+    schedules: dict[int, Any] = {}
+    for place, row in enumerate(rows):
+        if callable(lams[row]):
+            schedules.setdefault(id(lams[row]), (lams[row], []))[1].append(place)
+    later = {key: _Later(schedule, said[places]) for key, (schedule, places) in schedules.items()}
+    return [later.get(id(lams[row]), lams[row]) for row in rows]
+
+
+class _Later:
+    """A schedule that goes on after tokens of an earlier call, int64 [rows, tokens]."""
+
+    def __init__(self, schedule: Schedule, said: Tensor) -> None:
+        self.schedule, self.said = schedule, said
+
+    def __call__(self, step: int, tokens: Tensor) -> float | Tensor:
+        return self.schedule(self.said.shape[1] + step, torch.cat([self.said, tokens], 1))
 
 
 def end_tokens(model: Any) -> Tensor:

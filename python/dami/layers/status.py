@@ -84,6 +84,11 @@ class Status:
         return self._patch.estimator
 
     @property
+    def chosen(self) -> Mapping[int, float]:
+        """The λ that the estimator chose in the last `generate` that asked it, by the prompt's index in the batch."""
+        return dict(self._patch.chosen)
+
+    @property
     def frontier(self) -> Mapping[str, Any]:
         """The measurements behind presets and estimator, as `dami evaluate` writes them; {} if there are none."""
         return self._patch.frontier

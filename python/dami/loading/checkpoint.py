@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,24 +16,24 @@ from huggingface_hub import ModelCard, snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers import AutoQuantizationConfig
-from transformers.utils import logging
 
 from dami.loading import adapters
-from dami.patching.compare import Header, first_names
+from dami.patching.compare import Header
 from dami.patching.ties import TIES
 from dami.sources import QUANT_METHOD, TWO_ENDS, local
-from dami.upstream import ignored_keys, ties_of
+from dami.upstream import ties_of
 
 FILES = ["model*.safetensors", adapters.WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md"]
 
@@ -131,8 +130,9 @@ class Checkpoint:
 
     def skeleton(self, config: PreTrainedConfig | None = None) -> PreTrainedModel:
         """Returns its model without the weights, made from its own config or from another."""
+        config = config or self.config()
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config or self.config(), trust_remote_code=self.trust_remote_code)
+            return _auto_class(config).from_config(config, trust_remote_code=self.trust_remote_code)
 
     def generation(self) -> GenerationConfig:
         """Returns how it generates unless told otherwise."""
@@ -166,7 +166,7 @@ class Checkpoint:
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         with warnings.catch_warnings():  # that the checkpoint is quantised already
             warnings.filterwarnings("ignore", "You passed `quantization_config`")
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = _auto_class(options.get("config") or self.config()).from_pretrained(
                 self.directory, output_loading_info=True, **self._where, **options
             )
         model, info = loaded
@@ -248,6 +248,15 @@ class Checkpoint:
     def _places(self) -> dict[str, Path]:
         return {name: file for file in self.files() for name in headers_in(file)}
 
+    def identity(self) -> list[object]:
+        """Returns what changes if its weights do: here, names, sizes and times of its files."""
+        files = [file.stat() for file in self.files()]
+        return [str(self.path), [[file.st_size, file.st_mtime_ns] for file in files]]
+
+    def place(self, name: str) -> Path:
+        """Returns the file that a stored tensor is in."""
+        return self._places[name]
+
     def stored_rows(self, name: str, rows: slice) -> Tensor:
         """Returns some rows of a tensor as it is stored, as a view of its file on the CPU."""
         with safe_open(self._places[name], framework="pt") as file:
@@ -271,14 +280,13 @@ class Checkpoint:
             scale = _each(scale, shape[-1], blocks[1], -1)
         return tensor.float() * scale
 
-    def tensors(self, names: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, Tensor]]:
-        """Yields the stored tensors one at a time under each of their model names."""
-        with logging.tqdm(total=len(names), desc=f"Reading {self.directory.name}") as bar:
-            for name in sorted(names, key=lambda name: self._places[name]):  # file by file
-                tensor = self.read(name)
-                for own in names[name]:
-                    yield own, tensor
-                bar.update()
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """Returns the class of transformers that makes a config's model: a causal one, or else one of images and text."""
+    kind = type(config)
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING or kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
 
 
 def _each(scale: Tensor, size: int, block: int, dim: int) -> Tensor:
@@ -310,66 +318,3 @@ def headers_in(file: Path) -> dict[str, Header]:
             name: (list(part.get_shape()), DTYPES.get(part.get_dtype(), part.get_dtype()))
             for name, part in slices.items()
         }
-
-
-@dataclass(frozen=True)
-class StoredTensors:
-    """How a checkpoint's stored tensors map to the tensors of the model.
-
-    Attributes:
-        names: each tensor's names in the model, by stored name. Tied tensors appear once, under the first's name,
-            unless the pair unties them.
-        headers: shape and dtype by the name in the model.
-        converted: shape and dtype of tensors that transformers makes the model's from, by stored name.
-        unused: the stored names of tensors that transformers does not read either.
-        complete: whether every tensor of the model is stored as it is.
-    """
-
-    names: dict[str, list[str]]
-    headers: dict[str, Header]
-    converted: dict[str, Header]
-    unused: list[str]
-    complete: bool
-
-    @classmethod
-    def of(
-        cls, skeleton: PreTrainedModel, headers: Mapping[str, Header], ties: Mapping[str, str] | None = None
-    ) -> StoredTensors:
-        """Finds each stored tensor in the model, with or without the base model's prefix.
-
-        Args:
-            skeleton: the model without its weights.
-            headers: shape and dtype by stored name.
-            ties: weights that this checkpoint ties but the skeleton does not, by name, with their sources.
-        """
-        firsts = first_names(skeleton)
-        prefix = f"{skeleton.base_model_prefix}."
-        ignored = re.compile("|".join(ignored_keys(skeleton) or ["(?!)"]))
-        mapping = get_model_conversion_mapping(skeleton)
-        renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
-        converters = [each for each in mapping if isinstance(each, WeightConverter)]
-        found: dict[str, str] = {}  # stored names by the model's
-        converted, unused = {}, []
-        for name, header in headers.items():
-            known = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in firsts), None)
-            if known is not None and (known == firsts[known] or firsts[known] not in found):
-                found[firsts[known]] = name  # for tied tensors, the first, as in transformers
-            elif known is None and not ignored.search(name):
-                other, _ = rename_source_key(name, renamings, converters, skeleton.base_model_prefix, dict(firsts))
-                if other in firsts:
-                    converted[name] = header
-                else:
-                    unused.append(name)
-        for target, source in (ties or {}).items():
-            if source in found or target in found:
-                found[target] = found[source] = found.get(source) or found[target]
-        names: dict[str, list[str]] = {}
-        for known, name in found.items():
-            names.setdefault(name, []).append(known)
-        return cls(
-            names=names,
-            headers={known: headers[name] for known, name in found.items()},
-            converted=converted,
-            unused=unused,
-            complete=found.keys() == set(firsts.values()),
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,8 @@ class Joining:
             ValueError: they do not match; every mismatch is named. Or there is nothing to choose.
         """
         check_distinct(ends)
-        if ends[1].is_adapter and choices is not None and (chosen := choices.between_ends):
-            raise ValueError(f"{chosen[0]} must be left out with an adapter, which has the {chosen[0]} of its model")
+        if ends[1].is_adapter and choices is not None:
+            choices.check_adapter()
         read = tuple(Adapter.read(end.directory) if end.is_adapter else None for end in ends)
         for adapter in filter(None, read):
             if mismatches := adapter.mismatches(base.skeleton()):
@@ -145,13 +145,19 @@ class Joining:
         return model
 
 
-def base_of(ends: tuple[Checkpoint, Checkpoint], base: str | Path | None, options: Mapping[str, Any]) -> Checkpoint:
+def base_of(
+    ends: tuple[Checkpoint, Checkpoint],
+    base: str | Path | None,
+    options: Mapping[str, Any],
+    find: Callable[[str | Path, Mapping[str, Any]], Checkpoint] = Checkpoint.at,
+) -> Checkpoint:
     """Finds the checkpoint whose model is loaded: the instruct end, or what its adapter was trained on.
 
     Args:
         ends: both ends.
         base: what the adapters were trained on, if it is not what they name.
         options: those of the instruct end; `revision` and `subfolder` do not apply to the base of an adapter.
+        find: finds a checkpoint, with such options.
 
     Raises:
         TypeError: `base` is given, and the instruct end is no adapter.
@@ -175,7 +181,7 @@ def base_of(ends: tuple[Checkpoint, Checkpoint], base: str | Path | None, option
     if base is None and not names[0]:
         raise ValueError(f"the adapter {instruct.directory} does not say what it was trained on: name it, base=…")
     try:
-        return Checkpoint.at(base or names[0], elsewhere)
+        return find(base or names[0], elsewhere)
     except OSError as error:
         raise OSError(f"{instruct.directory} is an adapter, and its base cannot be found: {error}; base=…") from error
 
@@ -244,7 +250,7 @@ def _loaded(match: Match, end: int, **options: Any) -> PreTrainedModel:
 def _other_end(match: Match, plain: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors of the thinking end by their names in the model, each as long as the model's."""
     state = plain.state_dict(keep_vars=True)
-    for name, tensor in match.ends[1].tensors(match.stored[1].names):
+    for name, tensor in match.stored[1].tensors(match.ends[1]):
         yield name, match.lengthen(name, state[name], tensor)[1]
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dami.loading import policies, published
-from dami.loading.checkpoint import Checkpoint, StoredTensors
+from dami.loading.checkpoint import Checkpoint
 from dami.loading.policies import Choices, Difference, End, Report, both, is_floating
+from dami.loading.stored import StoredTensors
 from dami.patching.compare import Header, first_names, headers_of, tensor_mismatches
 from dami.patching.ties import TIES, untie
 from dami.sources import check_end

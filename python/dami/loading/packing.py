@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import convert_file_size_to_int
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
+from transformers.utils import logging
 
 from dami.estimators.files import copy_estimator
 from dami.files import written_whole
@@ -24,6 +24,8 @@ from dami.loading.joining import Joining, base_of, origin_of, with_both_template
 from dami.loading.load import load_pair
 from dami.loading.match import Match
 from dami.loading.policies import CONTEXT, Choices, End, main_dtype, wider_dtype
+from dami.loading.remote import left_on_hub
+from dami.loading.shards import Shards
 from dami.patching.compare import first_names
 from dami.saving.config import PackedConfig, by_pattern
 from dami.saving.directory import write_pair
@@ -33,7 +35,9 @@ from dami_kernels import LerpWeight, formats
 from dami_kernels.weight import FLOAT_DTYPES
 
 SHARD_SIZE = "1GiB"  # a shard is held in memory until it is written
-CARRIED = ("*.py", "LICENSE*", "generation_config.json")  # files of the instruct end that are copied unchanged
+CARRIED = ("*.py", "LICENSE*", "generation_config.json", "*processor_config.json")  # of the instruct end, copied
+
+T = TypeVar("T")
 
 logger = logging.get_logger(__name__)
 
@@ -45,6 +49,8 @@ def pack(
     format: str = "int4",
     *,
     overwrite: bool = False,
+    stream: bool = False,
+    resume: bool = False,
     base: str | Path | None = None,
     trust_remote_code: bool = False,
     max_shard_size: int | str = SHARD_SIZE,
@@ -59,14 +65,18 @@ def pack(
 
     Tensors are read one at a time from the memory-mapped files of both ends, so memory holds at most one shard of the
     output. The directory is written under a temporary name and renamed at the end. An interrupted run leaves
-    DIRECTORY.partial, which the next run removes.
+    DIRECTORY.partial, which the next run removes, or goes on from.
 
     Args:
-        instruct, thinking: as in `load_pair`. Checkpoints that are not stored in the model's layout (GGUF, an adapter,
-            tensors that transformers converts) are loaded first, with a warning; both ends are then in memory.
+        instruct, thinking: as in `load_pair`. Checkpoints that cannot be read tensor by tensor (GGUF, an adapter) are
+            loaded first, with a warning; both ends are then in memory.
         directory: the directory to write; it must be empty or not exist.
         format: how embeddings and linear weights are stored, a name of `dami_kernels.formats.names()`.
         overwrite: whether to replace an existing directory.
+        stream: whether to leave the weights on the hub and read each tensor from there. Neither checkpoint is then on
+            disk. A connection that breaks is made again.
+        resume: whether to keep the finished files if the run is interrupted, and to go on from those that an earlier
+            run of the same ends and arguments has left.
         base: as in `load_pair`.
         trust_remote_code: as in `from_pretrained`.
         max_shard_size: maximum size of a file, unless a single weight is larger: bytes, or a string such as "1GB".
@@ -78,7 +88,8 @@ def pack(
     Raises:
         TypeError: an option is unknown.
         ValueError, OSError: as in `load_pair`; or `max_shard_size` is not a size, overwriting the directory would
-            remove an end, or it cannot be written.
+            remove an end, or it cannot be written; `stream` and the ends cannot be read tensor by tensor; `resume` and
+            what an earlier run has left is of other ends or arguments.
         FileExistsError: the directory exists and is not empty.
     """
     formats.get(format)
@@ -88,11 +99,14 @@ def pack(
     own = per_end(unknown := dict(options))
     if unknown:
         raise TypeError(f"options must be of {list(OPTIONS)}, or of these after {THINKING}, got {sorted(unknown)}")
-    ends = Checkpoint.at(instruct, own[0]), Checkpoint.at(thinking, own[1])
-    based = base_of(ends, base, own[0])
+    find = left_on_hub if stream else Checkpoint.at
+    ends = find(instruct, own[0]), find(thinking, own[1])
+    based = base_of(ends, base, own[0], find)
     choices = Choices(dtype, tokenizer, rope, max_position_embeddings)
-    with written_whole(directory, overwrite, [end.path for end in (*ends, based)]) as partial:
+    with written_whole(directory, overwrite, [end.path for end in (*ends, based)], resume) as partial:
         joining = Joining.of(ends, based, choices)
+        if joining.whole is None and stream:
+            raise ValueError(f"stream must be False: {instruct} or {thinking} is not stored as the model is")
         if joining.whole is None:
             logger.warning(f"{instruct} or {thinking} is not stored as the model is: loading both ends first")
             told = {} if max_position_embeddings is None else {CONTEXT: max_position_embeddings}
@@ -101,11 +115,13 @@ def pack(
             write_pair(model, partial, words, shard_bytes)
         else:
             joining.warn()
-            _pack(joining.whole, partial, format, shard_bytes)
+            packed: dict[str, Any] = {"ends": [end.identity() for end in ends], "format": format}
+            packed |= {"max_shard_size": shard_bytes, **{name: str(choice) for name, choice in vars(choices).items()}}
+            _pack(joining.whole, partial, format, Shards(partial, shard_bytes, packed))
     return directory
 
 
-def _pack(match: Match, directory: Path, format: str, shard_bytes: int) -> None:
+def _pack(match: Match, directory: Path, format: str, shards: Shards) -> None:
     """Writes all files of the packed pair. Peak memory is one shard plus what packing a million weights needs."""
     reader, names, kinds = _Reader(match), list(match.stored[0].headers), _kinds(match)
     lines, idle = obstacles(match.skeleton), unread(match.skeleton)
@@ -115,26 +131,38 @@ def _pack(match: Match, directory: Path, format: str, shard_bytes: int) -> None:
         raise ValueError(
             "\n  ".join(["these tensors differ between the ends and cannot be interpolated:", *sorted(refused)])
         )
-    shards, error = _Shards(directory, shard_bytes), _Error()
-    interpolated: dict[str, str] = {}
-    for name in logging.tqdm(names, desc=f"Packing {directory.stem}"):
-        base, target = reader.read(name)
+    done = shards.done
+    left = logging.tqdm([name for name in names if name not in done], desc=f"Packing {directory.stem}")
+    for name, (base, target) in _ahead(reader.read, left):
         kind = kinds[name]
         if kind is None or torch.equal(base, target):
-            shards.add({name: base})
+            shards.add(name, None, {name: base})
             continue
-        interpolated[name] = stored_format(format, kind, name, base)
+        stored = stored_format(format, kind, name, base)
         operands = kind.as_operand(base).contiguous(), kind.as_operand(target).contiguous()
-        weight = LerpWeight.pack(*operands, format=interpolated[name])
-        error.add(weight, operands[1])
-        tensors = zip(formats.get(weight.format).TENSORS, map(kind.as_operand, weight.tensors), strict=True)
-        shards.add({name + suffix: tensor.contiguous() for suffix, tensor in tensors})
+        weight = LerpWeight.pack(*operands, format=stored)
+        tensors = zip(formats.get(stored).TENSORS, map(kind.as_operand, weight.tensors), strict=True)
+        packed = {name + suffix: tensor.contiguous() for suffix, tensor in tensors}
+        shards.add(name, stored, packed, *error_of(weight, operands[1]))
+    shards.write()
+
+    firsts, interpolated = first_names(match.skeleton), shards.interpolated
+    by_name = {name: interpolated[first] for name, first in firsts.items() if first in interpolated}
+    weights = sum(match.skeleton.state_dict()[name].numel() for name in interpolated)
+    _describe(match, directory, format, by_pattern(by_name, firsts), shards.error, shards.nbytes, weights)
     shards.close()
 
-    firsts = first_names(match.skeleton)
-    stored = {name: interpolated[first] for name, first in firsts.items() if first in interpolated}
-    weights = sum(match.skeleton.state_dict()[name].numel() for name in interpolated)
-    _describe(match, directory, format, by_pattern(stored, firsts), error.relative, shards.nbytes, weights)
+
+def _ahead(read: Callable[[str], T], names: Iterable[str]) -> Iterator[tuple[str, T]]:
+    """Yields each name and what is read under it; the next is read meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        coming: tuple[str, Future[T]] | None = None
+        for name in names:
+            before, coming = coming, (name, pool.submit(read, name))
+            if before is not None:
+                yield before[0], before[1].result()
+        if coming is not None:
+            yield coming[0], coming[1].result()
 
 
 def _describe(
@@ -185,13 +213,12 @@ class _Reader:
 
     def __init__(self, match: Match) -> None:
         self.match = match
-        self.stored = [{own: name for name, owns in stored.names.items() for own in owns} for stored in match.stored]
         self.mains = [main_dtype(stored.headers) for stored in match.stored]
 
     def read(self, name: str) -> tuple[Tensor, Tensor]:
         """Returns a tensor of both ends: as views of their files if they need no change."""
-        ends = zip(self.match.ends, self.stored, strict=True)
-        base, target = (end.read(stored[name]) for end, stored in ends)
+        ends = zip(self.match.ends, self.match.stored, strict=True)
+        base, target = (stored.read(end, name) for end, stored in ends)
         dtype = self._dtype(name)
         if dtype is not None:
             base, target = base.to(dtype), target.to(dtype)
@@ -212,53 +239,12 @@ class _Reader:
         return wider if asked == "auto" or special or isinstance(asked, str) else asked
 
 
-class _Shards:
-    """Writes safetensors files of limited size and their index, named as transformers names them."""
-
-    def __init__(self, directory: Path, limit: int) -> None:
-        self.directory, self.limit, self.nbytes = directory, limit, 0
-        self.held: dict[str, Tensor] = {}
-        self.written: list[tuple[Path, list[str]]] = []
-
-    def add(self, tensors: dict[str, Tensor]) -> None:
-        """Adds tensors that belong in the same file. If they do not fit, first writes the tensors held so far."""
-        held, more = (sum(tensor.nbytes for tensor in some.values()) for some in (self.held, tensors))
-        if held and held + more > self.limit:
-            self.write()
-        self.held |= tensors
-        self.nbytes += more
-
-    def write(self) -> None:
-        file = self.directory / f"{len(self.written):05}.safetensors"
-        save_file(self.held, file, metadata={"format": "pt"})
-        self.written.append((file, list(self.held)))
-        self.held = {}
-
-    def close(self) -> None:
-        """Writes the remaining tensors and the index."""
-        self.write()
-        weight_map: dict[str, str] = {}
-        for number, (file, names) in enumerate(self.written, 1):
-            name = f"model-{number:05}-of-{len(self.written):05}.safetensors"
-            file.rename(file.with_name(name))
-            weight_map |= dict.fromkeys(names, name)
-        index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
-        (self.directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-
-
-class _Error:
-    """Accumulates the relative error of the stored λ=1 end: the Frobenius norm of the error over that of the end."""
-
-    def __init__(self) -> None:
-        self.lost = self.whole = 0.0
-
-    def add(self, weight: LerpWeight, target: Tensor) -> None:
-        if weight.format != "pair":
-            for rows, _, kept in formats.float_blocks(weight.format, weight.tensors, weight.shape[-1]):
-                exact = target[rows].float()
-                self.lost += (kept - exact).square_().sum().item()
-                self.whole += exact.square().sum().item()
-
-    @property
-    def relative(self) -> float:
-        return (self.lost / self.whole) ** 0.5 if self.whole else 0.0
+def error_of(weight: LerpWeight, target: Tensor) -> tuple[float, float]:
+    """Returns the squared Frobenius norms of the stored λ=1 end's error and of that end; zeros if it is exact."""
+    lost = whole = 0.0
+    if weight.format != "pair":
+        for rows, _, kept in formats.float_blocks(weight.format, weight.tensors, weight.shape[-1]):
+            exact = target[rows].float()
+            lost += (kept - exact).square_().sum().item()
+            whole += exact.square().sum().item()
+    return lost, whole

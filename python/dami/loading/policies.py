@@ -11,19 +11,21 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from dami.loading.checkpoint import DEQUANTIZABLE, Checkpoint, StoredTensors
+from dami.loading.checkpoint import DEQUANTIZABLE, Checkpoint
+from dami.loading.stored import StoredTensors
 from dami.patching.compare import Header, differing_settings
 from dami.patching.ties import TIES
+from dami.sources import ENDS as ENDS
+from dami.sources import End as End
+from dami.sources import check_choice
 from dami.thoughts import FAMILIES
 from dami_kernels.weight import FLOAT_DTYPES
 
-End = Literal["instruct", "thinking"]
-ENDS: tuple[End, End] = ("instruct", "thinking")
 ROPE = re.compile(  # the configs that hold a setting of the rotary embedding, and the setting
     r"(?:(.*?)\.)??"
     r"(rope_parameters|rope_theta|rope_scaling|rope_local_base_freq|original_max_position_embeddings)(?:\..*)?"
@@ -54,10 +56,14 @@ class Choices:
             raise ValueError(f"dtype must be 'auto', float32, bfloat16 or float16, got {self.dtype!r}")
         object.__setattr__(self, "dtype", dtype or "auto")
         for name in ("tokenizer", "rope"):
-            if getattr(self, name) not in (None, *ENDS):
-                raise ValueError(f"{name} must be 'instruct' or 'thinking', got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name))
         if self.context is not None and not (isinstance(self.context, int) and self.context > 0):
             raise ValueError(f"{CONTEXT} must be a positive number of tokens, got {self.context!r}")
+
+    def check_adapter(self) -> None:
+        """Raises ValueError for a choice that needs two whole checkpoints, where the thinking end is an adapter."""
+        if chosen := self.between_ends:
+            raise ValueError(f"{chosen[0]} must be left out with an adapter, which has the {chosen[0]} of its model")
 
     @property
     def between_ends(self) -> list[str]:
@@ -320,7 +326,7 @@ def generations(configs: tuple[GenerationConfig, GenerationConfig]) -> Iterator[
         yield Difference("end tokens", told, union, "generate(eos_token_id=…) sets others")
     sampling = [sampling_of(config) for config in configs]
     if sampling[0] != sampling[1]:
-        resolution = "the instruct end's are the default; both are kept in the pair's config"
+        resolution = "the instruct end's are the default, in dami serve the nearer end's; the pair's config keeps both"
         yield Difference("sampling", both(*sampling), resolution, "arguments of generate set others")
 
 

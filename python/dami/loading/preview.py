@@ -9,14 +9,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from dami.layers.base import LerpModule
 from dami.layers.kinds import kind_on_meta, readers, stored_format
 from dami.layers.obstacles import obstacles
 from dami.loading.adapters import Adapter
-from dami.loading.checkpoint import Checkpoint, StoredTensors
+from dami.loading.checkpoint import Checkpoint
 from dami.loading.match import Match, check_distinct
 from dami.loading.policies import Choices, Difference, Report
+from dami.loading.stored import StoredTensors
 from dami.patching.patch import place_of
+from dami.patching.ties import untie
 from dami_kernels import formats
 from dami_kernels.formats import Matrices
 from dami_kernels.weight import FLOAT_DTYPES
@@ -77,10 +82,8 @@ class Preview:
         return not self.report.blocking
 
     def fitting(self, nbytes: float) -> list[str]:
-        """Returns the GPUs, the smallest first, that hold so many bytes of weights; or how many of the largest do."""
-        fits = [name for name, memory in sorted(GPUS.items(), key=lambda each: each[1]) if nbytes <= SHARE * memory]
-        name, memory = max(GPUS.items(), key=lambda each: each[1])
-        return fits or [f"{math.ceil(nbytes / (SHARE * memory))} × {name}"]
+        """Returns `fitting(nbytes)`."""
+        return fitting(nbytes)
 
     def loads(self, format: str) -> bool:
         """Returns whether this machine's memory is enough to load the two checkpoints in a format, onto the CPU."""
@@ -94,57 +97,76 @@ class Preview:
         return {"pair": self.is_pair, **told, "fits": fits, "differences": differences, "distances": distances}
 
 
-def preview(instruct: Checkpoint, thinking: Checkpoint, choices: Choices | None = None) -> Preview:
+def fitting(nbytes: float) -> list[str]:
+    """Returns the GPUs, the smallest first, that hold so many bytes of weights; or how many of the largest do."""
+    fits = [name for name, memory in sorted(GPUS.items(), key=lambda each: each[1]) if nbytes <= SHARE * memory]
+    name, memory = max(GPUS.items(), key=lambda each: each[1])
+    return fits or [f"{math.ceil(nbytes / (SHARE * memory))} × {name}"]
+
+
+def preview(
+    instruct: Checkpoint, thinking: Checkpoint, choices: Choices | None = None, base: Checkpoint | None = None
+) -> Preview:
     """Compares two checkpoints without loading them.
 
     Args:
-        instruct, thinking: the ends; the thinking end may be an adapter.
+        instruct, thinking: the ends; either may be an adapter.
         choices: the user's, where the ends differ.
+        base: what the instruct end was trained on, if that is an adapter, as `joining.base_of` finds it.
 
     Raises:
         ValueError, OSError: an end is none, or files are damaged.
     """
     check_distinct((instruct, thinking))
-    if thinking.is_adapter:
-        return _of_adapter(instruct, thinking)
-    match = Match.of(instruct, thinking, choices)
-    names = instruct.name, thinking.name, type(match.skeleton).__name__
-    if instruct.config().model_type != thinking.config().model_type:
+    choices, base = choices or Choices(), base or instruct
+    match = None if thinking.is_adapter else Match.of(base, thinking, choices)
+    if match is None:
+        choices.check_adapter()
+    skeleton = base.skeleton() if match is None else match.skeleton
+    names = instruct.name, thinking.name, type(skeleton).__name__
+    if match is not None and base.config().model_type != thinking.config().model_type:
         return Preview(*names, match.report)
-    dtype = match.dtype if match.dtype != "auto" else getattr(match.config, "dtype", None) or torch.float32
+    config, asked = skeleton.config, choices.dtype if match is None else match.dtype
+    dtype = asked if asked != "auto" else getattr(config, "dtype", None) or torch.float32
     numeric = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    sizes, parameters, largest = _sizes(match.skeleton, numeric)
-    streams = all(stored.complete for stored in match.stored)
+    adapters = [end for end in (instruct, thinking) if end.is_adapter]
+    told, changed = _adapted(adapters, skeleton)
+    differences = told if match is None else [*match.report.differences, *told, *_doubts(match)]
+    report = Report(differences)
+    sizes, parameters, largest = _sizes(skeleton, numeric, None if match is not None else changed)
+    streams = match is not None and not adapters and all(stored.complete for stored in match.stored)
     both = 2 * parameters * numeric.itemsize
-    needed = {format: nbytes + (largest if streams else both) for format, nbytes in sizes.items()}
-    needed["pack"] = min(SHARD, max(sizes.values())) + 4 * largest if streams else both + max(sizes.values())
-    told = str(numeric).removeprefix("torch.")
-    report = Report([*match.report.differences, *_doubts(match)])
-    distances = [] if report.blocking else list(_distances(match))
-    return Preview(*names, report, parameters, told, sizes, needed, streams, distances)
+    whole = both if match is not None and not streams else largest  # an adapter is put on tensor by tensor
+    needed = {format: nbytes + whole for format, nbytes in sizes.items()}
+    needed["pack"] = min(SHARD, max(sizes.values())) + 4 * largest if streams else whole + max(sizes.values())
+    distances = [] if report.blocking or match is None or adapters else list(_distances(match))
+    dtype = str(numeric).removeprefix("torch.")
+    return Preview(*names, report, parameters, dtype, sizes, needed, streams, distances)
 
 
-def _of_adapter(instruct: Checkpoint, thinking: Checkpoint) -> Preview:
-    """Returns the preview of a model and an adapter on it."""
-    skeleton = instruct.skeleton()
-    try:
-        lines = Adapter.read(thinking.directory).mismatches(skeleton)
-        report = Report([Difference(subject, ends) for subject, _, ends in (line.partition(": ") for line in lines)])
-    except ValueError as error:
-        report = Report([Difference("adapter", str(error))])
-    dtype = getattr(instruct.config(), "dtype", None) or torch.float32
-    sizes, parameters, largest = _sizes(skeleton, dtype)
-    needed = {format: nbytes + largest for format, nbytes in sizes.items()}
-    told = str(dtype).removeprefix("torch.")
-    return Preview(
-        instruct.name, thinking.name, type(skeleton).__name__, report, parameters, told, sizes, needed, streams=False
-    )
+def _adapted(ends: Sequence[Checkpoint], skeleton: PreTrainedModel) -> tuple[list[Difference], set[str]]:
+    """Returns what of some adapters does not fit their base, and the names of the parameters that they change."""
+    differences: list[Difference] = []
+    changed: set[str] = set()
+    for end in ends:
+        try:
+            adapter = Adapter.read(end.directory)
+        except ValueError as error:
+            differences.append(Difference("adapter", str(error)))
+            continue
+        lines = adapter.mismatches(skeleton)
+        differences += [Difference(subject, told) for subject, _, told in (line.partition(": ") for line in lines)]
+        changed |= {*adapter.names}
+        if not lines and adapter.unties(skeleton):
+            untie(skeleton)
+    return differences, changed
 
 
-def _sizes(skeleton: Any, dtype: torch.dtype) -> tuple[dict[str, int], int, int]:
+def _sizes(skeleton: PreTrainedModel, dtype: torch.dtype, changed: set[str] | None) -> tuple[dict[str, int], int, int]:
     """Returns the bytes of a pair by format, the parameters of one end, and the bytes of its largest tensor.
 
-    Every parameter counts as differing. A low-rank pair's size depends on its ranks, so it is left out.
+    The parameters in `changed` count as differing, every one if it is None. A low-rank pair's size depends on its
+    ranks, so it is left out.
     """
     read_by = readers({module: kind_on_meta(module) for module in skeleton.modules()})
     known = {name: formats.get(name) for name in formats.names()}
@@ -159,22 +181,33 @@ def _sizes(skeleton: Any, dtype: torch.dtype) -> tuple[dict[str, int], int, int]
         own = dtype if tensor.is_floating_point() else tensor.dtype
         largest = max(largest, tensor.numel() * own.itemsize)
         for format in sizes:
-            if own not in FLOAT_DTYPES:
+            if own not in FLOAT_DTYPES or (changed is not None and name not in changed):
                 sizes[format] += tensor.numel() * own.itemsize
-                continue
-            kind = read_by[id(tensor)]
-            layout = formats.get(stored_format(format, kind, name, tensor)).layout(kind.as_operand(tensor).shape, own)
-            sizes[format] += sum(torch.Size(shape).numel() * stored.itemsize for shape, stored in layout)
+            else:
+                sizes[format] += stored_bytes(format, read_by[id(tensor)], name, tensor, own)
     return sizes, parameters, largest
+
+
+def stored_bytes(format: str, kind: type[LerpModule], name: str, tensor: Tensor, dtype: torch.dtype) -> int:
+    """Returns the bytes of both ends of a tensor in a format.
+
+    Args:
+        format: the format asked for.
+        kind: the kind of the module that reads the tensor.
+        name: the tensor's name.
+        tensor: one end, of which the shape counts.
+        dtype: of the ends.
+    """
+    layout = formats.get(stored_format(format, kind, name, tensor)).layout(kind.as_operand(tensor).shape, dtype)
+    return sum(torch.Size(shape).numel() * stored.itemsize for shape, stored in layout)
 
 
 def _doubts(match: Match) -> Iterator[Difference]:
     """Yields the tensors that no λ reaches: if they differ, which only reading them all would tell, they block."""
     for name, line in obstacles(match.skeleton).items():
-        stored = [{own: name for name, owns in each.names.items() for own in owns} for each in match.stored]
-        if all(name in each for each in stored):
-            ends = zip(match.ends, stored, strict=True)
-            base, target = (end.read(names[name]) for end, names in ends)
+        if all(name in each.headers for each in match.stored):
+            ends = zip(match.ends, match.stored, strict=True)
+            base, target = (stored.read(end, name) for end, stored in ends)
             if not torch.equal(base, target):
                 yield Difference(name, f"differs, and cannot be interpolated: {line}")
 
@@ -183,40 +216,42 @@ def _distances(match: Match) -> Iterator[Distance]:
     """Yields the distance of each part of the model, from the first rows of tensors in a few layers."""
     parts: dict[str, list[tuple[str, str]]] = {}
     places = _places(match)
-    stored = [_by_name(each) for each in match.stored]
-    for name in stored[0].keys() & stored[1].keys() & places.keys():
-        parts.setdefault(places[name][1], []).append((places[name][0], name))
+    sampled = [_sampled(each) for each in match.stored]
+    for name in sampled[0].keys() & sampled[1].keys() & places.keys():
+        layer, part = places[name]
+        parts.setdefault(part, []).append((layer, name))
     for part in sorted(parts):
         layers = sorted({layer for layer, _ in parts[part]})
         chosen = {layers[round(i * (len(layers) - 1) / (SAMPLED_LAYERS - 1))] for i in range(SAMPLED_LAYERS)}
         lost = whole = 0.0
-        names = sorted(name for layer, name in parts[part] if layer in chosen)
-        for name in names:
+        pairs = [
+            names
+            for layer, name in sorted(parts[part])
+            if layer in chosen
+            for names in zip(sampled[0][name], sampled[1][name], strict=False)
+        ]
+        for names in pairs:
             base, target = (
-                end.read(names[name], slice(0, SAMPLED_ROWS)).double()
-                for end, names in zip(match.ends, stored, strict=True)
+                end.read(name, slice(0, SAMPLED_ROWS)).double() for end, name in zip(match.ends, names, strict=True)
             )
             rows = min(len(base), len(target)) if base.dim() else None
             lost += (target[:rows] - base[:rows]).square().sum().item()
             whole += base[:rows].square().sum().item()
-        yield Distance(part, len(names), (lost / whole) ** 0.5 if whole else 0.0)
+        yield Distance(part, len(pairs), (lost / whole) ** 0.5 if whole else 0.0)
 
 
-def _by_name(stored: StoredTensors) -> dict[str, str]:
-    """Returns the stored name of each tensor that can be compared: by the model's name, or its own if converted."""
-    return {own: name for name, owns in stored.names.items() for own in owns} | {
-        name: name for name in stored.converted
-    }
+def _sampled(stored: StoredTensors) -> dict[str, list[str]]:
+    """Returns, by a tensor's name in the model, the stored tensors that stand for it: of many experts, the first."""
+    found = {own: [name] for own, name in stored.stored_as.items()}
+    return found | {own: [names[0] for names in each.sources.values()] for own, each in stored.conversions.items()}
 
 
 def _places(match: Match) -> dict[str, tuple[str, str]]:
-    """Returns the layer and the part of the model that each tensor is in, by its name or its stored name."""
+    """Returns the layer and the part of the model that each tensor is in, by its name."""
     read_by = {module: kind_on_meta(module)[0] for module in match.skeleton.modules()}
     found: dict[str, tuple[str, str]] = {}
     for prefix, module in match.skeleton.named_modules():
         layer, part = place_of(match.skeleton, prefix, module, read_by[module])
         for own, _ in module.named_parameters(recurse=False):
             found[f"{prefix}.{own}"] = f"{layer or 0:05}", part
-    for name in match.stored[0].converted:
-        found[name] = "00000", "experts" if "experts" in name else "other"
     return found

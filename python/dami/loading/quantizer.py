@@ -26,6 +26,7 @@ from dami_kernels import LerpWeight, formats
 if TYPE_CHECKING:
     from dami.layers.base import LerpModule
     from dami.layers.packed import Packed
+    from dami.loading.checkpoint import Checkpoint
     from dami.patching.compare import Header
 
 logger = logging.get_logger(__name__)
@@ -152,6 +153,20 @@ class TwoEndsQuantizer(HfQuantizer):
     quantization_config: PairConfig
     is_trainable = True
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Gives the config the thinking end's rotary embedding, if chosen: transformers calls this before all else."""
+        from dami.loading.policies import copy_rope
+
+        thinking = self._thinking() if self.quantization_config.rope == "thinking" else None
+        if thinking is not None and not thinking.is_adapter and thinking.config().model_type == config.model_type:
+            copy_rope(thinking.config(), config)
+        return config
+
+    def _thinking(self) -> Checkpoint:
+        from dami.loading.checkpoint import Checkpoint
+
+        return Checkpoint.at(self.quantization_config.thinking, self.quantization_config.options)
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
@@ -160,6 +175,7 @@ class TwoEndsQuantizer(HfQuantizer):
         from dami.loading.joining import Joining
         from dami.loading.policies import Choices
 
+        own = self.quantization_config
         if _is_split(model):
             raise ValueError("tp_plan needs a packed pair, which dami.pack makes of two checkpoints")
         if not checkpoint_files:
@@ -169,11 +185,13 @@ class TwoEndsQuantizer(HfQuantizer):
         instruct = Checkpoint(where, name, trust_remote_code=type(model).is_remote_code())
         if not any(where.glob("*token*")):  # transformers downloads it apart from the model
             logger.warning(f"{name} has no tokenizer beside its weights: whether the vocabularies match is not checked")
-        thinking = Checkpoint.at(self.quantization_config.thinking, self.quantization_config.options)
+        thinking = self._thinking()
         # transformers has chosen the dtype: where another than the instruct end's is asked for, both ends get it.
         dtype = model.config.dtype
         asked = str(dtype).removeprefix("torch.") not in {kept for _, kept in instruct.headers().values()}
-        self.joining = Joining.of((instruct, thinking), instruct, Choices(dtype) if asked else None)
+        self.joining = Joining.of(
+            (instruct, thinking), instruct, Choices(dtype if asked else "auto", own.tokenizer, own.rope)
+        )
         match = self.joining.match
         if match is not None and match.dtype not in ("auto", dtype):
             raise ValueError(f"{name} is in {dtype}, which does not hold {thinking.name}: use dtype={match.dtype}")

@@ -6,10 +6,10 @@ import copy
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import transformers
@@ -21,6 +21,7 @@ from dami.dial.choosing import chosen
 from dami.dial.patch import Patch, patch_of
 from dami.dial.turning import check_rows, set_intensity, turned
 from dami.dial.values import AnyIntensity, Intensity, IntensityLike
+from dami.generation.beginnings import read_prompts
 from dami.generation.compiled import StepConfig, compiled_call, compiled_step, compiling
 from dami.generation.steering import programmed
 from dami.keywords import OURS, check_keywords
@@ -44,8 +45,8 @@ M = TypeVar("M", bound=nn.Module)
 class LerpModel(PreTrainedModel):
     """The methods that patching adds to a model. The patched class inherits from this class, then from the original.
 
-    The original's `forward` and `generate_batch` take one more keyword, `intensity`; its `generate` takes `intensity`
-    and `prompt_intensity`.
+    The original's `forward` and `generate_batch` take one more keyword, `intensity`; its `generate` takes `intensity`,
+    `prompt_intensity` and `prompt_tail`.
     """
 
     dami_patch: Patch
@@ -184,6 +185,7 @@ class PairModel(LerpModel, GenerationMixin):
         *args: Any,
         intensity: AnyIntensity | None = None,
         prompt_intensity: IntensityLike | None = None,
+        prompt_tail: int | Sequence[int] | Tensor | None = None,
         compile: bool | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -193,7 +195,10 @@ class PairModel(LerpModel, GenerationMixin):
             args, kwargs: as in transformers.
             intensity: λ for all prompts, or one per prompt: numbers, presets, "auto" or schedules; or a mapping from
                 parts of the model to these. By default, what `dami.set_intensity` or `with dami.intensity(…)` has set.
-            prompt_intensity: λ for reading the prompts, if it differs: a number or a preset, or one per prompt.
+            prompt_intensity: λ for reading the prompts, if it differs: a number or a preset, or one per prompt. Prompts
+                that begin alike are read once.
+            prompt_tail: how many tokens at the end of each prompt are read at `intensity` all the same: one number, or
+                one per prompt; 1 by default. At 0, the first token of the answer comes from `prompt_intensity`, too.
             compile: whether to decode by a compiled step, which a GPU captures as a graph. The first call compiles,
                 which takes minutes; another λ does not compile again.
         """
@@ -209,8 +214,19 @@ class PairModel(LerpModel, GenerationMixin):
                 kwargs |= compiled_step(self, options, _batch(args, kwargs)[1])
             each = bool(compile) and (prompts == 1 or self._mixes(kwargs))
             prepared = compiling(self) if compile else nullcontext()
-            with programmed(self, intensity, prompt_intensity, prompts, options, each), prepared:
+            with programmed(self, intensity, prompt_intensity, prompt_tail, prompts, options, each), prepared:
                 return super().generate(*args, **kwargs)
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Like transformers' own. `generate` calls it to read the prompts."""
+        prefill = cast(Any, super())._prefill
+
+        def read(ids: Tensor, config: Any, inputs: dict[str, Any]) -> Any:
+            return prefill(ids, config, inputs, *args, **kwargs)
+
+        return read_prompts(self, read, input_ids, generation_config, model_kwargs)
 
     def get_compiled_call(self, compile_config: Any) -> Any:
         """Like transformers' own. `generate` asks for it once, for all steps."""
@@ -237,11 +253,28 @@ class PairModel(LerpModel, GenerationMixin):
         with self.dami_patch.hold:
             return LerpManager.of(super().init_continuous_batching(*args, **kwargs))
 
-    def generate_batch(self, inputs: Any, *args: Any, intensity: IntensityLike | None = None, **kwargs: Any) -> Any:
-        """Like transformers' own, with one λ for all prompts or one per prompt: numbers, presets or "auto"."""
-        from dami.generation.batching import Prompts, check_config, check_prompt, padded
+    def generate_batch(
+        self,
+        inputs: Any,
+        *args: Any,
+        intensity: IntensityLike | None = None,
+        prompt_intensity: IntensityLike | None = None,
+        prompt_tail: int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Like transformers' own.
 
-        check_keywords("generate_batch", kwargs, "intensity")
+        Args:
+            inputs, args, kwargs: as in transformers.
+            intensity: λ for all prompts, or one per prompt: numbers, presets or "auto".
+            prompt_intensity: λ for reading the prompts, if it differs: a number or a preset, or one per prompt. Prompts
+                that begin alike share what was read at the same λ, whatever their `intensity`.
+            prompt_tail: how many tokens at the end of a prompt are read at `intensity` all the same, one number or one
+                per prompt; 1 by default.
+        """
+        from dami.generation.batching import LAM_KEYWORDS, Prompts, check_config, check_prompt, lams_of_prompts, padded
+
+        check_keywords("generate_batch", kwargs, *LAM_KEYWORDS)
         options = inspect.signature(self.dami_patch.original.generate_batch).bind(self, inputs, *args, **kwargs)
         config = options.arguments.get("generation_config") or self.generation_config
         check_config(config)
@@ -252,15 +285,16 @@ class PairModel(LerpModel, GenerationMixin):
             check_prompt(self, config, prompt, kwargs.get("max_new_tokens"), f"inputs[{place}]")
         with self.dami_patch.hold:
             wanted = self.dami_patch.dial.lam if intensity is None else intensity
-            batch = padded(inputs, self.device)
-            lam = chosen(self, wanted, CALLERS["generate_batch"], batch, len(inputs)).each(len(inputs))
-            return super().generate_batch(Prompts(inputs, lam), *args, **kwargs)
+            batch, caller, prompts = padded(inputs, self.device), CALLERS["generate_batch"], len(inputs)
+            each = chosen(self, wanted, caller, batch, prompts).each(prompts)
+            lams = lams_of_prompts(prompts, each, prompt_intensity, prompt_tail, caller, self)
+            return super().generate_batch(Prompts(inputs, lams), *args, **kwargs)
 
 
 KEYWORDS = {  # keywords that the methods of a patched model accept in addition to transformers' own
     "forward": ("intensity",),
-    "generate": ("intensity", "prompt_intensity", "compile"),
-    "generate_batch": ("intensity",),
+    "generate": ("intensity", "prompt_intensity", "prompt_tail", "compile"),
+    "generate_batch": ("intensity", "prompt_intensity", "prompt_tail"),
     "get_compiled_call": (),
     "prepare_inputs_for_generation": (),
     "init_continuous_batching": (),
@@ -286,9 +320,14 @@ def _packed_forward(model: LerpModel, args: tuple[Any, ...], kwargs: dict[str, A
     from dami.generation.rowwise import Rowwise
 
     running, (lam, kept) = model.dami_patch.running, packed_lam(kwargs)
+    on_states = kwargs.pop("on_states", None)
+    if on_states is not None:
+        kwargs["output_hidden_states"] = True
     sharing = nullcontext() if torch.compiler.is_compiling() else one_pass()
     with sharing, running.during(len(lam), 1, lam, kept), Rowwise() if running.invariant else nullcontext():
         output = model.dami_patch.original.forward(model, *args, **kwargs)
+        if on_states is not None:
+            on_states(output.hidden_states)
         return model._weighed(output, lam if kept is None else kept)
 
 

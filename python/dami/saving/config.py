@@ -10,7 +10,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dami.callers import DEFAULT_INTENSITY
-from dami.sources import OPTIONS, QUANT_METHOD, TWO_ENDS
+from dami.sources import OPTIONS, QUANT_METHOD, TWO_ENDS, End, check_choice
 from dami_kernels import formats
 
 
@@ -75,12 +75,14 @@ class PairConfig(QuantizationConfigMixin):
         format: how embeddings and linear weights are stored, a name of `dami_kernels.formats.names()`.
         intensity: λ until another is set: a number, or a preset of the thinking end.
         invariant: as in `patch_model`.
+        tokenizer: the end whose tokenizer the pair keeps, `model.dami_patch.origin.tokenizer`, as in `load_pair`.
+        rope: the end whose rotary embedding both ends get, if theirs differ, as in `load_pair`.
         options: options of the thinking end: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`,
             `subfolder`, `trust_remote_code`. Those of the instruct end are arguments of `from_pretrained`.
 
     Raises:
         TypeError: an option is unknown.
-        ValueError: the format is unknown.
+        ValueError: the format is unknown, or `tokenizer` or `rope` is no end.
     """
 
     def __init__(
@@ -90,22 +92,29 @@ class PairConfig(QuantizationConfigMixin):
         *,
         intensity: float | str = DEFAULT_INTENSITY,
         invariant: bool = False,
+        tokenizer: End | None = None,
+        rope: End | None = None,
         quant_method: str = TWO_ENDS,
         **options: Any,
     ) -> None:
         formats.get(format)
         if unknown := options.keys() - set(OPTIONS):
             raise TypeError(f"PairConfig takes options of {list(OPTIONS)} for the thinking end, got {sorted(unknown)}")
+        for name, end in (("tokenizer", tokenizer), ("rope", rope)):
+            check_choice(name, end)
         self.quant_method: Any = TWO_ENDS
         self.thinking = str(thinking)
         self.format = format
         self.intensity = intensity
         self.invariant = invariant
+        self.tokenizer = tokenizer
+        self.rope = rope
         self.options = options
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the arguments and `quant_method`, but no token, as transformers may write it to a file or a log."""
         own = {name: value for name, value in vars(self).items() if name != "options"}
+        own = {name: value for name, value in own.items() if value is not None}
         return own | {name: value for name, value in self.options.items() if name != "token"}
 
 

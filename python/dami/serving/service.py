@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 
 from dami.callers import CALLERS, DEFAULT_INTENSITY
 from dami.chat import ChatTemplate, render
+from dami.dial.patch import patch_of
 from dami.dial.values import Intensity
 from dami.generation.sampling import Sampling
 from dami.serving.active import ActiveChoice, ActiveRequest
@@ -97,6 +98,12 @@ class SamplingDefaults:
         said = {name: getattr(config, name, None) for name in names} | {"max_tokens": config.max_new_tokens}
         return cls(**{name: value for name, value in said.items() if value is not None})
 
+    @classmethod
+    def of_ends(cls, model: Any) -> tuple[SamplingDefaults, SamplingDefaults]:
+        """Takes those of the instruct end and of the thinking end; a pair keeps both where they differ."""
+        instruct, sampling = cls.of(model.generation_config), patch_of(model).origin.sampling
+        return instruct, cls.of(GenerationConfig(**sampling["thinking"])) if sampling else instruct
+
 
 class Service:
     """Answers requests.
@@ -117,7 +124,7 @@ class Service:
         self.lanes = Lanes()
         self.chat_format = ChatFormat(settings.name, self.token_bytes)
         self.completion_format = CompletionFormat(settings.name, self.token_bytes)
-        self.defaults = SamplingDefaults.of(engine.model.generation_config)
+        self.defaults = SamplingDefaults.of_ends(engine.model)
         self.created = int(time.time())
         self.active: dict[str, ActiveRequest] = {}
 
@@ -376,7 +383,7 @@ class Service:
                 field if len(prompt) < most else body.prompt_field,
                 "context_length_exceeded",
             )
-        return wanted or min(most - len(prompt), self.defaults.max_tokens or most)
+        return wanted or min(most - len(prompt), self.defaults[0].max_tokens or most)
 
     async def _begin(
         self,
@@ -394,11 +401,11 @@ class Service:
         reader = None if thoughts is None else thoughts.reader
         ends = frozenset(() if body.ignore_eos else self.engine.ends) | frozenset(body.stop_token_ids or ())
         seed = secrets.randbits(62) if body.seed is None else body.seed
-        sampling = {name: self._setting(body, name) for name in ("temperature", "top_p", "top_k")}
         stops = [*map(Stop, body.stops)]
         request = ActiveRequest(body, f"{prefix}-{secrets.token_hex(12)}", sum(map(len, prompts)), [])
         try:
             for prompt, intensity, room, wish in zip(prompts, intensities, rooms, wishes, strict=True):
+                sampling = {name: self._setting(body, name, intensity) for name in ("temperature", "top_p", "top_k")}
                 for each in range(body.n or 1):
                     guide = Guide(len(prompt), intensity, self.vocabulary, wish, ends, thoughts, inside)
                     row = self.engine.submit(
@@ -459,9 +466,10 @@ class Service:
             raise BadRequest(f"{field} must be a number or a preset, got 'auto'", field)
         self._check_intensity(value, field)
 
-    def _setting(self, body: ChatRequest | CompletionRequest, name: str) -> Any:
+    def _setting(self, body: ChatRequest | CompletionRequest, name: str, intensity: float) -> Any:
+        """Returns a sampling parameter of a request: by default that of the end nearer to its λ."""
         value = getattr(body, name)
-        value = getattr(self.defaults, name) if value is None else value
+        value = getattr(self.defaults[intensity >= 0.5], name) if value is None else value
         return max(value, 0)  # vLLM writes "no top_k" as −1
 
     def end(self, request: ActiveRequest) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from dami import upstream
-from dami.generation.batching import HONOURED, IDLE, NEUTRAL, LerpManager, check_config, keyed
+from dami.generation.batching import HONOURED, IDLE, NEUTRAL, LerpManager, check_config
 from dami.generation.sampling import Sampler, Sampling
 from transformers import (
     AfmoeConfig,
@@ -153,32 +153,12 @@ def test_prompts_share_blocks_at_equal_lam_only(monkeypatch: pytest.MonkeyPatch)
     assert found == [0, 0, 20, 20, 0]
 
 
-def test_keys_of_blocks_tell_lam_and_tokens_apart() -> None:
-    def key(lam: float, *tokens: int) -> tuple[int, ...]:
-        return tuple(keyed(list(tokens), RequestState("", [], logit_processor_kwargs={"intensity": lam})))
-
-    keys = {key(lam, a, b, 5, 6, 7) for lam in (0.0, 0.5, -0.5, 1e-9, 1.0) for a in (0, 1 << 22) for b in (3, 4)}
-    assert len(keys) == 20
-    assert all(-(1 << 31) <= token < 1 << 31 for each in keys for token in each)
-    assert key(0.3, 1, 2) == key(0.3, 1, 2)
-
-
 @pytest.mark.parametrize("token", [-1, 101, 1 << 23, (1 << 23) + 5])
 def test_tokens_outside_the_vocabulary_are_refused(token: int) -> None:
-    """They would be another token at another λ in the keys of blocks, and no embedding has them."""
+    """No embedding has them."""
     model = patched("qwen3")
     with pytest.raises(ValueError, match=rf"input_ids must be from 0 to 100, got {min(token, 5)} to {max(token, 6)}$"):
         model.init_continuous_batching(GREEDY, SMALL).add_request([5, token, 6], intensity=0.5)
-
-
-def test_a_vocabulary_too_large_for_keys_shares_no_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dami.generation.batching.TOKENS", 100)
-    model, asked = patched("qwen3"), prompts([6])
-    before = model.config._attn_implementation
-    with pytest.raises(ValueError, match="allow_block_sharing must be False for a vocabulary of 101"):
-        model.generate_batch(asked, GREEDY, SMALL)
-    assert batched(model, asked, config(allow_block_sharing=False), intensity=0.5) == alone(model, asked, [0.5])
-    assert model.config._attn_implementation == before
 
 
 def test_several_answers_to_a_prompt_have_its_lam() -> None:
@@ -275,12 +255,13 @@ def test_add_request_refuses(intensity: Any, error: type[Exception], message: st
     assert manager.input_queue.empty()
 
 
-@pytest.mark.parametrize("name", ["intensty", "prompt_intensity"])
+@pytest.mark.parametrize("name", ["intensty", "promt_intensity"])
 def test_misspelt_keywords_are_refused(name: str) -> None:
     manager = patched("qwen3").init_continuous_batching(GREEDY, SMALL)
-    with pytest.raises(TypeError, match=f"^add_request takes λ as intensity, got '{name}'"):
+    takes = "takes λ as intensity and prompt_intensity and prompt_tail"
+    with pytest.raises(TypeError, match=f"^add_request {takes}, got '{name}'"):
         manager.add_request([5, 6], **{name: 1.0})
-    with pytest.raises(TypeError, match=f"^add_requests takes λ as intensity, got '{name}'"):
+    with pytest.raises(TypeError, match=f"^add_requests {takes}, got '{name}'"):
         manager.add_requests([[5, 6]], **{name: 1.0})
     assert manager.input_queue.empty()
 
