@@ -12,12 +12,11 @@ class Course:
     """Decides at which λ the last token of a request is read, and what its next token may be.
 
     Each request has its own, passed to `add_request(…, course=…)`. `follow` is called before each step that gives the
-    request a token, in the generation thread. The prompt is read as the request says, at `intensity` unless it names
-    another λ.
+    request a token, in the generation thread. The prompt is read as the request says, and the answer begins at its
+    `intensity`, which may have been chosen while the prompt was read.
 
     Args:
         prompt: number of tokens of the request's prompt.
-        intensity: the request's λ.
 
     Attributes:
         tokens: those generated so far.
@@ -27,8 +26,8 @@ class Course:
         bias: float32 [vocabulary] on the CPU, added to the scores before the sampler chooses; None for none.
     """
 
-    def __init__(self, prompt: int, intensity: float) -> None:
-        self.prompt, self.intensity = prompt, intensity
+    def __init__(self, prompt: int) -> None:
+        self.prompt, self.intensity = prompt, 0.0
         self.tokens: list[int] = []
         self.lams: list[float] = []
         self.forced: int | None = None
@@ -39,13 +38,19 @@ class Course:
         known, evicted = len(self.tokens), len(state.initial_tokens) - self.prompt
         news = state.initial_tokens[self.prompt + known :] + state.generated_tokens[max(known - evicted, 0) :]
         self.tokens += news
+        given = state.logit_processor_kwargs
+        if not self.lams:
+            self.begin(given["intensity"])
         self.decide(news)
         self.lams.append(self.intensity)
-        given = state.logit_processor_kwargs
         if self.tokens and self.intensity != given["intensity"]:
             read = self.prompt + len(self.tokens) - 1
             given["earlier"] = (*given.get("earlier", ()), (read, given["intensity"]))
             given["intensity"] = self.intensity
+
+    def begin(self, intensity: float) -> None:
+        """Takes the λ at which the answer begins."""
+        self.intensity = intensity
 
     def decide(self, news: Sequence[int]) -> None:
         """Sets `intensity`, `forced` and `bias` for the next step, after these new tokens."""

@@ -325,7 +325,7 @@ class Engine:
         """
         self.check_room(1)
         ends = self.ends if ends is None else ends
-        course = Course(len(prompt), intensity) if course is None else course
+        course = Course(len(prompt)) if course is None else course
         row = Row(self, prompt, intensity, course, uuid.uuid4().hex, max_tokens, ends, time.monotonic())
         self.manager.register_result_handler(row.name, row.take)  # called later, on the event loop
         name = self.manager.add_request(

@@ -76,7 +76,6 @@ class Guide(Course):
 
     Args:
         prompt: number of tokens of its prompt.
-        intensity: λ granted to it.
         vocabulary: number of scores of a token.
         wishes: what the request wants.
         ends: tokens that end it.
@@ -87,19 +86,18 @@ class Guide(Course):
     def __init__(
         self,
         prompt: int,
-        intensity: float,
         vocabulary: int,
         wishes: Wishes,
         ends: frozenset[int],
         thoughts: Thoughts | None = None,
         inside: bool = False,
     ) -> None:
-        super().__init__(prompt, intensity)
+        super().__init__(prompt)
         self.vocabulary, self.wishes, self.ends, self.thoughts = vocabulary, wishes, ends, thoughts
         self.meter = None if thoughts is None else ThoughtMeter(thoughts.reader, inside)
         self.limit = wishes.budget  # tokens of its thoughts
         self._span = SHARE * (wishes.budget or 0)  # over which λ bends
-        self._points = ((0, intensity), *wishes.schedule)
+        self._points: Sequence[tuple[int, float]] = ()
         self._by_hand: float | None = None
         self._wrap_up: int | None = None
         self._matcher: Matcher | None = None if wishes.grammar is None else wishes.grammar.matcher()
@@ -122,6 +120,10 @@ class Guide(Course):
             self._by_hand = intensity
         if wrap_up is not None:
             self._wrap_up = wrap_up
+
+    def begin(self, intensity: float) -> None:
+        super().begin(intensity)
+        self._points = ((0, intensity), *self.wishes.schedule)
 
     def decide(self, news: Sequence[int]) -> None:
         for token in news:

@@ -407,7 +407,7 @@ class Service:
             for prompt, intensity, room, wish in zip(prompts, intensities, rooms, wishes, strict=True):
                 sampling = {name: self._setting(body, name, intensity) for name in ("temperature", "top_p", "top_k")}
                 for each in range(body.n or 1):
-                    guide = Guide(len(prompt), intensity, self.vocabulary, wish, ends, thoughts, inside)
+                    guide = Guide(len(prompt), self.vocabulary, wish, ends, thoughts, inside)
                     row = self.engine.submit(
                         prompt,
                         intensity,

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import httpx
 import pytest
+import torch
 from dami.generation.budget import ThoughtLimit
 from dami.schedules import bend, linear, switch_after
 from dami.serving.engine import Limits
 from dami.serving.guiding import Guide
 from dami.serving.service import ServiceSettings
 from transformers import LogitsProcessorList
+from transformers.generation.continuous_batching.requests import RequestState
 
 from tests.dami.serving.test_server import CHAT, COMPLETIONS, LIMITS, QUESTIONS, Running, asked, running, shipped, sse
 
@@ -279,3 +282,28 @@ def test_bad_courses(server: Running, options: dict[str, Any], param: str, messa
     response = server.post(CHAT, asked(QUESTIONS[0], **options))
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
     assert message in response.json()["error"]["message"]
+
+
+def test_evicted_requests_come_back_as_they_were(generate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a cache too small for all, those evicted are read again at the λ of each of their tokens."""
+    evicted = []
+    original = RequestState.create_equivalent_initial_request
+    monkeypatch.setattr(
+        RequestState, "create_equivalent_initial_request", lambda self: evicted.append(1) or original(self)
+    )
+    tight = Limits(kv_memory=0.0018, max_batch_tokens=48, max_model_len=128, share_prefixes=False)
+    points = [(0, 1.0), (10, 0.2), (30, 1.0), (60, 0.4)]
+
+    def lam(step: int, tokens: torch.Tensor) -> float:
+        for (left, low), (right, high) in pairwise(points):
+            if step <= right:
+                return low + (high - low) * (step - left) / (right - left)
+        return points[-1][1]
+
+    wanted = as_text(generate(HARD, lam, 70, ends=False), generate)
+    with running(tight) as server, ThreadPoolExecutor(6) as clients:
+        body = asked(HARD, intensity_schedule=points[1:], logprobs=True, **LONG | {"max_tokens": 70})
+        for response in clients.map(lambda _: server.post(CHAT, body), range(6)):
+            found = response.json()["choices"][0]["logprobs"]["content"]
+            assert [token["token"] for token in found] == wanted
+    assert evicted

@@ -53,7 +53,7 @@ class Run:
 
 
 def guide(wishes: Wishes, thoughts: Thoughts | None = None, inside: bool = False, prompt: int = 3) -> Guide:
-    return Guide(prompt, 0.9, VOCABULARY, wishes, frozenset({1}), thoughts, inside)
+    return Guide(prompt, VOCABULARY, wishes, frozenset({1}), thoughts, inside)
 
 
 def test_lam_follows_a_schedule_and_the_answer_has_its_own(thoughts: Thoughts) -> None:
