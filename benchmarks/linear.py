@@ -24,7 +24,7 @@ from benchmarks.measure import DTYPES, Method
 from benchmarks.shapes import HEAD_ROWS, LAYERS
 from benchmarks.weights import KERNEL_FORMATS, Copies, count_of
 from dami_kernels import LerpWeight, cuda, lerp_linear
-from dami_kernels.tuning import device_of
+from dami_kernels.tuning import Route, device_of, route, rows_together
 from dami_kernels.tuning.cuda import MAX_ROWS
 
 OURS = "lerp_linear"
@@ -101,6 +101,13 @@ def has_cuda_kernel(x: Tensor) -> bool:
     return x.is_cuda and len(x) <= MAX_ROWS and cuda.WHY_NOT is None
 
 
+def is_by_library(x: Tensor, weight: LerpWeight, rows_per_lam: int, batch: Lams) -> bool:
+    """Whether the operator on a GPU takes another route than our kernel."""
+    n, k = weight.shape
+    together = rows_together(len(x), rows_per_lam, batch.row_to_lam is not None)
+    return route(len(x), n, k, x.dtype, weight.format, device_of(x.device), together) is not Route.KERNEL
+
+
 def ours(x: Tensor, batch: Lams, copies: Copies) -> Iterator[Method]:
     """Returns the operator in every format and, for few rows on a GPU, the kernel that it does not choose."""
     lam, rows_per_lam, row_to_lam = batch.to(x.device)
@@ -124,6 +131,12 @@ def ours(x: Tensor, batch: Lams, copies: Copies) -> Iterator[Method]:
         given = {"rows_per_lam": rows_per_lam} if row_to_lam is None else {"row_to_lam": row_to_lam}
         return lerp_linear(x, weights[i % len(weights)], lam, **given)
 
+    def by_triton(i: int, weights: list[LerpWeight]) -> Tensor:
+        from benchmarks.tune import forced
+
+        with forced(None):
+            return operator(i, weights)
+
     def kernel(i: int, weights: list[LerpWeight], function: Callable[..., Tensor]) -> Tensor:
         weight = weights[i % len(weights)]
         return function(x, [*weight.tensors], [], lam, row_to_lam, rows_per_lam, weight.format, False)
@@ -136,6 +149,8 @@ def ours(x: Tensor, batch: Lams, copies: Copies) -> Iterator[Method]:
             is_cuda = cuda.takes(x, [*weights[0].tensors], format, False, device_of(x.device))
             name, function = (TRITON, triton.lerp_linears) if is_cuda else (CUDA, cuda.lerp_linear)
             yield method(name, format, partial(kernel, weights=weights, function=function))
+        elif format in KERNEL_FORMATS and x.device.type != "cpu" and is_by_library(x, weights[0], rows_per_lam, batch):
+            yield method(TRITON, format, partial(by_triton, weights=weights))
 
 
 def rivals(x: Tensor, batch: Lams, copies: Copies, with_float32: bool) -> Iterator[Method]:

@@ -36,8 +36,18 @@ from benchmarks.tune import forced
 from benchmarks.weights import KERNEL_FORMATS, Copies, count_of
 from dami_kernels import formats, lerp_linear
 from dami_kernels import triton as kernels
-from dami_kernels.tuning import LinearConfig, experts_config, linear_config, row_config
+from dami_kernels.tuning import (
+    MIXED,
+    LinearConfig,
+    Route,
+    experts_config,
+    linear_config,
+    route,
+    row_config,
+    rows_together,
+)
 from dami_kernels.tuning.cuda import MAX_ROWS, STEP, TILE, decode_warps, shared_bytes
+from dami_kernels.tuning.routes import LERPED, unpacked_bytes
 
 CUDA = "lerp_linear, CUDA C++"
 HEAD = LAYERS["Qwen3-4B"]["lm_head"]
@@ -64,6 +74,11 @@ class Case:
     def columns(self) -> dict[str, object]:
         sizes = {"layer": self.layer, "n": self.n, "k": self.k, "m": self.rows}
         return {"kernel": self.kernel, **sizes, "format": self.format, "lam": self.kind}
+
+    @property
+    def rows_per_lam(self) -> int:
+        """As the operator is told."""
+        return 1 if self.kind == "distinct" else self.rows
 
     @property
     def is_product(self) -> bool:
@@ -160,6 +175,7 @@ def row(case: Case, gpu: GpuLimits, stopwatch: Stopwatch | None) -> dict[str, ob
     seconds = times(work, kernel.warps, cycles, gpu)
     limit = max(LIMITS, key=seconds.__getitem__)
     measured = stopwatch(case, gpu) if stopwatch else None
+    way, by_library = by_route(case, gpu) if case.kernel == "lerp_linear" else (Route.KERNEL, 0.0)
     micro = {name: f"{1e6 * seconds[name]:.2f}" for name in LIMITS}
     return {
         "gpu": gpu.name,
@@ -179,6 +195,8 @@ def row(case: Case, gpu: GpuLimits, stopwatch: Stopwatch | None) -> dict[str, ob
         **{f"{name}_us": micro[name] for name in LIMITS},
         "predicted_us": micro[limit],
         "limit": limit,
+        "route": way.value,
+        "route_us": "" if way is Route.KERNEL else f"{1e6 * by_library:.2f}",
         "merged_us": f"{1e6 * merged(case, gpu):.2f}" if case.kernel in ("lerp_linear", CUDA) else "",
         "measured_us": "" if measured is None else f"{1e6 * measured:.2f}",
     }
@@ -250,21 +268,23 @@ def chosen(kernel: Compiled, path: str, case: Case) -> list[str]:
         names.remove("blend")
     if len(loops) != len(names):
         raise ValueError(f"{kernel.name} for {case}: {len(loops)} loops multiply, expected one for each of {names}")
-    if matrix_instructions(loops[0]) > matrix_instructions(loops[-1]):
+    if matrix_work(loops[0]) > matrix_work(loops[-1]):
         loops = loops[::-1]
     return loops[names.index(path)]
 
 
-def matrix_instructions(loop: list[str]) -> int:
-    return sum(bool(re.match(MATRIX, instruction)) for instruction in loop)
+def matrix_work(loop: list[str]) -> int:
+    """Returns the matrix instructions of a loop, those of `wgmma` by their width."""
+    widths = (re.match(rf"HGMMA\.64x(\d+)|{MATRIX}", instruction) for instruction in loop)
+    return sum(int(width[1] or 1) for width in widths if width)
 
 
 @cache
 def compiled(case: Case, arch: str) -> Compiled:
-    """Returns the kernel that would be launched. λ is data: its kind does not matter."""
-    if case.kind != "distinct":
-        return compiled(replace(case, kind="distinct"), arch)
-    lam = torch.empty(case.rows, device=META)
+    """Returns the kernel that would be launched. λ is data: its values do not matter."""
+    if case.kind == "zero":
+        return compiled(replace(case, kind="identical"), arch)
+    lam = torch.empty(case.rows // case.rows_per_lam, device=META)
     x, vectors = (
         torch.empty(case.rows, case.k, dtype=DTYPE, device=META),
         [torch.empty(case.k, dtype=DTYPE, device=META)] * 2,
@@ -274,7 +294,8 @@ def compiled(case: Case, arch: str) -> Compiled:
         return replace(cuda_kernels(arch)[case.format], warps=warps, shared=warps * shared_bytes(case.format))
     with compiling_for(arch) as launched:
         if case.kernel == "lerp_linear":
-            kernels.lerp_linears(x, tensors(case), [], lam, None, 1, case.format, False)
+            with forced(config_of(case, arch)):
+                kernels.lerp_linears(x, tensors(case), [], lam, None, case.rows_per_lam, case.format, False)
         elif case.kernel == "lerp_experts":
             rows = case.rows * EXPERTS_PER_TOKEN
             x, lam = (torch.empty(rows, *part.shape[1:], dtype=part.dtype, device=META) for part in (x, lam))
@@ -329,7 +350,7 @@ def product_work(case: Case, arch: str) -> Work:
         share = -(-rows // weights)
         config = experts_config(rows, EXPERTS, n, k, DTYPE, case.format, device, False)
     else:
-        config = linear_config(rows, n, k, DTYPE, case.format, device)
+        config = config_of(case, arch)
     path = path_of(case.kind, config)
     tiles_m, tiles_n, steps = (
         -(-a // b) for a, b in ((share, config.block_m), (n, config.block_n), (k, config.block_k))
@@ -346,6 +367,24 @@ def product_work(case: Case, arch: str) -> Work:
     loops = -(-steps // splits) * rounds
     operations = 2 * multiplied * config.block_n * config.block_k * -(-steps // splits)
     return Work(int(memory), int(l2), weights * tiles_m * tiles_n * splits, loops, operations, path, tile_name(config))
+
+
+def config_of(case: Case, arch: str) -> LinearConfig:
+    """Returns the launch parameters of `lerp_linear`, whatever route would be taken."""
+    mixes_lams = case.rows_per_lam < MIXED
+    return linear_config(case.rows, case.n, case.k, DTYPE, case.format, DEVICES[arch], mixes_lams=mixes_lams)
+
+
+def by_route(case: Case, gpu: GpuLimits) -> tuple[Route, float]:
+    """Returns how `lerp_linear` is computed without a table, and the least seconds of that if it is by the library."""
+    together = rows_together(case.rows, case.rows_per_lam, False)
+    way = route(case.rows, case.n, case.k, DTYPE, case.format, DEVICES[gpu.arch], together)
+    weights, product = case.n * case.k, 2 * case.rows * case.n * case.k / gpu.peak
+    stored = sum(stored_bytes(case))
+    if way is Route.BLEND:
+        return way, product + weights * (stored + DTYPE.itemsize) / gpu.memory
+    moved = weights * (stored + unpacked_bytes(case.format)) + LERPED * case.rows * case.n
+    return way, 2 * product + moved / gpu.memory
 
 
 def decode_work(case: Case, arch: str) -> Work:
@@ -401,8 +440,7 @@ class Stopwatch:
         def call(i: int) -> Tensor:
             return lerp_linear(x, weights[i % len(weights)], lam, rows_per_lam=rows_per_lam)
 
-        config = linear_config(case.rows, case.n, case.k, DTYPE, case.format, DEVICES[gpu.arch])
-        with torch.inference_mode(), forced(config):  # not what a table has
+        with torch.inference_mode(), forced(config_of(case, gpu.arch)):  # not what a table has
             check_linear(call(0), x, weights[0], batch.per_row().to(self.here.device))
             stopwatch = self.here.stopwatch(call, len(weights))
             return sorted(stopwatch() for _ in range(9))[4]
@@ -421,7 +459,7 @@ def show(gpu: GpuLimits, rows: list[dict[str, object]]) -> None:
         "instructions",
         *(f"{name} µs" for name in LIMITS),
     ]
-    lines: list[list[object]] = [[*head, "predicted µs", "limit", "one merged µs", "measured µs"]]
+    lines: list[list[object]] = [[*head, "predicted µs", "limit", "route", "route µs", "one merged µs", "measured µs"]]
     keys = (
         "kernel",
         "layer",
@@ -433,7 +471,8 @@ def show(gpu: GpuLimits, rows: list[dict[str, object]]) -> None:
         "instructions",
         *(f"{name}_us" for name in LIMITS),
     )
-    lines += [[row[key] for key in (*keys, "predicted_us", "limit", "merged_us", "measured_us")] for row in rows]
+    keys = *keys, "predicted_us", "limit", "route", "route_us", "merged_us", "measured_us"
+    lines += [[row[key] for key in keys] for row in rows]
     print(f"\n{gpu.name} ({gpu.arch}), predicted:\n{text_table(lines)}", flush=True)
 
 

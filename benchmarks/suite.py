@@ -63,7 +63,7 @@ CPU = [
     Part("operators", f"{ROW_BY_ROW} --rows 16 4096 --seconds 0.5", 25),
 ]
 FOUR_B = "--models Qwen3-4B --layers"
-SMOKE = Part("linear", f"{FOUR_B} gate_up --rows 1 --lams distinct --check-only", 20)
+SMOKE = Part("linear", f"{FOUR_B} gate_up --rows 1 --lams distinct --seconds 0.1", 30)
 GPU = [
     Part("linear", f"{FOUR_B} gate_up --rows 1 16 64 --lams distinct", 30),
     Part("step", "--rows 1 --seconds 2", 40),
@@ -114,7 +114,8 @@ def run_on_gpu(run: Run, compile_log: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "suite", "--compile"]
     compiling = [run.start([*command, f"{i}/{PROCESSES}"], compile_log) for i in range(PROCESSES)]
     run.say("\n== smoke check")
-    run.part(SMOKE, SMOKE.seconds)
+    if not run.part(SMOKE, SMOKE.seconds):
+        without_early_launches(run)
     if building is not None:
         run.wait(building, run.began + BUILDING)
         run.say(f"\nthe kernels in CUDA C++: {built(building)}; {compile_log}")
@@ -122,6 +123,16 @@ def run_on_gpu(run: Run, compile_log: Path) -> None:
     for process in compiling:  # whose contexts take memory of the device, too, besides the tests' share
         stop(process)
     run.tests()
+
+
+def without_early_launches(run: Run) -> None:
+    """Checks again without programmatic dependent launch, and does all parts so if that passes."""
+    run.say("\n== smoke check, without programmatic dependent launch")
+    fatal, run.fatal = run.fatal, []
+    os.environ["DAMI_PDL"] = "0"
+    if not run.part(SMOKE, SMOKE.seconds):
+        del os.environ["DAMI_PDL"]
+        run.fatal = fatal
 
 
 def built(building: subprocess.Popen[bytes]) -> str:
@@ -242,10 +253,14 @@ class Run:
             self.say(f"\n== {part}")
             self.part(part, min(part.seconds, left))
 
-    def part(self, part: Part, seconds: float) -> None:
-        """Runs one part. If its process dies, runs it again without the cause while there is time."""
+    def part(self, part: Part, seconds: float) -> bool:
+        """Runs one part, and tells whether all of it went well.
+
+        If its process dies, runs it again without the cause while there is time.
+        """
         journal = self.scratch / "journal"
         journal.write_bytes(b"")
+        is_first = True
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) >= min(MIN_SECONDS, seconds):
             with journal.open("a", encoding="utf-8") as file:
@@ -254,24 +269,27 @@ class Run:
             why = self.wait(process, end + STARTING, journal if self.on_gpu else None)
             if why is None and process.returncode in (0, 1):
                 self.code |= process.returncode
-                return
+                return is_first and process.returncode == 0
             stop(process, signal.SIGKILL)
             self.code, culprit = 1, blame(journal)
             at = culprit.removeprefix(FATAL) if culprit else "nothing known"
             self.say(f"CRASHED: {part}: {why or ended(process.returncode)}; it was at: {at}")
             if culprit is None:
-                return
+                return False
             self.fatal.append(culprit)
+            is_first = False
+        return False
 
     def build_cuda(self, log: Path) -> subprocess.Popen[bytes] | None:
-        """Builds dami_kernels._cuda in place if there is nvcc."""
+        """Builds dami_kernels._cuda in place if there is nvcc, and in any case _C, which makes launches cheap."""
+        command = [sys.executable, "setup.py", "build_ext", "--inplace", "--parallel", "2"]
         homes = (os.environ.get("CUDA_HOME"), CUDA_HOME)  # setup.py looks in the first and in PATH
         home = next((home for home in homes if home and shutil.which("nvcc", path=f"{home}/bin")), None)
         if home is None and shutil.which("nvcc") is None:
             self.say("\nthe kernels in CUDA C++: left out, there is no nvcc")
+            if importlib.util.find_spec("dami_kernels._C") is None:
+                self.start(command, log)
             return None
-        # in parallel with the CPU kernels
-        command = [sys.executable, "setup.py", "build_ext", "--inplace", "--parallel", "2"]
         return self.start(["env", f"CUDA_HOME={home}", *command] if home else command, log)
 
     def tests(self) -> None:
@@ -329,6 +347,12 @@ def summary(run: Run) -> str:
     return "\n".join(lines)
 
 
+def kernel_of(method: str) -> str:
+    """Returns the kernel that a method's name tells after a comma, in brackets."""
+    kernel = method.partition(", ")[2]
+    return f" ({kernel})" if kernel else ""
+
+
 def ratios(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Returns a line per case: the time of one merged weight, and our times relative to it."""
     names = ("model", "operator", "layer", "layers", "shape", "m", "lam")
@@ -339,7 +363,7 @@ def ratios(rows: list[dict[str, Any]]) -> Iterator[str]:
         plain = [row for row in methods if "one merged" in row["method"]]
         unit = float(plain[0]["median_ms"]) if plain else float("nan")
         ours = (
-            f"{row['format']}{' (CUDA)' if 'CUDA' in row['method'] else ''} {float(row['median_ms']) / unit:.2f}"
+            f"{row['format']}{kernel_of(row['method'])} {float(row['median_ms']) / unit:.2f}"
             for row in methods
             if row["format"]
         )

@@ -240,6 +240,61 @@ def estimators(pair: str) -> str:
     return markdown(lines)
 
 
+def tails(pair: str) -> str:
+    """Tabulates accuracy and tokens over λ by the tail of the prompt, and what each tail costs."""
+    if not load(RESULTS / f"tails_{pair}.csv"):
+        return NOT_MEASURED
+    rows = newest(RESULTS / f"tails_{pair}.csv")
+    lams = list(dict.fromkeys(row["intensity"] for row in rows))
+    lines = [["read at λ", *(f"λ = {float(lam):g}" for lam in lams), "worth lost, points"]]
+    for tail in dict.fromkeys(row["tail"] for row in rows):
+        of_tail = [row for row in rows if row["tail"] == tail]
+        cells = [f"{100 * float(row['accuracy']):.0f} @ {float(row['tokens']):.0f}" for row in of_tail]
+        loss = [100 * float(of_tail[0][f"loss{end}"]) for end in ("", "_low", "_high")]
+        name = {"all": "all of the prompt", "turn": "the last user message on", "1": "the last token"}
+        lost = "" if tail == "all" else "{:+.1f} ({:+.1f} to {:+.1f})".format(*loss)
+        lines.append([name.get(tail, f"the last {tail} tokens"), *cells, lost])
+    return markdown(lines)
+
+
+def by_pair() -> dict[tuple[str, ...], Row]:
+    """Returns the newest row of each pair and policy in estimator_pairs.csv; pairs that rules were chosen on first."""
+    found = latest(load(RESULTS / "estimator_pairs.csv"), "pair", "policy")
+    return dict(sorted(found.items(), key=lambda item: item[1]["tuned_on"] != "True"))
+
+
+def estimator_pairs(policy: str) -> str:
+    """Tabulates what a policy gives on each pair, beside the two ends."""
+    rows = by_pair()
+    heads = ["pair", "λ = 0: accuracy, tokens", "λ = 1", "`auto`", "gain, points", "AES", "empty or cut, %"]
+    lines = [[*heads, "room, points", "won of it, %", "time of the estimate"]]
+    for pair in dict.fromkeys(pair for pair, _ in rows):
+        row = rows[pair, policy]
+        ends = [rows[pair, f"λ = {end}"] for end in (0, 1)]
+        cells = [f"{100 * float(each['accuracy']):.1f}, {float(each['tokens']):.1f}" for each in (*ends, row)]
+        gain, won = ([100 * float(row[f"{key}{end}"]) for end in ("", "_low", "_high")] for key in ("gain", "won"))
+        cells.append("{:+.1f} ({:+.1f} to {:+.1f})".format(*gain))
+        cells += [
+            f"{float(row['aes']):.2f}",
+            f"{100 * float(row['incomplete']):.1f}",
+            f"{100 * float(row['room']):.1f}",
+        ]
+        cells += ["{:.0f} ({:.0f} to {:.0f})".format(*won), f"{float(row['time']):.2f}"]
+        lines.append([f"`{pair.removeprefix('zoo/')}`" + ("" if row["tuned_on"] == "True" else " (unseen)"), *cells])
+    return markdown(lines)
+
+
+def estimator_gains() -> str:
+    """Tabulates the gain of every policy on each pair, in points above static λ of as many tokens."""
+    rows = by_pair()
+    pairs = list(dict.fromkeys(pair for pair, _ in rows))
+    lines = [["λ by", *(f"`{pair.removeprefix('zoo/')}`" for pair in pairs)]]
+    for policy in dict.fromkeys(policy for _, policy in rows):
+        cells = [f"{100 * float(rows[pair, policy]['gain']):+.1f}" if (pair, policy) in rows else "–" for pair in pairs]
+        lines.append([policy, *cells])
+    return markdown(lines)
+
+
 def summary() -> str:
     """Compares N λ in one batch with N merged copies: bytes, time, accuracy."""
     stored = latest(newest(RESULTS / "formats.csv"), "stored")
@@ -285,10 +340,13 @@ def predicted(kind: str, *gpus: str) -> str:
 
 
 def told(row: Row) -> str:
-    ratio = f"{float(row['predicted_us']) / float(row['merged_us']):.2f} ({row['limit']})"
-    return (
-        f"{ratio}, measured {float(row['measured_us']) / float(row['merged_us']):.2f}" if row["measured_us"] else ratio
-    )
+    """Describes a prediction: of our kernel and its limit, of the library's route where that is taken; and what our
+    kernel was measured to take."""
+    merged = float(row["merged_us"])
+    text = f"{float(row['predicted_us']) / merged:.2f} ({row['limit']})"
+    if row.get("route_us"):
+        text = f"{float(row['route_us']) / merged:.2f} ({row['route']}; kernel {text})"
+    return f"{text}, measured {float(row['measured_us']) / merged:.2f}" if row["measured_us"] else text
 
 
 def predicted_code() -> str:
@@ -318,14 +376,19 @@ def predicted_others() -> str:
 
 
 def predictions(**wanted: str) -> list[Row]:
-    """Returns the wanted rows of the last run of `predict`."""
+    """Returns the wanted rows of the last run of `predict` for each GPU."""
     rows = load(RESULTS / "predict.csv")
-    last = max(row["date"] for row in rows)
-    return [row for row in rows if row["date"] == last and all(row[key] == value for key, value in wanted.items())]
+    last = {row["gpu"]: row["date"] for row in sorted(rows, key=lambda row: str(row["date"]))}
+    return [
+        row
+        for row in rows
+        if row["date"] == last[row["gpu"]] and all(row[key] == value for key, value in wanted.items())
+    ]
 
 
 def source(rows: list[Row]) -> str:
-    return f"Predicted, not measured: `{rows[0]['command']}`, bf16, commit {rows[0]['commit']}.\n\n"
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    return f"Predicted, not measured: `python -m benchmarks predict`, bf16, commit {commits}.\n\n"
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -341,6 +404,11 @@ TABLES: dict[str, Callable[[], str]] = {
             "p95": "95th percentile",
             "memory_gb": "memory, GB",
         },
+    ),
+    "load prefixes": lambda: load_test(
+        "prefixes",
+        ("measure", "mode"),
+        {"requests": "requests", "tokens": "tokens read", "cpu": "CPU, s", "overhead": "overhead"},
     ),
     "load streams": lambda: load_test(
         "streams",
@@ -380,6 +448,10 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "estimators shipped": lambda: estimators("shipped"),
     "estimators smollm2": lambda: estimators("smollm2"),
+    "tails shipped": lambda: tails("shipped"),
+    "tails smollm2": lambda: tails("smollm2"),
+    "estimator pairs": lambda: estimator_pairs("calibrated, price 0.2"),
+    "estimator gains": estimator_gains,
     "smollm2": smollm2,
     "formats": formats,
     "roundings": roundings,

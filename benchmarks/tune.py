@@ -317,12 +317,13 @@ class Contest:
 
 
 @contextmanager
-def forced(config: LinearConfig) -> Iterator[None]:
-    """Forces Triton's kernel with these parameters, whatever the shape."""
+def forced(config: LinearConfig | None) -> Iterator[None]:
+    """Forces Triton's kernel, whatever the shape: with these parameters, or with those that it would have."""
     kernel = importlib.import_module("dami_kernels.triton.linear")
     with ExitStack() as stack:
         stack.callback(launching.forget)  # after the patches are undone
-        stack.enter_context(patch.object(kernel, "linear_config", lambda *_: config))
+        if config is not None:
+            stack.enter_context(patch.object(kernel, "linear_config", lambda *_: config))
         stack.enter_context(patch.object(kernel, "route", lambda *_: Route.KERNEL))
         stack.enter_context(patch.object(cuda, "takes", lambda *_: False))
         launching.forget()

@@ -28,25 +28,31 @@ def lerp_linear(
     rows_per_lam: int,
     format: str,
     way: Route,
+    out: Tensor | None = None,
 ) -> Tensor:
     """y_i = x_i · W(λ_i)ᵀ + b(λ_i), as the operator takes its arguments; `way` is PRODUCTS or BLEND.
+
+    Args:
+        out: where y goes, [M, N]; a new tensor by default.
 
     Raises:
         ValueError: BLEND with a map, whose rows are not known to share a λ.
     """
+    if way is Route.BLEND and row_to_lam is not None:
+        raise ValueError("row_to_lam must be None to blend the weight of rows at one λ, got a map")
+    y = x.new_empty(len(x), weight[0].shape[0]) if out is None else out
     if way is Route.BLEND:
-        if row_to_lam is not None:
-            raise ValueError("row_to_lam must be None to blend the weight of rows at one λ, got a map")
-        return _by_blend(x, weight, bias, lam, rows_per_lam, format)
-    return _by_products(x, weight, bias, lam, row_to_lam, rows_per_lam, format)
+        _by_blend(y, x, weight, bias, lam, rows_per_lam, format)
+    else:
+        _by_products(y, x, weight, bias, lam, row_to_lam, rows_per_lam, format)
+    return y
 
 
 def _by_blend(
-    x: Tensor, weight: list[Tensor], bias: list[Tensor], lam: Tensor, rows_per_lam: int, format: str
-) -> Tensor:
+    y: Tensor, x: Tensor, weight: list[Tensor], bias: list[Tensor], lam: Tensor, rows_per_lam: int, format: str
+) -> None:
     """A weight at one λ is a table whose rows are all looked up at that λ."""
-    (M, K), N = x.shape, weight[0].shape[0]
-    y = x.new_empty(M, N)
+    N, K = y.shape[1], x.shape[1]
     ids = torch.arange(N, device=x.device)
     step = min(N, piece(0, K * x.element_size()))
     for first in range(0, N, step):
@@ -58,11 +64,21 @@ def _by_blend(
             if bias:
                 ends = [end[first : first + step].unsqueeze(0) for end in bias]
                 b = _looked_up(ids[:1], ends, lam[i : i + 1], None, 1, "pair", x.dtype, len(some))[0]
-            y[at, first : first + step] = F.linear(x[at], blended, b)
-    return y
+            _linear(x[at], blended, b, y[at, first : first + step])
+
+
+def _linear(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> None:
+    """y = x · wᵀ + b, on a GPU without another pass over y, which may be a part of a matrix."""
+    if not x.is_cuda:
+        y.copy_(F.linear(x, w, b))
+    elif b is None:
+        torch.mm(x, w.t(), out=y)
+    else:
+        torch.addmm(b, x, w.t(), out=y)
 
 
 def _by_products(
+    y: Tensor,
     x: Tensor,
     weight: list[Tensor],
     bias: list[Tensor],
@@ -70,11 +86,10 @@ def _by_products(
     row_to_lam: Tensor | None,
     rows_per_lam: int,
     format: str,
-) -> Tensor:
-    (M, K), N = x.shape, weight[0].shape[0]
+) -> None:
+    (M, K), N = x.shape, y.shape[1]
     both = formats.matrices(format)
     split = len(both.base.suffixes)
-    y = x.new_empty(M, N)
     if row_to_lam is None:
         row_to_lam = torch.arange(M, dtype=torch.int32, device=x.device) // rows_per_lam
     ids = torch.arange(min(M, ROWS), device=x.device)
@@ -94,7 +109,6 @@ def _by_products(
             rows, width = ends[0].shape
             exact = _looked_up(ids[:rows], ends, lam, row_to_lam[at], 1, "pair", torch.float32, width)
             y[at, first : first + step] = exact  # rounded here, once
-    return y
 
 
 def _product(x: Tensor, w: Tensor) -> Tensor:

@@ -6,6 +6,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language import target_info
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from dami_kernels.triton.codes import in_both_halves, scaled, spread, two
 
 # A weight is stored as two matrices, its base and a second one. BASE_BITS and SECOND_BITS tell kernels the bits of
 # their codes, or 0 if a matrix is stored as numbers. A second matrix of numbers is the target, one of codes the delta,
@@ -13,6 +17,55 @@ import triton.language as tl
 BASE: tl.constexpr = tl.constexpr(0)
 SECOND: tl.constexpr = tl.constexpr(1)
 GROUP: tl.constexpr = tl.constexpr(32)  # weights along K that share a scale
+
+
+LINE: tl.constexpr = tl.constexpr(128)  # bytes of a line of NVIDIA's L2 cache
+
+
+@triton.jit
+def start():
+    """Waits until all earlier launches are done, and lets the next one begin. Nothing that they share may come before.
+
+    That is programmatic dependent launch, where the launch asks for it: see `host.early`.
+    """
+    if target_info.cuda_capability_geq(9):
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def fetch_end(
+    weight,
+    strides,
+    END: tl.constexpr,
+    rows,
+    k,
+    K,
+    COLUMNS: tl.constexpr,
+    BASE_BITS: tl.constexpr,
+    SECOND_BITS: tl.constexpr,
+):
+    """Asks the L2 cache, which sees all that is written, for what `load_end` will read of COLUMNS columns from k on."""
+    BITS: tl.constexpr = BASE_BITS if END == BASE else SECOND_BITS
+    FIRST: tl.constexpr = 0 if END == BASE else (1 if BASE_BITS == 0 else 2)
+    if BITS == 0:
+        _fetch(weight[FIRST], strides[FIRST], rows, k, K, COLUMNS)
+    else:
+        PER_BYTE: tl.constexpr = 8 // BITS
+        groups = tl.cdiv(K, GROUP)
+        _fetch(weight[FIRST], strides[FIRST], rows, k // PER_BYTE, groups * (GROUP // PER_BYTE), COLUMNS // PER_BYTE)
+        _fetch(weight[FIRST + 1], strides[FIRST + 1], rows, k // GROUP, groups, COLUMNS // GROUP)
+
+
+@triton.jit
+def _fetch(tensor, strides, rows, first, end, COLUMNS: tl.constexpr):
+    if target_info.cuda_capability_geq(9):
+        STEP: tl.constexpr = LINE * 8 // tensor.dtype.element_ty.primitive_bitwidth
+        columns = tl.minimum(first + tl.arange(0, triton.cdiv(COLUMNS, STEP)) * STEP, end - 1).to(tl.int64)
+        addresses = tensor + rows.to(tl.int64)[:, None] * strides[0] + columns[None, :] * strides[1]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
@@ -69,7 +122,8 @@ def load_end(
         END: BASE or SECOND.
         rows, wanted: [rows] indices, and which of them to read.
         k, K: the first column, a multiple of BLOCK_K, and the weight's number of columns, None if all of them exist.
-        DTYPE: what the tile is made of; codes times scales are computed in it, rounded once.
+        DTYPE: what the tile is made of; codes times scales are computed in it, rounded once. Those in bfloat16 are in
+            `codes.UNIT` if K is None, except on AMD.
     """
     BITS: tl.constexpr = BASE_BITS if END == BASE else SECOND_BITS
     FIRST: tl.constexpr = 0 if END == BASE else (1 if BASE_BITS == 0 else 2)
@@ -98,8 +152,16 @@ def load_float(tensor, strides, rows, wanted, start, end, COLUMNS: tl.constexpr)
 @triton.jit
 def load_int8(weight, strides, FIRST, rows, wanted, k, K, BLOCK_K, DTYPE: tl.constexpr):
     """Tile of codes times the scale of their group."""
-    padded = None if K is None else tl.cdiv(K, GROUP) * GROUP
-    codes = load_float(weight[FIRST], strides[FIRST], rows, wanted, k, padded, BLOCK_K).to(tl.float32)
+    if K is None and tl.float32 != DTYPE and not target_info.is_hip():
+        words = weight[FIRST].to(tl.pointer_type(tl.int16), bitcast=True)
+        words = load_float(words, (strides[FIRST][0] // 2, 1), rows, wanted, k // 2, None, BLOCK_K // 2)
+        words = words.to(tl.int32)
+        if tl.bfloat16 == DTYPE:
+            return _scaled_words(words, weight[FIRST + 1], strides[FIRST + 1], rows, wanted, k, BLOCK_K, 8)
+        codes = two(spread(words, 0x4140) ^ 0x64806480, DTYPE).reshape(rows.shape[0], BLOCK_K) - (1024 + 128)
+    else:
+        padded = None if K is None else tl.cdiv(K, GROUP) * GROUP
+        codes = load_float(weight[FIRST], strides[FIRST], rows, wanted, k, padded, BLOCK_K).to(tl.float32)
     return _scaled(codes, weight[FIRST + 1], strides[FIRST + 1], rows, wanted, k, K, BLOCK_K).to(DTYPE)
 
 
@@ -108,12 +170,16 @@ def load_int4(weight, strides, FIRST, rows, wanted, k, K, BLOCK_K, DTYPE: tl.con
     """The same with two codes to a byte, the first in its low half, each stored plus 8."""
     padded = None if K is None else tl.cdiv(K, GROUP) * (GROUP // 2)
     pairs = load_float(weight[FIRST], strides[FIRST], rows, wanted, k // 2, padded, BLOCK_K // 2)
+    if K is None and tl.bfloat16 == DTYPE and not target_info.is_hip():
+        return _scaled_words(pairs.to(tl.int32), weight[FIRST + 1], strides[FIRST + 1], rows, wanted, k, BLOCK_K, 4)
+    # AMD's units of bfloat16 only multiply matrices: everything else takes a detour through float32 at every step.
+    CODES: tl.constexpr = tl.float32 if tl.bfloat16 == DTYPE and target_info.is_hip() else DTYPE
     # Under a float whose last bit counts ones, the code is its last bits: no conversion, which is slow.
-    if tl.bfloat16 == DTYPE:
+    if tl.bfloat16 == CODES:
         BITS: tl.constexpr = 0x4300
         ZERO: tl.constexpr = 128 + 8
         pairs = pairs.to(tl.int16)
-    elif tl.float16 == DTYPE:
+    elif tl.float16 == CODES:
         BITS: tl.constexpr = 0x6400
         ZERO: tl.constexpr = 1024 + 8
         pairs = pairs.to(tl.int16)
@@ -121,17 +187,35 @@ def load_int4(weight, strides, FIRST, rows, wanted, k, K, BLOCK_K, DTYPE: tl.con
         BITS: tl.constexpr = 0x4B000000
         ZERO: tl.constexpr = 8388608 + 8
         pairs = pairs.to(tl.int32)
-    codes = tl.join(pairs & 15 | BITS, pairs >> 4 | BITS).to(DTYPE, bitcast=True).reshape(rows.shape[0], BLOCK_K)
-    return _scaled(codes - ZERO, weight[FIRST + 1], strides[FIRST + 1], rows, wanted, k, K, BLOCK_K)
+    codes = tl.join(pairs & 15 | BITS, pairs >> 4 | BITS).to(CODES, bitcast=True).reshape(rows.shape[0], BLOCK_K)
+    return _scaled(codes - ZERO, weight[FIRST + 1], strides[FIRST + 1], rows, wanted, k, K, BLOCK_K).to(DTYPE)
+
+
+@triton.jit
+def _scaled_words(words, scale, strides, rows, wanted, k, BLOCK_K: tl.constexpr, BITS: tl.constexpr):
+    """Tile of the codes in words [rows, BLOCK_K / 2], times their scales, in `codes.UNIT`."""
+    GROUPS: tl.constexpr = BLOCK_K // GROUP
+    if GROUPS % 2 == 0:
+        scales = in_both_halves(_pairs_of_scales(scale, strides, rows, wanted, k, GROUPS))
+    else:
+        scales = load_float(scale, strides, rows, wanted, k // GROUP, None, GROUPS)
+        scales = spread(scales.to(tl.int16, bitcast=True).to(tl.int32), 0x1010)
+    values = scaled(words.reshape(rows.shape[0], GROUPS, GROUP // 2), scales, BITS)
+    return values.reshape(rows.shape[0], BLOCK_K)
+
+
+@triton.jit
+def _pairs_of_scales(scale, strides, rows, wanted, k, GROUPS: tl.constexpr):
+    """Two at a time, as `host.is_even` allows, for what is narrower than 32 bits is not copied ahead of time."""
+    words = scale.to(tl.pointer_type(tl.int32), bitcast=True)
+    return load_float(words, (strides[0] // 2, 1), rows, wanted, k // (2 * GROUP), None, GROUPS // 2)
 
 
 @triton.jit
 def _scaled(codes, scale, strides, rows, wanted, k, K, BLOCK_K: tl.constexpr):
     GROUPS: tl.constexpr = BLOCK_K // GROUP
     if K is None and GROUPS % 2 == 0:
-        # Two at a time, as `host.is_even` allows, for what is narrower than 32 bits is not copied ahead of time.
-        words = scale.to(tl.pointer_type(tl.int32), bitcast=True)
-        words = load_float(words, (strides[0] // 2, 1), rows, wanted, k // (2 * GROUP), None, GROUPS // 2)
+        words = _pairs_of_scales(scale, strides, rows, wanted, k, GROUPS)
         low, high = (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
         scale = tl.join(low, high).reshape(rows.shape[0], GROUPS)
     else:

@@ -66,6 +66,7 @@ def _lerp_experts_kernel(
     BLOCK_K: tl.constexpr,
     BY_GROUP: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
     """One tile of y [M, N], or of one split's share of it, of `all_programs`.
 
@@ -87,7 +88,19 @@ def _lerp_experts_kernel(
         product_tile(  # not of variables: assigned to one, a constant would no longer be a constant
             Operands(x, stride_x, weight, strides, bias, lam, row_to_lam, rows_per_lam, out, N, parts, arrived),
             Tile(0, row, end, tile_n * BLOCK_N, N, K, begin, step_end),
-            Plan(BASE_BITS, SECOND_BITS, EVEN_K, USE_BLEND, BLOCK_M, MIXED_M, BLOCK_N, BLOCK_K, BY_GROUP, NUM_STAGES),
+            Plan(
+                BASE_BITS,
+                SECOND_BITS,
+                EVEN_K,
+                USE_BLEND,
+                BLOCK_M,
+                MIXED_M,
+                BLOCK_N,
+                BLOCK_K,
+                BY_GROUP,
+                NUM_STAGES,
+                IS_EARLY,
+            ),
         )
     elif expert == E:
         rows = row + tl.arange(0, BLOCK_M)[:, None]

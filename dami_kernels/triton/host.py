@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.language import target_info
 
 from dami_kernels import formats
 from dami_kernels.quantize import GROUP
@@ -33,18 +36,22 @@ def cdiv(a: int, b: int) -> int:
 
 
 def is_even(weights: Sequence[Sequence[Tensor]], format: str, K: int, block_k: int) -> bool:
-    """Whether every step along K is whole, and scales can be read two at a time, as 32-bit words."""
+    """Whether every step along K is whole, and codes of 8 bits and scales can be read two at a time, as one word."""
     if K % block_k or K == 0:
         return False
-    if block_k == GROUP:
-        return True
     both = formats.matrices(format)
-    holds_scales = [i > 0 for matrix in (both.base, both.second) for i in range(len(matrix.suffixes))]
-    scales = [scale for weight in weights for scale in itertools.compress(weight, holds_scales)]
-    return all(
-        scale.stride(-1) == 1 and not any(stride % 2 for stride in scale.stride()[:-1]) and scale.data_ptr() % 4 == 0
-        for scale in scales
-    )
+    by_twos = []
+    for matrix in (both.base, both.second):
+        scales = [block_k > GROUP] * (len(matrix.suffixes) - 1)  # a step of one group has no second scale
+        by_twos += [matrix.bits == 8, *scales]
+
+    def fits(tensor: Tensor) -> bool:
+        *strides, last = tensor.stride()
+        return (
+            last == 1 and not any(stride % 2 for stride in strides) and tensor.data_ptr() % (2 * tensor.itemsize) == 0
+        )
+
+    return all(fits(tensor) for weight in weights for tensor in itertools.compress(weight, by_twos))
 
 
 def in_words(weights: Sequence[Sequence[Tensor]], format: str) -> tuple[tuple[Tensor, ...], ...]:
@@ -65,6 +72,16 @@ def in_words(weights: Sequence[Sequence[Tensor]], format: str) -> tuple[tuple[Te
         )
         for weight in weights
     )
+
+
+def early() -> dict[str, bool]:
+    """Returns the launch options of a kernel that calls `device.start`: it may then begin before the last one's end.
+
+    Only on sm_90 and later, and not if the variable DAMI_PDL is 0.
+    """
+    target = None if knobs.runtime.interpret else target_info.current_target()
+    can = target is not None and target.backend == "cuda" and target.arch >= 90
+    return {"launch_pdl": True} if can and os.environ.get("DAMI_PDL") != "0" else {}
 
 
 def strides_of(weight: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:

@@ -15,7 +15,7 @@ from dami_kernels import cuda, products
 from dami_kernels.launching import Job, launch
 from dami_kernels.triton.host import cdiv, in_words, is_even, strides_of, vectors, weights_of, with_rows_in_one_piece
 from dami_kernels.triton.product import Operands, Plan, Tile, job, product_tile
-from dami_kernels.tuning import Route, device_of, linear_config, route, row_span, rows_together
+from dami_kernels.tuning import MIXED, Route, device_of, linear_config, route, row_span, rows_together
 
 Weights = tuple[tuple[Tensor, ...], ...]
 
@@ -50,6 +50,7 @@ def _lerp_linear_kernel(
     BLOCK_K: tl.constexpr,
     BY_GROUP: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
     """One tile of y, or of one split's share of it. `out` holds y [M, features] of each weight.
 
@@ -90,7 +91,19 @@ def _lerp_linear_kernel(
     product_tile(  # not of variables: assigned to one, a constant would no longer be a constant
         Operands(x, stride_x, weight, strides, bias, lam, row_to_lam, rows_per_lam, out, N, parts, arrived),
         Tile(0, row, row_end, feature, N, K, begin, end),
-        Plan(BASE_BITS, SECOND_BITS, EVEN_K, USE_BLEND, BLOCK_M, MIXED_M, BLOCK_N, BLOCK_K, BY_GROUP, NUM_STAGES),
+        Plan(
+            BASE_BITS,
+            SECOND_BITS,
+            EVEN_K,
+            USE_BLEND,
+            BLOCK_M,
+            MIXED_M,
+            BLOCK_N,
+            BLOCK_K,
+            BY_GROUP,
+            NUM_STAGES,
+            IS_EARLY,
+        ),
     )
 
 
@@ -165,7 +178,7 @@ def _plan(
     way = route(M, N, K, x.dtype, format, device_of(x.device), together, invariant)
     if way is not Route.KERNEL:
         return _by_library(x, weights, biases, lam, row_to_lam, rows_per_lam, format, way)
-    mixes_lams = row_to_lam is None and rows_per_lam < 256
+    mixes_lams = row_to_lam is None and rows_per_lam < MIXED
     config = linear_config(M, N, K, x.dtype, format, device_of(x.device), invariant, mixes_lams)
     span = row_span(M, rows_per_lam, config) if row_to_lam is None else M
     if config.by_group:
@@ -182,6 +195,7 @@ def _plan(
         K,
         format,
         even_k=is_even(weights, format, K, config.block_k),
+        is_early=config.block_m <= 64 and K > 0,  # a step of decoding, whose weights are all that takes time
         M=M,
         sizes=sizes,
         rows_per_lam=rows_per_lam,
@@ -201,7 +215,10 @@ def _by_library(
     format: str,
     way: Route,
 ) -> Tensor:
-    rest = lam, row_to_lam, rows_per_lam, format, way
-    each = zip(weights, biases or [()] * len(weights), strict=True)
-    parts = [products.lerp_linear(x, list(weight), list(bias), *rest).flatten() for weight, bias in each]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    M, sizes = len(x), [len(weight[0]) for weight in weights]
+    y = x.new_empty(M * sum(sizes))
+    parts = y.split([M * size for size in sizes])
+    for weight, bias, part in zip(weights, biases or [()] * len(weights), parts, strict=True):
+        rest = lam, row_to_lam, rows_per_lam, format, way, part.view(M, -1)
+        products.lerp_linear(x, list(weight), list(bias), *rest)
+    return y

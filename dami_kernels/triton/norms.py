@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dami_kernels.launching import Job, Launch, launch
-from dami_kernels.triton.device import lerp, row_lam
-from dami_kernels.triton.host import cdiv, vectors, with_rows_in_one_piece
+from dami_kernels.triton.device import lerp, row_lam, start
+from dami_kernels.triton.host import cdiv, early, vectors, with_rows_in_one_piece
 from dami_kernels.tuning import row_config
 
 
@@ -49,6 +49,7 @@ def _lerp_norm_kernel(
 
     `bias` and `offset` may be None.
     """
+    start()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     valid = rows < M
     lams = row_lam(lam, row_to_lam, rows, valid, rows_per_lam)
@@ -57,16 +58,16 @@ def _lerp_norm_kernel(
 
     if CENTRED:
         total = tl.zeros((BLOCK_M, 1), tl.float32)
-        for start in range(0, D, BLOCK_D):
-            total += tl.sum(_numbers(x, start + tl.arange(0, BLOCK_D)[None, :], valid, D), 1, keep_dims=True)
+        for first in range(0, D, BLOCK_D):
+            total += tl.sum(_numbers(x, first + tl.arange(0, BLOCK_D)[None, :], valid, D), 1, keep_dims=True)
         mean = total / D
 
     # The mean is known before the squares are summed, for E[x²] − E[x]² would cancel where the mean is large, and what
     # its rounding left over is taken off afterwards.
     left_over = tl.zeros((BLOCK_M, 1), tl.float32)
     squares = tl.zeros((BLOCK_M, 1), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        columns = start + tl.arange(0, BLOCK_D)[None, :]
+    for first in range(0, D, BLOCK_D):
+        columns = first + tl.arange(0, BLOCK_D)[None, :]
         values = _numbers(x, columns, valid, D)
         if CENTRED:
             values = tl.where(columns < D, values - mean, 0.0)
@@ -78,8 +79,8 @@ def _lerp_norm_kernel(
         variance -= left_over * left_over
     scale = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
 
-    for start in range(0, D, BLOCK_D):
-        columns = start + tl.arange(0, BLOCK_D)[None, :]
+    for first in range(0, D, BLOCK_D):
+        columns = first + tl.arange(0, BLOCK_D)[None, :]
         values = _numbers(x, columns, valid, D)
         if CENTRED:
             values = values - mean - left_over
@@ -157,6 +158,7 @@ def _plan(
         "BLOCK_M": config.block_m,
         "BLOCK_D": config.block_d,
         "num_warps": config.num_warps,
+        **early(),
     }
     operands = x, vectors(weight), vectors(bias or ()), lam, row_to_lam
     return Job(operands, (M, D), x.dtype, (Launch(_lerp_norm_kernel, (cdiv(M, config.block_m),), named),))

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.language import target_info
 
 from dami_kernels.launching import Job, Launch
-from dami_kernels.triton.device import BASE, GROUP, SECOND, blend, combine, lerp, load_end, row_lam
-from dami_kernels.triton.groups import add_groups
-from dami_kernels.triton.host import bits_of, cdiv
+from dami_kernels.triton.codes import UNIT
+from dami_kernels.triton.device import BASE, GROUP, SECOND, blend, combine, fetch_end, lerp, load_end, row_lam, start
+from dami_kernels.triton.groups import add_groups, in_ones
+from dami_kernels.triton.host import bits_of, cdiv, early
 from dami_kernels.tuning import LinearConfig
 
 BLEND = tl.constexpr(2)
@@ -70,7 +72,10 @@ class Tile(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Compile-time constants: how the weight is stored, whether steps along K are whole, and `LinearConfig`."""
+    """Compile-time constants: how the weight is stored, whether steps along K are whole, `LinearConfig`, and IS_EARLY.
+
+    A program that is early may begin before earlier launches have ended.
+    """
 
     BASE_BITS: tl.constexpr
     SECOND_BITS: tl.constexpr
@@ -82,6 +87,7 @@ class Plan(NamedTuple):
     BLOCK_K: tl.constexpr
     BY_GROUP: tl.constexpr
     NUM_STAGES: tl.constexpr
+    IS_EARLY: tl.constexpr
 
 
 @triton.jit
@@ -130,7 +136,11 @@ def _ends_tile(ENDS: tl.constexpr, operands, tile, one_lam, BLOCK_M: tl.constexp
     BLOCK_K: tl.constexpr = plan.BLOCK_K
     rows = tile.row + tl.arange(0, BLOCK_M)
     features = tile.feature + tl.arange(0, BLOCK_N)
-    limit = None if plan.EVEN_K else K
+    if plan.EVEN_K:
+        # The last row and feature again instead of those beyond: a copy with a condition takes two more instructions.
+        rows, features, wanted, limit = tl.minimum(rows, row_end - 1), tl.minimum(features, N - 1), None, None
+    else:
+        wanted, limit = features < N, K
     # The quantised formats multiply both ends at once, as twice the features: in two products x would have to lie in
     # shared memory in two layouts, one for each width of codes.
     STACKED: tl.constexpr = ENDS == BOTH and plan.SECOND_BITS != 0
@@ -144,12 +154,12 @@ def _ends_tile(ENDS: tl.constexpr, operands, tile, one_lam, BLOCK_M: tl.constexp
     for step in range(tile.step_begin, tile.step_end):
         k = step * BLOCK_K
         if ENDS != SECOND:
-            base = _load(BASE, operands, features, features < N, k, limit, DTYPE, plan)
+            base = _load(BASE, operands, features, wanted, k, limit, DTYPE, plan)
         if ENDS != BASE:
-            second = _load(SECOND, operands, features, features < N, k, limit, DTYPE, plan)
+            second = _load(SECOND, operands, features, wanted, k, limit, DTYPE, plan)
         inner = k + tl.arange(0, BLOCK_K)[:, None]
-        x_mask = (rows < row_end)[None, :] if plan.EVEN_K else (rows < row_end)[None, :] & (inner < K)
-        x_tile = tl.load(x + inner, mask=x_mask, other=0.0)
+        x_mask = None if plan.EVEN_K else (rows < row_end)[None, :] & (inner < K)
+        x_tile = tl.load(x + inner, mask=x_mask, other=None if plan.EVEN_K else 0.0)
         if ENDS == BLEND:
             # Blended in float32 and rounded once, as the merged weight of the accuracy contract is.
             w = blend(base, second, one_lam, plan.SECOND_BITS).to(x_tile.dtype)
@@ -169,6 +179,9 @@ def _ends_tile(ENDS: tl.constexpr, operands, tile, one_lam, BLOCK_M: tl.constexp
         second_y = _carried(second_y, second_carry)
     if STACKED:
         y, second_y = tl.split(y.reshape(2, BLOCK_N, BLOCK_M).permute(1, 2, 0))
+    if tl.bfloat16 == DTYPE and plan.EVEN_K and not target_info.is_hip():
+        y *= UNIT if (plan.SECOND_BITS if ENDS == SECOND else plan.BASE_BITS) else 1.0
+        second_y *= UNIT if plan.SECOND_BITS else 1.0
     if ENDS == BOTH:
         # λ is loaded again, as the sums lie: kept from the beginning it would fill registers all through the loop.
         row_tile = tile.row + tl.arange(0, BLOCK_M)[None, :]
@@ -185,7 +198,7 @@ def _groups_tile(ENDS: tl.constexpr, operands, tile, one_lam, plan):
     BLOCK_N: tl.constexpr = plan.BLOCK_N
     BLOCK_K: tl.constexpr = plan.BLOCK_K
     rows = tile.row + tl.arange(0, BLOCK_M)
-    # The last feature again instead of those beyond: a copy with a condition takes two more instructions.
+    # As in `_ends_tile`.
     features = tl.minimum(tile.feature + tl.arange(0, BLOCK_N), tile.N - 1)
     sums = tl.zeros((BLOCK_K // GROUP, BLOCK_N, BLOCK_M), tl.float32)
     second_sums = tl.zeros_like(sums)
@@ -197,11 +210,12 @@ def _groups_tile(ENDS: tl.constexpr, operands, tile, one_lam, plan):
         sums = _add_groups(BASE, sums, operands, features, k, x_tile, plan)
         if ENDS == BOTH:
             second_sums = _add_groups(SECOND, second_sums, operands, features, k, x_tile, plan)
-    y = tl.sum(sums, 0)
+    y = in_ones(tl.sum(sums, 0), x.dtype.element_ty, plan.BASE_BITS)
     if ENDS == BOTH:
         row_tile = tile.row + tl.arange(0, BLOCK_M)[None, :]
         one_lam = row_lam(operands.lam, operands.row_to_lam, row_tile, row_tile < row_end, operands.rows_per_lam)
-        y = combine(y, tl.sum(second_sums, 0), one_lam, plan.SECOND_BITS)
+        second_y = in_ones(tl.sum(second_sums, 0), x.dtype.element_ty, plan.SECOND_BITS)
+        y = combine(y, second_y, one_lam, plan.SECOND_BITS)
     _store(operands, tile, y, one_lam, BLOCK_M, BLOCK_N, plan.BLOCK_M)
 
 
@@ -255,11 +269,25 @@ def _sum_splits(operands, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _fetch_first_steps(operands, tile, plan):
+    """Asks for the weights of the first steps before anything else, which may wait for earlier launches."""
+    rows = tl.minimum(tile.feature + tl.arange(0, plan.BLOCK_N), tile.N - 1)
+    for end in tl.static_range(2):
+        fetch_end(
+            operands.weight, operands.strides, end, rows, tile.step_begin * plan.BLOCK_K, tile.K,
+            4 * plan.BLOCK_K, plan.BASE_BITS, plan.SECOND_BITS,
+        )  # fmt: skip
+
+
+@triton.jit
 def product_tile(operands, tile, plan):
     """Computes a tile and stores it. The one with the first step adds the bias.
 
     MIXED_M rows at a time are computed where the tile has several λ.
     """
+    if plan.IS_EARLY:
+        _fetch_first_steps(operands, tile, plan)
+        start()
     lam, row_to_lam, rows_per_lam = operands.lam, operands.row_to_lam, operands.rows_per_lam
     row, row_end = tile.row, tile.row_end
     rows = row + tl.arange(0, plan.BLOCK_M)
@@ -281,8 +309,8 @@ def product_tile(operands, tile, plan):
     else:
         # Not the parts of a tile that have no rows; but a loop of one round is none if its bounds are constants.
         STEP: tl.constexpr = plan.MIXED_M
-        for start in range(0, STEP if plan.BLOCK_M == STEP else min(plan.BLOCK_M, row_end - row), STEP):
-            part = Tile(start, row + start, row_end, tile.feature, tile.N, tile.K, tile.step_begin, tile.step_end)
+        for first in range(0, STEP if plan.BLOCK_M == STEP else min(plan.BLOCK_M, row_end - row), STEP):
+            part = Tile(first, row + first, row_end, tile.feature, tile.N, tile.K, tile.step_begin, tile.step_end)
             _ends_tile(BOTH, operands, part, one_lam, STEP, plan)
     if operands.parts is not None:
         _sum_splits(operands, tile, plan.BLOCK_M, plan.BLOCK_N)
@@ -299,6 +327,7 @@ def job(
     format: str,
     *,
     even_k: bool,
+    is_early: bool = False,
     **arguments: object,
 ) -> Job:
     """Returns the launches of a kernel of `product_tile` with `programs` programs for each split of K.
@@ -330,9 +359,11 @@ def job(
         "BLOCK_K": config.block_k,
         "BY_GROUP": config.by_group,
         "NUM_STAGES": config.num_stages,
+        "IS_EARLY": is_early,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
+    named |= early() if is_early else {}
     lots = [
         Launch(kernel, (min(at_once, programs - first), splits), {**named, "first_program": first})
         for first in range(0, programs, at_once)

@@ -13,6 +13,8 @@ from dami_kernels.tuning.config import LinearConfig
 from dami_kernels.tuning.device import Device
 from dami_kernels.tuning.tables import load_table, nearest
 
+MIXED = 256  # rows: if λ changes within fewer, so it may in any tile
+
 # (features, inner) of a tile by its rows, largest first. A tile has at least as many features as rows, or the programs
 # would read more of x from the L2 cache than of the weights from memory. The exception is 128 rows, where two
 # accumulators leave room for only 64 features.
@@ -35,7 +37,7 @@ def linear_config(
 
     Uses the configuration measured on this GPU for the nearest M. Without one, takes the largest tile that still keeps
     most of the device busy, and splits K if even the smallest does not. If invariant, the result does not depend on M,
-    and weights are not blended. `mixes_lams` says that λ changes within any 256 rows.
+    and weights are not blended. `mixes_lams` says that λ changes within any MIXED rows.
     """
     if invariant:
         rows = 32 if dtype == torch.float32 else 64
@@ -45,9 +47,12 @@ def linear_config(
     if measured:
         return nearest(measured, M).config
     tiles = _tiles(M, K, dtype, format, device)
-    if mixes_lams and device.has_wide_mma and not device.has_tensor_memory and _num_coded(format) == 0:
-        # Two accumulators of 128 rows fit where no weight is dequantised, and read it half as often as those of 64.
-        tiles = [tile for tile in tiles if tile[0] <= 128]
+    if mixes_lams and device.has_wide_mma and not device.has_tensor_memory and M > 128:
+        # Tiles of which two accumulators fit, and which read their weights least often.
+        if _num_coded(format) == 0:
+            tiles = [tile for tile in tiles if tile[0] <= 128]
+        elif dtype.itemsize == 2 and K % 16 == 0:
+            tiles = [(256, 64, 64), (128, 64, 64)][M <= 256 :]
     return _config(M, N, K, dtype, format, device, tiles)
 
 
@@ -111,6 +116,8 @@ def _tiles(M: int, K: int, dtype: torch.dtype, format: str, device: Device) -> l
     table = _TILES_FLOAT32 if dtype == torch.float32 else _TILES_16_BIT
     rows = next((rows for rows in table if rows >= M), max(table))
     tiles = [(rows, *tile) for tile in table[rows]]
+    if rows == 64 >= M and _num_coded(format) and table is _TILES_16_BIT and device.arch == "sm_90" and K % 128 == 0:
+        tiles = [(64, 64, 128)]  # on sm_100 two ends to dequantise spill
     if M > rows == 128:
         # mma.sync also holds operands in registers, which leaves too few for two accumulators of 128 by 128. The same
         # is true of AMD if codes are converted.

@@ -12,7 +12,8 @@ from dami.callers import listed
 
 OURS = ("intensity", "prompt_intensity", "prompt_tail")
 LAMBDA = ("lam", "lambda_", "lmbda", "λ")
-ALIKE = 0.75  # of difflib, from 0 to 1: no keyword in transformers is as much like ours
+ALIKE = 0.75  # of difflib, from 0 to 1: no keyword in transformers is as much like ours,
+ALIKE_PROMPTS = 0.85  # except for many that begin with "prompt_"
 
 
 @torch.compiler.assume_constant_result  # a graph is traced for the keywords of one call
@@ -25,7 +26,8 @@ def meant(name: str) -> str | None:
 def _meant(name: str) -> str | None:
     if name in LAMBDA:
         return OURS[0]
-    return next(iter(get_close_matches(name.lower(), OURS, 1, ALIKE)), None)
+    alike = ALIKE_PROMPTS if name.startswith("prompt_") else ALIKE
+    return next(iter(get_close_matches(name.lower(), OURS, 1, alike)), None)
 
 
 def check_keywords(function: str, given: Iterable[str], *takes: str) -> None:

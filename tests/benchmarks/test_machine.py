@@ -6,6 +6,7 @@ import itertools
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -148,8 +149,8 @@ def test_the_first_parts_of_the_suite(
         monkeypatch.setattr(machine.Gpu, name, value)
     monkeypatch.setattr(measure, "machine", lambda: gpu)
     monkeypatch.setitem(LAYERS, "Qwen3-4B", {"gate_up": (96, 64)})
-    for part in (suite.SMOKE, suite.GPU[0], suite.GPU[2]):
-        arguments = part.command("--results", tmp_path, "--journal", tmp_path / f"{part.seconds}.journal")[3:]
+    for part in (replace(suite.SMOKE, arguments=f"{suite.SMOKE.arguments} --check-only"), suite.GPU[0], suite.GPU[2]):
+        arguments = part.command("--results", tmp_path, "--journal", tmp_path / f"{id(part)}.journal")[3:]
         assert __main__.main([*arguments, "--seconds", "0.01"]) == 0
     assert "right: lerp_linear pair, lerp_linear int4" in capsys.readouterr().out
     rows = [row for row in load(tmp_path / "linear.csv") if row["method"] == "lerp_linear"]

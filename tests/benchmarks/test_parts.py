@@ -11,9 +11,10 @@ from dami.generation import compiled
 from benchmarks import __main__, decode, generate, host, lams, linear, measure, operators, shapes, step
 from benchmarks.machine import Cpu
 from benchmarks.record import load
-from benchmarks.weights import FORMATS
+from benchmarks.weights import FORMATS, Copies
 from dami_kernels import cuda, lerp_linear, native
 from dami_kernels.ops import library
+from dami_kernels.tuning import H100
 
 pytestmark = [
     pytest.mark.skipif(native.WHY_NOT is not None, reason="the compiled part is missing"),
@@ -69,6 +70,23 @@ def test_few_rows_are_timed_with_the_kernel_that_is_not_chosen(
     for method in (linear.OURS, other):
         assert {row["format"] for row in rows if row["method"] == method} >= {*KERNELS}
     assert {row["method"] for row in rows if row["format"]} == {linear.OURS, other}
+
+
+def test_the_kernel_is_timed_beside_the_library_s_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, whose operator takes that route; tensors without memory stand for its."""
+    pytest.importorskip("dami_kernels.triton")
+    meta = torch.device("meta")
+    monkeypatch.setattr(linear, "device_of", lambda _: H100)
+    copies = Copies((19456, 2560), torch.bfloat16, meta, ["pair", "w8d4"], 1)
+
+    def methods(rows: int, kind: str) -> list[tuple[str, str]]:
+        x = torch.empty(rows, 2560, dtype=torch.bfloat16, device=meta)
+        batch = lams.Lams(torch.rand(1), rows) if kind == "one" else lams.make(kind, rows)
+        return [(method.name, method.format) for method in linear.ours(x, batch, copies)]
+
+    ours = [(linear.OURS, "pair"), (linear.OURS, "w8d4")]
+    assert methods(4096, "one") == [ours[0], (linear.TRITON, "pair"), ours[1]]
+    assert methods(4096, "ragged") == methods(64, "one") == ours
 
 
 def test_many_lams_are_not_asked_of_what_launches_each(tmp_path: Path) -> None:

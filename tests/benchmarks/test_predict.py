@@ -141,7 +141,7 @@ def test_the_loop_of_each_path_is_told_from_the_others(arch: str, format: str) -
         kernel = predict.compiled(case, arch)
         loops = [predict.chosen(kernel, path, case) for path in paths]
         assert len({*map(tuple, loops)}) == len(paths)
-        assert predict.matrix_instructions(loops[-1]) >= predict.matrix_instructions(loops[0])
+        assert predict.matrix_work(loops[-1]) >= predict.matrix_work(loops[0])
         assert kernel.spills == 0
         assert len(kernel.machine_loops[0]) == min(map(len, kernel.products))
 
@@ -161,11 +161,25 @@ def test_bytes_and_operations_of_a_product() -> None:
     mixed = predict.work_of(Case("lerp_linear", "gate_up", n, k, 4096, "pair", "distinct"), "sm_90")
     assert one.programs * one.operations == 2 * 4096 * n * k
     assert mixed.programs * mixed.operations == 2 * 2 * 4096 * n * k
+    assert (one.tile[:10], mixed.tile[:10]) == ("256x128x64", "128x128x64")
     assert mixed.l2 > one.l2 > one.memory == mixed.memory
     split = predict.work_of(Case("lerp_linear", "", 512, 8192, 1, "pair", "zero"), "sm_90")
     assert split.l2 > 2 * 512 * 8192 + 2 * (512 + 8192)  # and the parts
     experts = predict.work_of(Case("lerp_experts", "", 1536, 2048, 1, "int8", "zero"), "sm_90")
     assert experts.memory == 8 * (2 * 1536 * 2048 + 2 * (1536 + 2048))  # eight experts
+
+
+def test_the_route_that_is_taken_without_a_table_is_told_with_its_least_time() -> None:
+    def told(rows: int, kind: str, gpu: Any = H100, format: str = "pair") -> tuple[str, float]:
+        case = Case("lerp_linear", "gate_up", *GATE_UP, rows, format, kind)
+        way, seconds = predict.by_route(case, gpu)
+        return way.value, seconds / predict.merged(case, gpu)
+
+    assert told(4096, "identical") == ("blend", pytest.approx(1 + 6 * 19456 * 2560 / 3.35e12 / 412.4e-6, rel=0.01))
+    assert told(1, "identical")[0] == told(4096, "distinct")[0] == told(4096, "zero", format="w8d4")[0] == "kernel"
+    way, ratio = told(4096, "distinct", B200)
+    moved = 4 * 19456 * 2560 + 26 * 4096 * 19456
+    assert (way, ratio) == ("products", pytest.approx(2 + moved / 8e12 / 181.3e-6, rel=0.01))
 
 
 def test_the_cuda_kernel_s_work() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -38,7 +39,7 @@ def test_what_matters_most_comes_first_on_a_gpu() -> None:
     first = [f"{part.name} {part.arguments}" for part in (suite.SMOKE, *suite.GPU[:3])]
     gate_up = "linear --models Qwen3-4B --layers gate_up --rows"
     assert first == [
-        f"{gate_up} 1 --lams distinct --check-only",
+        f"{gate_up} 1 --lams distinct --seconds 0.1",
         f"{gate_up} 1 16 64 --lams distinct",
         "step --rows 1 --seconds 2",
         f"{gate_up} 4096 --lams uniform ragged",
@@ -226,6 +227,29 @@ def test_nothing_compiles_beside_the_tests(machine: list[str], monkeypatch: pyte
     assert beside == [False, False]
 
 
+@pytest.mark.parametrize("helps", [True, False])
+def test_a_failed_smoke_check_is_repeated_without_early_launches(
+    helps: bool, machine: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All parts then do without programmatic dependent launch, if the check passes so. Who failed is tried again."""
+    seen: list[tuple[str | None, int]] = []
+
+    def part(run: suite.Run, part: suite.Part, seconds: float) -> bool:
+        seen.append((os.environ.get("DAMI_PDL"), len(run.fatal)))
+        run.fatal.append("fatal a | b")
+        return helps and "DAMI_PDL" in os.environ
+
+    monkeypatch.setattr(suite.Run, "part", part)
+    monkeypatch.setattr(suite.Run, "build_cuda", lambda run, log: None)
+    monkeypatch.setattr(suite, "PROCESSES", 1)
+    monkeypatch.delenv("DAMI_PDL", raising=False)
+    with monkeypatch.context() as patch:
+        patch.setenv("DAMI_PDL", "1")  # so that it is restored afterwards
+        patch.delenv("DAMI_PDL")
+        suite.main(["--gpu", "--results", str(tmp_path)])
+    assert seen == [(None, 0), ("0", 0), ("0" if helps else None, 1)]
+
+
 def test_without_nvcc_the_cuda_kernels_are_left_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -235,6 +259,13 @@ def test_without_nvcc_the_cuda_kernels_are_left_out(
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
     assert run.build_cuda(tmp_path / "compile.txt") is None
+    build = [sys.executable, "setup.py", "build_ext", "--inplace", "--parallel", "2"]
+    assert started == ([] if importlib.util.find_spec("dami_kernels._C") else [build])
+    started.clear()
+    monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: None)
+    assert run.build_cuda(tmp_path / "compile.txt") is None
+    assert started == [build]  # the compiled part for launches
+    started.clear()
     assert "the kernels in CUDA C++: left out, there is no nvcc" in capsys.readouterr().out
     nvcc = tmp_path / "cuda" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
@@ -243,7 +274,6 @@ def test_without_nvcc_the_cuda_kernels_are_left_out(
     monkeypatch.setenv("PATH", str(nvcc.parent))
     monkeypatch.setenv("CUDA_HOME", "")
     run.build_cuda(tmp_path / "compile.txt")
-    build = [sys.executable, "setup.py", "build_ext", "--inplace", "--parallel", "2"]
     assert started == [["env", f"CUDA_HOME={tmp_path / 'cuda'}", *build], build]
 
 

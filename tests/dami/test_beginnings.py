@@ -12,7 +12,7 @@ import pytest
 import torch
 from dami import schedules
 from dami.estimators import StaticIntensity
-from dami.generation.pieces import CACHE
+from dami.generation.pieces import CACHE, generate_in_pieces
 from torch import Tensor
 from transformers import Mamba2Config, PreTrainedModel, Qwen3NextConfig
 
@@ -428,3 +428,20 @@ def test_compiled_steps_follow_a_beginning(model: PreTrainedModel, tails: Any, m
         inputs = {**prompts(), "intensity": lam, "prompt_intensity": read, "prompt_tail": tails, **GREEDY}
         assert torch.equal(model.generate(**inputs, compile=True), model.generate(**inputs))
     assert len(graphs) == 1
+
+
+def test_pieces_go_on_where_the_first_ended(model: PreTrainedModel) -> None:
+    """With beginnings, schedules and choices of an estimator, as in one call."""
+    dami.attach(model, ByState())
+    inputs = prompts()
+    lams = [FALLING, "auto", schedules.linear(0.0, 1.0, steps=30), 0.4]
+    how = {"prompt_intensity": 0.0, "prompt_tail": [1, 2, 3, 1], "max_new_tokens": 40, "do_sample": False}
+    whole = model.generate(**inputs, intensity=lams, num_beams=1, **how)[:, 7:]
+    pieces = generate_in_pieces(model, inputs, lams, **how)
+    for row in range(4):
+        end = (whole[row] == 2).int().argmax().item() + 1 if (whole[row] == 2).any() else whole.shape[1]
+        assert torch.equal(pieces[row, :end], whole[row, :end]), f"row {row}"
+    parts = {"*": lams, "mlp": [0.5, FALLING, "auto", 0.1]}
+    whole = model.generate(**inputs, intensity=parts, num_beams=1, **how)[:, 7:]
+    pieces = generate_in_pieces(model, inputs, parts, **how)
+    assert torch.equal(pieces[:, :17], whole[:, :17])

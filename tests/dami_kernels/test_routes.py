@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -55,13 +56,37 @@ def packed(
     return LerpWeight.pack(*((0.05 * end).to(dtype) for end in (base, base + distance * torch.randn(shape))), format)
 
 
-def test_without_measurements_it_is_our_kernel() -> None:
-    for device in DEVICES.values():
-        for format in FORMATS:
-            for M in ROWS:
-                for together in (1, M):
-                    chosen = {route(M, N, K, torch.bfloat16, format, device, together) for N, K in SHAPES}
-                    assert chosen == {Route.KERNEL}
+def test_without_measurements_few_rows_are_our_kernel_s() -> None:
+    for (name, device), format in itertools.product(DEVICES.items(), FORMATS):
+        for M in ROWS:
+            for together in (1, M):
+                chosen = {route(M, N, K, torch.bfloat16, format, device, together) for N, K in SHAPES}
+                if M <= 64 or name not in ("sm_90", "sm_100"):
+                    assert chosen == {Route.KERNEL}, (name, format, M, together)
+                assert Route.PRODUCTS not in chosen or together == 1
+                assert Route.BLEND not in chosen or together == M
+
+
+@pytest.mark.parametrize(
+    ("arch", "format", "together", "way"),
+    [
+        ("sm_90", "pair", 4096, Route.BLEND),  # 2.4 cycles a weight against 3.3, of which L2 takes most
+        ("sm_90", "int4", 4096, Route.BLEND),
+        ("sm_90", "w8d4", 4096, Route.KERNEL),  # which reads least
+        ("sm_90", "pair", 1024, Route.KERNEL),  # the weight would be blended four times
+        ("sm_90", "pair", 1, Route.KERNEL),  # 4.9 against 6.5, most of which is float32 results
+        ("sm_90", "w8d4", 1, Route.KERNEL),
+        ("sm_100", "pair", 4096, Route.BLEND),
+        ("sm_100", "pair", 1024, Route.BLEND),
+        ("sm_100", "pair", 1, Route.PRODUCTS),  # 3.6 against 8.2: its kernel takes 64 rows at a time
+        ("sm_80", "pair", 4096, Route.KERNEL),  # not counted
+    ],
+)
+def test_counts_decide_for_many_rows(arch: str, format: str, together: int, way: Route) -> None:
+    """gate_up of Qwen3-4B, 4096 rows."""
+    assert route(4096, 19456, 2560, torch.bfloat16, format, DEVICES[arch], together) is way
+    assert route(4096, 19456, 2560, torch.float32, format, DEVICES[arch], together) is Route.KERNEL
+    assert route(4096, 19456, 2560, torch.bfloat16, format, DEVICES[arch], together, True) is Route.KERNEL
 
 
 def test_with_amx_rows_at_one_lam_are_blended_from_some_number_on() -> None:

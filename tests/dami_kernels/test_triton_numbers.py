@@ -492,6 +492,17 @@ def test_the_plan_s_own_tiles_of_every_format(
         assert_as_accurate(y, reference.lerp_linear(x, weight.unpack(), lam), plain)
 
 
+@pytest.mark.parametrize("format", FORMATS[1:])
+@pytest.mark.parametrize("size", [2.0**-60, 2.0**20])
+def test_weights_of_other_sizes(kernels: dict[str, Kernel], format: str, size: float) -> None:
+    """Codes become numbers in a unit of their own, between subnormal numbers and infinity."""
+    x, lam = torch.randn(20, 64, dtype=torch.bfloat16, device=DEVICE), torch.full((20,), 0.3, device=DEVICE)
+    weight = LerpWeight.pack(*((size * end.float()).bfloat16() for end in ends(33, 64, dtype=torch.bfloat16)), format)
+    y = kernels["lerp_linear"](x, [*weight.tensors], [], lam, None, 1, format, False)
+    plain = F.linear(x.float(), weight.materialize(0.3).float()).bfloat16()
+    assert_as_accurate(y, reference.lerp_linear(x, weight.unpack(), lam), plain)
+
+
 @every_format
 @pytest.mark.parametrize("split_k", [1, 4], ids=["", "split"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
@@ -585,6 +596,14 @@ def test_scales_are_read_in_pairs_where_pairs_are_aligned() -> None:
     assert even(scale[:8, 1:9], block_k=32)
     assert not even(scale[:8, :8], K=250)
     assert is_even([[base, base]], "pair", 256, 64)
+    codes = torch.zeros(9, 260, dtype=torch.int8)  # which are read in pairs, too
+
+    def even_codes(codes: Tensor) -> bool:
+        return is_even([[base, codes, scale[:8, :8]]], "int8", 256, 64)
+
+    assert even_codes(codes[1:, 2:258])
+    assert not even_codes(codes[1:, 1:257])
+    assert not even_codes(codes.flatten()[: 8 * 259].view(8, 259)[:, :256])
     assert not is_even([[base, base, scale[:8, :8]], [base, base, scale[:8, 1:9]]], "int8", 256, 64)
 
 

@@ -131,11 +131,16 @@ def test_every_format_keeps_the_two_sums_of_a_thread_together() -> None:
 
 @pytest.mark.parametrize("M", [257, 1024, 16384])
 def test_rows_of_many_lams_take_their_tile_at_once(M: int) -> None:
-    """On an H100, 128 rows: a tile of 256 would go through its weights four times, 64 rows at a time."""
+    """On an H100: a tile that takes 64 rows at a time would go through its weights four times as often."""
     for N, K in SHAPES:
         config = linear_config(M, N, K, torch.bfloat16, "pair", H100, mixes_lams=True)
         assert config.mixed_m == config.block_m <= 128
         assert config.use_blend  # where a tile has one λ after all
+        for format in ("int8", "int4", "w8d4"):
+            config = linear_config(M, N, K, torch.bfloat16, format, H100, mixes_lams=True)
+            assert config.mixed_m == config.block_m or K % 16
+            if M == 16384 and K % 16 == 0 and N >= 1024:
+                assert (config.block_m, config.block_n) == (256, 64)
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())

@@ -32,8 +32,9 @@ from dami.generation import attention
 from dami.generation.choices import Choice, Choices
 from dami.generation.courses import course_of
 from dami.generation.prefixes import blocks_in_use, key_blocks, read_once
-from dami.generation.reading import Reading, parse_tails
+from dami.generation.reading import TAIL, Reading
 from dami.generation.sampling import Sampler
+from dami.generation.steering import check_tail, tails_of
 from dami.keywords import check_keywords
 from dami.layers.base import LerpModule
 
@@ -81,7 +82,7 @@ class StepLoad:
     seconds: float
 
 
-Lams = tuple[float, float | None, int]  # a request's `intensity`, `prompt_intensity` and `prompt_tail`
+Lams = tuple[float, float | None, int | None]  # a request's `intensity`, `prompt_intensity` and `prompt_tail`
 
 
 class Prompts(list[Any]):
@@ -101,16 +102,17 @@ def lams_of_prompts(
         prompts: number of prompts.
         intensities: λ of each answer.
         prompt_intensity: λ of the prompts: a number or a preset, or one per prompt; None for that of the answers.
-        prompt_tail: as in `parse_tails`.
+        prompt_tail: as in `tails_of`; None for 1.
         caller: for error messages.
         model: a patched model.
 
     Raises:
         TypeError, ValueError: an argument is none of these.
     """
-    tails = parse_tails(prompt_tail, prompts)
+    check_tail(prompt_intensity, prompt_tail)
     if prompt_intensity is None:
-        return [(lam, None, tail) for lam, tail in zip(intensities, tails, strict=True)]
+        return [(lam, None, None) for lam in intensities]
+    tails = tails_of(TAIL if prompt_tail is None else prompt_tail, prompts)
     caller = replace(caller, argument="prompt_intensity", takes=caller.takes - {AUTO})
     read = Intensity.parse(prompt_intensity, caller, patch_of(model).presets, prompts).each(prompts)
     return list(zip(intensities, read, tails, strict=True))
@@ -234,7 +236,8 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         """
         caller = CALLERS["add_request"]
         check_keywords("add_request", options, *LAM_KEYWORDS)
-        lam, [tail] = self._parse(intensity, caller).one, parse_tails(prompt_tail)
+        check_tail(prompt_intensity, prompt_tail)
+        lam, [tail] = self._parse(intensity, caller).one, tails_of(TAIL if prompt_tail is None else prompt_tail, 1)
         read = None
         if prompt_intensity is not None:
             read = self._parse(prompt_intensity, replace(caller, argument="prompt_intensity")).one

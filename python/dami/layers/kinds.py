@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from dami.layers.alone import alone, number_of_lam
 from dami.layers.base import LerpModule, own_tensors, placeholder
 from dami.layers.routing import by_expert
 from dami.layers.siblings import pays, together
@@ -179,6 +180,35 @@ class LerpTransposedExperts(LerpExperts):
         return tensor.transpose(1, 2) if tensor.dim() == 3 else tensor
 
 
+class LerpRouted(LerpModule):
+    """Experts with a forward of their own, which gathers the rows of each expert: one sequence after another at its λ.
+
+    They are known by the arguments of transformers' experts. Nothing else would tell the λ of a gathered row.
+    """
+
+    kind = "routed"
+    operands = ()
+
+    @classmethod
+    def fit(cls, module: nn.Module) -> dict[str, Any] | None:
+        takes = tuple(inspect.signature(type(module).forward).parameters)
+        return {} if takes == ("self", "hidden_states", "top_k_index", "top_k_weights") else None
+
+    def forward(self, *given: Tensor) -> Tensor:
+        modules, running = [each for each in self.modules() if isinstance(each, LerpModule)], self.lerp.running
+        number = None if running.packed is not None else number_of_lam(modules)
+        if number is None:
+            return super().forward(*given)
+        for x in given:
+            if x.shape[0] % number != 0 or not running.counts(x.shape[0]):
+                raise ValueError(f"{self.lerp.name} got rows {list(x.shape)} that are not of all {number} sequences")
+        results = []
+        for at, parts in enumerate(zip(*(x.chunk(number) for x in given), strict=True)):
+            with alone(modules, running, at, running.tokens):
+                results.append(super().forward(*parts))
+        return torch.cat(results)
+
+
 class LerpParameters(LerpModule):
     """Any other module: keeps its own forward, which reads its parameters and buffers at λ."""
 
@@ -198,6 +228,7 @@ KINDS: tuple[type[LerpModule], ...] = (
     LerpRMSNorm,
     LerpExperts,
     LerpTransposedExperts,
+    LerpRouted,
     LerpParameters,  # last: it fits everything
 )
 

@@ -13,7 +13,7 @@ from dami.dial.patch import Patch, patch_of
 from dami.dial.state import Dial, ModuleState, layer_of
 from dami.layers.base import LerpModule, own_tensors
 from dami.layers.classes import reclass
-from dami.layers.kinds import LerpConv1D, LerpExperts, LerpLinear, kind_of, readers, stored_format
+from dami.layers.kinds import LerpConv1D, LerpExperts, LerpLinear, LerpRouted, kind_of, readers, stored_format
 from dami.layers.obstacles import obstacles, unread
 from dami.layers.packed import LowRank, Packed, adapted, patch_module
 from dami.layers.peft import refuse_adapters
@@ -215,8 +215,8 @@ def install(
     running.invariant = invariant
     for name, module in list(model.named_modules()):
         differing = {local: packed[id(base)] for local, base in own_tensors(module) if id(base) in packed}
-        if differing:
-            kind, settings = kinds[module]
+        kind, settings = kinds[module]
+        if differing or (kind is LerpRouted and any(id(tensor) in packed for tensor in module.parameters())):
             if invariant and issubclass(kind, (LerpLinear, LerpConv1D, LerpExperts)):
                 settings = {**settings, "invariant": True}
             before = patch.original if module is model else type(module)

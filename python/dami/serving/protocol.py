@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError
 MESSAGES = 2048  # maximum messages of a conversation, as in OpenAI's API, and maximum parts of a message
 PROMPTS = 1024  # maximum prompts of a request
 STOP = 1024  # maximum characters of a stop string
+SAME = "same"  # a prompt_intensity: that of the answer
 EFFORTS = {"none": 0.0, "minimal": 0.0, "xhigh": 1.0, "max": 1.0}  # λ of OpenAI's values that are not presets
 MIDDLE = {"low": 0.25, "medium": 0.5, "high": 0.75}  # λ of the others, if the pair has no such preset
 SHARES = {"none": 0.0, "minimal": 0.1, "low": 0.2, "medium": 0.5, "high": 0.8, "xhigh": 0.95}  # of the tokens, to think
@@ -29,6 +30,7 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Count = Annotated[StrictInt, Field(ge=1, le=1 << 30)]
 Preset = Annotated[StrictStr, Field(max_length=64)]  # or "auto"
 Intensity = Number | Preset
+Tail = Annotated[StrictInt, Field(ge=0, le=1 << 30)] | Literal["turn"]
 TokenId = Annotated[StrictInt, Field(ge=0, lt=1 << 31)]
 Point = tuple[Count, Number]
 Penalty = Annotated[Number, Field(ge=-2, le=2)]
@@ -151,6 +153,8 @@ class VllmArguments(Strict):
 
     intensity: Intensity | None = None
     max_intensity: Number | None = None
+    prompt_intensity: Intensity | None = None
+    prompt_tail: Tail | None = None
 
 
 class Request(Strict):
@@ -168,7 +172,17 @@ class Request(Strict):
         description="[tokens, λ] in ascending order: straight lines from the granted λ at 0 tokens through them.",
     )
     max_intensity: Number | None = Field(None, description="λ at most; under load the server may choose a lower one.")
-    vllm_xargs: VllmArguments | None = Field(None, description="The same two, where vLLM wants them.")
+    prompt_intensity: Intensity | None = Field(
+        None,
+        description="λ at which the prompt is read, except for its tail: a number, a preset, or same for that of the "
+        "answer. Requests at any λ share the reading of equal beginnings.",
+    )
+    prompt_tail: Tail | None = Field(
+        None,
+        description="How many tokens at the end of the prompt are read at the λ of the answer; or turn, for all from "
+        "the last user message on.",
+    )
+    vllm_xargs: VllmArguments | None = Field(None, description="These four, where vLLM wants them.")
     n: Annotated[StrictInt, Field(ge=1, le=128)] | None = 1
     max_tokens: Count | None = None
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
@@ -190,7 +204,7 @@ class Request(Strict):
     @model_validator(mode="after")
     def _agree(self) -> Request:
         if self.vllm_xargs is not None:
-            for name in ("intensity", "max_intensity"):
+            for name in VllmArguments.model_fields:
                 inner, outer = getattr(self.vllm_xargs, name), getattr(self, name)
                 if inner is not None and outer is not None and inner != outer:
                     raise _disagreement(name, f"{name} is {outer} and in vllm_xargs {inner}")

@@ -134,6 +134,11 @@ class IntensityInfo(TypedDict):
     """The intensities that a model can be asked for."""
 
     default: Annotated[float | str, Field(description="Of requests that name no λ.")]
+    prompt: Annotated[float | str, Field(description="λ at which prompts are read by default, or same.")]
+    tail: Annotated[int | str, Field(description="The default of prompt_tail.")]
+    least_tail: Annotated[
+        int | None, Field(description="The least prompt_tail that costs the pair nothing at prompt_intensity 0.")
+    ]
     range: Annotated[list[float], Field(min_length=2, max_length=2, description="The lowest and the highest λ.")]
     presets: dict[str, float]
     auto: Annotated[bool, Field(description="Whether the pair has an estimator.")]

@@ -5,33 +5,37 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import math
 import re
 import secrets
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from hmac import compare_digest
 from typing import Any, TypeVar
 
 from fastapi import Request
 from transformers import GenerationConfig
 
-from dami.callers import CALLERS, DEFAULT_INTENSITY
-from dami.chat import ChatTemplate, render
+from dami.callers import CALLERS, DEFAULT_INTENSITY, TURN
+from dami.chat import ChatTemplate, last_turn, otherwise, render
 from dami.dial.patch import patch_of
 from dami.dial.values import Intensity
+from dami.generation.reading import TAIL
 from dami.generation.sampling import Sampling
 from dami.serving.active import ActiveChoice, ActiveRequest
 from dami.serving.deltas import Deltas, Stop
 from dami.serving.detokenizing import Offsets
-from dami.serving.engine import Engine
+from dami.serving.engine import Auto, Engine, EstimatorFailed, Row
 from dami.serving.formatting import ChatFormat, CompletionFormat, Format
 from dami.serving.gate import check_key
 from dami.serving.guiding import Guide, Thoughts, Wishes
 from dami.serving.lanes import Lanes
 from dami.serving.metrics import Metrics
 from dami.serving.model_names import intensity_in, names_of
-from dami.serving.protocol import MIDDLE, SHARES, BadRequest, ChatRequest, CompletionRequest, DialRequest
+from dami.serving.protocol import MIDDLE, SAME, SHARES, BadRequest, ChatRequest, CompletionRequest, DialRequest
+from dami.serving.reading import PromptReading, default_reading, reading_of
 from dami.serving.responses import as_json
 from dami.serving.schema import Dial, Model
 from dami.serving.structured import Grammar, Grammars
@@ -50,6 +54,9 @@ class ServiceSettings:
     Attributes:
         name: the served model's name.
         default_intensity: the intensity of requests that name none: λ, a preset or "auto".
+        prompt_intensity: λ at which prompts are read: a number, a preset, or "same" for that of the answer.
+        prompt_tail: how many tokens at the end of a prompt are read at the λ of the answer; or "turn", for all from the
+            text of the last user message on.
         intensity_range: the lowest and the highest λ that requests may ask for.
         chat_template: the template to render conversations with, as in `dami.chat.render`.
         api_keys: each request must bring one of these keys. If empty, no key is needed.
@@ -65,6 +72,8 @@ class ServiceSettings:
 
     name: str = "dami"
     default_intensity: float | str = DEFAULT_INTENSITY
+    prompt_intensity: float | str = SAME
+    prompt_tail: int | str = TAIL
     intensity_range: tuple[float, float] = (-1.0, 2.0)
     chat_template: ChatTemplate = "default"
     api_keys: tuple[str, ...] = ()
@@ -121,6 +130,7 @@ class Service:
         self.vocabulary = engine.model.get_input_embeddings().num_embeddings
         self.grammars = Grammars(tokenizer, self.vocabulary)
         self.most_characters = engine.max_model_len * max(map(len, tokenizer.get_vocab()))
+        self.reading = default_reading(settings.prompt_intensity, settings.prompt_tail, engine.presets)
         self.lanes = Lanes()
         self.chat_format = ChatFormat(settings.name, self.token_bytes)
         self.completion_format = CompletionFormat(settings.name, self.token_bytes)
@@ -149,6 +159,9 @@ class Service:
             "max_model_len": self.engine.max_model_len,
             "intensity": {
                 "default": self.settings.default_intensity if carried is None else carried,
+                "prompt": self.settings.prompt_intensity,
+                "tail": self.settings.prompt_tail,
+                "least_tail": self.engine.least_tail,
                 "range": list(self.settings.intensity_range),
                 "presets": self.engine.presets,
                 "auto": self.engine.twin is not None,
@@ -158,6 +171,7 @@ class Service:
 
     async def chat(self, body: ChatRequest) -> ActiveRequest:
         self._check(body, 1)
+        reading = self._reading(body)
         messages = [message.plain() for message in body.messages]
         size = sum(len(text) for message in messages for text in message.values())
         by_intensity = not isinstance(self.settings.chat_template, str)
@@ -165,21 +179,44 @@ class Service:
         options = self._template_options(body)
         text, ids = await self.lanes.run(size, self._encode_chat, messages, first, None, options)
         self._room(body, ids)
+        if not by_intensity:
+            reading = await self.lanes.run(size, self._measured, reading, messages, first, None, options, ids)
         grammar = await self._grammar(body)
-        intensities = await self._choose(body, [ids])
+        intensities = await self._choose(body, [ids], None if by_intensity else reading)
         if by_intensity:
-            template = self.settings.chat_template
-            text, ids = await self.lanes.run(size, self._encode_chat, messages, template, intensities[0], options)
+            template, lam = self.settings.chat_template, intensities[0]
+            text, ids = await self.lanes.run(size, self._encode_chat, messages, template, lam, options)
+            reading = await self.lanes.run(size, self._measured, reading, messages, template, lam, options, ids)
         reader = self.thoughts.reader
         inside = reader.leaves_open(messages[-1]["content"]) if body.continue_final_message else reader.opens(text)
-        return await self._begin(body, "chatcmpl", [ids], intensities, self.thoughts, inside, grammar)
+        return await self._begin(body, "chatcmpl", [ids], intensities, reading, self.thoughts, inside, grammar)
 
     async def complete(self, body: CompletionRequest) -> ActiveRequest:
         self._check(body, len(body.prompts))
+        reading = self._reading(body)
         prompts = [await self.lanes.run(len(prompt), self._encode, prompt, "prompt") for prompt in body.prompts]
         for prompt in prompts:
             self._room(body, prompt)
-        return await self._begin(body, "cmpl", prompts, await self._choose(body, prompts))
+        intensities = await self._choose(body, prompts, reading)
+        return await self._begin(body, "cmpl", prompts, intensities, reading)
+
+    def _reading(self, body: ChatRequest | CompletionRequest) -> PromptReading:
+        return reading_of(body, self.reading, self.engine.presets, self.settings.intensity_range)
+
+    def _measured(
+        self,
+        reading: PromptReading,
+        messages: list[dict[str, str]],
+        template: ChatTemplate,
+        intensity: float | None,
+        options: Mapping[str, Any],
+        ids: list[int],
+    ) -> PromptReading:
+        """Returns a reading whose tail is a number of tokens; "turn" is all of them without a user message."""
+        if reading.tail != TURN:
+            return reading
+        _, other = self._encode_chat([*otherwise(messages)], template, intensity, options)
+        return replace(reading, tail=last_turn(ids, other))
 
     def _check(self, body: ChatRequest | CompletionRequest, prompts: int) -> None:
         field = "intensity" if getattr(body, "reasoning_effort", None) is None else "reasoning_effort"
@@ -229,8 +266,16 @@ class Service:
         if isinstance(value, float) and not low <= value <= high:
             raise BadRequest(f"{field} must be in {low:g} to {high:g} on this server, got {value:g}", field)
 
-    async def _choose(self, body: ChatRequest | CompletionRequest, prompts: Sequence[list[int]]) -> list[float]:
-        """Returns the λ granted to each prompt of a request."""
+    async def _choose(
+        self, body: ChatRequest | CompletionRequest, prompts: Sequence[list[int]], reading: PromptReading | None
+    ) -> list[Any]:
+        """Returns the λ granted to each prompt of a request, or an `Auto` if the engine can choose it in passing.
+
+        Args:
+            body: the request.
+            prompts: its prompts.
+            reading: how they are read; None if λ has to be known before.
+        """
         asked: float | str = self.settings.default_intensity
         if body.intensity is not None:
             asked = body.intensity
@@ -238,6 +283,10 @@ class Service:
             asked = body.max_intensity
         if asked == "auto":
             low, high = self.settings.intensity_range
+            alone = body.n in (None, 1)
+            if reading is not None and alone and self.engine.chooses(reading.intensity, int(reading.tail)):
+                most = high if body.max_intensity is None else min(high, body.max_intensity)
+                return [Auto(low, most, self.engine.grant(math.inf, True))] * len(prompts)
             try:
                 found = await asyncio.gather(*map(self.engine.estimate, prompts))
             except Exception as problem:
@@ -390,7 +439,8 @@ class Service:
         body: ChatRequest | CompletionRequest,
         prefix: str,
         prompts: Sequence[list[int]],
-        intensities: Sequence[float],
+        intensities: Sequence[float | Auto],
+        reading: PromptReading,
         thoughts: Thoughts | None = None,
         inside: bool = False,
         grammar: Grammar | None = None,
@@ -405,27 +455,32 @@ class Service:
         request = ActiveRequest(body, f"{prefix}-{secrets.token_hex(12)}", sum(map(len, prompts)), [])
         try:
             for prompt, intensity, room, wish in zip(prompts, intensities, rooms, wishes, strict=True):
-                sampling = {name: self._setting(body, name, intensity) for name in ("temperature", "top_p", "top_k")}
                 for each in range(body.n or 1):
                     guide = Guide(len(prompt), self.vocabulary, wish, ends, thoughts, inside)
+                    sampling = partial(self._sampling, body, seed + each)
                     row = self.engine.submit(
                         prompt,
                         intensity,
-                        Sampling(**sampling, seed=seed + each, logprobs=body.wanted_logprobs),
+                        sampling if isinstance(intensity, Auto) else sampling(intensity),
                         room,
                         ends,
+                        reading.intensity,
+                        int(reading.tail),
                         guide,
                     )
                     deltas = Deltas(self.tokenizer, reader, inside, stops)
                     choice = ActiveChoice(len(request.choices), row, guide, deltas, Offsets(self.tokenizer))
                     request.choices.append(choice)
                     await asyncio.sleep(0)  # there may be many sequences: let the event loop run
+            for choice in request.choices:
+                await self._granted(choice.row)
         except BaseException:
             request.cancel()
             raise
         self.active[request.id] = request
-        for intensity in intensities:
-            self.metrics.intensity.observe(intensity)
+        for choice in request.choices[:: body.n or 1]:
+            self.metrics.intensity.observe(choice.row.intensity)
+            self.metrics.lowered.inc(choice.row.lowered)
         self.metrics.prompt_tokens.inc(request.prompt_tokens)
         return request
 
@@ -465,6 +520,19 @@ class Service:
         if value == "auto":
             raise BadRequest(f"{field} must be a number or a preset, got 'auto'", field)
         self._check_intensity(value, field)
+
+    async def _granted(self, row: Row) -> None:
+        """Waits until the λ of a row is known."""
+        await row.granted.wait()
+        if isinstance(row.failure, EstimatorFailed):
+            raise BadRequest(f"the estimator failed: {row.failure}", code="estimator_failed", status=500)
+        if row.failure is not None:
+            raise row.failure
+
+    def _sampling(self, body: ChatRequest | CompletionRequest, seed: int, intensity: float) -> Sampling:
+        """Returns how the tokens of a sequence at λ are drawn."""
+        settings = {name: self._setting(body, name, intensity) for name in ("temperature", "top_p", "top_k")}
+        return Sampling(**settings, seed=seed, logprobs=body.wanted_logprobs)
 
     def _setting(self, body: ChatRequest | CompletionRequest, name: str, intensity: float) -> Any:
         """Returns a sampling parameter of a request: by default that of the end nearer to its λ."""

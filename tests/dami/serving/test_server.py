@@ -335,7 +335,9 @@ def test_stops(server: Running, alone: Callable[..., Any]) -> None:
 def test_models_health_and_metrics(server: Running) -> None:
     listed = server.client().models.list().data[0]
     assert listed.id == server.client().models.retrieve("pair").id == "pair"
-    assert listed.intensity == {"default": 0.0, "range": [-1.0, 2.0], "presets": {}, "auto": False, "frontier": False}
+    reading = {"prompt": "same", "tail": 1, "least_tail": None}
+    lams = {"default": 0.0, "range": [-1.0, 2.0], "presets": {}, "auto": False, "frontier": False}
+    assert listed.intensity == lams | reading
     assert httpx.get(f"{server.url}/health").json()["status"] == "ok"
     before = server.metric("dami_generated_tokens_total")
     server.post(COMPLETIONS, {"prompt": "a", "max_tokens": 3, "ignore_eos": True})

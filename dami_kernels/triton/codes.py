@@ -1,0 +1,93 @@
+"""Codes as 16-bit numbers, without a conversion: two in a 32-bit word, whose halves are numbers as they stand.
+
+With exponent bits of zero and of one, bfloat16 counts up in the same steps of 2⁻¹³³. So the bits of any byte u are the
+number u · 2⁻¹³³, subnormal up to 127, and one fused multiply-add of both numbers in a word makes scaled codes of them,
+rounded once. PTX promises that `fma` of bfloat16 takes subnormal numbers for what they are.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language import target_info
+
+UNIT: tl.constexpr = tl.constexpr(2.0**33)  # what the numbers of `scaled` are to be multiplied by
+
+
+@triton.jit
+def scaled(words, scales, BITS: tl.constexpr):
+    """Codes times scales, in UNIT: bfloat16 [N, GROUPS, W, 2], for scales of a size from 2⁻⁹³ up to 2²⁸.
+
+    Args:
+        words: int32 [N, GROUPS, W], two codes each, stored as their format does: 8 bits are two bytes of which the sign
+            is inverted here, 4 bits are the two nibbles of one byte.
+        scales: int32 [N, GROUPS], the bits of a bfloat16 number in both halves.
+    """
+    # The numbers 2¹⁰⁰ and 2⁹⁶ bring the codes from their places to 2⁻³³; the others are what is too much in each code.
+    if BITS == 8:
+        words = spread(words, 0x4140) ^ 0x00800080
+        factors, offset = fma(scales, word(0x71807180), word(0)), fma(scales, word(0xB280B280), word(0))
+    else:
+        words = spread(words, 0x4040) & 0x00F0000F
+        factors, offset = fma(scales, word(0x6F807180), word(0)), fma(scales, word(0xB080B080), word(0))
+    return two(fma(words, factors[:, :, None], offset[:, :, None]), tl.bfloat16)
+
+
+@triton.jit
+def in_both_halves(scales):
+    """The bits of two scales in a word, each in both halves of one: int32 [N, W] to [N, 2 W]."""
+    return tl.join(spread(scales, 0x1010), spread(scales, 0x3232)).reshape(scales.shape[0], 2 * scales.shape[1])
+
+
+@triton.jit
+def masked(words, MASK: tl.constexpr, BITS: tl.constexpr):
+    """words & MASK ^ BITS."""
+    if target_info.is_cuda():
+        # ptxas would make two instructions of it, as one cannot hold both constants.
+        return tl.inline_asm_elementwise(
+            f"lop3.b32 $0, $1, {MASK}, {BITS}, 0x6a;", "=r,r", [words], tl.int32, is_pure=True, pack=1
+        )
+    return words & MASK ^ BITS
+
+
+@triton.jit
+def two(words, DTYPE: tl.constexpr):
+    """The numbers in the low and in the high half of each word, as another dimension; no instruction is left of it."""
+    low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
+    return tl.join(low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True))
+
+
+@triton.jit
+def spread(words, BYTES: tl.constexpr):
+    """Of each word the bytes that the hexadecimal digits of BYTES name, the lowest first; digit 4 is a zero."""
+    if target_info.is_cuda():
+        return tl.inline_asm_elementwise(
+            f"prmt.b32 $0, $1, 0, {BYTES};", "=r,r", [words], tl.int32, is_pure=True, pack=1
+        )
+    low = _byte(words, BYTES & 15) | _byte(words, BYTES >> 4 & 15) << 8
+    return low | _byte(words, BYTES >> 8 & 15) << 16 | _byte(words, BYTES >> 12) << 24
+
+
+@triton.jit
+def _byte(words, NUMBER: tl.constexpr):
+    return tl.zeros_like(words) if NUMBER == 4 else words >> 8 * NUMBER & 255
+
+
+@triton.jit
+def fma(a, b, c):
+    """a · b + c, of both bfloat16 numbers in each word, rounded once."""
+    if target_info.is_cuda():
+        return tl.inline_asm_elementwise(
+            "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], tl.int32, is_pure=True, pack=1
+        )
+    exact = two(a, tl.bfloat16).to(tl.float32) * two(b, tl.bfloat16).to(tl.float32) + two(c, tl.bfloat16)
+    low, high = tl.split(exact.to(tl.bfloat16).to(tl.int16, bitcast=True))
+    return low.to(tl.int32) & 0xFFFF | high.to(tl.int32) << 16
+
+
+@triton.jit
+def word(BITS: tl.constexpr):
+    """int32 [1, 1] of these bits."""
+    return tl.full((1, 1), BITS - (1 << 32) if BITS >= 1 << 31 else BITS, tl.int32)
