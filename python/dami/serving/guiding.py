@@ -7,9 +7,9 @@
 3. the schedule: straight lines from the granted λ at 0 tokens through its points, and the last λ after them;
 4. the granted λ.
 
-Inside a thought that has a budget, it bends toward the Instruct end by the law of `dami.schedules.bent`: over the last
-half of the budget, or over all that is left once it is to wrap up. What the budget does not end by itself is ended by
-the end tag.
+Inside a thought that has a budget, it bends toward the Instruct end by the law of `dami.schedules.bent`: over as many
+tokens as the thoughts of the pair take, or over all that is left once it is to wrap up. A thought that does not end by
+itself is ended by the end tag.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dami.generation.budget import next_of
 from dami.generation.courses import Course
-from dami.schedules import SHARE, bent
+from dami.schedules import bent
 from dami.serving.structured import Grammar, Matcher
 from dami.thoughts import Reader, ThoughtMeter
 
@@ -59,6 +59,7 @@ class Wishes:
         schedule: (tokens, λ) in ascending order of tokens.
         answer_intensity: λ after a thought; None for that of the thought.
         budget: the most tokens of its thoughts; None for no limit.
+        span: the tokens before the budget's end over which λ bends; None for all of the budget.
         grammar: what the answer, and not the thought, must match; None for any text.
     """
 
@@ -68,6 +69,7 @@ class Wishes:
     schedule: Sequence[tuple[int, float]] = ()
     answer_intensity: float | None = None
     budget: int | None = None
+    span: float | None = None
     grammar: Grammar | None = None
 
 
@@ -96,7 +98,7 @@ class Guide(Course):
         self.vocabulary, self.wishes, self.ends, self.thoughts = vocabulary, wishes, ends, thoughts
         self.meter = None if thoughts is None else ThoughtMeter(thoughts.reader, inside)
         self.limit = wishes.budget  # tokens of its thoughts
-        self._span = SHARE * (wishes.budget or 0)  # over which λ bends
+        self._span: float = (wishes.budget or 0) if wishes.span is None else wishes.span  # over which λ bends
         self._points: Sequence[tuple[int, float]] = ()
         self._by_hand: float | None = None
         self._wrap_up: int | None = None

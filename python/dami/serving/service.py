@@ -135,6 +135,7 @@ class Service:
         self.chat_format = ChatFormat(settings.name, self.token_bytes)
         self.completion_format = CompletionFormat(settings.name, self.token_bytes)
         self.defaults = SamplingDefaults.of_ends(engine.model)
+        self.span = span_of(settings.frontier)
         self.created = int(time.time())
         self.active: dict[str, ActiveRequest] = {}
 
@@ -341,6 +342,7 @@ class Service:
             body.intensity_schedule or (),
             self._number(body.answer_intensity) if isinstance(body, ChatRequest) else None,
             self._budget(body, room) if isinstance(body, ChatRequest) else None,
+            self.span,
             grammar,
         )
 
@@ -560,6 +562,11 @@ class Service:
         await request.collect()
         size = sum(len(choice.tokens) for choice in request.choices) * (1 + (request.body.wanted_logprobs or 0))
         return await self.lanes.run(size, lambda: as_json(form.whole(request)))
+
+
+def span_of(frontier: Mapping[str, Any]) -> float | None:
+    """Returns over how many tokens λ bends: the mean length of the longest answers of a frontier, if one is known."""
+    return max((point["tokens"][0] for point in frontier.get("points", ())), default=None)
 
 
 class Gone(Exception):

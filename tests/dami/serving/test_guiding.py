@@ -92,7 +92,7 @@ def test_the_lam_of_every_token_is_remembered(thoughts: Thoughts, evicted_after:
 
 def test_a_thought_bends_and_is_ended_when_its_budget_is_spent(thoughts: Thoughts) -> None:
     [start], [end] = thoughts.start, thoughts.end
-    run = Run(guide(Wishes(budget=8), thoughts))
+    run = Run(guide(Wishes(budget=8, span=4), thoughts))
     run.take(start, *[9] * 7)
     assert run.guide.forced is None
     assert run.lams == pytest.approx([0.9] * 6 + [0.675, 0.45, 0.225])
@@ -110,7 +110,7 @@ def test_a_thought_bends_and_is_ended_when_its_budget_is_spent(thoughts: Thought
 
 
 def test_a_thought_can_be_told_to_wrap_up(thoughts: Thoughts) -> None:
-    run = Run(guide(Wishes(budget=100), thoughts))
+    run = Run(guide(Wishes(budget=100, span=20), thoughts))
     run.take(*thoughts.start, *[9] * 5)
     run.guide.turn(wrap_up=4)
     run.take(*[9] * 4)
