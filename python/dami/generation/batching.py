@@ -29,6 +29,7 @@ from dami.dial.patch import patch_of
 from dami.dial.values import Intensity
 from dami.generation import attention
 from dami.generation.choices import Choice, Choices
+from dami.generation.courses import course_of
 from dami.generation.prefixes import blocks_in_use, key_blocks, read_once
 from dami.generation.reading import TAIL, Reading
 from dami.generation.sampling import Sampler
@@ -365,6 +366,10 @@ class LerpProcessors(cb_logits_processors.ContinuousBatchingLogitsProcessorList)
         int32_tensor[-1].zero_()
 
     def prepare_tensor_args(self, requests_in_batch: list[FutureRequestState], arg_storage: Tensor) -> Tensor:
+        for request in requests_in_batch:
+            course = course_of(request.state)
+            if course is not None and request.has_new_token:
+                course.follow(request.state)
         super().prepare_tensor_args(requests_in_batch, arg_storage)
         lam: list[float] = []
         for request in requests_in_batch:
