@@ -221,6 +221,19 @@ def loading() -> str:
     return markdown(lines)
 
 
+def scaled() -> str:
+    """Tabulates what published pairs need, computed from the rates measured last."""
+    from benchmarks import scale
+
+    rows = latest(load(RESULTS / "scale.csv"), "what", "of").values()
+    if not rows:
+        return NOT_MEASURED
+    row = max(rows, key=lambda row: row["date"])
+    head, *lines = scale.table(scale.shown(), scale.rates(RESULTS))
+    told = f"Computed from rates of one core and the disk of {row['device']}, commit {row['commit']}.\n\n"
+    return told + markdown([head, *([line[0], f"`{line[1]}`", *line[2:]] for line in lines)])
+
+
 def load_test(name: str, keys: tuple[str, ...], columns: Mapping[str, str]) -> str:
     """Tabulates the newest row of each combination of `keys`, with these columns renamed."""
     rows = latest(load(RESULTS / f"serving_{name}.csv"), *keys).values()
@@ -443,6 +456,23 @@ TABLES: dict[str, Callable[[], str]] = {
             "alone_slowest": "without faults",
         },
     ),
+    "load soak": lambda: load_test(
+        "soak",
+        ("requests",),
+        {
+            "answered": "answered",
+            "lost": "lost",
+            "wrong": "refused, as they were wrong",
+            "other": "other answers to wrong ones",
+            "growth": "growth of memory",
+            "held": "KV cache held",
+            "small_p95": "small request, s",
+            "beside_p95": "beside giants, s",
+            "refused": "429 under overload",
+            "drained": "ended after SIGTERM",
+            "exit": "exit",
+        },
+    ),
     "load control": lambda: load_test(
         "control",
         ("rate", "mode"),
@@ -465,6 +495,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "formats": formats,
     "roundings": roundings,
     "loading": loading,
+    "scale": scaled,
     "host": lambda: host(lambda case: case not in ("model", STEPS) and not case.startswith(GPU)),
     "host steps": lambda: host(STEPS.__eq__),
     "host launches": lambda: host(lambda case: case.startswith(GPU) and case != GPU_STEPS),

@@ -56,6 +56,7 @@ def render(
     prompts: Sequence[Prompt],
     chat_template: ChatTemplate | None = "default",
     intensities: Sequence[float] | None = None,
+    **options: Any,
 ) -> list[str]:
     """Applies the chat template to prompts, and returns their full texts.
 
@@ -66,6 +67,7 @@ def render(
             λ of each row, pass a number, to use the thinking end's template at that λ and above and the instruct end's
             below, or a callable from λ to a name. None leaves prompts as they are.
         intensities: one per row, needed if the template depends on λ.
+        options: passed to `apply_chat_template`, such as variables of the template.
 
     Raises:
         ValueError: the tokenizer has no such chat template, λ is needed and missing, or a prompt is a list of messages
@@ -82,7 +84,7 @@ def render(
             [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
             chat_template=_template(tokenizer, chat_template, lam),
             tokenize=False,
-            add_generation_prompt=True,
+            **{"add_generation_prompt": True, **options},
         )
         for prompt, lam in zip(prompts, lams, strict=True)
     ]

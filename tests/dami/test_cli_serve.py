@@ -81,7 +81,7 @@ def test_every_setting_can_stand_in_a_file_or_in_the_environment(
         default_intensity="auto", prompt_intensity=0.25, prompt_tail="turn", intensity_range=(0.0, 1.5),
         format="int4", dtype="float16", chat_template=0.5,
         max_model_len=100, kv_memory=0.5, max_batch_tokens=2, max_batch_rows=3, max_requests=4, max_body=5,
-        read_timeout=6, prefix_cache=False, cuda_graphs=True, invariant=True, target_latency=2.5,
+        read_timeout=6, answer_reserve=8, prefix_cache=False, cuda_graphs=True, invariant=True, target_latency=2.5,
         intensity_floor=0.25, frontier=Path(frontier), drain=7, revision="a", thinking_revision="b", subfolder="c",
         thinking_subfolder="d", cache_dir="e", thinking_cache_dir="f", token="g", thinking_token="h",
         trust_remote_code=True, thinking_trust_remote_code=False, base="i",

@@ -94,6 +94,10 @@ class ServeSettings(CheckpointSettings):
     max_model_len: Annotated[
         int | None, typer.Option(min=2, help="The most tokens of prompt and answer together. Default: as many as fit.")
     ] = None
+    answer_reserve: Annotated[
+        int,
+        typer.Option(min=0, metavar="TOKENS", help="Tokens of an answer that its thought must leave. 0 leaves none."),
+    ] = 0
     kv_memory: Annotated[float, typer.Option(min=0.0, help="Size of the KV cache in GiB.")] = 1.0
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="The most tokens in a step.")] = 512
     max_batch_rows: Annotated[int, typer.Option(min=1, help="The most sequences in a step.")] = 64
@@ -208,6 +212,7 @@ class ServeSettings(CheckpointSettings):
             allowed_hosts=self.hosts,
             max_body=self.max_body,
             read_timeout=self.read_timeout,
+            answer_reserve=self.answer_reserve,
             frontier=frontier,
         )
 

@@ -26,6 +26,7 @@ from dami.dial.patch import patch_of
 from dami.dial.values import one_lam
 from dami.generation.batching import LerpManager, StepLoad, padded
 from dami.generation.choices import Choice
+from dami.generation.courses import Course
 from dami.generation.reading import TAIL
 from dami.generation.sampling import Logprobs, Sampling
 from dami.serving.controller import IntensityController
@@ -130,9 +131,16 @@ class Auto:
 
 @dataclass(frozen=True)
 class Token:
-    """A generated token, and its log-probabilities if they were asked for."""
+    """A generated token.
+
+    Attributes:
+        id: its id.
+        intensity: λ of the step that gave it.
+        logprobs: its log-probabilities, if they were asked for.
+    """
 
     id: int
+    intensity: float
     logprobs: Logprobs | None
 
 
@@ -143,6 +151,7 @@ class Row:
     Attributes:
         prompt: token ids.
         intensity: its λ; that of its prompt until `granted`.
+        course: decides about each of its tokens.
         name: the name of its request in the manager.
         reason: "stop" after an end token, "length" after `max_tokens`; None while it runs.
         granted: set when `intensity` is known, or will never be.
@@ -153,6 +162,7 @@ class Row:
     engine: Engine
     prompt: list[int]
     intensity: float
+    course: Course
     name: str
     max_tokens: int
     ends: frozenset[int]
@@ -171,7 +181,10 @@ class Row:
             self.fail(EngineDead(output.error))
             return
         tokens, logprobs = output.generated_tokens, output.logprobs
-        fresh = [Token(tokens[i], logprobs[i] if i < len(logprobs) else None) for i in range(self.seen, len(tokens))]
+        fresh = [
+            Token(tokens[i], self.course.lams[i], logprobs[i] if i < len(logprobs) else None)
+            for i in range(self.seen, len(tokens))
+        ]
         if fresh and self.first_token is None:
             self.first_token = time.monotonic()
             self.engine.waiting.pop(self.name, None)
@@ -351,6 +364,7 @@ class Engine:
         ends: frozenset[int] | None = None,
         prompt_intensity: float | None = None,
         prompt_tail: int = TAIL,
+        course: Course | None = None,
     ) -> Row:
         """Submits a sequence.
 
@@ -362,6 +376,7 @@ class Engine:
             ends: ids of the tokens that end it; the model's own if None.
             prompt_intensity: λ at which the prompt is read, except for its tail; None for `intensity`.
             prompt_tail: how many tokens at the end of the prompt are read at `intensity` all the same.
+            course: decides about each of its tokens; None for one that leaves them alone.
 
         Raises:
             Overloaded: if there are too many sequences.
@@ -369,7 +384,8 @@ class Engine:
         """
         self.check_room(1)
         ends = self.ends if ends is None else ends
-        row = Row(self, prompt, 0.0, uuid.uuid4().hex, max_tokens, ends, time.monotonic())
+        course = Course(len(prompt)) if course is None else course
+        row = Row(self, prompt, 0.0, course, uuid.uuid4().hex, max_tokens, ends, time.monotonic())
         if isinstance(intensity, Auto):
             assert prompt_intensity is not None
             assert callable(sampling)
@@ -392,6 +408,7 @@ class Engine:
             prompt_tail=None if prompt_intensity is None else prompt_tail,
             choice=choice,
             sampling=sampling,
+            course=course,
         )
         if name is None:
             self._unregister(row)

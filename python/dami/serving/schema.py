@@ -159,6 +159,16 @@ class ModelList(TypedDict):
     data: list[Model]
 
 
+class Dial(TypedDict):
+    """What a running request has been told."""
+
+    id: str
+    object: Literal["request.dial"]
+    choices: Annotated[list[int], Field(description="Indices of the choices that go on accordingly.")]
+    intensity: Annotated[float | None, Field(description="λ from the next token on; null if it was not changed.")]
+    wrap_up: Annotated[int | None, Field(description="The most tokens that the thought may still have.")]
+
+
 class Health(TypedDict):
     status: Annotated[str, Field(description="ok, or why the engine has died.")]
     waiting: int
@@ -193,6 +203,7 @@ def errors(descriptions: dict[int, str]) -> Described:
 
 
 NO_MODEL = errors({404: "There is no such model."})
+NOT_RUNNING = {404: "There is no such request, or it has ended."}
 NO_FRONTIER = errors({404: "None is known."})
 DEAD: Described = {503: {"model": Health, "description": "The engine has died."}}
 REFUSED = errors(
@@ -208,6 +219,9 @@ REFUSED = errors(
         503: "The engine has died.",
     }
 )
+
+
+DIALLED: Described = {**REFUSED, **errors(NOT_RUNNING)}
 
 
 def answered_by(whole: type, chunk: type) -> Described:

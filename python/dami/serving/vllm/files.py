@@ -9,6 +9,8 @@ from typing import Protocol
 
 from safetensors import safe_open
 from torch import Tensor
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from dami.patching.compare import Header, tensor_mismatches
 from dami.serving.vllm.quantization import PairQuantization
@@ -27,25 +29,33 @@ class Files(Protocol):
 class PackedFiles:
     """A packed pair."""
 
-    def __init__(self, files: Located, pair: PairQuantization, tied: AbstractSet[str]) -> None:
+    def __init__(self, files: Located, pair: PairQuantization, tied: AbstractSet[str], model_type: str) -> None:
         """
         Args:
             files: file and header of each stored tensor.
             pair: the pair, which gets to know the parameters.
             tied: parameters that need not be stored.
+            model_type: the model's type in transformers.
 
         Raises:
             ValueError: if a tensor of an interpolated parameter is missing.
         """
+        self.spelling = Spelling(model_type)
         self.files, self.pair, self.tied = files, pair, tied
         self.names = list(dict.fromkeys(_owner(pair, name) for name in files))
-        pair.originals = dict(zip(self.names, self.names, strict=True))
+        pair.originals = {new: name for name in self.names for new in self.spelling.names(name, self._experts(name))}
         pair.ranks = {
             name.removesuffix("_down"): shape[0]
             for name, (_, (shape, _)) in files.items()
             if name.endswith("_down") and pair.interpolated_as(name.removesuffix("_down")) == "lowrank"
         }
         self._check(self.names)
+
+    def _experts(self, name: str) -> int:
+        """Returns how many experts a parameter holds, if it holds experts."""
+        format = self.pair.interpolated_as(name)
+        shape, _ = self.files[name + (formats.get(format).TENSORS[0] if format else "")][1]
+        return shape[0] if shape else 1
 
     def _check(self, names: Iterable[str]) -> None:
         """Checks that parameters are stored whole. vLLM would not notice if another part of a merged weight was."""
@@ -79,9 +89,42 @@ class PackedFiles:
             if format != "pair" and self.pair.interpolated_as(name) is None:  # merged with one that differs
                 parts = LerpWeight.pack(tensor, tensor, format).tensors
                 if index < len(parts):
-                    yield name, parts[index]
+                    yield from self.spelling.parts(name, parts[index])
             else:
-                yield name, tensor
+                yield from self.spelling.parts(name, tensor)
+
+
+class Spelling:
+    """How checkpoints on the hub, which vLLM knows, call what transformers calls otherwise or puts together."""
+
+    def __init__(self, model_type: str) -> None:
+        mapping = get_checkpoint_conversion_mapping(model_type) or []
+        self.renamings = [each.reverse_transform() for each in mapping if type(each) is WeightRenaming]
+        self.experts = {  # names of the parts that one expert has in a parameter of all experts
+            each.target_patterns[0]: each.source_patterns
+            for each in mapping
+            if isinstance(each, WeightConverter) and all(".experts.*." in part for part in each.source_patterns)
+        }
+
+    def names(self, name: str, experts: int) -> list[str]:
+        """Returns the names of a parameter's parts on the hub, expert by expert where it holds experts."""
+        fused = next((target for target in self.experts if name.endswith(target)), None)
+        parts = [name]
+        if fused is not None:
+            each = [part.replace("*", str(number)) for number in range(experts) for part in self.experts[fused]]
+            parts = [name.removesuffix(fused) + part for part in each]
+        for renaming in self.renamings:
+            parts = [renaming.rename_source_key(part)[0] for part in parts]
+        return parts
+
+    def parts(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yields the parts of a parameter [experts, parts · N, K], or the parameter itself, by their names."""
+        names = self.names(name, tensor.shape[0] if tensor.dim() else 1)
+        if len(names) == 1:
+            yield names[0], tensor
+            return
+        rows = tensor.flatten(0, 1).chunk(len(names))
+        yield from zip(names, rows, strict=True)
 
 
 def _owner(pair: PairQuantization, name: str) -> str:

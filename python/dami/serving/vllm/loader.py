@@ -125,7 +125,7 @@ class PairLoader(DefaultModelLoader):
         base = self._find(str(model_config.model), model_config.revision)
         tied = {"lm_head.weight"} if model_config.hf_config.tie_word_embeddings else set()
         if settings.thinking is None:
-            return PackedFiles(base, pair, tied)
+            return PackedFiles(base, pair, tied, model_config.hf_config.model_type)
         files = TwoEnds((base, self._find(settings.thinking, None)), pair, tied)
         configs = [  # as they are stored: vLLM changes its own
             AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=model_config.trust_remote_code)
