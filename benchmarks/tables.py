@@ -398,14 +398,11 @@ def predicted_others() -> str:
 
 
 def predictions(**wanted: str) -> list[Row]:
-    """Returns the wanted rows of the last run of `predict` for each GPU."""
+    """Returns the wanted rows of the last run of `predict` for each GPU and kernel."""
     rows = load(RESULTS / "predict.csv")
-    last = {row["gpu"]: row["date"] for row in sorted(rows, key=lambda row: str(row["date"]))}
-    return [
-        row
-        for row in rows
-        if row["date"] == last[row["gpu"]] and all(row[key] == value for key, value in wanted.items())
-    ]
+    last = {(row["gpu"], row["kernel"]): row["date"] for row in sorted(rows, key=lambda row: str(row["date"]))}
+    newest = [row for row in rows if row["date"] == last[row["gpu"], row["kernel"]]]
+    return [row for row in newest if all(row[key] == value for key, value in wanted.items())]
 
 
 def source(rows: list[Row]) -> str:

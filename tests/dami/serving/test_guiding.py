@@ -10,6 +10,7 @@ import pytest
 import torch
 from dami.loading.load import example_pair
 from dami.serving.guiding import Guide, Thoughts, Wishes
+from dami.serving.service import span_of
 from dami.serving.structured import Grammars
 from dami.thoughts import Reader, Tags
 from transformers import AutoTokenizer
@@ -234,3 +235,9 @@ def test_a_tokenizer_that_llguidance_does_not_take() -> None:
 def test_a_copy_of_a_request_keeps_its_course() -> None:
     course: Any = guide(Wishes())
     assert deepcopy({"course": course})["course"] is course
+
+
+def test_how_long_thoughts_are_is_known_from_the_frontier() -> None:
+    points = [{"tokens": [6.0, 5.0, 7.0]}, {"tokens": [50.5, 48.0, 53.0]}, {"tokens": [40.0, 38.0, 42.0]}]
+    assert span_of({"points": points}) == 50.5
+    assert span_of({}) is None

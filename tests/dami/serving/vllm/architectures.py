@@ -14,37 +14,30 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tests.dami.serving.vllm import pairs
+from tests.dami.serving.vllm.test_families import VLLM_S_OWN, found, wanted
 
 PAGE = Path(__file__).parents[4] / "docs" / "vllm.md"
 BEGIN = "<!-- architectures: python -m tests.dami.serving.vllm.architectures -->\n"
 END = "<!-- end of architectures -->"
-HEAD = ("| class | vLLM's code | two ends, `pair` | packed, `int8` |", "|---|---|---|---|")
+HEAD = ("| class | two ends, `pair` | packed, `int8` |", "|---|---|---|")
 
 
 def verdict(directory: Path, family: str) -> str:
     """A line of the table."""
     ends = pairs.write_ends(family, directory)
     name = pairs.AutoConfig.from_pretrained(ends[0]).architectures[0]
-    found, code = {}, ""
-    for way, format in (("two ends", "pair"), ("packed", "int8")):
-        packed = pairs.pack(ends, format)
-        try:
-            found[way], code = answers(family, packed, ends if way == "two ends" else None)
-        except Exception as error:
-            found[way] = f"refused: {said(error)}"
-    return f"| {name} | {code} | {found['two ends']} | {found['packed']} |"
+    packed = [pairs.pack(ends, format) for format in ("pair", "int8")]
+    expected = [wanted(family, pair) for pair in packed]
+    results = [result(family, expected, *pair) for expected, pair in zip(expected, (ends, packed[1:]), strict=True)]
+    return f"| {name} | {results[0]} | {results[1]} |"
 
 
-def answers(family: str, packed: Path, ends: tuple[Path, Path] | None) -> tuple[str, str]:
-    """Whether a pair answers as merged models do, and whose code computes it."""
-    from tests.dami.serving.vllm.engines import ask, engine, tokens_of
-    from tests.dami.serving.vllm.test_families import PROMPTS, VLLM_S_OWN, wanted
-
-    with engine(*(ends or [packed])) as llm:
-        found = tokens_of(ask(llm, PROMPTS))
-        backend = llm.llm_engine.model_config.using_transformers_backend()
-    right = f"right{'¹' * (family in VLLM_S_OWN)}" if found == wanted(family, packed) else "wrong"
-    return right, "transformers'" if backend else "its own"
+def result(family: str, expected: list[list[int]], *pair: Path) -> str:
+    """Whether a pair answers as merged models do, or why it does not."""
+    try:
+        return f"right{'¹' * (family in VLLM_S_OWN)}" if found(family, *pair) == expected else "wrong"
+    except Exception as error:
+        return f"refused: {said(error)}"
 
 
 def said(error: BaseException) -> str:

@@ -17,6 +17,14 @@ if find_spec("vllm") is None:
 os.environ.update(pairs.ENVIRONMENT)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def looks_here() -> None:
+    """vLLM looks at each class of models in a new process, which takes seconds, to keep a GPU untouched."""
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda look: look()
+
+
 @pytest.fixture(scope="session")
 def ends(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Both ends of a family's random pair, written once."""

@@ -63,17 +63,14 @@ def ask(llm: Any, prompts: list[list[int]], lams: Sequence[Any] = LAMS, tokens: 
 
 
 def vllm_answers(packed: Path, prompts: list[list[int]], lams: Sequence[float], tokens: int) -> list[list[int]]:
-    """What vLLM answers greedily with a merged model of a packed pair, without the plugin, for each λ."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    answers = []
-    for prompt, lam in zip(prompts, lams, strict=True):
+    """What vLLM answers greedily with merged models of a packed pair, without the plugin, for each λ."""
+    of: dict[float, list[list[int]]] = {}
+    for lam in set(lams):
         with TemporaryDirectory() as directory:
             merged(packed, lam).save_pretrained(directory)
             with engine(Path(directory)) as llm:
-                answers += tokens_of(llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False))
-    return answers
+                of[lam] = tokens_of(ask(llm, prompts, [None] * len(prompts), tokens))
+    return [of[lam][number] for number, lam in enumerate(lams)]
 
 
 def model_of(llm: Any) -> Any:

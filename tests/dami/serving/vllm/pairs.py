@@ -106,14 +106,18 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
+SAME = {"gpt_oss": ("sinks",)}  # what is the same in both ends, by family, because vLLM's attention reads it itself
+
+
 def stored_in(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter and floating-point buffer that is stored with a model, tied ones once."""
     tensors = {id(tensor): (name, tensor) for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
     return ((name, tensor) for name, tensor in reversed(tensors.values()) if tensor.is_floating_point())
 
 
-def write_ends(family: str, directory: Path, same: Sequence[str] = ()) -> tuple[Path, Path]:
+def write_ends(family: str, directory: Path, same: Sequence[str] | None = None) -> tuple[Path, Path]:
     """Writes a random instruct model and a thinking one at some distance, in every parameter but those named `same`."""
+    same = SAME.get(family, ()) if same is None else same
     torch.manual_seed(1)
     instruct = AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
     with torch.no_grad():
