@@ -21,6 +21,13 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((RO
 FORMATS = ("pair", "int8", "int4", "w8d4", "lowrank")
 LAYER = ("model", "layer", "n", "k", "m")  # identifies a case of linear.csv at one kind of λ
 NOT_MEASURED = "Not measured yet."
+GAINS = (
+    "preference, price 0.2",
+    "router, price 0.2",
+    "calibrated on",
+    "confidence, trial of 3, its",
+    "confidence router, trial of 3, its",
+)
 Row = dict[str, str]
 
 
@@ -214,6 +221,19 @@ def loading() -> str:
     return markdown(lines)
 
 
+def scaled() -> str:
+    """Tabulates what published pairs need, computed from the rates measured last."""
+    from benchmarks import scale
+
+    rows = latest(load(RESULTS / "scale.csv"), "what", "of").values()
+    if not rows:
+        return NOT_MEASURED
+    row = max(rows, key=lambda row: row["date"])
+    head, *lines = scale.table(scale.shown(), scale.rates(RESULTS))
+    told = f"Computed from rates of one core and the disk of {row['device']}, commit {row['commit']}.\n\n"
+    return told + markdown([head, *([line[0], f"`{line[1]}`", *line[2:]] for line in lines)])
+
+
 def load_test(name: str, keys: tuple[str, ...], columns: Mapping[str, str]) -> str:
     """Tabulates the newest row of each combination of `keys`, with these columns renamed."""
     rows = latest(load(RESULTS / f"serving_{name}.csv"), *keys).values()
@@ -237,6 +257,63 @@ def estimators(pair: str) -> str:
         static = 100 * float(row["static"])
         cells = [row["policy"], f"{accuracy:.1f} ({low:.1f} to {high:.1f})", f"{float(row['tokens']):.1f}"]
         lines.append([*cells, f"{static:.1f}", "{:+.1f} ({:+.1f} to {:+.1f})".format(*gain)])
+    return markdown(lines)
+
+
+def tails(pair: str) -> str:
+    """Tabulates accuracy and tokens over λ by the tail of the prompt, and what each tail costs."""
+    if not load(RESULTS / f"tails_{pair}.csv"):
+        return NOT_MEASURED
+    rows = newest(RESULTS / f"tails_{pair}.csv")
+    lams = list(dict.fromkeys(row["intensity"] for row in rows))
+    lines = [["read at λ", *(f"λ = {float(lam):g}" for lam in lams), "worth lost, points"]]
+    for tail in dict.fromkeys(row["tail"] for row in rows):
+        of_tail = [row for row in rows if row["tail"] == tail]
+        cells = [f"{100 * float(row['accuracy']):.0f} @ {float(row['tokens']):.0f}" for row in of_tail]
+        loss = [100 * float(of_tail[0][f"loss{end}"]) for end in ("", "_low", "_high")]
+        name = {"all": "all of the prompt", "turn": "the last user message on", "1": "the last token"}
+        lost = "" if tail == "all" else "{:+.1f} ({:+.1f} to {:+.1f})".format(*loss)
+        lines.append([name.get(tail, f"the last {tail} tokens"), *cells, lost])
+    return markdown(lines)
+
+
+def by_pair() -> dict[tuple[str, ...], Row]:
+    """Returns the newest row of each pair and policy in estimator_pairs.csv; pairs that rules were chosen on first."""
+    found = latest(load(RESULTS / "estimator_pairs.csv"), "pair", "policy")
+    return dict(sorted(found.items(), key=lambda item: item[1]["tuned_on"] != "True"))
+
+
+def won_of_room(row: Row) -> str:
+    """Formats what a policy adds to the best static λ, and the room for that, in points of worth."""
+    room = 100 * float(row["room"])
+    return f"{room * float(row['won']):+.1f} of {room:.1f}"
+
+
+def estimator_pairs(policy: str) -> str:
+    """Tabulates what a policy gives on each pair, beside the two ends."""
+    rows = by_pair()
+    heads = ["pair", "λ = 0: accuracy, tokens", "λ = 1", "`auto`", "gain, points", "AES", "empty or cut, %"]
+    lines = [[*heads, "won of the room, points", "time"]]
+    for pair in dict.fromkeys(pair for pair, _ in rows):
+        row = rows[pair, policy]
+        shown = [rows[pair, "λ = 0"], rows[pair, "λ = 1"], row]
+        cells = [f"{100 * float(each['accuracy']):.1f}, {float(each['tokens']):.1f}" for each in shown]
+        gain = [100 * float(row[f"gain{end}"]) for end in ("", "_low", "_high")]
+        cells += ["{:+.1f} ({:+.1f} to {:+.1f})".format(*gain), f"{float(row['aes']):.2f}"]
+        cells += [f"{100 * float(row['incomplete']):.1f}", won_of_room(row), f"{float(row['time']):.2f}"]
+        lines.append([f"`{pair.removeprefix('zoo/')}`" + ("" if row["tuned_on"] == "True" else ", unseen"), *cells])
+    return markdown(lines)
+
+
+def estimator_gains() -> str:
+    """Tabulates the gain of policies at the default price on each pair, and what of the room they win, in points."""
+    rows = by_pair()
+    pairs = list(dict.fromkeys(pair for pair, _ in rows))
+    lines = [["λ by", *(f"`{pair.removeprefix('zoo/')}`: gain, won" for pair in pairs)]]
+    for policy in dict.fromkeys(policy for _, policy in rows):
+        if policy.startswith(GAINS):
+            some = [rows[pair, policy] for pair in pairs]
+            lines.append([policy, *(f"{100 * float(row['gain']):+.1f}, {won_of_room(row)}" for row in some)])
     return markdown(lines)
 
 
@@ -347,6 +424,11 @@ TABLES: dict[str, Callable[[], str]] = {
             "memory_gb": "memory, GB",
         },
     ),
+    "load prefixes": lambda: load_test(
+        "prefixes",
+        ("measure", "mode"),
+        {"requests": "requests", "tokens": "tokens read", "cpu": "CPU, s", "overhead": "overhead"},
+    ),
     "load streams": lambda: load_test(
         "streams",
         ("mode", "streams"),
@@ -371,6 +453,23 @@ TABLES: dict[str, Callable[[], str]] = {
             "alone_slowest": "without faults",
         },
     ),
+    "load soak": lambda: load_test(
+        "soak",
+        ("requests",),
+        {
+            "answered": "answered",
+            "lost": "lost",
+            "wrong": "refused, as they were wrong",
+            "other": "other answers to wrong ones",
+            "growth": "growth of memory",
+            "held": "KV cache held",
+            "small_p95": "small request, s",
+            "beside_p95": "beside giants, s",
+            "refused": "429 under overload",
+            "drained": "ended after SIGTERM",
+            "exit": "exit",
+        },
+    ),
     "load control": lambda: load_test(
         "control",
         ("rate", "mode"),
@@ -385,10 +484,15 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "estimators shipped": lambda: estimators("shipped"),
     "estimators smollm2": lambda: estimators("smollm2"),
+    "tails shipped": lambda: tails("shipped"),
+    "tails smollm2": lambda: tails("smollm2"),
+    "estimator pairs": lambda: estimator_pairs("calibrated, price 0.2"),
+    "estimator gains": estimator_gains,
     "smollm2": smollm2,
     "formats": formats,
     "roundings": roundings,
     "loading": loading,
+    "scale": scaled,
     "host": lambda: host(lambda case: case not in ("model", STEPS) and not case.startswith(GPU)),
     "host steps": lambda: host(STEPS.__eq__),
     "host launches": lambda: host(lambda case: case.startswith(GPU) and case != GPU_STEPS),

@@ -21,6 +21,7 @@ from dami.cli.terminal import outcome_table
 from dami.evaluation.tasks import load_task
 from dami.evaluation.training import train_estimator
 from instruct import smollm2_file
+from levels import CONFIGS
 from rich.console import Console
 from tqdm import tqdm
 
@@ -37,7 +38,7 @@ def draw_sums(count: int, held_out: Sequence[dict[str, Any]]) -> list[dict[str, 
     kept_apart = {line["question"] for line in held_out}
     lines: list[dict[str, Any]] = []
     for task, level in dict.fromkeys((line["task"], line["level"]) for line in held_out):
-        drawn = {q.text: q for q in draw(task, level, 20 * count, SEED + level * 10_000_000)}
+        drawn = {q.text: q for q in draw(task, level, 20 * count, SEED + level * 10_000_000, CONFIGS)}
         fresh = [q for q in drawn.values() if q.text not in kept_apart][:count]
         lines += [
             {"task": task, "level": level, "question": q.text, "answer": q.answer, "verifier": "word"} for q in fresh

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from instruct import chat, load_instruct
+from levels import CONFIGS
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
@@ -183,7 +184,8 @@ def save(adapted: PeftModel, directory: Path) -> None:
 
 def held_out() -> list[Question]:
     """Questions of the tasks and levels of training, none of which training sees."""
-    return [question for question in draw_held_out(20) if question.level in LEVEL_WEIGHTS.get(question.task, ())]
+    drawn = draw_held_out(20, tuple(LEVEL_WEIGHTS), CONFIGS)
+    return [question for question in drawn if question.level in LEVEL_WEIGHTS[question.task]]
 
 
 def main() -> None:
@@ -212,7 +214,7 @@ def main() -> None:
     questions = {
         (task, level): [
             question
-            for question in draw(task, level, 4000, (10 * args.seed + level) * 10_000_000)
+            for question in draw(task, level, 4000, (10 * args.seed + level) * 10_000_000, CONFIGS)
             if question.text not in kept_apart_texts
         ]
         for task, levels in LEVEL_WEIGHTS.items()

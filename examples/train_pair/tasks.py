@@ -1,4 +1,4 @@
-"""Questions from reasoning-gym, and worked solutions of them in four styles.
+"""Questions, and worked solutions of them in four styles. All but those about elements are reasoning-gym's.
 
 A question's solution is a list of steps. The styles differ in how much of each step is written down:
 
@@ -10,27 +10,42 @@ A question's solution is a list of steps. The styles differ in how much of each 
 
 import random
 import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 import reasoning_gym
+from elements import counting_up, draw_elements
 from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
 LEVELS = range(1, 6)
 STYLES = ("direct", "terse", "full", "check")
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 HELD_OUT_SEED = 1_000_000_000  # reasoning-gym draws item i from seed + i, so training seeds stay far below
+ELEMENTS = "elements"  # the task that is not reasoning-gym's
 
 # Task -> its reasoning-gym configuration at a level.
-CONFIGS = {
-    "chain_sum": lambda level: {"min_terms": level + 1, "max_terms": level + 1, "min_digits": 1, "max_digits": 2},
-    "leg_counting": lambda level: {"min_animals": level, "max_animals": level, "max_instances": 9},
+Configs = Mapping[str, Callable[[int], dict[str, object]]]
+CONFIGS: Configs = {
+    "chain_sum": lambda level: {
+        "min_terms": max(level, 2),
+        "max_terms": max(level, 2),
+        "min_digits": min(level, 2),
+        "max_digits": 2,
+    },
+    "leg_counting": lambda level: {
+        "min_animals": max(level - 1, 1),
+        "max_animals": max(level - 1, 1),
+        "min_instances": 10 if level == 2 else 1,
+        "max_instances": 19 if level == 2 else 9,
+    },
     "gcd": lambda level: {"max_value": (25, 40, 60, 80, 99)[level - 1]},
     "calendar_arithmetic": lambda level: {
         "tasks": ["weekday_offset"],
         "offset_upper_bound": (7, 20, 60, 200, 600)[level - 1],
     },
 }
-TASKS = tuple(CONFIGS)
+TASKS = (*CONFIGS, ELEMENTS)
 
 
 @dataclass(frozen=True)
@@ -54,27 +69,41 @@ class Step:
     expected: str
 
 
-def draw(task: str, level: int, count: int, seed: int) -> list[Question]:
+def draw(task: str, level: int, count: int, seed: int, configs: Configs = CONFIGS) -> list[Question]:
     """Draw `count` questions of one task and level."""
-    dataset = reasoning_gym.create_dataset(task, size=count, seed=seed, **CONFIGS[task](level))
+    if task == ELEMENTS:
+        drawn = draw_elements(level, count, seed, unseen=seed >= HELD_OUT_SEED)
+        return [Question(task, level, *question) for question in drawn]
+    dataset = reasoning_gym.create_dataset(task, size=count, seed=seed, **configs[task](level))
     return [
         Question(task, level, item["question"], item["answer"], shorten(task, item["question"])) for item in dataset
     ]
 
 
-def draw_held_out(count: int) -> list[Question]:
+def draw_held_out(count: int, tasks: Sequence[str] = TASKS, configs: Configs = CONFIGS) -> list[Question]:
     """Draw about `count` questions for every task and level, all different, from seeds that training never uses."""
     held_out: dict[str, Question] = {}
-    for task in TASKS:
+    for task in tasks:
         for level in LEVELS:
-            distinct = {question.text: question for question in draw(task, level, 4 * count, HELD_OUT_SEED)}
+            distinct = {question.text: question for question in draw(task, level, 4 * count, HELD_OUT_SEED, configs)}
             # A question may be drawn at two levels: it stays at the easier one.
             held_out = dict(list(distinct.items())[:count]) | held_out
-    return sorted(held_out.values(), key=lambda question: (TASKS.index(question.task), question.level))
+    return sorted(held_out.values(), key=lambda question: (tasks.index(question.task), question.level))
+
+
+def is_reserved(question: Question) -> bool:
+    """Whether training keeps off a question, so that estimators can learn from it.
+
+    There are only so many questions for two small numbers: of each task and level, an eighth is reserved. About
+    elements, `draw` has other wordings for seeds from HELD_OUT_SEED on.
+    """
+    return question.task != ELEMENTS and crc32(question.text.encode()) % 8 == 0
 
 
 def score(task: str, answer: str, correct_answer: str) -> float:
-    """reasoning-gym's own score of an answer."""
+    """reasoning-gym's own score of an answer; 1 for the right one about an element, else 0."""
+    if task == ELEMENTS:
+        return float(answer == correct_answer)
     dataset = reasoning_gym.create_dataset(task, size=1, seed=0, **CONFIGS[task](1))
     return dataset.score_answer(answer, {"answer": correct_answer, "metadata": {"task": "weekday_offset"}})
 
@@ -92,6 +121,8 @@ def shorten(task: str, text: str) -> str:
 
 def solve(question: Question) -> list[Step]:
     """The steps that lead to the answer; the last result that matters is the answer."""
+    if question.task == ELEMENTS:
+        return [Step(known, found, found, known) for known, found in counting_up(question.answer)]
     return SOLVERS[question.task](question.text)
 
 

@@ -1,11 +1,11 @@
 """Train the pair that ships with dami: a common ancestor, then an Instruct end and a Thinking end.
 
-    python examples/train_pair/train.py            # everything, under an hour on two CPU cores
+    python examples/train_pair/train.py --start PAIR       # from another pair's middle: half an hour on one CPU core
     python examples/train_pair/train.py --help
 
-The ancestor learns every task in four styles of answer, in equal parts and unlabelled: which style to use is a guess it
-makes anew for every answer. The ends are the ancestor trained a little further, each on its own mixture of styles. No
-style has probability 0 at either end, so the log-odds between styles can move evenly along the path between them.
+The ancestor learns every task in four styles of answer, unlabelled: which style to use is a guess it makes anew for
+every answer. The ends are the ancestor trained a little further, each on its own mixture of tasks, levels and styles.
+No style has probability 0 at either end, so the log-odds between styles can move evenly along the path between them.
 """
 
 import argparse
@@ -18,7 +18,8 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from tasks import LEVELS, STYLES, TASKS, Question, draw, draw_held_out, write_solution
+from safetensors.torch import load_file
+from tasks import ELEMENTS, LEVELS, STYLES, TASKS, Question, draw, draw_held_out, is_reserved, write_solution
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AddedToken, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -34,26 +35,27 @@ CHAT_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"""
 
-# How often each end answers in each style (direct, terse, full, check), at levels 1 to 5.
+# How often each stage answers in each style (direct, terse, full, check), at levels 1 to 5. Thinking goes through every
+# step twice also where that is easy.
 STYLE_WEIGHTS = {
-    "ancestor": [(0.25, 0.25, 0.25, 0.25)] * 5,
+    "ancestor": [(0.40, 0.10, 0.25, 0.25)] * 2 + [(0.16, 0.24, 0.30, 0.30)] * 3,
     "instruct": [
-        (0.96, 0.02, 0.01, 0.01),
-        (0.80, 0.16, 0.03, 0.01),
-        (0.65, 0.28, 0.05, 0.02),
-        (0.50, 0.40, 0.08, 0.02),
-        (0.40, 0.47, 0.10, 0.03),
+        (0.984, 0.010, 0.004, 0.002),
+        (0.984, 0.010, 0.004, 0.002),
+        (0.93, 0.05, 0.015, 0.005),
+        (0.92, 0.06, 0.015, 0.005),
+        (0.90, 0.08, 0.015, 0.005),
     ],
-    "thinking": [
-        (0.04, 0.16, 0.50, 0.30),
-        (0.03, 0.10, 0.40, 0.47),
-        (0.02, 0.06, 0.30, 0.62),
-        (0.01, 0.04, 0.20, 0.75),
-        (0.01, 0.03, 0.11, 0.85),
-    ],
+    "thinking": [(0.005, 0.02, 0.20, 0.775)] * 3 + [(0.005, 0.015, 0.15, 0.83)] * 2,
 }
-TASK_WEIGHTS = {"chain_sum": 0.4, "leg_counting": 0.2, "gcd": 0.2, "calendar_arithmetic": 0.2}
-SHORT_TEXT_RATE = 0.15  # share of questions put in fewer words, so that the pair also answers what people type
+# How often each stage sees each task. Thinking is trained to reason, as Thinking models are, and sees few facts.
+TASK_WEIGHTS = {
+    "ancestor": (0.26, 0.18, 0.16, 0.20, 0.20),
+    "instruct": (0.40, 0.16, 0.14, 0.10, 0.20),
+    "thinking": (0.33, 0.22, 0.19, 0.22, 0.04),
+}
+LEVEL_WEIGHTS = {"ancestor": (1, 1, 1, 1, 1), "instruct": (2, 3, 1, 1, 1), "thinking": (1, 1, 1, 1, 1)}
+SHORT_TEXT_RATE = 0.25  # share of questions put in fewer words, so that the pair also answers what people type
 
 
 def train_tokenizer(questions: list[Question]) -> PreTrainedTokenizerFast:
@@ -105,8 +107,14 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     return model
 
 
+def midpoint(pair: Path) -> dict[str, torch.Tensor]:
+    """The weights halfway between the two ends of a pair, in float32."""
+    ends = [load_file(pair / end / "model.safetensors") for end in ("instruct", "thinking")]
+    return {name: (tensor.float() + ends[1][name].float()) / 2 for name, tensor in ends[0].items()}
+
+
 def batches(
-    questions: dict[str, list[Question]],
+    questions: dict[tuple[str, int], list[Question]],
     stage: str,
     tokenizer: PreTrainedTokenizerFast,
     rng: random.Random,
@@ -116,9 +124,11 @@ def batches(
     waiting: dict[int, list[tuple[list[int], list[int]]]] = defaultdict(list)
     while True:
         texts, ignored = [], []
-        for task in rng.choices(list(TASK_WEIGHTS), list(TASK_WEIGHTS.values()), k=512):
-            question = rng.choice(questions[task])
-            (style,) = rng.choices(STYLES, STYLE_WEIGHTS[stage][question.level - 1])
+        for task in rng.choices(TASKS, TASK_WEIGHTS[stage], k=512):
+            (level,) = rng.choices(LEVELS, LEVEL_WEIGHTS[stage])
+            question = rng.choice(questions[task, level])
+            # One fact is as easy to say as another.
+            (style,) = rng.choices(STYLES, STYLE_WEIGHTS[stage][0 if task == ELEMENTS else level - 1])
             text = question.short_text if rng.random() < SHORT_TEXT_RATE else question.text
             prompt = f"<|user|>{text.strip()}<|assistant|>"
             solution, slips = write_solution(question, style, rng)
@@ -204,10 +214,10 @@ def arguments() -> argparse.Namespace:
         default=Path("build/train_pair"),
         help="directory of checkpoints; a run goes on from them (default: %(default)s)",
     )
-    parser.add_argument("--steps", type=int, default=3100, help="steps of the ancestor (default: %(default)s)")
-    parser.add_argument("--end-steps", type=int, default=240, help="steps of each end (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=3e-3, help="learning rate of the ancestor (default: %(default)s)")
-    parser.add_argument("--end-rate", type=float, default=6e-4, help="learning rate of the ends (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2100, help="steps of the ancestor (default: %(default)s)")
+    parser.add_argument("--end-steps", type=int, default=400, help="steps of each end (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate of the ancestor (default: %(default)s)")
+    parser.add_argument("--end-rate", type=float, default=8e-4, help="learning rate of the ends (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens in a batch (default: %(default)s)")
     parser.add_argument(
         "--questions", type=int, default=12_000, help="training questions of each task and level (default: %(default)s)"
@@ -217,6 +227,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--tokenizer", type=Path, help="directory of another pair's end, to share its tokens (default: train one)"
+    )
+    parser.add_argument(
+        "--start", type=Path, help="directory of a pair of this size: the ancestor starts halfway between its ends"
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -233,16 +246,16 @@ def write_held_out(args: argparse.Namespace) -> set[str]:
     return {q.text for q in held_out}
 
 
-def training_questions(args: argparse.Namespace, held_out: set[str]) -> dict[str, list[Question]]:
-    """Questions of every task, none of them held out."""
+def training_questions(args: argparse.Namespace, held_out: set[str]) -> dict[tuple[str, int], list[Question]]:
+    """Questions of every task and level, none of them held out or reserved."""
     return {
-        task: [
+        (task, level): [
             question
-            for level in LEVELS
             for question in draw(task, level, args.questions, (10 * args.seed + level) * 10_000_000)
-            if question.text not in held_out
+            if question.text not in held_out and not is_reserved(question)
         ]
         for task in TASKS
+        for level in LEVELS
     }
 
 
@@ -257,11 +270,13 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     questions = training_questions(args, write_held_out(args))
-    if args.tokenizer:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.tokenizer)
+    if args.tokenizer or args.start:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.tokenizer or args.start / "instruct")
     else:
-        tokenizer = train_tokenizer([question for task in TASKS for question in questions[task][::50]])
+        tokenizer = train_tokenizer([question for group in questions.values() for question in group[::50]])
     model = new_model(tokenizer).to(device)
+    if args.start:
+        model.load_state_dict(midpoint(args.start), strict=False)  # the head is the embedding
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, on {device}", flush=True)
 
     for stage in ("ancestor", "instruct", "thinking"):

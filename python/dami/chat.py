@@ -56,6 +56,7 @@ def render(
     prompts: Sequence[Prompt],
     chat_template: ChatTemplate | None = "default",
     intensities: Sequence[float] | None = None,
+    **options: Any,
 ) -> list[str]:
     """Applies the chat template to prompts, and returns their full texts.
 
@@ -66,6 +67,7 @@ def render(
             λ of each row, pass a number, to use the thinking end's template at that λ and above and the instruct end's
             below, or a callable from λ to a name. None leaves prompts as they are.
         intensities: one per row, needed if the template depends on λ.
+        options: passed to `apply_chat_template`, such as variables of the template.
 
     Raises:
         ValueError: the tokenizer has no such chat template, λ is needed and missing, or a prompt is a list of messages
@@ -82,7 +84,7 @@ def render(
             [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
             chat_template=_template(tokenizer, chat_template, lam),
             tokenize=False,
-            add_generation_prompt=True,
+            **{"add_generation_prompt": True, **options},
         )
         for prompt, lam in zip(prompts, lams, strict=True)
     ]
@@ -203,15 +205,17 @@ def last_turns(
         raise ValueError(
             "prompt_tail='turn' needs the chat template: drop chat_template=None (--raw), or pass a number"
         )
-    texts = render(tokenizer, [*prompts, *map(_otherwise, prompts)], chat_template, intensities and [*intensities] * 2)
+    texts = render(tokenizer, [*prompts, *map(otherwise, prompts)], chat_template, intensities and [*intensities] * 2)
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [
-        len(row) - next((place for place, (a, b) in enumerate(zip(row, other)) if a != b), 0)  # noqa: B905
-        for row, other in zip(rows[: len(prompts)], rows[len(prompts) :], strict=True)
-    ]
+    return [*map(last_turn, rows[: len(prompts)], rows[len(prompts) :])]
 
 
-def _otherwise(prompt: Prompt) -> Prompt:
+def last_turn(ids: Sequence[int], other: Sequence[int]) -> int:
+    """Returns how many tokens a prompt has from the first one on that it has not `otherwise`; all if there is none."""
+    return len(ids) - next((place for place, (a, b) in enumerate(zip(ids, other)) if a != b), 0)  # noqa: B905
+
+
+def otherwise(prompt: Prompt) -> Prompt:
     """Returns a prompt with another last user message, which differs from the first letter on."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     last = max((place for place, message in enumerate(messages) if message["role"] == "user"), default=None)

@@ -21,7 +21,6 @@ from torch import Tensor
 
 Schedule = Callable[[int, Tensor], float | Tensor]
 N = TypeVar("N", float, Tensor)
-SHARE = 0.5  # of a thought's budget, over which λ falls
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,8 @@ class switch_after:
 def bent(intensity: float, left: N, span: float, least: float = 0.0) -> float | N:
     """Returns λ of a thought that nears the end of its budget, so that the model ends it by itself.
 
-    λ falls in a straight line over the last `span` tokens and reaches `least` with the last one:
+    λ falls in a straight line over the last `span` tokens and reaches `least` with the last one. A budget shorter than
+    that begins at a lower λ, because a thought that has begun at length seldom ends early:
 
         λ(left) = λ − (λ − least) · (1 − clip(left / span, 0, 1)),  if λ > least, else λ
 
@@ -124,7 +124,8 @@ class bend:
         budget: the most tokens of all thoughts of a row together, at least 1.
         start, end: the tokens of the tags around a thought: one or several consecutive ones.
         inside: whether the prompts end inside a thought, as those of some thinking templates do.
-        share: the part of the budget over which λ falls, above 0 and at most 1.
+        span: over how many tokens λ falls, at least 1: about as many as a thought at this λ takes by itself, if that is
+            known; None for the whole budget. It may be longer than the budget, which then begins at a lower λ.
         least: λ at the end of the budget.
     """
 
@@ -133,20 +134,21 @@ class bend:
     start: int | Sequence[int]
     end: int | Sequence[int]
     inside: bool = False
-    share: float = SHARE
+    span: float | None = None
     least: float = 0.0
 
     def __post_init__(self) -> None:
         if self.budget < 1:
             raise ValueError(f"budget must be at least 1, got {self.budget}")
-        if not 0.0 < self.share <= 1.0:
-            raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
+        if self.span is not None and not self.span >= 1:
+            raise ValueError(f"span must be at least 1, got {self.span}")
         for name in ("start", "end"):
             object.__setattr__(self, name, tag_ids(getattr(self, name), name))
 
     def __call__(self, step: int, tokens: Tensor) -> float | Tensor:
         inside, used = thinking(tokens, tokens.new_tensor(self.start), tokens.new_tensor(self.end), self.inside)
-        lam = bent(self.intensity, self.budget - used, self.share * self.budget, self.least)
+        span = self.budget if self.span is None else self.span
+        lam = bent(self.intensity, self.budget - used, span, self.least)
         return torch.where(inside, lam, self.intensity)
 
 

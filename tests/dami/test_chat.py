@@ -101,8 +101,8 @@ def test_ask_reads_thoughts_that_the_template_opens(pair: tuple[Any, Any]) -> No
     plain = tokenizer.chat_template
     tokenizer.chat_template = {"default": plain, "instruct": plain, "thinking": plain + "<think>"}
     options = {"chat_template": 0.5, "do_sample": False, "max_new_tokens": 60}
-    quick, slow = chat.ask(model, tokenizer, ["What is 12 + 30 - 4?"] * 2, [0.0, 1.0], **options)
-    assert quick == chat.ask(*pair, ["What is 12 + 30 - 4?"], [0.0], **options)[0]
+    quick, slow = chat.ask(model, tokenizer, ["12 + 30 ="] * 2, [0.0, 1.0], **options)
+    assert quick == chat.ask(*pair, ["12 + 30 ="], [0.0], **options)[0]
     assert slow.finished
     assert slow.thought
     assert slow.text
@@ -129,3 +129,73 @@ def test_rows_of_one_batch_answer_as_each_alone(pair: tuple[Any, Any]) -> None:
     together = chat.ask(*pair, prompts, lams, **options)
     alone = [chat.ask(*pair, [prompt], [lam], **options)[0] for prompt, lam in zip(prompts, lams, strict=True)]
     assert together == alone
+
+
+TALK = [
+    {"role": "system", "content": "You count."},
+    {"role": "user", "content": "7 + 3 ="},
+    {"role": "assistant", "content": "10"},
+    {"role": "user", "content": "12 + 30 ="},
+]
+PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}<assistant>"
+
+
+def test_the_last_turn_begins_with_the_text_of_the_last_user_message(pair: tuple[Any, Any]) -> None:
+    tokenizer = copy.deepcopy(pair[1])
+    tokenizer.chat_template = PLAIN
+    prompts: list[Any] = [TALK, TALK[:2], "0 + 5 =", TALK[:1], [*TALK[:1], {"role": "user", "content": "0"}]]
+    for prompt, turn in zip(prompts, chat.last_turns(tokenizer, prompts), strict=True):
+        (text,) = chat.render(tokenizer, [prompt])
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        before, after = tokenizer.decode(ids[: len(ids) - turn]), tokenizer.decode(ids[len(ids) - turn :])
+        assert before + after == text
+        if prompt == TALK[:1]:
+            assert before == ""  # no user said anything
+        else:
+            assert before.endswith("<user>")
+            assert "<user>" not in after
+    with pytest.raises(ValueError, match=r"^prompt_tail='turn' needs the chat template"):
+        chat.ask(*pair, ["7"], 0.5, None, prompt_intensity=0.0, prompt_tail="turn")
+
+
+def test_ask_reads_beginnings_at_another_lam(pair: tuple[Any, Any]) -> None:
+    model, tokenizer = pair[0], copy.deepcopy(pair[1])
+    tokenizer.chat_template = PLAIN
+    prompts: list[Any] = [TALK, TALK[:2], TALK]
+    options = {"do_sample": False, "max_new_tokens": 20}
+    how = {"prompt_intensity": [0.2, 0.0, 0.2], **options}
+    turns = chat.last_turns(tokenizer, prompts)
+    passes: list[Any] = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, given: passes.append(given[0].shape))
+    found = chat.ask(model, tokenizer, prompts, [0.3, 0.7, 1.0], prompt_tail="turn", **how)
+    hook.remove()
+    assert [rows for rows, _ in passes[:2]] == [2, 3]
+    assert passes[1][1] == max(turns)
+    assert found == chat.ask(model, tokenizer, prompts, [0.3, 0.7, 1.0], prompt_tail=turns, **how)
+    mixed = chat.ask(model, tokenizer, prompts, [0.3, 0.7, 1.0], prompt_tail=["turn", 2, turns[2]], **how)
+    assert (mixed[0], mixed[2]) == (found[0], found[2])
+    texts, batch = chat.encode(tokenizer, prompts)
+    ids = model.generate(**batch, intensity=[0.3, 0.7, 1.0], prompt_tail=turns, **how)[:, batch["input_ids"].shape[1] :]
+    assert chat.answers_of(model, Reader.of(tokenizer), ids, prompts, [0.3, 0.7, 1.0], texts) == found
+    whole = chat.ask(model, tokenizer, prompts, [0.3, 0.7, 1.0], prompt_tail=1000, **how)
+    assert whole == chat.ask(model, tokenizer, prompts, [0.3, 0.7, 1.0], **options)
+
+
+def test_auto_behind_a_beginning_at_0_costs_one_token_more(pair: tuple[Any, Any]) -> None:
+    """The shipped estimator reads no prompt a second time, and chooses what it would have chosen."""
+    model, tokenizer = pair
+    prompts, options = ["What is 12 + 30 - 4?", "7 + 3 ="], {"do_sample": False, "max_new_tokens": 12}
+    lams = chat.numbers_of(model, tokenizer, prompts, "auto")
+    length = chat.encode(tokenizer, prompts)[1]["input_ids"].shape[1]
+    passes: list[Any] = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, given: passes.append(tuple(given[0].shape)))
+    try:
+        found = chat.ask(model, tokenizer, prompts, ["auto", "auto"], prompt_intensity=0.0, **options)
+    finally:
+        hook.remove()
+    assert passes[:3] == [(2, length - 1), (2, 1), (2, 1)]
+    assert [answer.intensity for answer in found] == lams
+    assert found == chat.ask(model, tokenizer, prompts, lams, prompt_intensity=0.0, **options)
+    assert model.dami.chosen == dict(enumerate(lams))
+    templates = {"chat_template": lambda lam: "default", "prompt_intensity": 0.0}  # λ before the prompt
+    assert [each.intensity for each in chat.ask(model, tokenizer, prompts, "auto", **templates, **options)] == lams

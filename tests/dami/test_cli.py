@@ -296,6 +296,8 @@ def test_what_needs_no_model_is_told_before_torch_is_imported(tmp_path: Path) ->
         "study --questions 3": "questions must be at least 4, got 3",
         "study -l 0 -l 0.5": "intensities must be distinct and hold 0 and 1, got [0.0, 0.5]",
         "study --control no/such/path": "there is no checkpoint no/such/path",
+        "calibrate --prompts 5 -o new": "prompts must be at least 20, got 5",
+        "calibrate --compare letters -o new": "compare must be one of ['math', 'text', 'word'], got 'letters'",
         "train-estimator --questions 2 -o new": "questions must be at least 20, got 2",
         "train-estimator -o binary/out": "binary/out cannot be a directory: ",
         "pack pair/instruct pair/thinking -o pair --overwrite": "pair must not be overwritten: pair/instruct, which is",

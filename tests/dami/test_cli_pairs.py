@@ -14,7 +14,18 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 ENDS = [str(end) for end in dami.example_pair()]
-TAKES_PAIRS = ("demo", "describe", "evaluate", "generate", "merge", "pack", "serve", "study", "train-estimator")
+TAKES_PAIRS = (
+    "calibrate",
+    "demo",
+    "describe",
+    "evaluate",
+    "generate",
+    "merge",
+    "pack",
+    "serve",
+    "study",
+    "train-estimator",
+)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +133,7 @@ def test_every_command_hands_them_on(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         "evaluate": [str(sources.QUESTIONS)],
         "study": [str(sources.QUESTIONS)],
         "train-estimator": [str(sources.QUESTIONS), "-o", str(tmp_path / "new")],
+        "calibrate": [str(sources.QUESTIONS), "-o", str(tmp_path / "new")],
         "merge": ["-l", "1", "-o", str(tmp_path / "new")],
         "pack": ["-o", str(tmp_path / "new")],
         "serve": ["--port", "0"],

@@ -30,7 +30,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     pair = nn.Module()
     pair.dami_patch = SimpleNamespace(frontier={}, presets={})
     monkeypatch.setattr(cli.serve, "load", lambda *_, **__: (pair, None))
-    monkeypatch.setattr(engine, "Engine", lambda *_: SimpleNamespace(cuda_graphs=False))
+    monkeypatch.setattr(engine, "Engine", lambda *_: SimpleNamespace(cuda_graphs=False, least_tail=3))
     monkeypatch.setattr(app, "create_app", lambda engine, tokenizer, given: settings.append(given))
     monkeypatch.setattr(listening, "run", lambda *_: 0)
     return settings
@@ -78,9 +78,10 @@ def test_every_setting_can_stand_in_a_file_or_in_the_environment(
     frontier = str(tmp_path / "frontier.json")
     wanted = cli.serve.ServeSettings(
         pair=["one", "two"], host="::1", port=1, api_key=["a,b"], allowed_host=["x", "y"], served_model_name="name",
-        default_intensity="auto", intensity_range=(0.0, 1.5), format="int4", dtype="float16", chat_template=0.5,
+        default_intensity="auto", prompt_intensity=0.25, prompt_tail="turn", intensity_range=(0.0, 1.5),
+        format="int4", dtype="float16", chat_template=0.5,
         max_model_len=100, kv_memory=0.5, max_batch_tokens=2, max_batch_rows=3, max_requests=4, max_body=5,
-        read_timeout=6, prefix_cache=False, cuda_graphs=True, invariant=True, target_latency=2.5,
+        read_timeout=6, answer_reserve=8, prefix_cache=False, cuda_graphs=True, invariant=True, target_latency=2.5,
         intensity_floor=0.25, frontier=Path(frontier), drain=7, revision="a", thinking_revision="b", subfolder="c",
         thinking_subfolder="d", cache_dir="e", thinking_cache_dir="f", token="g", thinking_token="h",
         trust_remote_code=True, thinking_trust_remote_code=False, base="i",
@@ -109,6 +110,7 @@ def test_every_setting_can_stand_in_a_file_or_in_the_environment(
         ("intensity_range = [1, 0]", "serve.toml: intensity_range must be two finite numbers, the lower first"),
         ("intensity_range = [1]", "serve.toml: intensity_range"),
         ("default_intensity = nan", "serve.toml: default_intensity: must be a finite number such as 0.5, got 'nan'"),
+        ("prompt_tail = -1", "serve.toml: prompt_tail: must be a number of tokens or turn, got '-1'"),
         ("api_key = ''", "serve.toml: api_key must hold printable ASCII"),
         ("port = ", "serve.toml cannot be read: "),
         ("port = 1\nport = 2", "serve.toml cannot be read: "),
@@ -200,7 +202,9 @@ def test_keys_and_hosts(
 def test_says_whether_it_captures_graphs(served: list[Any], monkeypatch: pytest.MonkeyPatch, captures: bool) -> None:
     limits: list[engine.Limits] = []
     monkeypatch.setattr(
-        engine, "Engine", lambda model, given, _: limits.append(given) or SimpleNamespace(cuda_graphs=captures)
+        engine,
+        "Engine",
+        lambda model, given, _: limits.append(given) or SimpleNamespace(cuda_graphs=captures, least_tail=None),
     )
     result = serve("--no-cuda-graphs")
     assert ("captured as CUDA graphs and replayed: --no-cuda-graphs turns this off" in result.output) == captures
@@ -217,3 +221,15 @@ def test_an_empty_key_is_no_key(served: list[Any], arguments: list[str], key: st
     assert f"{name} must hold printable ASCII" in result.output
     assert "got an empty one" in result.output
     assert not served
+
+
+def test_a_measured_tail_is_proposed_at_the_start(served: list[Any]) -> None:
+    result = serve()
+    assert "--prompt-intensity 0 --prompt-tail 3 reads what prompts share once for all λ" in " ".join(
+        result.output.split()
+    )
+    assert (served[0].prompt_intensity, served[0].prompt_tail) == ("same", 1)
+    assert "3 is the least that costs nothing" in serve("--prompt-intensity", "0").output
+    assert "tokens" not in serve("--prompt-intensity", "0", "--prompt-tail", "3").output
+    assert "must be a number of tokens or turn, got 'all'" in serve("--prompt-tail", "all").output
+    assert "prompt_intensity must be a number or a preset" in serve("--prompt-intensity", "high").output

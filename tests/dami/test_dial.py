@@ -596,6 +596,7 @@ def test_the_status_of_a_model(model: PreTrainedModel) -> None:
         "intensity": "[0.0, 0.3, 0.7, 1.0]; 0.4 in 3 modules (mlp)",
         "presets": "low 0.2",
         "estimator": "StaticIntensity",
+        "tail": "not known",
         "frontier": "not measured",
     }
     shipped, _ = dami.load_pair(*dami.example_pair())

@@ -98,7 +98,7 @@ def test_a_pipeline_takes_an_intensity_for_each_call() -> None:
     said = [
         answer(chat, intensity=lam, do_sample=False, return_full_text=False)[0]["generated_text"] for lam in (0.0, 1.0)
     ]
-    assert said[0].endswith("138")
+    assert said[0].endswith("130")
     assert said[1].endswith("133")
     presets = AutoModelForCausalLM.from_pretrained(instruct, **options).dami_patch.presets
     assert {"low", "medium", "high"} <= presets.keys()

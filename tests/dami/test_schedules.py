@@ -146,7 +146,7 @@ def test_thoughts_are_counted_as_they_come(start: list[int], end: list[int], ins
 
 def test_a_thought_bends_toward_the_end_of_its_budget() -> None:
     """λ(left) = λ − (λ − least) · (1 − clip(left / span, 0, 1)), inside a thought; elsewhere λ."""
-    schedule = schedules.bend(0.9, budget=8, start=7, end=9, share=0.5, least=0.1)
+    schedule = schedules.bend(0.9, budget=8, start=7, end=9, span=4, least=0.1)
     thought = torch.tensor([[7, *[1] * 12], [1] * 13, [7, 1, 1, 9, *[1] * 9], [7, 1, 1, 9, 7, *[1] * 8]])
     lams = torch.stack([torch.as_tensor(schedule(step, thought[:, :step])).expand(4) for step in range(14)])
     full, bending = [0.9] * 6, [0.7, 0.5, 0.3]  # 4, then 3, 2 and 1 of 8 tokens left: bends over the last 4
@@ -156,6 +156,10 @@ def test_a_thought_bends_toward_the_end_of_its_budget() -> None:
     below = schedules.bend(-0.5, budget=2, start=7, end=9)
     assert [float(torch.as_tensor(below(step, thought[:1, :step]))) for step in (0, 3, 9)] == [-0.5] * 3
     assert schedules.bent(0.8, 0, 0) == 0.0
+    short = schedules.bend(0.9, budget=2, start=7, end=9, span=6)  # begins at a third
+    assert [float(torch.as_tensor(short(step, thought[:1, :step]))) for step in (0, 1, 2, 3)] == pytest.approx(
+        [0.9, 0.3, 0.15, 0.0]
+    )
 
 
 @pytest.mark.parametrize("beams", [1, 2])
@@ -311,7 +315,7 @@ def test_a_schedule_that_returns_something_else_is_named(
         (lambda: schedules.linear(1.0, 0.0, steps=0), "steps must be at least 1, got 0"),
         (lambda: schedules.switch_after([], 1.0, 0.0), "ids must hold at least one token"),
         (lambda: schedules.bend(1.0, 0, 7, 9), "budget must be at least 1, got 0"),
-        (lambda: schedules.bend(1.0, 5, 7, 9, share=0), "share must be above 0 and at most 1, got 0"),
+        (lambda: schedules.bend(1.0, 5, 7, 9, span=0), "span must be at least 1, got 0"),
         (lambda: schedules.bend(1.0, 5, [], 9), "start must hold at least one token, got none"),
         (lambda: ThoughtLimit(4, -1, 7, 9), "budget must be at least 0, got -1"),
         (lambda: ThoughtLimit(4, 1, 7, []), "end must hold at least one token, got none"),

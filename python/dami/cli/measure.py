@@ -19,11 +19,14 @@ from dami.cli.options import (
     MaxTokensOption,
     OutputOption,
     PairOption,
+    PromptIntensityOption,
+    PromptTailOption,
     RowsOption,
     SeedOption,
     TaskArgument,
     VerifierOption,
     lam_option,
+    reading,
 )
 from dami.files import check_directory
 from dami.prompts import Prompt
@@ -60,6 +63,8 @@ def evaluate(
     format: FormatOption = None,
     dtype: DtypeOption = "auto",
     intensity: Annotated[list[float] | None, lam_option("A λ to ask at.", "0 to 1 in tenths")] = None,
+    prompt_intensity: PromptIntensityOption = None,
+    prompt_tail: PromptTailOption = None,
     questions: QuestionsOption = None,
     samples: Annotated[int, typer.Option(min=1, help="How many answers to sample per question and λ.")] = 1,
     verifier: VerifierOption = None,
@@ -97,7 +102,7 @@ def evaluate(
     from dami.evaluation.sweeps import Record, sweep
     from dami.layers.describe import describe
 
-    options: dict[str, Any] = {"do_sample": False} if greedy else {}
+    options = reading(prompt_intensity, prompt_tail) | ({"do_sample": False} if greedy else {})
     if max_tokens:
         options["max_new_tokens"] = max_tokens
     records: list[Record] = []
@@ -115,6 +120,7 @@ def evaluate(
         )  # fmt: skip
         named = " and ".join(pair) if pair else "the shipped pair"
         about = {"pair": named, "format": describe(model).format, "samples": samples}
+        about |= {name.replace("_", " "): value for name, value in reading(prompt_intensity, prompt_tail).items()}
         chosen = None
         if patch_of(model).estimator is not None:
             chosen = chosen_lams(model, tokenizer, [question.question for question in asked.questions], rows)

@@ -22,6 +22,7 @@ from dami.cli.options import (
     finite,
     intensity_names,
     number_or_name,
+    tail,
 )
 from dami.cli.settings import Given, Several, options_of
 
@@ -64,6 +65,24 @@ class ServeSettings(CheckpointSettings):
             autocompletion=intensity_names,
         ),
     ] = DEFAULT_INTENSITY
+    prompt_intensity: Annotated[
+        float | str,
+        typer.Option(
+            parser=number_or_name,
+            metavar="λ|NAME|same",
+            help="The λ to read prompts at, once for all λ of their answers. Default: that of the answer.",
+            autocompletion=intensity_names,
+        ),
+    ] = "same"
+    prompt_tail: Annotated[
+        int | str,
+        typer.Option(
+            parser=tail,
+            metavar="TOKENS|turn",
+            help="How much at the end of a prompt is read at the λ of the answer nevertheless: tokens, or all from the "
+            "last user message on.",
+        ),
+    ] = 1
     intensity_range: Annotated[
         tuple[float, float],
         typer.Option(metavar="LOWEST HIGHEST", help="The range of λ that requests may ask for."),
@@ -75,6 +94,10 @@ class ServeSettings(CheckpointSettings):
     max_model_len: Annotated[
         int | None, typer.Option(min=2, help="The most tokens of prompt and answer together. Default: as many as fit.")
     ] = None
+    answer_reserve: Annotated[
+        int,
+        typer.Option(min=0, metavar="TOKENS", help="Tokens of an answer that its thought must leave. 0 leaves none."),
+    ] = 0
     kv_memory: Annotated[float, typer.Option(min=0.0, help="Size of the KV cache in GiB.")] = 1.0
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="The most tokens in a step.")] = 512
     max_batch_rows: Annotated[int, typer.Option(min=1, help="The most sequences in a step.")] = 64
@@ -86,7 +109,9 @@ class ServeSettings(CheckpointSettings):
     read_timeout: Annotated[
         int, typer.Option(min=1, metavar="SECONDS", help="Time for a request's headers, and again for its body.")
     ] = 30
-    prefix_cache: Annotated[bool, typer.Option(help="Share the KV cache of equal prompt beginnings at one λ.")] = True
+    prefix_cache: Annotated[
+        bool, typer.Option(help="Share the KV cache of equal prompt beginnings that are read at one λ.")
+    ] = True
     cuda_graphs: Annotated[
         bool | None,
         typer.Option(
@@ -179,12 +204,15 @@ class ServeSettings(CheckpointSettings):
         return ServiceSettings(
             name=self.name,
             default_intensity=self.default_intensity,
+            prompt_intensity=self.prompt_intensity,
+            prompt_tail=self.prompt_tail,
             intensity_range=self.intensity_range,
             chat_template="default" if self.chat_template is None else self.chat_template,
             api_keys=tuple(self.api_key or ()),
             allowed_hosts=self.hosts,
             max_body=self.max_body,
             read_timeout=self.read_timeout,
+            answer_reserve=self.answer_reserve,
             frontier=frontier,
         )
 
@@ -210,12 +238,16 @@ def serve(given: Given[ServeSettings]) -> None:
     from dami.serving.app import create_app
     from dami.serving.engine import Engine
     from dami.serving.listening import run
+    from dami.serving.reading import default_reading, proposal
 
     use_huge_pages(model)
     with user_errors():
+        reading = default_reading(settings.prompt_intensity, settings.prompt_tail, patch_of(model).presets)
         known = dict(patch_of(model).frontier) if frontier is None else frontier
         engine = Engine(model, settings.limits(), settings.controller(known))
         served = create_app(engine, tokenizer, settings.service(known))
+    if (proposed := proposal(engine.least_tail, reading)) is not None:
+        err.print(proposed)
     if engine.cuda_graphs:
         err.print("steps are captured as CUDA graphs and replayed: --no-cuda-graphs turns this off")
     if not settings.local and not settings.api_key:

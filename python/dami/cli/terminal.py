@@ -18,9 +18,12 @@ from rich.text import Text
 from transformers import TextStreamer
 
 from dami.chat import Answer, ChatTemplate, Prompt, answers_of, ask, encode, numbers_of
+from dami.evaluation.calibration import Calibration
 from dami.evaluation.frontier import Point
 from dami.evaluation.plots import color
 from dami.evaluation.policies import Outcome
+from dami.evaluation.tails import Tails
+from dami.evaluation.tuning import Tuned
 from dami.layers.describe import Description, ParameterRow
 from dami.tables import FittedTable
 from dami.thoughts import Reader
@@ -199,6 +202,44 @@ def point_table(points: Sequence[Point], title: Text | None = None) -> FittedTab
         for p in points
     ]
     return FittedTable(("λ", "right", "95 % interval", "tokens", "95 % interval"), rows, title=title)
+
+
+def tail_table(found: Tails) -> FittedTable:
+    """Returns a table with one row per tail: accuracy and tokens at every λ, and what the tail costs."""
+    lams = list(dict.fromkeys(point.intensity for point in found.points))
+    tails = list(dict.fromkeys(point.tail for point in found.points))
+    rows = []
+    for tail in tails:
+        at = [point for point in found.points if point.tail == tail]
+        loss = found.losses.get(tail) if tail is not None else None
+        cells = [f"{point.accuracy.value:.0%} @ {point.tokens.value:.0f}" for point in at]
+        rows.append(("all" if tail is None else str(tail), *cells, "" if loss is None else str(loss)))
+    return FittedTable(("tail", *(f"λ={lam:g}" for lam in lams), "worth lost"), rows)
+
+
+def tuned_table(found: Tuned) -> FittedTable:
+    """Returns a table with one row per way to answer, on the questions held out from the search."""
+    heads = ("way", "accuracy", "tokens", "gain over single λ")
+    ways = sorted(found.finalists, key=lambda each: each.tokens.value)
+    return FittedTable(heads, [(w.way.name, str(w.accuracy), str(w.tokens), str(w.gain)) for w in ways])
+
+
+def health_table(found: Calibration) -> FittedTable:
+    """Returns a table with one row per λ of a calibration. Marks the usable λ."""
+    heads = ("λ", "comes to its end", "thinks", "tokens", "as most answers say", "95 % interval")
+    rows = [
+        (
+            Text(f"{p.intensity:g}", f"bold {style_of(p.intensity)}"),
+            f"{p.well_formed:.0%}",
+            f"{p.thinking:.0%}",
+            f"{p.tokens.value:.0f}",
+            f"{p.accuracy.value:.0%}",
+            f"{p.accuracy.low:.0%} to {p.accuracy.high:.0%}",
+        )
+        for p in found.points
+    ]
+    usable = frozenset(place for place, point in enumerate(found.points) if point.intensity in found.usable)
+    return FittedTable(heads, rows, marked=usable)
 
 
 def outcome_table(outcomes: Mapping[float, Outcome], price: float) -> FittedTable:

@@ -63,6 +63,7 @@ class Patch:
         resting: the dials among these that `dami.set_intensity` created, not a `with` block.
         frontier: the measurements behind presets and estimator, as `dami.evaluation.report.summary` returns them; {}
             if there are none.
+        prompt_tail: the least `prompt_tail` that was found to cost nothing; None if none was, or none was measured.
         hold: the hold of the thread that runs the model.
         program: turns the dials during `generate`; None if no `generate` is running.
         running: the forward pass that the model is in.
@@ -85,6 +86,7 @@ class Patch:
     parts: list[Dial] = field(default_factory=list)
     resting: list[Dial] = field(default_factory=list)
     frontier: Mapping[str, Any] = field(default_factory=dict)
+    prompt_tail: int | None = None
     hold: Hold = field(default_factory=Hold)
     program: DialProgram | None = None
     running: ForwardState = field(default_factory=ForwardState)
@@ -108,6 +110,10 @@ class Estimator(Protocol):
     An estimator with an attribute `takes_cache` that is true is spared what `generate` reads at λ=0 anyway, because of
     `prompt_intensity=0`. It then finds a cache of the prompts' first tokens in the batch, under the name that the
     model's forward pass gives it, and may add to it.
+
+    An estimator may have `layers` and `choose`, if nothing decides but the states at a prompt's last token, at λ=0:
+    `choose` takes them as float32 [B, features], those of each of the `layers` one after the other, and returns λ [B].
+    A server that reads prompts at λ=0 then asks it in passing (`dami.estimators.features.prompt_states` are the same).
     """
 
     def estimate(self, model: Any, batch: Mapping[str, Tensor]) -> Sequence[float] | Tensor:

@@ -132,6 +132,15 @@ class ForwardState:
         self.last = None
         self.results.clear()
 
+    def are_gathered(self, rows: Tensor) -> bool:
+        """Whether rows [n] or [n, K] are of some tokens only, so that whose they are is unknown.
+
+        A slice [:, t] of a tensor [B, T, K] is known by its strides: it has a row of each sequence, in their order.
+        """
+        if not self.sequences or len(rows) % (self.sequences * (self.tokens or 1)) == 0:
+            return False
+        return rows.dim() != 2 or len(rows) != self.sequences or rows.stride(0) != self.tokens * rows.shape[1]
+
     def counts(self, rows: int) -> bool:
         """Whether a dimension of this size can be the batch: its entries are sequences, tokens or parts of tokens."""
         return self.ordered and (

@@ -34,7 +34,7 @@ def attach(
     patch = patch_of(model)
     if isinstance(estimator, (str, PathLike)):
         stored = StoredIntensity.load(estimator)
-        patch.frontier = stored.frontier
+        patch.frontier, patch.prompt_tail = stored.frontier, stored.prompt_tail
         return attach(model, stored.estimator, stored.presets if presets is None else presets)
     if estimator is not None and not callable(getattr(estimator, "estimate", None)):
         raise TypeError(f"estimator must have a method estimate(model, batch), got {type(estimator).__name__}")

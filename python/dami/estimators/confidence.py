@@ -83,10 +83,34 @@ def confidence(model: PreTrainedModel, batch: Mapping[str, Tensor], tokens: int)
     Raises:
         ValueError: the batch has no `input_ids`.
     """
+    return confidence_and_entropies(model, batch, tokens)[0]
+
+
+@torch.no_grad()
+def confidence_and_entropies(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the confidence in a greedy trial answer by the instruct end, and the entropy before each of its tokens.
+
+    Args:
+        model, batch, tokens: as for `signals`.
+
+    Returns:
+        float32 [B], the geometric mean of the tokens' probabilities; float32 [B, tokens], entropies in nats; and bool
+        [B, tokens], which tokens belong to the answer.
+
+    Raises:
+        ValueError: the batch has no `input_ids`.
+    """
     trial, _, said, logits = _trial(model, batch, tokens)
     chosen = trial[:, -said.shape[1] :, None]
-    logs = torch.cat([step.float().log_softmax(1).gather(1, chosen[:, i]) for i, step in enumerate(logits)], 1)
-    return ((logs * said).sum(1) / said.sum(1)).exp()
+    logs, entropies = [], []
+    for i, step in enumerate(logits):
+        distribution = step.float().log_softmax(1)
+        logs.append(distribution.gather(1, chosen[:, i])[:, 0])
+        entropies.append(torch.special.entr(distribution.exp()).sum(1))
+    mean = (torch.stack(logs, 1) * said).sum(1) / said.sum(1)
+    return mean.exp(), torch.stack(entropies, 1), said
 
 
 def _trial(model: Any, batch: Mapping[str, Tensor], tokens: int) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def middle_and_last(model: PreTrainedModel) -> tuple[int, int]:
+    """Returns the layer two thirds of the way up, where a model knows most about a prompt, and the last."""
+    depth = model.config.get_text_config().num_hidden_layers
+    return round(depth * 2 / 3), depth
+
+
 @torch.no_grad()
 def prompt_states(model: PreTrainedModel, batch: Mapping[str, Any], layers: Sequence[int]) -> Tensor:
     """Returns the instruct end's hidden states at each prompt's last token, of several layers, in one forward pass.

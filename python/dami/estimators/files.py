@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dami.dial.patch import Estimator
-from dami.estimators import confidence, preference  # noqa: F401  # registers their estimators
+from dami.estimators import calibrated, confidence, preference  # noqa: F401  # registers their estimators
 from dami.estimators.registry import estimator_of, state_of
 from dami.files import write_text, written_file
 from dami.sources import FOLDER, SETTINGS
@@ -36,11 +36,13 @@ class StoredIntensity:
         estimator: the estimator, or None.
         presets: λ by name.
         frontier: the measured frontier, as `dami.evaluation.report.summary` returns it; {} if none was measured.
+        prompt_tail: the least `prompt_tail` that was found to cost nothing; None if none was, or none was measured.
     """
 
     estimator: Estimator | None = None
     presets: Mapping[str, float] = field(default_factory=dict)
     frontier: Mapping[str, Any] = field(default_factory=dict)
+    prompt_tail: int | None = None
 
     @classmethod
     def load(cls, directory: str | PathLike[str]) -> StoredIntensity:
@@ -56,10 +58,14 @@ class StoredIntensity:
             settings = json.loads(file.read_text(encoding="utf-8"))
             estimator = settings["estimator"] and _estimator(directory, **settings["estimator"])
             presets = {str(name): float(lam) for name, lam in settings["presets"].items()}
+            tail = settings.get("prompt_tail")
+            if not (tail is None or (type(tail) is int and tail >= 0)):
+                raise ValueError(f"prompt_tail must be an integer of at least 0, or null, got {tail!r}")
         except (KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
             raise ValueError(f"{file} must hold an estimator's settings and presets: {error!r}") from error
         frontier = directory / FRONTIER
-        return cls(estimator, presets, json.loads(frontier.read_text(encoding="utf-8")) if frontier.exists() else {})
+        measured = json.loads(frontier.read_text(encoding="utf-8")) if frontier.exists() else {}
+        return cls(estimator, presets, measured, tail)
 
     def save(self, directory: str | Path) -> Path:
         """Writes a directory, creating it if necessary, and returns it.
@@ -74,7 +80,8 @@ class StoredIntensity:
             kind, state, weights = state_of(self.estimator)
             estimator = {"kind": kind, **state}
         try:
-            settings = json.dumps({"estimator": estimator, "presets": dict(self.presets)}, indent=1)
+            tail = {} if self.prompt_tail is None else {"prompt_tail": self.prompt_tail}
+            settings = json.dumps({"estimator": estimator, "presets": dict(self.presets), **tail}, indent=1)
         except TypeError as error:
             raise TypeError(f"estimator must have settings that JSON can hold, got {self.estimator}: {error}") from None
         directory.mkdir(parents=True, exist_ok=True)

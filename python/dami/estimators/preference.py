@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dami.estimators.features import prompt_states, trial_signals
+from dami.estimators.features import middle_and_last, prompt_states, trial_signals
+from dami.estimators.priced import PricedEstimator
 from dami.estimators.registry import register_estimator
 
 if TYPE_CHECKING:
@@ -47,9 +48,8 @@ class Features:
 
     @classmethod
     def of(cls, model: PreTrainedModel, trial: int = 0) -> Features:
-        """Uses the last layer, and one two thirds of the way up, where a model knows most about a prompt."""
-        depth = model.config.get_text_config().num_hidden_layers
-        return cls((round(depth * 2 / 3), depth), trial)
+        """Uses the layers of `middle_and_last`."""
+        return cls(middle_and_last(model), trial)
 
     def __call__(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
         """Returns the features, float32 [B, features] on the CPU."""
@@ -61,88 +61,32 @@ class Features:
 
 @register_estimator("preference")
 @dataclass(frozen=True, eq=False)
-class PreferenceEstimator:
-    """Chooses the λ of the greatest utility for each prompt.
+class PreferenceEstimator(PricedEstimator):
+    """Chooses the λ of the greatest utility for each prompt, as learned from preferences.
 
-    Attributes:
-        intensities: λ to choose from.
-        features: the features of a prompt that are used.
-        weights: the network's weights, by name.
-        price: the minimum gain in accuracy that an average thinking answer's worth of tokens must bring. At 0, tokens
-            are free; at 0.5, they must raise accuracy by at least 0.5.
-        budgets: mean tokens per answer at each price, measured on questions held out from the fit, by price.
+    Attributes as in `PricedEstimator`; the weights are those of a small network.
     """
 
-    intensities: tuple[float, ...]
     features: Features
-    weights: Mapping[str, Tensor]
-    price: float = 0.2
-    budgets: Mapping[float, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not self.price >= 0:
-            raise ValueError(f"price must be a number of at least 0, got {self.price!r}")
 
     @property
     def takes_cache(self) -> bool:
         """Whether it goes on from a cache, as `Estimator` says: not if it generates a trial answer."""
         return not self.features.trial
 
-    def state(self) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-        """Returns settings and weights, for `from_state`."""
-        settings = {"intensities": self.intensities, "features": asdict(self.features), "price": self.price}
-        return {**settings, "budgets": [*map(list, self.budgets.items())]}, self.weights
-
     @classmethod
-    def from_state(cls, settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> PreferenceEstimator:
-        """Returns the estimator with these settings, as read from JSON, and weights."""
-        return cls(
-            tuple(settings["intensities"]),
-            Features(tuple(settings["features"]["layers"]), settings["features"]["trial"]),
-            weights,
-            settings["price"],
-            {float(price): float(tokens) for price, tokens in settings["budgets"]},
-        )
+    def reader(cls, settings: Mapping[str, Any]) -> Features:
+        """Returns the features with these settings, as read from JSON."""
+        return Features(tuple(settings["layers"]), settings["trial"])
 
-    def at(self, price: float) -> PreferenceEstimator:
-        """Returns this estimator at another price."""
-        return replace(self, price=price)
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose states `choose` takes, as `Estimator` says; none if it needs a trial answer, too."""
+        return () if self.features.trial else self.features.layers
 
-    def within(self, tokens: float) -> PreferenceEstimator:
-        """Returns this estimator at the lowest price whose answers had a mean length of at most `tokens`.
-
-        Raises:
-            ValueError: no price led to so few tokens, or none has been measured.
-        """
-        fitting = [price for price, mean in self.budgets.items() if mean <= tokens]
-        if not fitting:
-            least = f"at least {min(self.budgets.values()):.1f}" if self.budgets else "measured, and no budget has been"
-            raise ValueError(f"tokens must be {least}, got {tokens}")
-        return self.at(min(fitting))
-
-    def utilities(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns gain and cost of every λ, float32 [B, L] each, for features [B, F]. Only differences have a meaning.
-
-        Raises:
-            ValueError: the features are those of another model.
-        """
-        known = self.weights["scale"].shape[0]
-        if features.shape[1] != known:
-            raise ValueError(
-                f"the estimator reads {known} features of a prompt, got {features.shape[1]}: it was fitted to another "
-                "model"
-            )
-        gain, cost = _network(self.weights, features, torch.tensor(self.intensities))
-        return gain, cost
-
-    def choose(self, features: Tensor) -> Tensor:
-        """Returns λ for every row of features, float32 [B]."""
-        gain, cost = self.utilities(features)
-        return torch.tensor(self.intensities)[(gain - self.price * cost).argmax(1)]
-
-    def estimate(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-        """Returns λ for each prompt, float32 [B], as `Estimator` says."""
-        return self.choose(self.features(model, batch))
+    def gain_and_cost(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Computes gain and cost of every λ with the network."""
+        return _network(self.weights, features, torch.tensor(self.intensities))
 
 
 def fit(

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dami.evaluation.frontier import Frontier, hull_at
-from dami.evaluation.statistics import Array, Interval
+from dami.evaluation.statistics import Array, Interval, Places, bootstrap
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Outcome:
         gain: accuracy − static.
         over_thinking: accuracy − accuracy of the greatest λ.
         tokens_saved: tokens of the greatest λ − tokens.
+        incomplete: share of answers that are empty or cut off.
+        aes: `efficiency_score` against the greatest λ; nan if that is never right.
     """
 
     accuracy: Interval
@@ -36,6 +38,8 @@ class Outcome:
     gain: Interval
     over_thinking: Interval
     tokens_saved: Interval
+    incomplete: Interval
+    aes: Interval
 
 
 def play(frontier: Frontier, policy: ArrayLike, extra_tokens: float | Array = 0.0) -> Outcome:
@@ -49,6 +53,86 @@ def play(frontier: Frontier, policy: ArrayLike, extra_tokens: float | Array = 0.
     Raises:
         ValueError: the policy has neither shape, or a λ is outside the measured range.
     """
+    lots = _lots(frontier, policy)
+    scores, tokens = (lots * frontier.scores).sum(1), (lots * frontier.tokens).sum(1) + extra_tokens
+    incomplete = (lots * (1 - frontier.well_formed)).sum(1)
+    thinking = int(np.argmax(frontier.intensities))
+
+    def statistics(rows: Places) -> Array:
+        static, costs = frontier.scores[rows].mean(0), frontier.tokens[rows].mean(0)
+        score, cost = scores[rows].mean(), tokens[rows].mean()
+        there = hull_at(static, costs, float(max(cost, costs.min())))
+        efficiency = efficiency_score(score, cost, static[thinking], costs[thinking])
+        return np.array(
+            [score, cost, there, score - there, score - static[thinking], costs[thinking] - cost,
+             incomplete[rows].mean(), efficiency]
+        )  # fmt: skip
+
+    return Outcome(*bootstrap(statistics, len(frontier), frontier.seed))
+
+
+def efficiency_score(accuracy: float, tokens: float, base_accuracy: float, base_tokens: float) -> float:
+    """Returns the accuracy–efficiency score (AES) of O1-Pruner (arXiv 2501.12570) against a base: higher is better.
+
+    ΔL + 3 ΔA if ΔA ≥ 0, otherwise ΔL + 5 ΔA, where ΔL = (base tokens − tokens) / base tokens and
+    ΔA = (accuracy − base accuracy) / base accuracy. nan if the base accuracy is 0.
+    """
+    if base_accuracy == 0:
+        return float("nan")
+    saved, gained = 1 - tokens / base_tokens, accuracy / base_accuracy - 1
+    return float(saved + (3 if gained >= 0 else 5) * gained)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What choosing λ for each question could add to the best static λ, with 95 % intervals.
+
+    Worth is accuracy − price · tokens, where as many tokens as the greatest λ takes on average cost the price.
+
+    Attributes:
+        total: worth of each question's best λ − worth of the best static λ. The best λ is chosen by all samples but one
+            and scored by that one, for each sample in turn. So luck adds nothing, and what so few samples cannot tell
+            apart is missed: an estimator that knows kinds of questions can win more than this.
+        won: the share of that which a policy adds to the best static λ; negative if it is worse than that.
+    """
+
+    total: Interval
+    won: Interval
+
+
+def room(samples: Sequence[Frontier], policy: ArrayLike, price: float, extra_tokens: float | Array = 0.0) -> Room:
+    """Measures the room for choosing λ, and a policy's share of it.
+
+    Args:
+        samples: two or more samples of the answers to the same questions, one in each frontier.
+        policy, extra_tokens: as for `play`.
+        price: of the tokens.
+
+    Raises:
+        ValueError: as for `play`, there is one sample, or the samples have other questions or λ.
+    """
+    shapes = {(len(sample), sample.intensities) for sample in samples}
+    if len(samples) < 2 or len(shapes) > 1:
+        raise ValueError(f"samples must be two or more of the same questions and λ, got {len(samples)} of {shapes}")
+    scores, tokens = (np.stack([getattr(sample, name) for sample in samples]) for name in ("scores", "tokens"))
+    each = price / tokens[:, :, -1].mean()
+    worths = scores - each * tokens  # [samples, questions, L]
+    others = worths.sum(0) - worths
+    best = np.take_along_axis(worths, others.argmax(2)[:, :, None], 2)[:, :, 0].mean(0)
+    worth = worths.mean(0)
+    chosen = (_lots(samples[0], policy) * worth).sum(1) - each * np.asarray(extra_tokens)
+
+    def statistics(places: Places) -> Array:
+        static = worth[places].mean(0).max()
+        total = best[places].mean() - static
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.array([total, (chosen[places].mean() - static) / total])
+
+    return Room(*bootstrap(statistics, len(worth), samples[0].seed))
+
+
+def _lots(frontier: Frontier, policy: ArrayLike) -> Array:
+    """Returns a policy as the probability of each λ, [questions, L]."""
     lots = np.asarray(policy, dtype=np.float64)
     if lots.shape == (len(frontier),):
         lots = lots_between(frontier.intensities, lots)
@@ -56,25 +140,7 @@ def play(frontier: Frontier, policy: ArrayLike, extra_tokens: float | Array = 0.
         raise ValueError(
             f"policy must have shape [{len(frontier)}] or {list(frontier.scores.shape)}, got {list(lots.shape)}"
         )
-    scores, tokens = (lots * frontier.scores).sum(1), (lots * frontier.tokens).sum(1) + extra_tokens
-    both = Frontier(
-        frontier.intensities,
-        np.column_stack([frontier.scores, scores]),
-        np.column_stack([frontier.tokens, tokens]),
-        frontier.thinking,
-        frontier.well_formed,
-        frontier.levels,
-        frontier.seed,
-    )
-
-    def statistics(score: Array, cost: Array) -> Array:
-        static = hull_at(score[:-1], cost[:-1], float(max(cost[-1], cost[:-1].min())))
-        thinking = int(np.argmax(frontier.intensities))
-        return np.array(
-            [score[-1], cost[-1], static, score[-1] - static, score[-1] - score[thinking], cost[thinking] - cost[-1]]
-        )
-
-    return Outcome(*both.interval(statistics))
+    return lots
 
 
 def lots_between(intensities: Sequence[float], lams: Array) -> Array:

@@ -95,7 +95,7 @@ def sweep(
     def answer(asked: Sequence[Row]) -> list[Record]:
         prompts = [task.questions[index].question for index, _, _ in asked]
         answers = ask(model, tokenizer, prompts, [lam for _, _, lam in asked], **options)
-        return [_record(task, row, said) for row, said in zip(asked, answers, strict=True)]
+        return [record_of(task, row, said) for row, said in zip(asked, answers, strict=True)]
 
     records: list[Record] = []
     for news in answered_batches(Record, batches, answer, None if path is None else Path(path), settings):
@@ -104,7 +104,8 @@ def sweep(
     return records
 
 
-def _record(task: Task, row: Row, said: Answer) -> Record:
+def record_of(task: Task, row: Row, said: Answer) -> Record:
+    """Scores an answer."""
     index, sample, lam = row
     question = task.questions[index]
     return Record(

@@ -162,7 +162,7 @@ def load_task(name: str, count: int | None = None, seed: int = 0, **config: Any)
     return task
 
 
-TO_EVALUATE, TO_STUDY, TO_TRAIN = 2, 4, 20  # fewest questions for a report, `study` and `train_estimator`
+TO_EVALUATE, TO_STUDY, TO_TUNE, TO_TRAIN = 2, 4, 16, 20  # fewest questions: a report, `study`, `tune`, an estimator
 
 
 def check_enough(task: Task, fewest: int) -> None:

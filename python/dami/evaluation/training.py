@@ -14,8 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dami.chat import ChatTemplate, encode
+from dami.dial.patch import patch_of
 from dami.estimators.files import StoredIntensity
 from dami.estimators.preference import Features, PreferenceEstimator, fit
+from dami.estimators.priced import Reader
 from dami.evaluation.findings import Findings
 from dami.evaluation.frontier import Frontier
 from dami.evaluation.policies import Outcome, play
@@ -94,7 +96,7 @@ def train_estimator(
     about = {"task": task.name, **Findings.of(frontier).to_json(), "estimator, on questions held out": {
         str(p): asdict(outcome) for p, outcome in outcomes.items()
     }}  # fmt: skip
-    stored = StoredIntensity(estimator, presets_of(frontier), about)
+    stored = StoredIntensity(estimator, presets_of(frontier), about, patch_of(model).prompt_tail)
     stored.save(directory)
     return Trained(stored, outcomes)
 
@@ -118,7 +120,7 @@ def features_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    read: Features,
+    read: Reader,
     rows: int = 64,
     chat_template: ChatTemplate | None = "default",
 ) -> Tensor:

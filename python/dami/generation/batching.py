@@ -21,8 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.continuous_batching import cb_logits_processors, continuous_api
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
-from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
-from transformers.generation.continuous_batching.scheduler import Scheduler
+from transformers.generation.continuous_batching.requests import FutureRequestState
 
 from dami import upstream
 from dami.callers import AUTO, CALLERS, Caller
@@ -30,9 +29,12 @@ from dami.dial.patch import patch_of
 from dami.dial.values import Intensity
 from dami.generation import attention
 from dami.generation.choices import Choice, Choices
+from dami.generation.courses import course_of
 from dami.generation.prefixes import blocks_in_use, key_blocks, read_once
-from dami.generation.reading import Reading, parse_tails
+from dami.generation.reading import TAIL, Reading
 from dami.generation.sampling import Sampler
+from dami.generation.scheduling import let_short_prompts_pass, unblock_after_cancellations
+from dami.generation.steering import check_tail, tails_of
 from dami.keywords import check_keywords
 from dami.layers.base import LerpModule
 
@@ -80,7 +82,7 @@ class StepLoad:
     seconds: float
 
 
-Lams = tuple[float, float | None, int]  # a request's `intensity`, `prompt_intensity` and `prompt_tail`
+Lams = tuple[float, float | None, int | None]  # a request's `intensity`, `prompt_intensity` and `prompt_tail`
 
 
 class Prompts(list[Any]):
@@ -100,16 +102,17 @@ def lams_of_prompts(
         prompts: number of prompts.
         intensities: λ of each answer.
         prompt_intensity: λ of the prompts: a number or a preset, or one per prompt; None for that of the answers.
-        prompt_tail: as in `parse_tails`.
+        prompt_tail: as in `tails_of`; None for 1.
         caller: for error messages.
         model: a patched model.
 
     Raises:
         TypeError, ValueError: an argument is none of these.
     """
-    tails = parse_tails(prompt_tail, prompts)
+    check_tail(prompt_intensity, prompt_tail)
     if prompt_intensity is None:
-        return [(lam, None, tail) for lam, tail in zip(intensities, tails, strict=True)]
+        return [(lam, None, None) for lam in intensities]
+    tails = tails_of(TAIL if prompt_tail is None else prompt_tail, prompts)
     caller = replace(caller, argument="prompt_intensity", takes=caller.takes - {AUTO})
     read = Intensity.parse(prompt_intensity, caller, patch_of(model).presets, prompts).each(prompts)
     return list(zip(intensities, read, tails, strict=True))
@@ -233,7 +236,8 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         """
         caller = CALLERS["add_request"]
         check_keywords("add_request", options, *LAM_KEYWORDS)
-        lam, [tail] = self._parse(intensity, caller).one, parse_tails(prompt_tail)
+        check_tail(prompt_intensity, prompt_tail)
+        lam, [tail] = self._parse(intensity, caller).one, tails_of(TAIL if prompt_tail is None else prompt_tail, 1)
         read = None
         if prompt_intensity is not None:
             read = self._parse(prompt_intensity, replace(caller, argument="prompt_intensity")).one
@@ -302,6 +306,7 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
             key_blocks(processor)
             read_once(processor)
             upstream.widen_arguments(processor.inputs_and_outputs, Choices(processor).arguments)
+            let_short_prompts_pass(processor.scheduler)
             unblock_after_cancellations(processor.scheduler)
             if self.sampler is not None:
                 self.sampler.report_through(processor.inputs_and_outputs)
@@ -361,6 +366,10 @@ class LerpProcessors(cb_logits_processors.ContinuousBatchingLogitsProcessorList)
         int32_tensor[-1].zero_()
 
     def prepare_tensor_args(self, requests_in_batch: list[FutureRequestState], arg_storage: Tensor) -> Tensor:
+        for request in requests_in_batch:
+            course = course_of(request.state)
+            if course is not None and request.has_new_token:
+                course.follow(request.state)
         super().prepare_tensor_args(requests_in_batch, arg_storage)
         lam: list[float] = []
         for request in requests_in_batch:
@@ -471,16 +480,3 @@ def check_packed(model: Any) -> None:
             f"{type(model).__name__} cannot be batched continuously at several λ: one reaches other sequences"
         )
     patch.packs = True
-
-
-def unblock_after_cancellations(scheduler: Scheduler) -> None:
-    """Admits waiting requests when a cancellation frees blocks, as transformers does when a request ends."""
-    clear = scheduler.clear_cancelled_requests
-
-    def clear_cancelled_requests() -> list[RequestState]:
-        cancelled = clear()
-        if cancelled:
-            scheduler.block_new_requests = False
-        return cancelled
-
-    upstream.replace_method(scheduler, "clear_cancelled_requests", clear_cancelled_requests)

@@ -25,13 +25,14 @@ class Choice:
 
     Attributes:
         layers: indices into transformers' `hidden_states` of the layers whose states are looked at.
-        choose: given float32 [1, features] on the CPU, the states of the layers one after the other, returns λ. It is
-            called in the thread that generates, and must not raise.
+        choose: given float32 [1, features] on the CPU, the states of the layers one after the other, returns the
+            "intensity", and other arguments of the request that change with it. It is called in the thread that
+            generates, and must not raise.
         tail: tokens at the end of the prompt that are read at that λ.
     """
 
     layers: Sequence[int]
-    choose: Callable[[Tensor], float]
+    choose: Callable[[Tensor], dict[str, Any]]
     tail: int
 
     def __deepcopy__(self, memo: object) -> Choice:
@@ -83,8 +84,9 @@ class Choices:
         for row, state, choice in self._due:
             seen = torch.cat([states[layer][:, row].float().cpu() for layer in choice.layers], 1)
             given, tokens = state.logit_processor_kwargs, len(state.initial_tokens)
+            read, chosen = given["intensity"], choice.choose(seen)
             del given["choice"]
-            given |= Reading.of_prompt(tokens, choice.choose(seen), given["intensity"], choice.tail).arguments
+            given |= chosen | Reading.of_prompt(tokens, chosen["intensity"], read, choice.tail).arguments
             state.position_offset = choice.settled(tokens)
             state.remaining_prefill_tokens = state.initial_tokens[state.position_offset :]
             state.status = RequestStatus.PREFILLING

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 from transformers.generation.continuous_batching.requests import RequestState
@@ -55,26 +53,3 @@ class Reading:
         for until, value in self.earlier:
             found += [value] * (min(until, end) - start - len(found))
         return found + [self.intensity] * (end - start - len(found))
-
-
-def parse_tails(value: Any, prompts: int | None = None) -> list[int]:
-    """Returns the tail of each prompt, or of one if `prompts` is None.
-
-    Args:
-        value: tokens at the end of a prompt that are read at the answer's λ: an integer of at least 0, or one per
-            prompt; None for `TAIL`.
-        prompts: number of prompts; None if only one integer is taken.
-
-    Raises:
-        TypeError, ValueError: it is none of these.
-    """
-    several = prompts is not None and isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-    each = list(value) if several else [TAIL if value is None else value] * (1 if prompts is None else prompts)
-    wanted = "prompt_tail must be an integer of at least 0" + (", or one per prompt" if prompts is not None else "")
-    if not all(isinstance(tail, Integral) and not isinstance(tail, bool) for tail in each):
-        raise TypeError(f"{wanted}, got {value!r}")
-    if any(tail < 0 for tail in each):
-        raise ValueError(f"{wanted}, got {value!r}")
-    if prompts is not None and len(each) != prompts:
-        raise ValueError(f"{wanted}, got {len(each)} for {prompts} prompts")
-    return [int(tail) for tail in each]

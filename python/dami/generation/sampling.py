@@ -17,6 +17,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingAsyncIOs, ContinuousBatchingIOs
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
+from dami.generation.courses import Course, course_of
 from dami.upstream import replace_method
 
 
@@ -31,6 +32,8 @@ class Sampling:
         seed: any integer; equal seeds draw equal tokens.
         logprobs: how many of the likeliest tokens' log-probabilities to return, besides the chosen token's; None for
             no log-probabilities.
+
+    A request's `Course` may add a bias to its scores, or choose the token itself.
     """
 
     temperature: float = 1.0
@@ -42,7 +45,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Natural log-probabilities of one step, before temperature and truncation.
+    """Natural log-probabilities of one step, before any bias, temperature and truncation.
 
     Attributes:
         chosen: log-probability of the chosen token.
@@ -65,7 +68,7 @@ DEFAULT = Sampling()
 class _Setting(ContinuousBatchingLogitsProcessor):
     """Brings one number of each request's `Sampling` to the device, as `values` [rows], for the sampler to read."""
 
-    supported_kwargs = {"sampling": Sampling}  # noqa: RUF012 (an attribute of the parent's)
+    supported_kwargs = {"sampling": Sampling, "course": Course}  # noqa: RUF012 (an attribute of the parent's)
     ignored_kwargs = ()
 
     def __init__(self, of: Callable[[RequestState], float], dtype: torch.dtype = torch.float32) -> None:
@@ -92,6 +95,7 @@ class Sampler(_Setting):
 
     Args:
         kept: float32 [most rows, vocabulary], to receive the scores of each step; None if steps are not captured.
+            The biases of a step then lie in a tensor of the same shape.
 
     Attributes:
         processors: the processors to add to transformers' list: those that bring the requests' settings, then itself.
@@ -100,30 +104,56 @@ class Sampler(_Setting):
     def __init__(self, kept: Tensor | None = None) -> None:
         super().__init__(_chance)
         self._kept = self._scores = kept
+        self._biases = None if kept is None else torch.zeros_like(kept)
+        self._bias_of: dict[int, Tensor] = {}  # by row, those of the step
         self.temperature = _Setting(lambda state: sampling_of(state).temperature)
         self.top_p = _Setting(lambda state: sampling_of(state).top_p)
         self.top_k = _Setting(lambda state: sampling_of(state).top_k, torch.int32)
-        self.processors = (self.temperature, self.top_p, self.top_k, self)
+        self.forced = _Setting(_forced, torch.int32)
+        self.processors = (self.temperature, self.top_p, self.top_k, self.forced, self)
         self._wanted: list[int | None] = []
 
     def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> Tensor:
         self._wanted = [sampling_of(request.state).logprobs for request in requests_with_new_token]
         self._scores = self._kept
+        courses = [course_of(request.state) for request in requests_with_new_token]
+        before, self._bias_of = self._bias_of, {
+            row: course.bias for row, course in enumerate(courses) if course is not None and course.bias is not None
+        }  # fmt: skip
+        if self._biases is not None:
+            for row in before:
+                self._biases[row] = 0.0
+            for row, bias in self._bias_of.items():
+                self._biases[row].copy_(bias)
         return super().prepare_tensor_args(requests_with_new_token)
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         """Returns scores [rows, vocabulary] in which each row's maximum is the token to take."""
         scores = super().__call__(scores, tensor_arg)
         temperature, top_p, chance = (each.values.unsqueeze(1) for each in (self.temperature, self.top_p, self))
+        forced = self.forced.values.unsqueeze(1)
         if self._kept is None:
             self._scores = scores
-            if scores.device.type == "cpu" and not bool(temperature.any()):
-                return scores  # all rows are greedy
         else:
             self._kept[: len(scores)].copy_(scores)
+        scores = self._biased(scores)
+        if self._kept is None and scores.device.type == "cpu" and not bool(temperature.any() | forced.any()):
+            return scores  # all rows are greedy
         drawn = draw(scores, temperature, top_p, self.top_k.values, chance, looks=self._kept is None)
         chosen = torch.where(temperature > 0, drawn, scores.argmax(1, True))
+        chosen = torch.where(forced > 0, forced.long() - 1, chosen)
         return scores.scatter(1, chosen, torch.inf)
+
+    def _biased(self, scores: Tensor) -> Tensor:
+        """Adds the biases of the requests' courses. Rows without one keep their bits."""
+        if self._biases is not None:
+            return scores + self._biases[: len(scores)]
+        if not self._bias_of:
+            return scores
+        scores = scores.clone()
+        for row, bias in self._bias_of.items():
+            scores[row] += bias.to(scores.device)
+        return scores
 
     def _look_up(self, tokens: list[int]) -> list[Logprobs | None] | None:
         """Returns the log-probabilities of a step that has chosen these tokens, for the requests that want them."""
@@ -155,6 +185,12 @@ class Sampler(_Setting):
 def sampling_of(state: RequestState) -> Sampling:
     """Returns how a request's tokens are drawn."""
     return state.logit_processor_kwargs.get("sampling", DEFAULT)
+
+
+def _forced(state: RequestState) -> int:
+    """Returns one more than the token that a request's course has chosen; 0 if it leaves that to the sampler."""
+    course = course_of(state)
+    return 0 if course is None or course.forced is None else course.forced + 1
 
 
 def _chance(state: RequestState) -> float:

@@ -89,16 +89,21 @@ def programmed(
 
 def _of_prompts(model: nn.Module, intensity: Any, tail: Any, prompts: int) -> tuple[Tensor | None, list[int]]:
     """Returns `prompt_intensity` as float32 [] or [prompts] on the CPU, or None, and the tail of every prompt."""
+    check_tail(intensity, tail)
     if intensity is None:
-        if tail is not None:
-            raise ValueError(
-                "prompt_tail says where prompt_intensity ends, and needs one: give prompt_intensity, or leave out "
-                f"prompt_tail={tail!r}"
-            )
         return None, []
     check("a prompt at another intensity")
     parsed = Intensity.parse(intensity, PROMPT, patch_of(model).presets, prompts)
     return parsed.to(torch.device("cpu")), tails_of(1 if tail is None else tail, prompts)
+
+
+def check_tail(intensity: Any, tail: Any) -> None:
+    """Raises ValueError if there is a `prompt_tail` without a `prompt_intensity`."""
+    if intensity is None and tail is not None:
+        raise ValueError(
+            "prompt_tail says where prompt_intensity ends, and needs one: give prompt_intensity, or leave out "
+            f"prompt_tail={tail!r}"
+        )
 
 
 def tails_of(tail: Any, prompts: int) -> list[int]:

@@ -201,8 +201,7 @@ class LerpModule(PatchedModule):
         if x.shape[0] == 1 and not flat:
             x = x.expand(lam.shape[0], *x.shape[1:])
         count = x.shape[0] if x.dim() > features else 1
-        # rows [n, K] for only some tokens have been gathered, and their origin is unknown
-        gathered = flat and running.sequences and count % (running.sequences * (running.tokens or 1)) != 0
+        gathered = flat and x.dim() > features and running.are_gathered(x)
         if count % lam.shape[0] != 0 or gathered or not running.counts(count):
             raise ValueError(
                 f"intensity must hold one number per sequence, got {lam.shape[0]} for an input of shape "

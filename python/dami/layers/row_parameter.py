@@ -161,9 +161,8 @@ def batch_dim(tensor: Tensor, parameter: RowParameter, func: Any) -> int | None:
     size = tensor.shape[at]
     if size == 1 or size % batch != 0 or not running.counts(size):
         return None
-    # rows for only some tokens have been gathered, and their origin is unknown
     flat = tensor.dim() == 2 and re.fullmatch("_*r?(linear|matmul|mm|addmm)_*", func.__name__) is not None
-    if flat and running.sequences and size % (running.sequences * (running.tokens or 1)) != 0:
+    if flat and running.are_gathered(tensor):
         raise ValueError(f"rows of shape {list(tensor.shape)} are not those of all tokens")
     if size == running.tokens and tensor.dim() < 3 and running.sequences != 1:
         raise ValueError(f"a tensor of shape {list(tensor.shape)} may be of {size} sequences or of {size} tokens")

@@ -89,6 +89,11 @@ class Status:
         return dict(self._patch.chosen)
 
     @property
+    def prompt_tail(self) -> int | None:
+        """The least `prompt_tail` that was found to cost nothing; None if none was, or none was measured."""
+        return self._patch.prompt_tail
+
+    @property
     def frontier(self) -> Mapping[str, Any]:
         """The measurements behind presets and estimator, as `dami evaluate` writes them; {} if there are none."""
         return self._patch.frontier
@@ -107,6 +112,7 @@ class Status:
             "intensity": "; ".join([str(self.intensity), *parts]),
             "presets": ", ".join(f"{name} {lam:g}" for name, lam in self.presets.items()) or "none",
             "estimator": type(self.estimator).__name__ if self.estimator is not None else "none",
+            "tail": "not known" if self.prompt_tail is None else f"{self.prompt_tail} tokens of a prompt",
             "frontier": f"measured at {points} λ" if points else "not measured",
         }
         return "\n".join([type(self._model).__name__, *(f"  {name:<10} {text}" for name, text in lines.items())])

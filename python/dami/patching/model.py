@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,6 +29,7 @@ from dami.layers.checkpointing import checkpointing, checkpoints
 from dami.layers.peft import check_adapters, guard_merging
 from dami.layers.status import Status
 from dami.patching.independence import check_independence
+from dami.patching.media import check_media, media_by_sequence
 from dami.patching.vocabulary import weigh_unshared
 from dami.saving.directory import push, save
 from dami.upstream import OF_ONE_OBJECT, execution_device, hook_of
@@ -84,22 +84,26 @@ class LerpModel(PreTrainedModel):
         dial, running = patch.dial, patch.running
         lam = dial.lam.to(self.device) if wanted is None else wanted.to(self.device)
         check_rows(patch, lam, sequences)
-        if lam.dim() == 1 and len(lam) > 1:
-            self._check_mixed(kwargs)
+        has_media = lam.dim() == 1 and len(lam) > 1 and self._check_mixed(kwargs)
         # does what `dial.turned` and `running.during` do, because these would break a compiled graph
         before = dial.lam, dial.rest, running.sequences, running.tokens
         dial.lam, dial.rest = lam, dial.lam if dial.rest is None else dial.rest
         running.sequences, running.tokens = _batch(args, kwargs)
         try:
-            if torch.compiler.is_compiling() or not is_grad_enabled() or not checkpoints(self):
-                output = super().forward(*args, **kwargs)
-            else:
-                with checkpointing(self):
-                    output = super().forward(*args, **kwargs)
-            return self._weighed(output, lam)
+            if has_media:
+                with media_by_sequence(self, kwargs.get("input_ids", args[0] if args else None)):
+                    return self._weighed(self._computed(args, kwargs), lam)
+            return self._weighed(self._computed(args, kwargs), lam)
         finally:
             dial.lam, dial.rest, running.sequences, running.tokens = before
             running.forget()
+
+    def _computed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the original's forward, whose layers may be checkpointed."""
+        if torch.compiler.is_compiling() or not is_grad_enabled() or not checkpoints(self):
+            return super().forward(*args, **kwargs)
+        with checkpointing(self):
+            return super().forward(*args, **kwargs)
 
     def _weighed(self, output: Any, lam: Tensor) -> Any:
         """Returns a model's output in which tokens that one end does not know have the odds that λ gives them."""
@@ -107,14 +111,16 @@ class LerpModel(PreTrainedModel):
             weigh_unshared(output, lam, self.dami_patch.origin.vocabulary)
         return output
 
-    def _check_mixed(self, kwargs: Mapping[str, Any]) -> None:
-        """Raises ValueError if a batch at several λ has images or audio, or if the model mixes its sequences."""
-        media = [name for name in kwargs if MEDIA.search(name) and name != self.main_input_name]
-        if given := [name for name in media if kwargs[name] is not None]:
-            raise ValueError(f"{given[0]} takes one intensity for the batch: whose it is, its shape does not tell")
+    def _check_mixed(self, kwargs: Mapping[str, Any]) -> bool:
+        """Returns whether a batch at several λ has images.
+
+        Raises ValueError if it has any, or audio, whose sequence is unknown, or if the model mixes its sequences.
+        """
+        has_media = check_media(self, kwargs)
         if not self.dami_patch.checked and not torch.compiler.is_compiling():
             check_independence(self, self.dami_patch.original.forward)
             self.dami_patch.checked = True
+        return has_media
 
     def _mixes(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether a batch may be at several λ."""
@@ -214,7 +220,9 @@ class PairModel(LerpModel, GenerationMixin):
                 kwargs |= compiled_step(self, options, _batch(args, kwargs)[1])
             each = bool(compile) and (prompts == 1 or self._mixes(kwargs))
             prepared = compiling(self) if compile else nullcontext()
-            with programmed(self, intensity, prompt_intensity, prompt_tail, prompts, options, each), prepared:
+            media = media_by_sequence(self, options.get("inputs", options.get("input_ids")))
+            steps = programmed(self, intensity, prompt_intensity, prompt_tail, prompts, options, each)
+            with steps, prepared, media:
                 return super().generate(*args, **kwargs)
 
     def _prefill(
@@ -358,7 +366,6 @@ def twin(model: M, intensity: IntensityLike = 0.0) -> M:
 
 
 BATCHING = "5.24"  # the first version of transformers that updates a paged cache before it calls the attention
-MEDIA = re.compile("pixel|image|video|audio|input_features|input_values")
 INPUTS = ("inputs", "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 

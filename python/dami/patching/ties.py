@@ -9,9 +9,10 @@ TIES = "tie_word_embeddings"
 
 
 def head_name(model: PreTrainedModel) -> str | None:
-    """Returns the name of the weight of a model's head."""
+    """Returns the name of the weight of a model's head; None if it has none, or a head for each codebook."""
     head = model.get_output_embeddings()
-    return next((f"{name}.weight" for name, module in model.named_modules() if module is head), None)
+    named = ((name, module) for name, module in model.named_modules() if hasattr(module, "weight"))
+    return next((f"{name}.weight" for name, module in named if module is head), None)
 
 
 def untie(model: PreTrainedModel) -> nn.Parameter:

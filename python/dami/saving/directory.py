@@ -90,8 +90,9 @@ def save(
         nbytes = sum(row.nbytes for row in rows)
         write_model_card(directory, config, nbytes, weights, model.dami_patch.origin.tokenizer)
         patch = model.dami_patch
-        if patch.estimator is not None or patch.presets:
-            StoredIntensity(patch.estimator, patch.presets, patch.frontier).save(Path(directory) / FOLDER)
+        if patch.estimator is not None or patch.presets or patch.prompt_tail is not None:
+            stored = StoredIntensity(patch.estimator, patch.presets, patch.frontier, patch.prompt_tail)
+            stored.save(Path(directory) / FOLDER)
 
 
 def push(

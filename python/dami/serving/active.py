@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from dami.serving.deltas import Delta, Deltas
 from dami.serving.detokenizing import Offsets
 from dami.serving.engine import Row, Token
+from dami.serving.guiding import Guide
 from dami.serving.protocol import ChatRequest, CompletionRequest
 from dami.serving.schema import FinishReason, Usage
 
@@ -21,6 +22,7 @@ class ActiveChoice:
     Attributes:
         index: its index in the response.
         row: the row that generates its tokens.
+        guide: the row's course, which can still be changed.
         deltas: turns the tokens into text.
         offsets: computes where each token begins in the text.
         tokens: all tokens so far.
@@ -29,6 +31,7 @@ class ActiveChoice:
 
     index: int
     row: Row
+    guide: Guide
     deltas: Deltas
     offsets: Offsets
     tokens: list[Token] = field(default_factory=list)
@@ -56,6 +59,11 @@ class ActiveChoice:
         self.reason = self.row.reason
         yield await asyncio.to_thread(self.deltas.finish, self.reason == "stop"), fresh
 
+    @property
+    def intensity(self) -> float:
+        """λ of the step that gave its last token; before the first, λ as granted."""
+        return self.tokens[-1].intensity if self.tokens else self.row.intensity
+
     def reasoning_tokens(self) -> int:
         reader, said = self.deltas.reader, self.deltas.said
         if reader is None:
@@ -77,6 +85,7 @@ class ActiveRequest:
         id: the response's id.
         prompt_tokens: number of tokens of all prompts together.
         choices: the response's choices.
+        owner: who has sent it.
         created: seconds since 1970.
     """
 
@@ -84,6 +93,7 @@ class ActiveRequest:
     id: str
     prompt_tokens: int
     choices: list[ActiveChoice]
+    owner: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

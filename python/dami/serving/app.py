@@ -25,16 +25,18 @@ from dami.serving.bodies import read
 from dami.serving.engine import Engine, EngineDead, Overloaded
 from dami.serving.formatting import Format
 from dami.serving.gate import Gate
-from dami.serving.protocol import BadRequest, ChatRequest, CompletionRequest
+from dami.serving.protocol import BadRequest, ChatRequest, CompletionRequest, DialRequest
 from dami.serving.responses import EventStream, error, json_in_pieces
 from dami.serving.schema import (
     DEAD,
+    DIALLED,
     NO_MODEL,
     App,
     ChatCompletion,
     ChatCompletionChunk,
     Completion,
     CompletionChunk,
+    Dial,
     Health,
     Model,
     ModelList,
@@ -61,7 +63,7 @@ class BodyRoute(APIRoute):
                 raise BadRequest(f"the header Content-Type must be application/json, got {sent!r}")
             content = await request.body()
             body = await unless_gone(request, request.app.state.service.lanes.run(len(content), read, content, kind))
-            return await self.endpoint(request, body)
+            return await self.endpoint(request, body, **request.path_params)
 
         return handle
 
@@ -117,6 +119,7 @@ def answers(service: Service) -> APIRouter:
 
     async def answer(request: Request, beginning: Coroutine[Any, Any, ActiveRequest], form: Format) -> Response:
         active = await unless_gone(request, beginning)
+        active.owner = owner_of(request)
         if active.body.stream:
             return EventStream(form.events(active), partial(service.end, active))
         try:
@@ -136,24 +139,35 @@ def answers(service: Service) -> APIRouter:
         """Continues a text."""
         return await answer(request, service.complete(body), service.completion_format)
 
+    @router.post("/v1/requests/{name}/dial", responses=DIALLED)
+    async def dial(request: Request, body: DialRequest, name: str) -> Dial:
+        """Changes λ of a running request from its next token on, or lets it wrap up its thought.
+
+        The name is the `id` of its response. A request with another API key is none to this one.
+        """
+        return JSONResponse(service.turn(name, owner_of(request), body))  # type: ignore[return-value]
+
     return router
+
+
+def owner_of(request: Request) -> str:
+    """Returns what tells the clients of a server apart: the API key, in its header."""
+    return request.headers.get("authorization", "")
 
 
 def information(service: Service) -> APIRouter:
     """Returns the routes that describe the model, the engine and the requests."""
-    router, engine, name = APIRouter(), service.engine, service.settings.name
+    router, engine = APIRouter(), service.engine
 
     @router.get("/v1/models")
     async def models() -> ModelList:
-        """Lists the served model."""
-        return {"object": "list", "data": [service.model_object()]}
+        """Lists the served model, under its own name and under names that carry λ."""
+        return {"object": "list", "data": service.models()}
 
     @router.get("/v1/models/{model:path}", responses=NO_MODEL)
     async def model(model: str) -> Model:
         """Describes the model of this name."""
-        if model != name:
-            raise BadRequest(f"model must be {name!r}, got {model!r}", "model", "model_not_found", 404)
-        return service.model_object()
+        return service.model_object(model)
 
     @router.get("/health", response_model=Health, responses=DEAD)
     async def health() -> JSONResponse:

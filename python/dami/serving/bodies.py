@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from dami.serving.protocol import BadRequest, Request
+from dami.serving.protocol import BadRequest
 
-R = TypeVar("R", bound=Request)
+R = TypeVar("R", bound=BaseModel)
 KEYS = 256  # maximum keys of an object; no object of the API has nearly as many
 
 
@@ -55,7 +55,7 @@ def _path(place: tuple[int | str, ...], body: Any, missing: bool) -> str:
     for number, part in enumerate(place):
         if isinstance(body, dict) and (part in body or (missing and number == len(place) - 1)):
             path, body = f"{path}.{str(part)[:64]}", body.get(part)
-        elif isinstance(body, list) and isinstance(part, int):
+        elif isinstance(body, list) and isinstance(part, int) and part < len(body):
             path, body = f"{path}[{part}]", body[part]
     return path.removeprefix(".")
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
+import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
@@ -20,7 +23,11 @@ import dami
 from dami.chat import end_tokens
 from dami.dial.choosing import estimates
 from dami.dial.patch import patch_of
+from dami.dial.values import one_lam
 from dami.generation.batching import LerpManager, StepLoad, padded
+from dami.generation.choices import Choice
+from dami.generation.courses import Course
+from dami.generation.reading import TAIL
 from dami.generation.sampling import Logprobs, Sampling
 from dami.serving.controller import IntensityController
 from dami.upstream import forget_handler
@@ -28,9 +35,12 @@ from dami.upstream import forget_handler
 if TYPE_CHECKING:  # this module needs FastAPI, and the engine doesn't
     from dami.serving.schema import FinishReason
 
+logger = logging.getLogger(__name__)
+
 GIB = 1 << 30
 PAGE = 16  # tokens per block; prompts share whole blocks only
 CHUNK = 32  # tokens of a row to handle before the event loop gets a turn
+GREEDY = Sampling(temperature=0.0)  # until λ is known, on which the sampling may depend
 WARMUP = 32  # tokens to generate before the first request, from a prompt twice as long
 
 
@@ -39,8 +49,19 @@ def can_capture(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def layers_read(model: Any) -> tuple[int, ...]:
+    """Returns the layers whose states are all that a model's estimator looks at; none if it needs anything else."""
+    layers = tuple(getattr(patch_of(model).estimator, "layers", ()))
+    states = model.config.get_text_config().num_hidden_layers + 1
+    return layers if all(-states <= layer < states for layer in layers) else ()
+
+
 class Overloaded(Exception):
     """There are more requests than the engine takes at once."""
+
+
+class EstimatorFailed(Exception):
+    """The estimator could not choose a λ for a prompt."""
 
 
 class EngineDead(Exception):
@@ -72,7 +93,7 @@ class Limits:
         max_batch_tokens: maximum tokens per step; longer prompts are prefilled in several steps.
         max_batch_rows: maximum sequences per step.
         max_requests: maximum sequences at once, waiting ones included.
-        share_prefixes: whether sequences at the same λ share the KV blocks of a common prefix.
+        share_prefixes: whether sequences share the KV blocks of a common prefix that was read at the same λ.
         cuda_graphs: whether to capture steps as CUDA graphs and replay them; None to do so on a GPU, unless the model
             is invariant.
     """
@@ -92,10 +113,34 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Auto:
+    """A λ that the pair's estimator chooses when the prompt has been read.
+
+    Attributes:
+        low, high: the range that it is moved into.
+        most: the highest λ granted.
+    """
+
+    low: float
+    high: float
+    most: float = math.inf
+
+    def wanted(self, chosen: float) -> float:
+        return min(max(chosen, self.low), self.high)
+
+
+@dataclass(frozen=True)
 class Token:
-    """A generated token, and its log-probabilities if they were asked for."""
+    """A generated token.
+
+    Attributes:
+        id: its id.
+        intensity: λ of the step that gave it.
+        logprobs: its log-probabilities, if they were asked for.
+    """
 
     id: int
+    intensity: float
     logprobs: Logprobs | None
 
 
@@ -105,14 +150,19 @@ class Row:
 
     Attributes:
         prompt: token ids.
-        intensity: its λ.
+        intensity: its λ; that of its prompt until `granted`.
+        course: decides about each of its tokens.
         name: the name of its request in the manager.
         reason: "stop" after an end token, "length" after `max_tokens`; None while it runs.
+        granted: set when `intensity` is known, or will never be.
+        lowered: whether it got less than the estimator chose.
+        failure: why it broke off.
     """
 
     engine: Engine
     prompt: list[int]
     intensity: float
+    course: Course
     name: str
     max_tokens: int
     ends: frozenset[int]
@@ -120,6 +170,9 @@ class Row:
     reason: FinishReason | None = None
     first_token: float | None = None
     seen: int = 0
+    granted: asyncio.Event = field(default_factory=asyncio.Event)
+    lowered: bool = False
+    failure: Exception | None = None
     news: asyncio.Queue[list[Token] | Exception | None] = field(default_factory=asyncio.Queue)
 
     def take(self, output: Any) -> None:
@@ -128,7 +181,10 @@ class Row:
             self.fail(EngineDead(output.error))
             return
         tokens, logprobs = output.generated_tokens, output.logprobs
-        fresh = [Token(tokens[i], logprobs[i] if i < len(logprobs) else None) for i in range(self.seen, len(tokens))]
+        fresh = [
+            Token(tokens[i], self.course.lams[i], logprobs[i] if i < len(logprobs) else None)
+            for i in range(self.seen, len(tokens))
+        ]
         if fresh and self.first_token is None:
             self.first_token = time.monotonic()
             self.engine.waiting.pop(self.name, None)
@@ -140,7 +196,17 @@ class Row:
             self.engine.forget(self, complete=True)
             self.news.put_nowait(None)
 
+    def settle(self, granted: float, lowered: bool) -> None:
+        """Called on the event loop with the λ that the estimator has chosen, as granted."""
+        if self.name in self.engine.rows:
+            if self.engine.controller is not None:
+                self.engine.controller.finish(self.intensity, None)
+                self.engine.controller.start(granted)
+            self.intensity, self.lowered = granted, lowered
+        self.granted.set()
+
     def fail(self, error: Exception) -> None:
+        self.failure = error
         self.engine.forget(self)
         self.news.put_nowait(error)
 
@@ -188,6 +254,8 @@ class Engine:
         self.cuda_graphs = self._captures()
         self.presets = dict(patch.presets)
         self.twin = dami.twin(model) if patch.estimator is not None else None
+        self.layers = layers_read(model)
+        self.least_tail: int | None = getattr(model.dami, "prompt_tail", None)
         self.ends = frozenset(end_tokens(model).tolist())
         self.rows: dict[str, Row] = {}
         self.waiting: dict[str, Row] = {}  # rows that have no token yet, oldest first
@@ -290,19 +358,25 @@ class Engine:
     def submit(
         self,
         prompt: list[int],
-        intensity: float,
-        sampling: Sampling,
+        intensity: float | Auto,
+        sampling: Sampling | Callable[[float], Sampling],
         max_tokens: int,
         ends: frozenset[int] | None = None,
+        prompt_intensity: float | None = None,
+        prompt_tail: int = TAIL,
+        course: Course | None = None,
     ) -> Row:
         """Submits a sequence.
 
         Args:
             prompt: token ids, at least one.
-            intensity: its λ.
-            sampling: how to sample its tokens.
+            intensity: its λ, or how to choose it, if `chooses` allows that.
+            sampling: how to sample its tokens; with an `Auto`, what says so for a λ.
             max_tokens: maximum tokens of the answer; prompt and answer together may have `max_model_len`.
             ends: ids of the tokens that end it; the model's own if None.
+            prompt_intensity: λ at which the prompt is read, except for its tail; None for `intensity`.
+            prompt_tail: how many tokens at the end of the prompt are read at `intensity` all the same.
+            course: decides about each of its tokens; None for one that leaves them alone.
 
         Raises:
             Overloaded: if there are too many sequences.
@@ -310,7 +384,18 @@ class Engine:
         """
         self.check_room(1)
         ends = self.ends if ends is None else ends
-        row = Row(self, prompt, intensity, uuid.uuid4().hex, max_tokens, ends, time.monotonic())
+        course = Course(len(prompt)) if course is None else course
+        row = Row(self, prompt, 0.0, course, uuid.uuid4().hex, max_tokens, ends, time.monotonic())
+        if isinstance(intensity, Auto):
+            assert prompt_intensity is not None
+            assert callable(sampling)
+            row.intensity, prompt_intensity = prompt_intensity, None
+            choice = Choice(self.layers, functools.partial(self._decide, row, intensity, sampling), prompt_tail)
+            sampling = GREEDY
+        else:
+            assert isinstance(sampling, Sampling)
+            row.intensity, choice = intensity, None
+            row.granted.set()
         self.manager.register_result_handler(row.name, row.take)  # called later, on the event loop
         name = self.manager.add_request(
             prompt,
@@ -318,8 +403,12 @@ class Engine:
             max_tokens,
             streaming=True,
             eos_token_id=sorted(ends) or -1,
-            intensity=intensity,
+            intensity=row.intensity,
+            prompt_intensity=prompt_intensity,
+            prompt_tail=None if prompt_intensity is None else prompt_tail,
+            choice=choice,
             sampling=sampling,
+            course=course,
         )
         if name is None:
             self._unregister(row)
@@ -327,8 +416,26 @@ class Engine:
             raise EngineDead(str(status.fatal_error or status.can_accept_new_requests()))
         self.rows[row.name] = self.waiting[row.name] = row
         if self.controller is not None:
-            self.controller.start(intensity)
+            self.controller.start(row.intensity)
         return row
+
+    def chooses(self, prompt_intensity: float | None, prompt_tail: int) -> bool:
+        """Whether `submit` takes an `Auto`: if the estimator looks at nothing but the prompt's states at this λ."""
+        return prompt_intensity == 0.0 and bool(self.layers) and self.manager.can_choose(prompt_tail)
+
+    def _decide(self, row: Row, auto: Auto, sampling: Callable[[float], Sampling], states: Tensor) -> dict[str, Any]:
+        """Returns the λ granted to a row by the states of its prompt; called in the generation thread."""
+        try:
+            estimator: Any = patch_of(self.model).estimator
+            chosen = one_lam(estimator.choose(states).item(), "the estimator's choice")
+        except Exception as error:
+            logger.exception("the estimator failed")
+            self._call(row.fail, EstimatorFailed(str(error)))
+            self.manager.cancel_request(row.name)
+            return {"intensity": row.intensity}
+        granted = min(auto.wanted(chosen), auto.most)
+        self._call(row.settle, granted, granted < auto.wanted(chosen))
+        return {"intensity": granted, "sampling": sampling(granted)}
 
     def check_room(self, rows: int) -> None:
         """Raises what `submit` would raise for this many sequences."""
@@ -339,6 +446,7 @@ class Engine:
 
     def forget(self, row: Row, complete: bool = False) -> bool:
         """Drops a row, and returns whether it was still there."""
+        row.granted.set()
         if self.rows.pop(row.name, None) is None:
             return False
         self.waiting.pop(row.name, None)
@@ -395,8 +503,12 @@ class Engine:
 
     def _hand_over(self, step: StepLoad) -> None:
         """Passes a step's load to the event loop; called in the generation thread after each step."""
+        self._call(self._observe, step)
+
+    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Calls a function on the event loop; called in the generation thread."""
         with contextlib.suppress(RuntimeError):  # the event loop is closed
-            self._loop.call_soon_threadsafe(self._observe, step)
+            self._loop.call_soon_threadsafe(function, *arguments)
 
     def _observe(self, step: StepLoad) -> None:
         self.load = Load(step.waiting, step.running, step.blocks)

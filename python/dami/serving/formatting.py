@@ -70,7 +70,7 @@ class Format(ABC):
             "id": request.id,
             "object": kind,
             "created": request.created,
-            "model": self.name,
+            "model": request.body.model or self.name,
             "intensity": intensity,
         }
 
@@ -116,7 +116,7 @@ class ChatFormat(Format):
             "logprobs": logprobs,
             "finish_reason": reason,
         }
-        return {**self.common(request, self.chunk_object, choice.row.intensity), "choices": [chunk]}
+        return {**self.common(request, self.chunk_object, choice.intensity), "choices": [chunk]}
 
     def logprobs(self, tokens: Sequence[Token]) -> ChatLogprobs:
         def entry(token: int, logprob: float) -> TokenLogprob:
@@ -167,7 +167,7 @@ class CompletionFormat(Format):
                 "logprobs": None if request.body.wanted_logprobs is None else self.logprobs(choice, tokens),
                 "finish_reason": choice.reason,
             }
-            yield {**self.common(request, self.chunk_object, choice.row.intensity), "choices": [chunk]}
+            yield {**self.common(request, self.chunk_object, choice.intensity), "choices": [chunk]}
 
     def logprobs(self, choice: ActiveChoice, tokens: Sequence[Token]) -> CompletionLogprobs:
         """Returns the log-probabilities of a choice's next tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -19,13 +20,20 @@ from pydantic_core import PydanticCustomError
 MESSAGES = 2048  # maximum messages of a conversation, as in OpenAI's API, and maximum parts of a message
 PROMPTS = 1024  # maximum prompts of a request
 STOP = 1024  # maximum characters of a stop string
+SAME = "same"  # a prompt_intensity: that of the answer
 EFFORTS = {"none": 0.0, "minimal": 0.0, "xhigh": 1.0, "max": 1.0}  # λ of OpenAI's values that are not presets
+MIDDLE = {"low": 0.25, "medium": 0.5, "high": 0.75}  # λ of the others, if the pair has no such preset
+SHARES = {"none": 0.0, "minimal": 0.1, "low": 0.2, "medium": 0.5, "high": 0.8, "xhigh": 0.95}  # of the tokens, to think
+POINTS = 64  # maximum points of a schedule
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Count = Annotated[StrictInt, Field(ge=1, le=1 << 30)]
 Preset = Annotated[StrictStr, Field(max_length=64)]  # or "auto"
 Intensity = Number | Preset
+Tail = Annotated[StrictInt, Field(ge=0, le=1 << 30)] | Literal["turn"]
 TokenId = Annotated[StrictInt, Field(ge=0, lt=1 << 31)]
+Point = tuple[Count, Number]
+Penalty = Annotated[Number, Field(ge=-2, le=2)]
 StopString = Annotated[StrictStr, Field(min_length=1, max_length=STOP)]
 
 
@@ -54,7 +62,36 @@ def _disagreement(param: str, message: str) -> PydanticCustomError:
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class JsonSchema(Strict):
+    """A JSON schema that the answer must obey."""
+
+    name: Annotated[StrictStr, Field(max_length=64)] = "answer"
+    description: StrictStr | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: StrictBool | None = None
+
+
+class ResponseFormat(Strict):
+    """What the answer, and not the thought, must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema must be given with the type json_schema, and with no other")
+        return self
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """The JSON schema of the answer; None if any text will do."""
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        return {"type": "object"} if self.type == "json_object" else None
 
 
 class StreamOptions(Strict):
@@ -93,11 +130,31 @@ class Message(Strict):
         return {"role": self.role, "content": text} | {key: value for key, value in others.items() if value is not None}
 
 
+class DialRequest(Strict):
+    """POST /v1/requests/{id}/dial."""
+
+    intensity: Number | Preset | None = Field(
+        None, description="λ from the next token on: a number or a preset of the pair."
+    )
+    wrap_up: Annotated[StrictInt, Field(ge=0, le=1 << 30)] | None = Field(
+        None, description="The most tokens that the thought may still have. λ falls, so that it ends by itself."
+    )
+    choice: Annotated[StrictInt, Field(ge=0)] | None = Field(None, description="Index of the choice; all by default.")
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> DialRequest:
+        if self.intensity is None and self.wrap_up is None:
+            raise ValueError("intensity or wrap_up must be given")
+        return self
+
+
 class VllmArguments(Strict):
     """vLLM's place for λ in a request."""
 
     intensity: Intensity | None = None
     max_intensity: Number | None = None
+    prompt_intensity: Intensity | None = None
+    prompt_tail: Tail | None = None
 
 
 class Request(Strict):
@@ -110,8 +167,22 @@ class Request(Strict):
     intensity: Intensity | None = Field(
         None, description="λ: a number, 0 the instruct end and 1 the thinking end; a preset of the pair; or auto."
     )
+    intensity_schedule: Annotated[list[Point], Field(min_length=1, max_length=POINTS, fail_fast=True)] | None = Field(
+        None,
+        description="[tokens, λ] in ascending order: straight lines from the granted λ at 0 tokens through them.",
+    )
     max_intensity: Number | None = Field(None, description="λ at most; under load the server may choose a lower one.")
-    vllm_xargs: VllmArguments | None = Field(None, description="The same two, where vLLM wants them.")
+    prompt_intensity: Intensity | None = Field(
+        None,
+        description="λ at which the prompt is read, except for its tail: a number, a preset, or same for that of the "
+        "answer. Requests at any λ share the reading of equal beginnings.",
+    )
+    prompt_tail: Tail | None = Field(
+        None,
+        description="How many tokens at the end of the prompt are read at the λ of the answer; or turn, for all from "
+        "the last user message on.",
+    )
+    vllm_xargs: VllmArguments | None = Field(None, description="These four, where vLLM wants them.")
     n: Annotated[StrictInt, Field(ge=1, le=128)] | None = 1
     max_tokens: Count | None = None
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
@@ -124,16 +195,16 @@ class Request(Strict):
     stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
     user: StrictStr | None = None
-    frequency_penalty: Annotated[float | None, _neutral(0)] = None
-    presence_penalty: Annotated[float | None, _neutral(0)] = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
     repetition_penalty: Annotated[float | None, _neutral(1)] = None
     min_p: Annotated[float | None, _neutral(0)] = None
-    logit_bias: Annotated[dict[str, float] | None, _neutral({})] = None
 
     @model_validator(mode="after")
     def _agree(self) -> Request:
         if self.vllm_xargs is not None:
-            for name in ("intensity", "max_intensity"):
+            for name in VllmArguments.model_fields:
                 inner, outer = getattr(self.vllm_xargs, name), getattr(self, name)
                 if inner is not None and outer is not None and inner != outer:
                     raise _disagreement(name, f"{name} is {outer} and in vllm_xargs {inner}")
@@ -142,9 +213,21 @@ class Request(Strict):
             raise _disagreement(
                 "max_intensity", "intensity and max_intensity exclude each other, unless intensity is a preset or auto"
             )
+        places = [tokens for tokens, _ in self.intensity_schedule or ()]
+        if any(after <= before for before, after in pairwise(places)):
+            raise _disagreement("intensity_schedule", f"intensity_schedule must ascend, got points at {places}")
         if self.stream_options is not None and not self.stream:
             raise _disagreement("stream_options", "stream_options needs stream")
         return self
+
+    @property
+    def biases(self) -> dict[int, float]:
+        """The bias of each token in `logit_bias`. Raises BadRequest for a key that is not a token's id."""
+        biases = self.logit_bias or {}
+        for key in biases:
+            if not (key.isascii() and key.isdecimal() and len(key) < 10):
+                raise BadRequest(f"logit_bias must have ids of tokens as keys, got {key[:64]!r}", "logit_bias")
+        return {int(key): bias for key, bias in biases.items()}
 
     @property
     def stops(self) -> list[str]:
@@ -161,15 +244,39 @@ class ChatRequest(Request):
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
         None,
-        description="low, medium and high are the pair's presets; none and minimal are λ=0, xhigh and max λ=1.",
+        description="low, medium and high are the pair's presets, or else λ=0.25, 0.5 and 0.75; none and minimal are "
+        "λ=0, xhigh and max λ=1. Of max_completion_tokens, the thought may then have 0.2, 0.5 and 0.8; none or 0.1; "
+        "0.95 or all.",
     )
+    answer_intensity: Number | Preset | None = Field(
+        None, description="λ of the answer after its thought: a number or a preset; by default, that of the thought."
+    )
+    thinking_token_budget: Annotated[StrictInt, Field(ge=0, le=1 << 30)] | None = Field(
+        None, description="The most tokens of a thought. λ falls as the thought nears it, so that it ends by itself."
+    )
+    response_format: ResponseFormat | None = None
+    continue_final_message: StrictBool | None = Field(
+        False, description="Whether the answer goes on with the last message, which is the assistant's."
+    )
+    add_generation_prompt: StrictBool | None = Field(
+        None, description="The opposite of continue_final_message; it may be left out."
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables for the chat template.")
     store: Annotated[bool | None, _neutral(False)] = None
     metadata: dict[str, str] | None = None
+    safety_identifier: StrictStr | None = None
+    prompt_cache_key: StrictStr | None = None
+    verbosity: Annotated[str | None, _neutral("medium")] = None
+    modalities: Annotated[list[Any] | None, _neutral(["text"])] = None
+    prediction: Annotated[Any, _neutral()] = None
+    audio: Annotated[Any, _neutral()] = None
+    web_search_options: Annotated[Any, _neutral()] = None
+    functions: Annotated[list[Any] | None, _neutral([])] = None
+    function_call: Annotated[Any, _neutral("none", "auto")] = None
     service_tier: Annotated[str | None, _neutral("auto", "default")] = None
     tools: Annotated[list[Any] | None, _neutral([])] = None
     tool_choice: Annotated[str | None, _neutral("none", "auto")] = None
     parallel_tool_calls: StrictBool | None = None
-    response_format: Annotated[dict[str, Any] | None, _neutral({"type": "text"})] = None
 
     @model_validator(mode="after")
     def _chat_agrees(self) -> ChatRequest:
@@ -184,6 +291,20 @@ class ChatRequest(Request):
                     "reasoning_effort", f"reasoning_effort is {self.reasoning_effort} and intensity {self.intensity}"
                 )
             self.intensity = meant
+        if self.add_generation_prompt is not None and self.add_generation_prompt == bool(self.continue_final_message):
+            raise _disagreement(
+                "add_generation_prompt",
+                f"add_generation_prompt and continue_final_message are both {self.add_generation_prompt}: give one",
+            )
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise _disagreement(
+                "continue_final_message",
+                f"continue_final_message needs a last message of the assistant, got one of {self.messages[-1].role}",
+            )
+        if self.response_format is not None and self.response_format.type != "text":
+            for name in ("ignore_eos", "continue_final_message"):
+                if getattr(self, name):
+                    raise _disagreement("response_format", f"response_format excludes {name}")
         return self
 
     @property

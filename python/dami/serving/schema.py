@@ -134,6 +134,11 @@ class IntensityInfo(TypedDict):
     """The intensities that a model can be asked for."""
 
     default: Annotated[float | str, Field(description="Of requests that name no λ.")]
+    prompt: Annotated[float | str, Field(description="λ at which prompts are read by default, or same.")]
+    tail: Annotated[int | str, Field(description="The default of prompt_tail.")]
+    least_tail: Annotated[
+        int | None, Field(description="The least prompt_tail that costs the pair nothing at prompt_intensity 0.")
+    ]
     range: Annotated[list[float], Field(min_length=2, max_length=2, description="The lowest and the highest λ.")]
     presets: dict[str, float]
     auto: Annotated[bool, Field(description="Whether the pair has an estimator.")]
@@ -152,6 +157,16 @@ class Model(TypedDict):
 class ModelList(TypedDict):
     object: Literal["list"]
     data: list[Model]
+
+
+class Dial(TypedDict):
+    """What a running request has been told."""
+
+    id: str
+    object: Literal["request.dial"]
+    choices: Annotated[list[int], Field(description="Indices of the choices that go on accordingly.")]
+    intensity: Annotated[float | None, Field(description="λ from the next token on; null if it was not changed.")]
+    wrap_up: Annotated[int | None, Field(description="The most tokens that the thought may still have.")]
 
 
 class Health(TypedDict):
@@ -188,6 +203,7 @@ def errors(descriptions: dict[int, str]) -> Described:
 
 
 NO_MODEL = errors({404: "There is no such model."})
+NOT_RUNNING = {404: "There is no such request, or it has ended."}
 NO_FRONTIER = errors({404: "None is known."})
 DEAD: Described = {503: {"model": Health, "description": "The engine has died."}}
 REFUSED = errors(
@@ -203,6 +219,9 @@ REFUSED = errors(
         503: "The engine has died.",
     }
 )
+
+
+DIALLED: Described = {**REFUSED, **errors(NOT_RUNNING)}
 
 
 def answered_by(whole: type, chunk: type) -> Described:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from dami.cli.terminal import outcome_table
 from dami.evaluation import Frontier
-from dami.evaluation.policies import at_random, auroc, lots_between, play
+from dami.evaluation.policies import at_random, auroc, efficiency_score, lots_between, play, room
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -102,3 +102,63 @@ def test_outcomes_are_shown_by_price_with_the_estimators_own_in_bold() -> None:
         assert line.split()[0] == f"{price:g}"
         for value in (outcome.accuracy, outcome.tokens, outcome.static, outcome.gain):
             assert str(value) in line
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "tokens", "score"),
+    [(0.5, 100.0, 0.0), (0.5, 40.0, 0.6), (0.6, 100.0, 0.6), (0.4, 50.0, -0.5), (0.6, 150.0, 0.1)],
+)
+def test_the_efficiency_score_counts_a_loss_of_accuracy_more_than_a_gain(
+    accuracy: float, tokens: float, score: float
+) -> None:
+    assert efficiency_score(accuracy, tokens, 0.5, 100.0) == pytest.approx(score)
+    assert np.isnan(efficiency_score(accuracy, tokens, 0.0, 100.0))
+
+
+def test_an_outcome_tells_the_efficiency_and_the_incomplete_answers() -> None:
+    frontier = table()
+    found = play(frontier, frontier.best_each())
+    assert found.aes.value == pytest.approx(1 / 3)  # as accurate as λ=1, a third cheaper
+    assert found.incomplete == (0, 0, 0)  # the table has its scores for shares of complete answers
+    assert play(frontier, np.full(400, 0.0)).incomplete.value == pytest.approx(0.5)
+
+
+def drawn(questions: int, samples: int, chance: np.ndarray, seed: int = 0) -> list[Frontier]:
+    """Samples of questions whose chance to be right at each λ is known, [questions, L]."""
+    rng = np.random.default_rng(seed)
+    tokens = np.tile([10.0, 20.0, 30.0], (questions, 1))
+    empty = np.zeros_like(tokens)
+    scores = [rng.binomial(1, chance).astype(float) for _ in range(samples)]
+    return [Frontier(LAMS, score, tokens, empty, empty, np.zeros(questions, int)) for score in scores]
+
+
+def test_there_is_no_room_where_all_questions_are_alike() -> None:
+    """Although the best answers of each question, known in hindsight, would look far better."""
+    samples = drawn(500, 8, np.full((500, 3), 0.5))
+    found = room(samples, np.zeros(500), price=0.0)
+    means = np.mean([sample.scores for sample in samples], axis=0)
+    assert means.max(1).mean() - means.mean(0).max() > 0.1
+    assert found.total.value < 0.02
+
+
+def test_the_room_is_what_knowing_the_questions_is_worth() -> None:
+    easy = np.arange(600) % 2 == 0
+    samples = drawn(600, 8, np.where(easy[:, None], [1.0, 0.5, 0.0], [0.0, 0.5, 1.0]))
+    right, wrong, middle = (np.where(easy, *lams) for lams in ((0.0, 1.0), (1.0, 0.0), (0.5, 0.5)))
+    found = room(samples, right, price=0.3)
+    static = 0.5 - 0.3 * 10 / 30  # of λ=0
+    assert found.total.value == pytest.approx(1 - 0.3 * 20 / 30 - static, abs=0.02)
+    assert found.won.value == pytest.approx(1, abs=0.02)
+    assert found.total.low < found.total.value < found.total.high
+    assert room(samples, wrong, price=0.3).won.high < 0
+    assert room(samples, middle, price=0.3).won.high < 0.1
+    costly = room(samples, right, price=0.3, extra_tokens=10)
+    assert (found.won.value - costly.won.value) * found.total.value == pytest.approx(0.1, abs=1e-9)
+
+
+def test_samples_of_other_questions_have_no_room() -> None:
+    first, second = drawn(4, 2, np.full((4, 3), 0.5))
+    with pytest.raises(ValueError, match="samples must be two or more of the same questions and λ, got 2 of"):
+        room([first, second.select([0, 1, 2])], np.zeros(4), 0.1)
+    with pytest.raises(ValueError, match="samples must be two or more of the same questions and λ, got 1 of"):
+        room([first], np.zeros(4), 0.1)

@@ -258,7 +258,7 @@ def test_add_request_refuses(intensity: Any, error: type[Exception], message: st
 @pytest.mark.parametrize("name", ["intensty", "promt_intensity"])
 def test_misspelt_keywords_are_refused(name: str) -> None:
     manager = patched("qwen3").init_continuous_batching(GREEDY, SMALL)
-    takes = "takes λ as intensity and prompt_intensity and prompt_tail"
+    takes = "takes λ as intensity, prompt_intensity and prompt_tail"
     with pytest.raises(TypeError, match=f"^add_request {takes}, got '{name}'"):
         manager.add_request([5, 6], **{name: 1.0})
     with pytest.raises(TypeError, match=f"^add_requests {takes}, got '{name}'"):

@@ -20,8 +20,8 @@ LAYERS = (1, 2, -1)
 
 
 def choices(lams: list[float], tails: list[int], seen: dict[int, Tensor]) -> list[Choice]:
-    def chooses(place: int) -> Callable[[Tensor], float]:
-        return lambda states: seen.update({place: states.clone()}) or lams[place]
+    def chooses(place: int) -> Callable[[Tensor], dict[str, Any]]:
+        return lambda states: seen.update({place: states.clone()}) or {"intensity": lams[place]}
 
     return [Choice(LAYERS, chooses(place), tail) for place, tail in enumerate(tails)]
 

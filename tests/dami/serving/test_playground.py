@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import combinations, count
 from pathlib import Path
-from threading import Event
+from threading import Event, Semaphore
 from typing import Any
 
 import httpx
@@ -133,6 +133,44 @@ def test_several_lams_are_answered_side_by_side_with_thoughts_folded(page: Page,
             assert thought.get_property("textContent").strip() == message["reasoning_content"].strip()
     assert cards[2].find_element("css selector", "details").is_displayed()
     assert "tokens/s" in cards[2].find_element("css selector", ".counts").text
+
+
+@in_chromium
+def test_an_answer_is_turned_and_wrapped_up_while_it_streams(browser: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a slider, with the keyboard, and by a button; both go when the answer has ended. The server waits for us."""
+    steps = Semaphore(8)
+    with running() as server, ExitStack() as after:
+        after.callback(steps.release, 10_000)
+        forward = server.engine.model.lm_head.forward
+
+        def slowed(*arguments: Any, **options: Any) -> Any:
+            assert steps.acquire(timeout=3 * SECONDS)
+            return forward(*arguments, **options)
+
+        monkeypatch.setattr(server.engine.model.lm_head, "forward", slowed)
+        page = Page(browser, server.url)
+        page.fill("#prompt", HARD)
+        page.fill("#lams", "1")
+        page.one("#run").click()
+        page.until(lambda: page.all(".answer details:not([hidden])"))
+        [active] = server.app.state.service.active.values()
+        guide = active.choices[0].guide
+        slider, wrap = page.one(".answer input[type=range]"), page.one(".answer button")
+        assert slider.get_property("value") == "1"
+        slider.send_keys(page.keys.HOME, page.keys.ARROW_RIGHT)
+        page.until(lambda: guide._by_hand == 0.05)
+        steps.release(4)
+        page.until(lambda: page.one(".answer h2 span").text == "λ = 0.05")
+        wrap.click()
+        page.until(lambda: guide._wrap_up == 16 or guide.limit is not None)  # at once, or with the next step
+        assert not wrap.is_enabled()
+        steps.release(10_000)
+        page.until(lambda: page.status() == "Done")
+        assert not slider.is_displayed()
+        assert not wrap.is_displayed()
+        assert guide.lams[0] == 1
+        assert guide.limit is not None
+        assert page.complaints() == []
 
 
 @in_chromium
@@ -330,9 +368,9 @@ def test_the_picture_in_the_docs_is_of_this_page(browser: Any, tmp_path: Path) -
         page = Page(browser, shipped.url)
         page.until(lambda: browser.title.startswith("shipped"))
         with screen(page, 1280, "light"):
-            cards = page.ask("53 + 33 + 64 + 75 + 17 + 98 =", "0, 0.3, 0.6, 1")
+            cards = page.ask("53 + 33 + 64 + 75 =", "0, 0.3, 0.6, 1")
             verdicts = [card.find_element("css selector", ".verdict").text for card in cards]
-            assert verdicts == ["✗ wrong, the answer is 340", *["✓ right"] * 3]
+            assert verdicts == ["✗ wrong, the answer is 225", *["✓ right"] * 3]
             cards[3].find_element("css selector", "summary").click()
             page.one(".settings[open] summary").click()
             page.until(lambda: page.all("#picture .lam"))

@@ -13,7 +13,7 @@ import torch
 from dami.generation.batching import StepLoad
 from dami.generation.pieces import CACHE
 from dami.generation.prefixes import Keyed
-from dami.generation.reading import Reading, parse_tails
+from dami.generation.reading import Reading
 from transformers import GenerationConfig, GptOssConfig, MixtralConfig
 from transformers.generation.continuous_batching.requests import RequestState
 
@@ -241,7 +241,7 @@ def test_a_tail_that_is_no_integer_is_refused(wrong: Any) -> None:
     model = patched("qwen3")
     with pytest.raises(TypeError, match="prompt_tail must be an integer of at least 0, or one per prompt, got"):
         model.generate_batch(prompts([4, 5]), GREEDY, SMALL, prompt_intensity=0.0, prompt_tail=wrong)
-    with pytest.raises(TypeError, match=r"prompt_tail must be an integer of at least 0, got "):
+    with pytest.raises(TypeError, match="prompt_tail must be an integer of at least 0"):
         model.init_continuous_batching(GREEDY, SMALL).add_request([5], prompt_intensity=0.0, prompt_tail=wrong)
 
 
@@ -251,7 +251,11 @@ def test_another_number_of_tails_or_prompt_intensities_is_refused() -> None:
         model.generate_batch(asked, GREEDY, SMALL, prompt_intensity=0.0, prompt_tail=[1, 2, 3])
     with pytest.raises(ValueError, match="prompt_intensity must be a real number, or one per sequence, got 3 for 2"):
         model.generate_batch(asked, GREEDY, SMALL, prompt_intensity=[0.0, 1.0, 0.5])
-    assert parse_tails(None, 2) == [1, 1]
+    needs = "prompt_tail says where prompt_intensity ends, and needs one: .* or leave out prompt_tail=2"
+    with pytest.raises(ValueError, match=needs):
+        model.generate_batch(asked, GREEDY, SMALL, prompt_tail=2)
+    with pytest.raises(ValueError, match=needs):
+        model.init_continuous_batching(GREEDY, SMALL).add_request([5], prompt_tail=2)
 
 
 @pytest.mark.parametrize(

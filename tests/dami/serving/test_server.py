@@ -191,6 +191,25 @@ def test_where_lam_may_stand(server: Running) -> None:
     assert lam(reasoning_effort="none", intensity=0) == 0
 
 
+def test_the_name_of_the_model_may_carry_lam(server: Running, alone: Callable[..., Any]) -> None:
+    def answer(model: str, **options: Any) -> Any:
+        return server.post(CHAT, asked(model=model, **options)).json()
+
+    names = [model.id for model in server.client().models.list()]
+    assert names == ["pair", "pair:0", "pair:0.3", "pair:0.5", "pair:0.7", "pair:1"]
+    response = answer("pair:0.3")
+    assert (response["intensity"], response["model"]) == (0.3, "pair:0.3")
+    assert response["choices"][0]["message"]["content"] == alone(QUESTIONS[0], 0.3).text
+    assert server.client().models.retrieve("pair:0.25").intensity["default"] == 0.25
+    assert answer("pair:-0.5", max_tokens=1)["intensity"] == -0.5
+    assert answer("pair:0.3", intensity=0.3, max_tokens=1)["intensity"] == 0.3
+    assert answer("pair:1", reasoning_effort="xhigh", max_tokens=1)["intensity"] == 1
+    completion = server.post(COMPLETIONS, {"model": "pair:0.7", "prompt": "a", "max_tokens": 1}).json()
+    assert (completion["intensity"], completion["model"]) == (0.7, "pair:0.7")
+    stream = sse(server.post(CHAT, asked(model="pair:0.7", max_tokens=1, stream=True)))
+    assert {(chunk["model"], chunk["intensity"]) for chunk in stream} == {("pair:0.7", 0.7)}
+
+
 def test_completions(server: Running) -> None:
     tokenizer = server.app.state.service.tokenizer
     text = f"<|user|>{QUESTIONS[0]}<|assistant|>"
@@ -217,7 +236,7 @@ def test_completions(server: Running) -> None:
 
 def test_choices_are_drawn_by_seed(server: Running) -> None:
     def texts(**options: Any) -> list[str]:
-        body = asked(**{"temperature": 1.5, "n": 4, "max_tokens": 12, "intensity": 0.8, "ignore_eos": True, **options})
+        body = asked(**{"temperature": 1.5, "n": 4, "max_tokens": 12, "intensity": 0.4, "ignore_eos": True, **options})
         return [
             choice["message"].get("reasoning_content", "") + choice["message"]["content"]
             for choice in server.post(CHAT, body).json()["choices"]
@@ -314,9 +333,11 @@ def test_stops(server: Running, alone: Callable[..., Any]) -> None:
 
 
 def test_models_health_and_metrics(server: Running) -> None:
-    [listed] = server.client().models.list().data
+    listed = server.client().models.list().data[0]
     assert listed.id == server.client().models.retrieve("pair").id == "pair"
-    assert listed.intensity == {"default": 0.0, "range": [-1.0, 2.0], "presets": {}, "auto": False, "frontier": False}
+    reading = {"prompt": "same", "tail": 1, "least_tail": None}
+    lams = {"default": 0.0, "range": [-1.0, 2.0], "presets": {}, "auto": False, "frontier": False}
+    assert listed.intensity == lams | reading
     assert httpx.get(f"{server.url}/health").json()["status"] == "ok"
     before = server.metric("dami_generated_tokens_total")
     server.post(COMPLETIONS, {"prompt": "a", "max_tokens": 3, "ignore_eos": True})
@@ -350,6 +371,30 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
         "do not fit the chat template",
     ),
     (CHAT, asked(model="other"), 404, "model", "model must be 'pair', got 'other'"),
+    (CHAT, asked(model="pairs:0.5"), 404, "model", "model must be 'pair', got 'pairs:0.5'"),
+    (CHAT, asked(model="pair:"), 404, "model", "with a colon and a number, a preset or auto, got 'pair:'"),
+    (CHAT, asked(model="pair:0.5:1"), 404, "model", "a number, a preset or auto, got 'pair:0.5:1'"),
+    (CHAT, asked(model="pair:nan"), 404, "model", "a number, a preset or auto, got 'pair:nan'"),
+    (CHAT, asked(model="pair:3"), 404, "model", "there is no model 'pair:3': intensity must be in -1 to 2"),
+    (CHAT, asked(model="pair:low"), 404, "model", "there is no model 'pair:low': intensity must be a number, a preset"),
+    (CHAT, asked(model="pair:auto"), 404, "model", "there is no model 'pair:auto': intensity 'auto' needs"),
+    (CHAT, asked(model="pair:0.5", intensity=0.4), 400, "intensity", "model is 'pair:0.5' and intensity 0.4"),
+    (
+        CHAT,
+        asked(model="pair:0.5", intensity="low"),
+        400,
+        "intensity",
+        "intensity must be a number, a preset, of which",
+    ),
+    (
+        CHAT,
+        asked(model="pair:0.5", reasoning_effort="max"),
+        400,
+        "reasoning_effort",
+        "model is 'pair:0.5' and reasoning_effort max",
+    ),
+    (CHAT, asked(model="pair:0.5", max_intensity=1), 400, "max_intensity", "'pair:0.5', which excludes max_intensity"),
+    (COMPLETIONS, {"prompt": "a", "model": "pair:2.5"}, 404, "model", "there is no model 'pair:2.5'"),
     (CHAT, asked(intensity="high"), 400, "intensity", "a preset, of which the model has none, or 'auto', got 'high'"),
     (CHAT, asked(intensity="auto"), 400, "intensity", "needs an estimator, and this pair has none"),
     (CHAT, asked(intensity="0.5"), 400, "intensity", "a preset, of which the model has none, or 'auto', got '0.5'"),
@@ -360,7 +405,6 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
     (CHAT, asked(intensity=0.1, max_intensity=0.2), 400, "max_intensity", "exclude each other"),
     (CHAT, asked(intensity=0.1, vllm_xargs={"intensity": 0.2}), 400, "intensity", "is 0.1 and in vllm_xargs 0.2"),
     (CHAT, asked(intensity=0.1, reasoning_effort="low"), 400, "reasoning_effort", "is low and intensity 0.1"),
-    (CHAT, asked(reasoning_effort="low"), 400, "reasoning_effort", "reasoning_effort: intensity must be"),
     (CHAT, asked(reasoning_effort="huge"), 400, "reasoning_effort", "'none', 'minimal', 'low'"),
     (CHAT, asked(vllm_xargs={"intensty": 1}), 400, "vllm_xargs", "vllm_xargs.intensty: Extra inputs are not"),
     (CHAT, asked(temperature=-1), 400, "temperature", "greater than or equal to 0"),
@@ -411,9 +455,47 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
     ),
     (CHAT, said(role="developer"), 400, "messages", "knows the roles user and assistant, not developer"),
     (CHAT, asked(tools=[{}]), 400, "tools", "not supported by this server"),
-    (CHAT, asked(logit_bias={"5": 1}), 400, "logit_bias", "not supported by this server"),
-    (CHAT, asked(response_format={"type": "json_object"}), 400, "response_format", "not supported by this server"),
-    (CHAT, asked(presence_penalty=0.5), 400, "presence_penalty", "not supported by this server"),
+    (CHAT, asked(logit_bias={"five": 1}), 400, "logit_bias", "must have ids of tokens as keys, got 'five'"),
+    (CHAT, asked(logit_bias={"768": 1}), 400, "logit_bias", "logit_bias has the id 768, and the vocabulary 768 ids"),
+    (CHAT, asked(logit_bias={"5": 101}), 400, "logit_bias", "less than or equal to 100"),
+    (CHAT, asked(response_format={"type": "json_schema"}), 400, "response_format", "json_schema must be given with"),
+    (
+        CHAT,
+        asked(response_format={"type": "text", "json_schema": {"schema": {}}}),
+        400,
+        "response_format",
+        "with the type json_schema, and with no other",
+    ),
+    (CHAT, asked(response_format={"type": "xml"}), 400, "response_format", "'text', 'json_object' or 'json_schema'"),
+    (
+        CHAT,
+        asked(response_format={"type": "json_object"}, ignore_eos=True),
+        400,
+        "response_format",
+        "response_format excludes ignore_eos",
+    ),
+    (CHAT, asked(presence_penalty=2.5), 400, "presence_penalty", "less than or equal to 2"),
+    (CHAT, asked(frequency_penalty=-2.5), 400, "frequency_penalty", "greater than or equal to -2"),
+    (CHAT, asked(repetition_penalty=1.1), 400, "repetition_penalty", "not supported by this server"),
+    (CHAT, asked(min_p=0.1), 400, "min_p", "not supported by this server"),
+    (CHAT, asked(continue_final_message=True), 400, "continue_final_message", "of the assistant, got one of user"),
+    (CHAT, asked(add_generation_prompt=False), 400, "add_generation_prompt", "are both False: give one"),
+    (CHAT, asked(chat_template_kwargs={"wings": 1}), 400, "chat_template_kwargs", "of the chat template, got 'wings'"),
+    (CHAT, asked(chat_template_kwargs={"messages": 1}), 400, "chat_template_kwargs", "template, got 'messages'"),
+    (CHAT, asked(chat_template_kwargs={"tokenize": 1}), 400, "chat_template_kwargs", "template, got 'tokenize'"),
+    *(
+        (CHAT, asked(**{name: value}), 400, name, f"{name}: is not supported by this server")
+        for name, value in {
+            "modalities": ["audio"],
+            "prediction": {"type": "content"},
+            "audio": {"voice": "alloy"},
+            "web_search_options": {},
+            "functions": [{"name": "f"}],
+            "function_call": {"name": "f"},
+            "verbosity": "low",
+            "tool_choice": "required",
+        }.items()
+    ),
     (CHAT, asked(wings=2), 400, "wings", "Extra inputs are not permitted"),
     (COMPLETIONS, {"prompt": ""}, 400, "prompt", "at least one token"),
     (COMPLETIONS, {"prompt": []}, 400, "prompt", "at least 1 item"),
@@ -597,9 +679,13 @@ def test_presets_and_a_controller(monkeypatch: pytest.MonkeyPatch) -> None:
             response = server.post(CHAT, asked(max_tokens=2, ignore_eos=True, **options)).json()
             assert response["intensity"] == granted
         assert "one of ['high', 'low'] or 'auto', got 'medium'" in server.post(CHAT, asked(intensity="medium")).text
+        names = [model["id"] for model in httpx.get(f"{server.url}/v1/models").json()["data"]]
+        assert names[:4] == ["pair", "pair:low", "pair:high", "pair:0"]
+        named = server.post(CHAT, asked(model="pair:high", max_intensity=0.5, max_tokens=2, ignore_eos=True)).json()
+        assert named["intensity"] == 0.25
         until(lambda: ("finish", 0.5, 2) in controller.calls)
     started = [call[1] for call in controller.calls if call[0] == "start"]
-    assert started == [0.0, 1.0, 0.9, 0.1, 0.25, 0.25, 0.5]  # the first two by the engine, before any request
+    assert started == [0.0, 1.0, 0.9, 0.1, 0.25, 0.25, 0.5, 0.25]  # the first two by the engine, before any request
     assert [call for call in controller.calls if call[0] == "finish"][:2] == [
         ("finish", 0.0, None),
         ("finish", 1.0, None),
@@ -633,7 +719,7 @@ def test_auto(alone: Callable[..., Any]) -> None:
         answers = [response.json() for response in asyncio.run(both())]
         capped = server.post(CHAT, asked(intensity="auto", max_intensity=0.05, max_tokens=1)).json()
         prompts = [f"<|user|>{question}<|assistant|>" for question in questions]
-        several = {"prompt": prompts, "n": 2, "max_tokens": 1, "intensity": "auto"}
+        several = {"prompt": prompts, "n": 2, "max_tokens": 1, "model": "pair:auto"}
         whole = server.post(COMPLETIONS, several).json()
         chunks = sse(server.post(COMPLETIONS, several | {"stream": True}))
         alike = server.post(COMPLETIONS, several | {"prompt": prompts[:1] * 2}).json()

@@ -2,6 +2,7 @@
 
 const MOST = 6; // answers side by side: a browser opens no more connections to one server
 const COLORS = [[59, 76, 192], [170, 130, 190], [180, 4, 38]]; // λ = 0, 0.5, 1: cool to warm
+const WRAP = [16, 0.25]; // tokens that a thought still gets to wrap up: at least so many, or this share of what it has
 const LEFT = 52; // where the frontier's axis of tokens begins, in pixels
 const $ = (id) => document.getElementById(id);
 
@@ -159,9 +160,18 @@ class Answer {
     this.verdict = make("p", { className: "verdict", hidden: true });
     this.known = $("known").value.trim();
     this.counts = make("p", { className: "counts" });
+    const { min, max } = $("slider");
+    this.dial = make("input", { type: "range", min, max, step: 0.05 });
+    this.wrap = make("button", { type: "button" }, "Wrap it up");
+    this.controls = make("p", { className: "dial", hidden: true }, this.dial, this.wrap);
+    this.dial.addEventListener("input", () => this.turn({ intensity: Number(this.dial.value) }));
+    this.wrap.addEventListener("click", () => {
+      this.turn({ wrap_up: Math.max(WRAP[0], Math.round(WRAP[1] * this.thinking)) });
+      this.wrap.disabled = true;
+    });
     this.card = make(
       "article", { className: "answer" },
-      make("h2", {}, this.title, this.state), this.details, this.text, this.verdict, this.counts,
+      make("h2", {}, this.title, this.state), this.controls, this.details, this.text, this.verdict, this.counts,
     );
     this.name(lam);
     this.state.textContent = "waiting";
@@ -170,10 +180,39 @@ class Answer {
   name(lam) {
     const asked = typeof this.lam === "string" ? `${this.lam}: ` : "";
     const given = typeof lam === "number" ? `λ = ${round(lam)}` : "";
-    const lowered = typeof this.lam === "number" && lam !== this.lam ? `, asked for ${round(this.lam)}` : "";
+    this.granted ??= this.id && lam;
+    const isLowered = typeof this.lam === "number" && this.granted !== undefined && this.granted !== this.lam;
+    const lowered = isLowered ? `, asked for ${round(this.lam)}` : "";
     this.title.textContent = (asked + given + lowered).replace(/: $/, "");
     this.card.style.setProperty("--lam", typeof lam === "number" ? color(lam) : "var(--muted)");
     this.card.setAttribute("aria-label", `Answer, ${this.title.textContent}`);
+    this.dial.setAttribute("aria-label", `λ of the answer, ${this.title.textContent}`);
+    if (typeof lam === "number" && document.activeElement !== this.dial) this.dial.value = lam;
+  }
+
+  /** Changes the answer from its next token on. While one change is on its way, only the latest other waits. */
+  async turn(change) {
+    const sending = this.change !== undefined;
+    this.change = { ...this.change, ...change };
+    while (!sending && Object.keys(this.change).length) {
+      const sent = this.change;
+      this.change = {};
+      try {
+        await this.send(sent);
+      } catch (error) {
+        say(error.message, true);
+      }
+    }
+    if (!sending) this.change = undefined;
+  }
+
+  async send(change) {
+    const response = await fetch(`v1/requests/${this.id}/dial`, {
+      method: "POST",
+      headers: { "Content-Type": "application/json", ...headers() },
+      body: JSON.stringify(change),
+    });
+    if (!response.ok && response.status !== 404) throw await failure(response); // 404: the answer has ended
   }
 
   /** Whether the answer came to its end. */
@@ -187,11 +226,13 @@ class Answer {
       });
       if (!response.ok) throw await failure(response);
       for await (const chunk of events(response.body)) this.take(chunk);
+      this.controls.hidden = true;
       this.state.textContent = this.reason === "length" ? "cut off" : "done";
       this.count();
       this.judge();
       return true;
     } catch (error) {
+      this.controls.hidden = true;
       this.state.textContent = signal.aborted ? "stopped" : "failed";
       if (!signal.aborted) this.text.append(make("p", { className: "error" }, error.message));
       return false;
@@ -200,6 +241,8 @@ class Answer {
 
   take(chunk) {
     if (chunk.error) throw new Error(chunk.error.message);
+    this.id = chunk.id;
+    this.controls.hidden = false;
     if (typeof chunk.intensity === "number") this.name(chunk.intensity);
     if (chunk.usage) {
       this.tokens = chunk.usage.completion_tokens;
