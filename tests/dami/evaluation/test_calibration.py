@@ -17,7 +17,7 @@ from dami.evaluation.sweeps import Record
 from typer.testing import CliRunner
 
 LAMS = (0.0, 0.5, 1.0)
-PROMPTS = [f"{place} + {20 - place % 7} =" for place in range(20, 40)]
+PROMPTS = [f"{place} + {20 - place % 7} =" for place in range(20, 50)]
 SETTINGS: dict[str, Any] = {"samples": 2, "rows": 60, "max_new_tokens": 48, "trial": 2}
 
 
@@ -97,7 +97,7 @@ def test_mistakes_are_named(pair: tuple[Any, Any], tmp_path: Path, monkeypatch: 
         calibrate(*pair, PROMPTS, tmp_path, signals=["mood"])
     told = [record(index, lam, str(index * 3 + lam)) for index in range(20) for lam in LAMS]
     monkeypatch.setattr("dami.evaluation.calibration.sweep", lambda *_, **__: told)
-    with pytest.raises(ValueError, match=r"answers must agree on at least 20 prompts, compared by 'word', got 0 of 20"):
+    with pytest.raises(ValueError, match=r"answers must agree on at least 20 prompts, compared by 'word', got 0 of 30"):
         calibrate(*pair, PROMPTS, tmp_path, LAMS)
     assert not any(tmp_path.iterdir())
     assert Signature(("states",)).tokens == 8
