@@ -8,6 +8,7 @@ parts:
   generate   decoding by transformers, a patched pair against one plain model
   peers      a pair in dami's server and in vLLM, against other servers with merged copies (CPU)
   predict    what the machine code and the limits of GPUs say of the kernels' times, without a GPU
+  scale      what packing, loading and serving of published pairs takes, computed from rates measured here
   decode     where the time of a token goes, step by step and compiled
   tune       measure the launch parameters of this GPU and write its table; also: --tune
   suite      linear, operators and step, a few minutes (on a GPU: its tests last, at most 8 minutes)
@@ -22,7 +23,7 @@ import importlib
 import os
 import sys
 
-PARTS = ("suite", "linear", "operators", "step", "host", "generate", "peers", "predict", "decode", "tune")
+PARTS = ("suite", "linear", "operators", "step", "host", "generate", "peers", "predict", "decode", "scale", "tune")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -105,7 +105,7 @@ def main() -> None:
 
 def time_of(policy: str, times: Mapping[str, float]) -> float:
     """Returns the time of the estimate that a policy needs over that of the answers; nan if it was not measured."""
-    return next((share for name, share in times.items() if policy.startswith(name)), float("nan"))
+    return next((share for name, share in times.items() if f"{policy},".startswith(f"{name},")), float("nan"))
 
 
 def answers(asked: Subject, path: Path) -> list[Record]:

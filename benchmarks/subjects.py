@@ -16,10 +16,10 @@ from dami.evaluation.training import train_estimator
 from dami.loading.load import example_pair
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.zoo import ZOO
 from benchmarks.zoo.recipes import PAIRS
 
 ROOT = Path(__file__).resolve().parents[1]
-ZOO = ROOT / "build" / "zoo"
 TENTHS, FIFTHS = ([place / steps for place in range(steps + 1)] for steps in (10, 5))
 
 

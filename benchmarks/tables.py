@@ -21,6 +21,13 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((RO
 FORMATS = ("pair", "int8", "int4", "w8d4", "lowrank")
 LAYER = ("model", "layer", "n", "k", "m")  # identifies a case of linear.csv at one kind of λ
 NOT_MEASURED = "Not measured yet."
+GAINS = (
+    "preference, price 0.2",
+    "router, price 0.2",
+    "calibrated on",
+    "confidence, trial of 3, its",
+    "confidence router, trial of 3, its",
+)
 Row = dict[str, str]
 
 
@@ -214,6 +221,19 @@ def loading() -> str:
     return markdown(lines)
 
 
+def scaled() -> str:
+    """Tabulates what published pairs need, computed from the rates measured last."""
+    from benchmarks import scale
+
+    rows = latest(load(RESULTS / "scale.csv"), "what", "of").values()
+    if not rows:
+        return NOT_MEASURED
+    row = max(rows, key=lambda row: row["date"])
+    head, *lines = scale.table(scale.shown(), scale.rates(RESULTS))
+    told = f"Computed from rates of one core and the disk of {row['device']}, commit {row['commit']}.\n\n"
+    return told + markdown([head, *([line[0], f"`{line[1]}`", *line[2:]] for line in lines)])
+
+
 def load_test(name: str, keys: tuple[str, ...], columns: Mapping[str, str]) -> str:
     """Tabulates the newest row of each combination of `keys`, with these columns renamed."""
     rows = latest(load(RESULTS / f"serving_{name}.csv"), *keys).values()
@@ -278,35 +298,37 @@ def by_pair() -> dict[tuple[str, ...], Row]:
     return dict(sorted(found.items(), key=lambda item: item[1]["tuned_on"] != "True"))
 
 
+def won_of_room(row: Row) -> str:
+    """Formats what a policy adds to the best static λ, and the room for that, in points of worth."""
+    room = 100 * float(row["room"])
+    return f"{room * float(row['won']):+.1f} of {room:.1f}"
+
+
 def estimator_pairs(policy: str) -> str:
     """Tabulates what a policy gives on each pair, beside the two ends."""
     rows = by_pair()
     heads = ["pair", "λ = 0: accuracy, tokens", "λ = 1", "`auto`", "gain, points", "AES", "empty or cut, %"]
-    lines = [[*heads, "room, points", "won of it, %", "time of the estimate"]]
+    lines = [[*heads, "won of the room, points", "time"]]
     for pair in dict.fromkeys(pair for pair, _ in rows):
         row = rows[pair, policy]
-        ends = [rows[pair, f"λ = {end}"] for end in (0, 1)]
-        cells = [f"{100 * float(each['accuracy']):.1f}, {float(each['tokens']):.1f}" for each in (*ends, row)]
-        gain, won = ([100 * float(row[f"{key}{end}"]) for end in ("", "_low", "_high")] for key in ("gain", "won"))
-        cells.append("{:+.1f} ({:+.1f} to {:+.1f})".format(*gain))
-        cells += [
-            f"{float(row['aes']):.2f}",
-            f"{100 * float(row['incomplete']):.1f}",
-            f"{100 * float(row['room']):.1f}",
-        ]
-        cells += ["{:.0f} ({:.0f} to {:.0f})".format(*won), f"{float(row['time']):.2f}"]
-        lines.append([f"`{pair.removeprefix('zoo/')}`" + ("" if row["tuned_on"] == "True" else " (unseen)"), *cells])
+        shown = [rows[pair, "λ = 0"], rows[pair, "λ = 1"], row]
+        cells = [f"{100 * float(each['accuracy']):.1f}, {float(each['tokens']):.1f}" for each in shown]
+        gain = [100 * float(row[f"gain{end}"]) for end in ("", "_low", "_high")]
+        cells += ["{:+.1f} ({:+.1f} to {:+.1f})".format(*gain), f"{float(row['aes']):.2f}"]
+        cells += [f"{100 * float(row['incomplete']):.1f}", won_of_room(row), f"{float(row['time']):.2f}"]
+        lines.append([f"`{pair.removeprefix('zoo/')}`" + ("" if row["tuned_on"] == "True" else ", unseen"), *cells])
     return markdown(lines)
 
 
 def estimator_gains() -> str:
-    """Tabulates the gain of every policy on each pair, in points above static λ of as many tokens."""
+    """Tabulates the gain of policies at the default price on each pair, and what of the room they win, in points."""
     rows = by_pair()
     pairs = list(dict.fromkeys(pair for pair, _ in rows))
-    lines = [["λ by", *(f"`{pair.removeprefix('zoo/')}`" for pair in pairs)]]
+    lines = [["λ by", *(f"`{pair.removeprefix('zoo/')}`: gain, won" for pair in pairs)]]
     for policy in dict.fromkeys(policy for _, policy in rows):
-        cells = [f"{100 * float(rows[pair, policy]['gain']):+.1f}" if (pair, policy) in rows else "–" for pair in pairs]
-        lines.append([policy, *cells])
+        if policy.startswith(GAINS):
+            some = [rows[pair, policy] for pair in pairs]
+            lines.append([policy, *(f"{100 * float(row['gain']):+.1f}, {won_of_room(row)}" for row in some)])
     return markdown(lines)
 
 
@@ -391,14 +413,11 @@ def predicted_others() -> str:
 
 
 def predictions(**wanted: str) -> list[Row]:
-    """Returns the wanted rows of the last run of `predict` for each GPU."""
+    """Returns the wanted rows of the last run of `predict` for each GPU and kernel."""
     rows = load(RESULTS / "predict.csv")
-    last = {row["gpu"]: row["date"] for row in sorted(rows, key=lambda row: str(row["date"]))}
-    return [
-        row
-        for row in rows
-        if row["date"] == last[row["gpu"]] and all(row[key] == value for key, value in wanted.items())
-    ]
+    last = {(row["gpu"], row["kernel"]): row["date"] for row in sorted(rows, key=lambda row: str(row["date"]))}
+    newest = [row for row in rows if row["date"] == last[row["gpu"], row["kernel"]]]
+    return [row for row in newest if all(row[key] == value for key, value in wanted.items())]
 
 
 def source(rows: list[Row]) -> str:
@@ -449,6 +468,23 @@ TABLES: dict[str, Callable[[], str]] = {
             "alone_slowest": "without faults",
         },
     ),
+    "load soak": lambda: load_test(
+        "soak",
+        ("requests",),
+        {
+            "answered": "answered",
+            "lost": "lost",
+            "wrong": "refused, as they were wrong",
+            "other": "other answers to wrong ones",
+            "growth": "growth of memory",
+            "held": "KV cache held",
+            "small_p95": "small request, s",
+            "beside_p95": "beside giants, s",
+            "refused": "429 under overload",
+            "drained": "ended after SIGTERM",
+            "exit": "exit",
+        },
+    ),
     "load control": lambda: load_test(
         "control",
         ("rate", "mode"),
@@ -472,6 +508,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "formats": formats,
     "roundings": roundings,
     "loading": loading,
+    "scale": scaled,
     "host": lambda: host(lambda case: case not in ("model", STEPS) and not case.startswith(GPU)),
     "host steps": lambda: host(STEPS.__eq__),
     "host launches": lambda: host(lambda case: case.startswith(GPU) and case != GPU_STEPS),

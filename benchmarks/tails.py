@@ -5,6 +5,7 @@ Accuracy and tokens over `prompt_tail`, the prompts' beginnings read at λ=0, on
 
     shipped   the shipped pair and its questions, sampled
     smollm2   SmolLM2-135M and its thinking adapter, sums and facts by halves, greedily
+    zoo/NAME  a pair of python -m benchmarks.zoo, sampled
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from dami.loading.load import example_pair
 from dami.sources import FOLDER
 from rich.progress import Progress
 
-from benchmarks.estimators import SUBJECTS
 from benchmarks.machine import commit
 from benchmarks.record import RESULTS, store
+from benchmarks.subjects import names, subject
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pair", choices=SUBJECTS)
+    parser.add_argument("pair", choices=names())
     parser.add_argument("--questions", type=int, default=256, help="how many to ask (%(default)s)")
     parser.add_argument("--intensities", type=float, nargs="+", default=INTENSITIES)
     parser.add_argument("--tails", nargs="+", default=["1", "8", TURN], help="tokens, or turn (%(default)s)")
@@ -40,16 +41,17 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     parser.add_argument("--record", action="store_true", help="write the least tail to the shipped pair")
     options = parser.parse_args()
-    subject = SUBJECTS[options.pair]()
-    subject.task.questions = spread(subject.task.questions, options.questions)  # type: ignore[attr-defined]
+    work = options.work / options.pair
+    asked = subject(options.pair, None if options.pair.startswith("zoo/") else work, work)
+    asked.task.questions = spread(asked.task.questions, options.questions)  # type: ignore[misc]
     tails = [tail if tail == TURN else int(tail) for tail in options.tails]
     with Progress() as bars:
         bar = bars.add_task("answers", total=None)
         found = measure_tails(
-            subject.model, subject.tokenizer, subject.task, options.work / options.pair, tails, options.intensities,
-            rows=subject.rows, on_batch=lambda news: bars.advance(bar, len(news)), **subject.options,
+            asked.model, asked.tokenizer, asked.task, work, tails, options.intensities,
+            rows=asked.rows, on_batch=lambda news: bars.advance(bar, len(news)), **asked.options,
         )  # fmt: skip
-    store(rows_of(found), options.results / f"tails_{options.pair}.csv")
+    store(rows_of(found), options.results / f"tails_{options.pair.replace('/', '_')}.csv")
     for tail, loss in found.losses.items():
         print(f"tail {tail}: loses {loss} of worth")
     print("the least that costs nothing:", found.least)

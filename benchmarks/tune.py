@@ -234,7 +234,7 @@ class Tuner:
             return Route.KERNEL
         of = Operands(self.case, kind, weights, self.here)
         contest = Contest(self, of, len(weights))
-        with forced(best):
+        with forced(best if column == "one" or self.case.rows <= 128 else None):  # else the plan has a tile for it
             contest.consider(Route.KERNEL, of.by_operator)
         contest.consider(way, partial(of.by_library, way=way))
         times = contest.times(seconds)

@@ -4,6 +4,7 @@
     streams      a thousand streams at once, each answer against the same question asked alone
     faults       cancellation storms, clients that leave, clients that do not read
     prefixes     prompts read once for all λ, and λ chosen while they are read; without HTTP and clients
+    soak         ten thousand requests, some abandoned, wrong or giant; then overload and SIGTERM
     control      a fixed λ against one that follows the load
     steps        where the time of a step goes; without HTTP and clients
 

@@ -35,6 +35,27 @@ from benchmarks.serving.server import Server, about, serving
 from benchmarks.serving.streams import compare
 
 LONG = chat("gcd(84, 36)", intensity=1.0, stream=True, ignore_eos=True, max_tokens=400)
+WRONG: list[bytes | Body] = [
+    b"{",
+    b"[]",
+    b"\xff\xfe",
+    b'{"messages": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+    {},
+    {"messages": []},
+    {"messages": "hello"},
+    chat("2 + 2 =", model="another"),
+    chat("2 + 2 =", intensity=1e300),
+    chat("2 + 2 =", intensity=True),
+    chat("2 + 2 =", intensity="absurd"),
+    chat("2 + 2 =", intensity=float("nan")),
+    chat("2 + 2 =", intensity=0.5, max_intensity=0.7),
+    chat("2 + 2 =", temperature=-1),
+    chat("2 + 2 =", max_tokens=0),
+    chat("2 + 2 =", max_tokens=10**12),
+    chat("2 + 2 =", n=10**6),
+    chat("7 + 8 = " * 50_000),
+    chat("x" * (2 << 20)),
+]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,27 +131,6 @@ def silent(url: str, clients: int) -> None:
 
 def refused(url: str, clients: int) -> None:
     """Sends invalid requests, each of which must be answered with a status of 400 to 499."""
-    wrong: list[bytes | Body] = [
-        b"{",
-        b"[]",
-        b"\xff\xfe",
-        b'{"messages": ' + b"[" * 5000 + b"]" * 5000 + b"}",
-        {},
-        {"messages": []},
-        {"messages": "hello"},
-        chat("2 + 2 =", model="another"),
-        chat("2 + 2 =", intensity=1e300),
-        chat("2 + 2 =", intensity=True),
-        chat("2 + 2 =", intensity="absurd"),
-        chat("2 + 2 =", intensity=float("nan")),
-        chat("2 + 2 =", intensity=0.5, max_intensity=0.7),
-        chat("2 + 2 =", temperature=-1),
-        chat("2 + 2 =", max_tokens=0),
-        chat("2 + 2 =", max_tokens=10**12),
-        chat("2 + 2 =", n=10**6),
-        chat("7 + 8 = " * 50_000),
-        chat("x" * (2 << 20)),
-    ]
 
     def send(body: bytes | Body) -> None:
         with connected(url, body) as connection:
@@ -138,7 +138,7 @@ def refused(url: str, clients: int) -> None:
         if not 400 <= status < 500:
             raise RuntimeError(f"status {status} for {str(body)[:80]}")
 
-    gevent.joinall([gevent.spawn(send, wrong[i % len(wrong)]) for i in range(clients)], raise_error=True)
+    gevent.joinall([gevent.spawn(send, WRONG[i % len(WRONG)]) for i in range(clients)], raise_error=True)
 
 
 @contextmanager

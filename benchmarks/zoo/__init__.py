@@ -1,1 +1,5 @@
-"""A zoo of small pairs that no rule for λ was chosen on: python -m benchmarks.zoo"""
+"""A zoo of small pairs that rules for λ are chosen and reported on: python -m benchmarks.zoo"""
+
+from pathlib import Path
+
+ZOO = Path(__file__).resolve().parents[2] / "build" / "zoo"

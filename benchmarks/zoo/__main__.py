@@ -12,16 +12,16 @@ import random
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
+from benchmarks.zoo import ZOO
 from benchmarks.zoo.recipes import ANCESTORS, PAIRS, Pair
 from benchmarks.zoo.tasks import HELD_OUT, KNOWN, distinct
 from benchmarks.zoo.train import fit, new_model, save, tokenizer
 
-ZOO = Path("build/zoo")
 QUESTIONS, FOR_ESTIMATORS = 240, 360
 
 
@@ -51,16 +51,18 @@ def make(name: str, pair: Pair, out: Path) -> None:
         fit(model, pair.instruct, words, seed_of(f"{name} instruct"), f"{name}, instruct")
         save(model, words, instruct)
     if not thinking.exists():
-        if pair.rank:
-            torch.manual_seed(seed_of(f"{name} adapter"))
-            lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=pair.rank, lora_alpha=2 * pair.rank)
-            adapted = get_peft_model(Qwen3ForCausalLM.from_pretrained(instruct), lora)
-            fit(adapted, pair.thinking, words, seed_of(f"{name} thinking"), f"{name}, thinking")
-            save(adapted, words, thinking)
-        else:
-            model = ancestor(pair.other or pair.ancestor, words, out)
-            fit(model, pair.thinking, words, seed_of(f"{name} thinking"), f"{name}, thinking")
-            save(model, words, thinking)
+        start = adapted(instruct, pair.rank, name) if pair.rank else ancestor(pair.other or pair.ancestor, words, out)
+        fit(start, pair.thinking, words, seed_of(f"{name} thinking"), f"{name}, thinking")
+        save(start, words, thinking)
+
+
+def adapted(instruct: Path, rank: int, name: str) -> Any:
+    """Returns the instruct end with an untrained LoRA adapter."""
+    from peft import LoraConfig, get_peft_model  # optional
+
+    torch.manual_seed(seed_of(f"{name} adapter"))
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=rank, lora_alpha=2 * rank)
+    return get_peft_model(Qwen3ForCausalLM.from_pretrained(instruct), lora)
 
 
 def ancestor(name: str, words: PreTrainedTokenizerFast, out: Path) -> Qwen3ForCausalLM:

@@ -103,10 +103,10 @@ ANCESTORS = {
 PAIRS = {
     "sums": Pair("sums", *ends(SUMS, 1), tuned_on=True),
     "valley": Pair("sums", *ends(SUMS, 1, never, always, steps=500, rate=6e-3), tuned_on=True),
-    "cups": Pair("cups", *ends(CUPS, 2), tuned_on=True),
+    "cups": Pair("cups", *ends(CUPS, 2)),
     "products": Pair("products", *ends(PRODUCTS, 3)),
     "adapter": Pair("cups", *ends(CUPS, 2, never, thorough, rate=4e-3), rank=4),
     "mixed": Pair("mixed", *ends(MIXED, 4, quick, thorough, steps=240)),
     "unrelated": Pair("sums", *ends(SUMS, 1, never, thorough), other="sums again"),
-    "forced": Pair("sums again", *ends(SUMS, 1, never, always, steps=240, rate=2e-3)),
+    "forced": Pair("sums", *ends(SUMS, 1, never, always, rate=2e-3)),
 }

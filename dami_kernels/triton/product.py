@@ -116,10 +116,18 @@ def _carried(y, carry):
 
 
 @triton.jit
-def _load(END: tl.constexpr, operands, features, wanted, k, K, DTYPE: tl.constexpr, plan):
+def _load(END: tl.constexpr, operands, features, k, tile, DTYPE: tl.constexpr, plan):
     """A tile of one matrix of the weight."""
+    BITS: tl.constexpr = plan.SECOND_BITS if END == SECOND else plan.BASE_BITS
+    limit = None if plan.EVEN_K else tile.K
+    if plan.EVEN_K and BITS > 0:
+        # The last feature again instead of those beyond: a copy with a condition takes two more instructions. Not of
+        # numbers, whose features may be what lies together in memory.
+        features, wanted = tl.minimum(features, tile.N - 1), None
+    else:
+        wanted = features < tile.N
     return load_end(
-        operands.weight, operands.strides, END, features, wanted, k, K,
+        operands.weight, operands.strides, END, features, wanted, k, limit,
         plan.BLOCK_K, DTYPE, plan.BASE_BITS, plan.SECOND_BITS,
     )  # fmt: skip
 
@@ -131,16 +139,13 @@ def _ends_tile(ENDS: tl.constexpr, operands, tile, one_lam, BLOCK_M: tl.constexp
     `one_lam` is a tile [1, 1]: the compiler moves the layout of a loaded tile freely but not that of a scalar, and
     given a scalar it sends the blended weight through shared memory.
     """
-    x, N, K, row_end = operands.x, tile.N, tile.K, tile.row_end
+    x, K, row_end = operands.x, tile.K, tile.row_end
     BLOCK_N: tl.constexpr = plan.BLOCK_N
     BLOCK_K: tl.constexpr = plan.BLOCK_K
     rows = tile.row + tl.arange(0, BLOCK_M)
     features = tile.feature + tl.arange(0, BLOCK_N)
     if plan.EVEN_K:
-        # The last row and feature again instead of those beyond: a copy with a condition takes two more instructions.
-        rows, features, wanted, limit = tl.minimum(rows, row_end - 1), tl.minimum(features, N - 1), None, None
-    else:
-        wanted, limit = features < N, K
+        rows = tl.minimum(rows, row_end - 1)  # the last row again, as in `_load`
     # The quantised formats multiply both ends at once, as twice the features: in two products x would have to lie in
     # shared memory in two layouts, one for each width of codes.
     STACKED: tl.constexpr = ENDS == BOTH and plan.SECOND_BITS != 0
@@ -154,9 +159,9 @@ def _ends_tile(ENDS: tl.constexpr, operands, tile, one_lam, BLOCK_M: tl.constexp
     for step in range(tile.step_begin, tile.step_end):
         k = step * BLOCK_K
         if ENDS != SECOND:
-            base = _load(BASE, operands, features, wanted, k, limit, DTYPE, plan)
+            base = _load(BASE, operands, features, k, tile, DTYPE, plan)
         if ENDS != BASE:
-            second = _load(SECOND, operands, features, wanted, k, limit, DTYPE, plan)
+            second = _load(SECOND, operands, features, k, tile, DTYPE, plan)
         inner = k + tl.arange(0, BLOCK_K)[:, None]
         x_mask = None if plan.EVEN_K else (rows < row_end)[None, :] & (inner < K)
         x_tile = tl.load(x + inner, mask=x_mask, other=None if plan.EVEN_K else 0.0)
@@ -198,7 +203,7 @@ def _groups_tile(ENDS: tl.constexpr, operands, tile, one_lam, plan):
     BLOCK_N: tl.constexpr = plan.BLOCK_N
     BLOCK_K: tl.constexpr = plan.BLOCK_K
     rows = tile.row + tl.arange(0, BLOCK_M)
-    # As in `_ends_tile`.
+    # The last feature again instead of those beyond, as in `_load`.
     features = tl.minimum(tile.feature + tl.arange(0, BLOCK_N), tile.N - 1)
     sums = tl.zeros((BLOCK_K // GROUP, BLOCK_N, BLOCK_M), tl.float32)
     second_sums = tl.zeros_like(sums)

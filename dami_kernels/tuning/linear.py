@@ -35,19 +35,21 @@ def linear_config(
 ) -> LinearConfig:
     """Returns launch parameters for x [M, K] and weights [N, K], with N features in total.
 
-    Uses the configuration measured on this GPU for the nearest M. Without one, takes the largest tile that still keeps
-    most of the device busy, and splits K if even the smallest does not. If invariant, the result does not depend on M,
-    and weights are not blended. `mixes_lams` says that λ changes within any MIXED rows.
+    Uses the configuration measured on this GPU for the nearest M. Without one, or for many rows that differ in λ, takes
+    the largest tile that still keeps most of the device busy, and splits K if even the smallest does not. If invariant,
+    the result does not depend on M, and weights are not blended. `mixes_lams` says that λ changes within any MIXED
+    rows.
     """
     if invariant:
         rows = 32 if dtype == torch.float32 else 64
         config = _config(1, N, K, dtype, format, device, _tiles(rows, K, dtype, format, device)[:1])
         return replace(config, use_blend=False)
+    takes_mixed = mixes_lams and device.has_wide_mma and not device.has_tensor_memory and M > 128
     measured = load_table(device.name).get((N, K, dtype, format)) if device.name else None
-    if measured:
+    if measured and not takes_mixed:  # measured with rows of one λ where there are that many
         return nearest(measured, M).config
     tiles = _tiles(M, K, dtype, format, device)
-    if mixes_lams and device.has_wide_mma and not device.has_tensor_memory and M > 128:
+    if takes_mixed:
         # Tiles of which two accumulators fit, and which read their weights least often.
         if _num_coded(format) == 0:
             tiles = [tile for tile in tiles if tile[0] <= 128]
@@ -117,7 +119,7 @@ def _tiles(M: int, K: int, dtype: torch.dtype, format: str, device: Device) -> l
     rows = next((rows for rows in table if rows >= M), max(table))
     tiles = [(rows, *tile) for tile in table[rows]]
     if rows == 64 >= M and _num_coded(format) and table is _TILES_16_BIT and device.arch == "sm_90" and K % 128 == 0:
-        tiles = [(64, 64, 128)]  # on sm_100 two ends to dequantise spill
+        tiles = [(64, 64, 128)]  # only there were the instructions counted
     if M > rows == 128:
         # mma.sync also holds operands in registers, which leaves too few for two accumulators of 128 by 128. The same
         # is true of AMD if codes are converted.

@@ -1,6 +1,6 @@
 """Train the estimator that ships with the pair: λ by preference, on questions that neither end was trained on.
 
-python examples/train_pair/estimator.py        # a quarter of an hour on two cores; goes on where it was interrupted
+python examples/train_pair/estimator.py        # five minutes on one core; goes on where it was interrupted
 """
 
 import argparse

@@ -257,6 +257,7 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
         keeping(f"{BATCHING}.cache_allocators.cache_allocator:BlockLedger", "cached_blocks", "hash_to_block"),
         Place(f"{BATCHING}.scheduler:Scheduler.clear_cancelled_requests", ("self",)),
         Place(f"{BATCHING}.scheduler:Scheduler._get_waiting_candidates", ("self",)),
+        Place(f"{BATCHING}.scheduler:Scheduler._process_candidates", ("self", "candidates", "token_budget")),
         Place(
             f"{BATCHING}.requests:RequestState",
             (
@@ -559,6 +560,17 @@ def filter_waiting(scheduler: Scheduler, kept: Callable[[list[RequestState]], li
     """Makes a scheduler consider only the requests that `kept` returns of those that wait."""
     all_of_them = scheduler._get_waiting_candidates
     replace_method(scheduler, "_get_waiting_candidates", lambda: kept(all_of_them()))
+
+
+@needs("continuous batching of a pair")
+def order_candidates(scheduler: Scheduler, ordered: Callable[[list[RequestState], int], list[RequestState]]) -> None:
+    """Makes a scheduler take requests in the order that `ordered` gives them, which also gets the step's tokens."""
+    process = scheduler._process_candidates
+
+    def process_candidates(candidates: list[RequestState], token_budget: int, *args: Any) -> Any:
+        return process(ordered(candidates, token_budget), token_budget, *args)
+
+    replace_method(scheduler, "_process_candidates", process_candidates)
 
 
 @needs("continuous batching of a pair")

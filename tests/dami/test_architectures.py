@@ -33,8 +33,9 @@ What `dami.patch_model` does with each causal language model of transformers {ve
 one that differs from it in each parameter and buffer. It patches the two, runs float32 batches at λ = {lams},
 and compares every row with a plain model whose weights were merged at that λ. The batches have {lengths} tokens per
 sequence. After the first, four more tokens are generated with the model's cache. A last batch has as many tokens as
-sequences, where layouts are easily confused. The error is the norm of the difference of a row's logits, divided by the
-norm of the logits; the table gives the largest.
+sequences, where layouts are easily confused. Gemma's assistants draft one token from random states of another model.
+Gemma 3n has a stand-in for its vision tower, which needs timm. The error is the norm of the difference of a row's
+logits, divided by the norm of the logits; the table gives the largest.
 
 | result | types | meaning |
 |---|---|---|
@@ -50,14 +51,28 @@ apart is refused, never guessed.
 MEANING = {
     "right": f"every row within {TOLERANCE:g} of the merged model",
     "wrong": "not so",
-    "refused": "a ValueError at several λ in one batch, with the reason quoted; at one λ for the batch right as well",
-    "not built": "transformers does not build or run the plain model from a shrunken config on tokens alone",
+    "refused": "a ValueError at several λ in one batch, which is quoted after the reason; right at one λ for the batch",
+    "not built": "transformers does not build or run the plain model from a shrunken config",
+}
+
+
+INDEXER = "the indexer normalises the keys of one sequence after another, and does not tell its norm whose they are"
+WHY = {  # they take one λ for a batch only
+    "jetmoe": "the experts of its attention get the rows of all sequences sorted by expert, and only their numbers",
+    "musicgen": "a sequence is a row for each of its codebooks",
+    "musicgen_melody": "a sequence is a row for each of its codebooks",
+    "qwen4_exp": INDEXER,
+    "qwen4_exp_text": INDEXER,
+    "rwkv": "transformers' own step with a state adds tensors [B, 1, H] and [1, B, H], and so mixes the sequences of a "
+    "batch at one λ, too",
+    "xlnet": "its layers put time before sequences",
 }
 
 
 def row(v: Verdict) -> str:
     error = "" if v.error is None else f"{v.error:.0e}"
-    return f"| `{v.type}` | {v.name} | {v.result} | {error} | {v.reason.replace('|', '¦')} |"
+    reason = f"{WHY[v.type]}: {v.reason}" if v.result == "refused" else v.reason
+    return f"| `{v.type}` | {v.name} | {v.result} | {error} | {reason.replace('|', '¦')} |"
 
 
 def listed() -> dict[str, tuple[str, str]]:

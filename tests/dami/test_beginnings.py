@@ -14,7 +14,16 @@ from dami import schedules
 from dami.estimators import StaticIntensity
 from dami.generation.pieces import CACHE, generate_in_pieces
 from torch import Tensor
-from transformers import Mamba2Config, PreTrainedModel, Qwen3NextConfig
+from transformers import (
+    BartConfig,
+    BertConfig,
+    BigBirdConfig,
+    CpmAntConfig,
+    JambaConfig,
+    MambaConfig,
+    PreTrainedModel,
+    Qwen3NextConfig,
+)
 
 from tests.dami import architectures
 from tests.dami.families import merged, pair, references
@@ -78,7 +87,7 @@ def test_the_beginning_is_read_at_another_lam(family: str, tail: int) -> None:
         assert torch.equal(model.generate(**inputs, intensity=LAM, prompt_intensity=READ, **GREEDY), found)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma2"])
+@pytest.mark.parametrize("family", ["qwen3", "mistral"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -239,13 +248,13 @@ def test_a_cache_is_continued(model: PreTrainedModel, whole: bool) -> None:
     plain = caches(references("qwen3", 0.2)[1], references("qwen3", 0.6)[1])
     wanted = references("qwen3", 1.0)[1].generate(ids, attention_mask=mask, **{CACHE: plain}, **GREEDY)
     assert torch.equal(found[:, -6:], wanted[:, -6:])
-    with pytest.raises(ValueError, match="prompt_tail must be one number for all prompts, as the cache of this Qwen3"):
+    with pytest.raises(ValueError, match="prompt_tail must be one number for all prompts, as a cache was given, got"):
         model.generate(
             ids, attention_mask=mask, prompt_intensity=0.6, prompt_tail=[1, 2, 1, 1], **{CACHE: caches(model)}, **GREEDY
         )
 
 
-@pytest.mark.parametrize("config", [Mamba2Config, Qwen3NextConfig])
+@pytest.mark.parametrize("config", [MambaConfig, JambaConfig, Qwen3NextConfig])
 @pytest.mark.parametrize("tail", [1, 3])
 def test_a_state_goes_on_from_the_beginning(config: Any, tail: int) -> None:
     """Caches that hold more than keys and values are read in place, and shared as well."""
@@ -267,7 +276,7 @@ def test_a_state_goes_on_from_the_beginning(config: Any, tail: int) -> None:
             wanted.append(logits[:, -1].argmax(1, True))
             logits = says(wanted[-1], use_cache=True, **{CACHE: cache}).logits
     assert torch.equal(found[:, -6:], torch.cat(wanted, 1).repeat(2, 1))
-    with pytest.raises(ValueError, match="holds more than keys and values, got"):
+    with pytest.raises(ValueError, match=r"as the cache of .* holds more than keys and values, got"):
         model.generate(ids.repeat(2, 1), prompt_intensity=0.0, prompt_tail=[1, 2], **options)
 
 
@@ -314,6 +323,9 @@ def test_an_estimator_goes_on_from_a_beginning_read_at_0(model: PreTrainedModel)
         found = model.generate(**inputs, intensity=some, prompt_intensity=[1.0, 0.0, 0.5, 0.0], **GREEDY)
     assert passes[:3] == [(4, 6), (2, 1), (4, 1)]
     assert [*model.dami.chosen] == [1, 3]
+    parts = {"*": some, "mlp": some}
+    of_parts = model.generate(**inputs, intensity=parts, prompt_intensity=[1.0, 0.0, 0.5, 0.0], **GREEDY)
+    assert torch.equal(of_parts, found)
     some[1::2] = lams[1::2]
     assert torch.equal(found, model.generate(**inputs, intensity=some, prompt_intensity=[1.0, 0.0, 0.5, 0.0], **GREEDY))
 
@@ -403,6 +415,23 @@ def test_what_cannot_be_divided_is_named(model: PreTrainedModel, options: dict[s
     assert model.dami_patch.program is None
     if "use_cache" in options:  # each step recomputes the prompt at its λ
         assert model.generate(**inputs, **how, prompt_tail=0, **options).shape == (4, 13)
+
+
+@pytest.mark.parametrize(
+    ("config", "tails", "message"),
+    [
+        (BertConfig, 1, "BertLMHeadModel with is_decoder=False, where tokens see those after them"),
+        (BigBirdConfig, 2, "BigBirdForCausalLM with is_decoder=False"),
+        (CpmAntConfig, 1, "CpmAntForCausalLM, whose cache does not hold what it has read"),
+        (BartConfig, [1, 2], "prompt_tail must be one number .*, as BartForCausalLM takes no position_ids, got"),
+    ],
+)
+def test_models_that_cannot_divide_are_named(config: Any, tails: Any, message: str) -> None:
+    model = dami.patch_model(*architectures.pair(config))
+    how = {**GREEDY, "pad_token_id": 0, "prompt_intensity": 0.3}
+    with pytest.raises(ValueError, match=message):
+        model.generate(torch.ones(2, 5, dtype=torch.int64), prompt_tail=tails, **how)
+    assert model.dami_patch.program is None
 
 
 def test_decoding_loops_that_read_the_prompt_at_once_are_refused(model: PreTrainedModel) -> None:

@@ -101,8 +101,8 @@ def test_ask_reads_thoughts_that_the_template_opens(pair: tuple[Any, Any]) -> No
     plain = tokenizer.chat_template
     tokenizer.chat_template = {"default": plain, "instruct": plain, "thinking": plain + "<think>"}
     options = {"chat_template": 0.5, "do_sample": False, "max_new_tokens": 60}
-    quick, slow = chat.ask(model, tokenizer, ["What is 12 + 30 - 4?"] * 2, [0.0, 1.0], **options)
-    assert quick == chat.ask(*pair, ["What is 12 + 30 - 4?"], [0.0], **options)[0]
+    quick, slow = chat.ask(model, tokenizer, ["12 + 30 ="] * 2, [0.0, 1.0], **options)
+    assert quick == chat.ask(*pair, ["12 + 30 ="], [0.0], **options)[0]
     assert slow.finished
     assert slow.thought
     assert slow.text

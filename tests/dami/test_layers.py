@@ -9,6 +9,7 @@ from pathlib import Path
 import dami
 import pytest
 import torch
+from dami.layers import kinds
 from dami.layers.kinds import LerpRMSNorm, kind_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -321,3 +322,24 @@ def test_gradients_reach_intensity_through_the_whole_model() -> None:
     loss(model(**inputs, intensity=lam).logits).backward()
     torch.testing.assert_close(lam.grad, torch.stack(wanted), rtol=1e-3, atol=0)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "gpt2"])
+def test_modules_that_are_alike_are_looked_at_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pair(family)[0]
+    expected = {module: kinds.kind_of(module) for module in model.modules()}
+    looked = []
+    look = kinds.kind_of
+    monkeypatch.setattr(kinds, "kind_of", lambda module: looked.append(module) or look(module))
+    assert kinds.kinds_of(model) == expected
+    leaves = [module for module in looked if next(module.children(), None) is None]
+    assert len(leaves) < 0.6 * sum(next(module.children(), None) is None for module in model.modules())
+
+
+def test_a_module_that_differs_in_one_number_is_looked_at_by_itself() -> None:
+    model = pair("qwen3")[0]
+    model.model.layers[1].input_layernorm.variance_epsilon = 1e-3
+    found = kinds.kinds_of(model)
+    assert found[model.model.layers[0].input_layernorm][1]["eps"] == pytest.approx(1e-6)
+    assert found[model.model.layers[1].input_layernorm][1]["eps"] == pytest.approx(1e-3)
+    assert found[model.model.layers[1].input_layernorm][0] is LerpRMSNorm

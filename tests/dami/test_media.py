@@ -128,6 +128,19 @@ def test_answers_about_images(family: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:.*could not be checked")
+def test_images_are_read_at_the_lam_of_the_prompts() -> None:
+    plain, batch = ends("gemma3"), inputs("gemma3")
+    options: dict[str, Any] = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    expected = [merged(*plain, lam)(**batch).logits[row, -1] for row, lam in enumerate(LAM)]
+    model = dami.patch_model(*plain)
+    found = model.generate(**batch, intensity=0.8, prompt_intensity=list(LAM), prompt_tail=0, **options).logits[0]
+    for row in range(len(LAM)):
+        assert distance(found[row], expected[row]) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*could not be checked")
 def test_images_of_several_sizes() -> None:
     """An image of eight tokens and one of four; two of four in a sequence of their own."""
     plain = ends("mistral3")

@@ -205,6 +205,8 @@ def test_a_table_decides_for_its_shapes_and_the_nearest_rows(
     assert chosen == [2, 2, 32, 32]
     assert linear_config(8, 4096, 2560, torch.float16, "pair", device) == plan(8, 4096, 2560, torch.float16)
     assert linear_config(8, 4096, 2560, torch.bfloat16, "pair", device, True).block_m == 64
+    of_many_lams = linear_config(4096, 4096, 2560, torch.bfloat16, "pair", device, mixes_lams=True)
+    assert of_many_lams == linear_config(4096, 4096, 2560, torch.bfloat16, "pair", H100, mixes_lams=True)
     assert [record.message.split(",")[0] for record in caplog.records] == ["lerp_linear on Some GPU: tiles as measured"]
     load_table.cache_clear()
     linear_config.cache_clear()

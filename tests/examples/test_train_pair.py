@@ -8,8 +8,11 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+import torch
 from dami.chat import Answer
 from dami.evaluation.statistics import wilson
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIR = ROOT / "python" / "dami" / "data" / "pair"
@@ -33,8 +36,6 @@ def test_size_and_files():
 
 
 def test_tokenizer_keeps_text_digits_and_thoughts():
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(PAIR / "instruct")
     for text in ("<think>47 + 38 = 85\n-4 - 9 = -13</think>-13", "gcd(84, 36)", "Grüße, λ = ½?"):
         ids = tokenizer(text).input_ids
@@ -107,13 +108,53 @@ def test_held_out_questions_are_the_shipped_ones(tasks):
             assert 16 <= sum((q.task, q.level) == (task, level) for q in drawn) <= 40
 
 
-@pytest.fixture(scope="module")
-def measure():
+def script(name):
+    """A script of the example as a module; ../smollm2 has scripts of the same names."""
     pytest.importorskip("reasoning_gym")
-    spec = spec_from_file_location("train_pair_measure", ROOT / "examples" / "train_pair" / "measure.py")
+    spec = spec_from_file_location(f"train_pair_{name}", ROOT / "examples" / "train_pair" / f"{name}.py")
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def measure():
+    return script("measure")
+
+
+def test_training_can_start_halfway_between_the_ends_of_a_pair():
+    middle = script("train").midpoint(PAIR)
+    ends = [load_file(PAIR / end / "model.safetensors") for end in ("instruct", "thinking")]
+    assert middle.keys() == ends[0].keys()
+    for name, tensor in middle.items():
+        expected = (ends[0][name].double() + ends[1][name].double()) / 2
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_batches_have_the_tasks_levels_and_styles_of_a_stage(tasks):
+    train = script("train")
+    questions = {(task, level): tasks.draw(task, level, 20, 7) for task in tasks.TASKS for level in tasks.LEVELS}
+    tokenizer = AutoTokenizer.from_pretrained(PAIR / "instruct")
+    lengths = {}
+    for stage in ("instruct", "thinking"):
+        data = train.batches(questions, stage, tokenizer, random.Random(0), 1024)
+        batches = [next(data) for _ in range(8)]
+        assert all(batch["input_ids"].numel() <= 1024 for batch in batches)
+        learned = [row[row >= 0] for batch in batches for row in batch["labels"]]
+        assert all(row[-1] == tokenizer.eos_token_id for row in learned)
+        lengths[stage] = sum(map(len, learned)) / len(learned)
+    assert lengths["thinking"] > 3 * lengths["instruct"]
+
+
+def test_the_estimator_learns_from_questions_that_were_kept_from_training(tasks):
+    unseen = script("estimator").draw_unseen(3)
+    held_out = {json.loads(line)["question"] for line in (PAIR / "questions.jsonl").read_text().splitlines()}
+    assert not {line["question"] for line in unseen} & held_out
+    assert {(line["task"], line["level"]) for line in unseen} == {(t, n) for t in tasks.TASKS for n in tasks.LEVELS}
+    for line in unseen:
+        question = tasks.Question(line["task"], line["level"], line["question"], line["answer"], "")
+        assert tasks.is_reserved(question) or line["task"] == "elements"
 
 
 def test_pooled_rows_count_by_their_questions(measure):

@@ -258,8 +258,9 @@ def reached(auto: Outcome | None) -> list[Reached]:
 def auto_verdict(frontier: Frontier, auto: Outcome) -> str:
     """Compares the λ that were chosen for each question with λ = 1 for all, and with the best static λ."""
     thinking = frontier.points[-1]
+    value, low, high = auto.accuracy
     return (
-        f"auto: {auto.accuracy} right with {auto.tokens.value:.0f} tokens, "
+        f"auto: {value:.1%} right ({low:.1%} to {high:.1%}) with {auto.tokens.value:.0f} tokens, "
         f"{auto.tokens.value / thinking.tokens.value:.2f} of what λ = {thinking.intensity:g} takes for "
         f"{thinking.accuracy.value:.1%}.\nOne λ for all questions and as many tokens: {auto.static.value:.1%}."
     )

@@ -133,9 +133,10 @@ def draw_curve(points: Sequence[Point], width: int, height: int = 15, reached: S
     left = 6
     columns, rows = width - left - 1, height
     # Round the limits to tens, and leave some room on the right for the labels.
-    x_low, x_high = 0.0, 10 * (1.05 * max(p.tokens.value for p in points) // 10 + 1)
-    y_low = 10 * (min(p.accuracy.low for p in points) * 10 // 1)
-    y_high = min(100.0, 10 * (max(p.accuracy.high for p in points) * 10 // 1 + 1))
+    drawn: list[Point | Reached] = [*points, *reached]
+    x_low, x_high = 0.0, 10 * (1.05 * max(p.tokens.value for p in drawn) // 10 + 1)
+    y_low = 10 * (min(p.accuracy.low for p in drawn) * 10 // 1)
+    y_high = min(100.0, 10 * (max(p.accuracy.high for p in drawn) * 10 // 1 + 1))
 
     def place(tokens: float, accuracy: float) -> tuple[int, int]:
         x = (tokens - x_low) / (x_high - x_low) * (columns - 1)

@@ -21,8 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.continuous_batching import cb_logits_processors, continuous_api
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
-from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
-from transformers.generation.continuous_batching.scheduler import Scheduler
+from transformers.generation.continuous_batching.requests import FutureRequestState
 
 from dami import upstream
 from dami.callers import AUTO, CALLERS, Caller
@@ -34,6 +33,7 @@ from dami.generation.courses import course_of
 from dami.generation.prefixes import blocks_in_use, key_blocks, read_once
 from dami.generation.reading import TAIL, Reading
 from dami.generation.sampling import Sampler
+from dami.generation.scheduling import let_short_prompts_pass, unblock_after_cancellations
 from dami.generation.steering import check_tail, tails_of
 from dami.keywords import check_keywords
 from dami.layers.base import LerpModule
@@ -306,6 +306,7 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
             key_blocks(processor)
             read_once(processor)
             upstream.widen_arguments(processor.inputs_and_outputs, Choices(processor).arguments)
+            let_short_prompts_pass(processor.scheduler)
             unblock_after_cancellations(processor.scheduler)
             if self.sampler is not None:
                 self.sampler.report_through(processor.inputs_and_outputs)
@@ -479,16 +480,3 @@ def check_packed(model: Any) -> None:
             f"{type(model).__name__} cannot be batched continuously at several λ: one reaches other sequences"
         )
     patch.packs = True
-
-
-def unblock_after_cancellations(scheduler: Scheduler) -> None:
-    """Admits waiting requests when a cancellation frees blocks, as transformers does when a request ends."""
-    clear = scheduler.clear_cancelled_requests
-
-    def clear_cancelled_requests() -> list[RequestState]:
-        cancelled = clear()
-        if cancelled:
-            scheduler.block_new_requests = False
-        return cancelled
-
-    upstream.replace_method(scheduler, "clear_cancelled_requests", clear_cancelled_requests)

@@ -22,6 +22,7 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
@@ -33,8 +34,9 @@ from dami.dial.state import Dial
 from dami.generation.pieces import CACHE
 from dami.upstream import mask_width, replace_method
 
+WHOLE = "prompt_tail must be 0, so that the whole prompt is read at prompt_intensity, {}"
 PLAIN = {DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer}  # keys and values only
-IDS, EMBEDS, MASK = "input_ids", "inputs_embeds", "attention_mask"
+IDS, EMBEDS, MASK, PLACES = "input_ids", "inputs_embeds", "attention_mask", "position_ids"
 Columns = Mapping[str, Tensor]  # what has an entry for every token: ids or embeddings, mask, position ids …
 
 
@@ -117,20 +119,33 @@ class Prompts:
         """
         inputs = {**self.others, **columns, CACHE: cache}
         ids = inputs.pop(IDS, self.ids[: len(rows), :0])
+        tokens = _cached_tokens(cache) + columns[EMBEDS if EMBEDS in columns else IDS].shape[1]
         with self.only(rows):
             self.program.reading = self.of[list(rows)]
             try:
-                return self.read(ids, self.config, inputs)[CACHE]
+                held = self.read(ids, self.config, inputs).get(CACHE)
             finally:
                 self.program.reading = None
+        if held is None or (_counts(held) and _cached_tokens(held) != tokens):
+            raise ValueError(
+                WHOLE.format(f"for {type(self.model).__name__}, whose cache does not hold what it has read")
+            )
+        return held
 
     def end(self, first: int, cache: Cache) -> Any:
         """Reads all from a column on, with the beginnings in the cache, at the λ of the answer."""
-        inputs = {**self.others, **self.columns, CACHE: cache}
-        inputs.pop(IDS, None)
+        if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
+            return self._read(slice(first, self.length), cache)
+        for column in range(first, self.length):  # some of these states only go on by one token at a time
+            output = self._read(slice(column, column + 1), cache)
+        return output
+
+    def _read(self, at: slice, cache: Cache) -> Any:
+        """Reads some columns of all rows, after those in the cache."""
+        inputs = {name: x[:, : x.shape[1] - self.length + at.stop] for name, x in self.columns.items() if name != IDS}
         if EMBEDS in inputs and not _counts(cache):
-            inputs[EMBEDS] = inputs[EMBEDS][:, first:]  # transformers takes off what the cache holds, if it counts that
-        return self.read(self.ids[:, first:], self.config, inputs)
+            inputs[EMBEDS] = inputs[EMBEDS][:, at]  # transformers takes off what the cache holds, if it counts that
+        return self.read(self.ids[:, at], self.config, {**self.others, **inputs, CACHE: cache})
 
     def choose(self, cache_of: Callable[[list[int]], Cache] | None = None) -> None:
         """Has the estimator choose λ where it still must.
@@ -146,6 +161,7 @@ class Prompts:
         batch: dict[str, Any] = {name: x[rows] for name, x in self.columns.items()}
         if cache_of is not None:
             batch[CACHE] = cache_of(rows)
+        program.read(self.of[rows])  # parts of the model, too
         with self.only(rows):
             patch.chosen = program.decide(estimated(self.model, batch, len(rows)))
 
@@ -166,7 +182,7 @@ def read_prompts(
         ValueError: the prompts cannot be divided; the message says why.
     """
     program = patch_of(model).program
-    if program is None or program.prompt is None or program.divided or model.config.is_encoder_decoder:
+    if program is None or program.divided or not any(program.tails) or model.config.is_encoder_decoder:
         if program is not None:
             program.divided = True
         return read(ids, config, inputs)
@@ -174,23 +190,26 @@ def read_prompts(
     columns, others = _columns(ids, inputs)
     prompts = Prompts(model, read, config, ids, columns, others)
     reason = _indivisible(prompts, cache)
-    if reason is not None and any(program.tails):
-        raise ValueError(f"prompt_tail must be 0, so that the whole prompt is read at prompt_intensity, {reason}")
+    if reason is not None:
+        raise ValueError(WHOLE.format(reason))
     program.divided = True
-    past = 0 if reason is not None or program.starts_empty else _cached_tokens(cache)
+    past = 0 if program.starts_empty else _cached_tokens(cache)
     start = past if past and _mask_width(prompts) == prompts.length else 0
     ends = prompts.ends.clamp(min=start)
-    if reason is not None or not prompts.hold(start, ends):
+    if not prompts.hold(start, ends):
         prompts.choose()
         return read(ids, config, inputs)
-    if program.starts_empty and {type(layer) for layer in cache.layers} <= PLAIN:
+    differ = len(ends.unique()) > 1
+    if not program.starts_empty:
+        reason = "a cache was given"
+    elif not {type(layer) for layer in cache.layers} <= PLAIN:
+        reason = f"the cache of {type(model).__name__} holds more than keys and values"
+    elif differ and PLACES not in columns:
+        reason = f"{type(model).__name__} takes no position_ids"
+    else:
         return _read_apart(prompts, cache)
-    if len(ends.unique()) > 1:
-        raise ValueError(
-            "prompt_tail must be one number for all prompts, as the cache of this "
-            f"{type(model).__name__} {'holds more than keys and values' if program.starts_empty else 'was given'}, got "
-            f"{list(program.tails)}"
-        )
+    if differ:
+        raise ValueError(f"prompt_tail must be one number for all prompts, as {reason}, got {list(program.tails)}")
     return _read_in_place(prompts, cache, start, int(ends[0]), shares=program.starts_empty)
 
 
@@ -208,9 +227,11 @@ def _indivisible(prompts: Prompts, cache: Any) -> str | None:
     name = type(prompts.model).__name__
     if cache is None:
         return f"for {name} without a cache of transformers' own, as with use_cache=False"
+    if getattr(prompts.model.config, "is_decoder", True) is False:
+        return f"for {name} with is_decoder=False, where tokens see those after them"
     widths = {prompts.length, _mask_width(prompts)}
     for other, x in prompts.columns.items():
-        if x.dim() < 2 or len(x) != len(prompts.ids) or x.shape[1] not in widths:
+        if x.dim() != (3 if other == EMBEDS else 2) or len(x) != len(prompts.ids) or x.shape[1] not in widths:
             return f"with {other}, whose shape {list(x.shape)} does not tell what belongs to which token"
     media = [key for key, x in prompts.others.items() if isinstance(x, Mapping) and x]
     return f"with {media[0]}, which does not tell what belongs to which token" if media else None
@@ -297,7 +318,7 @@ def _aligned(prompts: Prompts, ends: Tensor) -> tuple[list[int], list[int], Colu
     given = columns.pop(MASK, None)
     seen = (at >= 0).to(prompts.ids.device)
     mask = seen.long() if given is None else given * seen
-    skip = int(mask.any(0).int().argmax())
+    skip = int(mask.any(0).int().argmax()) if PLACES in columns else 0
     columns = {name: x.masked_fill(_like(mask == 0, x), 0)[:, skip:] for name, x in columns.items()}
     mask = mask[:, skip:]
     rows, place = _distinct([*columns.values(), mask, *prompts.lams], mask.any(1).tolist())

@@ -8,8 +8,9 @@ the very same modules.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +21,14 @@ from dami.layers.alone import alone, number_of_lam
 from dami.layers.base import LerpModule, own_tensors, placeholder
 from dami.layers.routing import by_expert
 from dami.layers.siblings import pays, together
-from dami.upstream import PARAMETERS, buffers_of, describes_experts, gated, is_wrapped, parameters_of
+from dami.upstream import OF_MODULES, PARAMETERS, buffers_of, describes_experts, gated, is_wrapped, parameters_of
 from dami_kernels import LerpWeight, lerp_embedding, lerp_experts, lerp_layer_norm, lerp_linear, lerp_rms_norm
+
+
+@functools.cache
+def arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Returns the names of the arguments of a class's forward, self among them."""
+    return tuple(inspect.signature(forward).parameters)
 
 
 class LerpLinear(LerpModule, nn.Linear):
@@ -97,10 +104,10 @@ class LerpRMSNorm(LerpModule):
     @classmethod
     def fit(cls, module: nn.Module) -> dict[str, Any] | None:
         """Finds eps and offset by running the module on random input, as many classes implement this formula."""
-        parameters = dict(module.named_parameters())
-        weight = parameters.get("weight")
-        takes = len(inspect.signature(type(module).forward).parameters)
-        if len(parameters) != 1 or weight is None or weight.dim() != 1 or takes != 2:  # self and x, and no gate
+        weight = parameters_of(module).get("weight")
+        if weight is None or weight.dim() != 1 or len([*module.parameters()]) != 1:
+            return None
+        if len(arguments(type(module).forward)) != 2:  # self and x, and no gate
             return None
         generator = torch.Generator().manual_seed(0)
         w = torch.randn(weight.shape, generator=generator).to(weight.device)
@@ -140,9 +147,9 @@ class LerpExperts(LerpModule):
 
     @classmethod
     def fit(cls, module: nn.Module) -> dict[str, Any] | None:
-        takes = len(inspect.signature(type(module).forward).parameters)  # self, hidden states, indices, weights
-        fits = describes_experts(module) and takes == 4
-        return {} if fits and getattr(module, "is_transposed", None) is cls.transposed else None
+        if not describes_experts(module) or getattr(module, "is_transposed", None) is not cls.transposed:
+            return None
+        return {} if len(arguments(type(module).forward)) == 4 else None  # self, hidden states, indices, weights
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         x, rows = self.rows(hidden_states)
@@ -191,8 +198,9 @@ class LerpRouted(LerpModule):
 
     @classmethod
     def fit(cls, module: nn.Module) -> dict[str, Any] | None:
-        takes = tuple(inspect.signature(type(module).forward).parameters)
-        return {} if takes == ("self", "hidden_states", "top_k_index", "top_k_weights") else None
+        return (
+            {} if arguments(type(module).forward) == ("self", "hidden_states", "top_k_index", "top_k_weights") else None
+        )
 
     def forward(self, *given: Tensor) -> Tensor:
         modules, running = [each for each in self.modules() if isinstance(each, LerpModule)], self.lerp.running
@@ -253,6 +261,33 @@ def kind_of(module: nn.Module) -> tuple[type[LerpModule], dict[str, Any]]:
         if settings is not None and (kind.replaces in (None, type(module)) or _reaches(kind, module)):
             return kind, settings
     return LerpParameters, {}
+
+
+def kinds_of(model: nn.Module, on_meta: bool = False) -> dict[nn.Module, tuple[type[LerpModule], dict[str, Any]]]:
+    """Returns `kind_of`, or `kind_on_meta`, of every module of a model. Modules that are alike are looked at once."""
+    find = kind_on_meta if on_meta else kind_of
+    known: dict[Any, tuple[type[LerpModule], dict[str, Any]]] = {}
+    found = {}
+    for module in model.modules():
+        key = _alike(module)
+        if key not in known:
+            known[key] = find(module)
+        kind, settings = known[key]
+        found[module] = kind, {**settings}
+    return found
+
+
+def _alike(module: nn.Module) -> Any:
+    """Returns what a module without children has in common with those of the same kind; of any other, the module."""
+    if next(module.children(), None) is not None:
+        return module
+    tensors = tuple((name, t.shape, t.dtype, t.device) for name, t in own_tensors(module))
+    values = []
+    for name, value in vars(module).items():
+        if name in OF_MODULES or (isinstance(value, (dict, set)) and not value):  # a module has many empty ones
+            continue
+        values.append((name, value if isinstance(value, (bool, int, float, str)) else id(value)))
+    return type(module), tensors, tuple(values)
 
 
 def readers(kinds: Mapping[nn.Module, tuple[type[LerpModule], dict[str, Any]]]) -> dict[int, type[LerpModule]]:

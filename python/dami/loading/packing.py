@@ -17,7 +17,7 @@ from transformers.utils import logging
 from dami.estimators.files import copy_estimator
 from dami.files import written_whole
 from dami.layers.base import LerpModule
-from dami.layers.kinds import kind_on_meta, readers, stored_format
+from dami.layers.kinds import kinds_of, readers, stored_format
 from dami.layers.obstacles import obstacles, unread
 from dami.loading.checkpoint import Checkpoint
 from dami.loading.joining import Joining, base_of, origin_of, with_both_templates
@@ -203,7 +203,7 @@ def _describe(
 
 def _kinds(match: Match) -> dict[str, type[LerpModule] | None]:
     """Returns, by tensor name, the kind of module that reads the tensor; None if it cannot be interpolated."""
-    kinds = readers({module: kind_on_meta(module) for module in match.skeleton.modules()})
+    kinds = readers(kinds_of(match.skeleton, on_meta=True))
     state = match.skeleton.state_dict(keep_vars=True)
     return {name: kinds[id(tensor)] if tensor.dtype in FLOAT_DTYPES else None for name, tensor in state.items()}
 

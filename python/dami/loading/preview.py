@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dami.layers.base import LerpModule
-from dami.layers.kinds import kind_on_meta, readers, stored_format
+from dami.layers.kinds import kinds_of, readers, stored_format
 from dami.layers.obstacles import obstacles
 from dami.loading.adapters import Adapter
 from dami.loading.checkpoint import Checkpoint
@@ -168,7 +168,7 @@ def _sizes(skeleton: PreTrainedModel, dtype: torch.dtype, changed: set[str] | No
     The parameters in `changed` count as differing, every one if it is None. A low-rank pair's size depends on its
     ranks, so it is left out.
     """
-    read_by = readers({module: kind_on_meta(module) for module in skeleton.modules()})
+    read_by = readers(kinds_of(skeleton, on_meta=True))
     known = {name: formats.get(name) for name in formats.names()}
     sizes = {name: 0 for name, format in known.items() if isinstance(format, Matrices)}
     seen: set[int] = set()
@@ -248,7 +248,7 @@ def _sampled(stored: StoredTensors) -> dict[str, list[str]]:
 
 def _places(match: Match) -> dict[str, tuple[str, str]]:
     """Returns the layer and the part of the model that each tensor is in, by its name."""
-    read_by = {module: kind_on_meta(module)[0] for module in match.skeleton.modules()}
+    read_by = {module: kind for module, (kind, _) in kinds_of(match.skeleton, on_meta=True).items()}
     found: dict[str, tuple[str, str]] = {}
     for prefix, module in match.skeleton.named_modules():
         layer, part = place_of(match.skeleton, prefix, module, read_by[module])

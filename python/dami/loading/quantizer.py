@@ -17,7 +17,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from dami.layers.kinds import kind_on_meta
+from dami.layers.kinds import kinds_of
 from dami.saving.config import PackedConfig, PairConfig
 from dami.sources import QUANT_METHOD, TWO_ENDS
 from dami.upstream import check, execution_device, keep_from_initialization, parameters_of
@@ -72,7 +72,7 @@ class PairQuantizer(HfQuantizer):
         if _is_split(model):
             check("tensor parallelism of a pair")
         headers = {name: header for file in checkpoint_files or () for name, header in headers_in(Path(file)).items()}
-        kinds = {module: kind_on_meta(module) for module in model.modules()}
+        kinds = kinds_of(model, on_meta=True)
         install(model, kinds, self._packed(model, headers, readers(kinds)))
         for module in _patched(model):
             for name in module.placeholders():

@@ -43,7 +43,7 @@ def check_media(model: Any, kwargs: Mapping[str, Any]) -> bool:
 def media_by_sequence(model: Any, input_ids: Any) -> Iterator[None]:
     """Lets a model compute images and videos sequence by sequence, for the duration of a `with` block.
 
-    `generate` computes them before the first pass: at the λ of that pass.
+    `generate` computes them before the first pass: at the λ at which the prompts are read.
     """
     changed = []
     try:
@@ -83,8 +83,11 @@ def _each(model: Any, compute: Callable[..., Any], input_ids: Any, token: int | 
     """
     patch = model.dami_patch
     modules, running = [each for each in model.modules() if isinstance(each, LerpModule)], patch.running
-    if running.sequences is None and patch.program is not None:
-        patch.program.turn(input_ids, prompt=True)
+    program = None if running.sequences is not None else patch.program
+    if program is not None and program.prompt is not None:
+        program.read()
+    elif program is not None:
+        program.turn(input_ids, prompt=True)
     number = number_of_lam(modules)
     if number is None:
         with running.entered():

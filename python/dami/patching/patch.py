@@ -13,7 +13,7 @@ from dami.dial.patch import Patch, patch_of
 from dami.dial.state import Dial, ModuleState, layer_of
 from dami.layers.base import LerpModule, own_tensors
 from dami.layers.classes import reclass
-from dami.layers.kinds import LerpConv1D, LerpExperts, LerpLinear, LerpRouted, kind_of, readers, stored_format
+from dami.layers.kinds import LerpConv1D, LerpExperts, LerpLinear, LerpRouted, kinds_of, readers, stored_format
 from dami.layers.obstacles import obstacles, unread
 from dami.layers.packed import LowRank, Packed, adapted, patch_module
 from dami.layers.peft import refuse_adapters
@@ -158,7 +158,7 @@ def interpolate(
             f"instruct_model must be on devices, not offloaded, got {len(offloaded)} tensors on meta: pack the pair, "
             "dami pack INSTRUCT THINKING -o DIRECTORY, and load what can be offloaded, dami.load_pair(DIRECTORY, …)"
         )
-    kinds = {module: kind_of(module) for module in model.modules()}
+    kinds = kinds_of(model)
     read_by, lines, idle = readers(kinds), obstacles(model), unread(model)
     packed: dict[int, Packed] = {}  # by the id of the base
     refused = []

@@ -17,7 +17,7 @@ from dami.evaluation.sweeps import Record
 from typer.testing import CliRunner
 
 LAMS = (0.0, 0.5, 1.0)
-PROMPTS = [f"{place} + {20 - place % 7} =" for place in range(20)]
+PROMPTS = [f"{place} + {20 - place % 7} =" for place in range(20, 40)]
 SETTINGS: dict[str, Any] = {"samples": 2, "rows": 60, "max_new_tokens": 48, "trial": 2}
 
 

@@ -123,7 +123,7 @@ def test_evaluate_asks_reports_and_goes_on(tmp_path: Path) -> None:
 
 def test_evaluate_asks_the_shipped_questions_unless_told(tmp_path: Path) -> None:
     result = CliRunner().invoke(
-        app, ["evaluate", "--questions", "4", "-l", "1", "--max-tokens", "40", "--greedy", "-o", str(tmp_path)]
+        app, ["evaluate", "--questions", "4", "-l", "1", "--max-tokens", "64", "--greedy", "-o", str(tmp_path)]
     )
     assert result.exit_code == 0, result.output
     found = read_records(tmp_path / "records.jsonl")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -30,22 +29,12 @@ def ends(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "instruct", tmp_path / "thinking"
 
 
-def submitted(model: Any, tokenizer: Any, lam: float, **fields: Any) -> Any:
-    """The sampling parameters that the engine gets for a request at λ."""
-    found = []
-
-    def submit(prompt: Any, intensity: float, sampling: Any, *_: Any) -> Any:
-        found.append(sampling)
-        return SimpleNamespace(cancel=lambda: None)
-
-    engine: Any = SimpleNamespace(
-        **{"model": model, "max_model_len": 64, "controller": None, "load": 0, "death": None, "ends": [2]},
-        submit=submit,
-    )
+def sampling(model: Any, tokenizer: Any, lam: float, **fields: Any) -> Any:
+    """How the tokens of a request at λ are drawn."""
+    about: dict[str, Any] = {"max_model_len": 64, "controller": None, "load": 0, "death": None, "presets": {}}
+    engine: Any = SimpleNamespace(model=model, **about)
     body = ChatRequest(messages=[{"role": "user", "content": "1 + 1 ="}], **fields)
-    service = Service(engine, tokenizer, ServiceSettings())
-    asyncio.run(service._begin(body, "chat", [[1, 2]], [lam], None, False))
-    return found[0]
+    return Service(engine, tokenizer, ServiceSettings())._sampling(body, 0, lam)
 
 
 def test_a_request_samples_as_the_end_nearer_to_its_lam(ends: tuple[Path, Path], tmp_path: Path) -> None:
@@ -53,10 +42,10 @@ def test_a_request_samples_as_the_end_nearer_to_its_lam(ends: tuple[Path, Path],
     packed = dami.load_pair(dami.pack(*ends, tmp_path / "packed"))
     for model, tokenizer in (pair, packed):
         for lam in (-0.2, 0.0, 0.49):
-            own = submitted(model, tokenizer, lam)
+            own = sampling(model, tokenizer, lam)
             assert (own.temperature, own.top_k, own.top_p) == (0.7, 20, 0.95)
         for lam in (0.5, 1.0, 1.2):
-            own = submitted(model, tokenizer, lam)
+            own = sampling(model, tokenizer, lam)
             assert (own.temperature, own.top_k, own.top_p) == (0.6, 0, 0.9)
-        own = submitted(model, tokenizer, 1.0, temperature=0.1, top_k=5)
+        own = sampling(model, tokenizer, 1.0, temperature=0.1, top_k=5)
         assert (own.temperature, own.top_k, own.top_p) == (0.1, 5, 0.9)

@@ -1,4 +1,4 @@
-"""The quantisation method "dami" in vLLM: which parameters of a model are a pair, and in which format."""
+"""The quantisation method "dami" in vLLM: which weights of a model are a pair, and in which format."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ from dami.serving.vllm.rows import StepIntensities
 from dami.serving.vllm.settings import PairSettings
 from dami.sources import QUANT_METHOD
 
-EXPERTS = re.compile(r"(.*\.experts)\.(?:\d+\.)?(gate_up_proj|gate_proj|up_proj|down_proj)(?:\.weight)?")
+EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?:\d+\.)?(?P<weight>\w+?)(?:\.weight)?")
+
+MERGED = {  # what vLLM merges in models that do not say so
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
 
 
 class PairQuantization(QuantizationConfig):
@@ -32,7 +37,8 @@ class PairQuantization(QuantizationConfig):
         interpolated: as in `dami.saving.config.PackedConfig`; None if all parameters are interpolated.
         settings: the user's settings; set by the loader.
         ranks: ranks of the stored low-rank differences; set by the loader.
-        stored: the format of every checkpoint parameter that the model keeps as a pair.
+        originals: the checkpoint's name of each of its parameters, by vLLM's name.
+        stored: the format of every checkpoint parameter that the model keeps as a pair, by vLLM's name.
     """
 
     def __init__(self, interpolated: Mapping[str, str] | None = None) -> None:
@@ -41,6 +47,7 @@ class PairQuantization(QuantizationConfig):
         self.interpolated = interpolated
         self.settings = PairSettings()
         self.ranks: dict[str, int] = {}
+        self.originals: dict[str, str] = {}
         self.stored: dict[str, str] = {}
         self._rows: StepIntensities | None = None
 
@@ -82,15 +89,20 @@ class PairQuantization(QuantizationConfig):
             raise ValueError(f"both ends of a pair must have one vocabulary in vLLM, got {config['vocabulary']} rows")
         return cls(config["interpolated"])
 
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Renames the checkpoint's parameters as the model will. vLLM calls it before it builds the layers."""
+        self.originals = {
+            new: original for known, original in self.originals.items() for new in hf_to_vllm_mapper.apply_list([known])
+        }
+
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts):
-            formats = {name: self._keep([f"{prefix}.{name}"]) for name in ("gate_up_proj", "down_proj")}
-            if any(formats.values()):
-                return methods.ExpertsMethod(layer.moe_config, self.rows, formats)
-            return None
+            formats = self._of_experts(layer, prefix)
+            return methods.ExpertsMethod(layer.moe_config, self.rows, formats) if any(formats.values()) else None
         if not isinstance(layer, (LinearBase, VocabParallelEmbedding)):
             return None
-        weights, biases = ([f"{part}.{name}" for part in self.parts(prefix)] for name in ("weight", "bias"))
+        parts = self.parts(prefix)
+        weights, biases = ([f"{part}.{name}" for part in parts] for name in ("weight", "bias"))
         format = self._keep(weights, router=isinstance(layer, GateLinear))
         if format is None and any(map(self.interpolated_as, biases)):  # only a pair's method can add such a bias
             self.stored.update(dict.fromkeys(weights, "pair"))
@@ -98,23 +110,32 @@ class PairQuantization(QuantizationConfig):
         linear = isinstance(layer, LinearBase)
         if format is None:
             return UnquantizedLinearMethod() if linear else UnquantizedEmbeddingMethod()
-        ranks = [self.ranks.get(f"{part}.weight", 0) for part in self.parts(prefix)]
+        ranks = [self.ranks.get(f"{part}.weight", 0) for part in parts]
         return (methods.LinearMethod if linear else methods.EmbeddingMethod)(self.rows, format, ranks)
 
     def parts(self, prefix: str) -> list[str]:
-        """Returns the checkpoint's names of the modules that vLLM has merged into this one, or its own name."""
+        """Returns vLLM's names of the modules in the checkpoint that it has merged into this one, or this one's."""
         parent, _, name = prefix.rpartition(".")
-        return [f"{parent}.{part}" if parent else part for part in self.packed_modules_mapping.get(name, [name])]
+        if f"{prefix}.weight" in self.originals:
+            return [prefix]
+        merged = {**MERGED, **self.packed_modules_mapping}.get(name, [name])
+        return [f"{parent}.{part}" if parent else part for part in merged]
 
-    def keep_pair(self, names: Iterable[str]) -> bool:
-        """Returns whether norms or biases that vLLM keeps as one vector are a pair, and records them if so."""
-        return self._keep(names, vectors=True) is not None
+    def _of_experts(self, layer: Any, prefix: str) -> dict[str, str | None]:
+        """Returns the formats of the two weights of experts, which the checkpoint may store one by one."""
+        down = {layer.ckpt_down_proj_name, "down_proj", "w2_weight"}
+        of: dict[str, list[str]] = {"gate_up_proj": [], "down_proj": []}
+        for name in self.originals:
+            match = EXPERT.fullmatch(name)
+            if match and match["experts"] == prefix and not match["weight"].endswith("bias"):
+                of["down_proj" if match["weight"] in down else "gate_up_proj"].append(name)
+        return {weight: self._keep(names or [f"{prefix}.{weight}"]) for weight, names in of.items()}
 
-    def _keep(self, names: Iterable[str], router: bool = False, vectors: bool = False) -> str | None:
+    def _keep(self, names: Iterable[str], router: bool = False) -> str | None:
         """Returns the common format of parameters that vLLM merges, and records it; None if their ends are the same."""
         names = list(names)
         if self.interpolated is None:
-            format = "pair" if router or vectors else self.settings.format or "pair"
+            format = "pair" if router else self.settings.format or "pair"
         else:
             found = set(filter(None, map(self.interpolated_as, names)))
             if len(found) > 1:
@@ -127,12 +148,9 @@ class PairQuantization(QuantizationConfig):
 
     def interpolated_as(self, name: str) -> str | None:
         """Returns the format of a parameter in a packed pair's files, or None if both ends are the same."""
-        interpolated = self.interpolated or {}
+        interpolated, name = self.interpolated or {}, self.originals.get(name, name)
         return interpolated.get(name) or interpolated.get(any_layer(name))
 
-    def format_of(self, name: str) -> str | None:
-        """Returns the format in which vLLM keeps a checkpoint parameter, or None if it keeps a single tensor."""
-        experts = EXPERTS.fullmatch(name)
-        if experts:
-            name = f"{experts[1]}.{'down_proj' if experts[2] == 'down_proj' else 'gate_up_proj'}"
-        return self.stored.get(name)
+    def formats(self) -> dict[str, str]:
+        """Returns the format in which vLLM keeps each weight whose layer dami created, by the checkpoint's name."""
+        return {self.originals.get(name, name): format for name, format in self.stored.items()}

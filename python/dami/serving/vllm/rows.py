@@ -19,7 +19,10 @@ class StepIntensities:
     """
 
     def __init__(self, config: VllmConfig) -> None:
-        """Creates the buffers on the default device, large enough for any step."""
+        """Creates the buffers on the default device, large enough for any step.
+
+        They hold NaN until the self-test, so what a model computes from its weights while it is loaded becomes NaN.
+        """
         scheduler, speculation = config.scheduler_config, config.speculative_config
         each = 1 + (speculation.num_speculative_tokens if speculation else 0)
         most = max(
@@ -27,9 +30,14 @@ class StepIntensities:
             scheduler.max_num_seqs * each,
             config.compilation_config.max_cudagraph_capture_size or 0,
         )
-        self.tokens = torch.zeros(most, dtype=torch.float32)
-        self.sampled = torch.zeros(most, dtype=torch.float32)
+        self.tokens = torch.full((most,), torch.nan, dtype=torch.float32)
+        self.sampled = torch.full((most,), torch.nan, dtype=torch.float32)
         self._states: Tensor | None = None
+
+    def clear(self) -> None:
+        """Sets every λ to 0, for steps that are no request's, such as those that warm up."""
+        self.tokens.zero_()
+        self.sampled.zero_()
 
     def set(self, tokens: Tensor, sampled_from: Tensor) -> None:
         """Sets the λ of a step on the device, without waiting for it.

@@ -17,13 +17,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 TESTED = "0.32 and 0.33"  # on the CPU; for 0.33, its Python code with the compiled operators of 0.32
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM",
-)
 
 # What we use where vLLM offers no hook: functions with the parameters we pass or name, classes with the fields we read.
 RELIED_ON: dict[str, tuple[str, ...]] = {
@@ -65,12 +58,33 @@ RELIED_ON: dict[str, tuple[str, ...]] = {
         "layer",
         "embed_tokens",
     ),
-    "vllm.model_executor.layers.layernorm:RMSNorm.forward_native": ("self", "x", "residual"),
-    "vllm.model_executor.layers.layernorm:GemmaRMSNorm.forward_native": ("self", "x", "residual"),
     "vllm.model_executor.layers.fused_moe:RoutedExperts.forward_modular": ("self", "x", "topk_weights", "topk_ids"),
     "vllm.model_executor.layers.fused_moe:RoutedExperts.expert_map": (),
     "vllm.model_executor.layers.attention:Attention.forward": ("self", "query", "key", "value"),
     "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase": (),
+    "vllm.model_executor.layers.attention:MLAAttention.process_weights_after_loading": ("self", "act_dtype"),
+    "vllm.model_executor.layers.attention.mla_attention:MLACommonImpl.forward_mha": (
+        "self",
+        "q",
+        "kv_c_normed",
+        "k_pe",
+        "kv_c_and_k_pe_cache",
+        "attn_metadata",
+    ),
+    "vllm.model_executor.layers.attention.mla_attention:MLACommonMetadata": ("num_decode_tokens", "prefill"),
+    "vllm.model_executor.layers.attention.mla_attention:MLACommonPrefillMetadata": (
+        "query_start_loc",
+        "chunked_context",
+    ),
+    "vllm.model_executor.layers.attention.attention:set_default_quant_scales": ("layer", "register_buffer"),
+    "vllm.model_executor.layers.fused_moe:MoERunner": (),
+    "vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter._compute_routing": (
+        "self",
+        "hidden_states",
+        "router_logits",
+        "indices_type",
+        "input_ids",
+    ),
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs": ("self", "request_id", "prompt", "params"),
     "vllm.v1.engine:EngineCoreRequest": ("sampling_params", "cache_salt"),
     "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_sampling_params": ("self",),
@@ -189,9 +203,7 @@ def check_features(config: VllmConfig) -> None:
         ValueError: if it doesn't; the message names all unsupported features.
     """
     model, parallel, speculation = config.model_config, config.parallel_config, config.speculative_config
-    unknown = [name for name in model.architectures if name not in ARCHITECTURES]
     refused = {
-        f"the architecture {', '.join(unknown)} (known are {', '.join(ARCHITECTURES)})": bool(unknown),
         f"the runner {model.runner_type}": model.runner_type != "generate",
         "LoRA": config.lora_config is not None,
         f"speculation by {speculation and speculation.method}": speculation and speculation.method != "ngram",
@@ -209,6 +221,13 @@ def check_features(config: VllmConfig) -> None:
     named = [name for name, found in refused.items() if found]
     if named:
         raise ValueError(f"a pair in vLLM does not support {'; '.join(named)}")
+
+
+def replace(owner: Any, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """Replaces a method of one object, and returns the one it had."""
+    before: Callable[..., Any] = getattr(owner, name)
+    setattr(owner, name, method)
+    return before
 
 
 def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:

@@ -14,10 +14,15 @@ from tests.dami.serving.vllm import pairs
 if find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
 
-# Before vLLM is imported: engines in this process, one after another, and room for a small cache (in GiB).
-os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1"
-)
+os.environ.update(pairs.ENVIRONMENT)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def looks_here() -> None:
+    """vLLM looks at each class of models in a new process, which takes seconds, to keep a GPU untouched."""
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda look: look()
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from tests.dami.serving.vllm.pairs import LAMS
+from tests.dami.serving.vllm.pairs import LAMS, merged
 
 OPTIONS = {
     "skip_tokenizer_init": True,
@@ -22,22 +23,28 @@ OPTIONS = {
 }
 
 
+def _options(thinking: Path | None, format: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    extra = {key: options.pop(key) for key in ("default_intensity", "intensity_range") if key in options}
+    if thinking is not None:
+        options["quantization"] = "dami"
+        extra |= {"thinking": str(thinking)} | ({"format": format} if format else {})
+    return {**OPTIONS, **options, "model_loader_extra_config": extra}
+
+
 @contextmanager
 def engine(model: Path, thinking: Path | None = None, format: str | None = None, **options: Any) -> Iterator[Any]:
     """An engine that serves a packed pair, or two ends; it is gone after the block."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    extra = {key: options.pop(key) for key in ("default_intensity", "intensity_range") if key in options}
-    if thinking is not None:
-        options["quantization"] = "dami"
-        extra |= {"thinking": str(thinking)} | ({"format": format} if format else {})
-    llm = LLM(str(model), **{**OPTIONS, **options}, model_loader_extra_config=extra)
+    llm: Any = None
     try:
+        llm = LLM(str(model), **_options(thinking, format, options))
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
         cleanup_dist_env_and_memory()
 
 
@@ -53,6 +60,23 @@ def ask(llm: Any, prompts: list[list[int]], lams: Sequence[Any] = LAMS, tokens: 
         for lam in lams
     ]
     return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked, use_tqdm=False)
+
+
+def vllm_answers(packed: Path, prompts: list[list[int]], lams: Sequence[float], tokens: int) -> list[list[int]]:
+    """What vLLM answers greedily with merged models of a packed pair, without the plugin, for each λ."""
+    of: dict[float, list[list[int]]] = {}
+    for lam in set(lams):
+        with TemporaryDirectory() as directory:
+            merged(packed, lam).save_pretrained(directory)
+            with engine(Path(directory)) as llm:
+                of[lam] = tokens_of(ask(llm, prompts, [None] * len(prompts), tokens))
+    return [of[lam][number] for number, lam in enumerate(lams)]
+
+
+def model_of(llm: Any) -> Any:
+    """The model that an engine has loaded."""
+    (model,) = llm.apply_model(lambda model: model)
+    return model
 
 
 def tokens_of(outputs: list[Any]) -> list[list[int]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import dami
 import torch
@@ -13,10 +14,17 @@ import transformers
 from dami.loading.quantizer import QUANT_METHOD
 from dami.saving.config import PackedConfig
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from dami_kernels import LerpWeight, formats
 
+# Before vLLM is imported: engines in this process, one after another, and room for a small cache (in GiB).
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 VOCABULARY = 384
 LAMS = (0.0, 0.3, 0.5, 1.0, -0.4)
 _SMALL = {
@@ -33,26 +41,92 @@ _SMALL = {
     "eos_token_id": 2,
 }
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
-FAMILIES = {
-    "llama": lambda: transformers.LlamaConfig(**_SMALL, attention_bias=True),
-    "mistral": lambda: transformers.MistralConfig(**_SMALL, sliding_window=None, tie_word_embeddings=True),
-    "qwen2": lambda: transformers.Qwen2Config(**{**_SMALL, "hidden_size": 128, "head_dim": 32}),
-    "qwen3": lambda: transformers.Qwen3Config(**_SMALL, tie_word_embeddings=True),
-    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**_SMALL, **_EXPERTS),
+_MLA = {
+    "kv_lora_rank": 512,
+    "q_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 32,
+    "head_dim": 64,
+    "num_key_value_heads": 4,
+}
+_SPARSE = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "first_k_dense_replace": 1}
+_GROUPS = {
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 1.5,
 }
 
 
-def write_ends(family: str, directory: Path, same: Sequence[str] = ()) -> tuple[Path, Path]:
+def _config(name: str, **own: Any) -> Callable[[], PreTrainedConfig]:
+    return lambda: getattr(transformers, name)(**{**_SMALL, **own})
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": _config("LlamaConfig", attention_bias=True),
+    "mistral": _config("MistralConfig", sliding_window=None, tie_word_embeddings=True),
+    "qwen2": _config("Qwen2Config", hidden_size=128),
+    "qwen3": _config("Qwen3Config", tie_word_embeddings=True),
+    "qwen3_moe": _config("Qwen3MoeConfig", **_EXPERTS),
+    "cohere2": _config("Cohere2Config", sliding_window=64, num_hidden_layers=4),
+    "deepseek_v3": _config("DeepseekV3Config", **_MLA, **_SPARSE, **_GROUPS),
+    "ernie4_5": _config("Ernie4_5Config"),
+    "exaone4": _config("Exaone4Config", sliding_window=None, layer_types=["full_attention"] * 2),
+    "gemma": _config("GemmaConfig"),
+    "gemma2": _config("Gemma2Config", query_pre_attn_scalar=32, sliding_window=64),
+    "gemma3_text": _config("Gemma3TextConfig", query_pre_attn_scalar=32, sliding_window=64),
+    "glm4": _config("Glm4Config"),
+    "glm4_moe": _config("Glm4MoeConfig", **_SPARSE, **_GROUPS, use_qk_norm=True),
+    "gpt_oss": _config("GptOssConfig", num_local_experts=8, num_experts_per_tok=2),
+    "granite": _config("GraniteConfig", attention_multiplier=0.2, residual_multiplier=0.5, logits_scaling=2.0),
+    "lfm2": _config("Lfm2Config", hidden_size=128, conv_dim=128, block_dim=128, layer_types=["conv", "full_attention"]),
+    "ministral3": _config("Ministral3Config"),
+    "mixtral": _config("MixtralConfig", num_local_experts=8),
+    "olmo2": _config("Olmo2Config"),
+    "olmo3": _config("Olmo3Config", sliding_window=64),
+    "olmoe": _config("OlmoeConfig", hidden_size=128, num_experts=8, num_experts_per_tok=2),
+    "phi3": _config("Phi3Config", sliding_window=None),
+    "qwen2_moe": _config("Qwen2MoeConfig", hidden_size=128, **_EXPERTS, shared_expert_intermediate_size=64),
+    "qwen3_next": _config(
+        "Qwen3NextConfig",
+        **_EXPERTS,
+        shared_expert_intermediate_size=64,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+    ),
+    "seed_oss": _config("SeedOssConfig"),
+    "smollm3": _config("SmolLM3Config", no_rope_layers=[1, 0]),
+    "stablelm": _config("StableLmConfig", hidden_size=128),
+}
+
+
+SAME = {"gpt_oss": ("sinks",)}  # what is the same in both ends, by family, because vLLM's attention reads it itself
+
+
+def stored_in(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter and floating-point buffer that is stored with a model, tied ones once."""
+    tensors = {id(tensor): (name, tensor) for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
+    return ((name, tensor) for name, tensor in reversed(tensors.values()) if tensor.is_floating_point())
+
+
+def write_ends(family: str, directory: Path, same: Sequence[str] | None = None) -> tuple[Path, Path]:
     """Writes a random instruct model and a thinking one at some distance, in every parameter but those named `same`."""
+    same = SAME.get(family, ()) if same is None else same
     torch.manual_seed(1)
     instruct = AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
     with torch.no_grad():
-        for parameter in instruct.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+        for _, tensor in stored_in(instruct):
+            tensor += 0.1 * torch.randn_like(tensor)
         thinking = copy.deepcopy(instruct)
-        for name, parameter in thinking.named_parameters():
+        for name, tensor in stored_in(thinking):
             if not any(part in name for part in same):
-                parameter += 0.1 * torch.randn_like(parameter)
+                tensor += 0.1 * torch.randn_like(tensor)
     ends = directory / "instruct", directory / "thinking"
     for model, end in zip((instruct, thinking), ends, strict=True):
         model.save_pretrained(end)
@@ -83,15 +157,15 @@ def merged(packed: Path, lam: float) -> PreTrainedModel:
     tensors = {name: tensor for file in packed.glob("*.safetensors") for name, tensor in load_file(file).items()}
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, tensor in stored_in(model):
             format = pair.format_of(name)
             if format is None:
-                parameter.copy_(tensors[name])
+                tensor.copy_(tensors[name])
                 continue
             parts = tuple(tensors[name + suffix] for suffix in formats.get(format).TENSORS)
-            dtype = parts[0].dtype if parts[0].is_floating_point() else parameter.dtype  # as stored
-            base, target = LerpWeight(parts, format, parameter.shape, dtype).unpack()
-            parameter.copy_(base.double() + lam * (target.double() - base.double()))
+            dtype = parts[0].dtype if parts[0].is_floating_point() else tensor.dtype  # as stored
+            base, target = LerpWeight(parts, format, tensor.shape, dtype).unpack()
+            tensor.copy_(base.double() + lam * (target.double() - base.double()))
     return model
 
 

@@ -122,7 +122,6 @@ def config(**changed: Any) -> Any:
     """As much of a config as is checked, with some of it changed: `parallel_config__pipeline_parallel_size=2`."""
     made = SimpleNamespace(
         model_config=SimpleNamespace(
-            architectures=["Qwen3MoeForCausalLM"],
             runner_type="generate",
             is_moe=True,
             enable_prompt_embeds=False,
@@ -161,7 +160,6 @@ def test_plain_options_pass() -> None:
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"model_config__architectures": ["DeepseekV4ForCausalLM"]}, "the architecture DeepseekV4ForCausalLM"),
         ({"model_config__runner_type": "pooling"}, "the runner pooling"),
         ({"model_config__enable_prompt_embeds": True}, "prompt embeddings"),
         ({"model_config__head_dtype": torch.float64}, "an output layer in torch.float64"),
@@ -249,29 +247,6 @@ def test_a_tensor_that_is_missing(packed: Any, tmp_path: Path) -> None:
         pass
 
 
-def test_the_self_test_sees_a_layer_that_is_wrong(packed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dami.serving.vllm.methods import LinearMethod
-
-    apply = LinearMethod.apply
-
-    def wrong(self: Any, layer: Any, x: Any, bias: Any = None) -> Any:
-        """One layer stays at λ=0 whatever is asked."""
-        before = layer.intensity
-        if layer.prefix.endswith("1.mlp.down_proj"):
-            layer.intensity = torch.zeros_like(before)
-        try:
-            return apply(self, layer, x, bias)
-        finally:
-            layer.intensity = before
-
-    monkeypatch.setattr(LinearMethod, "apply", wrong)
-    with (
-        pytest.raises(Exception, match="the pair fails its self-test: at λ=1 a token's output is off by"),
-        engine(packed("qwen3", "int8")),
-    ):
-        pass
-
-
 def test_an_attention_that_the_self_test_does_not_know_is_refused(packed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As DeepSeek's (MLA): it stands beside vLLM's ordinary one, and without a cache gives zeros."""
     from vllm.model_executor.layers.attention import Attention
@@ -311,3 +286,44 @@ def test_a_plain_model_is_served_as_ever(ends: Any) -> None:
     with engine(instruct) as llm:
         found = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
         assert [list(o.outputs[0].token_ids) for o in found] == [pairs.answer(model, prompt, 8) for prompt in prompts]
+
+
+def test_parameters_are_called_as_on_the_hub() -> None:
+    from dami.serving.vllm.files import Spelling
+
+    up = torch.randn(3, 10, 4)
+    gates, values = up.chunk(2, 1)
+    spelling = Spelling("mixtral")
+    found = dict(spelling.parts("model.layers.0.mlp.experts.gate_up_proj", up))
+    assert len(found) == 6
+    for number in range(3):
+        expert = f"model.layers.0.block_sparse_moe.experts.{number}"
+        assert torch.equal(found[f"{expert}.w1.weight"], gates[number])
+        assert torch.equal(found[f"{expert}.w3.weight"], values[number])
+    assert spelling.names("model.layers.0.mlp.gate.weight", 3) == ["model.layers.0.block_sparse_moe.gate.weight"]
+    assert Spelling("qwen3").names("model.norm.weight", 64) == ["model.norm.weight"]
+
+
+@pytest.mark.parametrize(("centred", "offset"), [(False, 0.0), (False, 1.0), (True, 0.0)])
+def test_a_norm_is_known_by_what_it_computes(centred: bool, offset: float) -> None:
+    from dami.serving.vllm import norms
+
+    class Norm(torch.nn.Module):
+        def __init__(self, shift: float = 0.0) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(48))
+            self.epsilon, self.shift = 1e-5, shift
+
+        def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            x = x + residual
+            return norms.normed(x, self.weight, None, centred, self.epsilon, offset) + self.shift, x
+
+    class Alone(Norm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(x, torch.zeros_like(x))[0]
+
+    found = {"centred": centred, "eps": 1e-5, "offset": offset}
+    with torch.no_grad():
+        assert norms.fit(Alone()) == {**found, "residual": None, "returns": 1}
+        assert norms.fit(Alone(shift=1.0)) is None
+        assert norms.fit(Norm()) is None  # which wants a residual always
