@@ -248,6 +248,21 @@ def four_b(kind: str, is_wanted: Callable[[Row], bool]) -> list[Row]:
     return measured("linear.csv", is_wanted, model="Qwen3-4B", dtype="bf16", lam=kind)
 
 
+def budgets(pair: str) -> str:
+    """Tabulates what keeping thoughts within a budget costs, by the ways to do so."""
+    rows = newest(RESULTS / f"budgets_{pair}.csv")
+    lines = [
+        ["λ", "budget", "way", "accuracy, %", "without an answer, %", "thoughts that end by themselves, %", "tokens"]
+    ]
+    for row in rows:
+        right, low, high = (100 * float(row[key]) for key in ("accuracy", "acc_low", "acc_high"))
+        shares = (f"{100 * float(row[key]):.0f}" for key in ("empty", "ended"))
+        accuracy = f"{right:.0f} ({low:.0f} to {high:.0f})"
+        lam = f"{float(row['intensity']):g}"
+        lines.append([lam, row["budget"], row["way"], accuracy, *shares, f"{float(row['tokens']):.0f}"])
+    return markdown(lines)
+
+
 def estimators(pair: str) -> str:
     """Compares policies on a pair with static λ at equal tokens."""
     lines = [["λ by", "accuracy, %", "tokens", "static λ with as many, %", "gain, points"]]
@@ -484,6 +499,7 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "estimators shipped": lambda: estimators("shipped"),
     "estimators smollm2": lambda: estimators("smollm2"),
+    "budgets shipped": lambda: budgets("shipped"),
     "tails shipped": lambda: tails("shipped"),
     "tails smollm2": lambda: tails("smollm2"),
     "estimator pairs": lambda: estimator_pairs("calibrated, price 0.2"),
