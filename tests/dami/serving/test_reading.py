@@ -191,7 +191,7 @@ def test_a_load_lowers_what_is_chosen_in_passing() -> None:
 
 
 def test_the_model_says_how_prompts_are_read(server: Running) -> None:
-    [model] = httpx.get(f"{server.url}/v1/models").json()["data"]
+    model, *_ = httpx.get(f"{server.url}/v1/models").json()["data"]
     assert {name: model["intensity"][name] for name in ("prompt", "tail", "least_tail")} == {
         "prompt": 0.0,
         "tail": 1,
