@@ -216,7 +216,7 @@ def test_requests_that_wait_for_a_beginning_go_on_when_its_reader_is_cancelled()
     assert said == [apart("qwen3", [*common, 5], 0.2, 0.2)] * 2
 
 
-@pytest.mark.parametrize("requests", [24, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("requests", [200])
 def test_many_requests_at_twenty_lam_read_one_beginning_once(requests: int) -> None:
     model, [common] = patched("qwen3"), prompts([500])
     asked = [[*common, 4 + place % 90, 5 + place % 7] for place in range(requests)]
