@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dami.dial.state import Dial
-from dami.dial.values import as_lam
+from dami.dial.values import as_lam, shortest
 from dami.schedules import Schedule
 
 
@@ -92,8 +92,7 @@ class DialProgram:
 
     def decide(self, found: Tensor) -> dict[int, float]:
         """Sets λ of the prompts in `undecided` to as many numbers, and returns these by the prompt's index."""
-        numbers = map(float, map(str, found.numpy()))  # the shortest decimals: 0.4, not 0.40000000596
-        chosen = dict(zip(self.undecided, numbers, strict=True))
+        chosen = dict(zip(self.undecided, shortest(found), strict=True))
         for track in self.tracks:
             track.decide(chosen)
         self.undecided = ()

@@ -129,6 +129,11 @@ def one_lam(number: Any, name: str) -> float:
     return lam.item() + 0.0  # −0 is 0
 
 
+def shortest(lams: Tensor) -> list[float]:
+    """Returns λ as the shortest decimals that are the same float32: 0.4, not 0.40000000596. Takes float32 [B]."""
+    return [float(str(lam)) for lam in lams.cpu().numpy()]
+
+
 BYTES = (str, bytes, bytearray, memoryview)
 INTEGERS = {getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)}
 

@@ -23,7 +23,7 @@ import dami
 from dami.chat import end_tokens
 from dami.dial.choosing import estimates
 from dami.dial.patch import patch_of
-from dami.dial.values import one_lam
+from dami.dial.values import one_lam, shortest
 from dami.generation.batching import LerpManager, StepLoad, padded
 from dami.generation.choices import Choice
 from dami.generation.courses import Course
@@ -181,9 +181,9 @@ class Row:
             self.fail(EngineDead(output.error))
             return
         tokens, logprobs = output.generated_tokens, output.logprobs
+        lams = shortest(torch.tensor(self.course.lams[self.seen : len(tokens)]))
         fresh = [
-            Token(tokens[i], self.course.lams[i], logprobs[i] if i < len(logprobs) else None)
-            for i in range(self.seen, len(tokens))
+            Token(tokens[i], lam, logprobs[i] if i < len(logprobs) else None) for i, lam in enumerate(lams, self.seen)
         ]
         if fresh and self.first_token is None:
             self.first_token = time.monotonic()
@@ -428,6 +428,7 @@ class Engine:
         try:
             estimator: Any = patch_of(self.model).estimator
             chosen = one_lam(estimator.choose(states).item(), "the estimator's choice")
+            [chosen] = shortest(torch.tensor([chosen]))
         except Exception as error:
             logger.exception("the estimator failed")
             self._call(row.fail, EstimatorFailed(str(error)))
@@ -493,7 +494,7 @@ class Engine:
     @torch.inference_mode()
     def _estimate(self, prompts: Sequence[list[int]]) -> list[float]:
         assert self.twin is not None
-        return estimates(self.twin, padded(prompts, self.model.device), len(prompts)).tolist()
+        return shortest(estimates(self.twin, padded(prompts, self.model.device), len(prompts)))
 
     def grant(self, intensity: float, adjustable: bool) -> float:
         """Returns the λ at which a request is admitted."""

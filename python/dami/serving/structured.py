@@ -14,7 +14,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-WHITESPACE = r"\n?[ \t]{0,32}"  # between the parts of an answer; weak models would go on with it forever
+# as json.dumps writes it: free to add white space, weak models go on with that instead of their answer
+LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 logger = logging.getLogger(__name__)
 
 
@@ -42,7 +43,7 @@ class Grammars:
             raise ValueError("this server lacks llguidance, which it needs: pip install llguidance") from None
         if self._tokens is None:
             self._tokens = self._read_tokenizer()
-        text = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults={"whitespace_pattern": WHITESPACE})
+        text = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=LAYOUT)
         problem = LLMatcher.validate_grammar(text, self._tokens)
         if problem:
             raise ValueError(f"the JSON schema is not supported: {problem}")

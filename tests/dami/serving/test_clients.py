@@ -119,7 +119,7 @@ def test_penalties(server: Running, frequency: float, presence: float) -> None:
 
 def test_an_answer_may_go_on_with_the_assistant_s_message(server: Running) -> None:
     """As a completion of the same text does, whether the message ends in an answer or in the middle of a thought."""
-    for begun, lam in (("The answer is", 0.0), ("<think>42 + 69 =", 1.0)):
+    for begun, lam in (("The answer is", 0.0), ("<think>42 + 69 = 111", 1.0)):
         messages = [*asked()["messages"], {"role": "assistant", "content": begun}]
         goes_on = {"continue_final_message": True, "add_generation_prompt": False, "logprobs": True, "intensity": lam}
         [choice] = server.post(CHAT, asked() | goes_on | {"messages": messages}).json()["choices"]

@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
+from dami.generation.courses import Course
 from dami.serving.active import ActiveChoice
 from dami.serving.bodies import DECODER, read
 from dami.serving.deltas import Deltas
@@ -153,8 +154,8 @@ def test_a_backlog_of_tokens_is_taken_in_turns() -> None:
     deltas, turns = Deltas(tokenizer, None), [0]
 
     async def read_all() -> int:
-        row = Row(SimpleNamespace(waiting={}), [5], 0.0, "", 1000, frozenset(), 0.0)  # type: ignore[arg-type]
-        tokens = [SimpleNamespace(id=5 + n % 300) for n in range(1000)]
+        row = Row(SimpleNamespace(waiting={}), [5], 0.0, Course(1), "", 1000, frozenset(), 0.0)  # type: ignore[arg-type]
+        tokens = [SimpleNamespace(id=5 + n % 300, intensity=0.0) for n in range(1000)]
         for token in tokens:
             row.news.put_nowait([token])  # type: ignore[list-item]
         row.news.put_nowait(None)
@@ -167,7 +168,7 @@ def test_a_backlog_of_tokens_is_taken_in_turns() -> None:
 
         counting = asyncio.create_task(count())
         await asyncio.sleep(0)
-        choice = ActiveChoice(0, row, deltas, Offsets(tokenizer))
+        choice = ActiveChoice(0, row, row.course, deltas, Offsets(tokenizer))  # type: ignore[arg-type]
         async for _ in choice.news():
             pass
         counting.cancel()

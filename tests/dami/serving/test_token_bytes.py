@@ -51,7 +51,7 @@ def test_a_tokenizer_that_spells_neither_is_asked() -> None:
 def test_tokens_of_one_text_do_not_hide_each_other() -> None:
     form = CompletionFormat("pair", TokenBytes(byte_fallback()))
     a, byte = byte_fallback().convert_tokens_to_ids(["a", "<0x61>"])
-    token = Token(a, Logprobs(-2.0, ((byte, -0.5), (a, -2.0), (0, float("nan")))))
+    token = Token(a, 0.0, Logprobs(-2.0, ((byte, -0.5), (a, -2.0), (0, float("nan")))))
     choice: Any = SimpleNamespace(offsets=Offsets(byte_fallback()))
     found = form.logprobs(choice, [token])
     assert found["tokens"] == ["a"]
