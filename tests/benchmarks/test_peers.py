@@ -72,9 +72,9 @@ def test_a_server_is_asked_and_its_answers_are_checked(
     assert float(row["tokens_per_second"]) == pytest.approx(6 * float(row["answers_per_second"]), rel=0.01)
     assert float(row["memory_gb"]) > 0
     capsys.readouterr()
-    copycat[0] = "!"  # at the very end of each answer
+    copycat[0] = "!"  # at the very end of each answer, before which some have ended
     code, rows = compare(tmp_path, "--only", "dami-one")
-    assert [float(row["equal"]) for row in rows[1:]] == [0]
+    assert [float(row["equal"]) < 1 for row in rows[1:]] == [True]
     assert code == 0
     copycat[0] = ""
 
@@ -114,10 +114,10 @@ def test_answers_may_part_where_rounding_can_turn_the_choice() -> None:
         right.check("bb")
     with pytest.raises(WrongResult, match="parts from"):
         right.check("abx")
-    ended = models.Expected(["a", "a", "ab"], [1.0, 0.5, 1.0], 0.3)  # the second token is not shown
-    assert not ended.check("ac")
+    ended = models.Expected(["a", "a", "ab"], [1.0, 1.0, 1.0], 0.3)  # the second token ends the answer
+    assert ended.check("ac")
     with pytest.raises(WrongResult, match="parts from"):
-        models.Expected(["a", "a", "ab"], [1.0, 1.0, 1.0], 0.3).check("ac")
+        ended.check("c")
 
 
 def test_the_oracle_depends_on_lam(pair: models.Pair) -> None:

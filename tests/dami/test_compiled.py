@@ -55,7 +55,7 @@ def both(model: Any, inputs: dict[str, Tensor], **options: Any) -> None:
     assert torch.equal(model.generate(**inputs, **OPTIONS | options, compile=True), wanted)
 
 
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("rows", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_no_kind_of_intensity_compiles_again(model: PreTrainedModel, graphs: Graphs, rows: int) -> None:
     inputs = {name: tensor[:rows] for name, tensor in prompts().items()}
     lists = [0.3, 0.9, 0.0, 1.0], ["low", "high", 0.5, -0.5], ["auto", 0.1, 1.5, "low"], [FALLING, 0.1, FALLING, 0.2]
@@ -90,7 +90,7 @@ def test_other_lengths_need_no_new_graph_up_to_a_power_of_two(model: PreTrainedM
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("family", ["mistral", "gpt2"])
+@pytest.mark.parametrize("family", ["mistral", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_families(family: str, graphs: Graphs) -> None:
     """Windows; learned positions."""
     model, inputs = dami.patch_model(*pair(family)), prompts()
@@ -160,8 +160,8 @@ def _scales_attention(model: Any) -> None:
         _gives_other_weights,
         _replaces_a_weight,
         _adds_a_hook,
-        _changes_the_activation,
-        _replaces_a_module,
+        pytest.param(_changes_the_activation, marks=pytest.mark.slow),
+        pytest.param(_replaces_a_module, marks=pytest.mark.slow),
         _converts,
         _scales_attention,
     ],

@@ -28,6 +28,8 @@ from tests.dami_kernels.triton_targets import DEVICES, Compiled, compiling_for, 
 ARCHS = list(DEVICES)
 FORMATS = ["pair", "int8", "int4", "w8d4"]
 every_arch = pytest.mark.parametrize("arch", ARCHS)
+slowly = [arch if arch == "sm_90" else pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHS]
+one_arch = pytest.mark.parametrize("arch", slowly)  # and the others with -m slow
 every_format = pytest.mark.parametrize("format", FORMATS)
 DECODE, PREFILL = 1, 4096
 QKV = (4096, 1024, 1024)
@@ -98,7 +100,7 @@ def test_every_kernel_fits(arch: str) -> None:
     assert {kernel.name for kernel in launched} == written
 
 
-@every_arch
+@one_arch
 @every_format
 def test_an_embedding_of_less_than_a_group_fits(arch: str, format: str) -> None:
     """Codes come in whole groups of 32, whatever the number of columns."""
@@ -119,7 +121,7 @@ MMA = {
 }
 
 
-@every_arch
+@one_arch
 @pytest.mark.parametrize("M", [DECODE, PREFILL])
 @pytest.mark.parametrize("format", FORMATS[1:])
 def test_codes_of_several_weights_are_multiplied_on_tensor_cores(arch: str, M: int, format: str) -> None:
@@ -128,7 +130,7 @@ def test_codes_of_several_weights_are_multiplied_on_tensor_cores(arch: str, M: i
     assert MMA[arch][M] in launched[0].code
 
 
-@every_arch
+@one_arch
 def test_an_invariant_kernel_of_several_weights_never_blends(arch: str) -> None:
     launched = compile_linear(arch, PREFILL, QKV, invariant=True)
     assert_fits(arch, launched)
@@ -137,7 +139,7 @@ def test_an_invariant_kernel_of_several_weights_never_blends(arch: str) -> None:
         assert sum("mma" in loop for loop in launched[0].loops) == 3  # the base, the target and both
 
 
-@every_arch
+@one_arch
 def test_float32_is_not_rounded_to_tf32(arch: str) -> None:
     code = compile_linear(arch, PREFILL, dtype=torch.float32)[0].code
     assert "tf32" not in code
@@ -178,7 +180,7 @@ def test_only_mixed_tiles_multiply_twice(arch: str, mma: str) -> None:
     assert counts == [counts[0]] * 2 + [2 * counts[0]]
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 @pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_a_blended_weight_stays_in_registers(arch: str, ragged: bool, dtype: torch.dtype) -> None:
@@ -190,7 +192,7 @@ def test_a_blended_weight_stays_in_registers(arch: str, ragged: bool, dtype: tor
     assert multiplies_from_registers(arch, blend)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 @pytest.mark.parametrize("M", [DECODE, PREFILL])
 @pytest.mark.parametrize(("format", "ends_of_codes"), [("int8", 1), ("int4", 1), ("w8d4", 2)])
 def test_codes_stay_in_registers(arch: str, M: int, format: str, ends_of_codes: int) -> None:
@@ -225,9 +227,7 @@ DECODE_BUDGETS = {
 }
 
 
-@pytest.mark.parametrize(
-    "arch", ["sm_90", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHS if arch != "sm_90")]
-)
+@one_arch
 @every_format
 @pytest.mark.parametrize("rows", [8, 16])
 def test_a_decode_step_stays_within_its_budget(arch: str, format: str, rows: int) -> None:
@@ -301,7 +301,7 @@ def test_a_blended_weight_goes_to_tensor_memory(format: str) -> None:
     assert "tcgen05.st.sync" in kernel.code
 
 
-@every_arch
+@one_arch
 def test_weights_stream_past_the_registers(arch: str) -> None:
     """On NVIDIA every loop copies global to shared memory asynchronously, 16 bytes a thread, and loads nothing else."""
     if arch == "gfx942":
@@ -317,7 +317,7 @@ def atomics(kernel: Compiled) -> set[str]:
     return set(re.findall(r"^\s*(?:@\S+ )?((?:atom|red)\.\S+|\w*_atomic_\w+)", kernel.code, re.MULTILINE))
 
 
-@every_arch
+@one_arch
 def test_nothing_is_atomic_but_the_count_of_splits(arch: str) -> None:
     """No sum is, whose order would then be another in every run."""
     (split,) = compile_linear(arch, DECODE, N=512)

@@ -73,7 +73,7 @@ def test_nothing_but_one_kernel_is_launched() -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 def test_a_blended_weight_stays_in_registers(arch: str, transposed: bool) -> None:
     """It is rounded two at a time, never stored, and multiplied from registers, wgmma's left operand included."""
     loops = compile_experts(arch, PREFILL, GPT_OSS, bias=True, transposed=transposed)[0].loops
@@ -84,7 +84,7 @@ def test_a_blended_weight_stays_in_registers(arch: str, transposed: bool) -> Non
         assert count(blend, from_registers) == count(blend, r"wgmma\.mma_async") > 0
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 def test_weights_stream_past_the_registers(arch: str, transposed: bool) -> None:
     """Every loop copies global to shared memory asynchronously, 16 bytes a thread, and loads nothing else."""

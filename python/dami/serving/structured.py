@@ -13,9 +13,10 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
 
 # as json.dumps writes it: free to add white space, weak models go on with that instead of their answer
-LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+LAYOUT: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 logger = logging.getLogger(__name__)
 
 

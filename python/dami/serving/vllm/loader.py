@@ -126,10 +126,11 @@ class PairLoader(DefaultModelLoader):
         tied = {"lm_head.weight"} if model_config.hf_config.tie_word_embeddings else set()
         if settings.thinking is None:
             return PackedFiles(base, pair, tied, model_config.hf_config.model_type)
-        files = TwoEnds((base, self._find(settings.thinking, None)), pair, tied)
+        revisions = model_config.revision, settings.thinking_revision or model_config.revision
+        files = TwoEnds((base, self._find(settings.thinking, revisions[1])), pair, tied)
         configs = [  # as they are stored: vLLM changes its own
             AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=model_config.trust_remote_code)
-            for source, revision in ((model_config.model, model_config.revision), (settings.thinking, None))
+            for source, revision in zip((model_config.model, settings.thinking), revisions, strict=True)
         ]
         mismatches = config_mismatches(*configs) + files.mismatches()
         if mismatches:

@@ -19,7 +19,7 @@ from dami_kernels import formats
 KEY = "intensity"  # in `SamplingParams.extra_args`, in `vllm_xargs` and in a request's body
 # keys of `extra_args` that vLLM itself reads
 VLLM_ARGUMENTS = frozenset({"kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode"})
-KEYS = ("thinking", "format", "default_intensity", "intensity_range")
+KEYS = ("thinking", "thinking_revision", "format", "default_intensity", "intensity_range")
 
 
 class RequestError(VLLMValidationError, ValueError):
@@ -35,12 +35,14 @@ class PairSettings:
 
     Attributes:
         thinking: directory or hub name of the λ=1 end; None for a packed pair.
+        thinking_revision: its branch, tag or commit; None for vLLM's `--revision`, which is that of the λ=0 end.
         format: storage format for two ends, one of `dami_kernels.formats.names()`; None for a packed pair.
         default_intensity: λ of requests that name none.
         intensity_range: lowest and highest λ that a request may ask for.
     """
 
     thinking: str | None = None
+    thinking_revision: str | None = None
     format: str | None = None
     default_intensity: float = DEFAULT_INTENSITY
     intensity_range: tuple[float, float] = (-1.0, 2.0)
@@ -55,6 +57,11 @@ class PairSettings:
         own = {key: extra[key] for key in KEYS if key in extra}
         if "thinking" in own and not isinstance(own["thinking"], str):
             raise ValueError(f"thinking must be a directory or a hub name, got {own['thinking']!r}")
+        if "thinking_revision" in own:
+            if not isinstance(own["thinking_revision"], str):
+                raise ValueError(f"thinking_revision must be a branch, tag or commit, got {own['thinking_revision']!r}")
+            if "thinking" not in own:
+                raise ValueError("thinking_revision is of an end: give it together with thinking only")
         if "format" in own:
             formats.get(own["format"])
             if "thinking" not in own:

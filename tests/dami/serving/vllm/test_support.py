@@ -186,6 +186,8 @@ def test_what_is_not_supported_is_named(changed: dict[str, Any], named: str) -> 
     ("extra", "message"),
     [
         ({"thinking": 3}, "thinking must be a directory or a hub name, got 3"),
+        ({"thinking": "x", "thinking_revision": 3}, "thinking_revision must be a branch, tag or commit, got 3"),
+        ({"thinking_revision": "main"}, "thinking_revision is of an end: give it together with thinking only"),
         ({"thinking": "x", "format": "int3"}, "format must be one of"),
         ({"format": "int4"}, "format is a packed pair's own"),
         ({"intensity_range": [0, "1"]}, "intensity_range must be two finite numbers"),
@@ -198,6 +200,27 @@ def test_what_is_not_supported_is_named(changed: dict[str, Any], named: str) -> 
 def test_settings_that_are_wrong(extra: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PairSettings.of(extra)
+
+
+@pytest.mark.parametrize(("own", "wanted"), [({}, "v1"), ({"thinking_revision": "v2"}, "v2")])
+def test_both_ends_have_a_revision(own: dict[str, str], wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thinking end's is vLLM's own, if it is not named."""
+    from dami.serving.vllm.loader import PairLoader
+
+    looked_up = []
+
+    def find(self: PairLoader, source: str, revision: str | None) -> dict[str, Any]:
+        looked_up.append((source, revision))
+        if source == "T":
+            raise FileNotFoundError
+        return {}
+
+    monkeypatch.setattr(PairLoader, "_find", find)
+    config: Any = SimpleNamespace(model="I", revision="v1", hf_config=SimpleNamespace(tie_word_embeddings=False))
+    pair: Any = SimpleNamespace(interpolated=None, settings=PairSettings.of({"thinking": "T"} | own))
+    with pytest.raises(FileNotFoundError):
+        PairLoader._checked_files(object.__new__(PairLoader), config, pair)
+    assert looked_up == [("I", "v1"), ("T", wanted)]
 
 
 def test_one_intensity_has_one_key() -> None:
