@@ -13,10 +13,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
-    from llguidance._lib import JsonCompileOptions
 
-# as json.dumps writes it: free to add white space, weak models go on with that instead of their answer
-LAYOUT: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 logger = logging.getLogger(__name__)
 
 
@@ -44,7 +41,11 @@ class Grammars:
             raise ValueError("this server lacks llguidance, which it needs: pip install llguidance") from None
         if self._tokens is None:
             self._tokens = self._read_tokenizer()
-        text = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=LAYOUT)
+        # as json.dumps writes it: free to add white space, weak models go on with that instead of their answer
+        text = LLMatcher.grammar_from_json_schema(
+            json.dumps(schema),
+            defaults={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
+        )
         problem = LLMatcher.validate_grammar(text, self._tokens)
         if problem:
             raise ValueError(f"the JSON schema is not supported: {problem}")

@@ -67,7 +67,12 @@ ANSWERS = [
         types.ChatCompletion,
         types.ChatCompletionChunk,
     ),
-    ("/v1/completions", {"prompt": ["2", "3"], "max_tokens": 2}, types.Completion, types.CompletionChunk),
+    (
+        "/v1/completions",
+        {"prompt": ["2", "3"], "max_tokens": 2, "ignore_eos": True},
+        types.Completion,
+        types.CompletionChunk,
+    ),
     (
         "/v1/completions",
         {"prompt": "2", "logprobs": 2, "max_tokens": 4, "ignore_eos": True},
