@@ -425,6 +425,7 @@ def _corners(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(not INTERPRETED, reason="takes more memory than the tests' share of a GPU")
 @pytest.mark.usefixtures("_corners")
+@pytest.mark.slow
 def test_outputs_beyond_32_bits(linear: Kernel, kernels: dict[str, Kernel]) -> None:
     """The last numbers of outputs of more than 2³¹. Parts of splits never are so many: they have at most 32 MB."""
     row, weight = torch.randn(1, 128).bfloat16(), ends(1, 128, dtype=torch.bfloat16)
