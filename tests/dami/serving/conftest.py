@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.generation.continuous_batching.requests import RequestState
 
 from benchmarks.serving.server import Server, serving
 
@@ -35,3 +36,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     options = ["--invariant", "--api-key", KEY, "--frontier", str(frontier), "--target-latency", "60"]
     with serving(*options, threads=1) as running:
         yield running
+
+
+@pytest.fixture
+def evicted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list with an entry for each request that a full cache has evicted."""
+    found: list[int] = []
+    original = RequestState.create_equivalent_initial_request
+
+    def noted(self: RequestState) -> RequestState:
+        found.append(1)
+        return original(self)
+
+    monkeypatch.setattr(RequestState, "create_equivalent_initial_request", noted)
+    return found

@@ -118,13 +118,8 @@ def test_shipped_pair() -> None:
     assert batched(model, asked, config(max_batch_tokens=16), intensity=LAM) == alone(model, asked, LAM)
 
 
-def test_requests_evicted_from_a_full_cache_come_back_at_their_lam(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_evicted_from_a_full_cache_come_back_at_their_lam(evicted: list[int]) -> None:
     model, asked = patched("qwen3"), prompts([9, 10, 11, 12, 13])
-    evicted = []
-    original = RequestState.create_equivalent_initial_request
-    monkeypatch.setattr(
-        RequestState, "create_equivalent_initial_request", lambda self: evicted.append(1) or original(self)
-    )
     tight = config(num_blocks=12, safety_margin=0.0)
     assert batched(model, asked, tight, intensity=LAM) == alone(model, asked, LAM)
     assert evicted

@@ -10,7 +10,6 @@ import torch
 from dami.estimators.features import prompt_states
 from dami.generation.choices import Choice
 from torch import Tensor
-from transformers.generation.continuous_batching.requests import RequestState
 
 from tests.dami.serving.test_batching import GREEDY, LAM, NEW, config, patched, prompts
 from tests.dami.serving.test_graphs import CAPTURING, Graph, graphs  # noqa: F401  # a fixture
@@ -66,13 +65,8 @@ def test_a_prompt_that_chooses_shares_what_is_settled() -> None:
     assert plain == said
 
 
-def test_an_evicted_request_chooses_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evicted_request_chooses_once(evicted: list[int]) -> None:
     model, asked, seen = patched("qwen3"), prompts([9, 10, 11, 12, 13]), dict[int, Tensor]()
-    evicted = []
-    original = RequestState.create_equivalent_initial_request
-    monkeypatch.setattr(
-        RequestState, "create_equivalent_initial_request", lambda self: evicted.append(1) or original(self)
-    )
     made = choices(LAM, TAILS, seen)
     said, _ = run(model, asked, config(num_blocks=12, safety_margin=0.0), intensity=[0.0] * 5, choice=made)
     assert said == [apart("qwen3", p, lam, 0.0, tail) for p, lam, tail in zip(asked, LAM, TAILS, strict=True)]

@@ -17,7 +17,6 @@ from dami.serving.engine import Limits
 from dami.serving.guiding import Guide
 from dami.serving.service import ServiceSettings
 from transformers import LogitsProcessorList
-from transformers.generation.continuous_batching.requests import RequestState
 
 from tests.dami.serving.test_server import CHAT, COMPLETIONS, LIMITS, QUESTIONS, Running, asked, running, shipped, sse
 
@@ -284,13 +283,8 @@ def test_bad_courses(server: Running, options: dict[str, Any], param: str, messa
     assert message in response.json()["error"]["message"]
 
 
-def test_evicted_requests_come_back_as_they_were(generate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evicted_requests_come_back_as_they_were(generate: Any, evicted: list[int]) -> None:
     """In a cache too small for all, those evicted are read again at the λ of each of their tokens."""
-    evicted = []
-    original = RequestState.create_equivalent_initial_request
-    monkeypatch.setattr(
-        RequestState, "create_equivalent_initial_request", lambda self: evicted.append(1) or original(self)
-    )
     tight = Limits(kv_memory=0.0018, max_batch_tokens=48, max_model_len=128, share_prefixes=False)
     points = [(0, 1.0), (10, 0.2), (30, 1.0), (60, 0.4)]
 

@@ -15,7 +15,6 @@ from dami.generation.pieces import CACHE
 from dami.generation.prefixes import Keyed
 from dami.generation.reading import Reading
 from transformers import GenerationConfig, GptOssConfig, MixtralConfig
-from transformers.generation.continuous_batching.requests import RequestState
 
 from tests.dami import architectures
 from tests.dami.families import merged, pair
@@ -97,13 +96,8 @@ def test_graphs_read_the_lam_of_each_token(graphs: list[Graph]) -> None:  # noqa
     assert sum(graph.replays for graph in graphs) >= 4
 
 
-def test_an_evicted_request_reads_again_at_the_same_lam(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evicted_request_reads_again_at_the_same_lam(evicted: list[int]) -> None:
     model, asked = patched("qwen3"), prompts([9, 10, 11, 12, 13])
-    evicted = []
-    original = RequestState.create_equivalent_initial_request
-    monkeypatch.setattr(
-        RequestState, "create_equivalent_initial_request", lambda self: evicted.append(1) or original(self)
-    )
     tight = config(num_blocks=12, safety_margin=0.0)
     said = batched(model, asked, tight, intensity=LAM, prompt_intensity=READ, prompt_tail=TAILS)
     assert said == [apart("qwen3", *each) for each in zip(asked, LAM, READ, TAILS, strict=True)]
