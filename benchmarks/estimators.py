@@ -17,7 +17,7 @@ import argparse
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pair", choices=names())
     parser.add_argument("--training", type=Path, help="directory of the estimator's training, but for the zoo")
-    parser.add_argument("--questions", type=int, help="ask only so many, for estimator_pairs.csv alone")
+    parser.add_argument("--questions", type=int, help="ask only so many, at six λ, for estimator_pairs.csv alone")
     parser.add_argument("--work", type=Path, default=Path("estimators-run"), help="where answers go (%(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     options = parser.parse_args()
@@ -67,6 +67,7 @@ def main() -> None:
     asked = subject(options.pair, options.training, work)
     if options.questions:
         asked.task.questions = spread(asked.task.questions, options.questions)  # type: ignore[misc]
+        asked = replace(asked, lams=FIFTHS)
     records = answers(asked, work / "records.jsonl")
     frontier = Frontier.of(records)
     known = Frontier.of(read_records(asked.training / "records.jsonl"))
