@@ -28,6 +28,7 @@ GAINS = (
     "confidence, trial of 3, its",
     "confidence router, trial of 3, its",
 )
+ENDS = ("", "_low", "_high")  # of the columns of an interval
 Row = dict[str, str]
 
 
@@ -292,6 +293,33 @@ def tails(pair: str) -> str:
     return markdown(lines)
 
 
+def tuning(pair: str) -> str:
+    """Tabulates the ways to answer that a search has found, and those of one λ, by their tokens."""
+    lines = [["λ of the thought", "of the answer", "of the prompt", "accuracy, %", "tokens", "gain, points", "preset"]]
+    for row in sorted(newest(RESULTS / f"tuning_{pair}.csv"), key=lambda row: float(row["tokens"])):
+        accuracy, gain = ([100 * float(row[f"{name}{end}"]) for end in ENDS] for name in ("accuracy", "gain"))
+        lams = [row["thought"], *(row[name] or "the same" for name in ("answer", "prompt"))]
+        cells = ["{:.1f} ({:.1f} to {:.1f})".format(*accuracy), f"{float(row['tokens']):.1f}"]
+        is_single = not row["answer"] + row["prompt"]
+        shown = "" if is_single else "{:+.1f} ({:+.1f} to {:+.1f})".format(*gain)
+        lines.append([*lams, *cells, shown, row["presets"].replace(" ", ", ")])
+    return markdown(lines)
+
+
+def ends(pair: str) -> str:
+    """Tabulates accuracy and tokens over λ with other ends or changing λ, and the worth that this wins."""
+    rows = newest(RESULTS / "ends.csv", pair=pair)
+    lams = list(dict.fromkeys(row["intensity"] for row in rows))
+    lines = [["pair", *(f"λ = {float(lam):g}" for lam in lams), "worth won, points"]]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        some = [row for row in rows if row["variant"] == variant]
+        cells = [f"{100 * float(row['accuracy']):.0f} @ {float(row['tokens']):.0f}" for row in some]
+        won = [100 * float(some[0][f"won{end}"]) for end in ENDS]
+        is_first = variant == rows[0]["variant"]
+        lines.append([variant, *cells, "" if is_first else "{:+.1f} ({:+.1f} to {:+.1f})".format(*won)])
+    return markdown(lines)
+
+
 def by_pair() -> dict[tuple[str, ...], Row]:
     """Returns the newest row of each pair and policy in estimator_pairs.csv; pairs that rules were chosen on first."""
     found = latest(load(RESULTS / "estimator_pairs.csv"), "pair", "policy")
@@ -502,6 +530,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "budgets shipped": lambda: budgets("shipped"),
     "tails shipped": lambda: tails("shipped"),
     "tails smollm2": lambda: tails("smollm2"),
+    "tuning shipped": lambda: tuning("shipped"),
+    "ends shipped": lambda: ends("shipped"),
+    "ends products": lambda: ends("zoo/products"),
     "estimator pairs": lambda: estimator_pairs("calibrated, price 0.2"),
     "estimator gains": estimator_gains,
     "smollm2": smollm2,
