@@ -9,6 +9,7 @@ import math
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -449,16 +450,16 @@ class Service:
     ) -> ActiveRequest:
         """Submits all sequences of a request, or none."""
         rooms = [self._room(body, prompt) for prompt in prompts]
-        wishes = [self._wishes(body, room, grammar) for room in rooms]
+        wishes = self._wishes(body, rooms[0], grammar)  # only those of a chat depend on the room, and it has one prompt
         reader = None if thoughts is None else thoughts.reader
         ends = frozenset(() if body.ignore_eos else self.engine.ends) | frozenset(body.stop_token_ids or ())
         seed = secrets.randbits(62) if body.seed is None else body.seed
         stops = [*map(Stop, body.stops)]
         request = ActiveRequest(body, f"{prefix}-{secrets.token_hex(12)}", sum(map(len, prompts)), [])
         try:
-            for prompt, intensity, room, wish in zip(prompts, intensities, rooms, wishes, strict=True):
+            for prompt, intensity, room in zip(prompts, intensities, rooms, strict=True):
                 for each in range(body.n or 1):
-                    guide = Guide(len(prompt), self.vocabulary, wish, ends, thoughts, inside)
+                    guide = Guide(len(prompt), self.vocabulary, wishes, ends, thoughts, inside)
                     sampling = partial(self._sampling, body, seed + each)
                     row = self.engine.submit(
                         prompt,
@@ -547,10 +548,11 @@ class Service:
         self.active.pop(request.id, None)
         request.cancel()
         now = time.monotonic()
+        for reason, count in Counter(choice.reason or "cancelled" for choice in request.choices).items():
+            self.metrics.finished.labels(reason).inc(count)
+        self.metrics.generated_tokens.inc(sum(len(choice.tokens) for choice in request.choices))
         for choice in request.choices:
             row, tokens = choice.row, len(choice.tokens)
-            self.metrics.finished.labels(choice.reason or "cancelled").inc()
-            self.metrics.generated_tokens.inc(tokens)
             if row.first_token is not None:
                 self.metrics.first_token.observe(row.first_token - row.arrival)
                 if tokens > 1:
