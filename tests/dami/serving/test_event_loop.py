@@ -27,7 +27,7 @@ from dami.serving.detokenizing import Offsets
 from dami.serving.engine import Limits, Row
 from dami.serving.lanes import SHORT, Lanes
 from dami.serving.protocol import BadRequest, ChatRequest, CompletionRequest
-from dami.serving.service import ServiceSettings
+from dami.serving.settings import ServiceSettings
 
 from tests.dami.serving.test_server import CHAT, COMPLETIONS, Running, asked, shipped, until
 

@@ -17,7 +17,7 @@ import httpx
 import pytest
 from dami.serving.gate import check_key
 from dami.serving.listening import connection_limits
-from dami.serving.service import ServiceSettings
+from dami.serving.settings import ServiceSettings
 
 ROOT = Path(__file__).resolve().parents[3]
 DESCRIPTORS = 128

@@ -29,7 +29,7 @@ from dami.chat import ask
 from dami.serving.app import create_app
 from dami.serving.engine import Engine, Limits
 from dami.serving.listening import Connection
-from dami.serving.service import ServiceSettings
+from dami.serving.settings import ServiceSettings
 
 QUESTIONS = [f"What is {n} + 69 - 18?" for n in (42, 88)]
 LAM = [0.0, 0.3, 0.5, 0.8, 1.0, 1.2]
