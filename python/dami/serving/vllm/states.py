@@ -79,17 +79,19 @@ class PromptStates:
         Args:
             pilots: the pilots whose prompts end in it, and the row of the last token of each.
         """
-        if pilots or self._due:  # else all rows are 0 already, and there is a first row in every step
-            self._keep()
-            self._rows.zero_()
+        self._keep()
+        if pilots:
             self._rows[: len(pilots)] = torch.tensor([row for _, row in pilots], device=self._rows.device)
             self._due = [name for name, _ in pilots]
 
     def _keep(self) -> None:
-        """Keeps what the last step has shown."""
+        """Keeps what the last step has shown, and looks at the first row again, which every step has."""
+        if not self._due:
+            return
         for place, name in enumerate(self._due):
             self._seen[name] = torch.cat([self._found[layer][place].float() for layer in self._layers])
         self._due = []
+        self._rows.zero_()
         while len(self._seen) > 4 * self._most:  # pilots whose clients have left
             del self._seen[next(iter(self._seen))]
 
