@@ -199,7 +199,7 @@ _PROMPT = {"number", "numbers", "preset"}
         ("add_requests", {"mlp": 0.5}, "got a mapping of parts, which is for generate, forward, dami.intensity and "
          "dami.set_intensity$"),
         ("dami.materialize", [0.1, 0.2], "^intensity must be one number, got 2: dami.materialize takes no more$"),
-        ("vLLM", [0.1, 0.2], "^vLLM takes a number, a preset or 'auto' as intensity, got one per sequence, which is for "),
+        ("vLLM", [0.1, 0.2], "^intensity must be one number, got 2: vLLM takes no more$"),
         ("generate", {"mlp": {"attn": 1}}, "^generate, for a part, takes a number, one per sequence, a preset, 'auto' "
          "or a schedule as intensity, got a mapping of parts"),
         ("dami.twin", {0.5}, "got set; dami.twin takes a number, one per sequence or a preset$"),

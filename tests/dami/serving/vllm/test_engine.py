@@ -88,9 +88,9 @@ def test_the_caller_s_parameters_are_left_alone(llm: Any) -> None:
 WRONG = {
     "auto": "intensity 'auto' needs an estimator, and this pair has none",
     "0.3": "intensity must be a number, a preset, of which the model has none, or 'auto', got '0.3'",
-    None: "intensity must be a number, a preset or 'auto', got NoneType",
-    True: "intensity must be .* got True",
-    (0.3,): "vLLM takes a number, a preset or 'auto' as intensity, got one per sequence",
+    None: "intensity must be .*, got NoneType; vLLM takes a number, a preset or 'auto'",
+    True: "intensity must be .*, got True; vLLM takes a number, a preset or 'auto'",
+    (0.3,): "intensity must be one number, got 1: vLLM takes no more",
     math.nan: "intensity must be finite",
     math.inf: "intensity must be finite",
     1.51: "intensity must be in -0.5 to 1.5 on this server, got 1.51",

@@ -114,7 +114,7 @@ def test_chats(url: str) -> None:
 
 WRONG = {
     "0.5": r"intensity must be a number, one of ['high', 'low', 'medium'] or 'auto', got '0.5'",
-    (0.5,): "vLLM takes a number, a preset or 'auto' as intensity, got one per sequence",
+    (0.5,): "intensity must be one number, got 1: vLLM takes no more",
     -0.1: "intensity must be in 0 to 1 on this server, got -0.1",
     10**12: "intensity must be in 0 to 1 on this server, got 1000000000000",
 }
