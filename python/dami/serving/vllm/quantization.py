@@ -38,6 +38,7 @@ class PairQuantization(QuantizationConfig):
         settings: the user's settings; set by the loader.
         ranks: ranks of the stored low-rank differences; set by the loader.
         originals: the checkpoint's name of each of its parameters, by vLLM's name.
+        states: what "auto" needs, as `states.PromptStates`; or why there is none; set by the loader.
         stored: the format of every checkpoint parameter that the model keeps as a pair, by vLLM's name.
     """
 
@@ -49,6 +50,7 @@ class PairQuantization(QuantizationConfig):
         self.ranks: dict[str, int] = {}
         self.originals: dict[str, str] = {}
         self.stored: dict[str, str] = {}
+        self.states: Any = None
         self._rows: StepIntensities | None = None
 
     @staticmethod
