@@ -480,7 +480,7 @@ def check_packed(model: Any) -> None:
             lerp.part = part
         model.set_attn_implementation(before)
     missing = logits[0].isnan()
-    reached = torch.tensor([False, True, False], device=model.device)
+    reached = torch.tensor([False, bool(apart), False], device=model.device)  # ends that are the same have no λ
     if not last:
         reached = reached.repeat_interleave(begins.diff())
     if not torch.equal(missing.all(1), reached) or not torch.equal(missing.any(1), reached):
