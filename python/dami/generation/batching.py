@@ -30,6 +30,7 @@ from dami.dial.values import Intensity
 from dami.generation import attention
 from dami.generation.choices import Choice, Choices
 from dami.generation.courses import course_of
+from dami.generation.paging import Tables, can_read_pages
 from dami.generation.prefixes import blocks_in_use, key_blocks, read_once
 from dami.generation.reading import TAIL, Reading
 from dami.generation.sampling import Sampler
@@ -306,6 +307,8 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
             key_blocks(processor)
             read_once(processor)
             upstream.widen_arguments(processor.inputs_and_outputs, Choices(processor).arguments)
+            if upstream.attention_of(self.model) in (attention.NAME, attention.INVARIANT) and can_read_pages(processor):
+                upstream.widen_arguments(processor.inputs_and_outputs, Tables(processor).arguments)
             let_short_prompts_pass(processor.scheduler)
             unblock_after_cancellations(processor.scheduler)
             if self.sampler is not None:

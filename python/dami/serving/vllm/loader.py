@@ -22,15 +22,18 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from dami.callers import AUTO
 from dami.loading.checkpoint import headers_in
 from dami.patching.compare import config_mismatches
 from dami.serving.vllm import ends, runners, self_test, support
 from dami.serving.vllm.convert import convert
 from dami.serving.vllm.files import Files, Located, PackedFiles, Spelling, TwoEnds
 from dami.serving.vllm.methods import PairMethod, adopt
+from dami.serving.vllm.offers import Offer
 from dami.serving.vllm.quantization import QUANT_METHOD, PairQuantization
 from dami.serving.vllm.rows import StepIntensities
 from dami.serving.vllm.settings import KEYS, PairSettings
+from dami.serving.vllm.states import PromptStates
 from dami.version import __version__
 
 LOAD_FORMATS = ("auto", "hf", "safetensors")
@@ -77,12 +80,14 @@ class PairLoader(DefaultModelLoader):
         model = super().load_model(vllm_config, model_config, prefix)
         with set_default_torch_dtype(model_config.dtype):
             self_test.run(model, vllm_config)
+            self.pair.states = _states(model, vllm_config)
         return model
 
     def create_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         if self.pair is None:
             return super().create_model(vllm_config, model_config, prefix)
         self.pair.settings = settings = PairSettings.of(self.own)
+        Offer.of(vllm_config).check()
         self.files = self._checked_files(model_config, self.pair)
         # compiled code depends on these values, and vLLM caches it by a hash of the config
         vllm_config.additional_config = {
@@ -149,3 +154,16 @@ class PairLoader(DefaultModelLoader):
         if not safetensors:
             raise ValueError(f"{source} must be stored in safetensors to be an end of a pair, got {files}")
         return {name: (Path(file), header) for file in files for name, header in headers_in(Path(file)).items()}
+
+
+def _states(model: nn.Module, config: VllmConfig) -> PromptStates | str | None:
+    """Returns what "auto" needs: the states of prompts, or why they are not to be had; None without an estimator."""
+    offer = Offer.of(config)
+    if not offer.layers:
+        return None
+    try:
+        return PromptStates(model, config, offer)
+    except ValueError as problem:
+        if offer.settings.default_intensity == AUTO:
+            raise
+        return str(problem)

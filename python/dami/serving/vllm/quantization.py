@@ -39,6 +39,7 @@ class PairQuantization(QuantizationConfig):
         ranks: ranks of the stored low-rank differences; set by the loader.
         originals: the checkpoint's name of each of its parameters, by vLLM's name.
         rows: the λ of a step; set by the loader before it builds the model.
+        states: what "auto" needs, as `states.PromptStates`; or why there is none; set by the loader.
         stored: the format of every checkpoint parameter that the model keeps as a pair, by vLLM's name.
     """
 
@@ -52,6 +53,7 @@ class PairQuantization(QuantizationConfig):
         self.ranks: dict[str, int] = {}
         self.originals: dict[str, str] = {}
         self.stored: dict[str, str] = {}
+        self.states: Any = None
 
     @staticmethod
     def register() -> None:

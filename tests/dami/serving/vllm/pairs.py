@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -221,6 +222,18 @@ def answer(model: PreTrainedModel, prompt: list[int], tokens: int) -> list[int]:
 def answers(packed: Path, prompts: list[list[int]], lams: Sequence[float], tokens: int) -> list[list[int]]:
     """What merged models answer greedily, one for each λ."""
     return [answer(reference(packed, lam), prompt, tokens) for prompt, lam in zip(prompts, lams, strict=True)]
+
+
+def answer_by_place(packed: Path, prompt: list[int], tokens: int, lam: Callable[[int], float]) -> list[int]:
+    """What is answered greedily where each token is read by a merged model of its own place's λ."""
+    cache, sequence, read = DynamicCache(), [*prompt], 0
+    while len(sequence) < len(prompt) + tokens:
+        end = next((place for place in range(read, len(sequence)) if lam(place) != lam(read)), len(sequence))
+        logits = reference(packed, lam(read))(torch.tensor([sequence[read:end]]), past_key_values=cache).logits
+        read = end
+        if read == len(sequence):
+            sequence.append(int(logits[0, -1].argmax()))
+    return sequence[len(prompt) :]
 
 
 def prompts_of(*lengths: int, seed: int = 3) -> list[list[int]]:

@@ -25,6 +25,7 @@ from tests.moving import break_place, ways
 vllm = pytest.importorskip("vllm")
 
 from dami.serving.vllm import register, support  # noqa: E402
+from dami.serving.vllm.offers import Offer  # noqa: E402
 from dami.serving.vllm.settings import PairSettings, check_arguments  # noqa: E402
 
 
@@ -114,7 +115,7 @@ def test_arguments_of_processors_of_the_user_s_are_theirs() -> None:
     check_arguments(["intensity", "kv_transfer_params"], others_may_read=False)
     check_arguments(["their_own"], others_may_read=True)
     for name, others_may_read in (("their_own", False), ("intensty", True)):
-        with pytest.raises(ValueError, match=f"must be 'intensity' alone, got '{name}'"):
+        with pytest.raises(ValueError, match=f"must be intensity, .* got '{name}'"):
             check_arguments([name], others_may_read)
 
 
@@ -197,8 +198,10 @@ def test_what_is_not_supported_is_named(changed: dict[str, Any], named: str) -> 
         ({"intensity_range": [0, "1"]}, "intensity_range must be two finite numbers"),
         ({"intensity_range": [1, 0]}, "intensity_range must be two finite numbers"),
         ({"intensity_range": 1}, "intensity_range must be two finite numbers"),
-        ({"default_intensity": 3}, "default_intensity must be a number from -1 to 2, got 3"),
-        ({"default_intensity": "auto"}, "default_intensity must be a number from -1 to 2, got 'auto'"),
+        ({"default_intensity": 3}, "default_intensity must be a number from -1 to 2, a preset or 'auto', got 3"),
+        ({"prompt_intensity": None}, "prompt_intensity must be a number from -1 to 2, a preset or 'same', got None"),
+        ({"prompt_tail": -1}, "prompt_tail must be an integer of at least 0, got -1"),
+        ({"prompt_tail": "turn"}, "prompt_tail must be an integer of at least 0, got 'turn'"),
     ],
 )
 def test_settings_that_are_wrong(extra: dict[str, Any], message: str) -> None:
@@ -228,7 +231,7 @@ def test_both_ends_have_a_revision(own: dict[str, str], wanted: str, monkeypatch
 
 
 def test_one_intensity_has_one_key() -> None:
-    checked = PairSettings().checked
+    checked = Offer(PairSettings()).lam
     for number in (0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5)):  # whatever else is a number in dami
         assert checked(number) == 0.5
     assert checked(torch.tensor(1)) == checked(np.int64(1)) == 1.0
