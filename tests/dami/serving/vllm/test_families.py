@@ -43,6 +43,8 @@ def found(family: str, *pair: Path) -> list[list[int]]:
 
 @pytest.mark.parametrize("family", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_a_packed_pair(packed: Any, family: str) -> None:
+    if family in pairs.WITH_TOWER:
+        pytest.importorskip("torchvision")
     pair = packed(family, QUICK.get(family, "int8"))
     expected = wanted(family, pair)
     assert found(family, pair) == expected
