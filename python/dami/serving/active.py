@@ -133,6 +133,11 @@ class ActiveRequest:
 
     async def news(self) -> AsyncIterator[News]:
         """Yields the news of all choices, no faster than the caller takes them."""
+        if len(self.choices) == 1:  # needs no task of its own, which each token would have to wake
+            [choice] = self.choices
+            async for delta, tokens in choice.news():
+                yield choice, delta, tokens
+            return
         queue: asyncio.Queue[News | Exception] = asyncio.Queue(1)
 
         async def pump(choice: ActiveChoice) -> None:
