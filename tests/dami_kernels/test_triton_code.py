@@ -223,7 +223,7 @@ DECODE_BUDGETS = {
     "sm_80": {"pair": (122, 122), "int8": (256, 290), "int4": (228, 288), "w8d4": (358, 442)},
     "sm_90": {"pair": (129, 129), "int8": (262, 312), "int4": (220, 272), "w8d4": (350, 420)},
     "sm_100": {"pair": (127, 127), "int8": (270, 300), "int4": (224, 264), "w8d4": (344, 416)},
-    "gfx942": {"pair": (127, 127), "int8": (538, 538), "int4": (640, 640), "w8d4": (890, 890)},
+    "gfx942": {"pair": (127, 127), "int8": (330, 330), "int4": (335, 335), "w8d4": (560, 560)},
 }
 
 
@@ -239,7 +239,7 @@ def test_a_decode_step_stays_within_its_budget(arch: str, format: str, rows: int
         assert kernel.registers <= 168
 
 
-@pytest.mark.parametrize(("format", "share"), [("int8", 0.3), ("int4", 0.4), ("w8d4", 0.7)])
+@pytest.mark.parametrize(("format", "share"), [("int8", 0.24), ("int4", 0.3), ("w8d4", 0.64)])
 def test_reading_takes_longer_than_decoding(format: str, share: float) -> None:
     """From 17 rows up to 64: instructions, as a share of what an H200 issues while it reads the step's weights, at 18.6
     bytes a cycle and multiprocessor."""
