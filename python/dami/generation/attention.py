@@ -70,7 +70,7 @@ def packed_attention(
     Returns:
         [1, queries, heads, head size], and None in place of the attention weights.
     """
-    if k_cache is not None:
+    if block_table is not None and k_cache is not None and v_cache is not None:
         if sliding_window is not None:
             raise NotImplementedError(f"pages hold keys that a sliding window leaves out, got {sliding_window=}")
         scale, sinks = query.shape[3] ** -0.5 if scaling is None else scaling, _of_queries(s_aux, query)

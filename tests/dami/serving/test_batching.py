@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -88,6 +89,13 @@ def test_requests_at_their_own_lam_answer_as_alone(family: Any) -> None:
         assert batched(model, asked, config(max_batch_tokens=tokens), intensity=LAM) == wanted
     assert model.config._attn_implementation == before
     assert alone(model, asked[:1], LAM[:1]) == wanted[:1]
+
+
+def test_ends_that_are_the_same_answer_alike_at_any_lam() -> None:
+    instruct, _ = pair("llama")
+    model, asked = dami.patch_model(instruct, copy.deepcopy(instruct)), prompts()
+    model.generation_config.eos_token_id = None
+    assert batched(model, asked, SMALL, intensity=LAM) == alone(model, asked, LAM)
 
 
 @pytest.mark.parametrize(("family", "reads"), [("llama", True), ("gemma2", False)])
