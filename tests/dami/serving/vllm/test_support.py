@@ -330,6 +330,10 @@ def test_parameters_are_called_as_on_the_hub() -> None:
         assert torch.equal(found[f"{expert}.w1.weight"], gates[number])
         assert torch.equal(found[f"{expert}.w3.weight"], values[number])
     assert spelling.names("model.layers.0.mlp.gate.weight", 3) == ["model.layers.0.block_sparse_moe.gate.weight"]
+    within = Spelling(pairs.FAMILIES["qwen3_vl_moe"]())  # whose experts are stored transposed
+    assert within.names("model.language_model.layers.0.mlp.experts.gate_up_proj", 1) == [
+        f"model.language_model.layers.0.mlp.experts.0.{part}_proj.weight" for part in ("gate", "up")
+    ]
     assert Spelling(pairs.FAMILIES["qwen3"]()).names("model.norm.weight", 64) == ["model.norm.weight"]
 
 
