@@ -39,6 +39,7 @@ class PairQuantization(QuantizationConfig):
         ranks: ranks of the stored low-rank differences; set by the loader.
         originals: the checkpoint's name of each of its parameters, by vLLM's name.
         states: what "auto" needs, as `states.PromptStates`; or why there is none; set by the loader.
+        thoughts: what `thoughts.Thoughts` follows; None until a request needs it.
         stored: the format of every checkpoint parameter that the model keeps as a pair, by vLLM's name.
     """
 
@@ -51,6 +52,7 @@ class PairQuantization(QuantizationConfig):
         self.originals: dict[str, str] = {}
         self.stored: dict[str, str] = {}
         self.states: Any = None
+        self.thoughts: Any = None
         self._rows: StepIntensities | None = None
 
     @staticmethod

@@ -142,6 +142,7 @@ RELIED_ON: dict[str, tuple[str, ...]] = {
         "num_reqs",
         "num_scheduled_tokens",
         "num_computed_tokens_np",
+        "input_ids",
         "idx_mapping_np",
         "num_tokens_after_padding",
         "query_start_loc",
