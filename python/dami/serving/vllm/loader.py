@@ -27,10 +27,11 @@ from dami.loading.checkpoint import headers_in
 from dami.patching.compare import config_mismatches
 from dami.serving.vllm import ends, runners, self_test, support
 from dami.serving.vllm.convert import convert
-from dami.serving.vllm.files import Files, Located, PackedFiles, TwoEnds
+from dami.serving.vllm.files import Files, Located, PackedFiles, Spelling, TwoEnds
 from dami.serving.vllm.methods import PairMethod, adopt
 from dami.serving.vllm.offers import Offer
 from dami.serving.vllm.quantization import QUANT_METHOD, PairQuantization
+from dami.serving.vllm.rows import StepIntensities
 from dami.serving.vllm.settings import KEYS, PairSettings
 from dami.serving.vllm.states import PromptStates
 from dami.version import __version__
@@ -69,7 +70,8 @@ class PairLoader(DefaultModelLoader):
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         self.pair = PairQuantization.of(vllm_config) if model_config.quantization == QUANT_METHOD else None
         if self.pair is None:
-            if self.own:
+            speculation: Any = vllm_config.speculative_config
+            if self.own and not (speculation and model_config is speculation.draft_model_config):
                 raise ValueError(
                     f"{', '.join(self.own)} of the loader's extra config need a pair: --quantization {QUANT_METHOD}"
                 )
@@ -92,6 +94,7 @@ class PairLoader(DefaultModelLoader):
             **vllm_config.additional_config,
             QUANT_METHOD: [__version__, settings.thinking, settings.format],
         }
+        self.pair.rows = StepIntensities(vllm_config)  # now, as vLLM builds the parts it leaves out on no device
         model: Any = super().create_model(vllm_config, model_config, prefix)
         if list(getattr(model, "secondary_weights", ())):
             raise ValueError(f"a {type(model).__name__} reads weights from other places, which a pair cannot")
@@ -130,7 +133,7 @@ class PairLoader(DefaultModelLoader):
         base = self._find(str(model_config.model), model_config.revision)
         tied = {"lm_head.weight"} if model_config.hf_config.tie_word_embeddings else set()
         if settings.thinking is None:
-            return PackedFiles(base, pair, tied, model_config.hf_config.model_type)
+            return PackedFiles(base, pair, tied, Spelling(model_config.hf_config))
         revisions = model_config.revision, settings.thinking_revision or model_config.revision
         files = TwoEnds((base, self._find(settings.thinking, revisions[1])), pair, tied)
         configs = [  # as they are stored: vLLM changes its own

@@ -76,6 +76,46 @@ RELIED_ON: dict[str, tuple[str, ...]] = {
         "query_start_loc",
         "chunked_context",
     ),
+    "vllm.v1.attention.backend:AttentionImpl.forward": ("self", "layer", "query", "key", "value", "kv_cache", "output"),
+    "vllm.v1.attention.backend:CommonAttentionMetadata": (
+        "query_start_loc",
+        "query_start_loc_cpu",
+        "seq_lens",
+        "seq_lens_cpu_upper_bound",
+        "num_reqs",
+        "num_actual_tokens",
+        "max_query_len",
+        "max_seq_len",
+        "block_table_tensor",
+        "slot_mapping",
+        "is_prefilling",
+    ),
+    "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn:QwenGatedDeltaNetAttention._forward_core": (
+        "self",
+        "mixed_qkv",
+        "b",
+        "a",
+        "core_attn_out",
+    ),
+    "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn:QwenGatedDeltaNetAttention.forward_cuda": (
+        "self",
+        "hidden_states",
+    ),
+    "vllm.model_executor.layers.mamba.ops.cpu.gdn_attention:cpu_gdn_attention_core": (
+        "mixed_qkv",
+        "b",
+        "a",
+        "core_attn_out",
+        "layer_name",
+    ),
+    "vllm.v1.attention.backends.gdn_attn:GDNAttentionMetadata": (
+        "num_actual_tokens",
+        "num_decodes",
+        "num_prefills",
+        "has_initial_state",
+        "non_spec_state_indices_tensor",
+        "non_spec_query_start_loc",
+    ),
     "vllm.model_executor.layers.attention.attention:set_default_quant_scales": ("layer", "register_buffer"),
     "vllm.model_executor.layers.fused_moe:MoERunner": (),
     "vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter._compute_routing": (
@@ -112,6 +152,7 @@ RELIED_ON: dict[str, tuple[str, ...]] = {
         "prompt",
         "sampling_params",
         "request_id",
+        "lora_request",
         "priority",
         "tokenization_kwargs",
     ),
@@ -238,9 +279,10 @@ def check_features(config: VllmConfig) -> None:
     model, parallel, speculation = config.model_config, config.parallel_config, config.speculative_config
     refused = {
         f"the runner {model.runner_type}": model.runner_type != "generate",
-        "LoRA": config.lora_config is not None,
-        f"speculation by {speculation and speculation.method}": speculation and speculation.method != "ngram",
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "LoRA for a model with experts, MLA or linear attention": config.lora_config is not None
+        and (model.is_moe or model.use_mla or model.is_hybrid),
+        f"speculation by {speculation and speculation.method}": speculation
+        and speculation.method not in ("ngram", "draft_model"),
         "data-parallel experts": model.is_moe and parallel.data_parallel_size > 1,
         "sequence-parallel experts": parallel.use_sequence_parallel_moe,
         "expert load balancing (EPLB)": parallel.enable_eplb,

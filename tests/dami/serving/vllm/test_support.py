@@ -125,6 +125,8 @@ def config(**changed: Any) -> Any:
         model_config=SimpleNamespace(
             runner_type="generate",
             is_moe=True,
+            use_mla=False,
+            is_hybrid=False,
             enable_prompt_embeds=False,
             head_dtype=torch.float32,
             dtype=torch.float32,
@@ -155,6 +157,9 @@ def config(**changed: Any) -> Any:
 def test_plain_options_pass() -> None:
     support.check_features(config())
     support.check_features(config(speculative_config=SimpleNamespace(method="ngram")))
+    support.check_features(config(speculative_config=SimpleNamespace(method="draft_model")))
+    support.check_features(config(model_config__is_moe=False, lora_config=object()))
+    support.check_features(config(parallel_config__pipeline_parallel_size=2))
     support.check_features(config(model_config__is_moe=False, parallel_config__data_parallel_size=2))
 
 
@@ -164,10 +169,9 @@ def test_plain_options_pass() -> None:
         ({"model_config__runner_type": "pooling"}, "the runner pooling"),
         ({"model_config__enable_prompt_embeds": True}, "prompt embeddings"),
         ({"model_config__head_dtype": torch.float64}, "an output layer in torch.float64"),
-        ({"lora_config": object()}, "LoRA"),
+        ({"lora_config": object()}, "LoRA for a model with experts"),
         ({"speculative_config": SimpleNamespace(method="eagle3")}, "speculation by eagle3"),
         ({"speculative_config": SimpleNamespace(method="mtp")}, "speculation by mtp"),
-        ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"parallel_config__data_parallel_size": 2}, "data-parallel experts"),
         ({"parallel_config__use_sequence_parallel_moe": True}, "sequence-parallel experts"),
         ({"parallel_config__enable_eplb": True}, "EPLB"),
@@ -319,7 +323,7 @@ def test_parameters_are_called_as_on_the_hub() -> None:
 
     up = torch.randn(3, 10, 4)
     gates, values = up.chunk(2, 1)
-    spelling = Spelling("mixtral")
+    spelling = Spelling(pairs.FAMILIES["mixtral"]())
     found = dict(spelling.parts("model.layers.0.mlp.experts.gate_up_proj", up))
     assert len(found) == 6
     for number in range(3):
@@ -327,7 +331,7 @@ def test_parameters_are_called_as_on_the_hub() -> None:
         assert torch.equal(found[f"{expert}.w1.weight"], gates[number])
         assert torch.equal(found[f"{expert}.w3.weight"], values[number])
     assert spelling.names("model.layers.0.mlp.gate.weight", 3) == ["model.layers.0.block_sparse_moe.gate.weight"]
-    assert Spelling("qwen3").names("model.norm.weight", 64) == ["model.norm.weight"]
+    assert Spelling(pairs.FAMILIES["qwen3"]()).names("model.norm.weight", 64) == ["model.norm.weight"]
 
 
 @pytest.mark.parametrize(("centred", "offset"), [(False, 0.0), (False, 1.0), (True, 0.0)])
@@ -348,8 +352,13 @@ def test_a_norm_is_known_by_what_it_computes(centred: bool, offset: float) -> No
         def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
             return super().forward(x, torch.zeros_like(x))[0]
 
+    class Gated(Alone):
+        def forward(self, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(x) * (1 if z is None else z.sigmoid())
+
     found = {"centred": centred, "eps": 1e-5, "offset": offset}
     with torch.no_grad():
-        assert norms.fit(Alone()) == {**found, "residual": None, "returns": 1}
+        assert norms.fit(Alone()) == {**found, "second": None, "returns": 1}
+        assert norms.fit(Gated()) == {**found, "second": "sigmoid", "returns": 1}
         assert norms.fit(Alone(shift=1.0)) is None
         assert norms.fit(Norm()) is None  # which wants a residual always
