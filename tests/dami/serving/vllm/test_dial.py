@@ -172,16 +172,18 @@ def test_lambda_follows_thoughts(llm: Any, pair: Path, prompts: list[list[int]])
     span = max(point["tokens"][0] for point in StoredIntensity.load(pair / FOLDER).frontier["points"])
 
     def wanted(prompt: list[int], schedule: Any, *processors: Any) -> list[int]:
-        options = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": None, "logits_processor": [*processors]}
+        options = {"do_sample": False, "max_new_tokens": 40, "logits_processor": [*processors]}
         return model.generate(torch.tensor([prompt]), intensity=schedule, **options)[0, len(prompt) :].tolist()
 
+    def found(args: dict[str, Any], **params: Any) -> list[list[int]]:
+        return tokens_of(ask(llm, prompts, [args] * 4, 40, ignore_eos=False, **params))
+
     after = [wanted(prompt, switch_after(end, 1.0, 0.25)) for prompt in prompts]
-    assert tokens_of(ask(llm, prompts, [{"intensity": 1.0, "answer_intensity": 0.25}] * 4, 40)) == after
+    assert found({"intensity": 1.0, "answer_intensity": 0.25}) == after
     for budget in (24, 12):
         bent = [
             wanted(prompt, bend(1.0, budget, start, end, span=span), ThoughtLimit(len(prompt), budget, start, end))
             for prompt in prompts
         ]
-        found = tokens_of(ask(llm, prompts, [1.0] * 4, 40, thinking_token_budget=budget))
-        assert found == bent
-        assert all(end[0] in tokens[: budget + 2] for tokens in found)
+        assert found({"intensity": 1.0}, thinking_token_budget=budget) == bent
+        assert all(end[0] in tokens[: budget + 2] for tokens in bent)
