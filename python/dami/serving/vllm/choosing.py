@@ -60,7 +60,8 @@ async def _add_to_async(
 ) -> Any:
     if _is_auto(self.vllm_config, prompt, params):
         name, pilot = _pilot()
-        options = {key: kwargs[key] for key in ("priority", "tokenization_kwargs") if key in kwargs}
+        same = ("lora_request", "priority", "tokenization_kwargs")
+        options = {key: kwargs[key] for key in same if key in kwargs}
         async for _ in self.generate(prompt, pilot, f"{request_id}-{name}", **options):
             pass
         [chosen, *_] = await self.collective_rpc(METHOD, args=(name,))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 KEY = "dami_course"  # in `SamplingParams.extra_args`
 
 
-@dataclass
+@dataclass(eq=False)
 class Course:
     """λ at which each token of a request is read.
 
@@ -28,6 +28,11 @@ class Course:
         before: λ of the prompt before its tail.
         turns: (place, λ) in ascending order: λ set by hand, from this place of the sequence on.
         pilot: the name under which the states of its prompt are kept; empty if they are not.
+        budget: the most tokens of its thoughts, which λ bends toward; None for no limit.
+        span: over how many tokens it bends.
+        answer: λ after a thought; None for that of the thought.
+        start, end: the tokens of the tags around a thought.
+        inside: whether the prompt ends inside a thought.
     """
 
     prompt: int
@@ -36,6 +41,12 @@ class Course:
     before: float
     turns: list[Sequence[float]] = field(default_factory=list)
     pilot: str = ""
+    budget: int | None = None
+    span: float = 0.0
+    answer: float | None = None
+    start: Sequence[int] = ()
+    end: Sequence[int] = ()
+    inside: bool = False
 
     @classmethod
     def of(cls, params: Any) -> Course | None:
@@ -52,15 +63,22 @@ class Course:
         """The place from which on λ does not change any more."""
         if self.turns:
             return self.turns[-1][0]
-        return self.prompt - 1 + self.points[-1][0] if len(self.points) > 1 else self.prompt - self.tail
+        if len(self.points) > 1:
+            return self.prompt - 1 + self.points[-1][0]
+        return 0 if self.before == self.points[0][1] else max(0, self.prompt - self.tail)
 
     @property
     def final(self) -> float:
         """λ from there on."""
         return self.turns[-1][1] if self.turns else self.points[-1][1]
 
+    @property
+    def thinks(self) -> bool:
+        """Whether λ also depends on the tokens of the answer: on its thoughts."""
+        return self.budget is not None or self.answer is not None
+
     def lam(self, start: int, end: int) -> NDArray[np.float32]:
-        """Returns λ of the tokens from the place `start` to before `end`, float32 [end − start]."""
+        """Returns λ from the place `start` to before `end`, without regard to thoughts: float32 [end − start]."""
         places = np.arange(start, end)
         tokens, lams = zip(*self.points, strict=True)
         lam = np.interp(places + 1 - self.prompt, tokens, lams)  # the prompt's last token gives the answer's first
@@ -74,11 +92,19 @@ class Course:
         self.turns = [turn for turn in self.turns if turn[0] < place] + [(place, intensity)]
 
     def key(self, start: int, end: int) -> str:
-        """Returns what the prefix cache has to know of a block beside its tokens: their λ."""
+        """Returns what the prefix cache has to know of a block beside its tokens: what their λ follow from."""
+        if self.thinks and end > self.prompt:  # and from the tokens, by which the cache knows the block, too
+            turns = [turn for turn in self.turns if turn[0] < end]
+            return repr((self.prompt, self.points, self.tail, self.before, turns, self.budget, self.span, self.answer))
         if start >= self.last:
             return self.final.hex()
         runs = [(lam, len([*same])) for lam, same in groupby(self.lam(start, end).tolist())]
         return " ".join(lam.hex() if count == end - start else f"{lam.hex()}*{count}" for lam, count in runs)
+
+    @property
+    def salt(self) -> str:
+        """What a cache has to know that has no keys for blocks: λ, or all there is if not every token has the same."""
+        return repr(self) if self.last or self.thinks else self.final.hex()
 
 
 def lams(courses: Iterable[Course], starts: NDArray[Any], counts: NDArray[Any]) -> NDArray[np.float32]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -13,8 +15,10 @@ from dami.serving.protocol import POINTS, SAME, Point
 from dami.serving.vllm.courses import Course
 from dami.serving.vllm.offers import Offer
 from dami.serving.vllm.settings import KEY, RequestError, check_tail
+from dami.thoughts import Reader
 
 SCHEDULE = TypeAdapter(list[Point])
+TAG = 32  # tokens at the end of a prompt, among which a start tag would be
 
 
 def wanted(given: Mapping[str, Any], offer: Offer) -> float | None:
@@ -45,8 +49,17 @@ def granted(chosen: float, given: Mapping[str, Any], offer: Offer) -> float:
     return min(max(chosen, low), high, given.get("max_intensity", high))
 
 
-def course_of(given: Mapping[str, Any], offer: Offer, prompt: int) -> Course:
-    """Returns the course of a request whose prompt has so many tokens.
+def course_of(
+    given: Mapping[str, Any], offer: Offer, prompt: Sequence[int], budget: int | None = None, tokenizer: Any = None
+) -> Course:
+    """Returns the course of a request.
+
+    Args:
+        given: its arguments.
+        offer: what the pair offers.
+        prompt: the tokens of its prompt.
+        budget: the most tokens of its thoughts, on which λ is to bend; None for no limit.
+        tokenizer: the engine's, which a request needs whose λ depends on thoughts; None if it has none.
 
     Raises:
         RequestError: it asks for what it cannot have.
@@ -55,7 +68,37 @@ def course_of(given: Mapping[str, Any], offer: Offer, prompt: int) -> Course:
     if lam is None:
         raise RequestError(f"{KEY} {AUTO!r} cannot be chosen for this kind of request", parameter=KEY)
     before, tail = _reading(given, offer)
-    return Course(prompt, [(0, lam), *_schedule(given, offer)], tail, lam if before is None else before)
+    points = [(0, lam), *_schedule(given, offer)]
+    if len(points) > 1 and not offer.moves:
+        raise RequestError("intensity_schedule is not supported with speculation", parameter="intensity_schedule")
+    course = Course(len(prompt), points, tail, lam if before is None else before)
+    return _with_thoughts(course, given, offer, prompt, budget, tokenizer)
+
+
+def _with_thoughts(
+    course: Course, given: Mapping[str, Any], offer: Offer, prompt: Sequence[int], budget: int | None, tokenizer: Any
+) -> Course:
+    """Returns a course that also depends on thoughts, if it is to."""
+    name, answer = "answer_intensity", None
+    if name in given:
+        answer = offer.lam(given[name], name)
+        if tokenizer is None or not offer.follows:
+            lacking = "without a tokenizer" if offer.follows else "with speculation or in a pipeline"
+            raise RequestError(f"{name} is not supported {lacking}", parameter=name)
+    if tokenizer is None or not offer.follows or (answer is None and budget is None):
+        return course
+    reader, start, end = _thoughts(tokenizer)
+    inside = reader.opens("".join(map(reader.text, prompt[-TAG:])))
+    span = float(budget or 0) if offer.span is None else offer.span
+    return replace(course, budget=budget, span=span, answer=answer, start=start, end=end, inside=inside)
+
+
+@lru_cache(1)
+def _thoughts(tokenizer: Any) -> tuple[Reader, list[int], list[int]]:
+    """Returns what finds thoughts, and the tokens of the tags around one."""
+    reader = Reader.of(tokenizer)
+    start, end = (tokenizer.encode(tag, add_special_tokens=False) for tag in (reader.tags.start, reader.tags.ends[0]))
+    return reader, [*start], [*end]
 
 
 def _reading(given: Mapping[str, Any], offer: Offer) -> tuple[float | None, int]:

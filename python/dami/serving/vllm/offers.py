@@ -16,6 +16,7 @@ from dami.dial.values import Intensity
 from dami.estimators.files import StoredIntensity
 from dami.serving.protocol import SAME
 from dami.serving.vllm.settings import KEY, KEYS, PairSettings, RequestError
+from dami.serving.wishing import span_of
 from dami.sources import FOLDER, SETTINGS
 
 
@@ -26,10 +27,16 @@ class Offer:
     Attributes:
         settings: the user's.
         stored: the pair's presets and estimator.
+        moves: whether λ can change while a request runs.
+        follows: whether it can depend on thoughts, too.
+        limits: whether vLLM can end a thought that has used up its budget.
     """
 
     settings: PairSettings
     stored: StoredIntensity = field(default_factory=StoredIntensity)
+    moves: bool = True
+    follows: bool = True
+    limits: bool = False
 
     @classmethod
     def of(cls, config: VllmConfig) -> Offer:
@@ -41,11 +48,20 @@ class Offer:
         model, extra = config.model_config, config.load_config.model_loader_extra_config
         settings = PairSettings.of({key: extra[key] for key in KEYS if key in extra})
         source, revision = settings.thinking or str(model.model), settings.thinking_revision or model.revision
-        return cls(settings, _stored(source, revision, config.load_config.download_dir))
+        stored = _stored(source, revision, config.load_config.download_dir)
+        reasoning = config.reasoning_config
+        moves = config.speculative_config is None
+        follows = moves and config.parallel_config.pipeline_parallel_size == 1
+        return cls(settings, stored, moves, follows, reasoning is not None and reasoning.enabled)
 
     @property
     def presets(self) -> Mapping[str, float]:
         return self.stored.presets
+
+    @property
+    def span(self) -> float | None:
+        """Over how many tokens λ of a thought bends; None if nothing is known of the pair."""
+        return span_of(self.stored.frontier)
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -40,6 +40,7 @@ class PairQuantization(QuantizationConfig):
         originals: the checkpoint's name of each of its parameters, by vLLM's name.
         rows: the λ of a step; set by the loader before it builds the model.
         states: what "auto" needs, as `states.PromptStates`; or why there is none; set by the loader.
+        thoughts: what `thoughts.Thoughts` follows; None until a request needs it.
         stored: the format of every checkpoint parameter that the model keeps as a pair, by vLLM's name.
     """
 
@@ -54,6 +55,7 @@ class PairQuantization(QuantizationConfig):
         self.originals: dict[str, str] = {}
         self.stored: dict[str, str] = {}
         self.states: Any = None
+        self.thoughts: Any = None
 
     @staticmethod
     def register() -> None:

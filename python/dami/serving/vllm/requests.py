@@ -41,18 +41,17 @@ def _process_inputs(original: Any, self: InputProcessor, *args: Any, **kwargs: A
     config, params = self.vllm_config, request.sampling_params
     if PairQuantization.of(config) is not None and params is not None:
         given = params.extra_args or {}
-        tokens, pilot = len(request.prompt_token_ids), given.get(PILOT)
+        pilot = given.get(PILOT)
         if pilot in PILOTS:
             PILOTS.remove(pilot)
-            course = Course(tokens, [(0, 0.0)], 0, 0.0, pilot=pilot)
+            course = Course(len(request.prompt_token_ids), [(0, 0.0)], 0, 0.0, pilot=pilot)
         else:
             check_arguments(given, bool(config.model_config.logits_processors) or _has_processors())
-            course = course_of(given, Offer.of(config), tokens)
-            if len(course.points) > 1 and config.speculative_config is not None:
-                raise RequestError("intensity_schedule is not supported with speculation", "intensity_schedule")
+            budget = params.thinking_token_budget
+            course = course_of(given, Offer.of(config), request.prompt_token_ids, budget, self.tokenizer)
         course.put(params)  # safe: the request has its own copy of the parameters
         if config.kv_transfer_config is not None:  # a connector may have keys of its own, from the tokens and the salt
-            request.cache_salt = f"{request.cache_salt or ''}|{course}"
+            request.cache_salt = f"{request.cache_salt or ''}|{course.salt}"
     return request
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -15,6 +16,7 @@ from dami.serving.vllm.courses import Course, lams
 from dami.serving.vllm.quantization import PairQuantization
 from dami.serving.vllm.states import PromptStates
 from dami.serving.vllm.support import wrap
+from dami.serving.vllm.thoughts import Thoughts
 
 
 def install() -> None:
@@ -52,10 +54,28 @@ def _prepare_inputs(original: Any, self: Any, scheduler_output: Any, num_schedul
     if pair is not None:
         batch = self.input_batch
         courses = [_course(self.requests[name]) for name in batch.req_ids]
-        tokens = lams(courses, batch.num_computed_tokens_cpu[: len(courses)], num_scheduled_tokens)
-        pair.rows.set(async_tensor_h2d(tokens, self.device), prepared[0])
-        _begin(pair, courses, batch.num_computed_tokens_cpu[: len(courses)], num_scheduled_tokens)
+        starts = batch.num_computed_tokens_cpu[: len(courses)]
+        tokens = async_tensor_h2d(lams(courses, starts, num_scheduled_tokens), self.device)
+        _follow(pair, self.vllm_config, tokens, self.input_ids.gpu, courses, starts, num_scheduled_tokens)
+        pair.rows.set(tokens, prepared[0])
+        _begin(pair, courses, starts, num_scheduled_tokens)
     return prepared
+
+
+def _follow(
+    pair: PairQuantization,
+    config: VllmConfig,
+    lam: Tensor,
+    ids: Tensor,
+    courses: Sequence[Course],
+    starts: np.ndarray,
+    counts: np.ndarray,
+) -> None:
+    """Changes λ of a step's tokens where it depends on thoughts."""
+    if any(course.thinks for course in courses):
+        pair.thoughts = pair.thoughts or Thoughts(lam.device, config.model_config.max_model_len)
+        rows = np.cumsum(counts) - counts
+        pair.thoughts.follow(lam, ids, zip(courses, *(each.tolist() for each in (rows, starts, counts)), strict=True))
 
 
 def _begin(pair: PairQuantization, courses: Sequence[Course], starts: np.ndarray, counts: np.ndarray) -> None:
@@ -90,7 +110,7 @@ def attach(model: Any, config: VllmConfig, pair: PairQuantization) -> None:
 
         del model.get_model_state_cls  # resolve the class as vLLM would without us
         try:
-            return with_intensity(resolve_model_state_cls(config, model), pair)
+            return with_intensity(resolve_model_state_cls(config, model), config, pair)
         finally:
             model.get_model_state_cls = state_class
 
@@ -98,7 +118,7 @@ def attach(model: Any, config: VllmConfig, pair: PairQuantization) -> None:
     model.get_model_state_cls = state_class
 
 
-def with_intensity(base: Any, pair: PairQuantization) -> type:
+def with_intensity(base: Any, config: VllmConfig, pair: PairQuantization) -> type:
     """Returns a subclass of a model state that also keeps the course of each slot of the second runner."""
     from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 
@@ -109,17 +129,26 @@ def with_intensity(base: Any, pair: PairQuantization) -> type:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.courses = [course_of(None)] * self.max_num_reqs
+            self.thinking: dict[str, Course] = {}  # by request; some of them have ended
             self.positions_of_tokens = torch.arange(self.max_num_tokens, dtype=torch.int32, device=self.device)
 
         def add_request(self, req_index: int, new_req_data: Any) -> None:
             super().add_request(req_index, new_req_data)
-            self.courses[req_index] = course_of(new_req_data.sampling_params)
+            course = course_of(new_req_data.sampling_params)
+            if course.thinks:  # what has been followed of a request that vLLM has preempted still counts
+                known = self.thinking.pop(new_req_data.req_id, course)
+                known.turns, course = course.turns, known
+                self.thinking[new_req_data.req_id] = course
+                if len(self.thinking) > 4 * self.max_num_reqs:
+                    del self.thinking[next(iter(self.thinking))]
+            self.courses[req_index] = course
 
         def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
             count, padded = input_batch.num_reqs, input_batch.num_tokens_after_padding
             counts = input_batch.num_scheduled_tokens[:count]
             courses = [self.courses[slot] for slot in input_batch.idx_mapping_np[:count]]
-            known = async_tensor_h2d(lams(courses, input_batch.num_computed_tokens_np[:count], counts), self.device)
+            begun = input_batch.num_computed_tokens_np[:count]
+            known = async_tensor_h2d(lams(courses, begun, counts), self.device)
             firsts = async_tensor_h2d(np.cumsum(counts) - counts, self.device)
             # with adaptive draft verification, only the device knows how many tokens a request has: at most `counts`
             starts = input_batch.query_start_loc[: count + 1]
@@ -127,8 +156,9 @@ def with_intensity(base: Any, pair: PairQuantization) -> type:
             owner = torch.searchsorted(starts[1:], places, right=True).clamp_(max=count - 1)
             within = places + (firsts - starts[:-1]).index_select(0, owner)
             tokens = known.index_select(0, within.clamp_(max=len(known) - 1))
+            _follow(pair, config, tokens, input_batch.input_ids, courses, begun, counts)
             pair.rows.set(tokens, input_batch.logits_indices)
-            _begin(pair, courses, input_batch.num_computed_tokens_np[:count], counts)
+            _begin(pair, courses, begun, counts)
             return super().prepare_inputs(input_batch, req_states)
 
     IntensityState.__name__ = f"Intensity{base.__name__}"

@@ -14,7 +14,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMNotFoundError
 
 from dami.serving.model_names import intensity_in, names_of
-from dami.serving.protocol import EFFORTS, MIDDLE, DialRequest
+from dami.serving.protocol import EFFORTS, MIDDLE, SHARES, DialRequest
 from dami.serving.vllm.offers import Offer
 from dami.serving.vllm.quantization import PairQuantization
 from dami.serving.vllm.settings import FIELDS, KEY, RequestError, resembles_field
@@ -23,8 +23,6 @@ from dami.serving.vllm.turning import turn
 
 # the pair of the server in this process, under each of its names
 SERVED: dict[str, Offer] = {}
-
-
 DIAL = "/v1/requests/{name}/dial"
 
 
@@ -108,12 +106,21 @@ def _to_sampling_params(original: Any, self: Any, *args: Any, **kwargs: Any) -> 
             meant = EFFORTS.get(effort, effort)
             _agree(given, meant, f"reasoning_effort is {effort}", "reasoning_effort")
             given[KEY] = meant if meant in offer.presets else MIDDLE.get(str(meant), meant)
+            asked = [getattr(self, name, None) for name in ("max_completion_tokens", "max_tokens", "max_output_tokens")]
+            _limit(params, offer, SHARES.get(effort), any(asked))
         if carried is not None:
             field = KEY if effort is None else "reasoning_effort"
             _agree(given, carried, f"model is {self.model!r}", field)
             given[KEY] = carried
     params.extra_args = given or None
     return params
+
+
+def _limit(params: Any, offer: Offer, share: float | None, asked: bool) -> None:
+    """Leaves thoughts a share of a request's tokens, if it has asked for a number, and vLLM can end a thought there."""
+    if offer.limits and share is not None and (asked or share == 0):
+        budgets = [int(share * params.max_tokens), params.thinking_token_budget]
+        params.thinking_token_budget = min(budget for budget in budgets if budget is not None)
 
 
 def _agree(given: dict[str, Any], meant: float | str, said: str, field: str) -> None:

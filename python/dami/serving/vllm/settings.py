@@ -18,7 +18,7 @@ from dami_kernels import formats
 
 KEY = "intensity"
 # about λ, in `SamplingParams.extra_args`, in `vllm_xargs` and in a request's body
-FIELDS = (KEY, "max_intensity", "prompt_intensity", "prompt_tail", "intensity_schedule")
+FIELDS = (KEY, "max_intensity", "prompt_intensity", "prompt_tail", "intensity_schedule", "answer_intensity")
 # keys of `extra_args` that vLLM itself reads
 VLLM_ARGUMENTS = frozenset({"kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode"})
 KEYS = (

@@ -9,6 +9,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker.worker_base import WorkerBase
 
 from dami.serving.vllm.courses import Course
+from dami.serving.vllm.offers import Offer
 from dami.serving.vllm.runners import running_course
 from dami.serving.vllm.settings import KEY, RequestError
 
@@ -32,7 +33,7 @@ async def turn(engine: Any, names: Sequence[str], intensity: float) -> None:
     Raises:
         RequestError: the engine speculates, so the next place is not known.
     """
-    if engine.vllm_config.speculative_config is not None:
+    if not Offer.of(engine.vllm_config).moves:
         raise RequestError("intensity of a running request cannot be changed with speculation", parameter=KEY)
     await engine.engine_core.call_utility_async(METHOD, [*names], intensity)
 

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from dami.estimators.files import StoredIntensity
+from dami.generation.budget import ThoughtLimit
+from dami.schedules import bend, switch_after
 from dami.sources import FOLDER
 from transformers import AutoTokenizer
 
@@ -37,7 +39,17 @@ def prompts() -> list[list[int]]:
 @pytest.fixture(scope="module")
 def llm(pair: Path) -> Iterator[Any]:
     """Prompts come in pieces of 32 tokens at most, beside others' answers."""
-    options = {"max_model_len": 512, "max_num_batched_tokens": 32, "block_size": 32, "enable_prefix_caching": True}
+    from vllm.config import ReasoningConfig
+
+    thoughts = ReasoningConfig(reasoning_start_str="<think>", reasoning_end_str="</think>")
+    options = {
+        "skip_tokenizer_init": False,
+        "reasoning_config": thoughts,
+        "max_model_len": 512,
+        "max_num_batched_tokens": 32,
+        "block_size": 32,
+        "enable_prefix_caching": True,
+    }
     with engine(pair, **options) as llm:
         yield llm
 
@@ -151,3 +163,27 @@ def test_the_dial_is_turned_while_a_request_runs(llm: Any, pair: Path, prompts: 
     assert done["1"] == answers(pair, [prompt], [0.3], 40)[0]
     longer = [*prompt, *done["0"], 7]
     assert tokens_of(ask(llm, [longer], [1.0], 8)) == answers(pair, [longer], [1.0], 8)
+
+
+def test_lambda_follows_thoughts(llm: Any, pair: Path, prompts: list[list[int]]) -> None:
+    """As in dami's own `generate`: λ of answers after a thought, and of thoughts that near the end of their budgets."""
+    model, tokenizer = dami.load_pair(pair)
+    start, end = (tokenizer.encode(tag, add_special_tokens=False) for tag in ("<think>", "</think>"))
+    span = max(point["tokens"][0] for point in StoredIntensity.load(pair / FOLDER).frontier["points"])
+
+    def wanted(prompt: list[int], schedule: Any, *processors: Any) -> list[int]:
+        options = {"do_sample": False, "max_new_tokens": 40, "logits_processor": [*processors]}
+        return model.generate(torch.tensor([prompt]), intensity=schedule, **options)[0, len(prompt) :].tolist()
+
+    def found(args: dict[str, Any], **params: Any) -> list[list[int]]:
+        return tokens_of(ask(llm, prompts, [args] * 4, 40, ignore_eos=False, **params))
+
+    after = [wanted(prompt, switch_after(end, 1.0, 0.25)) for prompt in prompts]
+    assert found({"intensity": 1.0, "answer_intensity": 0.25}) == after
+    for budget in (24, 12):
+        bent = [
+            wanted(prompt, bend(1.0, budget, start, end, span=span), ThoughtLimit(len(prompt), budget, start, end))
+            for prompt in prompts
+        ]
+        assert found({"intensity": 1.0}, thinking_token_budget=budget) == bent
+        assert all(end[0] in tokens[: budget + 2] for tokens in bent)

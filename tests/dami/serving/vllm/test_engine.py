@@ -114,7 +114,7 @@ def test_arguments_that_nobody_reads_are_refused(llm: Any, name: str) -> None:
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=1, detokenize=False, extra_args={name: 1.0})
-    message = f"extra arguments of a request to a pair must be intensity, .* or intensity_schedule, got '{name}'"
+    message = f"extra arguments of a request to a pair must be intensity, .* or answer_intensity, got '{name}'"
     with pytest.raises(ValueError, match=message):
         llm.generate([{"prompt_token_ids": PROMPTS[0]}], params, use_tqdm=False)
 

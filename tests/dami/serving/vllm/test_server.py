@@ -51,7 +51,7 @@ def url(pair: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         )
     try:
-        for _ in range(480):
+        for _ in range(1200):
             try:
                 urlopen(f"http://127.0.0.1:{port}/health")
                 break
