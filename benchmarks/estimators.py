@@ -17,7 +17,7 @@ import argparse
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from dami.evaluation.calibration import Unlabelled, agreement_of, calibrate, fit
 from dami.evaluation.policies import at_random, auroc, play, room
 from dami.evaluation.statistics import Interval
 from dami.evaluation.sweeps import Record, read_records
+from dami.evaluation.tasks import spread
 from dami.evaluation.training import features_of
 from dami.generation.pieces import generate_in_pieces
 from rich.progress import Progress
@@ -57,12 +58,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pair", choices=names())
     parser.add_argument("--training", type=Path, help="directory of the estimator's training, but for the zoo")
+    parser.add_argument("--questions", type=int, help="ask only so many, at six λ, for estimator_pairs.csv alone")
     parser.add_argument("--work", type=Path, default=Path("estimators-run"), help="where answers go (%(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     options = parser.parse_args()
     work = options.work / options.pair
     work.mkdir(parents=True, exist_ok=True)
     asked = subject(options.pair, options.training, work)
+    if options.questions:
+        asked.task.questions = spread(asked.task.questions, options.questions)  # type: ignore[misc]
+        asked = replace(asked, lams=FIFTHS)
     records = answers(asked, work / "records.jsonl")
     frontier = Frontier.of(records)
     known = Frontier.of(read_records(asked.training / "records.jsonl"))
@@ -94,7 +99,7 @@ def main() -> None:
     store(compared, options.results / "estimator_pairs.csv")
     for name, value in studied.items():
         print(f"{name:70} {value:.3f}")
-    if options.pair.startswith("zoo/"):
+    if options.questions or options.pair.startswith("zoo/"):
         return
     kept = [{key: value for key, value in row.items() if not key.startswith(LATER)} for row in rows]
     store(kept, options.results / f"estimators_{options.pair}.csv")

@@ -248,6 +248,21 @@ def four_b(kind: str, is_wanted: Callable[[Row], bool]) -> list[Row]:
     return measured("linear.csv", is_wanted, model="Qwen3-4B", dtype="bf16", lam=kind)
 
 
+def percents(row: Row, name: str) -> list[float]:
+    """Returns a share and the bounds of its interval, in percent."""
+    return [100 * float(row[f"{name}{end}"]) for end in ("", "_low", "_high")]
+
+
+def percent(row: Row, name: str) -> str:
+    """Formats a share with its interval."""
+    return "{:.1f} ({:.1f} to {:.1f})".format(*percents(row, name))
+
+
+def change(row: Row, name: str) -> str:
+    """Formats a difference of shares with its interval, in points."""
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*percents(row, name))
+
+
 def budgets(pair: str) -> str:
     """Tabulates what keeping thoughts within a budget costs, by the ways to do so."""
     rows = newest(RESULTS / f"budgets_{pair}.csv")
@@ -267,11 +282,8 @@ def estimators(pair: str) -> str:
     """Compares policies on a pair with static λ at equal tokens."""
     lines = [["λ by", "accuracy, %", "tokens", "static λ with as many, %", "gain, points"]]
     for row in newest(RESULTS / f"estimators_{pair}.csv"):
-        accuracy, low, high = (100 * float(row[f"accuracy{end}"]) for end in ("", "_low", "_high"))
-        gain = [100 * float(row[f"gain{end}"]) for end in ("", "_low", "_high")]
-        static = 100 * float(row["static"])
-        cells = [row["policy"], f"{accuracy:.1f} ({low:.1f} to {high:.1f})", f"{float(row['tokens']):.1f}"]
-        lines.append([*cells, f"{static:.1f}", "{:+.1f} ({:+.1f} to {:+.1f})".format(*gain)])
+        cells = [row["policy"], percent(row, "accuracy"), f"{float(row['tokens']):.1f}"]
+        lines.append([*cells, f"{100 * float(row['static']):.1f}", change(row, "gain")])
     return markdown(lines)
 
 
@@ -285,10 +297,32 @@ def tails(pair: str) -> str:
     for tail in dict.fromkeys(row["tail"] for row in rows):
         of_tail = [row for row in rows if row["tail"] == tail]
         cells = [f"{100 * float(row['accuracy']):.0f} @ {float(row['tokens']):.0f}" for row in of_tail]
-        loss = [100 * float(of_tail[0][f"loss{end}"]) for end in ("", "_low", "_high")]
         name = {"all": "all of the prompt", "turn": "the last user message on", "1": "the last token"}
-        lost = "" if tail == "all" else "{:+.1f} ({:+.1f} to {:+.1f})".format(*loss)
+        lost = "" if tail == "all" else change(of_tail[0], "loss")
         lines.append([name.get(tail, f"the last {tail} tokens"), *cells, lost])
+    return markdown(lines)
+
+
+def tuning(pair: str) -> str:
+    """Tabulates the ways to answer that a search has found, and those of one λ, by their tokens."""
+    lines = [["λ of the thought", "of the answer", "of the prompt", "accuracy, %", "tokens", "gain, points", "preset"]]
+    for row in sorted(newest(RESULTS / f"tuning_{pair}.csv"), key=lambda row: float(row["tokens"])):
+        lams = [row["thought"], *(row[name] or "the same" for name in ("answer", "prompt"))]
+        gain = change(row, "gain") if row["answer"] + row["prompt"] else ""
+        cells = [percent(row, "accuracy"), f"{float(row['tokens']):.1f}", gain, row["presets"].replace(" ", ", ")]
+        lines.append([*lams, *cells])
+    return markdown(lines)
+
+
+def ends(pair: str) -> str:
+    """Tabulates accuracy and tokens over λ with other ends or changing λ, and the worth that this wins."""
+    rows = newest(RESULTS / "ends.csv", pair=pair)
+    lams = list(dict.fromkeys(row["intensity"] for row in rows))
+    lines = [["pair", *(f"λ = {float(lam):g}" for lam in lams), "worth won, points"]]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        some = [row for row in rows if row["variant"] == variant]
+        cells = [f"{100 * float(row['accuracy']):.0f} @ {float(row['tokens']):.0f}" for row in some]
+        lines.append([variant, *cells, "" if variant == rows[0]["variant"] else change(some[0], "won")])
     return markdown(lines)
 
 
@@ -313,8 +347,7 @@ def estimator_pairs(policy: str) -> str:
         row = rows[pair, policy]
         shown = [rows[pair, "λ = 0"], rows[pair, "λ = 1"], row]
         cells = [f"{100 * float(each['accuracy']):.1f}, {float(each['tokens']):.1f}" for each in shown]
-        gain = [100 * float(row[f"gain{end}"]) for end in ("", "_low", "_high")]
-        cells += ["{:+.1f} ({:+.1f} to {:+.1f})".format(*gain), f"{float(row['aes']):.2f}"]
+        cells += [change(row, "gain"), f"{float(row['aes']):.2f}"]
         cells += [f"{100 * float(row['incomplete']):.1f}", won_of_room(row), f"{float(row['time']):.2f}"]
         lines.append([f"`{pair.removeprefix('zoo/')}`" + ("" if row["tuned_on"] == "True" else ", unseen"), *cells])
     return markdown(lines)

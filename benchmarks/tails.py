@@ -35,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pair", choices=names())
     parser.add_argument("--questions", type=int, default=256, help="how many to ask (%(default)s)")
+    parser.add_argument("--samples", type=int, default=1, help="answers to each, at every λ (%(default)s)")
     parser.add_argument("--intensities", type=float, nargs="+", default=INTENSITIES)
     parser.add_argument("--tails", nargs="+", default=["1", "8", TURN], help="tokens, or turn (%(default)s)")
     parser.add_argument("--work", type=Path, default=Path("tails-run"), help="where answers go (%(default)s)")
@@ -49,9 +50,10 @@ def main() -> None:
         bar = bars.add_task("answers", total=None)
         found = measure_tails(
             asked.model, asked.tokenizer, asked.task, work, tails, options.intensities,
-            rows=asked.rows, on_batch=lambda news: bars.advance(bar, len(news)), **asked.options,
+            samples=options.samples, rows=asked.rows, **asked.options,
+            on_batch=lambda news: bars.advance(bar, len(news)),
         )  # fmt: skip
-    store(rows_of(found), options.results / f"tails_{options.pair.replace('/', '_')}.csv")
+    store(rows_of(found, options.samples), options.results / f"tails_{options.pair.replace('/', '_')}.csv")
     for tail, loss in found.losses.items():
         print(f"tail {tail}: loses {loss} of worth")
     print("the least that costs nothing:", found.least)
@@ -60,13 +62,14 @@ def main() -> None:
         replace(StoredIntensity.load(folder), prompt_tail=found.least).save(folder)
 
 
-def rows_of(found: Tails) -> list[dict[str, object]]:
+def rows_of(found: Tails, samples: int) -> list[dict[str, object]]:
     """Returns a row for every tail and λ; `tail` is "all" where whole prompts are read at that λ."""
     about: dict[str, object] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, dami {dami.__version__}",
         "questions": found.questions,
+        "samples": samples,
         "prompt_intensity": found.prompt_intensity,
         "least": found.least,
     }

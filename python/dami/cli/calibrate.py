@@ -84,7 +84,7 @@ def calibrate(
         raise fail(f"prompts must be at least {TO_TRAIN}, got {len(asked)}")
     options: dict[str, Any] = {"max_new_tokens": max_tokens} if max_tokens else {}
     model, tokenizer = load(pair, format, dtype, intensities=lams, checkpoints=checkpoints)
-    from dami.cli.terminal import health_table
+    from dami.cli.terminal import health_table, stored_at
     from dami.evaluation.calibration import calibrate
 
     with user_errors(), progress_bars() as progress:
@@ -94,5 +94,4 @@ def calibrate(
             on_batch=lambda news: progress.advance(bar, len(news)), **options,
         )  # fmt: skip
     out.print(health_table(found))
-    presets = ", ".join(f"{name} λ={lam:g}" for name, lam in found.stored.presets.items())
-    out.print(f"{output}: an estimator at price {price:g}; {presets}.", style="dim", soft_wrap=True)
+    out.print(stored_at(output, found.stored, price), style="dim", soft_wrap=True)

@@ -179,7 +179,7 @@ def train_estimator(
         check_distinct(lams)
         check_enough(asked, TO_TRAIN)
     model, tokenizer = load(pair, format, dtype, intensities=lams, checkpoints=checkpoints)
-    from dami.cli.terminal import outcome_table
+    from dami.cli.terminal import outcome_table, stored_at, verdict
     from dami.evaluation.training import train_estimator
 
     with user_errors(), progress_bars() as progress:
@@ -190,8 +190,9 @@ def train_estimator(
             **({"max_new_tokens": max_tokens} if max_tokens else {}),
         )  # fmt: skip
     out.print(outcome_table(trained.outcomes, price))
-    presets = ", ".join(f"{name} λ={lam:g}" for name, lam in trained.stored.presets.items())
-    out.print(f"{output}: an estimator at price {price:g}; {presets}.", style="dim", soft_wrap=True)
+    if price in trained.outcomes:
+        out.print(verdict(trained.outcomes[price], price, trained.held_out))
+    out.print(stored_at(output, trained.stored, price), style="dim", soft_wrap=True)
 
 
 def stages(bars: Progress) -> Callable[[str, int, int], None]:

@@ -29,7 +29,7 @@ from dami.cli.settings import Given, Several, options_of
 if TYPE_CHECKING:
     from dami.serving.controller import IntensityController
     from dami.serving.engine import Limits
-    from dami.serving.service import ServiceSettings
+    from dami.serving.settings import ServiceSettings
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class ServeSettings(CheckpointSettings):
 
     def service(self, frontier: dict[str, Any]) -> ServiceSettings:
         """Returns the server's settings, apart from its engine."""
-        from dami.serving.service import ServiceSettings
+        from dami.serving.settings import ServiceSettings
 
         return ServiceSettings(
             name=self.name,

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from rich.text import Text
 from transformers import TextStreamer
 
 from dami.chat import Answer, ChatTemplate, Prompt, answers_of, ask, encode, numbers_of
+from dami.estimators.files import StoredIntensity
 from dami.evaluation.calibration import Calibration
 from dami.evaluation.frontier import Point
 from dami.evaluation.plots import color
@@ -244,9 +246,33 @@ def health_table(found: Calibration) -> FittedTable:
 
 def outcome_table(outcomes: Mapping[float, Outcome], price: float) -> FittedTable:
     """Returns a table with one row per price of a token: what an estimator reaches. Marks its own price."""
-    heads = ("price", "accuracy", "tokens", "best static λ with as many", "gain")
+    heads = ("price", "right", "tokens", "one λ for all, as many tokens", "gain, points", "95 % interval")
     rows = [
-        (f"{each:g}", *map(str, (outcome.accuracy, outcome.tokens, outcome.static, outcome.gain)))
+        (
+            f"{each:g}",
+            f"{outcome.accuracy.value:.0%}",
+            f"{outcome.tokens.value:.0f}",
+            f"{outcome.static.value:.0%}",
+            f"{100 * outcome.gain.value:+.1f}",
+            f"{100 * outcome.gain.low:+.1f} to {100 * outcome.gain.high:+.1f}",
+        )
         for each, outcome in outcomes.items()
     ]
     return FittedTable(heads, rows, marked=frozenset(i for i, each in enumerate(outcomes) if each == price))
+
+
+def verdict(outcome: Outcome, price: float, questions: int) -> str:
+    """Says whether choosing λ pays, by what an estimator reaches at its price on so many questions held out."""
+    gain = outcome.gain
+    found = "It pays" if gain.low > 0 else "It costs accuracy" if gain.high < 0 else "No gain that so many can show"
+    points = f"{100 * gain.value:+.1f} points against one λ for all with as many tokens"
+    return f"{found}: on {questions} questions held out, at price {price:g}, {points}."
+
+
+def stored_at(output: Path, stored: StoredIntensity, price: float) -> str:
+    """Says what a directory now holds, and how it is used."""
+    presets = ", ".join(f"{name} λ={lam:g}" for name, lam in stored.presets.items())
+    return (
+        f"{output}: an estimator at price {price:g}; {presets}. To use it, dami.attach(model, {str(output)!r}), "
+        "or copy it into the packed pair or the thinking end's directory as a folder named intensity."
+    )

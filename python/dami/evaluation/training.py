@@ -36,10 +36,12 @@ class Trained:
     Attributes:
         stored: the estimator as saved.
         outcomes: results on the held-out questions, by price.
+        held_out: number of these questions.
     """
 
     stored: StoredIntensity
     outcomes: Mapping[float, Outcome]
+    held_out: int
 
 
 def train_estimator(
@@ -98,7 +100,7 @@ def train_estimator(
     }}  # fmt: skip
     stored = StoredIntensity(estimator, presets_of(frontier), about, patch_of(model).prompt_tail)
     stored.save(directory)
-    return Trained(stored, outcomes)
+    return Trained(stored, outcomes, int(held.sum()))
 
 
 def _fitted(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dami.dial.patch import patch_of
@@ -161,7 +162,9 @@ def tune(
     )
     found.save(directory)
     _save_presets(model, scored, ways, directory)
-    draw_tuned(found, directory, f"{task.name}: {kept} questions held out, 95 % intervals")
+    figure = tuned_figure(found.finalists, f"{task.name}: {kept} questions held out, 95 % intervals")
+    for suffix in ("png", "svg"):
+        save(figure, directory / f"tuned.{suffix}")
     return found
 
 
@@ -229,13 +232,12 @@ def _save_presets(model: PreTrainedModel, frontier: Frontier, ways: Mapping[int,
 
 
 @styled()
-def draw_tuned(found: Tuned, directory: Path, title: str) -> None:
-    """Saves the picture: accuracy against tokens of single λ, and of the ways that the search has found."""
-    static = [each for each in found.finalists if each.way.is_static]
+def tuned_figure(finalists: Sequence[Finalist], title: str) -> Figure:
+    """Returns the picture: accuracy against tokens of single λ, and of the ways that the search has found."""
+    static = [each for each in finalists if each.way.is_static]
     points = [Point(each.way.thought, each.accuracy, each.tokens, np.nan, np.nan) for each in static]
-    others = [Reached(each.way.name, each.tokens, each.accuracy) for each in found.finalists if each not in static]
+    others = [Reached(each.way.name, each.tokens, each.accuracy) for each in finalists if each not in static]
     figure, (axes,) = panels(8, 4.7)
     draw_frontier(axes, points, others)
     axes.set_title(title)
-    for suffix in ("png", "svg"):
-        save(figure, directory / f"tuned.{suffix}")
+    return figure

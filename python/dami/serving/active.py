@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from dami.serving.deltas import Delta, Deltas
 from dami.serving.detokenizing import Offsets
-from dami.serving.engine import Row, Token
+from dami.serving.engine import CHUNK, Row, Token
 from dami.serving.guiding import Guide
 from dami.serving.protocol import ChatRequest, CompletionRequest
 from dami.serving.schema import FinishReason, Usage
@@ -38,7 +38,7 @@ class ActiveChoice:
     reason: FinishReason | None = None
 
     async def news(self) -> AsyncIterator[tuple[Delta, list[Token]]]:
-        """Yields new text with its tokens. `reason` is set before the last item."""
+        """Yields new text with its tokens, or many tokens without any. `reason` is set before the last item."""
         fresh: list[Token] = []
         async for tokens in self.row:
             given = Delta()
@@ -53,7 +53,7 @@ class ActiveChoice:
                     self.reason = "stop"
                     yield given, fresh
                     return
-            if given.thought or given.answer:
+            if given.thought or given.answer or len(fresh) >= CHUNK:
                 yield given, fresh
                 fresh = []
         self.reason = self.row.reason
@@ -95,6 +95,7 @@ class ActiveRequest:
     choices: list[ActiveChoice]
     owner: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
+    _beginning: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def intensity(self) -> float | None:
@@ -115,10 +116,16 @@ class ActiveRequest:
             "completion_tokens_details": {"reasoning_tokens": sum(map(ActiveChoice.reasoning_tokens, self.choices))},
         }
 
+    async def _begin(self) -> None:
+        """Waits for a turn of the event loop in which no other choice begins: each may have tokens already."""
+        async with self._beginning:
+            await asyncio.sleep(0)
+
     async def collect(self) -> None:
         """Waits until all choices have ended."""
 
         async def drain(choice: ActiveChoice) -> None:
+            await self._begin()
             async for _ in choice.news():
                 pass
 
@@ -126,10 +133,16 @@ class ActiveRequest:
 
     async def news(self) -> AsyncIterator[News]:
         """Yields the news of all choices, no faster than the caller takes them."""
+        if len(self.choices) == 1:  # needs no task of its own, which each token would have to wake
+            [choice] = self.choices
+            async for delta, tokens in choice.news():
+                yield choice, delta, tokens
+            return
         queue: asyncio.Queue[News | Exception] = asyncio.Queue(1)
 
         async def pump(choice: ActiveChoice) -> None:
             try:
+                await self._begin()
                 async for delta, tokens in choice.news():
                     await queue.put((choice, delta, tokens))
             except Exception as failure:

@@ -25,6 +25,7 @@ from dami.serving.bodies import read
 from dami.serving.engine import Engine, EngineDead, Overloaded
 from dami.serving.formatting import Format
 from dami.serving.gate import Gate
+from dami.serving.leaving import Gone, unless_gone
 from dami.serving.protocol import BadRequest, ChatRequest, CompletionRequest, DialRequest
 from dami.serving.responses import EventStream, error, json_in_pieces
 from dami.serving.schema import (
@@ -42,7 +43,8 @@ from dami.serving.schema import (
     ModelList,
     answered_by,
 )
-from dami.serving.service import Gone, Service, ServiceSettings, unless_gone
+from dami.serving.service import Service
+from dami.serving.settings import ServiceSettings
 from dami.sources import check_estimator
 from dami.version import __version__
 
@@ -162,12 +164,12 @@ def information(service: Service) -> APIRouter:
     @router.get("/v1/models")
     async def models() -> ModelList:
         """Lists the served model, under its own name and under names that carry λ."""
-        return {"object": "list", "data": service.models()}
+        return {"object": "list", "data": service.models.all()}
 
     @router.get("/v1/models/{model:path}", responses=NO_MODEL)
     async def model(model: str) -> Model:
         """Describes the model of this name."""
-        return service.model_object(model)
+        return service.models.named(model)
 
     @router.get("/health", response_model=Health, responses=DEAD)
     async def health() -> JSONResponse:

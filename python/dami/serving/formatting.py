@@ -98,6 +98,7 @@ class ChatFormat(Format):
     async def chunks(self, request: ActiveRequest) -> AsyncIterator[ChatCompletionChunk]:
         for choice in request.choices:
             yield self._chunk(request, choice, {"role": "assistant", "content": ""}, None, None)
+            await asyncio.sleep(0)  # there may be many: let the event loop run
         async for choice, delta, tokens in request.news():
             logprobs = None if request.body.wanted_logprobs is None else self.logprobs(tokens)
             yield self._chunk(request, choice, _message_delta(delta), logprobs, choice.reason)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from dami.cli.terminal import outcome_table
+from dami.cli.terminal import outcome_table, verdict
 from dami.evaluation import Frontier
 from dami.evaluation.policies import at_random, auroc, efficiency_score, lots_between, play, room
+from dami.evaluation.statistics import Interval
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -99,9 +101,20 @@ def test_outcomes_are_shown_by_price_with_the_estimators_own_in_bold() -> None:
     console.print(shown)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     for line, (price, outcome) in zip(lines[1:], outcomes.items(), strict=True):
-        assert line.split()[0] == f"{price:g}"
-        for value in (outcome.accuracy, outcome.tokens, outcome.static, outcome.gain):
-            assert str(value) in line
+        gain, low, high = (f"{100 * share:+.1f}" for share in outcome.gain)
+        right, static = (f"{share.value:.0%}" for share in (outcome.accuracy, outcome.static))
+        assert line.split() == [f"{price:g}", right, f"{outcome.tokens.value:.0f}", static, gain, low, "to", high]
+
+
+def test_a_verdict_says_whether_choosing_pays() -> None:
+    outcome, told = play(table(), np.zeros(400)), "on 400 questions held out, at price 0.2,"
+    against = "points against one λ for all with as many tokens"
+    for gain, said in (
+        (Interval(0.2, 0.1, 0.3), f"It pays: {told} +20.0 {against}."),
+        (Interval(0.1, -0.1, 0.3), f"No gain that so many can show: {told} +10.0 {against}."),
+        (Interval(-0.2, -0.3, -0.1), f"It costs accuracy: {told} -20.0 {against}."),
+    ):
+        assert verdict(replace(outcome, gain=gain), 0.2, 400) == said
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 import torch
-from dami.serving.service import ServiceSettings
+from dami.serving.settings import ServiceSettings
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList

@@ -15,7 +15,7 @@ from dami.generation.budget import ThoughtLimit
 from dami.schedules import bend, linear, switch_after
 from dami.serving.engine import Limits
 from dami.serving.guiding import Guide
-from dami.serving.service import ServiceSettings
+from dami.serving.settings import ServiceSettings
 from transformers import LogitsProcessorList
 
 from tests.dami.serving.test_server import CHAT, COMPLETIONS, LIMITS, QUESTIONS, Running, asked, running, shipped, sse

@@ -10,8 +10,8 @@ import pytest
 import torch
 from dami.loading.load import example_pair
 from dami.serving.guiding import Guide, Thoughts, Wishes
-from dami.serving.service import span_of
 from dami.serving.structured import Grammars
+from dami.serving.wishing import span_of
 from dami.thoughts import Reader, Tags
 from transformers import AutoTokenizer
 from transformers.generation.continuous_batching.requests import RequestState

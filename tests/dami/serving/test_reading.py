@@ -12,11 +12,13 @@ import torch
 from dami.chat import last_turn, render
 from dami.estimators.preference import PreferenceEstimator
 from dami.generation.batching import StepLoad
+from dami.serving import service
 from dami.serving.controller import IntensityController
 from dami.serving.engine import Limits
 from dami.serving.protocol import BadRequest, ChatRequest, CompletionRequest
 from dami.serving.reading import PromptReading, default_reading, proposal, reading_of
-from dami.serving.service import Service, ServiceSettings
+from dami.serving.sampling import sampling_of
+from dami.serving.settings import ServiceSettings
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from tests.dami.serving.test_server import CHAT, COMPLETIONS, QUESTIONS, Running, asked, sse, until
@@ -154,13 +156,12 @@ def test_the_estimator_looks_at_the_prompt_in_passing(server: Running, plain: tu
 def test_sampling_follows_what_is_chosen(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its defaults may depend on λ, which is known only when the prompt has been read."""
     asked_for: list[float] = []
-    sampling = Service._sampling
 
-    def seen(self: Service, body: Any, seed: int, intensity: float) -> Any:
+    def seen(body: Any, ends: Any, seed: int, intensity: float) -> Any:
         asked_for.append(intensity)
-        return sampling(self, body, seed, intensity)
+        return sampling_of(body, ends, seed, intensity)
 
-    monkeypatch.setattr(Service, "_sampling", seen)
+    monkeypatch.setattr(service, "sampling_of", seen)
     answer = server.post(CHAT, asked(max_tokens=2, intensity="auto")).json()
     assert asked_for == [answer["intensity"]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ from vllm.config import VllmConfig
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from dami.serving.vllm.courses import Course, lams
 from dami.serving.vllm.quantization import PairQuantization
-from dami.serving.vllm.settings import KEY
+from dami.serving.vllm.states import PromptStates
 from dami.serving.vllm.support import wrap
 
 
@@ -21,9 +23,26 @@ def install() -> None:
     wrap(GPUModelRunner, "_get_prompt_logprobs_dict", _prompt_logprobs)
 
 
-def requested_intensity(params: Any, pair: PairQuantization) -> float:
-    """Returns the λ of a request, or the default for a runner's own warm-up requests, which have none."""
-    return ((params and params.extra_args) or {}).get(KEY, pair.settings.default_intensity)
+def course_of(params: Any) -> Course:
+    """Returns the course of a request; λ=0 for a runner's own warm-up requests, which have none."""
+    return Course.of(params) or Course(0, [(0, 0.0)], 0, 0.0)
+
+
+def _course(state: Any) -> Course:
+    """Returns the course of a request in the first runner, which is kept with its state there."""
+    own = vars(state)
+    if "dami_course" not in own:
+        own["dami_course"] = course_of(state.sampling_params)
+    return own["dami_course"]
+
+
+def running_course(runner: Any, name: str) -> Course | None:
+    """Returns the course by which a runner runs a request of this name; None if it knows no such request."""
+    if isinstance(runner, GPUModelRunner):
+        state = runner.requests.get(name)
+        return None if state is None else _course(state)
+    slot = runner.req_states.req_id_to_index.get(name)
+    return None if slot is None else runner.model_state.courses[slot]
 
 
 def _prepare_inputs(original: Any, self: Any, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
@@ -31,10 +50,19 @@ def _prepare_inputs(original: Any, self: Any, scheduler_output: Any, num_schedul
     prepared = original(self, scheduler_output, num_scheduled_tokens)
     pair = PairQuantization.of(self.vllm_config)
     if pair is not None:
-        each = [requested_intensity(self.requests[name].sampling_params, pair) for name in self.input_batch.req_ids]
-        tokens = np.repeat(np.array(each, dtype=np.float32), num_scheduled_tokens)
+        batch = self.input_batch
+        courses = [_course(self.requests[name]) for name in batch.req_ids]
+        tokens = lams(courses, batch.num_computed_tokens_cpu[: len(courses)], num_scheduled_tokens)
         pair.rows.set(async_tensor_h2d(tokens, self.device), prepared[0])
+        _begin(pair, courses, batch.num_computed_tokens_cpu[: len(courses)], num_scheduled_tokens)
     return prepared
+
+
+def _begin(pair: PairQuantization, courses: Sequence[Course], starts: np.ndarray, counts: np.ndarray) -> None:
+    """Tells the states of prompts which pilots' prompts end in a step."""
+    if isinstance(pair.states, PromptStates):
+        last = zip(courses, starts + counts, np.cumsum(counts) - 1, strict=True)
+        pair.states.begin([(course.pilot, row) for course, end, row in last if course.pilot and end == course.prompt])
 
 
 def _prompt_logprobs(original: Any, self: Any, hidden_states: Any, *args: Any) -> Any:
@@ -71,7 +99,7 @@ def attach(model: Any, config: VllmConfig, pair: PairQuantization) -> None:
 
 
 def with_intensity(base: Any, pair: PairQuantization) -> type:
-    """Returns a subclass of a model state that also keeps the λ of each slot of the second runner."""
+    """Returns a subclass of a model state that also keeps the course of each slot of the second runner."""
     from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 
     for name in ("compute_prompt_logprobs", "compute_prompt_token_id_logprobs"):
@@ -80,21 +108,27 @@ def with_intensity(base: Any, pair: PairQuantization) -> type:
     class IntensityState(base):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.intensities = np.full(self.max_num_reqs, pair.settings.default_intensity, dtype=np.float32)
+            self.courses = [course_of(None)] * self.max_num_reqs
             self.positions_of_tokens = torch.arange(self.max_num_tokens, dtype=torch.int32, device=self.device)
 
         def add_request(self, req_index: int, new_req_data: Any) -> None:
             super().add_request(req_index, new_req_data)
-            self.intensities[req_index] = requested_intensity(new_req_data.sampling_params, pair)
+            self.courses[req_index] = course_of(new_req_data.sampling_params)
 
         def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
             count, padded = input_batch.num_reqs, input_batch.num_tokens_after_padding
-            each = async_tensor_h2d(self.intensities[input_batch.idx_mapping_np[:count]], self.device)
-            # with adaptive draft verification, only the device knows how many tokens a request has
-            ends = input_batch.query_start_loc[1 : count + 1]
-            owner = torch.searchsorted(ends, self.positions_of_tokens[:padded], right=True)
-            tokens = each.index_select(0, owner.clamp_(max=count - 1))
+            counts = input_batch.num_scheduled_tokens[:count]
+            courses = [self.courses[slot] for slot in input_batch.idx_mapping_np[:count]]
+            known = async_tensor_h2d(lams(courses, input_batch.num_computed_tokens_np[:count], counts), self.device)
+            firsts = async_tensor_h2d(np.cumsum(counts) - counts, self.device)
+            # with adaptive draft verification, only the device knows how many tokens a request has: at most `counts`
+            starts = input_batch.query_start_loc[: count + 1]
+            places = self.positions_of_tokens[:padded]
+            owner = torch.searchsorted(starts[1:], places, right=True).clamp_(max=count - 1)
+            within = places + (firsts - starts[:-1]).index_select(0, owner)
+            tokens = known.index_select(0, within.clamp_(max=len(known) - 1))
             pair.rows.set(tokens, input_batch.logits_indices)
+            _begin(pair, courses, input_batch.num_computed_tokens_np[:count], counts)
             return super().prepare_inputs(input_batch, req_states)
 
     IntensityState.__name__ = f"Intensity{base.__name__}"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import dami
 import pytest
+import torch
+from dami.estimators.files import StoredIntensity
 
-from tests.dami.serving.vllm.pairs import LAMS, answers, prompts_of
+from tests.dami.serving.vllm.pairs import LAMS, answer_by_place, answers, prompts_of
 from tests.dami.serving.vllm.processes import answers_of
 
 PROMPTS = prompts_of(5, 17, 33, 9, 21)
@@ -25,6 +29,36 @@ def test_the_second_model_runner(packed: Any) -> None:
     check(packed, "qwen3", "int4", {"max_num_batched_tokens": 32}, **environment)
 
 
+ARGUMENTS: list[Any] = [
+    {"intensity": "auto"},
+    {"intensity": 1.0, "prompt_intensity": 0.0, "prompt_tail": 3},
+    {"intensity": 1.0, "intensity_schedule": [[4, 0.0]]},
+]
+
+
+def check_the_dial(options: dict[str, Any], tmp_path: Path, **environment: str) -> None:
+    """λ that the estimator chooses, of prompts, and by a schedule."""
+    pair = dami.pack(*dami.example_pair(), tmp_path / "pair", format="int8")
+    model, tokenizer = dami.load_pair(pair)
+    prompt = tokenizer("<|user|>47 + 38 - 12 =<|assistant|>")["input_ids"] * 3
+    chosen = (
+        StoredIntensity.load(pair / "intensity").estimator.estimate(model, {"input_ids": torch.tensor([prompt])}).item()
+    )
+    job = {"engine": {"model": str(pair), **options}, "ask": {"prompts": [prompt] * 3, "lams": ARGUMENTS}}
+    tokens, _ = answers_of(job, **environment)
+    last = len(prompt) - 1
+    assert tokens == [
+        answers(pair, [prompt], [chosen], 16)[0],
+        answer_by_place(pair, prompt, 16, lambda place: 0.0 if place < last - 2 else 1.0),
+        answer_by_place(pair, prompt, 16, lambda place: 1.0 - 0.25 * min(max(place - last, 0), 4)),
+    ]
+
+
+def test_the_dial_in_the_second_model_runner(tmp_path: Path) -> None:
+    environment = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    check_the_dial({"max_num_batched_tokens": 32, "enable_prefix_caching": True}, tmp_path, **environment)
+
+
 def test_speculation_by_ngrams(packed: Any) -> None:
     """Answers that repeat themselves: drafts are found, and verified at the request's own λ.
 
@@ -39,11 +73,32 @@ def test_speculation_by_ngrams(packed: Any) -> None:
 
 
 @pytest.mark.slow
+def test_speculation_by_the_instruct_end(ends: Any, packed: Any) -> None:
+    """As a model of its own, which drafts at λ = 0 for all."""
+    model = packed("qwen3", "int8")
+    speculation = {"method": "draft_model", "model": str(ends("qwen3")[0]), "num_speculative_tokens": 3}
+    options = {"model": str(model), "speculative_config": speculation, "disable_log_stats": False}
+    options |= {"default_intensity": 0.5}  # whose place in vLLM's config the draft's loader sees as well
+    tokens, counted = answers_of({"engine": options, "ask": {"prompts": PROMPTS}})
+    assert tokens == answers(model, PROMPTS, LAMS, 16)
+    assert counted["vllm:spec_decode_num_accepted_tokens"] > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "format"), [("llama", "int4"), ("mistral", "w8d4"), ("qwen3_moe", "int8"), ("adapted", "lowrank")]
 )
 def test_tensor_parallelism(packed: Any, family: str, format: str) -> None:
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "max_num_batched_tokens": 32}
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    check(packed, family, format, options, **environment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "format"), [("qwen3", "int4"), ("mixtral", "int8")])
+def test_pipeline_parallelism(packed: Any, family: str, format: str) -> None:
+    """Each stage tests itself. The model of qwen3 has its head tied to its embedding, which then are in two stages."""
+    options = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", "max_num_batched_tokens": 32}
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     check(packed, family, format, options, **environment)
 
@@ -61,3 +116,8 @@ def test_compiled(packed: Any, family: str, format: str, tmp_path: Any) -> None:
     """Once more from what the first run has kept."""
     for _ in range(2):
         check(packed, family, format, {"enforce_eager": False}, VLLM_CACHE_ROOT=str(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_dial_of_a_compiled_model(tmp_path: Path) -> None:
+    check_the_dial({"enforce_eager": False}, tmp_path, VLLM_CACHE_ROOT=str(tmp_path / "cache"))

@@ -1,0 +1,62 @@
+"""What a request wants of the tokens of its answer, as `dami.serving.guiding` takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dami.serving.guiding import Wishes
+from dami.serving.protocol import SHARES, BadRequest, ChatRequest, CompletionRequest
+from dami.serving.structured import Grammar
+
+
+def wishes_of(
+    body: ChatRequest | CompletionRequest,
+    room: int,
+    vocabulary: int,
+    answer_intensity: float | None,
+    reserve: int,
+    span: float | None,
+    grammar: Grammar | None,
+) -> Wishes:
+    """Returns what a request wants.
+
+    Args:
+        body: the request.
+        room: the most tokens that the answer and its thoughts may have.
+        vocabulary: number of token ids that the model takes.
+        reserve: how many tokens a thought must leave to its answer; 0 for none.
+        answer_intensity, span, grammar: as in `Wishes`.
+
+    Raises:
+        BadRequest: it has a bias for a token that does not exist.
+    """
+    biases = body.biases
+    if biases and max(biases) >= vocabulary:
+        raise BadRequest(f"logit_bias has the id {max(biases)}, and the vocabulary {vocabulary} ids", "logit_bias")
+    return Wishes(
+        biases,
+        body.presence_penalty or 0.0,
+        body.frequency_penalty or 0.0,
+        body.intensity_schedule or (),
+        answer_intensity,
+        _budget(body, room, reserve) if isinstance(body, ChatRequest) else None,
+        span,
+        grammar,
+    )
+
+
+def _budget(body: ChatRequest, room: int, reserve: int) -> int | None:
+    """Returns the most tokens that the thoughts of an answer may have; None for no limit."""
+    budgets = [] if body.thinking_token_budget is None else [body.thinking_token_budget]
+    share = SHARES.get(body.reasoning_effort or "")
+    if share is not None and (body.wanted_tokens is not None or share == 0):
+        budgets.append(int(share * room))
+    if reserve:
+        budgets.append(max(room - reserve, 0))
+    return min(budgets, default=None)
+
+
+def span_of(frontier: Mapping[str, Any]) -> float | None:
+    """Returns over how many tokens λ bends: the mean length of the longest answers of a frontier, if one is known."""
+    return max((point["tokens"][0] for point in frontier.get("points", ())), default=None)
