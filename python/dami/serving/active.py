@@ -102,6 +102,11 @@ class ActiveRequest:
         granted = {choice.row.intensity for choice in self.choices}
         return granted.pop() if len(granted) == 1 else None
 
+    def cached_tokens(self) -> int:
+        """Returns how many tokens of its prompts were not read. A prompt counts once, however many choices it has."""
+        firsts = self.choices[:: self.body.n or 1]
+        return sum(choice.guide.shared for choice in firsts)
+
     def cancel(self) -> None:
         for choice in self.choices:
             choice.row.cancel()
@@ -112,6 +117,7 @@ class ActiveRequest:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": tokens,
             "total_tokens": self.prompt_tokens + tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens()},
             "completion_tokens_details": {"reasoning_tokens": sum(map(ActiveChoice.reasoning_tokens, self.choices))},
         }
 

@@ -56,10 +56,15 @@ class CompletionTokensDetails(TypedDict):
     reasoning_tokens: int
 
 
+class PromptTokensDetails(TypedDict):
+    cached_tokens: Annotated[int, Field(description="Tokens that were not read, because the KV cache had them.")]
+
+
 class Usage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: CompletionTokensDetails
 
 

@@ -197,6 +197,7 @@ class Service:
         """Records an answer's metrics, and cancels what is still being generated."""
         self.active.pop(request.id, None)
         request.cancel()
+        self.metrics.cached_tokens.inc(request.cached_tokens())
         now = time.monotonic()
         for choice in request.choices:
             row, tokens = choice.row, len(choice.tokens)
