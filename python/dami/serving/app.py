@@ -27,7 +27,7 @@ from dami.serving.formatting import Format
 from dami.serving.gate import Gate
 from dami.serving.leaving import Gone, unless_gone
 from dami.serving.protocol import BadRequest, ChatRequest, CompletionRequest, DialRequest
-from dami.serving.responses import EventStream, error, json_in_pieces
+from dami.serving.replies import EventStream, error, json_in_pieces
 from dami.serving.schema import (
     DEAD,
     DIALLED,

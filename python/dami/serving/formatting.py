@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from dami.serving.active import ActiveChoice, ActiveRequest
 from dami.serving.deltas import Delta
 from dami.serving.engine import EngineDead, Token
-from dami.serving.responses import as_event, error
+from dami.serving.replies import as_event, error
 from dami.serving.schema import (
     AssistantMessage,
     ChatChoice,

@@ -2,7 +2,7 @@
 
 Pydantic generates the server's schema from them, and mypy checks the code that builds them. At run time they are plain
 dicts. So a chunk of a stream costs no more than its JSON, and a long answer can be written without blocking other
-threads (`responses.as_json`), which Pydantic's own models would do.
+threads (`replies.as_json`), which Pydantic's own models would do.
 """
 
 from __future__ import annotations

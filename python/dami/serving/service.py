@@ -23,7 +23,7 @@ from dami.serving.models import Models
 from dami.serving.prompts import Prompts
 from dami.serving.protocol import BadRequest, ChatRequest, CompletionRequest, DialRequest
 from dami.serving.reading import PromptReading, default_reading, reading_of
-from dami.serving.responses import as_json
+from dami.serving.replies import as_json
 from dami.serving.sampling import SamplingDefaults, sampling_of
 from dami.serving.schema import Dial
 from dami.serving.settings import ServiceSettings
