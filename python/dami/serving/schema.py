@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 GrantedIntensity = Annotated[
     float | None, Field(description="λ granted; null if the response's prompts got different ones.")
@@ -68,10 +68,26 @@ class Usage(TypedDict):
     completion_tokens_details: CompletionTokensDetails
 
 
+class CalledFunction(TypedDict):
+    name: str
+    arguments: Annotated[str, Field(description="The JSON of an object.")]
+
+
+class CallOfTool(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class CallDelta(CallOfTool):
+    index: Annotated[int, Field(description="Place among the calls of the answer. A call comes whole.")]
+
+
 class AssistantMessage(TypedDict):
     role: Literal["assistant"]
-    content: str
+    content: Annotated[str | None, Field(description="null if the answer is nothing but calls.")]
     reasoning_content: NotRequired[Annotated[str, Field(description="The thought, if there is one.")]]
+    tool_calls: NotRequired[list[CallOfTool]]
 
 
 class ChatChoice(TypedDict):
@@ -85,6 +101,7 @@ class MessageDelta(TypedDict):
     role: NotRequired[Literal["assistant"]]
     reasoning_content: NotRequired[str]
     content: NotRequired[str]
+    tool_calls: NotRequired[list[CallDelta]]
 
 
 class ChatChunkChoice(TypedDict):
