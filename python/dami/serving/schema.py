@@ -7,6 +7,7 @@ threads (`replies.as_json`), which Pydantic's own models would do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI
@@ -246,26 +247,35 @@ REFUSED = errors(
 DIALLED: Described = {**REFUSED, **errors(NOT_RUNNING)}
 
 
-def answered_by(whole: type, chunk: type) -> Described:
+def answered_by(whole: type, chunk: type, last: str = "[DONE]") -> Described:
     """Describes the responses of a route that generates: a `whole` object, or with `stream` events, each a `chunk`."""
     content = {"$ref": SCHEMAS.format(model=chunk.__name__)}
     data = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
     event = {"type": "object", "required": ["data"], "properties": {"data": data}}
     described = {
         "model": whole,
-        "description": "The answer, or with `stream` its pieces; their last data is [DONE].",
+        "description": f"The answer, or with `stream` its pieces, of which the last is {last}.",
         "content": {"text/event-stream": {"itemSchema": event}},
     }
     return {200: described, **REFUSED}
 
 
 class App(FastAPI):
-    """An application whose schema includes the chunks of streams; FastAPI itself adds only the types of JSON bodies."""
+    """An application whose schema includes the pieces of streams; FastAPI itself adds only the types of JSON bodies.
+
+    Args:
+        streamed: the types of the pieces.
+        options: those of FastAPI.
+    """
+
+    def __init__(self, streamed: Sequence[type], **options: Any) -> None:
+        super().__init__(**options)
+        self.streamed = streamed
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
             components = super().openapi()["components"]["schemas"]
-            for kind in (ChatCompletionChunk, CompletionChunk):
+            for kind in self.streamed:
                 schema = TypeAdapter(kind).json_schema(ref_template=SCHEMAS)
                 components |= schema.pop("$defs") | {kind.__name__: schema}
         return super().openapi()
