@@ -30,7 +30,7 @@ from dami.serving.formatting import ChatFormat, CompletionFormat
 from dami.serving.lanes import SHORT, Lanes
 from dami.serving.prompts import Prompts
 from dami.serving.protocol import PROMPTS, ChatRequest, CompletionRequest
-from dami.serving.responses import as_json
+from dami.serving.replies import as_json
 from dami.serving.settings import ServiceSettings
 from dami.thoughts import Reader
 from pydantic import ValidationError
