@@ -1,6 +1,6 @@
 """Which λ prompt, thought and answer deserve on a pair: python -m benchmarks.tuning PAIR
 
-What `dami tune` finds on the pair's questions by default. Rows go to `results/tuning_PAIR.csv`, one for each way to
+What `dami tune` finds on the pair's questions. Rows go to `results/tuning_PAIR.csv`, one for each way to
 answer that was scored on held-out questions.
 
     shipped   the shipped pair and its questions, sampled
@@ -27,6 +27,7 @@ from benchmarks.subjects import names, subject
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pair", choices=[name for name in names() if name != "smollm2"])
+    parser.add_argument("--first", type=int, default=64, help="questions of the first round (%(default)s)")
     parser.add_argument("--work", type=Path, default=Path("tuning-run"), help="where answers go (%(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     options = parser.parse_args()
@@ -35,7 +36,7 @@ def main() -> None:
     with Progress() as bars:
         bar = bars.add_task("answers", total=None)
         found = tune(
-            asked.model, asked.tokenizer, asked.task, work, rows=asked.rows, **asked.options,
+            asked.model, asked.tokenizer, asked.task, work, first=options.first, rows=asked.rows, **asked.options,
             on_batch=lambda news: bars.advance(bar, len(news)),
         )  # fmt: skip
     store(rows_of(found), options.results / f"tuning_{options.pair.replace('/', '_')}.csv")

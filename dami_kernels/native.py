@@ -156,6 +156,45 @@ def lerp_layer_norm(
     )
 
 
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    table: Tensor,
+    begins: Tensor,
+    key_begins: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Computes causal attention of concatenated sequences whose keys and values lie in pages.
+
+    The keys and values of the queries' own tokens are written to their pages first. A query's bits depend on nothing
+    but the keys that it sees. There is no gradient.
+
+    Args:
+        query: [1, heads, tokens, size], of all sequences.
+        key, value: [1, key heads, tokens, size], of the same tokens.
+        key_pages, value_pages: [pages, page, key heads, size], where `page` is the number of tokens of a page.
+        table: int32 [sequences, ·], the pages of each sequence, in order.
+        begins, key_begins: int32 [sequences + 1], where queries and keys of each sequence begin, and the end.
+        scale: scale of the scores.
+        softcap: soft cap of the scores; 0 for none.
+        sinks: [tokens, heads], one more score for each query, without a value.
+
+    Returns:
+        [1, tokens, heads, size].
+
+    Raises:
+        IndexError: a sequence has fewer keys than queries, or pages that do not exist.
+        NotImplementedError: shapes or dtypes are others.
+    """
+    operands = (_dense(query), _dense(key), _dense(value), key_pages, value_pages, table, begins, key_begins)
+    return _taken(_C.attention(*operands, scale, softcap, None if sinks is None else sinks.float().contiguous()))
+
+
 def register(reraise: Callable[[], None]) -> None:
     """Registers the kernels with torch's dispatcher, bypassing Python.
 

@@ -79,6 +79,43 @@ struct Norm {
   float eps, offset;
 };
 
+// Vectors of the heads of tokens; strides count elements.
+struct Heads {
+  const void* data;
+  int64_t token_stride, head_stride;
+};
+
+// The same of all sequences, in pages of so many tokens.
+struct Pages {
+  void* data;
+  int64_t count, page_stride, token_stride, head_stride;
+};
+
+// Causal attention of concatenated sequences, whose keys and values lie in pages. Those of the queries' own tokens are
+// written there first.
+struct Attention {
+  Type type;
+  Heads query, key, value;
+  Pages keys, values;
+  const int32_t* table;  // [sequences, ·], the pages of each
+  int64_t table_stride, table_columns;
+  const int32_t *begins, *key_begins;  // [sequences + 1], where the queries and the keys of each begin, and the end
+  int64_t sequences, tokens, heads, key_heads, size, value_size, page_size;
+  float scale, softcap;  // of the scores; no soft cap if it is 0
+  const float* sinks;  // [tokens, heads], or null
+  void* y;  // [tokens, heads, value_size]
+};
+
+// How many keys of its sequence a query sees.
+static inline int64_t seen(const Attention& p, int64_t sequence, int64_t query) {
+  return p.key_begins[sequence + 1] - p.key_begins[sequence] - (p.begins[sequence + 1] - 1 - query);
+}
+
+// Queries that follow each other in a sequence, of the heads that share a key head.
+struct Queries {
+  int64_t sequence, first, count, key_head;
+};
+
 // How a group of rows of x uses a weight.
 enum class Mode {
   base,   // λ = 0 in every row: the other matrix is never read
@@ -118,6 +155,13 @@ constexpr int64_t max_tile_m = 6;
 // A `linear` kernel's memory: a block of tile_n rows of two matrices, half as much for scales, and two sums for every output.
 constexpr int64_t linear_scratch(int64_t rows) { return tile_n * 3 * block_bytes + rows * 2 * max_outputs * 4; }
 
+// An `attention` kernel's memory, in floats: queries, scores, sums and the sum of weights of every row; padded for any vector.
+static constexpr int64_t padded_query(int64_t size) { return (size + 15) / 16 * 16; }
+static constexpr int64_t padded_sums(int64_t size) { return (size + 63) / 64 * 64; }
+static constexpr int64_t attention_scratch(int64_t rows, int64_t keys, int64_t size, int64_t value_size) {
+  return rows * (padded_query(size) + keys + padded_sums(value_size) + 1);
+}
+
 // The kernels of one instruction set; arrays are indexed by Type.
 struct Isa {
   const char* name;
@@ -125,14 +169,16 @@ struct Isa {
   int tile_rows;    // rows of x in a register tile: fewer at one end are not worth a group of their own
   int blend_rows[3];  // rows of one λ that pay for blending
 
-  // A row of k elements of x as `linear` reads it, 64-byte aligned: how many bytes, and what writes them.
-  int64_t (*x_bytes[3])(int64_t k);
-  void (*prepare_x[3])(const void* from, int64_t k, void* to);
+  // A row of k elements of x as `linear` reads it, 64-byte aligned: how many bytes, and what writes them. `codes`: whether any
+  // matrix is stored as codes.
+  int64_t (*x_bytes[3])(int64_t k, bool codes);
+  void (*prepare_x[3])(const void* from, int64_t k, bool codes, void* to);
   // Outputs [n0, n1) of one block; `scratch` has linear_scratch(rows) bytes, 64-byte aligned.
   void (*linear[3])(const Linear&, const Block&, int64_t n0, int64_t n1, void* scratch);
   void (*embedding[3])(const Weight&, int64_t row, float lam, void* y, int64_t d);
   void (*rms_norm[3])(const Norm&, int64_t row, float lam);
   void (*layer_norm[3])(const Norm&, int64_t row, float lam);
+  void (*attention[3])(const Attention&, const Queries&, float* memory);
 
   // For benchmarks: the rates no kernel can exceed.
   double (*multiply_add[3])(int64_t steps);  // runs `steps` · the returned number of floating point operations
@@ -155,6 +201,7 @@ void rms_norm(const Norm&, int64_t rows, const Lams&, int threads);
 void layer_norm(const Norm&, int64_t rows, const Lams&, int threads);
 void embedding(Type, const void* ids, bool ids_are_64_bit, int64_t count, const Weight& weight, int64_t vocabulary,
                int64_t d, void* y, const Lams&, int threads);
+void attention(const Attention&, int threads);
 
 // Measured rates: floating point operations a second, and bytes a second read from `data`.
 double peak_flops(Type, int threads);

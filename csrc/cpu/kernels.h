@@ -2,6 +2,7 @@
 // anonymous namespace: then so does everything made of them, and the linker cannot put AVX-512 code where AVX2 code belongs.
 #pragma once
 
+#include "attention.h"
 #include "embedding.h"
 #include "linear.h"
 #include "norms.h"
@@ -28,6 +29,7 @@ constexpr Isa make_isa(const char* name, bool (*supported)(), int blend_rows, in
       {embedding<V, float>, embedding<V, bf16>, embedding<V, f16>},
       {rms_norm<V, float>, rms_norm<V, bf16>, rms_norm<V, f16>},
       {layer_norm<V, float>, layer_norm<V, bf16>, layer_norm<V, f16>},
+      {attention<V, float>, attention<V, bf16>, attention<V, f16>},
       {multiply_add<V, Dot>, multiply_add<V, DotOfBf16>, multiply_add<V, Dot>},
       read<V>,
   };

@@ -16,6 +16,7 @@ namespace {
 
 // Below this much work for each thread, in bytes touched or operations done, waking another one costs more than it saves.
 constexpr int64_t least_work = 32 * 1024;
+constexpr int64_t attention_rows = 12;  // queries times heads that read keys together, unless the heads of one query are more
 constexpr int64_t prepared_bytes = 32 << 20;  // the most that x, converted or padded, may take, but for single rows
 
 struct Free {
@@ -37,6 +38,10 @@ int64_t bytes_of(Type type) { return type == Type::f32 ? 4 : 2; }
 
 const char* row_of(const Matrix& matrix, Type type, int64_t row) {
   return static_cast<const char*>(matrix.data) + row * matrix.stride * bytes_of(type);
+}
+
+bool has_codes(const Weight& weight) {
+  return weight.base.storage != Storage::dense || weight.other.storage != Storage::dense;
 }
 
 int threads_for(int64_t work, int threads) {
@@ -151,7 +156,7 @@ Blocks blocks_at_once(SharedBlock* first, SharedBlock* end, int64_t x_stride) {
 }
 
 // Writes the rows of x that blocks take as the kernels read them, and says in the blocks where they are.
-Buffer prepare(const Isa& isa, const Input& input, Blocks blocks, int64_t x_stride, int threads) {
+Buffer prepare(const Isa& isa, const Input& input, bool codes, Blocks blocks, int64_t x_stride, int threads) {
   const int type = static_cast<int>(input.type);
   std::vector<int64_t> rows;
   for (const SharedBlock& shared : blocks) rows.insert(rows.end(), shared.block.rows.begin(), shared.block.rows.end());
@@ -159,7 +164,7 @@ Buffer prepare(const Isa& isa, const Input& input, Blocks blocks, int64_t x_stri
   Buffer prepared = allocate(count * x_stride);
   char* const x = static_cast<char*>(prepared.get());
   parallel_for(count, threads_for(count * input.k, threads), [&](int64_t i, int) {
-    isa.prepare_x[type](row_of(input.x, input.type, rows[i]), input.k, x + i * x_stride);
+    isa.prepare_x[type](row_of(input.x, input.type, rows[i]), input.k, codes, x + i * x_stride);
   });
   int64_t row = 0;
   for (SharedBlock& shared : blocks) {
@@ -212,8 +217,9 @@ void linear(const Input& input, const std::vector<Linear>& weights, const Lams& 
 
   const int64_t scratch_bytes = linear_scratch(max_rows);
   const Buffer scratch = allocate(scratch_bytes * threads);
+  const bool codes = std::any_of(weights.begin(), weights.end(), [](const Linear& p) { return has_codes(p.weight); });
   // Rows that lie a multiple of 4 KiB apart would displace each other from L1.
-  int64_t x_stride = round_up(isa.x_bytes[type](input.k), 64);
+  int64_t x_stride = round_up(isa.x_bytes[type](input.k, codes), 64);
   if (x_stride % 4096 == 0) x_stride += 2048;
   // Wide tasks read x less often, but leave fewer of them to balance.
   const int64_t width = std::clamp<int64_t>(plan.outputs / (threads * 8) / 16 * 16, 16, max_outputs);
@@ -221,7 +227,7 @@ void linear(const Input& input, const std::vector<Linear>& weights, const Lams& 
   SharedBlock* const end = plan.blocks.data() + plan.blocks.size();
   for (Blocks blocks{plan.blocks.data(), plan.blocks.data()}; blocks.last < end;) {
     blocks = blocks_at_once(blocks.last, end, x_stride);
-    const Buffer x = prepare(isa, input, blocks, x_stride, threads);
+    const Buffer x = prepare(isa, input, codes, blocks, x_stride, threads);
     const std::vector<Task> tasks = tasks_of(blocks, weights, width);
     parallel_for(static_cast<int64_t>(tasks.size()), threads, [&](int64_t i, int worker) {
       const Task& task = tasks[i];
@@ -271,6 +277,66 @@ void embedding(Type type, const void* ids, bool ids_are_64_bit, int64_t count, c
                               std::to_string(id_of(row)));
   for_rows(count, d * bytes_of(type), lams, threads, [&](int64_t row, float lam) {
     isa.embedding[static_cast<int>(type)](weight, id_of(row), lam, static_cast<char*>(y) + row * d * bytes_of(type), d);
+  });
+}
+
+namespace {
+
+// std::out_of_range unless every sequence's tokens and pages are there.
+void check(const Attention& p) {
+  const int64_t pages = std::min(p.keys.count, p.values.count);
+  for (int64_t s = 0; s < p.sequences; s++) {
+    const int64_t queries = p.begins[s + 1] - p.begins[s], keys = p.key_begins[s + 1] - p.key_begins[s];
+    if (queries < 0 || keys < queries || ceil_div(keys, p.page_size) > p.table_columns)
+      throw std::out_of_range("a sequence must have as many keys as queries at least, and pages for all of them, got " +
+                              std::to_string(queries) + " queries, " + std::to_string(keys) + " keys and " +
+                              std::to_string(p.table_columns) + " pages of " + std::to_string(p.page_size));
+    for (int64_t i = 0; i < ceil_div(keys, p.page_size); i++)
+      if (const int32_t page = p.table[s * p.table_stride + i]; page < 0 || page >= pages)
+        throw std::out_of_range("table must be in [0, " + std::to_string(pages) + "), got " + std::to_string(page));
+  }
+  if (p.sequences > 0 && (p.begins[0] != 0 || p.begins[p.sequences] != p.tokens))
+    throw std::out_of_range("begins must be from 0 to " + std::to_string(p.tokens) + ", got " +
+                            std::to_string(p.begins[0]) + " to " + std::to_string(p.begins[p.sequences]));
+}
+
+// Writes keys or values of new tokens to their pages.
+void write(const Attention& p, const Heads& from, const Pages& to, int64_t size) {
+  const int64_t item = bytes_of(p.type);
+  for (int64_t s = 0; s < p.sequences; s++)
+    for (int64_t token = p.begins[s]; token < p.begins[s + 1]; token++) {
+      const int64_t place = seen(p, s, token) - 1, page = p.table[s * p.table_stride + place / p.page_size];
+      const int64_t row = page * to.page_stride + place % p.page_size * to.token_stride;
+      for (int64_t head = 0; head < p.key_heads; head++)
+        std::memcpy(static_cast<char*>(to.data) + (row + head * to.head_stride) * item,
+                    static_cast<const char*>(from.data) + (token * from.token_stride + head * from.head_stride) * item,
+                    static_cast<size_t>(size * item));
+    }
+}
+
+}  // namespace
+
+void attention(const Attention& p, int threads) {
+  check(p);
+  write(p, p.key, p.keys, p.size);
+  write(p, p.value, p.values, p.value_size);
+  const int64_t group = p.heads / p.key_heads, at_once = std::max<int64_t>(1, attention_rows / group);
+  std::vector<Queries> tasks;
+  int64_t most = 0, work = 0;
+  for (int64_t s = 0; s < p.sequences; s++) {
+    for (int64_t first = p.begins[s]; first < p.begins[s + 1]; first += at_once)
+      for (int64_t head = 0; head < p.key_heads; head++)
+        tasks.push_back({s, first, std::min<int64_t>(at_once, p.begins[s + 1] - first), head});
+    const int64_t keys = p.key_begins[s + 1] - p.key_begins[s];
+    most = std::max(most, keys);
+    work += (p.begins[s + 1] - p.begins[s]) * keys * p.heads * (p.size + p.value_size) / 8;
+  }
+  threads = threads_for(work, threads);
+  const int64_t floats = attention_scratch(at_once * group, most, p.size, p.value_size);
+  const Buffer scratch = allocate(floats * threads * 4);
+  const auto kernel = isa().attention[static_cast<int>(p.type)];
+  parallel_for(static_cast<int64_t>(tasks.size()), threads, [&](int64_t i, int worker) {
+    kernel(p, tasks[i], static_cast<float*>(scratch.get()) + worker * floats);
   });
 }
 

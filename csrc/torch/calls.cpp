@@ -263,4 +263,40 @@ void NormCall::run(void* y, int threads) {
   centred ? layer_norm(norm, rows, lams, threads) : rms_norm(norm, rows, lams, threads);
 }
 
+std::optional<AttentionCall> attention_call(const Tensor& query, const Tensor& key, const Tensor& value,
+                                            const Tensor& key_pages, const Tensor& value_pages, const Tensor& table,
+                                            const Tensor& begins, const Tensor& key_begins, double scale, double softcap,
+                                            const std::optional<Tensor>& sinks) {
+  const auto type = type_of(query.dtype);
+  for (const Tensor* t : {&query, &key, &value, &key_pages, &value_pages})
+    if (!type || t->dtype != query.dtype || t->dims != 4 || (t->size[3] > 1 && t->stride[3] != 1)) return {};
+  const int64_t heads = query.size[1], tokens = query.size[2], size = query.size[3];
+  const int64_t key_heads = key.size[1], value_size = value.size[3], page_size = key_pages.size[1];
+  const auto is = [](const Tensor& t, int64_t a, int64_t b, int64_t c, int64_t d) {
+    return t.size[0] == a && t.size[1] == b && t.size[2] == c && t.size[3] == d;
+  };
+  if (key_heads < 1 || heads % key_heads || page_size < 1 || !is(query, 1, heads, tokens, size)) return {};
+  if (!is(key, 1, key_heads, tokens, size) || !is(value, 1, key_heads, tokens, value_size)) return {};
+  if (!is(key_pages, key_pages.size[0], page_size, key_heads, size)) return {};
+  if (!is(value_pages, value_pages.size[0], page_size, key_heads, value_size)) return {};
+  if (table.dtype != Dtype::i32 || table.dims != 2 || (table.size[1] > 1 && table.stride[1] != 1)) return {};
+  const int64_t sequences = table.size[0];
+  if (!is_dense_vector(begins, Dtype::i32, sequences + 1) || !is_dense_vector(key_begins, Dtype::i32, sequences + 1)) return {};
+  if (sinks && (sinks->dtype != Dtype::f32 || sinks->dims != 2 || sinks->size[0] != tokens || sinks->size[1] != heads ||
+                sinks->stride[0] != heads || sinks->stride[1] != 1))
+    return {};
+  const auto of_tokens = [](const Tensor& t) { return Heads{t.data, t.stride[2], t.stride[1]}; };
+  const auto in_pages = [](const Tensor& t) { return Pages{t.data, t.size[0], t.stride[0], t.stride[1], t.stride[2]}; };
+  return AttentionCall{{*type, of_tokens(query), of_tokens(key), of_tokens(value), in_pages(key_pages), in_pages(value_pages),
+                        static_cast<const int32_t*>(table.data), table.stride[0], table.size[1],
+                        static_cast<const int32_t*>(begins.data), static_cast<const int32_t*>(key_begins.data), sequences,
+                        tokens, heads, key_heads, size, value_size, page_size, static_cast<float>(scale),
+                        static_cast<float>(softcap), sinks ? static_cast<const float*>(sinks->data) : nullptr, nullptr}};
+}
+
+void AttentionCall::run(void* y, int threads) {
+  attention.y = y;
+  dami::attention(attention, threads);
+}
+
 }  // namespace dami

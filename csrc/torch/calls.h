@@ -77,6 +77,10 @@ struct NormCall {
   bool centred;  // a layer norm
   void run(void* y, int threads);
 };
+struct AttentionCall {
+  Attention attention;
+  void run(void* y, int threads);  // [tokens, heads, value_size]
+};
 
 // Each is nothing where the arguments are wrong or need a copy first: Python then says what is wrong, or copies.
 // `weights` are the tensors of one weight after those of the other, `biases` of each a base and a target, or none.
@@ -90,6 +94,11 @@ std::optional<NormCall> rms_norm_call(const Tensor& x, const Tensors& weight, co
                                       double offset);
 std::optional<NormCall> layer_norm_call(const Tensor& x, const Tensors& weight, const Tensors& bias, const LamArguments&,
                                         double eps);
+// query, key and value are [1, heads, tokens, size], the pages [pages, tokens, key heads, size], table [sequences, ·].
+std::optional<AttentionCall> attention_call(const Tensor& query, const Tensor& key, const Tensor& value,
+                                            const Tensor& key_pages, const Tensor& value_pages, const Tensor& table,
+                                            const Tensor& begins, const Tensor& key_begins, double scale, double softcap,
+                                            const std::optional<Tensor>& sinks);
 
 // The formats of dami_kernels.formats that the kernels read: how they store the base, and the other matrix.
 struct Format {

@@ -277,6 +277,22 @@ PyObject* layer_norm(PyObject* const* a) {
   return run(std::move(y), [&](int threads) { call.run(to, threads); });
 }
 
+// (query, key, value, key_pages, value_pages, table, begins, key_begins, scale, softcap, sinks)
+PyObject* attention(PyObject* const* a) {
+  const Reader read(false);
+  const Tensor query = read.operand(a[0]);
+  auto made = attention_call(query, read.operand(a[1]), read.operand(a[2]), read.operand(a[3]), read.operand(a[4]),
+                             read.operand(a[5]), read.operand(a[6]), read.operand(a[7]), real(a[8]), real(a[9]),
+                             read.optional(a[10]));
+  AttentionCall& call = taken(made);
+  const int64_t sizes[] = {1, call.attention.tokens, call.attention.heads};
+  Tensor leading;
+  leading.size = sizes;
+  Object y = new_empty(a[0], leading, 3, call.attention.value_size);
+  void* const to = address(y);
+  return run(std::move(y), [&](int threads) { call.run(to, threads); });
+}
+
 // What a launch on a GPU depends on in its operands, but for their addresses, as a key; and the addresses.
 class Facts {
  public:
@@ -368,6 +384,7 @@ PyMethodDef methods[] = {
     {"embedding", fast(function<10, embedding>), METH_FASTCALL, nullptr},
     {"rms_norm", fast(function<8, rms_norm>), METH_FASTCALL, nullptr},
     {"layer_norm", fast(function<8, layer_norm>), METH_FASTCALL, nullptr},
+    {"attention", fast(function<11, attention>), METH_FASTCALL, nullptr},
     {"facts", fast(function<3, facts, false>), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };

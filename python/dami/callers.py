@@ -85,7 +85,7 @@ CALLERS = {
         Caller("dami generate", _ONE | {"auto"}),
         Caller("dami merge", _ONE),
         Caller("dami serve", _ONE | {"auto"}),
-        Caller("vLLM", frozenset({"number"})),
+        Caller("vLLM", _ONE | {"auto"}),
     )
 }
 PROMPT = Caller("generate", _EACH, "prompt_intensity")

@@ -241,6 +241,17 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
         using(f"{BATCHING}.input_outputs:ContinuousBatchingAsyncIOs.get_model_kwargs", "io_pairs", "device_io"),
         Place(f"{BATCHING}.input_outputs:ContinuousBatchingIOs.prepare_batch_tensors", ("self", "requests_in_batch")),
         using(f"{BATCHING}.input_outputs:ContinuousBatchingIOs.prepare_batch_tensors", "position_offset"),
+        using(f"{BATCHING}.input_outputs:ContinuousBatchingIOs.prepare_batch_tensors", "max_kv_read"),
+        using(f"{BATCHING}.cache:PagedAttentionCache.update", "block_table", "k_cache", "v_cache"),
+        Place(
+            f"{BATCHING}.cache_allocators.full_attention:FullAttentionCacheAllocator.get_cache_for_block_table",
+            ("self", "layer_idx"),
+        ),
+        using(
+            f"{BATCHING}.cache_allocators.full_attention:FullAttentionCacheAllocator.fill_block_table",
+            *("block_table", "block_physical_stride", "tokens_per_page"),
+        ),
+        Place(f"{BATCHING}.cache_allocators.cache_allocator:CacheAllocator", ("supports_block_table",)),
         Place(f"{BATCHING}.cache:PagedAttentionCache.search_prefix_match", ("self", "request_id", "prompt_ids")),
         Place(f"{BATCHING}.cache:PagedAttentionCache.mark_complete_blocks", ("self", "state", "complete_blocks")),
         Place(f"{BATCHING}.cache:PagedAttentionCache.free_all_requests", ("self", "clear_ledgers")),

@@ -195,11 +195,11 @@ _PROMPT = {"number", "numbers", "preset"}
         ("forward", FALLING, "forward takes a number, one per sequence, a preset or a mapping of parts as intensity, "
          "got a schedule, which is for generate$"),
         ("add_request", "auto", "add_request takes a number or a preset as intensity, got 'auto', which is for "
-         "generate, generate_batch, dami.chat.ask, dami generate and dami serve$"),
+         "generate, generate_batch, dami.chat.ask, dami generate, dami serve and vLLM$"),
         ("add_requests", {"mlp": 0.5}, "got a mapping of parts, which is for generate, forward, dami.intensity and "
          "dami.set_intensity$"),
         ("dami.materialize", [0.1, 0.2], "^intensity must be one number, got 2: dami.materialize takes no more$"),
-        ("vLLM", "low", "^vLLM takes a number as intensity, got 'low', which is for generate, forward, "),
+        ("vLLM", [0.1, 0.2], "^intensity must be one number, got 2: vLLM takes no more$"),
         ("generate", {"mlp": {"attn": 1}}, "^generate, for a part, takes a number, one per sequence, a preset, 'auto' "
          "or a schedule as intensity, got a mapping of parts"),
         ("dami.twin", {0.5}, "got set; dami.twin takes a number, one per sequence or a preset$"),

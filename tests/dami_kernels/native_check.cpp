@@ -1,5 +1,6 @@
 // Every kernel of every instruction set of this machine against double precision, on operands that end where their memory
 // ends. test_native_code.py builds it with sanitizers, and for ARM. Prints what is wrong; exits with how much.
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -181,6 +182,42 @@ void check_norms(Type type, int64_t m, int64_t k, const std::vector<float>& valu
   }
 }
 
+// Two sequences of so many queries and keys, whose pages lie in another order than theirs.
+void check_attention(Type type, int64_t group, int64_t size, int64_t value_size) {
+  const int64_t page_size = 5, queries[] = {1, 7}, keys[] = {23, 9}, key_heads = 2, heads = key_heads * group;
+  const int32_t table[] = {6, 0, 3, 5, 1, 2, 4, 0, 0, 0}, begins[] = {0, 1, 8}, key_begins[] = {0, 23, 32};
+  const Array q(type, 8 * heads * size, 1), k(type, 8 * key_heads * size, 1), v(type, 8 * key_heads * value_size, 1);
+  Array key_pages(type, 7 * page_size * key_heads * size, 1), value_pages(type, 7 * page_size * key_heads * value_size, 1);
+  Array y(type, 8 * heads * value_size, NAN);
+  const auto tokens = [](const Array& x, int64_t heads, int64_t size) { return Heads{x.bytes.data(), heads * size, size}; };
+  const auto pages = [&](Array& x, int64_t size) {
+    return Pages{x.bytes.data(), 7, page_size * key_heads * size, key_heads * size, size};
+  };
+  attention({type, tokens(q, heads, size), tokens(k, key_heads, size), tokens(v, key_heads, value_size),
+             pages(key_pages, size), pages(value_pages, value_size), table, 5, 5, begins, key_begins, 2, 8, heads, key_heads,
+             size, value_size, page_size, 0.25f, 0, nullptr, y.bytes.data()},
+            2);
+  std::vector<double> oracle;
+  for (int64_t s = 0; s < 2; s++)
+    for (int64_t seen = keys[s] - queries[s] + 1; seen <= keys[s]; seen++)
+      for (int64_t head = 0; head < heads; head++) {
+        const size_t token = oracle.size() / (heads * value_size);
+        std::vector<double> out(value_size), weights;
+        double sum = 0;
+        const auto row = [&](int64_t j) { return (table[s * 5 + j / page_size] * page_size + j % page_size) * key_heads + head / group; };
+        for (int64_t j = 0; j < seen; j++) {
+          double score = 0;
+          for (int64_t i = 0; i < size; i++) score += q.values[(token * heads + head) * size + i] * key_pages.at(row(j) * size + i);
+          weights.push_back(std::exp(score / 4));
+          sum += weights.back();
+        }
+        for (int64_t j = 0; j < seen; j++)
+          for (int64_t i = 0; i < value_size; i++) out[i] += weights[j] / sum * value_pages.at(row(j) * value_size + i);
+        oracle.insert(oracle.end(), out.begin(), out.end());
+      }
+  expect("attention", y, oracle);
+}
+
 }  // namespace
 
 int main() {
@@ -191,12 +228,15 @@ int main() {
                                                  {Storage::int8, Storage::int4}};
   for (const std::string& name : supported_isas()) {
     use_isa(name);
-    for (Type type : {Type::f32, Type::bf16, Type::f16})
+    for (Type type : {Type::f32, Type::bf16, Type::f16}) {
+      for (const auto& [group, size, value_size] : {std::array<int64_t, 3>{1, 64, 64}, {3, 40, 24}, {16, 7, 70}})
+        check_attention(type, group, size, value_size);
       for (const auto& [m, n, k] : shapes)
         for (const std::vector<float>& values : {std::vector<float>{0}, {1}, {0.25f}, {0, 1, 0.75f, 0.5f, 1.25f, -0.5f}}) {
           for (const auto& [base, other] : formats) check(type, m, n, k, values, base, other);
           check_norms(type, m, k, values);
         }
+    }
     std::printf("%s: %d wrong\n", name.c_str(), failures);
   }
   return failures;

@@ -49,6 +49,9 @@ def tune(
     prompt_tail: PromptTailOption = None,
     candidates: Annotated[int, typer.Option(min=1, help="How many ways to answer to start with.")] = 48,
     finalists: Annotated[int, typer.Option(min=1, help="How many to score on questions held out.")] = 6,
+    first: Annotated[
+        int, typer.Option(min=1, help="How many questions the first round asks; each round asks twice as many.")
+    ] = 8,
     questions: QuestionsOption = None,
     verifier: VerifierOption = None,
     rows: RowsOption = 64,
@@ -83,7 +86,7 @@ def tune(
         bar = progress.add_task("answers", total=None)
         found = tuning.tune(
             model, tokenizer, asked, output, lams, parts=part or (), tail=1 if prompt_tail is None else prompt_tail,
-            candidates=candidates, finalists=finalists, rows=rows, seed=seed,
+            candidates=candidates, finalists=finalists, first=first, rows=rows, seed=seed,
             on_batch=lambda news: progress.advance(bar, len(news)), **_options(greedy, max_tokens),
         )  # fmt: skip
     out.print(tuned_table(found))

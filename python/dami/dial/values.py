@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from numbers import Real
 from operator import index
@@ -131,7 +132,14 @@ def one_lam(number: Any, name: str) -> float:
 
 def shortest(lams: Tensor) -> list[float]:
     """Returns λ as the shortest decimals that are the same float32: 0.4, not 0.40000000596. Takes float32 [B]."""
-    return [float(str(lam)) for lam in lams.cpu().numpy()]
+    return [shortest_of(lam) for lam in lams.tolist()]
+
+
+@lru_cache(maxsize=1024)  # a server asks for every token
+def shortest_of(lam: float) -> float:
+    """Returns one λ as `shortest` does."""
+    [single] = torch.tensor([lam], dtype=torch.float32).numpy()
+    return float(str(single))
 
 
 BYTES = (str, bytes, bytearray, memoryview)

@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dami.layers.row_parameter import RowParameter
+from dami_kernels import native
 
 NAME = "dami_packed"  # the name of this attention as an attn_implementation
 INVARIANT = "dami_packed_invariant"  # computes each query alone: its bits do not depend on how a prompt is chunked
@@ -45,6 +46,9 @@ def packed_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     invariant: bool = False,
+    block_table: Tensor | None = None,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Computes causal attention of concatenated sequences.
@@ -60,10 +64,18 @@ def packed_attention(
         softcap: soft cap of the scores.
         s_aux: an attention sink for each head, [heads].
         invariant: computes each query alone.
+        block_table, k_cache, v_cache: int32 [sequences, ·] and [pages, page, key heads, head size] twice: where the
+            keys and values are, on the CPU; `key` and `value` are then those of the queries only, to be put there.
 
     Returns:
         [1, queries, heads, head size], and None in place of the attention weights.
     """
+    if block_table is not None and k_cache is not None and v_cache is not None:
+        if sliding_window is not None:
+            raise NotImplementedError(f"pages hold keys that a sliding window leaves out, got {sliding_window=}")
+        scale, sinks = query.shape[3] ** -0.5 if scaling is None else scaling, _of_queries(s_aux, query)
+        places = k_cache, v_cache, block_table, cu_seq_lens_q, cu_seq_lens_k
+        return native.attention(query, key, value, *places, scale, softcap or 0.0, sinks), None
     result = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
     for group in _groups(cu_seq_lens_q, cu_seq_lens_k, sliding_window, invariant, query.device):
         attended = _attend_group(query, key, value, group, scaling, softcap, s_aux)
@@ -208,9 +220,15 @@ def _attend_group(
     """Computes the attention of a group, [its queries, heads, head size]."""
     n = group.sequences
     q, k, v = (_take(x, at, n) for x, at in ((query, group.rows), (key, group.keys), (value, group.keys)))
-    sinks = sinks.rows if isinstance(sinks, RowParameter) else sinks
-    sink = None if sinks is None else sinks.expand(query.shape[2], -1)[group.rows].unflatten(0, (n, -1)).mT
+    sinks = _of_queries(sinks, query)
+    sink = None if sinks is None else sinks[group.rows].unflatten(0, (n, -1)).mT
     return _attend(q, k, v, scaling, group.sees, softcap, sink).transpose(1, 2).flatten(0, 1)
+
+
+def _of_queries(sinks: Tensor | None, query: Tensor) -> Tensor | None:
+    """Returns the sinks of each query of [1, heads, queries, head size], [queries, heads]."""
+    sinks = sinks.rows if isinstance(sinks, RowParameter) else sinks
+    return None if sinks is None else sinks.expand(query.shape[2], -1)
 
 
 def _take(x: Tensor, at: slice | Tensor, sequences: int) -> Tensor:

@@ -30,6 +30,7 @@ from dami.dial.values import Intensity
 from dami.generation import attention
 from dami.generation.choices import Choice, Choices
 from dami.generation.courses import course_of
+from dami.generation.paging import Tables, can_read_pages
 from dami.generation.prefixes import blocks_in_use, key_blocks, read_once
 from dami.generation.reading import TAIL, Reading
 from dami.generation.sampling import Sampler
@@ -184,6 +185,11 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
             raise ValueError("use_cuda_graph must be False for a pair loaded with invariant=True, got True")
         return attention.INVARIANT if invariant else attention.CAPTURED if self.captures else attention.NAME
 
+    def _reads_pages(self, processor: continuous_api.ContinuousBatchProcessor) -> bool:
+        """Whether attention is dami's own, and can read keys and values where they lie in the cache."""
+        own = upstream.attention_of(cast(Any, self.model)) in (attention.NAME, attention.INVARIANT)
+        return own and can_read_pages(processor)
+
     def start(self) -> None:
         """Like transformers' own. Raises RuntimeError if another thread runs the model."""
         if self.is_running():
@@ -306,6 +312,8 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
             key_blocks(processor)
             read_once(processor)
             upstream.widen_arguments(processor.inputs_and_outputs, Choices(processor).arguments)
+            if self._reads_pages(processor):
+                upstream.widen_arguments(processor.inputs_and_outputs, Tables(processor).arguments)
             let_short_prompts_pass(processor.scheduler)
             unblock_after_cancellations(processor.scheduler)
             if self.sampler is not None:
@@ -472,7 +480,7 @@ def check_packed(model: Any) -> None:
             lerp.part = part
         model.set_attn_implementation(before)
     missing = logits[0].isnan()
-    reached = torch.tensor([False, True, False], device=model.device)
+    reached = torch.tensor([False, bool(apart), False], device=model.device)  # ends that are the same have no λ
     if not last:
         reached = reached.repeat_interleave(begins.diff())
     if not torch.equal(missing.all(1), reached) or not torch.equal(missing.any(1), reached):

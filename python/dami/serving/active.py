@@ -11,7 +11,7 @@ from typing import NamedTuple
 from dami.serving.calls import Call, CallReader, calls_in
 from dami.serving.deltas import Delta, Deltas
 from dami.serving.detokenizing import Offsets
-from dami.serving.engine import Row, Token
+from dami.serving.engine import CHUNK, Row, Token
 from dami.serving.guiding import Guide
 from dami.serving.protocol import ChatRequest, CompletionRequest
 from dami.serving.schema import FinishReason, Usage
@@ -50,7 +50,7 @@ class ActiveChoice:
     reason: FinishReason | None = None
 
     async def news(self) -> AsyncIterator[tuple[Said, list[Token]]]:
-        """Yields new text with its tokens. `reason` is set before the last item."""
+        """Yields new text with its tokens, or many tokens without any. `reason` is set before the last item."""
         fresh: list[Token] = []
         async for tokens in self.row:
             given = Delta()
@@ -66,7 +66,7 @@ class ActiveChoice:
                     yield self._said(given, last=True), fresh
                     return
             said = self._said(given)
-            if any(said):
+            if any(said) or len(fresh) >= CHUNK:
                 yield said, fresh
                 fresh = []
         self.reason = self.row.reason
@@ -124,6 +124,7 @@ class ActiveRequest:
     choices: list[ActiveChoice]
     owner: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
+    _beginning: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def intensity(self) -> float | None:
@@ -150,10 +151,16 @@ class ActiveRequest:
             "completion_tokens_details": {"reasoning_tokens": sum(map(ActiveChoice.reasoning_tokens, self.choices))},
         }
 
+    async def _begin(self) -> None:
+        """Waits for a turn of the event loop in which no other choice begins: each may have tokens already."""
+        async with self._beginning:
+            await asyncio.sleep(0)
+
     async def collect(self) -> None:
         """Waits until all choices have ended."""
 
         async def drain(choice: ActiveChoice) -> None:
+            await self._begin()
             async for _ in choice.news():
                 pass
 
@@ -161,10 +168,16 @@ class ActiveRequest:
 
     async def news(self) -> AsyncIterator[News]:
         """Yields the news of all choices, no faster than the caller takes them."""
+        if len(self.choices) == 1:  # needs no task of its own, which each token would have to wake
+            [choice] = self.choices
+            async for delta, tokens in choice.news():
+                yield choice, delta, tokens
+            return
         queue: asyncio.Queue[News | Exception] = asyncio.Queue(1)
 
         async def pump(choice: ActiveChoice) -> None:
             try:
+                await self._begin()
                 async for said, tokens in choice.news():
                     await queue.put((choice, said, tokens))
             except Exception as failure:

@@ -23,7 +23,7 @@ import dami
 from dami.chat import end_tokens
 from dami.dial.choosing import estimates
 from dami.dial.patch import patch_of
-from dami.dial.values import one_lam, shortest
+from dami.dial.values import one_lam, shortest, shortest_of
 from dami.generation.batching import LerpManager, StepLoad, padded
 from dami.generation.choices import Choice
 from dami.generation.courses import Course
@@ -181,7 +181,7 @@ class Row:
             self.fail(EngineDead(output.error))
             return
         tokens, logprobs = output.generated_tokens, output.logprobs
-        lams = shortest(torch.tensor(self.course.lams[self.seen : len(tokens)]))
+        lams = map(shortest_of, self.course.lams[self.seen : len(tokens)])
         fresh = [
             Token(tokens[i], lam, logprobs[i] if i < len(logprobs) else None) for i, lam in enumerate(lams, self.seen)
         ]
@@ -221,7 +221,8 @@ class Row:
                 news = self.news.get_nowait()
             if tokens:
                 yield tokens
-                await asyncio.sleep(0)
+                if not self.news.empty():  # else the next `get` gives the event loop its turn
+                    await asyncio.sleep(0)
             if isinstance(news, Exception):
                 raise news
             goes_on = news is not None

@@ -107,6 +107,7 @@ class ChatFormat(ChunkedFormat):
     async def chunks(self, request: ActiveRequest) -> AsyncIterator[ChatCompletionChunk]:
         for choice in request.choices:
             yield self._chunk(request, choice, {"role": "assistant", "content": ""}, None, None)
+            await asyncio.sleep(0)  # there may be many: let the event loop run
         called = dict.fromkeys(request.choices, 0)
         async for choice, said, tokens in request.news():
             logprobs = None if request.body.wanted_logprobs is None else self.logprobs(tokens)

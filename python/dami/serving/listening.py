@@ -14,7 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 OWN_DESCRIPTORS = 64  # what the process needs besides connections: files, pipes, listening sockets
 FEWEST_CONNECTIONS = 16
 BACKLOG = 2048  # connections that may wait to be accepted
-READ = 1 << 13  # bytes read at once, which parse in milliseconds even if the body comes in chunks of one byte
+READ = 1 << 12  # bytes read at once, which parse in milliseconds even if the body comes in chunks of one byte
 
 
 class Connection(H11Protocol):

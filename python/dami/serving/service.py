@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from hmac import compare_digest
@@ -133,17 +134,17 @@ class Service:
         """Submits all sequences of a request, or none."""
         rooms = [self.prompts.room(body, prompt) for prompt in prompts]
         lam = self.granting.number(body.answer_intensity) if isinstance(body, ChatRequest) else None
-        reserve = self.settings.answer_reserve
-        wishes = [wishes_of(body, room, self.vocabulary, lam, reserve, self.span, grammar) for room in rooms]
+        reserve = self.settings.answer_reserve  # only a chat's wishes depend on the room, and it has one prompt
+        wishes = wishes_of(body, rooms[0], self.vocabulary, lam, reserve, self.span, grammar)
         reader = None if thoughts is None else thoughts.reader
         ends = frozenset(() if body.ignore_eos else self.engine.ends) | frozenset(body.stop_token_ids or ())
         seed = secrets.randbits(62) if body.seed is None else body.seed
         stops = [*map(Stop, body.stops)]
         request = ActiveRequest(body, f"{prefix}{secrets.token_hex(12)}", sum(map(len, prompts)), [])
         try:
-            for prompt, intensity, room, wish in zip(prompts, intensities, rooms, wishes, strict=True):
+            for prompt, intensity, room in zip(prompts, intensities, rooms, strict=True):
                 for each in range(body.n or 1):
-                    guide = Guide(len(prompt), self.vocabulary, wish, ends, thoughts, inside)
+                    guide = Guide(len(prompt), self.vocabulary, wishes, ends, thoughts, inside)
                     sampling = partial(sampling_of, body, self.defaults, seed + each)
                     row = self.engine.submit(
                         prompt,
@@ -205,10 +206,11 @@ class Service:
         request.cancel()
         self.metrics.cached_tokens.inc(request.cached_tokens())
         now = time.monotonic()
+        for reason, count in Counter(choice.reason or "cancelled" for choice in request.choices).items():
+            self.metrics.finished.labels(reason).inc(count)
+        self.metrics.generated_tokens.inc(sum(len(choice.tokens) for choice in request.choices))
         for choice in request.choices:
             row, tokens = choice.row, len(choice.tokens)
-            self.metrics.finished.labels(choice.reason or "cancelled").inc()
-            self.metrics.generated_tokens.inc(tokens)
             if row.first_token is not None:
                 self.metrics.first_token.observe(row.first_token - row.arrival)
                 if tokens > 1:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import dami
@@ -27,6 +29,7 @@ from transformers import (
 )
 from transformers.generation.continuous_batching.requests import RequestState
 
+from dami_kernels import native
 from tests.dami import architectures
 from tests.dami.architectures import VOCABULARY
 from tests.dami.families import pair
@@ -86,6 +89,27 @@ def test_requests_at_their_own_lam_answer_as_alone(family: Any) -> None:
         assert batched(model, asked, config(max_batch_tokens=tokens), intensity=LAM) == wanted
     assert model.config._attn_implementation == before
     assert alone(model, asked[:1], LAM[:1]) == wanted[:1]
+
+
+def test_ends_that_are_the_same_answer_alike_at_any_lam() -> None:
+    instruct, _ = pair("llama")
+    model, asked = dami.patch_model(instruct, copy.deepcopy(instruct)), prompts()
+    model.generation_config.eos_token_id = None
+    assert batched(model, asked, SMALL, intensity=LAM) == alone(model, asked, LAM)
+
+
+@pytest.mark.parametrize(("family", "reads"), [("llama", True), ("gemma2", False)])
+@pytest.mark.skipif(native.WHY_NOT is not None, reason=str(native.WHY_NOT))
+def test_keys_are_read_where_they_lie(family: str, reads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every layer of every step, unless windows slide: then transformers gathers them."""
+    model, steps, calls, attention = patched(family), [], [], native.attention
+    monkeypatch.setattr(native, "attention", lambda *args: calls.append(args) or attention(*args))
+    with model.continuous_batching_context_manager(GREEDY, SMALL) as manager:
+        manager.on_step = lambda load: steps.append(load) if load.rows else None
+        manager.add_requests(prompts(), intensity=LAM)
+        list(islice(manager, len(LAM)))
+    assert steps
+    assert len(calls) == (len(steps) * model.config.num_hidden_layers if reads else 0)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -208,7 +208,7 @@ def test_the_model_says_how_prompts_are_read(server: Running) -> None:
     assert {name: model["intensity"][name] for name in ("prompt", "tail", "least_tail")} == {
         "prompt": 0.0,
         "tail": 1,
-        "least_tail": None,
+        "least_tail": 1,
     }
 
 
@@ -266,7 +266,7 @@ def test_a_turn_begins_where_another_message_would() -> None:
 def test_a_measured_tail_is_proposed() -> None:
     same, read = PromptReading(None, 1), PromptReading(0.0, 1)
     assert proposal(None, same) is None
-    assert proposal(3, same) is not None
-    assert "--prompt-intensity 0 --prompt-tail 3" in str(proposal(3, same))
+    for tail, last in ((1, "token"), (3, "3 tokens")):
+        assert f"for their last {last}: --prompt-intensity 0 --prompt-tail {tail} reads" in str(proposal(tail, same))
     assert proposal(3, read) == "this pair answers worse with --prompt-tail 1: 3 is the least that costs nothing"
     assert proposal(1, read) is proposal(3, PromptReading(0.0, "turn")) is None

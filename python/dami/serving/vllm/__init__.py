@@ -35,10 +35,15 @@ def register() -> None:
 
 
 def _install() -> None:
-    from dami.serving.vllm import loader, requests, runners
+    from dami.serving.vllm import cache_keys, choosing, loader, requests, runners, server, states, turning
     from dami.serving.vllm.quantization import PairQuantization
 
     loader.install()
     requests.install()
+    choosing.install()
+    server.install()
+    cache_keys.install()
     runners.install()
+    states.install()
+    turning.install()
     PairQuantization.register()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.attention import MLAAttention
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
 from vllm.model_executor.layers.mamba.short_conv import ShortConv
 
-from dami.serving.vllm import mla, norms, routing, short_conv
+from dami.serving.vllm import delta_net, mla, norms, routing, short_conv, sinks
 from dami.serving.vllm.ends import Ends
 from dami.serving.vllm.methods import LinearMethod, give_rows
 from dami.serving.vllm.rows import StepIntensities
@@ -30,14 +32,10 @@ def convert(model: nn.Module, found: Mapping[str, Ends], rows: StepIntensities) 
         ValueError: if a parameter differs and its layer is of no known kind; the message names all of them.
     """
     refused = []
-    routers = {
-        id(getattr(layer.router, routing.BIAS)): layer
-        for layer in model.modules()
-        if isinstance(layer, MoERunner) and getattr(layer.router, routing.BIAS, None) is not None
-    }
-    routed = []
-    convolutions = {layer.conv: layer for layer in model.modules() if isinstance(layer, ShortConv)}
-    convolved = set()
+    takers = {id(tensor): take for layer in model.modules() for tensor, take in _taken_by(layer)}
+    taken = []
+    readers = {part: layer for layer in model.modules() for part in _read_by(layer)}
+    reading: dict[nn.Module, None] = {}
     fitted: dict[nn.Module, dict[str, Any]] = {}
     differing = []
     for path, ends in found.items():
@@ -45,14 +43,14 @@ def convert(model: nn.Module, found: Mapping[str, Ends], rows: StepIntensities) 
         if not ends.converted and (len(ends.tensors) == 1 or torch.equal(*ends.tensors)):
             continue
         differing.append(ends)
-        if id(ends.tensors[0]) in routers:
-            routed.append((routers[id(ends.tensors[0])], ends))
+        if id(ends.tensors[0]) in takers:
+            taken.append((takers[id(ends.tensors[0])], ends))
             continue
         for layer, name in ends.places:
             if ends.converted or _is_bias(layer, name):
                 continue
-            if layer in convolutions:
-                convolved.add(convolutions[layer])
+            if layer in readers:
+                reading[readers[layer]] = None
                 continue
             fits = norms.fit(layer) if layer not in fitted else fitted[layer]
             if fits is None:
@@ -67,15 +65,30 @@ def convert(model: nn.Module, found: Mapping[str, Ends], rows: StepIntensities) 
     for layer, fits in fitted.items():
         norms.convert(layer, fits)
         give_rows(layer, rows)
-    for runner, bias in routed:
-        runner.routed_experts.routing = routing.Routing(runner.router, bias, rows)
-    for layer in convolved:
-        short_conv.convert(layer, rows)
+    for take, ends in taken:
+        take(ends, rows)
+    for layer in reading:
+        (short_conv if isinstance(layer, ShortConv) else delta_net).convert(layer, rows)
     for layer in model.modules():
         if isinstance(layer, MLAAttention) and isinstance(layer.kv_b_proj.quant_method, LinearMethod):
             mla.convert(layer)
         if getattr(layer, "fuse_qkv_rmsnorm", False):  # its kernel reads the norms' weights itself
             vars(layer)["fuse_qkv_rmsnorm"] = False
+
+
+def _taken_by(layer: Any) -> Iterator[tuple[Any, Callable[[Ends, StepIntensities], None]]]:
+    """Yields the parameters that a part of this layer which is no module holds, each with what converts that part."""
+    if isinstance(layer, MoERunner):
+        yield getattr(layer.router, routing.BIAS, None), partial(routing.convert, layer)
+    if isinstance(layer, Attention):
+        yield getattr(layer.impl, "sinks", None), partial(sinks.convert, layer)
+
+
+def _read_by(layer: Any) -> list[nn.Module]:
+    """Returns the modules whose parameters this one reads itself, in ways that its kind knows."""
+    if isinstance(layer, ShortConv):
+        return [layer.conv]
+    return [layer, layer.conv1d] if type(layer) is QwenGatedDeltaNetAttention else []
 
 
 def _is_bias(layer: Any, name: str) -> bool:

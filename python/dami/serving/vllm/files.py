@@ -9,6 +9,7 @@ from typing import Protocol
 
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
@@ -29,18 +30,18 @@ class Files(Protocol):
 class PackedFiles:
     """A packed pair."""
 
-    def __init__(self, files: Located, pair: PairQuantization, tied: AbstractSet[str], model_type: str) -> None:
+    def __init__(self, files: Located, pair: PairQuantization, tied: AbstractSet[str], spelling: Spelling) -> None:
         """
         Args:
             files: file and header of each stored tensor.
             pair: the pair, which gets to know the parameters.
             tied: parameters that need not be stored.
-            model_type: the model's type in transformers.
+            spelling: how vLLM knows the parameters.
 
         Raises:
             ValueError: if a tensor of an interpolated parameter is missing.
         """
-        self.spelling = Spelling(model_type)
+        self.spelling = spelling
         self.files, self.pair, self.tied = files, pair, tied
         self.names = list(dict.fromkeys(_owner(pair, name) for name in files))
         pair.originals = {new: name for name in self.names for new in self.spelling.names(name, self._experts(name))}
@@ -97,14 +98,20 @@ class PackedFiles:
 class Spelling:
     """How checkpoints on the hub, which vLLM knows, call what transformers calls otherwise or puts together."""
 
-    def __init__(self, model_type: str) -> None:
-        mapping = get_checkpoint_conversion_mapping(model_type) or []
+    def __init__(self, config: PreTrainedConfig) -> None:
+        mapping = get_checkpoint_conversion_mapping(config.model_type) or []
         self.renamings = [each.reverse_transform() for each in mapping if type(each) is WeightRenaming]
-        self.experts = {  # names of the parts that one expert has in a parameter of all experts
-            each.target_patterns[0]: each.source_patterns
-            for each in mapping
-            if isinstance(each, WeightConverter) and all(".experts.*." in part for part in each.source_patterns)
-        }
+        if config.get_text_config() is not config:  # a language model within another: vLLM knows these names too
+            self.renamings = []
+        self.experts = {}  # names of the parts that one expert has in a parameter of all experts
+        for each in mapping:
+            target, parts = each.target_patterns[0], each.source_patterns
+            if isinstance(each, WeightConverter) and parts == [target]:  # stored transposed, which vLLM would undo
+                parts = [target.replace("experts.", "experts.*.") + ".weight"]
+                if target.endswith("gate_up_proj"):
+                    parts = [parts[0].replace("gate_up", part) for part in ("gate", "up")]
+            if isinstance(each, WeightConverter) and all(".experts.*." in part for part in parts):
+                self.experts[target] = parts
 
     def names(self, name: str, experts: int) -> list[str]:
         """Returns the names of a parameter's parts on the hub, expert by expert where it holds experts."""

@@ -22,14 +22,18 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from dami.callers import AUTO
 from dami.loading.checkpoint import headers_in
 from dami.patching.compare import config_mismatches
 from dami.serving.vllm import ends, runners, self_test, support
 from dami.serving.vllm.convert import convert
-from dami.serving.vllm.files import Files, Located, PackedFiles, TwoEnds
+from dami.serving.vllm.files import Files, Located, PackedFiles, Spelling, TwoEnds
 from dami.serving.vllm.methods import PairMethod, adopt
+from dami.serving.vllm.offers import Offer
 from dami.serving.vllm.quantization import QUANT_METHOD, PairQuantization
+from dami.serving.vllm.rows import StepIntensities
 from dami.serving.vllm.settings import KEYS, PairSettings
+from dami.serving.vllm.states import PromptStates
 from dami.version import __version__
 
 LOAD_FORMATS = ("auto", "hf", "safetensors")
@@ -75,18 +79,21 @@ class PairLoader(DefaultModelLoader):
         model = super().load_model(vllm_config, model_config, prefix)
         with set_default_torch_dtype(model_config.dtype):
             self_test.run(model, vllm_config)
+            self.pair.states = _states(model, vllm_config)
         return model
 
     def create_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         if self.pair is None:
             return super().create_model(vllm_config, model_config, prefix)
         self.pair.settings = settings = PairSettings.of(self.own)
+        Offer.of(vllm_config).check()
         self.files = self._checked_files(model_config, self.pair)
         # compiled code depends on these values, and vLLM caches it by a hash of the config
         vllm_config.additional_config = {
             **vllm_config.additional_config,
             QUANT_METHOD: [__version__, settings.thinking, settings.format],
         }
+        self.pair.rows = StepIntensities(vllm_config)  # now, as vLLM builds the parts it leaves out on no device
         model: Any = super().create_model(vllm_config, model_config, prefix)
         if list(getattr(model, "secondary_weights", ())):
             raise ValueError(f"a {type(model).__name__} reads weights from other places, which a pair cannot")
@@ -125,7 +132,7 @@ class PairLoader(DefaultModelLoader):
         base = self._find(str(model_config.model), model_config.revision)
         tied = {"lm_head.weight"} if model_config.hf_config.tie_word_embeddings else set()
         if settings.thinking is None:
-            return PackedFiles(base, pair, tied, model_config.hf_config.model_type)
+            return PackedFiles(base, pair, tied, Spelling(model_config.hf_config))
         revisions = model_config.revision, settings.thinking_revision or model_config.revision
         files = TwoEnds((base, self._find(settings.thinking, revisions[1])), pair, tied)
         configs = [  # as they are stored: vLLM changes its own
@@ -146,3 +153,16 @@ class PairLoader(DefaultModelLoader):
         if not safetensors:
             raise ValueError(f"{source} must be stored in safetensors to be an end of a pair, got {files}")
         return {name: (Path(file), header) for file in files for name, header in headers_in(Path(file)).items()}
+
+
+def _states(model: nn.Module, config: VllmConfig) -> PromptStates | str | None:
+    """Returns what "auto" needs: the states of prompts, or why they are not to be had; None without an estimator."""
+    offer = Offer.of(config)
+    if not offer.layers:
+        return None
+    try:
+        return PromptStates(model, config, offer)
+    except ValueError as problem:
+        if offer.settings.default_intensity == AUTO:
+            raise
+        return str(problem)

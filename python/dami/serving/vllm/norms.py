@@ -6,6 +6,7 @@ from itertools import product
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_gather
 
@@ -28,9 +29,9 @@ def fit(module: nn.Module) -> dict[str, Any] | None:
     numbers = [value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1]
     for eps, (centred, offset) in product((*numbers, torch.finfo(torch.float32).eps), KINDS):
         generator = torch.Generator().manual_seed(0)
-        x, residual = (
-            (torch.randn(3, *weight.shape, generator=generator) * eps**0.5).to(weight.device, weight.dtype)
-            for _ in range(2)  # scaled so that the mean square and eps are about equal
+        x, residual, gate = (
+            (torch.randn(3, *weight.shape, generator=generator) * scale).to(weight.device, weight.dtype)
+            for scale in (eps**0.5, eps**0.5, 1.0)  # so that the mean square and eps are about equal
         )
         found: dict[str, Any] = {"centred": centred, "eps": eps, "offset": offset}
         y = _run(module, x)
@@ -38,14 +39,18 @@ def fit(module: nn.Module) -> dict[str, Any] | None:
             continue
         both = _run(module, x, residual)
         if both is None or len(both) == 1:
-            return {**found, "residual": None, "returns": len(y)}
+            gated = _run(module, x, gate) or (None,)
+            products = {name: (y[0].float() * GATES[name](gate.float())).to(x.dtype) for name in GATES}
+            names = [name for name, product in products.items() if _close(gated[0], product)]
+            return {**found, "second": names[0] if names else None, "returns": len(y)}
         for name, inner, outer in (("added", x + residual, x + residual), ("passed on", x, residual)):
             if _close(both[0], normed(inner, weight, own.get("bias"), **found)) and _close(both[1], outer):
-                return {**found, "residual": name, "returns": len(y)}
+                return {**found, "second": name, "returns": len(y)}
     return None
 
 
 KINDS = ((False, 0.0), (False, 1.0), (True, 0.0))  # whether the mean is subtracted, and what is added to the weight
+GATES = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
 def normed(x: Tensor, weight: Tensor, bias: Tensor | None, centred: bool, eps: float, offset: float) -> Tensor:
@@ -77,7 +82,8 @@ class PairNorm(nn.Module):
     Attributes:
         intensity, rows_per_token: as in `methods.rows_of`.
         centred, eps, offset: as in `normed`.
-        residual: what is done with a residual: "added" to the input first, "passed on", or None if it takes none.
+        second: what is done with a second input: a residual is "added" to the first one or "passed on", and a gate is
+            multiplied by after "silu" or "sigmoid"; None if there is no second input.
         returns: how many values it returns without a residual.
     """
 
@@ -86,13 +92,15 @@ class PairNorm(nn.Module):
     centred: bool
     eps: float
     offset: float
-    residual: str | None
+    second: str | None
     returns: int
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        if residual is not None and self.residual is None:
+        if residual is not None and self.second is None:
             raise ValueError(f"a {type(self).__name__} takes one input, got two")
-        if residual is not None and self.residual == "added":
+        if residual is not None and self.second in GATES:
+            return (self.normed(x).float() * GATES[self.second](residual.float())).to(x.dtype)
+        if residual is not None and self.second == "added":
             x = residual = x + residual
         y = self.normed(x)
         return (y, residual) if residual is not None or self.returns > 1 else y

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -38,8 +38,13 @@ class PairQuantization(QuantizationConfig):
         settings: the user's settings; set by the loader.
         ranks: ranks of the stored low-rank differences; set by the loader.
         originals: the checkpoint's name of each of its parameters, by vLLM's name.
+        rows: the λ of a step; set by the loader before it builds the model.
+        states: what "auto" needs, as `states.PromptStates`; or why there is none; set by the loader.
+        thoughts: what `thoughts.Thoughts` follows; None until a request needs it.
         stored: the format of every checkpoint parameter that the model keeps as a pair, by vLLM's name.
     """
+
+    rows: StepIntensities
 
     def __init__(self, interpolated: Mapping[str, str] | None = None) -> None:
         super().__init__()
@@ -49,7 +54,8 @@ class PairQuantization(QuantizationConfig):
         self.ranks: dict[str, int] = {}
         self.originals: dict[str, str] = {}
         self.stored: dict[str, str] = {}
-        self._rows: StepIntensities | None = None
+        self.states: Any = None
+        self.thoughts: Any = None
 
     @staticmethod
     def register() -> None:
@@ -61,13 +67,6 @@ class PairQuantization(QuantizationConfig):
     def of(config: VllmConfig) -> PairQuantization | None:
         """Returns the pair that an engine serves, or None if it serves an ordinary model."""
         return config.quant_config if isinstance(config.quant_config, PairQuantization) else None
-
-    @property
-    def rows(self) -> StepIntensities:
-        """The λ of a step. The buffers are created while the model is being built."""
-        if self._rows is None:
-            self._rows = StepIntensities(get_current_vllm_config())
-        return self._rows
 
     def get_name(self) -> Any:
         return QUANT_METHOD

@@ -1,4 +1,4 @@
-"""Handles the λ of incoming requests: checks it, fills in the default, and makes it part of the prefix-cache key."""
+"""Handles the λ of incoming requests: checks it, and gives each request its course."""
 
 from __future__ import annotations
 
@@ -8,29 +8,25 @@ from typing import Any
 
 from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
 from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
+from dami.serving.vllm.courses import Course
+from dami.serving.vllm.fields import course_of
+from dami.serving.vllm.offers import Offer
 from dami.serving.vllm.quantization import PairQuantization
-from dami.serving.vllm.settings import KEY, KEYS, PairSettings, RequestError, check_arguments, resembles_key
+from dami.serving.vllm.settings import RequestError, check_arguments
 from dami.serving.vllm.support import wrap
+
+# a pilot's name in its `extra_args`: a request that only shows the states of its prompt at λ=0
+PILOT = "dami_pilot"
+PILOTS: set[str] = set()  # those that this process is about to send
 
 
 def install() -> None:
     """Wraps the methods through which requests enter vLLM."""
     wrap(InputProcessor, "process_inputs", _process_inputs)
-    for request in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
-        wrap(request, "to_sampling_params", _to_sampling_params)
     wrap(BeamSearchOnlineMixin, "beam_search", _refuse_beams)
     wrap(BeamSearchOfflineMixin, "beam_search", _refuse_beams)
-
-
-def settings_of(config: Any) -> PairSettings:
-    """Returns the settings of an engine that serves a pair."""
-    extra = config.load_config.model_loader_extra_config
-    return PairSettings.of({key: extra[key] for key in KEYS if key in extra})
 
 
 @cache
@@ -40,36 +36,23 @@ def _has_processors() -> bool:
 
 
 def _process_inputs(original: Any, self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
-    """Puts a request's λ into `extra_args`, and into `cache_salt`, which the prefix cache uses.
-
-    vLLM hashes the salt with the first block, and each block with the one before it. So requests at different λ share
-    no block.
-    """
+    """Gives a request its course, which the prefix cache uses, too."""
     request = original(self, *args, **kwargs)
-    if PairQuantization.of(self.vllm_config) is not None and request.sampling_params is not None:
-        settings, params = settings_of(self.vllm_config), request.sampling_params
+    config, params = self.vllm_config, request.sampling_params
+    if PairQuantization.of(config) is not None and params is not None:
         given = params.extra_args or {}
-        check_arguments(given, bool(self.vllm_config.model_config.logits_processors) or _has_processors())
-        intensity = settings.checked(given.get(KEY, settings.default_intensity))
-        params.extra_args = {**given, KEY: intensity}  # safe: the request has its own copy of the parameters
-        request.cache_salt = f"{request.cache_salt or ''}|{KEY}={intensity.hex()}"
+        pilot = given.get(PILOT)
+        if pilot in PILOTS:
+            PILOTS.remove(pilot)
+            course = Course(len(request.prompt_token_ids), [(0, 0.0)], 0, 0.0, pilot=pilot)
+        else:
+            check_arguments(given, bool(config.model_config.logits_processors) or _has_processors())
+            budget = params.thinking_token_budget
+            course = course_of(given, Offer.of(config), request.prompt_token_ids, budget, self.tokenizer)
+        course.put(params)  # safe: the request has its own copy of the parameters
+        if config.kv_transfer_config is not None:  # a connector may have keys of its own, from the tokens and the salt
+            request.cache_salt = f"{request.cache_salt or ''}|{course.salt}"
     return request
-
-
-def _to_sampling_params(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Treats `intensity` in a request's body, and misspellings of it, as if they were in `vllm_xargs`."""
-    params, extra = original(self, *args, **kwargs), self.model_extra or {}
-    misspelt = {name: value for name, value in extra.items() if resembles_key(name)}
-    if misspelt:
-        params.extra_args = {**(params.extra_args or {}), **misspelt}
-    if KEY in extra:
-        given = params.extra_args or {}
-        if given.get(KEY, extra[KEY]) != extra[KEY]:
-            raise RequestError(
-                f"{KEY} must be given once, got {extra[KEY]!r}, and {given[KEY]!r} in vllm_xargs", parameter=KEY
-            )
-        params.extra_args = {**given, KEY: extra[KEY]}
-    return params
 
 
 def _refuse_beams(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:

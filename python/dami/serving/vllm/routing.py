@@ -76,3 +76,8 @@ class Routing:
         yield
         setattr(self.router, BIAS, nan)
         replace(self.router, METHOD, self.at_rows)
+
+
+def convert(runner: Any, bias: Ends, rows: StepIntensities) -> None:
+    """Lets experts be chosen by the bias at the λ of each token."""
+    runner.routed_experts.routing = Routing(runner.router, bias, rows)

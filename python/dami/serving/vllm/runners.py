@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from dami.serving.vllm.courses import Course, lams
 from dami.serving.vllm.quantization import PairQuantization
-from dami.serving.vllm.settings import KEY
+from dami.serving.vllm.states import PromptStates
 from dami.serving.vllm.support import wrap
+from dami.serving.vllm.thoughts import Thoughts
 
 
 def install() -> None:
@@ -21,9 +25,26 @@ def install() -> None:
     wrap(GPUModelRunner, "_get_prompt_logprobs_dict", _prompt_logprobs)
 
 
-def requested_intensity(params: Any, pair: PairQuantization) -> float:
-    """Returns the λ of a request, or the default for a runner's own warm-up requests, which have none."""
-    return ((params and params.extra_args) or {}).get(KEY, pair.settings.default_intensity)
+def course_of(params: Any) -> Course:
+    """Returns the course of a request; λ=0 for a runner's own warm-up requests, which have none."""
+    return Course.of(params) or Course(0, [(0, 0.0)], 0, 0.0)
+
+
+def _course(state: Any) -> Course:
+    """Returns the course of a request in the first runner, which is kept with its state there."""
+    own = vars(state)
+    if "dami_course" not in own:
+        own["dami_course"] = course_of(state.sampling_params)
+    return own["dami_course"]
+
+
+def running_course(runner: Any, name: str) -> Course | None:
+    """Returns the course by which a runner runs a request of this name; None if it knows no such request."""
+    if isinstance(runner, GPUModelRunner):
+        state = runner.requests.get(name)
+        return None if state is None else _course(state)
+    slot = runner.req_states.req_id_to_index.get(name)
+    return None if slot is None else runner.model_state.courses[slot]
 
 
 def _prepare_inputs(original: Any, self: Any, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
@@ -31,10 +52,37 @@ def _prepare_inputs(original: Any, self: Any, scheduler_output: Any, num_schedul
     prepared = original(self, scheduler_output, num_scheduled_tokens)
     pair = PairQuantization.of(self.vllm_config)
     if pair is not None:
-        each = [requested_intensity(self.requests[name].sampling_params, pair) for name in self.input_batch.req_ids]
-        tokens = np.repeat(np.array(each, dtype=np.float32), num_scheduled_tokens)
-        pair.rows.set(async_tensor_h2d(tokens, self.device), prepared[0])
+        batch = self.input_batch
+        courses = [_course(self.requests[name]) for name in batch.req_ids]
+        starts = batch.num_computed_tokens_cpu[: len(courses)]
+        tokens = async_tensor_h2d(lams(courses, starts, num_scheduled_tokens), self.device)
+        _follow(pair, self.vllm_config, tokens, self.input_ids.gpu, courses, starts, num_scheduled_tokens)
+        pair.rows.set(tokens, prepared[0])
+        _begin(pair, courses, starts, num_scheduled_tokens)
     return prepared
+
+
+def _follow(
+    pair: PairQuantization,
+    config: VllmConfig,
+    lam: Tensor,
+    ids: Tensor,
+    courses: Sequence[Course],
+    starts: np.ndarray,
+    counts: np.ndarray,
+) -> None:
+    """Changes λ of a step's tokens where it depends on thoughts."""
+    if any(course.thinks for course in courses):
+        pair.thoughts = pair.thoughts or Thoughts(lam.device, config.model_config.max_model_len)
+        rows = np.cumsum(counts) - counts
+        pair.thoughts.follow(lam, ids, zip(courses, *(each.tolist() for each in (rows, starts, counts)), strict=True))
+
+
+def _begin(pair: PairQuantization, courses: Sequence[Course], starts: np.ndarray, counts: np.ndarray) -> None:
+    """Tells the states of prompts which pilots' prompts end in a step."""
+    if isinstance(pair.states, PromptStates):
+        last = zip(courses, starts + counts, np.cumsum(counts) - 1, strict=True)
+        pair.states.begin([(course.pilot, row) for course, end, row in last if course.pilot and end == course.prompt])
 
 
 def _prompt_logprobs(original: Any, self: Any, hidden_states: Any, *args: Any) -> Any:
@@ -62,7 +110,7 @@ def attach(model: Any, config: VllmConfig, pair: PairQuantization) -> None:
 
         del model.get_model_state_cls  # resolve the class as vLLM would without us
         try:
-            return with_intensity(resolve_model_state_cls(config, model), pair)
+            return with_intensity(resolve_model_state_cls(config, model), config, pair)
         finally:
             model.get_model_state_cls = state_class
 
@@ -70,8 +118,8 @@ def attach(model: Any, config: VllmConfig, pair: PairQuantization) -> None:
     model.get_model_state_cls = state_class
 
 
-def with_intensity(base: Any, pair: PairQuantization) -> type:
-    """Returns a subclass of a model state that also keeps the λ of each slot of the second runner."""
+def with_intensity(base: Any, config: VllmConfig, pair: PairQuantization) -> type:
+    """Returns a subclass of a model state that also keeps the course of each slot of the second runner."""
     from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 
     for name in ("compute_prompt_logprobs", "compute_prompt_token_id_logprobs"):
@@ -80,21 +128,37 @@ def with_intensity(base: Any, pair: PairQuantization) -> type:
     class IntensityState(base):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.intensities = np.full(self.max_num_reqs, pair.settings.default_intensity, dtype=np.float32)
+            self.courses = [course_of(None)] * self.max_num_reqs
+            self.thinking: dict[str, Course] = {}  # by request; some of them have ended
             self.positions_of_tokens = torch.arange(self.max_num_tokens, dtype=torch.int32, device=self.device)
 
         def add_request(self, req_index: int, new_req_data: Any) -> None:
             super().add_request(req_index, new_req_data)
-            self.intensities[req_index] = requested_intensity(new_req_data.sampling_params, pair)
+            course = course_of(new_req_data.sampling_params)
+            if course.thinks:  # what has been followed of a request that vLLM has preempted still counts
+                known = self.thinking.pop(new_req_data.req_id, course)
+                known.turns, course = course.turns, known
+                self.thinking[new_req_data.req_id] = course
+                if len(self.thinking) > 4 * self.max_num_reqs:
+                    del self.thinking[next(iter(self.thinking))]
+            self.courses[req_index] = course
 
         def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
             count, padded = input_batch.num_reqs, input_batch.num_tokens_after_padding
-            each = async_tensor_h2d(self.intensities[input_batch.idx_mapping_np[:count]], self.device)
-            # with adaptive draft verification, only the device knows how many tokens a request has
-            ends = input_batch.query_start_loc[1 : count + 1]
-            owner = torch.searchsorted(ends, self.positions_of_tokens[:padded], right=True)
-            tokens = each.index_select(0, owner.clamp_(max=count - 1))
+            counts = input_batch.num_scheduled_tokens[:count]
+            courses = [self.courses[slot] for slot in input_batch.idx_mapping_np[:count]]
+            begun = input_batch.num_computed_tokens_np[:count]
+            known = async_tensor_h2d(lams(courses, begun, counts), self.device)
+            firsts = async_tensor_h2d(np.cumsum(counts) - counts, self.device)
+            # with adaptive draft verification, only the device knows how many tokens a request has: at most `counts`
+            starts = input_batch.query_start_loc[: count + 1]
+            places = self.positions_of_tokens[:padded]
+            owner = torch.searchsorted(starts[1:], places, right=True).clamp_(max=count - 1)
+            within = places + (firsts - starts[:-1]).index_select(0, owner)
+            tokens = known.index_select(0, within.clamp_(max=len(known) - 1))
+            _follow(pair, config, tokens, input_batch.input_ids, courses, begun, counts)
             pair.rows.set(tokens, input_batch.logits_indices)
+            _begin(pair, courses, begun, counts)
             return super().prepare_inputs(input_batch, req_states)
 
     IntensityState.__name__ = f"Intensity{base.__name__}"

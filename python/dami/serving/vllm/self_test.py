@@ -22,12 +22,14 @@ from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
 from vllm.model_executor.layers.mamba.short_conv import ShortConv
-from vllm.v1.attention.backends.short_conv_attn import ShortConvAttentionMetadata
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from dami.layers.routing import by_expert
 from dami.serving.vllm import norms
-from dami.serving.vllm.ends import ends_in, ends_of, optional_ends
+from dami.serving.vllm.delta_net import PairDeltaNet
+from dami.serving.vllm.ends import Ends, ends_in, ends_of, optional_ends
 from dami.serving.vllm.methods import ACTIVATIONS, EmbeddingMethod, ExpertsMethod, LinearMethod
 from dami.serving.vllm.mla import PairMLA
 from dami.serving.vllm.quantization import PairQuantization
@@ -113,8 +115,8 @@ class SelfTest:
             return
         readers: dict[str, list[Any]] = {}
         for layer in self.layers.values():
-            for name, ends in ends_in(getattr(layer, "conv", layer)).items():
-                readers.setdefault(f"{name} of {type(layer).__name__}", []).append(ends)
+            for reader, ends in _parts(layer):
+                readers.setdefault(reader, []).append(ends)
         for reader, group in readers.items():
             with ExitStack() as stack:
                 for ends in group:
@@ -160,8 +162,10 @@ class SelfTest:
         """Computes attention in plain torch, and compiles nothing."""
         with ExitStack() as stack:
             for name, module in self.model.named_modules():
-                if isinstance(module, ShortConv):
+                if isinstance(module, (ShortConv, QwenGatedDeltaNetAttention)):
                     stack.enter_context(self.small_cache(module))
+                    if isinstance(module, PairDeltaNet):
+                        stack.enter_context(attribute(module, "kernels", partial(without_nan, module.kernels)))
                 elif isinstance(module, PairMLA):
                     stack.enter_context(attribute(module, "forward", partial(self.attended_latents, module)))
                 elif isinstance(module, AttentionLayerBase):
@@ -177,27 +181,30 @@ class SelfTest:
 
     @contextmanager
     def small_cache(self, layer: Any) -> Iterator[None]:
-        """Gives a short convolution a cache for the test's sequences alone."""
-        starts = [sum(length for _, length in SEQUENCES[:number]) for number in range(len(SEQUENCES) + 1)]
+        """Gives a layer a cache for the test's sequences alone, and tells it of them as vLLM would."""
+        lengths = torch.tensor([length for _, length in SEQUENCES], dtype=torch.int32)
+        starts = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         count, device = len(SEQUENCES), self.lam.device
-        cache = [
-            torch.zeros(count, *shape, dtype=dtype, device=device)
+        step = CommonAttentionMetadata(
+            query_start_loc=starts.to(device),
+            query_start_loc_cpu=starts,
+            seq_lens=lengths.to(device),
+            seq_lens_cpu_upper_bound=lengths,
+            num_reqs=count,
+            num_actual_tokens=TOKENS,
+            max_query_len=int(lengths.max()),
+            max_seq_len=int(lengths.max()),
+            block_table_tensor=torch.arange(1, count + 1, dtype=torch.int32, device=device).unsqueeze(1),
+            slot_mapping=self.positions,
+            is_prefilling=torch.ones(count, dtype=torch.bool),
+        )
+        build = layer.get_attn_backend().get_builder_cls()
+        builder = build(layer.get_kv_cache_spec(self.config), [layer.prefix], self.config, device)
+        self.steps[layer.prefix] = builder.build(0, step)
+        cache = [  # the first place is for padding
+            torch.zeros(count + 1, *shape, dtype=dtype, device=device)
             for shape, dtype in zip(layer.get_state_shape(), layer.get_state_dtype(), strict=True)
         ]
-        self.steps[layer.prefix] = ShortConvAttentionMetadata(
-            num_prefills=count,
-            num_prefill_tokens=TOKENS,
-            num_decodes=0,
-            num_decode_tokens=0,
-            num_reqs=count,
-            has_initial_states_p=torch.zeros(count, dtype=torch.bool, device=device),
-            query_start_loc_p=torch.tensor(starts, dtype=torch.int32, device=device),
-            state_indices_tensor_p=torch.arange(count, dtype=torch.int32, device=device),
-            state_indices_tensor_d=None,
-            query_start_loc_d=None,
-            num_accepted_tokens=None,
-            seq_lens=torch.tensor([length for _, length in SEQUENCES], dtype=torch.int32, device=device),
-        )
         with attribute(layer, "kv_cache", tuple(cache)):
             yield
 
@@ -223,9 +230,26 @@ class SelfTest:
 
 def _is_pair(layer: Any) -> bool:
     method = getattr(layer, "quant_method", None)
-    return isinstance(layer, (norms.PairNorm, PairShortConv)) or isinstance(
-        method, (LinearMethod, EmbeddingMethod, ExpertsMethod)
+    return (
+        isinstance(layer, (norms.PairNorm, PairShortConv, PairDeltaNet))
+        or isinstance(method, (LinearMethod, EmbeddingMethod, ExpertsMethod))
+        or hasattr(layer, "sinks_at_rows")
     )
+
+
+def _parts(layer: Any) -> Iterator[tuple[str, Ends]]:
+    """Yields the ends that a layer, or a module below it, reads, each with a name to say."""
+    for part in (layer, *layer.children()):
+        for name, ends in ends_in(part).items():
+            yield f"{name} of {type(part).__name__}", ends
+
+
+def without_nan(kernels: Any, *inputs: Tensor) -> None:
+    """Calls kernels for all rows but those of NaN, as some kernels multiply the rows of other sequences by zero."""
+    *rows, output = inputs
+    lost = torch.stack([~x.isfinite().all(1) for x in rows]).any(0)
+    kernels(*(x.nan_to_num() for x in rows), output)
+    output[: len(lost)][lost] = torch.nan
 
 
 def attended(
@@ -234,15 +258,27 @@ def attended(
     """Computes an attention without a cache."""
     q = query.reshape(TOKENS, attention.num_heads, -1)
     k, v = (x.reshape(TOKENS, attention.num_kv_heads, -1) for x in (key, value))
-    return causal(q, k, v, attention.impl.scale).flatten(1).to(output_dtype or query.dtype)
+    plain = partial(causal, q, k, v, attention.impl.scale)
+    own = getattr(attention.impl, "sinks", None)
+    y = attention.sinks_at_rows.at_rows(plain) if hasattr(attention, "sinks_at_rows") else plain(own)
+    return y.flatten(1).to(output_dtype or query.dtype)
 
 
-def causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def causal(query: Tensor, key: Tensor, value: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
     """Computes softmax(scale · q · kᵀ) · v [tokens, heads, …] within each sequence, where no token sees later ones."""
     lengths = [length for _, length in SEQUENCES]
     parts = zip(*(x.float().transpose(0, 1).split(lengths, 1) for x in (query, key, value)), strict=True)
-    y = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True) for q, k, v in parts]
-    return torch.cat(y, 1).transpose(0, 1)
+    return torch.cat([_attention(*each, scale, sinks) for each in parts], 1).transpose(0, 1)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, sinks: Tensor | None) -> Tensor:
+    """Computes the attention of one sequence [heads, tokens, …]; a sink is one more key, with a value of zeros."""
+    count = query.shape[1]
+    mask = query.new_full((query.shape[0], count, count), -torch.inf).triu(1)
+    if sinks is not None:
+        mask = torch.cat([mask, sinks.float().view(-1, 1, 1).expand(-1, count, 1)], 2)
+        key, value = (F.pad(x, (0, 0, 0, 1)) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
 
 
 @contextmanager
@@ -272,8 +308,10 @@ def plain(layers: Any, lam: float, see: Any) -> Iterator[None]:
                 stack.enter_context(attribute(method, "embedding", partial(_embedding, **own)))
             if isinstance(method, ExpertsMethod):
                 stack.enter_context(attribute(method, "apply", partial(_experts, **own)))
-            if isinstance(layer, PairShortConv):
+            if isinstance(layer, (PairShortConv, PairDeltaNet)):
                 stack.enter_context(layer.at(**own))
+            if hasattr(layer, "sinks_at_rows"):
+                stack.enter_context(layer.sinks_at_rows.at(**own))
             if hasattr(layer, "routing"):
                 stack.enter_context(layer.routing.at(own["lam"]))
             if isinstance(layer, norms.PairNorm):

@@ -9,17 +9,27 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-import numpy as np
 from vllm.exceptions import VLLMValidationError
 
-from dami.callers import AUTO, CALLERS, DEFAULT_INTENSITY
-from dami.dial.values import Intensity
+from dami.callers import DEFAULT_INTENSITY, listed
+from dami.generation.reading import TAIL
+from dami.serving.protocol import SAME
 from dami_kernels import formats
 
-KEY = "intensity"  # in `SamplingParams.extra_args`, in `vllm_xargs` and in a request's body
+KEY = "intensity"
+# about λ, in `SamplingParams.extra_args`, in `vllm_xargs` and in a request's body
+FIELDS = (KEY, "max_intensity", "prompt_intensity", "prompt_tail", "intensity_schedule", "answer_intensity")
 # keys of `extra_args` that vLLM itself reads
 VLLM_ARGUMENTS = frozenset({"kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode"})
-KEYS = ("thinking", "thinking_revision", "format", "default_intensity", "intensity_range")
+KEYS = (
+    "thinking",
+    "thinking_revision",
+    "format",
+    "default_intensity",
+    "prompt_intensity",
+    "prompt_tail",
+    "intensity_range",
+)
 
 
 class RequestError(VLLMValidationError, ValueError):
@@ -37,14 +47,18 @@ class PairSettings:
         thinking: directory or hub name of the λ=1 end; None for a packed pair.
         thinking_revision: its branch, tag or commit; None for vLLM's `--revision`, which is that of the λ=0 end.
         format: storage format for two ends, one of `dami_kernels.formats.names()`; None for a packed pair.
-        default_intensity: λ of requests that name none.
+        default_intensity: λ of requests that name none: a number, a preset or "auto".
+        prompt_intensity: λ at which prompts are read: a number, a preset, or "same" for that of the answer.
+        prompt_tail: how many tokens at the end of a prompt are read at the λ of the answer.
         intensity_range: lowest and highest λ that a request may ask for.
     """
 
     thinking: str | None = None
     thinking_revision: str | None = None
     format: str | None = None
-    default_intensity: float = DEFAULT_INTENSITY
+    default_intensity: float | str = DEFAULT_INTENSITY
+    prompt_intensity: float | str = SAME
+    prompt_tail: int = TAIL
     intensity_range: tuple[float, float] = (-1.0, 2.0)
 
     @classmethod
@@ -73,31 +87,27 @@ class PairSettings:
                 raise ValueError(f"intensity_range must be two finite numbers [least, greatest], got {ends!r}")
             own["intensity_range"] = float(ends[0]), float(ends[1])
         settings = cls(**own)
-        settings.checked(settings.default_intensity, "default_intensity")
+        least, greatest = settings.intensity_range
+        for name, words in (("default_intensity", "a preset or 'auto'"), ("prompt_intensity", f"a preset or {SAME!r}")):
+            value = getattr(settings, name)
+            if not isinstance(value, str) and not (_is_finite(value) and least <= value <= greatest):
+                raise ValueError(f"{name} must be a number from {least:g} to {greatest:g}, {words}, got {value!r}")
+        check_tail(settings.prompt_tail)
         return settings
 
-    def checked(self, value: Any, name: str = KEY) -> float:
-        """Returns λ as the kernels take it: rounded to float32.
 
-        Raises:
-            ValueError: if it is not a number, not finite, or out of range; the server answers with status 400.
-        """
-        least, greatest = self.intensity_range
-        try:
-            lam = Intensity.parse(value, CALLERS["vLLM"]).numbers.item()
-        except (TypeError, ValueError):
-            lam = math.nan
-        if not least <= lam <= greatest:
-            hint = "; an estimator needs dami's own server" if isinstance(value, str) and value == AUTO else ""
-            raise RequestError(
-                f"{name} must be a number from {least:g} to {greatest:g}, got {value!r}{hint}", parameter=name
-            )
-        return float(np.float32(lam)) + 0.0  # turns −0.0 into 0.0
+def check_tail(tail: Any) -> None:
+    """Raises ValueError unless this is a number of tokens; the server answers with status 400."""
+    if isinstance(tail, bool) or not isinstance(tail, int) or tail < 0:
+        raise RequestError(f"prompt_tail must be an integer of at least 0, got {tail!r}", parameter="prompt_tail")
 
 
-def resembles_key(name: str) -> bool:
-    """Returns whether an unknown argument was probably meant as λ: `intensty`, `Intensity`, `prompt_intensity`."""
-    return name != KEY and bool(difflib.get_close_matches(name.lower(), [KEY], cutoff=0.7))
+def resembles_field(name: str) -> bool:
+    """Returns whether an unknown argument was probably meant as one about λ: `intensty`, `Intensity`, `prompt_tial`."""
+    cutoffs = {field: 0.7 if KEY in field else 0.85 for field in FIELDS}  # many a name begins with "prompt_"
+    return name not in FIELDS and any(
+        difflib.get_close_matches(name.lower(), [field], cutoff=cutoff) for field, cutoff in cutoffs.items()
+    )
 
 
 def check_arguments(given: Iterable[str], others_may_read: bool) -> None:
@@ -112,10 +122,10 @@ def check_arguments(given: Iterable[str], others_may_read: bool) -> None:
         RequestError: if there is such an argument, which the message names; the server answers with status 400.
     """
     for name in given:
-        if name == KEY or name in VLLM_ARGUMENTS or (others_may_read and not resembles_key(name)):
+        if name in FIELDS or name in VLLM_ARGUMENTS or (others_may_read and not resembles_field(name)):
             continue
         raise RequestError(
-            f"extra arguments of a request to a pair must be {KEY!r} alone, got {name!r}", parameter=name
+            f"extra arguments of a request to a pair must be {listed(FIELDS)}, got {name!r}", parameter=name
         )
 
 

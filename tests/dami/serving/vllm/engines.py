@@ -24,7 +24,8 @@ OPTIONS = {
 
 
 def _options(thinking: Path | None, format: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    extra = {key: options.pop(key) for key in ("default_intensity", "intensity_range") if key in options}
+    own = ("default_intensity", "intensity_range", "prompt_intensity", "prompt_tail")
+    extra = {key: options.pop(key) for key in own if key in options}
     if thinking is not None:
         options["quantization"] = "dami"
         extra |= {"thinking": str(thinking)} | ({"format": format} if format else {})
@@ -49,13 +50,13 @@ def engine(model: Path, thinking: Path | None = None, format: str | None = None,
 
 
 def ask(llm: Any, prompts: list[list[int]], lams: Sequence[Any] = LAMS, tokens: int = 16, **params: Any) -> list[Any]:
-    """Greedy answers of so many tokens to prompts, each at its λ; None for one that names none."""
+    """Greedy answers of so many tokens to prompts, each at its λ, or with these arguments; None for one without any."""
     from vllm import SamplingParams
 
     asked = [
         SamplingParams(
             **{"temperature": 0, "max_tokens": tokens, "ignore_eos": True, "detokenize": False, **params},
-            extra_args=None if lam is None else {"intensity": lam},
+            extra_args=lam if lam is None or isinstance(lam, dict) else {"intensity": lam},
         )
         for lam in lams
     ]

@@ -14,7 +14,15 @@ import transformers
 from dami.loading.quantizer import QUANT_METHOD
 from dami.saving.config import PackedConfig
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from dami_kernels import LerpWeight, formats
 
@@ -65,6 +73,18 @@ def _config(name: str, **own: Any) -> Callable[[], PreTrainedConfig]:
     return lambda: getattr(transformers, name)(**{**_SMALL, **own})
 
 
+def _with_tower(name: str, text: str, tower: dict[str, Any], **own: Any) -> Callable[[], PreTrainedConfig]:
+    """A model of text and images: `text` names the config of its language model."""
+    return lambda: getattr(transformers, name)(
+        text_config=_config(text, **own)().to_dict(), vision_config=tower, tie_word_embeddings=False
+    )
+
+
+_TOWER = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+_TOWER |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 4, 4]}}
+
+
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": _config("LlamaConfig", attention_bias=True),
     "mistral": _config("MistralConfig", sliding_window=None, tie_word_embeddings=True),
@@ -73,6 +93,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3_moe": _config("Qwen3MoeConfig", **_EXPERTS),
     "cohere2": _config("Cohere2Config", sliding_window=64, num_hidden_layers=4),
     "deepseek_v3": _config("DeepseekV3Config", **_MLA, **_SPARSE, **_GROUPS),
+    "deepseek_v2": _config("DeepseekV2Config", **{**_MLA, "q_lora_rank": None}, **_SPARSE, n_group=1, topk_group=1),
     "ernie4_5": _config("Ernie4_5Config"),
     "exaone4": _config("Exaone4Config", sliding_window=None, layer_types=["full_attention"] * 2),
     "gemma": _config("GemmaConfig"),
@@ -97,8 +118,12 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         layer_types=["linear_attention", "full_attention"],
         linear_num_key_heads=2,
         linear_num_value_heads=4,
-        linear_key_head_dim=32,
-        linear_value_head_dim=32,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+    ),
+    "qwen3_vl": _with_tower("Qwen3VLConfig", "Qwen3VLTextConfig", _TOWER, **_SECTIONS),
+    "qwen3_vl_moe": _with_tower(
+        "Qwen3VLMoeConfig", "Qwen3VLMoeTextConfig", _TOWER, **_EXPERTS, **_SECTIONS, mlp_only_layers=[]
     ),
     "seed_oss": _config("SeedOssConfig"),
     "smollm3": _config("SmolLM3Config", no_rope_layers=[1, 0]),
@@ -106,7 +131,12 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
-SAME = {"gpt_oss": ("sinks",)}  # what is the same in both ends, by family, because vLLM's attention reads it itself
+WITH_TOWER = {"qwen3_vl", "qwen3_vl_moe"}  # models of text and images
+
+
+def model_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers that makes a config's model."""
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
 
 
 def stored_in(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
@@ -115,18 +145,22 @@ def stored_in(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     return ((name, tensor) for name, tensor in reversed(tensors.values()) if tensor.is_floating_point())
 
 
-def write_ends(family: str, directory: Path, same: Sequence[str] | None = None) -> tuple[Path, Path]:
-    """Writes a random instruct model and a thinking one at some distance, in every parameter but those named `same`."""
-    same = SAME.get(family, ()) if same is None else same
+def _size(name: str) -> float:
+    """Returns by how much a parameter is changed: so that answers depend on it."""
+    return 2.0 if name.endswith("sinks") else 0.1
+
+
+def write_ends(family: str, directory: Path) -> tuple[Path, Path]:
+    """Writes a random instruct model and a thinking one at some distance, in every parameter."""
     torch.manual_seed(1)
-    instruct = AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
+    config = FAMILIES[family]()
+    instruct = model_class(config).from_config(config).eval()
     with torch.no_grad():
-        for _, tensor in stored_in(instruct):
-            tensor += 0.1 * torch.randn_like(tensor)
+        for name, tensor in stored_in(instruct):
+            tensor += _size(name) * torch.randn_like(tensor)
         thinking = copy.deepcopy(instruct)
         for name, tensor in stored_in(thinking):
-            if not any(part in name for part in same):
-                tensor += 0.1 * torch.randn_like(tensor)
+            tensor += _size(name) * torch.randn_like(tensor)
     ends = directory / "instruct", directory / "thinking"
     for model, end in zip((instruct, thinking), ends, strict=True):
         model.save_pretrained(end)
@@ -155,7 +189,7 @@ def merged(packed: Path, lam: float) -> PreTrainedModel:
     assert stored.pop("quant_method") == QUANT_METHOD
     pair = PackedConfig(**stored)
     tensors = {name: tensor for file in packed.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = model_class(config).from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, tensor in stored_in(model):
             format = pair.format_of(name)
@@ -183,6 +217,18 @@ def answer(model: PreTrainedModel, prompt: list[int], tokens: int) -> list[int]:
 def answers(packed: Path, prompts: list[list[int]], lams: Sequence[float], tokens: int) -> list[list[int]]:
     """What merged models answer greedily, one for each λ."""
     return [answer(reference(packed, lam), prompt, tokens) for prompt, lam in zip(prompts, lams, strict=True)]
+
+
+def answer_by_place(packed: Path, prompt: list[int], tokens: int, lam: Callable[[int], float]) -> list[int]:
+    """What is answered greedily where each token is read by a merged model of its own place's λ."""
+    cache, sequence, read = DynamicCache(), [*prompt], 0
+    while len(sequence) < len(prompt) + tokens:
+        end = next((place for place in range(read, len(sequence)) if lam(place) != lam(read)), len(sequence))
+        logits = reference(packed, lam(read))(torch.tensor([sequence[read:end]]), past_key_values=cache).logits
+        read = end
+        if read == len(sequence):
+            sequence.append(int(logits[0, -1].argmax()))
+    return sequence[len(prompt) :]
 
 
 def prompts_of(*lengths: int, seed: int = 3) -> list[list[int]]:

@@ -85,22 +85,36 @@ def test_the_caller_s_parameters_are_left_alone(llm: Any) -> None:
     assert params.extra_args is None
 
 
-@pytest.mark.parametrize("value", ["auto", "0.3", None, True, [0.3], math.nan, math.inf, 1.51, -0.6, 10**18])
-def test_what_is_no_intensity_is_refused(llm: Any, value: Any) -> None:
+WRONG = {
+    "auto": "intensity 'auto' needs an estimator, and this pair has none",
+    "0.3": "intensity must be a number, a preset, of which the model has none, or 'auto', got '0.3'",
+    None: "intensity must be .*, got NoneType; vLLM takes a number, a preset or 'auto'",
+    True: "intensity must be .*, got True; vLLM takes a number, a preset or 'auto'",
+    (0.3,): "intensity must be one number, got 1: vLLM takes no more",
+    math.nan: "intensity must be finite",
+    math.inf: "intensity must be finite",
+    1.51: "intensity must be in -0.5 to 1.5 on this server, got 1.51",
+    -0.6: "intensity must be in -0.5 to 1.5 on this server, got -0.6",
+    10**18: "intensity must be in -0.5 to 1.5 on this server, got 1000000000000000000",
+}
+
+
+@pytest.mark.parametrize(("value", "message"), WRONG.items())
+def test_what_is_no_intensity_is_refused(llm: Any, value: Any, message: str) -> None:
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=1, detokenize=False)
-    params.extra_args = {"intensity": value}
-    with pytest.raises(ValueError, match=r"intensity must be a number from -0.5 to 1.5, got"):
+    params.extra_args = {"intensity": list(value) if isinstance(value, tuple) else value}
+    with pytest.raises(ValueError, match=message):
         llm.generate([{"prompt_token_ids": PROMPTS[0]}], params, use_tqdm=False)
 
 
-@pytest.mark.parametrize("name", ["intensty", "Intensity", "prompt_intensity", "lambda"])
+@pytest.mark.parametrize("name", ["intensty", "Intensity", "prompt_intensty", "lambda", "dami_pilot", "dami_course"])
 def test_arguments_that_nobody_reads_are_refused(llm: Any, name: str) -> None:
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=1, detokenize=False, extra_args={name: 1.0})
-    message = f"extra arguments of a request to a pair must be 'intensity' alone, got '{name}'"
+    message = f"extra arguments of a request to a pair must be intensity, .* or answer_intensity, got '{name}'"
     with pytest.raises(ValueError, match=message):
         llm.generate([{"prompt_token_ids": PROMPTS[0]}], params, use_tqdm=False)
 

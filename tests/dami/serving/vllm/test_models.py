@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from tests.dami.serving.vllm import pairs
 from tests.dami.serving.vllm.engines import ask, engine, tokens_of
-from tests.dami.serving.vllm.pairs import LAMS, answers, prompts_of
+from tests.dami.serving.vllm.pairs import LAMS, answer_by_place, answers, prompts_of
 
 PROMPTS = prompts_of(5, 17, 33, 9, 21)
 
@@ -52,7 +52,7 @@ def test_the_shipped_pair(tmp_path: Path) -> None:
 
 
 def test_requests_that_are_preempted(packed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of 13 blocks cannot hold all requests: some are thrown out and begin anew."""
+    """A cache of 13 blocks cannot hold all requests: some are thrown out and read again, each token at its λ."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
     preempted = []
@@ -63,7 +63,11 @@ def test_requests_that_are_preempted(packed: Any, monkeypatch: pytest.MonkeyPatc
         return preempt(*args, **options)
 
     monkeypatch.setattr(Scheduler, "_preempt_request", counted)
-    prompts, lams = prompts_of(*[60] * 6), [*LAMS, 0.7]
-    with engine(packed("qwen3", "int8"), num_gpu_blocks_override=13) as llm:
-        assert tokens_of(ask(llm, prompts, lams, 48)) == answers(packed("qwen3", "int8"), prompts, lams, 48)
-    assert preempted
+    pair, prompts = packed("qwen3", "int8"), prompts_of(*[60] * 6)
+    moving = {"intensity": 0.7, "prompt_intensity": 0.1, "intensity_schedule": [[4, 0.3]]}
+    wanted = answers(pair, prompts[:3], LAMS[:3], 48)
+    for prompt in prompts[3:]:
+        wanted.append(answer_by_place(pair, prompt, 48, lambda at: 0.1 if at < 59 else 0.7 - 0.1 * min(at - 59, 4)))
+    with engine(pair, num_gpu_blocks_override=13) as llm:
+        assert tokens_of(ask(llm, prompts, [*LAMS[:3], *[moving] * 3], 48)) == wanted
+    assert {args[1].sampling_params.extra_args.get("prompt_intensity") for args in preempted} >= {0.1}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import dami
 import pytest
+import torch
+from dami.estimators.files import StoredIntensity
 
-from tests.dami.serving.vllm.pairs import LAMS, answers, prompts_of
+from tests.dami.serving.vllm.pairs import LAMS, answer_by_place, answers, prompts_of
 from tests.dami.serving.vllm.processes import answers_of
 
 PROMPTS = prompts_of(5, 17, 33, 9, 21)
@@ -23,6 +27,36 @@ def test_the_second_model_runner(packed: Any) -> None:
     """Which is the default on GPUs; here Triton's interpreter runs its kernels. Prompts come in pieces."""
     environment = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
     check(packed, "qwen3", "int4", {"max_num_batched_tokens": 32}, **environment)
+
+
+ARGUMENTS: list[Any] = [
+    {"intensity": "auto"},
+    {"intensity": 1.0, "prompt_intensity": 0.0, "prompt_tail": 3},
+    {"intensity": 1.0, "intensity_schedule": [[4, 0.0]]},
+]
+
+
+def check_the_dial(options: dict[str, Any], tmp_path: Path, **environment: str) -> None:
+    """λ that the estimator chooses, of prompts, and by a schedule."""
+    pair = dami.pack(*dami.example_pair(), tmp_path / "pair", format="int8")
+    model, tokenizer = dami.load_pair(pair)
+    prompt = tokenizer("<|user|>47 + 38 - 12 =<|assistant|>")["input_ids"] * 3
+    chosen = (
+        StoredIntensity.load(pair / "intensity").estimator.estimate(model, {"input_ids": torch.tensor([prompt])}).item()
+    )
+    job = {"engine": {"model": str(pair), **options}, "ask": {"prompts": [prompt] * 3, "lams": ARGUMENTS}}
+    tokens, _ = answers_of(job, **environment)
+    last = len(prompt) - 1
+    assert tokens == [
+        answers(pair, [prompt], [chosen], 16)[0],
+        answer_by_place(pair, prompt, 16, lambda place: 0.0 if place < last - 2 else 1.0),
+        answer_by_place(pair, prompt, 16, lambda place: 1.0 - 0.25 * min(max(place - last, 0), 4)),
+    ]
+
+
+def test_the_dial_in_the_second_model_runner(tmp_path: Path) -> None:
+    environment = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    check_the_dial({"max_num_batched_tokens": 32, "enable_prefix_caching": True}, tmp_path, **environment)
 
 
 def test_speculation_by_ngrams(packed: Any) -> None:
@@ -61,3 +95,8 @@ def test_compiled(packed: Any, family: str, format: str, tmp_path: Any) -> None:
     """Once more from what the first run has kept."""
     for _ in range(2):
         check(packed, family, format, {"enforce_eager": False}, VLLM_CACHE_ROOT=str(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_dial_of_a_compiled_model(tmp_path: Path) -> None:
+    check_the_dial({"enforce_eager": False}, tmp_path, VLLM_CACHE_ROOT=str(tmp_path / "cache"))

@@ -15,6 +15,7 @@ from urllib.request import Request, urlopen
 
 import dami
 import pytest
+from dami.estimators.files import StoredIntensity
 
 from tests.dami.serving.vllm.pairs import answers
 
@@ -50,7 +51,7 @@ def url(pair: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         )
     try:
-        for _ in range(480):
+        for _ in range(1200):
             try:
                 urlopen(f"http://127.0.0.1:{port}/health")
                 break
@@ -90,9 +91,9 @@ def wanted(pair: Any) -> Any:
 
 @pytest.mark.parametrize("door", ["vllm_xargs", "body"])
 def test_completions(url: str, wanted: Any, door: str) -> None:
-    for lam in (0, 0.3, 1):
+    for lam in (0, 0.3, 1, "low"):
         body = {"vllm_xargs": {"intensity": lam}} if door == "vllm_xargs" else {"intensity": lam}
-        assert completion(url, **body) == wanted(lam)
+        assert completion(url, **body) == wanted(0.4 if lam == "low" else lam)
     assert wanted(0) != wanted(1)
 
 
@@ -111,23 +112,32 @@ def test_chats(url: str) -> None:
     assert len(texts[1]) > 20
 
 
-@pytest.mark.parametrize("value", ["auto", "0.5", [0.5], -0.1, 1.1, 10**12])
+WRONG = {
+    "0.5": r"intensity must be a number, one of ['high', 'low', 'medium'] or 'auto', got '0.5'",
+    (0.5,): "intensity must be one number, got 1: vLLM takes no more",
+    -0.1: "intensity must be in 0 to 1 on this server, got -0.1",
+    10**12: "intensity must be in 0 to 1 on this server, got 1000000000000",
+}
+
+
+@pytest.mark.parametrize(("value", "message"), WRONG.items())
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
-def test_what_is_no_intensity_is_the_client_s_error(url: str, path: str, value: Any) -> None:
+def test_what_is_no_intensity_is_the_client_s_error(url: str, path: str, value: Any, message: str) -> None:
     prompt = {"prompt": PROMPT} if path == "completions" else {"messages": [{"role": "user", "content": "hi"}]}
+    value = list(value) if isinstance(value, tuple) else value
     for body in ({"vllm_xargs": {"intensity": value}}, {"intensity": value}):
         status, answer = post(f"{url}/{path}", {**prompt, "max_tokens": 1, **body})
         assert status == 400
-        assert "intensity must be a number from 0 to 1, got" in answer["error"]["message"]
+        assert message in answer["error"]["message"]
 
 
-@pytest.mark.parametrize("body", [{"vllm_xargs": {"intensty": 1}}, {"intensty": 1}, {"prompt_intensity": 1}])
+@pytest.mark.parametrize("body", [{"vllm_xargs": {"intensty": 1}}, {"intensty": 1}, {"prompt_intensty": 1}])
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
 def test_a_misspelt_intensity_is_the_client_s_error(url: str, path: str, body: dict[str, Any]) -> None:
     prompt = {"prompt": PROMPT} if path == "completions" else {"messages": [{"role": "user", "content": "hi"}]}
     status, answer = post(f"{url}/{path}", {**prompt, "max_tokens": 1, **body})
     assert status == 400
-    assert "extra arguments of a request to a pair must be 'intensity' alone, got " in answer["error"]["message"]
+    assert "extra arguments of a request to a pair must be intensity, max_intensity, " in answer["error"]["message"]
 
 
 def test_two_intensities_are_the_client_s_error(url: str) -> None:
@@ -144,6 +154,110 @@ def test_beams_are_the_client_s_error(url: str, path: str) -> None:
     status, answer = post(f"{url}/{path}", body)
     assert status == 400
     assert "beam search is not supported with a pair" in answer["error"]["message"]
+
+
+NAMES = ["", ":auto", ":low", ":medium", ":high", ":0", ":0.3", ":0.5", ":0.7", ":1"]
+
+
+def test_the_list_of_models_is_a_menu_of_lambda(url: str) -> None:
+    with urlopen(f"{url}/models") as response:
+        models = {model["id"]: model["intensity"] for model in json.load(response)["data"]}
+    assert [*models] == [f"pair{suffix}" for suffix in NAMES]
+    assert models["pair"] == {
+        "default": 1,
+        "prompt": "same",
+        "tail": 1,
+        "least_tail": 1,
+        "range": [0, 1],
+        "presets": {"low": 0.4, "medium": 0.6, "high": 0.6},
+        "auto": True,
+    }
+    assert models["pair:low"]["default"] == "low"
+
+
+def test_names_of_models_carry_lambda(url: str, wanted: Any) -> None:
+    for model, lam in (("pair:low", 0.4), ("pair:0.3", 0.3), ("pair", 1)):
+        assert completion(url, model=model) == wanted(lam)
+    assert completion(url, model="pair:0.3", intensity=0.3) == wanted(0.3)
+
+
+@pytest.mark.parametrize("model", ["pair:1.1", "pair:lo", "pair:", "other", "other:0.5"])
+def test_names_of_no_model(url: str, model: str) -> None:
+    status, answer = post(f"{url}/completions", {"prompt": PROMPT, "max_tokens": 1, "model": model})
+    assert status == 404
+    assert f"The model `{model}` does not exist" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"model": "pair:0.3", "intensity": 0.5}, "model is 'pair:0.3' and intensity 0.5"),
+        ({"reasoning_effort": "low", "intensity": 0.5}, "reasoning_effort is low and intensity 0.5"),
+        ({"reasoning_effort": "low", "model": "pair:0.3"}, "model is 'pair:0.3' and intensity low"),
+        ({"model": "pair:0.3", "max_intensity": 0.5}, "intensity and max_intensity exclude each other"),
+    ],
+)
+def test_lambdas_that_contradict_each_other(url: str, body: dict[str, Any], message: str) -> None:
+    chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    status, answer = post(f"{url}/chat/completions", {**chat, **body})
+    assert status == 400
+    assert message in answer["error"]["message"]
+
+
+def chat(url: str, **body: Any) -> str:
+    messages = [{"role": "user", "content": "47 + 38 - 12 ="}]
+    status, answer = post(
+        f"{url}/chat/completions", {"messages": messages, "max_tokens": 24, "ignore_eos": True, **body}
+    )
+    assert status == 200, answer
+    return answer["choices"][0]["message"]["content"]
+
+
+def test_reasoning_effort_is_an_intensity(url: str) -> None:
+    for effort, lam in (("none", 0), ("minimal", 0), ("low", 0.4), ("high", 0.6), ("xhigh", 1), ("max", 1)):
+        assert chat(url, reasoning_effort=effort) == chat(url, intensity=lam)
+
+
+def test_the_estimator_chooses(url: str, pair: Any, wanted: Any) -> None:
+    model, tokenizer = dami.load_pair(pair)
+    estimator = StoredIntensity.load(pair / "intensity").estimator
+    lam = estimator.estimate(model, tokenizer(PROMPT, return_tensors="pt")).item()
+    assert completion(url, intensity="auto") == completion(url, model="pair:auto") == wanted(lam)
+    assert completion(url, intensity="auto", max_intensity=0.05) == wanted(0.05)
+
+
+def test_the_dial_of_a_running_request(url: str, wanted: Any) -> None:
+    body = {
+        "prompt": [PROMPT] * 2,
+        "max_tokens": 90,
+        "ignore_eos": True,
+        "stream": True,
+        "temperature": 0,
+        "model": "pair",
+    }
+    request = Request(f"{url}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    texts, turned = ["", ""], None
+    with urlopen(request) as response:
+        for line in response:
+            if not line.startswith(b"data: {"):
+                continue
+            chunk = json.loads(line[6:])
+            if turned is None:
+                refused = [post(f"{url}/requests/{chunk['id']}/dial", each) for each in DIALS]
+                turned = post(f"{url}/requests/{chunk['id']}/dial", {"intensity": "low", "choice": 1})
+            for choice in chunk["choices"]:
+                texts[choice["index"]] += choice["text"]
+    status, answer = turned
+    assert (status, answer["choices"], answer["intensity"]) == (200, [1], pytest.approx(0.4))
+    assert [status for status, _ in refused] == [400, 400, 400, 404]
+    assert texts[0] == completion(url, max_tokens=90)
+    assert texts[1] != texts[0]
+    status, answer = post(f"{url}/requests/{chunk['id']}/dial", {"intensity": 0.5})  # which has ended
+    assert status == 404
+    assert f"there is no running request {chunk['id']}" in answer["error"]["message"]
+
+
+DIALS = [{"intensity": 2}, {"wrap_up": 8}, {}, {"intensity": 0, "choice": 2}]
 
 
 def test_it_still_answers(url: str, wanted: Any) -> None:

@@ -25,6 +25,7 @@ from tests.moving import break_place, ways
 vllm = pytest.importorskip("vllm")
 
 from dami.serving.vllm import register, support  # noqa: E402
+from dami.serving.vllm.offers import Offer  # noqa: E402
 from dami.serving.vllm.settings import PairSettings, check_arguments  # noqa: E402
 
 
@@ -114,7 +115,7 @@ def test_arguments_of_processors_of_the_user_s_are_theirs() -> None:
     check_arguments(["intensity", "kv_transfer_params"], others_may_read=False)
     check_arguments(["their_own"], others_may_read=True)
     for name, others_may_read in (("their_own", False), ("intensty", True)):
-        with pytest.raises(ValueError, match=f"must be 'intensity' alone, got '{name}'"):
+        with pytest.raises(ValueError, match=f"must be intensity, .* got '{name}'"):
             check_arguments([name], others_may_read)
 
 
@@ -124,6 +125,8 @@ def config(**changed: Any) -> Any:
         model_config=SimpleNamespace(
             runner_type="generate",
             is_moe=True,
+            use_mla=False,
+            is_hybrid=False,
             enable_prompt_embeds=False,
             head_dtype=torch.float32,
             dtype=torch.float32,
@@ -154,6 +157,7 @@ def config(**changed: Any) -> Any:
 def test_plain_options_pass() -> None:
     support.check_features(config())
     support.check_features(config(speculative_config=SimpleNamespace(method="ngram")))
+    support.check_features(config(model_config__is_moe=False, lora_config=object()))
     support.check_features(config(model_config__is_moe=False, parallel_config__data_parallel_size=2))
 
 
@@ -163,7 +167,7 @@ def test_plain_options_pass() -> None:
         ({"model_config__runner_type": "pooling"}, "the runner pooling"),
         ({"model_config__enable_prompt_embeds": True}, "prompt embeddings"),
         ({"model_config__head_dtype": torch.float64}, "an output layer in torch.float64"),
-        ({"lora_config": object()}, "LoRA"),
+        ({"lora_config": object()}, "LoRA for a model with experts"),
         ({"speculative_config": SimpleNamespace(method="eagle3")}, "speculation by eagle3"),
         ({"speculative_config": SimpleNamespace(method="mtp")}, "speculation by mtp"),
         ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
@@ -193,8 +197,10 @@ def test_what_is_not_supported_is_named(changed: dict[str, Any], named: str) -> 
         ({"intensity_range": [0, "1"]}, "intensity_range must be two finite numbers"),
         ({"intensity_range": [1, 0]}, "intensity_range must be two finite numbers"),
         ({"intensity_range": 1}, "intensity_range must be two finite numbers"),
-        ({"default_intensity": 3}, "default_intensity must be a number from -1 to 2, got 3"),
-        ({"default_intensity": "auto"}, "default_intensity must be a number from -1 to 2, got 'auto'"),
+        ({"default_intensity": 3}, "default_intensity must be a number from -1 to 2, a preset or 'auto', got 3"),
+        ({"prompt_intensity": None}, "prompt_intensity must be a number from -1 to 2, a preset or 'same', got None"),
+        ({"prompt_tail": -1}, "prompt_tail must be an integer of at least 0, got -1"),
+        ({"prompt_tail": "turn"}, "prompt_tail must be an integer of at least 0, got 'turn'"),
     ],
 )
 def test_settings_that_are_wrong(extra: dict[str, Any], message: str) -> None:
@@ -224,7 +230,7 @@ def test_both_ends_have_a_revision(own: dict[str, str], wanted: str, monkeypatch
 
 
 def test_one_intensity_has_one_key() -> None:
-    checked = PairSettings().checked
+    checked = Offer(PairSettings()).lam
     for number in (0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5)):  # whatever else is a number in dami
         assert checked(number) == 0.5
     assert checked(torch.tensor(1)) == checked(np.int64(1)) == 1.0
@@ -316,7 +322,7 @@ def test_parameters_are_called_as_on_the_hub() -> None:
 
     up = torch.randn(3, 10, 4)
     gates, values = up.chunk(2, 1)
-    spelling = Spelling("mixtral")
+    spelling = Spelling(pairs.FAMILIES["mixtral"]())
     found = dict(spelling.parts("model.layers.0.mlp.experts.gate_up_proj", up))
     assert len(found) == 6
     for number in range(3):
@@ -324,7 +330,11 @@ def test_parameters_are_called_as_on_the_hub() -> None:
         assert torch.equal(found[f"{expert}.w1.weight"], gates[number])
         assert torch.equal(found[f"{expert}.w3.weight"], values[number])
     assert spelling.names("model.layers.0.mlp.gate.weight", 3) == ["model.layers.0.block_sparse_moe.gate.weight"]
-    assert Spelling("qwen3").names("model.norm.weight", 64) == ["model.norm.weight"]
+    within = Spelling(pairs.FAMILIES["qwen3_vl_moe"]())  # whose experts are stored transposed
+    assert within.names("model.language_model.layers.0.mlp.experts.gate_up_proj", 1) == [
+        f"model.language_model.layers.0.mlp.experts.0.{part}_proj.weight" for part in ("gate", "up")
+    ]
+    assert Spelling(pairs.FAMILIES["qwen3"]()).names("model.norm.weight", 64) == ["model.norm.weight"]
 
 
 @pytest.mark.parametrize(("centred", "offset"), [(False, 0.0), (False, 1.0), (True, 0.0)])
@@ -345,8 +355,13 @@ def test_a_norm_is_known_by_what_it_computes(centred: bool, offset: float) -> No
         def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
             return super().forward(x, torch.zeros_like(x))[0]
 
+    class Gated(Alone):
+        def forward(self, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(x) * (1 if z is None else z.sigmoid())
+
     found = {"centred": centred, "eps": 1e-5, "offset": offset}
     with torch.no_grad():
-        assert norms.fit(Alone()) == {**found, "residual": None, "returns": 1}
+        assert norms.fit(Alone()) == {**found, "second": None, "returns": 1}
+        assert norms.fit(Gated()) == {**found, "second": "sigmoid", "returns": 1}
         assert norms.fit(Alone(shift=1.0)) is None
         assert norms.fit(Norm()) is None  # which wants a residual always

@@ -1,0 +1,123 @@
+"""λ of a request in vLLM, by place: of its prompt, of the prompt's tail, and of each token of its answer.
+
+A course travels to vLLM's other processes in the `extra_args` of its request's parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+KEY = "dami_course"  # in `SamplingParams.extra_args`
+
+
+@dataclass(eq=False)
+class Course:
+    """λ at which each token of a request is read.
+
+    Attributes:
+        prompt: number of tokens of the prompt.
+        points: (tokens, λ) in ascending order, the first of them at 0 tokens of the answer: λ goes in straight lines
+            from one to the next, and stays at the last. λ of the first is also that of the prompt's tail.
+        tail: tokens at the end of the prompt.
+        before: λ of the prompt before its tail.
+        turns: (place, λ) in ascending order: λ set by hand, from this place of the sequence on.
+        pilot: the name under which the states of its prompt are kept; empty if they are not.
+        budget: the most tokens of its thoughts, which λ bends toward; None for no limit.
+        span: over how many tokens it bends.
+        answer: λ after a thought; None for that of the thought.
+        start, end: the tokens of the tags around a thought.
+        inside: whether the prompt ends inside a thought.
+    """
+
+    prompt: int
+    points: Sequence[Sequence[float]]
+    tail: int
+    before: float
+    turns: list[Sequence[float]] = field(default_factory=list)
+    pilot: str = ""
+    budget: int | None = None
+    span: float = 0.0
+    answer: float | None = None
+    start: Sequence[int] = ()
+    end: Sequence[int] = ()
+    inside: bool = False
+
+    @classmethod
+    def of(cls, params: Any) -> Course | None:
+        """Returns the course that a request's parameters hold; None if it is no request to a pair."""
+        packed = ((params and params.extra_args) or {}).get(KEY)
+        return None if packed is None else cls(**packed)
+
+    def put(self, params: Any) -> None:
+        """Puts the course into a request's parameters."""
+        params.extra_args = {**(params.extra_args or {}), KEY: asdict(self)}
+
+    @property
+    def last(self) -> float:
+        """The place from which on λ does not change any more."""
+        if self.turns:
+            return self.turns[-1][0]
+        if len(self.points) > 1:
+            return self.prompt - 1 + self.points[-1][0]
+        return 0 if self.before == self.points[0][1] else max(0, self.prompt - self.tail)
+
+    @property
+    def final(self) -> float:
+        """λ from there on."""
+        return self.turns[-1][1] if self.turns else self.points[-1][1]
+
+    @property
+    def thinks(self) -> bool:
+        """Whether λ also depends on the tokens of the answer: on its thoughts."""
+        return self.budget is not None or self.answer is not None
+
+    def lam(self, start: int, end: int) -> NDArray[np.float32]:
+        """Returns λ from the place `start` to before `end`, without regard to thoughts: float32 [end − start]."""
+        places = np.arange(start, end)
+        tokens, lams = zip(*self.points, strict=True)
+        lam = np.interp(places + 1 - self.prompt, tokens, lams)  # the prompt's last token gives the answer's first
+        lam[places < self.prompt - self.tail] = self.before
+        for place, turned in self.turns:
+            lam[places >= place] = turned
+        return lam.astype(np.float32)
+
+    def turn(self, place: int, intensity: float) -> None:
+        """Sets λ from a place on that has not been read yet."""
+        self.turns = [turn for turn in self.turns if turn[0] < place] + [(place, intensity)]
+
+    def key(self, start: int, end: int) -> str:
+        """Returns what the prefix cache has to know of a block beside its tokens: what their λ follow from."""
+        if self.thinks and end > self.prompt:  # and from the tokens, by which the cache knows the block, too
+            turns = [turn for turn in self.turns if turn[0] < end]
+            return repr((self.prompt, self.points, self.tail, self.before, turns, self.budget, self.span, self.answer))
+        if start >= self.last:
+            return self.final.hex()
+        runs = [(lam, len([*same])) for lam, same in groupby(self.lam(start, end).tolist())]
+        return " ".join(lam.hex() if count == end - start else f"{lam.hex()}*{count}" for lam, count in runs)
+
+    @property
+    def salt(self) -> str:
+        """What a cache has to know that has no keys for blocks: λ, or all there is if not every token has the same."""
+        return repr(self) if self.last or self.thinks else self.final.hex()
+
+
+def lams(courses: Iterable[Course], starts: NDArray[Any], counts: NDArray[Any]) -> NDArray[np.float32]:
+    """Returns λ of every token of a step, float32 [tokens].
+
+    Args:
+        courses: one for each request.
+        starts: int [requests], places of the requests' first tokens in the step.
+        counts: int [requests], how many tokens of each there are.
+    """
+    courses = [*courses]
+    found = np.repeat(np.array([course.final for course in courses], np.float32), counts)
+    for course, start, count, end in zip(courses, starts, counts, np.cumsum(counts), strict=True):
+        if start < course.last:
+            found[end - count : end] = course.lam(start, start + count)
+    return found
