@@ -80,13 +80,14 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(*arguments: str, threads: int | None = None, seconds: float = 120) -> Iterator[Server]:
+def serving(*arguments: str, threads: int | None = None, seconds: float = 120, well: bool = True) -> Iterator[Server]:
     """Starts `dami serve` with these arguments, waits until it responds, and ends it afterwards with SIGTERM.
 
     Args:
         arguments: arguments besides --port.
         threads: number of threads of its kernels; the system's default if None.
         seconds: time limit for the start.
+        well: whether its exit status must be 0.
 
     Raises:
         RuntimeError: it does not start, or ends with an error.
@@ -97,7 +98,7 @@ def serving(*arguments: str, threads: int | None = None, seconds: float = 120) -
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     command = [sys.executable, "-c", DAMI, "serve", "--port", str(port), *arguments]
-    with started(command, environment, port, seconds, well=True) as server:
+    with started(command, environment, port, seconds, well) as server:
         yield server
 
 

@@ -155,9 +155,9 @@ class Deltas:
             return Delta(answer=rest + self.answer.flush())
         said = self.said = self.reader.read(self.ids, inside=self.given_inside, finished=finished)
         if not said.answer.startswith(self.answer.text):  # an end tag without a start tag has made it a thought
-            rest = self._give_tokens(sum(len(text) for _, text in self.held))
-            rest = _sum(rest, self._give_text(self.detokenizer.rest()))
-            return _sum(rest, Delta(self.thought.flush(), self.answer.flush()))
+            given = self._give_tokens(sum(len(text) for _, text in self.held))
+            given = _sum(given, self._give_text(self.detokenizer.rest()))
+            return _sum(given, Delta(self.thought.flush(), self.answer.flush()))
         return Delta(_complete(self.thought, said.thought), _complete(self.answer, said.answer))
 
     def _part(self) -> Part:

@@ -451,7 +451,6 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
     *(
         (CHAT, said(**{name: value}), 400, "messages", f"messages[0].{name}: is not supported by this server")
         for name, value in {
-            "tool_calls": [{"id": "1"}],
             "function_call": {},
             "refusal": "no",
             "audio": {"id": "1"},
@@ -468,7 +467,7 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
         "messages[0].content[0].txt: Extra",
     ),
     (CHAT, said(role="developer"), 400, "messages", "knows the roles user and assistant, not developer"),
-    (CHAT, asked(tools=[{}]), 400, "tools", "not supported by this server"),
+    (CHAT, asked(tools=[{}]), 400, "tools", "tools[0].type: Field required"),
     (CHAT, asked(logit_bias={"five": 1}), 400, "logit_bias", "must have ids of tokens as keys, got 'five'"),
     (CHAT, asked(logit_bias={"768": 1}), 400, "logit_bias", "logit_bias has the id 768, and the vocabulary 768 ids"),
     (CHAT, asked(logit_bias={"5": 101}), 400, "logit_bias", "less than or equal to 100"),
@@ -507,7 +506,6 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
             "functions": [{"name": "f"}],
             "function_call": {"name": "f"},
             "verbosity": "low",
-            "tool_choice": "required",
         }.items()
     ),
     (CHAT, asked(wings=2), 400, "wings", "Extra inputs are not permitted"),
@@ -593,7 +591,7 @@ def test_developers_are_heard(server: Running, monkeypatch: pytest.MonkeyPatch) 
     refusing = "{% if 'developer' in messages | map(attribute='role') %}{{ raise_exception('no') }}{% endif %}" + plain
     both = answer(plain, "developer", "user")
     assert both["usage"]["prompt_tokens"] > answer(plain, "user")["usage"]["prompt_tokens"]
-    assert both["usage"] == answer(refusing, "developer", "user")["usage"]
+    assert both["usage"]["prompt_tokens"] == answer(refusing, "developer", "user")["usage"]["prompt_tokens"]
     as_such = tokenizer("<|user|>developer d 42 + 69<|user|>user u 42 + 69<|assistant|>")["input_ids"]
     assert answer(known, "developer", "user")["usage"]["prompt_tokens"] == len(as_such)
     for template, roles in ((known, ("user", "system")), (plain, ("user", "tool"))):

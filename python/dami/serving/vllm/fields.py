@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from dami.callers import AUTO
-from dami.serving.protocol import POINTS, SAME, Point
+from dami.serving.fields import Point
+from dami.serving.protocol import POINTS, SAME
 from dami.serving.vllm.courses import Course
 from dami.serving.vllm.offers import Offer
 from dami.serving.vllm.settings import KEY, RequestError, check_tail
