@@ -1,7 +1,8 @@
 """Draws the pictures of the docs from results: python -m benchmarks.plot
 
 linear-*.svg, from linear.csv, bfloat16: time over that of F.linear on one merged weight, for every format and kind of
-λ, at three numbers of rows. study-path.svg, from study_shipped.json. The README's is of examples/train_pair/measure.py.
+λ, at three numbers of rows. study-path.svg, from study_shipped.json, and tuned.svg, from tuning_shipped.csv. The
+README's picture is of examples/train_pair/measure.py.
 """
 
 from __future__ import annotations
@@ -9,15 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from dami.evaluation.statistics import Interval
 from dami.evaluation.study import read_study
 from dami.evaluation.study.figures import pictures
 from dami.evaluation.style import BLUE, GREEN, INK, MUTED, PURPLE, VERMILION, panels, save, styled
+from dami.evaluation.tuning import Finalist, tuned_figure
+from dami.evaluation.ways import Way
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.linear import BLEND, COPIES, MERGED, OURS, TWO
 from benchmarks.record import RESULTS, latest
-from benchmarks.tables import FORMATS, Row, is_cpu, is_gpu, measured
+from benchmarks.tables import FORMATS, Row, is_cpu, is_gpu, measured, newest
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 METHODS = [*((OURS, format) for format in FORMATS), (TWO, ""), (BLEND, ""), (COPIES, "")]  # from top to bottom
@@ -78,6 +82,16 @@ def linear(rows: Sequence[Row], sizes: Sequence[str]) -> Figure:
     return figure
 
 
+def finalist(row: Row) -> Finalist:
+    """Returns a way to answer, from a row of tuning_PAIR.csv."""
+    answer, prompt = (float(row[name]) if row[name] else None for name in ("answer", "prompt"))
+    numbers = (
+        Interval(*(float(row[f"{name}{end}"]) for end in ("", "_low", "_high")))
+        for name in ("accuracy", "tokens", "gain")
+    )
+    return Finalist(Way(float(row["thought"]), answer, prompt), *numbers)
+
+
 def main() -> None:
     for name, isa in (("linear-cpu", "avx512_bf16"), ("linear-cpu-avx2", "avx2")):
         rows = measured("linear.csv", is_cpu, model="square", dtype="bf16", isa=isa)
@@ -86,6 +100,9 @@ def main() -> None:
     if gpu:
         save(linear(gpu, ["1", "16", "4096"]), IMAGES / "linear-gpu.svg")
     save(pictures(read_study(RESULTS / "study_shipped.json"))["path"].together(), IMAGES / "study-path.svg")
+    ways = newest(RESULTS / "tuning_shipped.csv")
+    title = f"The shipped pair: {ways[0]['held_out']} questions held out, 95 % intervals"
+    save(tuned_figure([finalist(row) for row in ways], title), IMAGES / "tuned.svg")
 
 
 if __name__ == "__main__":

@@ -316,6 +316,8 @@ def tuning(pair: str) -> str:
 
 def ends(pair: str) -> str:
     """Tabulates accuracy and tokens over λ with other ends or changing λ, and the worth that this wins."""
+    if not load(RESULTS / "ends.csv", pair=pair):
+        return NOT_MEASURED
     rows = newest(RESULTS / "ends.csv", pair=pair)
     lams = list(dict.fromkeys(row["intensity"] for row in rows))
     lines = [["pair", *(f"λ = {float(lam):g}" for lam in lams), "worth won, points"]]
@@ -535,6 +537,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "budgets shipped": lambda: budgets("shipped"),
     "tails shipped": lambda: tails("shipped"),
     "tails smollm2": lambda: tails("smollm2"),
+    "tuning shipped": lambda: tuning("shipped"),
+    "ends shipped": lambda: ends("shipped"),
+    "ends products": lambda: ends("zoo/products"),
     "estimator pairs": lambda: estimator_pairs("calibrated, price 0.2"),
     "estimator gains": estimator_gains,
     "smollm2": smollm2,

@@ -37,6 +37,7 @@ from benchmarks.serving.questions import questions
 LAMS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PARTS = {  # the first of these that is in the path of the file
     "dami_kernels/ops/direct": "our kernels, with the check of their operands",
+    "dami_kernels/native": "attention, with its products",
     "dami_kernels/": "around the kernels: is anybody watching?",
     "dami/layers": "patched modules: λ and both ends",
     "dami/generation/attention": "attention, with its products",

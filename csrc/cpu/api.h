@@ -169,9 +169,10 @@ struct Isa {
   int tile_rows;    // rows of x in a register tile: fewer at one end are not worth a group of their own
   int blend_rows[3];  // rows of one λ that pay for blending
 
-  // A row of k elements of x as `linear` reads it, 64-byte aligned: how many bytes, and what writes them.
-  int64_t (*x_bytes[3])(int64_t k);
-  void (*prepare_x[3])(const void* from, int64_t k, void* to);
+  // A row of k elements of x as `linear` reads it, 64-byte aligned: how many bytes, and what writes them. `codes`: whether any
+  // matrix is stored as codes.
+  int64_t (*x_bytes[3])(int64_t k, bool codes);
+  void (*prepare_x[3])(const void* from, int64_t k, bool codes, void* to);
   // Outputs [n0, n1) of one block; `scratch` has linear_scratch(rows) bytes, 64-byte aligned.
   void (*linear[3])(const Linear&, const Block&, int64_t n0, int64_t n1, void* scratch);
   void (*embedding[3])(const Weight&, int64_t row, float lam, void* y, int64_t d);

@@ -17,7 +17,7 @@ struct LinearKernel {
   using X = typename Dot::X;
   using RowOfX = PreparedRow<V, Dot, CodesDot, T>;
   static constexpr int64_t block_k = Dot::block;
-  static constexpr int64_t cached_bytes = 256 * 1024;  // of x, which the rows of a weight pass by
+  static constexpr int64_t cached_bytes = 128 * 1024;  // of x, which the rows of a weight pass by
   static constexpr int64_t max_stream_rows = 4;  // so few rows wait for memory: a weight is best converted in registers
 
   struct alignas(64) Scratch {
@@ -42,10 +42,12 @@ struct LinearKernel {
     float* sums;
   };
 
-  // Calls f(x, the distance of its rows, their sums, how many) for register tiles of nearly equal height up to `max_height`.
+  // Calls f(x, the distance of its rows, their sums, how many) for register tiles of nearly equal height up to `max_height`,
+  // over which the prefetch is spread, `steps` of it in each.
   template <class D, class F>
-  static void for_tiles(const Rows& rows, int64_t k, int64_t max_height, F f) {
+  static void for_tiles(const Rows& rows, int64_t k, int64_t max_height, Prefetch& prefetch, int64_t steps, F f) {
     const int64_t all = rows.end - rows.begin, count = (all + max_height - 1) / max_height;
+    prefetch.spread(count * steps);
     for (int64_t i = 0; i < count; i++) {
       const int64_t begin = all * i / count, end = all * (i + 1) / count;
       f(RowOfX::template at<D>(rows.block, rows.begin + begin, k), rows.block.x_stride / static_cast<int64_t>(sizeof(typename D::X)),
@@ -53,19 +55,21 @@ struct LinearKernel {
     }
   }
 
-  static void tiles(const Rows& rows, const X* const* w, const Piece& piece, const Prefetch& prefetch) {
+  static void tiles(const Rows& rows, const X* const* w, const Piece& piece, Prefetch& prefetch) {
     static constexpr decltype(&tile<V, Dot, 1>) of_height[] = {tile<V, Dot, 1>, tile<V, Dot, 2>, tile<V, Dot, 3>,
                                                                tile<V, Dot, 4>, tile<V, Dot, 5>, tile<V, Dot, 6>};
-    for_tiles<Dot>(rows, piece.k, V::tile_m, [&](const X* x, int64_t stride, float* sums, int64_t height) {
+    const int64_t steps = (piece.padded() + tile_step - 1) / tile_step;
+    for_tiles<Dot>(rows, piece.k, V::tile_m, prefetch, steps, [&](const X* x, int64_t stride, float* sums, int64_t height) {
       of_height[height - 1](x, stride, w, prefetch, piece.padded(), sums);
     });
   }
 
   template <class D, class Row>
-  static void streams(const Rows& rows, const Row* w, const Piece& piece, const Prefetch& prefetch, int64_t max_height) {
+  static void streams(const Rows& rows, const Row* w, const Piece& piece, Prefetch& prefetch, int64_t max_height) {
     static constexpr decltype(&stream<V, D, 1, Row>) of_height[max_stream_rows] = {stream<V, D, 1, Row>, stream<V, D, 2, Row>,
                                                                        stream<V, D, 3, Row>, stream<V, D, 4, Row>};
-    for_tiles<D>(rows, piece.k, max_height, [&](const typename D::X* x, int64_t stride, float* sums, int64_t height) {
+    const int64_t steps = stream_steps<D, Row>(std::min(max_height, rows.end - rows.begin), piece.padded());
+    for_tiles<D>(rows, piece.k, max_height, prefetch, steps, [&](const typename D::X* x, int64_t stride, float* sums, int64_t height) {
       of_height[height - 1](x, stride, w, prefetch, piece.padded(), sums);
     });
   }
@@ -85,7 +89,8 @@ struct LinearKernel {
       for (int64_t k = piece.k; k < piece.k + piece.count; k += group_size * 64 / static_cast<int64_t>(sizeof(bf16)))
         __builtin_prefetch(scales + k / group_size, 0, 2);
     }
-    return {static_cast<const char*>(stored.data.data) + piece.n * stride + piece.k * bits / 8, stride, bits};
+    const char* const data = static_cast<const char*>(stored.data.data);
+    return {data + piece.n * stride + piece.k * bits / 8, stride, piece.count * bits / 8};
   }
 
   // A matrix of the weight, for one piece: as it is stored, or converted once for all groups of rows.
@@ -96,7 +101,7 @@ struct LinearKernel {
     bool converted = false;
     const X* w[tile_n];
 
-    void multiply(const Rows& rows, const Piece& piece, const Prefetch& prefetch) {
+    void multiply(const Rows& rows, const Piece& piece, Prefetch& prefetch) {
       const bool in_registers = static_cast<int64_t>(rows.block.rows.size()) <= max_stream_rows;
       with_rows<V, T>(stored.storage, [&](auto kind) {
         using Row = typename decltype(kind)::type;
@@ -108,7 +113,7 @@ struct LinearKernel {
     }
 
     template <class D, class Row>
-    void multiply_by(const Rows& rows, const Piece& piece, const Prefetch& prefetch, bool in_registers) {
+    void multiply_by(const Rows& rows, const Piece& piece, Prefetch& prefetch, bool in_registers) {
       if (in_registers && (Row::padded || piece.count % group_size == 0)) {
         const Row w[tile_n] = {row<Row>(stored, piece, 0, scales[0]), row<Row>(stored, piece, 1, scales[1]),
                                row<Row>(stored, piece, 2, scales[2]), row<Row>(stored, piece, 3, scales[3])};
@@ -168,7 +173,7 @@ struct LinearKernel {
   static void multiply(const Linear& p, const Block& block, const Piece& piece, const Piece& next, int64_t n0,
                        Scratch& scratch) {
     const int64_t all = static_cast<int64_t>(block.rows.size());
-    const Prefetch prefetch[2] = {prefetch_of(p.weight.base, next), prefetch_of(p.weight.other, next)};
+    Prefetch prefetch[2] = {prefetch_of(p.weight.base, next), prefetch_of(p.weight.other, next)};
     Operand base{p.weight.base, scratch.weight[0], scratch.scales[0], false, {}};
     Operand other{p.weight.other, scratch.weight[1], scratch.scales[1], false, {}};
     const auto rows = [&](const Group& group, int which) {

@@ -40,6 +40,10 @@ const char* row_of(const Matrix& matrix, Type type, int64_t row) {
   return static_cast<const char*>(matrix.data) + row * matrix.stride * bytes_of(type);
 }
 
+bool has_codes(const Weight& weight) {
+  return weight.base.storage != Storage::dense || weight.other.storage != Storage::dense;
+}
+
 int threads_for(int64_t work, int threads) {
   return static_cast<int>(std::clamp<int64_t>(work / least_work, 1, threads));
 }
@@ -152,7 +156,7 @@ Blocks blocks_at_once(SharedBlock* first, SharedBlock* end, int64_t x_stride) {
 }
 
 // Writes the rows of x that blocks take as the kernels read them, and says in the blocks where they are.
-Buffer prepare(const Isa& isa, const Input& input, Blocks blocks, int64_t x_stride, int threads) {
+Buffer prepare(const Isa& isa, const Input& input, bool codes, Blocks blocks, int64_t x_stride, int threads) {
   const int type = static_cast<int>(input.type);
   std::vector<int64_t> rows;
   for (const SharedBlock& shared : blocks) rows.insert(rows.end(), shared.block.rows.begin(), shared.block.rows.end());
@@ -160,7 +164,7 @@ Buffer prepare(const Isa& isa, const Input& input, Blocks blocks, int64_t x_stri
   Buffer prepared = allocate(count * x_stride);
   char* const x = static_cast<char*>(prepared.get());
   parallel_for(count, threads_for(count * input.k, threads), [&](int64_t i, int) {
-    isa.prepare_x[type](row_of(input.x, input.type, rows[i]), input.k, x + i * x_stride);
+    isa.prepare_x[type](row_of(input.x, input.type, rows[i]), input.k, codes, x + i * x_stride);
   });
   int64_t row = 0;
   for (SharedBlock& shared : blocks) {
@@ -213,8 +217,9 @@ void linear(const Input& input, const std::vector<Linear>& weights, const Lams& 
 
   const int64_t scratch_bytes = linear_scratch(max_rows);
   const Buffer scratch = allocate(scratch_bytes * threads);
+  const bool codes = std::any_of(weights.begin(), weights.end(), [](const Linear& p) { return has_codes(p.weight); });
   // Rows that lie a multiple of 4 KiB apart would displace each other from L1.
-  int64_t x_stride = round_up(isa.x_bytes[type](input.k), 64);
+  int64_t x_stride = round_up(isa.x_bytes[type](input.k, codes), 64);
   if (x_stride % 4096 == 0) x_stride += 2048;
   // Wide tasks read x less often, but leave fewer of them to balance.
   const int64_t width = std::clamp<int64_t>(plan.outputs / (threads * 8) / 16 * 16, 16, max_outputs);
@@ -222,7 +227,7 @@ void linear(const Input& input, const std::vector<Linear>& weights, const Lams& 
   SharedBlock* const end = plan.blocks.data() + plan.blocks.size();
   for (Blocks blocks{plan.blocks.data(), plan.blocks.data()}; blocks.last < end;) {
     blocks = blocks_at_once(blocks.last, end, x_stride);
-    const Buffer x = prepare(isa, input, blocks, x_stride, threads);
+    const Buffer x = prepare(isa, input, codes, blocks, x_stride, threads);
     const std::vector<Task> tasks = tasks_of(blocks, weights, width);
     parallel_for(static_cast<int64_t>(tasks.size()), threads, [&](int64_t i, int worker) {
       const Task& task = tasks[i];

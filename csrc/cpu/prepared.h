@@ -8,25 +8,25 @@
 
 namespace dami {
 
-// The row as Dot reads it, in whole groups; and behind that as CodesDot does, if that is another one.
+// The row as Dot reads it, in whole groups; and behind that, for `codes`, as CodesDot does, if that is another one.
 template <class V, class Dot, class CodesDot, class T>
 struct PreparedRow {
   using X = typename Dot::X;
   static constexpr bool two_dots = !std::is_same_v<Dot, CodesDot>;
 
-  static int64_t bytes(int64_t k) {
+  static int64_t bytes(int64_t k, bool codes) {
     const int64_t padded = (k + group_size - 1) / group_size * group_size;
     const int64_t blocks = (k + CodesDot::block - 1) / CodesDot::block;
-    const int64_t codes_x = two_dots ? CodesDot::at_block(blocks * CodesDot::block) * sizeof(typename CodesDot::X) : 0;
+    const int64_t codes_x = two_dots && codes ? CodesDot::at_block(blocks * CodesDot::block) * sizeof(typename CodesDot::X) : 0;
     return padded * sizeof(X) + codes_x;
   }
 
-  static void write(const void* from, int64_t k, void* to) {
+  static void write(const void* from, int64_t k, bool codes, void* to) {
     X* const x = static_cast<X*>(to);
     const T* const numbers = static_cast<const T*>(from);
     fill<V, Dot>(Numbers<V, T>(numbers), k, x);
     if constexpr (two_dots)
-      for (int64_t i = 0; i < k; i += CodesDot::block)
+      for (int64_t i = 0; codes && i < k; i += CodesDot::block)
         CodesDot::prepare_block(numbers + i, std::min(CodesDot::block, k - i), codes_x(x, k) + CodesDot::at_block(i));
   }
 

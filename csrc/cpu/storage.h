@@ -24,7 +24,8 @@ struct Unscaled {
 template <class Row>
 constexpr bool is_tile_row() {
   static_assert(std::is_pointer_v<decltype(std::declval<const Row&>().at(int64_t{}))>, "at(i): where column i lies");
-  static_assert(gives<int64_t, decltype(Row::bytes(int64_t{}))>, "bytes(i): how far that is from column 0");
+  static_assert(gives<int64_t, decltype(Row::bytes(int64_t{}))>, "bytes(i): how far that is from column 0, as stored");
+  static_assert(gives<const bool, decltype(Row::streamed)>, "streamed: whether it comes from memory while it is multiplied");
   static_assert(gives<Row, decltype(Row::in_tile(some_pointer<Row>(), int{}))>, "in_tile(rows, n): rows[n] of a tile");
   static_assert(!gives<void, decltype(std::declval<const Row&>().loader(int64_t{}))>,
                 "loader(i): what makes vectors of the numbers of i's group");
@@ -46,7 +47,7 @@ constexpr bool is_stored_row() {
 // The row of a matrix of numbers of type T.
 template <class V, class T>
 struct Numbers {
-  static constexpr bool padded = false;
+  static constexpr bool padded = false, streamed = true;
   using Buffer = T[group_size];
   const T* p;
 
@@ -72,7 +73,7 @@ constexpr int64_t max_stream_blocks = 8, max_groups = max_stream_blocks * block_
 // of a tile `max_groups` apart.
 template <class V, class Loader, class Byte, int codes>
 struct Codes {
-  static constexpr bool padded = true;
+  static constexpr bool padded = true, streamed = true;
   static constexpr int per_byte = codes;
   struct Buffer {};
   const Byte* p;
@@ -101,6 +102,7 @@ using Int4Codes = Codes<V, typename V::Int4, uint8_t, 2>;
 // Codes, stored as Row is, that a Dot has stored as X, in its order.
 template <class V, class X, class Row>
 struct Converted {
+  static constexpr bool streamed = false;
   static constexpr int per_byte = Row::per_byte;
   const X* p;
   const float* scales;

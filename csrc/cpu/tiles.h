@@ -23,20 +23,29 @@ inline __attribute__((always_inline)) void add_sums(const V (&total)[M][N], floa
   }
 }
 
-// What to fetch while a tile is multiplied: tile_n rows, `stride` bytes apart, with `bits` to an element.
-struct Prefetch {
-  const char* rows;
-  int64_t stride, bits;
-  template <int count>
-  void fetch(int64_t first, int64_t byte) const {
-#pragma GCC unroll 4
-    for (int n = 0; n < count; n++) __builtin_prefetch(rows + (first + n) * stride + byte, 0, 2);
+// Fetches `bytes` of each of tile_n rows, `stride` apart, while tiles are multiplied: in so many steps, a few lines in each. A
+// core waits for some twenty lines at a time, and the tiles need lines, too.
+class Prefetch {
+ public:
+  Prefetch(const char* rows, int64_t stride, int64_t bytes)
+      : rows(rows), stride(stride), lines((bytes + 63) / 64 * tile_n) {}
+  void spread(int64_t steps) { rate = ((lines - line) * one + steps - 1) / steps, due = line * one; }
+  void step() {
+    for (due += rate; line < lines && line * one < due; line++)
+      __builtin_prefetch(rows + line % tile_n * stride + line / tile_n * 64, 0, 2);
   }
+
+ private:
+  static constexpr int64_t one = 1 << 16;  // line, of which `rate` and `due` count parts
+  const char* rows;
+  int64_t stride, lines, line = 0, rate = 0, due = 0;
 };
+
+constexpr int64_t tile_step = 128;  // elements of k from one step of Prefetch to the next
 
 // Adds x[m] · w[n] to sums[m * tile_n + n] for M rows of x, `stride` apart, and tile_n rows of w, over k elements, whole groups.
 template <class V, class Dot, int M>
-void tile(const typename Dot::X* x, int64_t stride, const typename Dot::X* const* w, const Prefetch& prefetch, int64_t k,
+void tile(const typename Dot::X* x, int64_t stride, const typename Dot::X* const* w, Prefetch& prefetch, int64_t k,
           float* sums) {
   V total[M][tile_n];
   for (auto& row : total)
@@ -58,9 +67,8 @@ void tile(const typename Dot::X* x, int64_t stride, const typename Dot::X* const
       for (int m = 0; m < M; m++) total[m][n] = Dot::multiply_add(at[m], row, total[m][n]);
     }
   };
-  const int64_t bytes = Dot::step * prefetch.bits / 8;
-  for (int64_t i = 0, byte = 0; i < k; i += Dot::step, byte += bytes) {
-    prefetch.fetch<tile_n>(0, byte);
+  for (int64_t i = 0; i < k; i += Dot::step) {
+    if (i % tile_step == 0) prefetch.step();
     part(std::integral_constant<int, 0>{}, i);
     if constexpr (Dot::parts == 2) part(std::integral_constant<int, 1>{}, i);
   }
@@ -87,12 +95,28 @@ inline __attribute__((always_inline)) void multiply_add(const typename Dot::X* x
   }
 }
 
+// How many columns of how many rows of a weight `stream` takes at a time.
+template <class Dot>
+constexpr int64_t stream_chunk = std::max<int64_t>(group_size, Dot::step);
+template <class Dot>
+constexpr int stream_width(int64_t height) {
+  return height <= Dot::tile_m ? tile_n : tile_n / 2;
+}
+
+// How many steps of Prefetch it makes: one for a line of each row, or for a chunk if that is more.
+template <class Dot, class Row>
+int64_t stream_steps(int64_t height, int64_t k) {
+  const int64_t bytes = std::max<int64_t>(64, Row::bytes(stream_chunk<Dot>));
+  return Row::streamed ? tile_n / stream_width<Dot>(height) * ((Row::bytes(k) + bytes - 1) / bytes) : 1;
+}
+
 // The same as `tile` with rows of w as they are stored or converted, as many at a time as the registers have room for, over
 // any number of blocks of k.
 template <class V, class Dot, int M, class Row>
-void stream(const typename Dot::X* x, int64_t stride, const Row* w, const Prefetch& prefetch, int64_t k, float* sums) {
-  constexpr int N = M <= Dot::tile_m ? tile_n : tile_n / 2;
-  constexpr int64_t chunk = std::max<int64_t>(group_size, Dot::step);
+void stream(const typename Dot::X* x, int64_t stride, const Row* w, Prefetch& prefetch, int64_t k, float* sums) {
+  constexpr int N = stream_width<Dot>(M);
+  if constexpr (!Row::streamed) prefetch.step();
+  constexpr int64_t chunk = stream_chunk<Dot>;
   for (int64_t begin = 0; begin < k; begin += Dot::block, x += Dot::at_block(Dot::block) - Dot::at_block(0)) {
     const int64_t end = std::min(k, begin + Dot::block);
     const auto add_block = [&](const typename Dot::X* x, auto fetches) {
@@ -103,9 +127,8 @@ void stream(const typename Dot::X* x, int64_t stride, const Row* w, const Prefet
           for (int m = 0; m < M; m++) total[m][n] = Dot::begin(rows(n), begin, end - begin, x + m * stride);
         int64_t i = begin;
         for (; i + chunk <= end; i += chunk) {
-          if constexpr (fetches)
-            if (Row::bytes(i) % 64 == 0)
-              for (int64_t line = 0; line < Row::bytes(chunk); line += 64) prefetch.fetch<N>(first, Row::bytes(i) + line);
+          if constexpr (Row::streamed && fetches)
+            if (Row::bytes(i) % 64 == 0) prefetch.step();
           multiply_add<V, Dot, true>(x + i - begin, stride, rows, i, chunk, total);
         }
         if constexpr (chunk > group_size)

@@ -23,22 +23,40 @@ def scaled(words, scales, BITS: tl.constexpr):
     Args:
         words: int32 [N, GROUPS, W], two codes each, stored as their format does: 8 bits are two bytes of which the sign
             is inverted here, 4 bits are the two nibbles of one byte.
-        scales: int32 [N, GROUPS], the bits of a bfloat16 number in both halves.
+        scales: int32 [N, GROUPS / 2], the bits of two bfloat16 numbers each; of one, with GROUPS = 1.
     """
     # The numbers 2¹⁰⁰ and 2⁹⁶ bring the codes from their places to 2⁻³³; the others are what is too much in each code.
+    GROUPS: tl.constexpr = words.shape[1]
     if BITS == 8:
         words = spread(words, 0x4140) ^ 0x00800080
-        factors, offset = fma(scales, word(0x71807180), word(0)), fma(scales, word(0xB280B280), word(0))
+        factors = _in_both_halves(fma(scales, word(0x71807180), word(0)), GROUPS)
+        offset = _in_both_halves(fma(scales, word(0xB280B280), word(0)), GROUPS)
     else:
         words = spread(words, 0x4040) & 0x00F0000F
-        factors, offset = fma(scales, word(0x6F807180), word(0)), fma(scales, word(0xB080B080), word(0))
+        factors = fma(_in_both_halves(scales, GROUPS), word(0x6F807180), word(0))
+        offset = _in_both_halves(fma(scales, word(0xB080B080), word(0)), GROUPS)
     return two(fma(words, factors[:, :, None], offset[:, :, None]), tl.bfloat16)
 
 
 @triton.jit
-def in_both_halves(scales):
-    """The bits of two scales in a word, each in both halves of one: int32 [N, W] to [N, 2 W]."""
-    return tl.join(spread(scales, 0x1010), spread(scales, 0x3232)).reshape(scales.shape[0], 2 * scales.shape[1])
+def _in_both_halves(numbers, GROUPS: tl.constexpr):
+    """Of each word both numbers, each in both halves of one: int32 [N, GROUPS]. With GROUPS = 1 the low one only."""
+    low = _half_twice(numbers, 0)
+    if GROUPS > 1:
+        low = tl.join(low, _half_twice(numbers, 1)).reshape(numbers.shape[0], GROUPS)
+    return low
+
+
+@triton.jit
+def _half_twice(words, HALF: tl.constexpr):
+    """The low or the high half of each word, twice."""
+    if target_info.is_cuda():
+        # Said like this, no instruction is left of it: `fma` can read one half of a word twice. With prmt it would be.
+        return tl.inline_asm_elementwise(
+            f"{{ .reg .b16 half<2>; mov.b32 {{half0, half1}}, $1; mov.b32 $0, {{half{HALF}, half{HALF}}}; }}",
+            "=r,r", [words], tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return spread(words, 0x3232 if HALF else 0x1010)
 
 
 @triton.jit
@@ -85,6 +103,19 @@ def fma(a, b, c):
     exact = two(a, tl.bfloat16).to(tl.float32) * two(b, tl.bfloat16).to(tl.float32) + two(c, tl.bfloat16)
     low, high = tl.split(exact.to(tl.bfloat16).to(tl.int16, bitcast=True))
     return low.to(tl.int32) & 0xFFFF | high.to(tl.int32) << 16
+
+
+@triton.jit
+def rounded(values, DTYPE: tl.constexpr):
+    """float32 numbers in DTYPE, where no NaN among them has bits that bfloat16 lacks: such as came from 16 bits.
+
+    gfx942 has no instruction that makes bfloat16 numbers, and Triton asks every number whether it is a NaN.
+    """
+    if tl.bfloat16 == DTYPE and target_info.is_hip():
+        bits = values.to(tl.int32, bitcast=True)
+        bits += (bits >> 16 & 1) + 0x7FFF
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return values.to(DTYPE)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.language import target_info
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dami_kernels.triton.codes import in_both_halves, scaled, spread, two
+from dami_kernels.triton.codes import rounded, scaled, spread, two
 
 # A weight is stored as two matrices, its base and a second one. BASE_BITS and SECOND_BITS tell kernels the bits of
 # their codes, or 0 if a matrix is stored as numbers. A second matrix of numbers is the target, one of codes the delta,
@@ -162,7 +162,7 @@ def load_int8(weight, strides, FIRST, rows, wanted, k, K, BLOCK_K, DTYPE: tl.con
     else:
         padded = None if K is None else tl.cdiv(K, GROUP) * GROUP
         codes = load_float(weight[FIRST], strides[FIRST], rows, wanted, k, padded, BLOCK_K).to(tl.float32)
-    return _scaled(codes, weight[FIRST + 1], strides[FIRST + 1], rows, wanted, k, K, BLOCK_K).to(DTYPE)
+    return rounded(_scaled(codes, weight[FIRST + 1], strides[FIRST + 1], rows, wanted, k, K, BLOCK_K), DTYPE)
 
 
 @triton.jit
@@ -188,7 +188,7 @@ def load_int4(weight, strides, FIRST, rows, wanted, k, K, BLOCK_K, DTYPE: tl.con
         ZERO: tl.constexpr = 8388608 + 8
         pairs = pairs.to(tl.int32)
     codes = tl.join(pairs & 15 | BITS, pairs >> 4 | BITS).to(CODES, bitcast=True).reshape(rows.shape[0], BLOCK_K)
-    return _scaled(codes - ZERO, weight[FIRST + 1], strides[FIRST + 1], rows, wanted, k, K, BLOCK_K).to(DTYPE)
+    return rounded(_scaled(codes - ZERO, weight[FIRST + 1], strides[FIRST + 1], rows, wanted, k, K, BLOCK_K), DTYPE)
 
 
 @triton.jit
@@ -196,10 +196,10 @@ def _scaled_words(words, scale, strides, rows, wanted, k, BLOCK_K: tl.constexpr,
     """Tile of the codes in words [rows, BLOCK_K / 2], times their scales, in `codes.UNIT`."""
     GROUPS: tl.constexpr = BLOCK_K // GROUP
     if GROUPS % 2 == 0:
-        scales = in_both_halves(_pairs_of_scales(scale, strides, rows, wanted, k, GROUPS))
+        scales = _pairs_of_scales(scale, strides, rows, wanted, k, GROUPS)
     else:
         scales = load_float(scale, strides, rows, wanted, k // GROUP, None, GROUPS)
-        scales = spread(scales.to(tl.int16, bitcast=True).to(tl.int32), 0x1010)
+        scales = scales.to(tl.int16, bitcast=True).to(tl.int32)
     values = scaled(words.reshape(rows.shape[0], GROUPS, GROUP // 2), scales, BITS)
     return values.reshape(rows.shape[0], BLOCK_K)
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.language import target_info
 
 from dami_kernels.launching import Job, Launch
-from dami_kernels.triton.codes import UNIT
+from dami_kernels.triton.codes import UNIT, rounded
 from dami_kernels.triton.device import BASE, GROUP, SECOND, blend, combine, fetch_end, lerp, load_end, row_lam, start
 from dami_kernels.triton.groups import add_groups, in_ones
 from dami_kernels.triton.host import bits_of, cdiv, early
@@ -146,9 +146,13 @@ def _ends_tile(ENDS: tl.constexpr, operands, tile, one_lam, BLOCK_M: tl.constexp
     features = tile.feature + tl.arange(0, BLOCK_N)
     if plan.EVEN_K:
         rows = tl.minimum(rows, row_end - 1)  # the last row again, as in `_load`
-    # The quantised formats multiply both ends at once, as twice the features: in two products x would have to lie in
-    # shared memory in two layouts, one for each width of codes.
-    STACKED: tl.constexpr = ENDS == BOTH and plan.SECOND_BITS != 0
+    # Up to sm_90 the quantised formats multiply both ends at once, as twice the features: in two products x would have
+    # to lie in shared memory in two layouts, one for each width of codes. Tensor memory and AMD's registers take the
+    # ends one by one, and stacked ends would go through shared memory, to the threads that have those features.
+    APART: tl.constexpr = target_info.is_hip() or (
+        target_info.cuda_capability_geq(10) and not target_info.cuda_capability_geq(12)
+    )
+    STACKED: tl.constexpr = ENDS == BOTH and plan.SECOND_BITS != 0 and not APART
     DTYPE: tl.constexpr = tl.float32 if ENDS == BLEND else x.dtype.element_ty
     y = tl.zeros((2 * BLOCK_N if STACKED else BLOCK_N, BLOCK_M), tl.float32)
     second_y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -166,8 +170,9 @@ def _ends_tile(ENDS: tl.constexpr, operands, tile, one_lam, BLOCK_M: tl.constexp
         x_mask = None if plan.EVEN_K else (rows < row_end)[None, :] & (inner < K)
         x_tile = tl.load(x + inner, mask=x_mask, other=None if plan.EVEN_K else 0.0)
         if ENDS == BLEND:
-            # Blended in float32 and rounded once, as the merged weight of the accuracy contract is.
-            w = blend(base, second, one_lam, plan.SECOND_BITS).to(x_tile.dtype)
+            # Blended in float32 and rounded once, as the merged weight of the accuracy contract is. λ is no NaN: a tile
+            # with one is mixed.
+            w = rounded(blend(base, second, one_lam, plan.SECOND_BITS), x_tile.dtype)
             y, carry = _add_step(y, carry, w, x_tile)
         elif STACKED:
             w = tl.join(base, second).permute(2, 0, 1).reshape(2 * BLOCK_N, BLOCK_K)

@@ -223,7 +223,7 @@ DECODE_BUDGETS = {
     "sm_80": {"pair": (122, 122), "int8": (256, 290), "int4": (228, 288), "w8d4": (358, 442)},
     "sm_90": {"pair": (129, 129), "int8": (262, 312), "int4": (220, 272), "w8d4": (350, 420)},
     "sm_100": {"pair": (127, 127), "int8": (270, 300), "int4": (224, 264), "w8d4": (344, 416)},
-    "gfx942": {"pair": (127, 127), "int8": (538, 538), "int4": (640, 640), "w8d4": (890, 890)},
+    "gfx942": {"pair": (127, 127), "int8": (330, 330), "int4": (335, 335), "w8d4": (560, 560)},
 }
 
 
@@ -239,7 +239,7 @@ def test_a_decode_step_stays_within_its_budget(arch: str, format: str, rows: int
         assert kernel.registers <= 168
 
 
-@pytest.mark.parametrize(("format", "share"), [("int8", 0.3), ("int4", 0.4), ("w8d4", 0.7)])
+@pytest.mark.parametrize(("format", "share"), [("int8", 0.24), ("int4", 0.3), ("w8d4", 0.64)])
 def test_reading_takes_longer_than_decoding(format: str, share: float) -> None:
     """From 17 rows up to 64: instructions, as a share of what an H200 issues while it reads the step's weights, at 18.6
     bytes a cycle and multiprocessor."""
@@ -363,46 +363,41 @@ def remainder(K: int, config: LinearConfig) -> int:
     return 1 if K % 16 else 16 if K % config.block_k else 0
 
 
-def configurations() -> Iterator[tuple[str, torch.dtype, str, int, LinearConfig]]:
+def configurations(arch: str, dtype: torch.dtype, format: str) -> Iterator[tuple[int, LinearConfig]]:
     """All that the plan takes, for the models here and in the benchmarks, all that is timed to find a table for those,
     and all that is in the tables that there are; with the remainder of K. bfloat16 stands for float16 too."""
     layers = sorted({shape for layers in LAYERS.values() for shape in layers.values()})
-    for arch, dtype, format in itertools.product(ARCHS, (torch.bfloat16, torch.float32), FORMATS):
-        of = (dtype, format, DEVICES[arch])
-        for (N, K), M, invariant in itertools.product([*SHAPES, *layers], ROWS, (False, True)):
-            config = linear_config(M, N, K, *of, invariant)
-            yield arch, dtype, format, remainder(K, config), config
-        if dtype == torch.bfloat16:
-            for (N, K), M in itertools.product(layers, (1, 16, 32, 64, 128, 512, 2048, 8192)):
-                for config in linear_candidates(M, N, K, *of):
-                    yield arch, dtype, format, remainder(K, config), config
+    of = (dtype, format, DEVICES[arch])
+    for (N, K), M, invariant in itertools.product([*SHAPES, *layers], ROWS, (False, True)):
+        config = linear_config(M, N, K, *of, invariant)
+        yield remainder(K, config), config
+    if dtype == torch.bfloat16:
+        for (N, K), M in itertools.product(layers, (1, 16, 32, 64, 128, 512, 2048, 8192)):
+            for config in linear_candidates(M, N, K, *of):
+                yield remainder(K, config), config
     for path in TABLES.glob("*.json"):
-        arch = next(arch for name, arch in ARCH_OF.items() if name in path.name)
-        for entry in itertools.chain(*load_table(path.stem).values()):
-            yield arch, entry.dtype, entry.format, remainder(entry.K, entry.config), entry.config
-
-
-def name_of(part: object) -> str:
-    if isinstance(part, LinearConfig):
-        c = part
-        blend = "-blend" if c.use_blend else ""
-        return f"{c.block_m}x{c.block_n}x{c.block_k}-mixed{c.mixed_m}-warps{c.num_warps}-stages{c.num_stages}{blend}"
-    return str(part).removeprefix("torch.")
+        if arch == next(arch for name, arch in ARCH_OF.items() if name in path.name):
+            for entry in itertools.chain(*load_table(path.stem).values()):
+                if (entry.dtype, entry.format) == (dtype, format):
+                    yield remainder(entry.K, entry.config), entry.config
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arch", "dtype", "format", "remainder", "config"),
-    dict.fromkeys((*others, replace(config, split_k=1)) for *others, config in configurations()),
-    ids=name_of,
-)
-def test_every_configuration_fits(
-    arch: str, dtype: torch.dtype, format: str, remainder: int, config: LinearConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(linear, "linear_config", lambda *_: config)
-    launched = compile_linear(arch, PREFILL, (4096, 1024), 5120 + remainder, dtype, format)
-    assert_fits(arch, launched)
-    assert "tf32" not in launched[0].code
+@every_arch
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@every_format
+def test_every_configuration_fits(arch: str, dtype: torch.dtype, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are found in the test: to find them all, as parameters would, takes each run of the suite seconds."""
+    faults = []
+    for rest, config in dict.fromkeys((K, replace(each, split_k=1)) for K, each in configurations(arch, dtype, format)):
+        monkeypatch.setattr(linear, "linear_config", lambda *_, config=config: config)
+        try:
+            launched = compile_linear(arch, PREFILL, (4096, 1024), 5120 + rest, dtype, format)
+            assert_fits(arch, launched)
+            assert "tf32" not in launched[0].code
+        except Exception as fault:
+            faults.append((rest, config, fault))
+    assert not faults
 
 
 def variants() -> Iterator[dict[str, Any]]:

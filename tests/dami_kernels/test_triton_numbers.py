@@ -19,7 +19,10 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
+import triton.language as tl  # noqa: E402
+
 from dami_kernels import LerpWeight, formats, reference  # noqa: E402
+from dami_kernels.triton import codes, product  # noqa: E402
 from dami_kernels.tuning import LinearConfig, row_span  # noqa: E402
 from tests.tolerance import assert_as_accurate  # noqa: E402
 
@@ -476,6 +479,47 @@ def test_every_kind_of_tile_in_every_format(linear: Kernel, format: str, use_ble
         assert_as_accurate(y[tile], oracle[tile], merged[tile])
     in_parts = linear(config(split_k, use_blend, 64), x, [*weight.tensors], bias, lam, format)
     assert torch.equal(in_parts[:64], linear(config(split_k), x, [*weight.tensors], bias, lam, format)[:64])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the code for itself only")
+@pytest.mark.parametrize("format", FORMATS[1:])
+@pytest.mark.parametrize("use_blend", [False, True], ids=["two accumulators", "blend"])
+@pytest.mark.parametrize("arch", ["sm_100", "gfx942"])
+def test_other_gpus_code_is_as_accurate(
+    linear: Kernel, monkeypatch: pytest.MonkeyPatch, format: str, use_blend: bool, arch: str
+) -> None:
+    """Where both ends are multiplied one after the other, and where AMD makes bfloat16 numbers of float32 ones."""
+    if arch == "sm_100":
+        monkeypatch.setattr(product.target_info, "cuda_capability_geq", lambda major: major == 10)
+    else:
+        monkeypatch.setattr(product.target_info, "is_hip", lambda: True)
+    lam = every_kind_of_tile()
+    x, weight = torch.randn(len(lam), 128, dtype=torch.bfloat16), packed(format, 21, 128)
+    y = linear(config(1, use_blend), x, [*weight.tensors], [], lam, format)
+    rows = [F.linear(row.float(), weight.materialize(v).float()) for row, v in zip(x, lam.tolist(), strict=True)]
+    oracle, merged = reference.lerp_linear(x, weight.unpack(), lam), torch.stack(rows).bfloat16()
+    for tile in torch.arange(len(lam)).split(16):
+        assert_as_accurate(y[tile], oracle[tile], merged[tile])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the code for itself only")
+def test_amd_s_bfloat16_numbers_are_rounded_as_torch_rounds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product.target_info, "is_hip", lambda: True)
+    values = torch.cat(
+        [torch.randn(1000) * 2.0 ** torch.randint(-140, 127, (1000,)), torch.randn(22).bfloat16().float()]
+    )
+    values = torch.cat([values, torch.tensor([torch.inf, -torch.nan])])
+    between = values.view(torch.int32)[:1000] & -0x10000 | 0x8000  # half-way to the next number
+    for given in (values, torch.cat([between.view(torch.float32), values[1000:]])):
+        rounded = torch.empty(1024, dtype=torch.bfloat16)
+        _round[(1,)](given, rounded)
+        torch.testing.assert_close(rounded, given.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@triton.jit
+def _round(given, y):
+    places = tl.arange(0, 1024)
+    tl.store(y + places, codes.rounded(tl.load(given + places), tl.bfloat16))
 
 
 @every_format

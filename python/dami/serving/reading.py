@@ -93,8 +93,9 @@ def proposal(tail: int | None, reading: PromptReading) -> str | None:
     if tail is None:
         return None
     if reading.intensity is None:
+        last = "token" if tail == 1 else f"{tail} tokens"
         return (
-            f"this pair answers as well if prompts are read at λ=0 except for their last {tail} tokens: "
+            f"this pair answers as well if prompts are read at λ=0 except for their last {last}: "
             f"--prompt-intensity 0 --prompt-tail {tail} reads what prompts share once for all λ"
         )
     if isinstance(reading.tail, int) and reading.tail < tail:

@@ -70,8 +70,7 @@ class PairLoader(DefaultModelLoader):
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         self.pair = PairQuantization.of(vllm_config) if model_config.quantization == QUANT_METHOD else None
         if self.pair is None:
-            speculation: Any = vllm_config.speculative_config
-            if self.own and not (speculation and model_config is speculation.draft_model_config):
+            if self.own:
                 raise ValueError(
                     f"{', '.join(self.own)} of the loader's extra config need a pair: --quantization {QUANT_METHOD}"
                 )

@@ -10,7 +10,6 @@ It runs the model as it will be served, except for attention, which is computed 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -20,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_pp_group
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -78,20 +76,12 @@ class SelfTest:
         self.layers = {name: layer for name, layer in model.named_modules() if _is_pair(layer)}
         self.reached: set[nn.Module] = set()
         self.steps: dict[str, Any] = {}  # what layers with a cache of their own get to know of the step
-        self.passed_on: Any = None  # what this stage of a pipeline gets from the one before
-        if not get_pp_group().is_first_rank:
-            self.passed_on = model.make_empty_intermediate_tensors(TOKENS, config.model_config.dtype, device)
-            for tensor in self.passed_on.tensors.values():
-                tensor.copy_(torch.randn(tensor.shape, generator=generator))
 
     def outputs(self, lam: Tensor | None = None) -> list[Tensor]:
         """Returns hidden states and logits [tokens, …]; the logits are in one of several processes only."""
         self.rows.set(self.lam if lam is None else lam, self.positions)
-        passed_on = copy.deepcopy(self.passed_on)  # a model may write to it
         with set_forward_context(self.steps or None, self.config, num_tokens=TOKENS):
-            states = self.model(self.ids, self.places, passed_on)
-        if not get_pp_group().is_last_rank:
-            return [tensor.float() for tensor in states.tensors.values()]
+            states = self.model(self.ids, self.places)
         logits = self.model.compute_logits(states)
         return [states.float()] if logits is None else [states.float(), logits.float()]
 
@@ -113,12 +103,7 @@ class SelfTest:
         self.reached.add(layer)
 
     def check_that_all_is_reached(self) -> None:
-        read = {id(ends) for layer in self.reached for _, ends in _parts(layer)}  # or by a layer that is tied to it
-        missed = [
-            name
-            for name, layer in self.layers.items()
-            if layer not in self.reached and any(id(ends) not in read for _, ends in _parts(layer))
-        ]
+        missed = [name for name, layer in self.layers.items() if layer not in self.reached]
         if missed:
             raise RuntimeError(
                 f"{FAILS}these layers differ between the ends, and are not computed as a pair's in a pass over text "

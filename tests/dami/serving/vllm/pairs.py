@@ -80,10 +80,8 @@ def _with_tower(name: str, text: str, tower: dict[str, Any], **own: Any) -> Call
     )
 
 
-_TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
-_TOWER |= {"image_size": 32}
-_TOWER_OF_QWEN = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
-_TOWER_OF_QWEN |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+_TOWER = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+_TOWER |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
 _SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 4, 4]}}
 
 
@@ -97,7 +95,6 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "deepseek_v3": _config("DeepseekV3Config", **_MLA, **_SPARSE, **_GROUPS),
     "deepseek_v2": _config("DeepseekV2Config", **{**_MLA, "q_lora_rank": None}, **_SPARSE, n_group=1, topk_group=1),
     "ernie4_5": _config("Ernie4_5Config"),
-    "ernie4_5_moe": _config("Ernie4_5_MoeConfig", moe_num_experts=8, moe_k=2, moe_intermediate_size=64),
     "exaone4": _config("Exaone4Config", sliding_window=None, layer_types=["full_attention"] * 2),
     "gemma": _config("GemmaConfig"),
     "gemma2": _config("Gemma2Config", query_pre_attn_scalar=32, sliding_window=64),
@@ -107,9 +104,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt_oss": _config("GptOssConfig", num_local_experts=8, num_experts_per_tok=2),
     "granite": _config("GraniteConfig", attention_multiplier=0.2, residual_multiplier=0.5, logits_scaling=2.0),
     "lfm2": _config("Lfm2Config", hidden_size=128, conv_dim=128, block_dim=128, layer_types=["conv", "full_attention"]),
-    "mellum": _config("MellumConfig", **_EXPERTS, sliding_window=64),
     "ministral3": _config("Ministral3Config"),
-    "mistral3": _with_tower("Mistral3Config", "Ministral3Config", {"model_type": "pixtral", **_TOWER}),
     "mixtral": _config("MixtralConfig", num_local_experts=8),
     "olmo2": _config("Olmo2Config"),
     "olmo3": _config("Olmo3Config", sliding_window=64),
@@ -126,9 +121,9 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         linear_key_head_dim=64,
         linear_value_head_dim=64,
     ),
-    "qwen3_vl": _with_tower("Qwen3VLConfig", "Qwen3VLTextConfig", _TOWER_OF_QWEN, **_SECTIONS),
+    "qwen3_vl": _with_tower("Qwen3VLConfig", "Qwen3VLTextConfig", _TOWER, **_SECTIONS),
     "qwen3_vl_moe": _with_tower(
-        "Qwen3VLMoeConfig", "Qwen3VLMoeTextConfig", _TOWER_OF_QWEN, **_EXPERTS, **_SECTIONS, mlp_only_layers=[]
+        "Qwen3VLMoeConfig", "Qwen3VLMoeTextConfig", _TOWER, **_EXPERTS, **_SECTIONS, mlp_only_layers=[]
     ),
     "seed_oss": _config("SeedOssConfig"),
     "smollm3": _config("SmolLM3Config", no_rope_layers=[1, 0]),
@@ -136,7 +131,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
-WITH_TOWER = {"mistral3", "qwen3_vl", "qwen3_vl_moe"}  # models of text and images
+WITH_TOWER = {"qwen3_vl", "qwen3_vl_moe"}  # models of text and images
 
 
 def model_class(config: PreTrainedConfig) -> Any:

@@ -73,32 +73,11 @@ def test_speculation_by_ngrams(packed: Any) -> None:
 
 
 @pytest.mark.slow
-def test_speculation_by_the_instruct_end(ends: Any, packed: Any) -> None:
-    """As a model of its own, which drafts at λ = 0 for all."""
-    model = packed("qwen3", "int8")
-    speculation = {"method": "draft_model", "model": str(ends("qwen3")[0]), "num_speculative_tokens": 3}
-    options = {"model": str(model), "speculative_config": speculation, "disable_log_stats": False}
-    options |= {"default_intensity": 0.5}  # whose place in vLLM's config the draft's loader sees as well
-    tokens, counted = answers_of({"engine": options, "ask": {"prompts": PROMPTS}})
-    assert tokens == answers(model, PROMPTS, LAMS, 16)
-    assert counted["vllm:spec_decode_num_accepted_tokens"] > 0
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "format"), [("llama", "int4"), ("mistral", "w8d4"), ("qwen3_moe", "int8"), ("adapted", "lowrank")]
 )
 def test_tensor_parallelism(packed: Any, family: str, format: str) -> None:
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "max_num_batched_tokens": 32}
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    check(packed, family, format, options, **environment)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "format"), [("qwen3", "int4"), ("mixtral", "int8")])
-def test_pipeline_parallelism(packed: Any, family: str, format: str) -> None:
-    """Each stage tests itself. The model of qwen3 has its head tied to its embedding, which then are in two stages."""
-    options = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", "max_num_batched_tokens": 32}
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     check(packed, family, format, options, **environment)
 

@@ -167,7 +167,7 @@ def test_the_list_of_models_is_a_menu_of_lambda(url: str) -> None:
         "default": 1,
         "prompt": "same",
         "tail": 1,
-        "least_tail": None,
+        "least_tail": 1,
         "range": [0, 1],
         "presets": {"low": 0.4, "medium": 0.6, "high": 0.6},
         "auto": True,

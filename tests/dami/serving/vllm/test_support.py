@@ -157,9 +157,7 @@ def config(**changed: Any) -> Any:
 def test_plain_options_pass() -> None:
     support.check_features(config())
     support.check_features(config(speculative_config=SimpleNamespace(method="ngram")))
-    support.check_features(config(speculative_config=SimpleNamespace(method="draft_model")))
     support.check_features(config(model_config__is_moe=False, lora_config=object()))
-    support.check_features(config(parallel_config__pipeline_parallel_size=2))
     support.check_features(config(model_config__is_moe=False, parallel_config__data_parallel_size=2))
 
 
@@ -172,6 +170,7 @@ def test_plain_options_pass() -> None:
         ({"lora_config": object()}, "LoRA for a model with experts"),
         ({"speculative_config": SimpleNamespace(method="eagle3")}, "speculation by eagle3"),
         ({"speculative_config": SimpleNamespace(method="mtp")}, "speculation by mtp"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"parallel_config__data_parallel_size": 2}, "data-parallel experts"),
         ({"parallel_config__use_sequence_parallel_moe": True}, "sequence-parallel experts"),
         ({"parallel_config__enable_eplb": True}, "EPLB"),
@@ -331,6 +330,10 @@ def test_parameters_are_called_as_on_the_hub() -> None:
         assert torch.equal(found[f"{expert}.w1.weight"], gates[number])
         assert torch.equal(found[f"{expert}.w3.weight"], values[number])
     assert spelling.names("model.layers.0.mlp.gate.weight", 3) == ["model.layers.0.block_sparse_moe.gate.weight"]
+    within = Spelling(pairs.FAMILIES["qwen3_vl_moe"]())  # whose experts are stored transposed
+    assert within.names("model.language_model.layers.0.mlp.experts.gate_up_proj", 1) == [
+        f"model.language_model.layers.0.mlp.experts.0.{part}_proj.weight" for part in ("gate", "up")
+    ]
     assert Spelling(pairs.FAMILIES["qwen3"]()).names("model.norm.weight", 64) == ["model.norm.weight"]
 
 
