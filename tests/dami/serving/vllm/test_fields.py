@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer
 pytest.importorskip("vllm")
 
 from dami.estimators.files import StoredIntensity
+from dami.serving.protocol import DialRequest
 from dami.serving.vllm import register, server
 from dami.serving.vllm.courses import Course, lams
 from dami.serving.vllm.fields import course_of, granted, wanted
@@ -271,3 +273,49 @@ def test_what_a_body_says(
     monkeypatch.setattr(server, "SERVED", {"pair": OFFER})  # where vLLM cannot end a thought
     params = ChatCompletionRequest(**CHAT, **body).to_sampling_params(100, {})
     assert params.thinking_token_budget == body.get("thinking_token_budget")
+
+
+def dialled(name: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], list[Any]]:
+    """What the route answers while two prompts with two answers each run, one of which has ended; and who is turned."""
+    turned: list[Any] = []
+
+    async def turn(engine: Any, names: list[str], intensity: float) -> None:
+        turned.append((names, intensity))
+
+    states = {
+        f"{prompt}{index}": SimpleNamespace(parent_req=SimpleNamespace(n=2), request_index=index)
+        for prompt in "ab"
+        for index in range(2)
+    }
+    states["c"] = SimpleNamespace(parent_req=None, request_index=0)
+    outer = {"cmpl-1-1": ["b0", "b1"], "cmpl-1-0": ["a1"], "chatcmpl-2": ["c"], "cmpl-1-x": ["c"]}
+    running = SimpleNamespace(external_req_ids=outer, request_states=states)
+    engine = SimpleNamespace(vllm_config=None, output_processor=running)
+    monkeypatch.setattr(server, "turn", turn)
+    monkeypatch.setattr(server.PairQuantization, "of", lambda config: "a pair")
+    monkeypatch.setattr(server.Offer, "of", lambda config: OFFER)
+    request: Any = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(engine_client=engine)))
+    return asyncio.run(server._dial(name, DialRequest(**body), request)), turned
+
+
+def test_the_route_of_the_dial(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer, turned = dialled("cmpl-1", {"intensity": "low"}, monkeypatch)
+    assert answer["choices"] == [1, 2, 3]
+    assert (answer["intensity"], turned) == (0.25, [(["a1", "b0", "b1"], 0.25)])
+    assert dialled("cmpl-1", {"intensity": 1, "choice": 2}, monkeypatch)[1] == [(["b0"], 1.0)]
+    assert dialled("chatcmpl-2", {"intensity": 1}, monkeypatch)[1] == [(["c"], 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "message"),
+    [
+        ("cmpl-3", {"intensity": 1}, "there is no running request cmpl-3"),
+        ("cmpl-1", {"intensity": 1, "choice": 0}, "there is no running request cmpl-1, choice 0,"),
+        ("cmpl-1", {"wrap_up": 8}, "wrap_up is not supported in vLLM: it needs dami's own server"),
+        ("cmpl-1", {"intensity": 2}, "intensity must be in 0 to 1 on this server, got 2"),
+        ("cmpl-1", {"intensity": "auto"}, "vLLM takes a number or a preset as intensity, got 'auto'"),
+    ],
+)
+def test_what_the_dial_refuses(name: str, body: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Exception, match=message):
+        dialled(name, body, monkeypatch)

@@ -226,39 +226,5 @@ def test_the_estimator_chooses(url: str, pair: Any, wanted: Any) -> None:
     assert completion(url, intensity="auto", max_intensity=0.05) == wanted(0.05)
 
 
-def test_the_dial_of_a_running_request(url: str, wanted: Any) -> None:
-    body = {
-        "prompt": [PROMPT] * 2,
-        "max_tokens": 90,
-        "ignore_eos": True,
-        "stream": True,
-        "temperature": 0,
-        "model": "pair",
-    }
-    request = Request(f"{url}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    texts, turned = ["", ""], None
-    with urlopen(request) as response:
-        for line in response:
-            if not line.startswith(b"data: {"):
-                continue
-            chunk = json.loads(line[6:])
-            if turned is None:
-                refused = [post(f"{url}/requests/{chunk['id']}/dial", each) for each in DIALS]
-                turned = post(f"{url}/requests/{chunk['id']}/dial", {"intensity": "low", "choice": 1})
-            for choice in chunk["choices"]:
-                texts[choice["index"]] += choice["text"]
-    status, answer = turned
-    assert (status, answer["choices"], answer["intensity"]) == (200, [1], pytest.approx(0.4))
-    assert [status for status, _ in refused] == [400, 400, 400, 404]
-    assert texts[0] == completion(url, max_tokens=90)
-    assert texts[1] != texts[0]
-    status, answer = post(f"{url}/requests/{chunk['id']}/dial", {"intensity": 0.5})  # which has ended
-    assert status == 404
-    assert f"there is no running request {chunk['id']}" in answer["error"]["message"]
-
-
-DIALS = [{"intensity": 2}, {"wrap_up": 8}, {}, {"intensity": 0, "choice": 2}]
-
-
 def test_it_still_answers(url: str, wanted: Any) -> None:
     assert completion(url, intensity=0.5) == wanted(0.5)
