@@ -19,6 +19,7 @@ class Course:
         prompt: number of tokens of the request's prompt.
 
     Attributes:
+        shared: tokens of the prompt that were not read, because the KV cache had them.
         tokens: those generated so far.
         intensity: λ at which the last of them is read.
         lams: λ of the step that gave each token.
@@ -27,7 +28,7 @@ class Course:
     """
 
     def __init__(self, prompt: int) -> None:
-        self.prompt, self.intensity = prompt, 0.0
+        self.prompt, self.shared, self.intensity = prompt, 0, 0.0
         self.tokens: list[int] = []
         self.lams: list[float] = []
         self.forced: int | None = None

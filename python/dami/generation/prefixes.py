@@ -18,6 +18,7 @@ from transformers.generation.continuous_batching.requests import RequestState
 
 from dami import upstream
 from dami.generation.choices import settled
+from dami.generation.courses import course_of
 from dami.generation.reading import Reading
 
 
@@ -46,7 +47,12 @@ def key_blocks(processor: ContinuousBatchProcessor) -> None:
 
     def search_prefix_match(request_id: str, prompt_ids: list[int]) -> int:
         state = scheduler.waiting_requests[request_id]
-        return search(request_id, Keyed(prompt_ids[: settled(state) + 1], Reading.of(state)))  # but for its last token
+        known = Keyed(prompt_ids[: settled(state) + 1], Reading.of(state))
+        shared = search(request_id, known)  # but for its last token
+        course = course_of(state)
+        if course is not None and not course.tokens:
+            course.shared = shared
+        return shared
 
     def mark_complete_blocks(state: RequestState, complete_blocks: dict[str, int]) -> None:
         if complete_blocks and cache.allow_block_sharing:

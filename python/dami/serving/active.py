@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from dami.serving.calls import Call, CallReader, calls_in
 from dami.serving.deltas import Delta, Deltas
 from dami.serving.detokenizing import Offsets
 from dami.serving.engine import CHUNK, Row, Token
 from dami.serving.guiding import Guide
 from dami.serving.protocol import ChatRequest, CompletionRequest
 from dami.serving.schema import FinishReason, Usage
+
+
+class Said(NamedTuple):
+    """Text of a thought and of an answer, without the calls in it, and these."""
+
+    thought: str
+    answer: str
+    calls: Sequence[Call] = ()
 
 
 @dataclass(eq=False)
@@ -25,6 +35,7 @@ class ActiveChoice:
         guide: the row's course, which can still be changed.
         deltas: turns the tokens into text.
         offsets: computes where each token begins in the text.
+        calls: separates calls from its answer; None if it may call nothing.
         tokens: all tokens so far.
         reason: why it ended.
     """
@@ -34,10 +45,11 @@ class ActiveChoice:
     guide: Guide
     deltas: Deltas
     offsets: Offsets
+    calls: CallReader | None = None
     tokens: list[Token] = field(default_factory=list)
     reason: FinishReason | None = None
 
-    async def news(self) -> AsyncIterator[tuple[Delta, list[Token]]]:
+    async def news(self) -> AsyncIterator[tuple[Said, list[Token]]]:
         """Yields new text with its tokens, or many tokens without any. `reason` is set before the last item."""
         fresh: list[Token] = []
         async for tokens in self.row:
@@ -51,13 +63,30 @@ class ActiveChoice:
                 if self.deltas.stopped:
                     self.row.cancel(complete=True)
                     self.reason = "stop"
-                    yield given, fresh
+                    yield self._said(given, last=True), fresh
                     return
-            if given.thought or given.answer or len(fresh) >= CHUNK:
-                yield given, fresh
+            said = self._said(given)
+            if any(said) or len(fresh) >= CHUNK:
+                yield said, fresh
                 fresh = []
         self.reason = self.row.reason
-        yield await asyncio.to_thread(self.deltas.finish, self.reason == "stop"), fresh
+        yield self._said(await asyncio.to_thread(self.deltas.finish, self.reason == "stop"), last=True), fresh
+
+    def _said(self, given: Delta, last: bool = False) -> Said:
+        """Separates the calls from new text of the answer."""
+        if self.calls is None:
+            return Said(*given)
+        text, calls = self.calls.push(given.answer)
+        rest, more = self.calls.finish() if last else ("", [])
+        return Said(given.thought, text + rest, calls + more)
+
+    def said(self) -> Said:
+        """Returns all that has been said, when the choice has ended."""
+        said = self.deltas.said  # None if a stop string ended it
+        thought = self.deltas.thought.text if said is None else said.thought
+        answer = self.deltas.answer.text if said is None else said.answer
+        text, calls = (answer, []) if self.calls is None else calls_in(answer)
+        return Said(thought, text, calls)
 
     @property
     def intensity(self) -> float:
@@ -73,7 +102,7 @@ class ActiveChoice:
         return sum(len(segment.ids) for segment in said.segments if segment.kind == "thought")
 
 
-News = tuple[ActiveChoice, Delta, list[Token]]  # a choice, its new text, and the tokens of that text
+News = tuple[ActiveChoice, Said, list[Token]]  # a choice, its new text, and the tokens of that text
 
 
 @dataclass(eq=False)
@@ -103,6 +132,11 @@ class ActiveRequest:
         granted = {choice.row.intensity for choice in self.choices}
         return granted.pop() if len(granted) == 1 else None
 
+    def cached_tokens(self) -> int:
+        """Returns how many tokens of its prompts were not read. A prompt counts once, however many choices it has."""
+        firsts = self.choices[:: self.body.n or 1]
+        return sum(choice.guide.shared for choice in firsts)
+
     def cancel(self) -> None:
         for choice in self.choices:
             choice.row.cancel()
@@ -113,6 +147,7 @@ class ActiveRequest:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": tokens,
             "total_tokens": self.prompt_tokens + tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens()},
             "completion_tokens_details": {"reasoning_tokens": sum(map(ActiveChoice.reasoning_tokens, self.choices))},
         }
 
@@ -143,8 +178,8 @@ class ActiveRequest:
         async def pump(choice: ActiveChoice) -> None:
             try:
                 await self._begin()
-                async for delta, tokens in choice.news():
-                    await queue.put((choice, delta, tokens))
+                async for said, tokens in choice.news():
+                    await queue.put((choice, said, tokens))
             except Exception as failure:
                 await queue.put(failure)
 

@@ -27,7 +27,10 @@ from dami.serving.formatting import Format
 from dami.serving.gate import Gate
 from dami.serving.leaving import Gone, unless_gone
 from dami.serving.protocol import BadRequest, ChatRequest, CompletionRequest, DialRequest
-from dami.serving.responses import EventStream, error, json_in_pieces
+from dami.serving.replies import EventStream, error, json_in_pieces
+from dami.serving.responses_formatting import ResponsesFormat
+from dami.serving.responses_protocol import ResponsesRequest, as_asked
+from dami.serving.responses_schema import ResponseEvent, ResponseObject
 from dami.serving.schema import (
     DEAD,
     DIALLED,
@@ -88,6 +91,7 @@ def create_app(engine: Engine, tokenizer: Any, settings: ServiceSettings | None 
         check_estimator(engine.twin)
     service = Service(engine, tokenizer, settings)
     app = App(
+        (ChatCompletionChunk, CompletionChunk, ResponseEvent),
         title="dami serve",
         version=__version__,
         lifespan=_lifespan,
@@ -140,6 +144,12 @@ def answers(service: Service) -> APIRouter:
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Continues a text."""
         return await answer(request, service.complete(body), service.completion_format)
+
+    @router.post("/v1/responses", responses=answered_by(ResponseObject, ResponseEvent, "response.completed"))
+    async def responses(request: Request, body: ResponsesRequest) -> Response:
+        """Answers a conversation, as OpenAI's Responses API does."""
+        form = ResponsesFormat(service.settings.name, body)
+        return await answer(request, as_asked(service.chat(body.chat(), "resp_")), form)
 
     @router.post("/v1/requests/{name}/dial", responses=DIALLED)
     async def dial(request: Request, body: DialRequest, name: str) -> Dial:

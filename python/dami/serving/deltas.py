@@ -2,13 +2,15 @@
 
 It follows the rule of `dami.thoughts` as far as possible without looking ahead: text that has been emitted cannot be
 taken back. At the end the row is parsed as a whole, and the rest of the answer is emitted. The result differs in one
-case: if an end tag comes without a start tag, the answer begins with text that turns out to be a thought.
+case: if an end tag comes without a start tag, or after a call of a tool inside the thought, the answer begins with text
+that turns out to be a thought.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 from dami.serving.detokenizing import Detokenizer
@@ -116,8 +118,8 @@ class Deltas:
         self.said: ParsedRow | None = None  # the whole row, parsed at its end
         self.held: list[tuple[int, str]] = []  # tokens that may be part of a tag, with their texts
         if reader is not None:
-            tags = sorted((reader.tags.start, *reader.tags.ends), key=len, reverse=True)
-            self.tags, self.tag = tags, re.compile("|".join(map(re.escape, tags)))
+            tags = (reader.tags.start, *reader.tags.ends)
+            self.tags = {False: tags, True: (*tags, *reader.tags.instead)}  # those that matter outside and inside
 
     @property
     def stopped(self) -> bool:
@@ -133,7 +135,7 @@ class Deltas:
         given = Delta()
         while self.held and not self.stopped:
             text = "".join(text for _, text in self.held)
-            match = self.tag.search(text)
+            match = self._tag().search(text)
             if match is None:
                 return _sum(given, self._give_tokens(len(text) - self._tag_prefix(text)))
             given = _sum(given, self._give_tokens(match.start()))
@@ -153,7 +155,9 @@ class Deltas:
             return Delta(answer=rest + self.answer.flush())
         said = self.said = self.reader.read(self.ids, inside=self.given_inside, finished=finished)
         if not said.answer.startswith(self.answer.text):  # an end tag without a start tag has made it a thought
-            return Delta(self.thought.flush(), self.answer.flush())
+            rest = self._give_tokens(sum(len(text) for _, text in self.held))
+            rest = _sum(rest, self._give_text(self.detokenizer.rest()))
+            return _sum(rest, Delta(self.thought.flush(), self.answer.flush()))
         return Delta(_complete(self.thought, said.thought), _complete(self.answer, said.answer))
 
     def _part(self) -> Part:
@@ -172,7 +176,7 @@ class Deltas:
             whole = token >= 0
             given = _sum(given, self._give_text(self.detokenizer.push(token) if whole else text))
         if at < length and self.held:
-            match = self.tag.match("".join(text for _, text in self.held), length - at)
+            match = self._tag().match("".join(text for _, text in self.held), length - at)
             if match is not None:  # the token holds text and the beginning of a tag
                 token, text = self.held[0]
                 given = _sum(given, self._give_text(self.detokenizer.rest() + text[: length - at]))
@@ -180,24 +184,38 @@ class Deltas:
         return given
 
     def _change_side(self, tag: str) -> Delta:
-        """Drops a tag from the beginning of the held text, and switches between thought and answer."""
+        """Drops a tag from the beginning of the held text, and switches between thought and answer.
+
+        A tag that ends a thought because it belongs to the answer is kept.
+        """
         given = self._give_text(self.detokenizer.rest())
         self.detokenizer = Detokenizer(self.tokenizer)
-        left = len(tag)
+        assert self.reader is not None
+        left = 0 if tag in self.reader.tags.instead else len(tag)
         while left:
             _, text = self.held.pop(0)
             if len(text) > left:
                 self.held.insert(0, (-1, text[left:]))
                 break
             left -= len(text)
-        assert self.reader is not None
         self.inside = tag == self.reader.tags.start
         self._part().new_segment()
         return given
 
     def _tag_prefix(self, text: str) -> int:
         """Returns how many characters at the end of a text may be the beginning of a tag."""
-        return max((n for tag in self.tags for n in range(1, len(tag)) if text.endswith(tag[:n])), default=0)
+        tags = self.tags[self.inside]
+        return max((n for tag in tags for n in range(1, len(tag)) if text.endswith(tag[:n])), default=0)
+
+    def _tag(self) -> re.Pattern[str]:
+        """Returns what finds the next tag."""
+        return pattern_of(self.tags[self.inside])
+
+
+@cache
+def pattern_of(tags: tuple[str, ...]) -> re.Pattern[str]:
+    """Returns what finds one of these tags, the longest of those that begin at a place."""
+    return re.compile("|".join(map(re.escape, sorted(tags, key=len, reverse=True))))
 
 
 def _sum(first: Delta, second: Delta) -> Delta:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
-from dami.serving.active import ActiveChoice, ActiveRequest
-from dami.serving.deltas import Delta
+from dami.serving.active import ActiveChoice, ActiveRequest, Said
+from dami.serving.calls import Call
 from dami.serving.engine import EngineDead, Token
-from dami.serving.responses import as_event, error
+from dami.serving.replies import as_event, error
 from dami.serving.schema import (
     AssistantMessage,
+    CallOfTool,
     ChatChoice,
     ChatChunkChoice,
     ChatCompletion,
@@ -31,7 +32,19 @@ from dami.serving.token_bytes import TokenBytes
 
 
 class Format(ABC):
-    """The response format of one route.
+    """The response format of one route."""
+
+    @abstractmethod
+    def whole(self, request: ActiveRequest) -> Mapping[str, object]:
+        """Returns the whole response to a request that has ended."""
+
+    @abstractmethod
+    def events(self, request: ActiveRequest) -> AsyncIterator[str]:
+        """Yields all server-sent events of an answer."""
+
+
+class ChunkedFormat(Format):
+    """A format whose events are chunks of the response.
 
     Args:
         name: the served model's name.
@@ -44,15 +57,10 @@ class Format(ABC):
         self.name, self.token_bytes = name, token_bytes
 
     @abstractmethod
-    def whole(self, request: ActiveRequest) -> ChatCompletion | Completion:
-        """Returns the whole response to a request that has ended."""
-
-    @abstractmethod
     def chunks(self, request: ActiveRequest) -> AsyncIterator[ChatCompletionChunk | CompletionChunk]:
         """Yields a request's response in chunks, each of one choice."""
 
     async def events(self, request: ActiveRequest) -> AsyncIterator[str]:
-        """Yields all server-sent events of an answer."""
         options = request.body.stream_options
         try:
             async for chunk in self.chunks(request):
@@ -75,7 +83,7 @@ class Format(ABC):
         }
 
 
-class ChatFormat(Format):
+class ChatFormat(ChunkedFormat):
     """Messages, with thoughts in a field of their own."""
 
     chunk_object = "chat.completion.chunk"
@@ -84,12 +92,13 @@ class ChatFormat(Format):
         choices: list[ChatChoice] = []
         for choice in request.choices:
             logprobs = None if request.body.wanted_logprobs is None else self.logprobs(choice.tokens)
+            said = choice.said()
             choices.append(
                 {
                     "index": choice.index,
-                    "message": _message(choice),
+                    "message": _message(said),
                     "logprobs": logprobs,
-                    "finish_reason": choice.reason,
+                    "finish_reason": _reason(choice, bool(said.calls)),
                 }
             )
         common = self.common(request, "chat.completion", request.intensity)
@@ -99,9 +108,12 @@ class ChatFormat(Format):
         for choice in request.choices:
             yield self._chunk(request, choice, {"role": "assistant", "content": ""}, None, None)
             await asyncio.sleep(0)  # there may be many: let the event loop run
-        async for choice, delta, tokens in request.news():
+        called = dict.fromkeys(request.choices, 0)
+        async for choice, said, tokens in request.news():
             logprobs = None if request.body.wanted_logprobs is None else self.logprobs(tokens)
-            yield self._chunk(request, choice, _message_delta(delta), logprobs, choice.reason)
+            delta = _message_delta(said, called[choice])
+            called[choice] += len(said.calls)
+            yield self._chunk(request, choice, delta, logprobs, _reason(choice, called[choice] > 0))
 
     def _chunk(
         self,
@@ -136,7 +148,7 @@ class ChatFormat(Format):
         }
 
 
-class CompletionFormat(Format):
+class CompletionFormat(ChunkedFormat):
     """Plain text, unchanged."""
 
     chunk_object = "text_completion"
@@ -161,10 +173,10 @@ class CompletionFormat(Format):
         }
 
     async def chunks(self, request: ActiveRequest) -> AsyncIterator[CompletionChunk]:
-        async for choice, delta, tokens in request.news():
+        async for choice, said, tokens in request.news():
             chunk: CompletionChunkChoice = {
                 "index": choice.index,
-                "text": delta.answer,
+                "text": said.answer,
                 "logprobs": None if request.body.wanted_logprobs is None else self.logprobs(choice, tokens),
                 "finish_reason": choice.reason,
             }
@@ -192,20 +204,31 @@ def finite_logprob(logprob: float) -> float:
     return logprob if logprob > -9999.0 else -9999.0
 
 
-def _message(choice: ActiveChoice) -> AssistantMessage:
-    said = choice.deltas.said  # None if a stop string ended it
-    thought = choice.deltas.thought.text if said is None else said.thought
-    answer = choice.deltas.answer.text if said is None else said.answer
-    message: AssistantMessage = {"role": "assistant", "content": answer}
-    if thought:
-        message["reasoning_content"] = thought
+def _reason(choice: ActiveChoice, called: bool) -> FinishReason | None:
+    return "tool_calls" if called and choice.reason == "stop" else choice.reason
+
+
+def _message(said: Said) -> AssistantMessage:
+    message: AssistantMessage = {"role": "assistant", "content": said.answer}
+    if said.thought:
+        message["reasoning_content"] = said.thought
+    if said.calls:
+        message["content"] = said.answer or None
+        message["tool_calls"] = [_call(call) for call in said.calls]
     return message
 
 
-def _message_delta(delta: Delta) -> MessageDelta:
-    said: MessageDelta = {}
-    if delta.thought:
-        said["reasoning_content"] = delta.thought
-    if delta.answer:
-        said["content"] = delta.answer
-    return said
+def _message_delta(said: Said, called: int) -> MessageDelta:
+    """Returns new text and calls, after so many calls."""
+    delta: MessageDelta = {}
+    if said.thought:
+        delta["reasoning_content"] = said.thought
+    if said.answer:
+        delta["content"] = said.answer
+    if said.calls:
+        delta["tool_calls"] = [{"index": place, **_call(call)} for place, call in enumerate(said.calls, called)]
+    return delta
+
+
+def _call(call: Call) -> CallOfTool:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

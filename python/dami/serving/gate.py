@@ -11,7 +11,7 @@ from fastapi import HTTPException
 from fastapi.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dami.serving.responses import error
+from dami.serving.replies import error
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,11 @@ class Thoughts:
         """Returns the tags of a reader as the tokens by which its tokenizer writes them."""
         tags = (reader.tags.start, reader.tags.ends[0])
         return cls(reader, *(tuple(reader.tokenizer.encode(tag, add_special_tokens=False)) for tag in tags))
+
+    def closed(self) -> Thoughts:
+        """Returns them for an answer that must match a grammar: nothing but an end tag ends a thought."""
+        reader = Reader(self.reader.tokenizer, replace(self.reader.tags, instead=()))
+        return replace(self, reader=reader)
 
 
 @dataclass(frozen=True)

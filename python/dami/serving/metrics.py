@@ -43,6 +43,11 @@ class Metrics:
             "dami_http_requests", "Answered HTTP requests.", ["path", "status"], registry=self.registry
         )
         self.prompt_tokens = Counter("dami_prompt_tokens", "Tokens of prompts.", registry=self.registry)
+        self.cached_tokens = Counter(
+            "dami_cached_prompt_tokens",
+            "Tokens of prompts that were not read, because the KV cache had them.",
+            registry=self.registry,
+        )
         self.generated_tokens = Counter("dami_generated_tokens", "Tokens generated.", registry=self.registry)
         self.finished = Counter("dami_sequences", "Sequences by how they ended.", ["reason"], registry=self.registry)
         self.first_token = self._seconds("dami_time_to_first_token_seconds", "From arrival to the first token.")

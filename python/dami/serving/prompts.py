@@ -10,6 +10,7 @@ from typing import Any
 
 from dami.callers import TURN
 from dami.chat import ChatTemplate, last_turn, otherwise, render
+from dami.serving.calls import OPEN, writes_calls
 from dami.serving.protocol import BadRequest, ChatRequest, CompletionRequest
 from dami.serving.reading import PromptReading
 
@@ -30,7 +31,11 @@ class Prompts:
         self.most_characters = max_model_len * max(map(len, tokenizer.get_vocab()))
 
     def options(self, body: ChatRequest) -> dict[str, Any]:
-        """Returns the options of a request for its chat template."""
+        """Returns the options of a request for its chat template: its variables, and the functions it may call.
+
+        Raises:
+            BadRequest: the template has no place for them, or its models write calls that this server cannot read.
+        """
         given = body.chat_template_kwargs or {}
         templates = self.tokenizer.chat_template or ""
         text = "\n".join(templates.values()) if isinstance(templates, dict) else templates
@@ -42,11 +47,19 @@ class Prompts:
                     "chat_template_kwargs",
                 )
         goes_on = bool(body.continue_final_message)
-        return {**given, "add_generation_prompt": not goes_on, "continue_final_message": goes_on}
+        options = {**given, "add_generation_prompt": not goes_on, "continue_final_message": goes_on}
+        if not body.callable:
+            return options
+        if not re.search(r"\btools\b", text):
+            raise BadRequest("tools: the chat template of this pair has no place for them", "tools")
+        tag = self.tokenizer.encode(OPEN, add_special_tokens=False)
+        if not writes_calls(text) or OPEN not in self.tokenizer.decode(tag, skip_special_tokens=True):
+            raise BadRequest(f"tools: this server reads calls as {OPEN}, and this pair writes them otherwise", "tools")
+        return options | {"tools": [tool.plain() for tool in body.tools or ()]}
 
     def of_chat(
         self,
-        messages: list[dict[str, str]],
+        messages: list[dict[str, Any]],
         template: ChatTemplate,
         intensity: float | None,
         options: Mapping[str, Any],
@@ -95,7 +108,7 @@ class Prompts:
     def measured(
         self,
         reading: PromptReading,
-        messages: list[dict[str, str]],
+        messages: list[dict[str, Any]],
         template: ChatTemplate,
         intensity: float | None,
         options: Mapping[str, Any],
@@ -132,29 +145,40 @@ class Prompts:
 
     def _render(
         self,
-        messages: list[dict[str, str]],
+        messages: list[dict[str, Any]],
         template: ChatTemplate,
         lams: list[float] | None,
         options: Mapping[str, Any],
     ) -> str:
-        """Renders a conversation, and checks that no system, developer or tool message is left out."""
+        """Renders a conversation, and checks that no tool, no call, and nothing from another role is left out."""
         try:
             [text] = render(self.tokenizer, [messages], template, lams, **options)
         except Exception as problem:  # templates can raise anything
             raise BadRequest(f"messages do not fit the chat template: {problem}", "messages") from problem
+        for tool in options.get("tools", ()):
+            if (name := tool["function"]["name"]) not in text:
+                raise BadRequest(f"tools: the chat template leaves out {name!r}", "tools")
         marks = {
             place: f"qx{place:04d}xq"  # no template has a reason to change this
             for place, message in enumerate(messages)
-            if message["role"] not in ("user", "assistant") and message["content"].strip()
+            if "tool_calls" in message or (message["role"] not in ("user", "assistant") and message["content"].strip())
         }
         if marks:
-            marked = [m | {"content": marks.get(place, m["content"])} for place, m in enumerate(messages)]
+            marked = [_marked(m, marks[place]) if place in marks else m for place, m in enumerate(messages)]
             try:
                 [text_of_marks] = render(self.tokenizer, [marked], template, lams, **options)
             except Exception:  # the template depends on the contents
                 return text
             for place, mark in marks.items():
                 if mark not in text_of_marks:
-                    role = messages[place]["role"]
-                    raise BadRequest(f"messages[{place}]: the chat template leaves out the role {role!r}", "messages")
+                    what = "its calls" if "tool_calls" in messages[place] else f"the role {messages[place]['role']!r}"
+                    raise BadRequest(f"messages[{place}]: the chat template leaves out {what}", "messages")
         return text
+
+
+def _marked(message: dict[str, Any], mark: str) -> dict[str, Any]:
+    """Returns a message with a mark in place of the functions that it calls, or else of its content."""
+    if "tool_calls" not in message:
+        return message | {"content": mark}
+    calls = [call | {"function": call["function"] | {"name": mark}} for call in message["tool_calls"]]
+    return message | {"tool_calls": calls}

@@ -5,36 +5,33 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StrictBool,
-    StrictInt,
-    StrictStr,
-    model_validator,
+from pydantic import Field, StrictBool, StrictInt, StrictStr, model_validator
+
+from dami.serving.fields import (
+    Count,
+    Intensity,
+    Number,
+    Penalty,
+    Point,
+    Preset,
+    StopString,
+    Strict,
+    Tail,
+    TokenId,
+    disagreement,
+    neutral,
 )
-from pydantic_core import PydanticCustomError
+from dami.serving.tools import TOOLS, Function, Mode, NamedTool, Tool, ToolCall
 
 MESSAGES = 2048  # maximum messages of a conversation, as in OpenAI's API, and maximum parts of a message
 PROMPTS = 1024  # maximum prompts of a request
-STOP = 1024  # maximum characters of a stop string
 SAME = "same"  # a prompt_intensity: that of the answer
 EFFORTS = {"none": 0.0, "minimal": 0.0, "xhigh": 1.0, "max": 1.0}  # λ of OpenAI's values that are not presets
 MIDDLE = {"low": 0.25, "medium": 0.5, "high": 0.75}  # λ of the others, if the pair has no such preset
 SHARES = {"none": 0.0, "minimal": 0.1, "low": 0.2, "medium": 0.5, "high": 0.8, "xhigh": 0.95}  # of the tokens, to think
 POINTS = 64  # maximum points of a schedule
 
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Count = Annotated[StrictInt, Field(ge=1, le=1 << 30)]
-Preset = Annotated[StrictStr, Field(max_length=64)]  # or "auto"
-Intensity = Number | Preset
-Tail = Annotated[StrictInt, Field(ge=0, le=1 << 30)] | Literal["turn"]
-TokenId = Annotated[StrictInt, Field(ge=0, lt=1 << 31)]
-Point = tuple[Count, Number]
-Penalty = Annotated[Number, Field(ge=-2, le=2)]
-StopString = Annotated[StrictStr, Field(min_length=1, max_length=STOP)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class BadRequest(Exception):
@@ -43,26 +40,6 @@ class BadRequest(Exception):
     def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
         super().__init__(message)
         self.param, self.code, self.status = param, code, status
-
-
-def _neutral(*values: Any) -> BeforeValidator:
-    """Accepts only the values with which an unsupported field has no effect."""
-
-    def check(value: Any) -> Any:
-        if value is not None and value not in values:
-            raise ValueError("is not supported by this server: leave it out")
-        return None
-
-    return BeforeValidator(check)
-
-
-def _disagreement(param: str, message: str) -> PydanticCustomError:
-    """Returns an error about fields that contradict each other; `param` is the one to blame."""
-    return PydanticCustomError("disagreement", "{message}", {"message": message, "param": param})
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
 class JsonSchema(Strict):
@@ -96,7 +73,7 @@ class ResponseFormat(Strict):
 
 class StreamOptions(Strict):
     include_usage: StrictBool = False
-    include_obfuscation: Annotated[bool | None, _neutral(False)] = None
+    include_obfuscation: Annotated[bool | None, neutral(False)] = None
 
 
 class TextPart(Strict):
@@ -110,24 +87,31 @@ class Message(Strict):
     reasoning_content: StrictStr | None = None
     name: StrictStr | None = None
     tool_call_id: StrictStr | None = None
-    tool_calls: Annotated[list[Any] | None, _neutral([])] = None
-    function_call: Annotated[Any, _neutral()] = None
-    refusal: Annotated[str | None, _neutral("")] = None
-    audio: Annotated[Any, _neutral()] = None
-    annotations: Annotated[list[Any] | None, _neutral([])] = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=TOOLS, fail_fast=True)] | None = None
+    function_call: Annotated[Any, neutral()] = None
+    refusal: Annotated[str | None, neutral("")] = None
+    audio: Annotated[Any, neutral()] = None
+    annotations: Annotated[list[Any] | None, neutral([])] = None
 
     @model_validator(mode="after")
     def _has_content(self) -> Message:
         if self.content is None and self.role != "assistant":
             raise ValueError("content must be given")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls are the assistant's, got some of the role {self.role}")
         return self
 
-    def plain(self) -> dict[str, str]:
+    def plain(self) -> dict[str, Any]:
         """Returns the message as chat templates take it."""
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
-        others = {name: getattr(self, name) for name in ("reasoning_content", "name", "tool_call_id")}
-        return {"role": self.role, "content": text} | {key: value for key, value in others.items() if value is not None}
+        plain: dict[str, Any] = {"role": self.role, "content": text}
+        for name in ("reasoning_content", "name", "tool_call_id"):
+            if (value := getattr(self, name)) is not None:
+                plain[name] = value
+        if self.tool_calls:
+            plain["tool_calls"] = [call.plain() for call in self.tool_calls]
+        return plain
 
 
 class DialRequest(Strict):
@@ -157,10 +141,9 @@ class VllmArguments(Strict):
     prompt_tail: Tail | None = None
 
 
-class Request(Strict):
-    """The fields common to both kinds of request."""
+class Dialled(Strict):
+    """The fields of all requests that say at which λ they are answered."""
 
-    prompt_field: ClassVar[str]
     model: Annotated[StrictStr, Field(max_length=256)] | None = Field(
         None, description="The served model; it may be left out."
     )
@@ -183,41 +166,51 @@ class Request(Strict):
         "the last user message on.",
     )
     vllm_xargs: VllmArguments | None = Field(None, description="These four, where vLLM wants them.")
-    n: Annotated[StrictInt, Field(ge=1, le=128)] | None = 1
-    max_tokens: Count | None = None
+    seed: Annotated[StrictInt, Field(ge=-(1 << 63), lt=1 << 64)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     top_k: Annotated[StrictInt, Field(ge=-1, le=1 << 30)] | None = None
-    seed: Annotated[StrictInt, Field(ge=-(1 << 63), lt=1 << 64)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
-    ignore_eos: StrictBool | None = False
     stream: StrictBool | None = False
-    stream_options: StreamOptions | None = None
     user: StrictStr | None = None
-    frequency_penalty: Penalty | None = None
-    presence_penalty: Penalty | None = None
-    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
-    repetition_penalty: Annotated[float | None, _neutral(1)] = None
-    min_p: Annotated[float | None, _neutral(0)] = None
 
     @model_validator(mode="after")
-    def _agree(self) -> Request:
+    def _dial_agrees(self) -> Dialled:
         if self.vllm_xargs is not None:
             for name in VllmArguments.model_fields:
                 inner, outer = getattr(self.vllm_xargs, name), getattr(self, name)
                 if inner is not None and outer is not None and inner != outer:
-                    raise _disagreement(name, f"{name} is {outer} and in vllm_xargs {inner}")
+                    raise disagreement(name, f"{name} is {outer} and in vllm_xargs {inner}")
                 setattr(self, name, outer if inner is None else inner)
         if isinstance(self.intensity, float) and self.max_intensity is not None:
-            raise _disagreement(
+            raise disagreement(
                 "max_intensity", "intensity and max_intensity exclude each other, unless intensity is a preset or auto"
             )
         places = [tokens for tokens, _ in self.intensity_schedule or ()]
         if any(after <= before for before, after in pairwise(places)):
-            raise _disagreement("intensity_schedule", f"intensity_schedule must ascend, got points at {places}")
+            raise disagreement("intensity_schedule", f"intensity_schedule must ascend, got points at {places}")
+        return self
+
+
+class Request(Dialled):
+    """The fields common to requests for chat completions and completions."""
+
+    prompt_field: ClassVar[str]
+    n: Annotated[StrictInt, Field(ge=1, le=128)] | None = 1
+    max_tokens: Count | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
+    ignore_eos: StrictBool | None = False
+    stream_options: StreamOptions | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
+    repetition_penalty: Annotated[float | None, neutral(1)] = None
+    min_p: Annotated[float | None, neutral(0)] = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> Request:
         if self.stream_options is not None and not self.stream:
-            raise _disagreement("stream_options", "stream_options needs stream")
+            raise disagreement("stream_options", "stream_options needs stream")
         return self
 
     @property
@@ -242,7 +235,7 @@ class ChatRequest(Request):
     max_completion_tokens: Count | None = None
     logprobs: StrictBool | None = False
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
+    reasoning_effort: Effort | None = Field(
         None,
         description="low, medium and high are the pair's presets, or else λ=0.25, 0.5 and 0.75; none and minimal are "
         "λ=0, xhigh and max λ=1. Of max_completion_tokens, the thought may then have 0.2, 0.5 and 0.8; none or 0.1; "
@@ -262,50 +255,70 @@ class ChatRequest(Request):
         None, description="The opposite of continue_final_message; it may be left out."
     )
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables for the chat template.")
-    store: Annotated[bool | None, _neutral(False)] = None
+    store: Annotated[bool | None, neutral(False)] = None
     metadata: dict[str, str] | None = None
     safety_identifier: StrictStr | None = None
     prompt_cache_key: StrictStr | None = None
-    verbosity: Annotated[str | None, _neutral("medium")] = None
-    modalities: Annotated[list[Any] | None, _neutral(["text"])] = None
-    prediction: Annotated[Any, _neutral()] = None
-    audio: Annotated[Any, _neutral()] = None
-    web_search_options: Annotated[Any, _neutral()] = None
-    functions: Annotated[list[Any] | None, _neutral([])] = None
-    function_call: Annotated[Any, _neutral("none", "auto")] = None
-    service_tier: Annotated[str | None, _neutral("auto", "default")] = None
-    tools: Annotated[list[Any] | None, _neutral([])] = None
-    tool_choice: Annotated[str | None, _neutral("none", "auto")] = None
-    parallel_tool_calls: StrictBool | None = None
+    verbosity: Annotated[str | None, neutral("medium")] = None
+    modalities: Annotated[list[Any] | None, neutral(["text"])] = None
+    prediction: Annotated[Any, neutral()] = None
+    audio: Annotated[Any, neutral()] = None
+    web_search_options: Annotated[Any, neutral()] = None
+    functions: Annotated[list[Any] | None, neutral([])] = None
+    function_call: Annotated[Any, neutral("none", "auto")] = None
+    service_tier: Annotated[str | None, neutral("auto", "default")] = None
+    tools: Annotated[list[Tool], Field(max_length=TOOLS, fail_fast=True)] | None = None
+    tool_choice: Mode | NamedTool | None = Field(None, description="auto by default.")
+    parallel_tool_calls: StrictBool | None = Field(True, description="Whether an answer may have several calls.")
 
     @model_validator(mode="after")
     def _chat_agrees(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise _disagreement("top_logprobs", "top_logprobs needs logprobs")
+            raise disagreement("top_logprobs", "top_logprobs needs logprobs")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            raise _disagreement("max_tokens", "max_tokens is the old name of max_completion_tokens: give one of them")
+            raise disagreement("max_tokens", "max_tokens is the old name of max_completion_tokens: give one of them")
         if self.reasoning_effort is not None:
             meant = EFFORTS.get(self.reasoning_effort, self.reasoning_effort)
             if self.intensity not in (None, meant):
-                raise _disagreement(
+                raise disagreement(
                     "reasoning_effort", f"reasoning_effort is {self.reasoning_effort} and intensity {self.intensity}"
                 )
             self.intensity = meant
         if self.add_generation_prompt is not None and self.add_generation_prompt == bool(self.continue_final_message):
-            raise _disagreement(
+            raise disagreement(
                 "add_generation_prompt",
                 f"add_generation_prompt and continue_final_message are both {self.add_generation_prompt}: give one",
             )
         if self.continue_final_message and self.messages[-1].role != "assistant":
-            raise _disagreement(
+            raise disagreement(
                 "continue_final_message",
                 f"continue_final_message needs a last message of the assistant, got one of {self.messages[-1].role}",
             )
-        if self.response_format is not None and self.response_format.type != "text":
-            for name in ("ignore_eos", "continue_final_message"):
-                if getattr(self, name):
-                    raise _disagreement("response_format", f"response_format excludes {name}")
+        names = [tool.function.name for tool in self.tools or ()]
+        if len({*names}) < len(names):
+            raise disagreement("tools", f"the functions of tools must have different names, got {names}")
+        if self.forced and not self.callable:
+            wanted = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else self.tool_choice
+            raise disagreement("tool_choice", f"tool_choice is {wanted!r}, and tools has the functions {names}")
+        formed = self.response_format is not None and self.response_format.type != "text"
+        for name in ("ignore_eos", "continue_final_message"):
+            for field, given in (("response_format", formed), ("tools", bool(self.callable))):
+                if given and getattr(self, name):
+                    raise disagreement(field, f"{field} excludes {name}")
         return self
+
+    @property
+    def forced(self) -> bool:
+        """Whether the answer must be a call."""
+        return self.tool_choice not in (None, "none", "auto")
+
+    @property
+    def callable(self) -> list[Function]:
+        """The functions that the answer may call."""
+        functions = [] if self.tool_choice == "none" else [tool.function for tool in self.tools or ()]
+        if isinstance(self.tool_choice, NamedTool):
+            return [each for each in functions if each.name == self.tool_choice.function.name]
+        return functions
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -330,9 +343,9 @@ class CompletionRequest(Request):
         ]
     )
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
-    echo: Annotated[bool | None, _neutral(False)] = None
-    suffix: Annotated[str | None, _neutral("")] = None
-    best_of: Annotated[int | None, _neutral(1)] = None
+    echo: Annotated[bool | None, neutral(False)] = None
+    suffix: Annotated[str | None, neutral("")] = None
+    best_of: Annotated[int | None, neutral(1)] = None
 
     @property
     def wanted_logprobs(self) -> int | None:

@@ -2,18 +2,19 @@
 
 Pydantic generates the server's schema from them, and mypy checks the code that builds them. At run time they are plain
 dicts. So a chunk of a stream costs no more than its JSON, and a long answer can be written without blocking other
-threads (`responses.as_json`), which Pydantic's own models would do.
+threads (`replies.as_json`), which Pydantic's own models would do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI
 from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 GrantedIntensity = Annotated[
     float | None, Field(description="λ granted; null if the response's prompts got different ones.")
@@ -56,17 +57,38 @@ class CompletionTokensDetails(TypedDict):
     reasoning_tokens: int
 
 
+class PromptTokensDetails(TypedDict):
+    cached_tokens: Annotated[int, Field(description="Tokens that were not read, because the KV cache had them.")]
+
+
 class Usage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: CompletionTokensDetails
+
+
+class CalledFunction(TypedDict):
+    name: str
+    arguments: Annotated[str, Field(description="The JSON of an object.")]
+
+
+class CallOfTool(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class CallDelta(CallOfTool):
+    index: Annotated[int, Field(description="Place among the calls of the answer. A call comes whole.")]
 
 
 class AssistantMessage(TypedDict):
     role: Literal["assistant"]
-    content: str
+    content: Annotated[str | None, Field(description="null if the answer is nothing but calls.")]
     reasoning_content: NotRequired[Annotated[str, Field(description="The thought, if there is one.")]]
+    tool_calls: NotRequired[list[CallOfTool]]
 
 
 class ChatChoice(TypedDict):
@@ -80,6 +102,7 @@ class MessageDelta(TypedDict):
     role: NotRequired[Literal["assistant"]]
     reasoning_content: NotRequired[str]
     content: NotRequired[str]
+    tool_calls: NotRequired[list[CallDelta]]
 
 
 class ChatChunkChoice(TypedDict):
@@ -224,26 +247,35 @@ REFUSED = errors(
 DIALLED: Described = {**REFUSED, **errors(NOT_RUNNING)}
 
 
-def answered_by(whole: type, chunk: type) -> Described:
+def answered_by(whole: type, chunk: type, last: str = "[DONE]") -> Described:
     """Describes the responses of a route that generates: a `whole` object, or with `stream` events, each a `chunk`."""
     content = {"$ref": SCHEMAS.format(model=chunk.__name__)}
     data = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
     event = {"type": "object", "required": ["data"], "properties": {"data": data}}
     described = {
         "model": whole,
-        "description": "The answer, or with `stream` its pieces; their last data is [DONE].",
+        "description": f"The answer, or with `stream` its pieces, of which the last is {last}.",
         "content": {"text/event-stream": {"itemSchema": event}},
     }
     return {200: described, **REFUSED}
 
 
 class App(FastAPI):
-    """An application whose schema includes the chunks of streams; FastAPI itself adds only the types of JSON bodies."""
+    """An application whose schema includes the pieces of streams; FastAPI itself adds only the types of JSON bodies.
+
+    Args:
+        streamed: the types of the pieces.
+        options: those of FastAPI.
+    """
+
+    def __init__(self, streamed: Sequence[type], **options: Any) -> None:
+        super().__init__(**options)
+        self.streamed = streamed
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
             components = super().openapi()["components"]["schemas"]
-            for kind in (ChatCompletionChunk, CompletionChunk):
+            for kind in self.streamed:
                 schema = TypeAdapter(kind).json_schema(ref_template=SCHEMAS)
                 components |= schema.pop("$defs") | {kind.__name__: schema}
         return super().openapi()

@@ -12,6 +12,7 @@ from hmac import compare_digest
 from typing import Any
 
 from dami.serving.active import ActiveChoice, ActiveRequest
+from dami.serving.calls import CallReader, grammar_of
 from dami.serving.deltas import Deltas, Stop
 from dami.serving.detokenizing import Offsets
 from dami.serving.engine import Auto, Engine
@@ -24,11 +25,11 @@ from dami.serving.models import Models
 from dami.serving.prompts import Prompts
 from dami.serving.protocol import BadRequest, ChatRequest, CompletionRequest, DialRequest
 from dami.serving.reading import PromptReading, default_reading, reading_of
-from dami.serving.responses import as_json
+from dami.serving.replies import as_json
 from dami.serving.sampling import SamplingDefaults, sampling_of
 from dami.serving.schema import Dial
 from dami.serving.settings import ServiceSettings
-from dami.serving.structured import Grammar, Grammars
+from dami.serving.structured import Grammar, Grammars, of_json
 from dami.serving.token_bytes import TokenBytes
 from dami.serving.wishing import span_of, wishes_of
 from dami.thoughts import Reader
@@ -63,11 +64,12 @@ class Service:
         self.span = span_of(settings.frontier)
         self.active: dict[str, ActiveRequest] = {}
 
-    async def chat(self, body: ChatRequest) -> ActiveRequest:
+    async def chat(self, body: ChatRequest, prefix: str = "chatcmpl-") -> ActiveRequest:
+        """Begins to answer a conversation. The id of the response begins with `prefix`."""
         self._check(body, 1)
         reading = reading_of(body, self.reading, self.engine.presets, self.settings.intensity_range)
         messages = [message.plain() for message in body.messages]
-        size = sum(len(text) for message in messages for text in message.values())
+        size = sum(len(str(value)) for message in messages for value in message.values())
         by_intensity = not isinstance(self.settings.chat_template, str)
         first = "default" if by_intensity else self.settings.chat_template
         options = self.prompts.options(body)
@@ -81,9 +83,10 @@ class Service:
             template, lam = self.settings.chat_template, intensities[0]
             text, ids = await self.lanes.run(size, self.prompts.of_chat, messages, template, lam, options)
             reading = await self.lanes.run(size, self.prompts.measured, reading, messages, template, lam, options, ids)
-        reader = self.thoughts.reader
+        thoughts = self.thoughts if grammar is None else self.thoughts.closed()
+        reader = thoughts.reader
         inside = reader.leaves_open(messages[-1]["content"]) if body.continue_final_message else reader.opens(text)
-        return await self._begin(body, "chatcmpl", [ids], intensities, reading, self.thoughts, inside, grammar)
+        return await self._begin(body, prefix, [ids], intensities, reading, thoughts, inside, grammar)
 
     async def complete(self, body: CompletionRequest) -> ActiveRequest:
         self._check(body, len(body.prompts))
@@ -92,7 +95,7 @@ class Service:
         for prompt in prompts:
             self.prompts.room(body, prompt)
         intensities = await self.granting.choose(body, prompts, reading)
-        return await self._begin(body, "cmpl", prompts, intensities, reading)
+        return await self._begin(body, "cmpl-", prompts, intensities, reading)
 
     def _check(self, body: ChatRequest | CompletionRequest, prompts: int) -> None:
         """Raises BadRequest if a request with so many prompts asks for what the server cannot grant."""
@@ -108,12 +111,14 @@ class Service:
     async def _grammar(self, body: ChatRequest) -> Grammar | None:
         """Compiles what a request's answer must match."""
         schema = None if body.response_format is None else body.response_format.schema_of_answer
-        if schema is None:
-            return None
+        field, text = "response_format", None if schema is None else f"start: {of_json(schema)}"
+        if body.callable:
+            field = "tools"
+            text = grammar_of(body.callable, body.forced, body.parallel_tool_calls is not False, schema)
         try:
-            return await self.lanes.run(1 << 20, self.grammars.of_schema, schema)
+            return None if text is None else await self.lanes.run(1 << 20, self.grammars.of, text)
         except ValueError as problem:
-            raise BadRequest(f"response_format: {problem}", "response_format") from problem
+            raise BadRequest(f"{field}: {problem}", field) from problem
 
     async def _begin(
         self,
@@ -135,7 +140,7 @@ class Service:
         ends = frozenset(() if body.ignore_eos else self.engine.ends) | frozenset(body.stop_token_ids or ())
         seed = secrets.randbits(62) if body.seed is None else body.seed
         stops = [*map(Stop, body.stops)]
-        request = ActiveRequest(body, f"{prefix}-{secrets.token_hex(12)}", sum(map(len, prompts)), [])
+        request = ActiveRequest(body, f"{prefix}{secrets.token_hex(12)}", sum(map(len, prompts)), [])
         try:
             for prompt, intensity, room in zip(prompts, intensities, rooms, strict=True):
                 for each in range(body.n or 1):
@@ -152,7 +157,8 @@ class Service:
                         guide,
                     )
                     deltas = Deltas(self.tokenizer, reader, inside, stops)
-                    choice = ActiveChoice(len(request.choices), row, guide, deltas, Offsets(self.tokenizer))
+                    calls = CallReader() if isinstance(body, ChatRequest) and body.callable else None
+                    choice = ActiveChoice(len(request.choices), row, guide, deltas, Offsets(self.tokenizer), calls)
                     request.choices.append(choice)
                     await asyncio.sleep(0)  # there may be many sequences: let the event loop run
             for choice in request.choices:
@@ -198,6 +204,7 @@ class Service:
         """Records an answer's metrics, and cancels what is still being generated."""
         self.active.pop(request.id, None)
         request.cancel()
+        self.metrics.cached_tokens.inc(request.cached_tokens())
         now = time.monotonic()
         for reason, count in Counter(choice.reason or "cancelled" for choice in request.choices).items():
             self.metrics.finished.labels(reason).inc(count)

@@ -1,4 +1,4 @@
-"""Answers that obey a JSON schema, token by token, by llguidance."""
+"""Answers that obey a grammar, token by token, by llguidance."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 logger = logging.getLogger(__name__)
+# as json.dumps writes it: free to add white space, weak models go on with that instead of their answer
+SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+def of_json(schema: dict[str, Any]) -> str:
+    """Returns what stands for an object of JSON in llguidance's dialect of Lark."""
+    return f"%json {json.dumps({**schema, 'x-guidance': SPACES})}"
 
 
 class Grammars:
@@ -29,11 +36,11 @@ class Grammars:
         self.tokenizer, self.vocabulary = tokenizer, vocabulary
         self._tokens: LLTokenizer | None = None
 
-    def of_schema(self, schema: dict[str, Any]) -> Grammar:
-        """Compiles a JSON schema. It may take long, so call it outside the event loop.
+    def of(self, rules: str) -> Grammar:
+        """Compiles rules in llguidance's dialect of Lark. It may take long, so call it outside the event loop.
 
         Raises:
-            ValueError: llguidance is missing, or does not take this tokenizer or this schema.
+            ValueError: llguidance is missing, or does not take this tokenizer or a JSON schema in the rules.
         """
         try:
             from llguidance import LLMatcher
@@ -41,11 +48,7 @@ class Grammars:
             raise ValueError("this server lacks llguidance, which it needs: pip install llguidance") from None
         if self._tokens is None:
             self._tokens = self._read_tokenizer()
-        # as json.dumps writes it: free to add white space, weak models go on with that instead of their answer
-        text = LLMatcher.grammar_from_json_schema(
-            json.dumps(schema),
-            defaults={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
-        )
+        text = LLMatcher.grammar_from_lark(f"%llguidance {{}}\n{rules}")
         problem = LLMatcher.validate_grammar(text, self._tokens)
         if problem:
             raise ValueError(f"the JSON schema is not supported: {problem}")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from dami.loading.load import example_pair
 from dami.serving.guiding import Guide, Thoughts, Wishes
-from dami.serving.structured import Grammars
+from dami.serving.structured import Grammars, of_json
 from dami.serving.wishing import span_of
 from dami.thoughts import Reader, Tags
 from transformers import AutoTokenizer
@@ -179,7 +179,7 @@ def random_answer(run: Run, choose: torch.Generator, most: int = 400) -> list[in
 def test_an_answer_obeys_a_schema_and_its_thought_does_not(tokenizer: Any, thoughts: Thoughts) -> None:
     pytest.importorskip("llguidance")
     jsonschema = pytest.importorskip("jsonschema_rs")
-    grammar = Grammars(tokenizer, VOCABULARY).of_schema(SCHEMA)
+    grammar = Grammars(tokenizer, VOCABULARY).of(f"start: {of_json(SCHEMA)}")
     [start], [end], choose = thoughts.start, thoughts.end, torch.Generator().manual_seed(3)
     for thinks, inside in ((True, False), (False, False), (False, True)):
         run = Run(guide(Wishes(grammar=grammar), thoughts, inside))
@@ -200,7 +200,7 @@ def test_an_answer_obeys_a_schema_and_its_thought_does_not(tokenizer: Any, thoug
 def test_a_start_tag_of_several_tokens_may_come_before_a_constrained_answer(tokenizer: Any) -> None:
     pytest.importorskip("llguidance")
     found = Thoughts.of(Reader(tokenizer, Tags("(think)", ("(/think)",))))
-    run = Run(guide(Wishes(grammar=Grammars(tokenizer, VOCABULARY).of_schema(SCHEMA)), found))
+    run = Run(guide(Wishes(grammar=Grammars(tokenizer, VOCABULARY).of(f"start: {of_json(SCHEMA)}")), found))
     assert found.start[0] in allowed(run)
     for token, after in zip(found.start, [*found.start[1:], None], strict=True):
         run.take(token)
@@ -217,19 +217,19 @@ def test_a_start_tag_of_several_tokens_may_come_before_a_constrained_answer(toke
 def test_schemas_that_llguidance_does_not_take(tokenizer: Any, schema: Any, message: str) -> None:
     pytest.importorskip("llguidance")
     with pytest.raises(ValueError, match=message):
-        Grammars(tokenizer, VOCABULARY).of_schema(schema)
+        Grammars(tokenizer, VOCABULARY).of(f"start: {of_json(schema)}")
 
 
 def test_a_missing_llguidance_is_named(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     with pytest.raises(ValueError, match="this server lacks llguidance, which it needs: pip install llguidance"):
-        Grammars(tokenizer, VOCABULARY).of_schema(SCHEMA)
+        Grammars(tokenizer, VOCABULARY).of(f"start: {of_json(SCHEMA)}")
 
 
 def test_a_tokenizer_that_llguidance_does_not_take() -> None:
     pytest.importorskip("llguidance")
     with pytest.raises(ValueError, match="llguidance does not take the model's tokenizer: "):
-        Grammars(object(), VOCABULARY).of_schema(SCHEMA)
+        Grammars(object(), VOCABULARY).of(f"start: {of_json(SCHEMA)}")
 
 
 def test_a_copy_of_a_request_keeps_its_course() -> None:

@@ -127,6 +127,8 @@ def test_the_schema_has_every_object_that_it_names(bounded: Server) -> None:
         "ChatCompletionChunk",
         "Completion",
         "CompletionChunk",
+        "ResponseObject",
+        "ResponseEvent",
         "ModelList",
         "ErrorResponse",
     ):

@@ -84,7 +84,7 @@ class Page:
         self.browser.execute_script("document.querySelector('.settings').open = true")
         self.fill("#temperature", "0")
         self.one("#run").click()
-        self.until(lambda: self.status() == "Done")
+        self.until(lambda: self.status().startswith("Done"))
         return self.all(".answer")
 
     def complaints(self) -> list[str]:
@@ -165,12 +165,33 @@ def test_an_answer_is_turned_and_wrapped_up_while_it_streams(browser: Any, monke
         page.until(lambda: guide._wrap_up == 16 or guide.limit is not None)  # at once, or with the next step
         assert not wrap.is_enabled()
         steps.release(10_000)
-        page.until(lambda: page.status() == "Done")
+        page.until(lambda: page.status().startswith("Done"))
         assert not slider.is_displayed()
         assert not wrap.is_displayed()
         assert guide.lams[0] == 1
         assert guide.limit is not None
         assert page.complaints() == []
+
+
+@in_chromium
+def test_a_prompt_that_is_read_at_a_lam_of_its_own_is_read_once(page: Page) -> None:
+    """And the page shows how many tokens that saved."""
+    cards = page.ask(HARD, "0.1, 0.6, 1.1")
+    assert page.status() == "Done"  # each prompt was read at the λ of its answer
+    assert not page.one("#prompt-slider").is_displayed()
+    page.one("#own").click()
+    slider = page.one("#prompt-slider")
+    slider.send_keys(page.keys.HOME, page.keys.ARROW_RIGHT, page.keys.ARROW_RIGHT)
+    assert page.one("#prompt-number").get_property("value") == "0.1"
+    cards = page.ask(HARD, "0.2, 0.6, 1.1")
+    saved = [
+        card.find_element("css selector", ".counts").text.partition(" prompt tokens not read again")[0]
+        for card in cards
+    ]
+    shared = [int(text.rpartition("· ")[2].split(" of ")[0]) for text in saved]
+    assert all(count >= 16 for count in shared)  # the first request of this test has read all of it at 0.1
+    total = int(page.status().partition("'")[2].split()[1])
+    assert page.status() == f"Done: {sum(shared)} of the prompts' {total} tokens did not have to be read"
 
 
 @in_chromium
@@ -184,7 +205,7 @@ def test_one_lam_is_chosen_by_slider_or_number_with_the_keyboard_alone(page: Pag
     assert slider.get_property("value") == "0.35"
     page.fill("#prompt", "gcd(84, 36)")
     page.one("#prompt").send_keys(page.keys.CONTROL, page.keys.ENTER)
-    page.until(lambda: page.status() == "Done")
+    page.until(lambda: page.status().startswith("Done"))
     assert [card.text.split("\n")[0] for card in page.all(".answer")] == ["λ = 0.35"]
 
 
@@ -361,7 +382,7 @@ def test_answers_are_judged_where_the_right_one_is_known(page: Page, server: Ser
     page.fill("#temperature", "0")
     page.fill("#known", known)
     page.one("#run").click()
-    page.until(lambda: page.status() == "Done")
+    page.until(lambda: page.status().startswith("Done"))
     wanted = ["✓ right" if last_word(text, known) else f"✗ wrong, the answer is {known}" for text in said]
     assert [each.text for each in page.all(".verdict")] == (wanted if known else ["", ""])
     assert known != "206" or "✓ right" in wanted

@@ -130,6 +130,17 @@ def test_texts_are_read_so_too(server: Running, plain: tuple[Any, Any]) -> None:
     assert [choice["text"] for choice in server.post(COMPLETIONS, body).json()["choices"]] == [wanted] * 2
 
 
+def test_what_was_not_read_is_counted(server: Running) -> None:
+    """For each prompt once, and in the metrics when the request has ended."""
+    body = {"prompt": [[7] * 40, [8] * 40], "max_tokens": 1, "n": 2}
+    first, again = (server.post(COMPLETIONS, body | {"intensity": lam}).json()["usage"] for lam in (0.3, 0.9))
+    cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in (first, again)]
+    assert cached == [0, 2 * 32]
+    before = server.metric("dami_cached_prompt_tokens_total")
+    server.post(COMPLETIONS, body | {"intensity": 0.5})
+    until(lambda: server.metric("dami_cached_prompt_tokens_total") == before + 2 * 32)
+
+
 def test_the_estimator_looks_at_the_prompt_in_passing(server: Running, plain: tuple[Any, Any]) -> None:
     """It costs one token: the last of the prompt is read again, at the λ chosen."""
     model, tokenizer = plain
@@ -141,6 +152,7 @@ def test_the_estimator_looks_at_the_prompt_in_passing(server: Running, plain: tu
     assert answer["intensity"] == answer["choices"][0]["intensity"] == pytest.approx(wanted)
     assert not server.engine._to_estimate
     assert server.engine._estimating is None  # nobody else was asked
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
     shared = (len(prompt) - 1) // 16 * 16
     assert tokens_of(server) == len(prompt) + 1 + MOST - 1
     chunks = sse(server.post(COMPLETIONS, body | {"stream": True}))

@@ -42,7 +42,13 @@ async function meet() {
     const { id, intensity } = (await get("v1/models")).data[0];
     model = id;
     names = [...(intensity.auto ? ["auto"] : []), ...Object.keys(intensity.presets)];
-    [$("number").min, $("number").max] = intensity.range;
+    for (const id of ["number", "prompt-number"]) [$(id).min, $(id).max] = intensity.range;
+    const read = intensity.presets[intensity.prompt] ?? intensity.prompt;
+    if (typeof read === "number") {
+      $("own").checked = true;
+      $("prompt-slider").value = $("prompt-number").value = read;
+      showReading();
+    }
     $("model").textContent = `Model: ${model}`;
     document.title = `${model} · dami playground`;
     $("lams-names").textContent = names.length ? ` or ${names.join(", ")}` : "";
@@ -104,6 +110,7 @@ function body(lam) {
     model,
     messages: [{ role: "user", content: $("prompt").value }],
     intensity: lam,
+    prompt_intensity: $("own").checked ? Number($("prompt-number").value) : "same",
     stream: true,
     stream_options: { include_usage: true },
     ...number("max-tokens"), ...number("temperature"), ...number("seed"),
@@ -132,7 +139,9 @@ async function ask(event) {
   asking = null;
   busy(false);
   const done = ends.filter(Boolean).length;
-  say(done === ends.length ? "Done" : `${done} of ${ends.length} answers came to their end`, done < ends.length);
+  const [prompts, shared] = ["prompt", "shared"].map((name) => answers.reduce((sum, answer) => sum + answer[name], 0));
+  const saved = shared ? `: ${shared} of the prompts' ${prompts} tokens did not have to be read` : "";
+  say(done === ends.length ? `Done${saved}` : `${done} of ${ends.length} answers came to their end`, done < ends.length);
 }
 
 function busy(yes) {
@@ -151,6 +160,7 @@ class Answer {
   constructor(lam) {
     this.lam = lam;
     this.tokens = this.thinking = 0; // one for each event, until the server has counted
+    this.prompt = this.shared = 0; // tokens of the prompt, and those that the server knew already
     this.title = make("span");
     this.state = make("small");
     this.summary = make("summary", {}, "Thought");
@@ -247,6 +257,8 @@ class Answer {
     if (chunk.usage) {
       this.tokens = chunk.usage.completion_tokens;
       this.thinking = chunk.usage.completion_tokens_details.reasoning_tokens;
+      this.prompt = chunk.usage.prompt_tokens;
+      this.shared = chunk.usage.prompt_tokens_details.cached_tokens;
     }
     const choice = chunk.choices?.[0];
     if (!choice) return;
@@ -284,6 +296,7 @@ class Answer {
       const seconds = (this.last - this.began) / 1000;
       parts.push(`${seconds.toFixed(1)} s`, `${(this.tokens / seconds).toFixed(0)} tokens/s`);
     }
+    if (this.shared) parts.push(`${this.shared} of ${plural(this.prompt, "prompt token")} not read again`);
     this.counts.textContent = parts.join(" · ");
   }
 }
@@ -427,10 +440,19 @@ function showView() {
   $("number").disabled = view() !== "one"; // a hidden field cannot hold the form up
 }
 
+function showReading() {
+  $("reading").hidden = !$("own").checked;
+  $("prompt-number").disabled = !$("own").checked;
+}
+
 $("ask").addEventListener("submit", ask);
 $("stop").addEventListener("click", () => asking?.abort());
-$("slider").addEventListener("input", () => ($("number").value = $("slider").value));
-$("number").addEventListener("input", () => ($("slider").value = $("number").value));
+for (const kind of ["", "prompt-"]) {
+  const [slider, number] = [$(`${kind}slider`), $(`${kind}number`)];
+  slider.addEventListener("input", () => (number.value = slider.value));
+  number.addEventListener("input", () => (slider.value = number.value));
+}
+$("own").addEventListener("change", showReading);
 $("prompt").addEventListener("input", () => ($("known").value = sumOf($("prompt").value)));
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
@@ -438,5 +460,6 @@ $("prompt").addEventListener("keydown", (event) => {
 for (const radio of document.getElementsByName("view")) radio.addEventListener("change", showView);
 
 showView();
+showReading();
 $("known").value ||= sumOf($("prompt").value);
 meet();

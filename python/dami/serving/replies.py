@@ -1,4 +1,4 @@
-"""HTTP responses: errors, JSON and event streams."""
+"""HTTP replies: errors, JSON and event streams."""
 
 from __future__ import annotations
 
