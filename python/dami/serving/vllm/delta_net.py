@@ -51,9 +51,11 @@ class PairDeltaNet(QwenGatedDeltaNetAttention):
         before = cache[slots]
         if step.has_initial_state is not None:
             before = torch.where(step.has_initial_state[: len(slots), None, None], before, 0)
-        conv = (end.float().flatten(1) for end in ends_of(self.conv1d, "weight").tensors)
-        y, last = convolved(x, before, starts, *conv, lam)
-        decay, bias = (lerp(*(end.float() for end in ends_of(self, name).tensors), lam) for name in DECAY)
+        first, final = (end.float().flatten(1) for end in ends_of(self.conv1d, "weight").tensors)
+        y, last = convolved(x, before, starts, first, final, lam)
+        decay, bias = (
+            lerp(base.float(), target.float(), lam) for base, target in (ends_of(self, name).tensors for name in DECAY)
+        )
         self.kernels(F.silu(y).to(x.dtype), b[:count], as_decaying(a[:count], decay, bias), core_attn_out)
         cache[slots] = last
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -50,7 +51,7 @@ def fit(module: nn.Module) -> dict[str, Any] | None:
 
 
 KINDS = ((False, 0.0), (False, 1.0), (True, 0.0))  # whether the mean is subtracted, and what is added to the weight
-GATES = {"silu": F.silu, "sigmoid": torch.sigmoid}
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
 def normed(x: Tensor, weight: Tensor, bias: Tensor | None, centred: bool, eps: float, offset: float) -> Tensor:
@@ -98,8 +99,9 @@ class PairNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         if residual is not None and self.second is None:
             raise ValueError(f"a {type(self).__name__} takes one input, got two")
-        if residual is not None and self.second in GATES:
-            return (self.normed(x).float() * GATES[self.second](residual.float())).to(x.dtype)
+        gate = GATES.get(self.second or "")
+        if residual is not None and gate is not None:
+            return (self.normed(x).float() * gate(residual.float())).to(x.dtype)
         if residual is not None and self.second == "added":
             x = residual = x + residual
         y = self.normed(x)

@@ -268,7 +268,7 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scale: float, sinks: Tenso
     """Computes softmax(scale · q · kᵀ) · v [tokens, heads, …] within each sequence, where no token sees later ones."""
     lengths = [length for _, length in SEQUENCES]
     parts = zip(*(x.float().transpose(0, 1).split(lengths, 1) for x in (query, key, value)), strict=True)
-    return torch.cat([_attention(*each, scale, sinks) for each in parts], 1).transpose(0, 1)
+    return torch.cat([_attention(q, k, v, scale, sinks) for q, k, v in parts], 1).transpose(0, 1)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, sinks: Tensor | None) -> Tensor:
