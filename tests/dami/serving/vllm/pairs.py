@@ -150,8 +150,8 @@ def _size(name: str) -> float:
     return 2.0 if name.endswith("sinks") else 0.1
 
 
-def write_ends(family: str, directory: Path) -> tuple[Path, Path]:
-    """Writes a random instruct model and a thinking one at some distance, in every parameter."""
+def write_ends(family: str, directory: Path, same: Sequence[str] = ()) -> tuple[Path, Path]:
+    """Writes a random instruct model and a thinking one at some distance, in every parameter but those named `same`."""
     torch.manual_seed(1)
     config = FAMILIES[family]()
     instruct = model_class(config).from_config(config).eval()
@@ -160,7 +160,8 @@ def write_ends(family: str, directory: Path) -> tuple[Path, Path]:
             tensor += _size(name) * torch.randn_like(tensor)
         thinking = copy.deepcopy(instruct)
         for name, tensor in stored_in(thinking):
-            tensor += _size(name) * torch.randn_like(tensor)
+            if not any(part in name for part in same):
+                tensor += _size(name) * torch.randn_like(tensor)
     ends = directory / "instruct", directory / "thinking"
     for model, end in zip((instruct, thinking), ends, strict=True):
         model.save_pretrained(end)
