@@ -24,12 +24,13 @@ from dami_kernels.tuning import LinearConfig, Route, linear_candidates, linear_c
 from dami_kernels.tuning.tables import TABLES  # noqa: E402
 from tests.dami_kernels.test_triton_plan import DTYPES, ROWS, SHAPES  # noqa: E402
 from tests.dami_kernels.triton_targets import DEVICES, Compiled, compiling_for, meta, stored  # noqa: E402
+from tests.marks import slow  # noqa: E402
 
 ARCHS = list(DEVICES)
 FORMATS = ["pair", "int8", "int4", "w8d4"]
 every_arch = pytest.mark.parametrize("arch", ARCHS)
-slowly = [arch if arch == "sm_90" else pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHS]
-one_arch = pytest.mark.parametrize("arch", slowly)  # and the others with -m slow
+two_archs = pytest.mark.parametrize("arch", ["sm_90", "gfx942", *slow("sm_80", "sm_100")])
+one_arch = pytest.mark.parametrize("arch", ["sm_90", *slow("sm_80", "sm_100", "gfx942")])
 every_format = pytest.mark.parametrize("format", FORMATS)
 DECODE, PREFILL = 1, 4096
 QKV = (4096, 1024, 1024)
@@ -86,7 +87,7 @@ def assert_fits(arch: str, launched: list[Compiled]) -> None:
         assert kernel.tensor_memory <= 512, kernel.name  # columns
 
 
-@every_arch
+@two_archs
 def test_every_kernel_fits(arch: str) -> None:
     """No spills, and no more shared and tensor memory than the device has; and no kernel is forgotten here."""
     launched = compile_rows(arch, 2560)
@@ -180,7 +181,7 @@ def test_only_mixed_tiles_multiply_twice(arch: str, mma: str) -> None:
     assert counts == [counts[0]] * 2 + [2 * counts[0]]
 
 
-@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_90", *slow("sm_80")])
 @pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_a_blended_weight_stays_in_registers(arch: str, ragged: bool, dtype: torch.dtype) -> None:
@@ -192,7 +193,7 @@ def test_a_blended_weight_stays_in_registers(arch: str, ragged: bool, dtype: tor
     assert multiplies_from_registers(arch, blend)
 
 
-@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_90", *slow("sm_80")])
 @pytest.mark.parametrize("M", [DECODE, PREFILL])
 @pytest.mark.parametrize(("format", "ends_of_codes"), [("int8", 1), ("int4", 1), ("w8d4", 2)])
 def test_codes_stay_in_registers(arch: str, M: int, format: str, ends_of_codes: int) -> None:
@@ -293,7 +294,7 @@ def test_codes_become_numbers_by_few_instructions(format: str, dtype: torch.dtyp
     assert not [part for part in both if re.match(r"I2F|F2F|HADD2|HMUL2" + ("" if is_scaled_up else "|HFMA2"), part)]
 
 
-@every_format
+@pytest.mark.parametrize("format", ["pair", "int8", *slow("int4", "w8d4")])
 def test_a_blended_weight_goes_to_tensor_memory(format: str) -> None:
     """On sm_100 tcgen05 takes its left operand, in square brackets, from there."""
     kernel = compile_linear("sm_100", PREFILL, 4096 if format == "pair" else QKV, format=format)[0]

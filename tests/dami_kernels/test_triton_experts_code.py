@@ -19,11 +19,11 @@ from dami_kernels.triton import experts, product  # noqa: E402
 from tests.dami_kernels.test_triton_code import _fresh_cache, assert_fits, atomics, count  # noqa: E402, F401
 from tests.dami_kernels.test_triton_experts_plan import DTYPES, FORMATS, SHAPES, TOKENS, Experts, plan  # noqa: E402
 from tests.dami_kernels.triton_targets import DEVICES, Compiled, compiling_for, meta, stored  # noqa: E402
+from tests.marks import slow  # noqa: E402
 
 ARCHS = list(DEVICES)
 QWEN, GPT_OSS = SHAPES[0], SHAPES[2]
 DECODE, PREFILL = 1, 8192
-every_arch = pytest.mark.parametrize("arch", ARCHS)
 
 
 def compile_experts(
@@ -55,7 +55,7 @@ MMA = {
 }
 
 
-@every_arch
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942", *slow("sm_80", "sm_100")])
 @pytest.mark.parametrize("tokens", [DECODE, PREFILL])
 def test_fits_and_uses_tensor_cores(arch: str, tokens: int) -> None:
     launched = compile_experts(arch, tokens)
@@ -73,7 +73,7 @@ def test_nothing_but_one_kernel_is_launched() -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
-@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_90", *slow("sm_80")])
 def test_a_blended_weight_stays_in_registers(arch: str, transposed: bool) -> None:
     """It is rounded two at a time, never stored, and multiplied from registers, wgmma's left operand included."""
     loops = compile_experts(arch, PREFILL, GPT_OSS, bias=True, transposed=transposed)[0].loops
@@ -84,7 +84,7 @@ def test_a_blended_weight_stays_in_registers(arch: str, transposed: bool) -> Non
         assert count(blend, from_registers) == count(blend, r"wgmma\.mma_async") > 0
 
 
-@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_90", *slow("sm_80")])
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 def test_weights_stream_past_the_registers(arch: str, transposed: bool) -> None:
     """Every loop copies global to shared memory asynchronously, 16 bytes a thread, and loads nothing else."""

@@ -24,6 +24,7 @@ import triton.language as tl  # noqa: E402
 from dami_kernels import LerpWeight, formats, reference  # noqa: E402
 from dami_kernels.triton import codes, product  # noqa: E402
 from dami_kernels.tuning import LinearConfig, row_span  # noqa: E402
+from tests.marks import slow  # noqa: E402
 from tests.tolerance import assert_as_accurate  # noqa: E402
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -452,13 +453,14 @@ def test_outputs_beyond_32_bits(linear: Kernel, kernels: dict[str, Kernel]) -> N
 
 FORMATS = ["pair", "int8", "int4", "w8d4"]
 every_format = pytest.mark.parametrize("format", FORMATS)
+two_formats = pytest.mark.parametrize("format", ["pair", "w8d4", *slow("int8", "int4")])
 
 
 def packed(format: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> LerpWeight:
     return LerpWeight.pack(*ends(*shape, dtype=dtype), format)
 
 
-@every_format
+@two_formats
 @pytest.mark.parametrize("use_blend", [False, True], ids=["two accumulators", "blend"])
 @pytest.mark.parametrize("split_k", [1, 4], ids=["", "split"])
 def test_every_kind_of_tile_in_every_format(linear: Kernel, format: str, use_blend: bool, split_k: int) -> None:
@@ -482,7 +484,7 @@ def test_every_kind_of_tile_in_every_format(linear: Kernel, format: str, use_ble
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the code for itself only")
-@pytest.mark.parametrize("format", FORMATS[1:])
+@pytest.mark.parametrize("format", ["w8d4", *slow("int8", "int4")])
 @pytest.mark.parametrize("use_blend", [False, True], ids=["two accumulators", "blend"])
 @pytest.mark.parametrize("arch", ["sm_100", "gfx942"])
 def test_other_gpus_code_is_as_accurate(
@@ -548,7 +550,7 @@ def test_weights_of_other_sizes(kernels: dict[str, Kernel], format: str, size: f
     assert_as_accurate(y, reference.lerp_linear(x, weight.unpack(), lam), plain)
 
 
-@every_format
+@two_formats
 @pytest.mark.parametrize("split_k", [1, 4], ids=["", "split"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_several_weights_in_one_launch(linear: Kernel, format: str, split_k: int, bias: bool) -> None:
@@ -581,7 +583,7 @@ def test_tiles_end_where_lam_changes(linear: Kernel, length: int) -> None:
         assert torch.equal(y[rows], linear(blending, x[rows], [merged, merged], [], zeros))
 
 
-@every_format
+@two_formats
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_invariant_rows_do_not_see_their_neighbours(
     kernels: dict[str, Kernel], format: str, dtype: torch.dtype
