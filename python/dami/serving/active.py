@@ -102,7 +102,8 @@ class ActiveChoice:
         return sum(len(segment.ids) for segment in said.segments if segment.kind == "thought")
 
 
-News = tuple[ActiveChoice, Said, list[Token]]  # a choice, its new text, and the tokens of that text
+# a choice, its new text, the tokens of that text, and why the choice has ended if that was its last
+News = tuple[ActiveChoice, Said, list[Token], FinishReason | None]
 
 
 @dataclass(eq=False)
@@ -170,8 +171,8 @@ class ActiveRequest:
         """Yields the news of all choices, no faster than the caller takes them."""
         if len(self.choices) == 1:  # needs no task of its own, which each token would have to wake
             [choice] = self.choices
-            async for delta, tokens in choice.news():
-                yield choice, delta, tokens
+            async for said, tokens in choice.news():
+                yield choice, said, tokens, choice.reason
             return
         queue: asyncio.Queue[News | Exception] = asyncio.Queue(1)
 
@@ -179,7 +180,7 @@ class ActiveRequest:
             try:
                 await self._begin()
                 async for said, tokens in choice.news():
-                    await queue.put((choice, said, tokens))
+                    await queue.put((choice, said, tokens, choice.reason))
             except Exception as failure:
                 await queue.put(failure)
 
@@ -190,7 +191,7 @@ class ActiveRequest:
                 item = await queue.get()
                 if isinstance(item, Exception):
                     raise item
-                running -= item[0].reason is not None
+                running -= item[3] is not None
                 yield item
         finally:
             for task in pumps:

@@ -98,7 +98,7 @@ class ChatFormat(ChunkedFormat):
                     "index": choice.index,
                     "message": _message(said),
                     "logprobs": logprobs,
-                    "finish_reason": _reason(choice, bool(said.calls)),
+                    "finish_reason": _reason(choice.reason, bool(said.calls)),
                 }
             )
         common = self.common(request, "chat.completion", request.intensity)
@@ -109,11 +109,11 @@ class ChatFormat(ChunkedFormat):
             yield self._chunk(request, choice, {"role": "assistant", "content": ""}, None, None)
             await asyncio.sleep(0)  # there may be many: let the event loop run
         called = dict.fromkeys(request.choices, 0)
-        async for choice, said, tokens in request.news():
+        async for choice, said, tokens, reason in request.news():
             logprobs = None if request.body.wanted_logprobs is None else self.logprobs(tokens)
             delta = _message_delta(said, called[choice])
             called[choice] += len(said.calls)
-            yield self._chunk(request, choice, delta, logprobs, _reason(choice, called[choice] > 0))
+            yield self._chunk(request, choice, delta, logprobs, _reason(reason, called[choice] > 0))
 
     def _chunk(
         self,
@@ -173,12 +173,12 @@ class CompletionFormat(ChunkedFormat):
         }
 
     async def chunks(self, request: ActiveRequest) -> AsyncIterator[CompletionChunk]:
-        async for choice, said, tokens in request.news():
+        async for choice, said, tokens, reason in request.news():
             chunk: CompletionChunkChoice = {
                 "index": choice.index,
                 "text": said.answer,
                 "logprobs": None if request.body.wanted_logprobs is None else self.logprobs(choice, tokens),
-                "finish_reason": choice.reason,
+                "finish_reason": reason,
             }
             yield {**self.common(request, self.chunk_object, choice.intensity), "choices": [chunk]}
 
@@ -204,8 +204,8 @@ def finite_logprob(logprob: float) -> float:
     return logprob if logprob > -9999.0 else -9999.0
 
 
-def _reason(choice: ActiveChoice, called: bool) -> FinishReason | None:
-    return "tool_calls" if called and choice.reason == "stop" else choice.reason
+def _reason(reason: FinishReason | None, called: bool) -> FinishReason | None:
+    return "tool_calls" if called and reason == "stop" else reason
 
 
 def _message(said: Said) -> AssistantMessage:

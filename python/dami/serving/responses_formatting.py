@@ -47,7 +47,7 @@ class ResponsesFormat(Format):
         yield output.event("response.created", response=self._response(request, "in_progress", []))
         yield output.event("response.in_progress", response=self._response(request, "in_progress", []))
         try:
-            async for choice, said, _ in request.news():
+            async for choice, said, _, _ in request.news():
                 for event in output.add("reasoning", said.thought, choice.intensity):
                     yield event
                 for event in output.add("message", said.answer, choice.intensity):

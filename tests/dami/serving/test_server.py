@@ -349,7 +349,7 @@ def test_stops(server: Running, alone: Callable[..., Any]) -> None:
 def test_models_health_and_metrics(server: Running) -> None:
     listed = server.client().models.list().data[0]
     assert listed.id == server.client().models.retrieve("pair").id == "pair"
-    reading = {"prompt": "same", "tail": 1, "least_tail": None}
+    reading = {"prompt": "same", "tail": 1, "least_tail": 1}
     lams = {"default": 0.0, "range": [-1.0, 2.0], "presets": {}, "auto": False, "frontier": False}
     assert listed.intensity == lams | reading
     assert httpx.get(f"{server.url}/health").json()["status"] == "ok"
@@ -627,7 +627,7 @@ def test_a_slow_reader_does_not_hold_up_others(server: Running) -> None:
         assert list(lines)[-2] == "data: [DONE]"
 
 
-def test_keys_sizes_and_numbers_are_limited() -> None:
+def test_keys_sizes_and_numbers_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ServiceSettings(name="pair", api_keys=("one", "two"), max_body=2000, intensity_range=(0.0, 1.0))
     with running(Limits(kv_memory=0.05, max_requests=8, max_model_len=100), settings) as server:
         assert server.post(CHAT, asked()).status_code == 401
@@ -652,7 +652,10 @@ def test_keys_sizes_and_numbers_are_limited() -> None:
         assert "may have 2 sequences at most on this server, n for each prompt, got 3" in response.text
         assert not server.engine.rows
         endless = asked(n=2, stream=True, ignore_eos=True, max_tokens=80)
+        go, forward = threading.Event(), server.engine.model.lm_head.forward
+        monkeypatch.setattr(server.engine.model.lm_head, "forward", lambda *x, **y: (go.wait(30), forward(*x, **y))[1])
         with contextlib.ExitStack() as streams:
+            streams.callback(go.set)
             for _ in range(4):
                 url = server.url + CHAT
                 streams.enter_context(httpx.stream("POST", url, json=endless, headers=key, timeout=60))
