@@ -98,11 +98,10 @@ def test_a_replica_may_die(replicas: list[Server], tmp_path: Path) -> None:
         return "".join(delta.get("reasoning_content", "") + delta.get("content", "") for delta in deltas)
 
     with routed(replicas, tmp_path) as router, ThreadPoolExecutor(16) as clients:
-        wholes = [clients.submit(asked, router.url, *key) for key in keys]
-        streams = [clients.submit(streamed, router.url, *key) for key in keys]
+        both = [[clients.submit(ask, router.url, *key) for ask in (streamed, asked)] for key in keys]
         until(lambda: replicas[1].metrics()["dami_requests_running"] > 2)
         os.killpg(replicas[1].process.pid, signal.SIGKILL)
-        for key, whole, stream in zip(keys, wholes, streams, strict=True):
+        for key, (stream, whole) in zip(keys, both, strict=True):
             message = asked(replicas[0].url, *key)["choices"][0]["message"]
             assert whole.result(60)["choices"][0]["message"] == message
             assert stream.result(60) == message.get("reasoning_content", "") + message["content"]
