@@ -20,9 +20,9 @@ def _a_share_of_the_gpu() -> None:
 @pytest.fixture(autouse=True)
 def _seeded_and_poisoned() -> Iterator[None]:
     torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import Inductor, for seconds
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 # Of files of few tests those that take longest. They begin first, lest one process end with them while the other waits.
