@@ -7,6 +7,6 @@ from typing import Any
 import pytest
 
 
-def slow(*values: str) -> list[Any]:
-    """Parameters that are tested with -m slow only."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+def slow(*values: Any) -> list[Any]:
+    """Parameters that are tested with -m slow only; a tuple is those of several names."""
+    return [pytest.param(*(each if isinstance(each, tuple) else (each,)), marks=pytest.mark.slow) for each in values]

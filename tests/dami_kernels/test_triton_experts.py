@@ -23,12 +23,13 @@ from dami_kernels.triton import lerp_experts  # noqa: E402
 from dami_kernels.triton.experts import _tile_of_expert, row_tiles  # noqa: E402
 from dami_kernels.tuning import LinearConfig  # noqa: E402
 from tests.dami_kernels.test_experts import ends_of, expert_of_row, merged, pack  # noqa: E402
+from tests.marks import slow  # noqa: E402
 from tests.tolerance import assert_as_accurate  # noqa: E402
 
 INTERPRETED = triton.knobs.runtime.interpret
 pytestmark = [] if INTERPRETED else pytest.mark.gpu
 DEVICE = "cpu" if INTERPRETED else "cuda"
-FORMATS = ["pair", "int8", "int4", "w8d4"]
+two_formats = pytest.mark.parametrize("format", ["pair", "w8d4", *slow("int8", "int4")])
 both_paths = pytest.mark.parametrize("use_blend", [False, True], ids=["two accumulators", "blend"])
 
 
@@ -110,7 +111,7 @@ def test_there_are_as_many_programs_as_the_worst_offsets_need() -> None:
             assert row_tiles(rows, experts, 16) == len(tiles_by_hand(counts, rows - lone, 16))
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@two_formats
 @both_paths
 @pytest.mark.parametrize("split_k", [1, 4], ids=["", "split"])
 def test_every_kind_of_tile(planned: Callable[..., None], format: str, use_blend: bool, split_k: int) -> None:
@@ -164,6 +165,7 @@ def test_a_nan_lam_stays_in_its_row(planned: Callable[..., None], use_blend: boo
         torch.testing.assert_close(y[others], expected[others], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.gpu
 def test_a_split_is_the_same_every_time(planned: Callable[..., None]) -> None:
     counts, dtype = (3, 0, 18), torch.bfloat16
     weight, bias, x, lam = pack(3, 21, 150, dtype=dtype), pack(3, 21, dtype=dtype), torch.randn(21, 150), torch.rand(21)
@@ -216,7 +218,7 @@ def test_offsets_beyond_32_bits() -> None:
     assert torch.equal(lerp_experts(x, [weight] * 2, *rest), lerp_experts(x, [weight.contiguous()] * 2, *rest))
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@two_formats
 def test_invariant(format: str) -> None:
     """A row alone, and among so many rows that another plan would be taken: the same bits."""
     counts = (150, 30)

@@ -18,6 +18,7 @@ from dami_kernels import LerpWeight, reference  # noqa: E402
 from dami_kernels import triton as kernels  # noqa: E402
 from dami_kernels.quantize import pack_nibbles  # noqa: E402
 from dami_kernels.tuning import device_of, linear_config  # noqa: E402
+from tests.marks import slow  # noqa: E402
 from tests.tolerance import assert_as_accurate  # noqa: E402
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -50,7 +51,7 @@ def rows_by_materialized(x: Tensor, weight: LerpWeight, lam: Tensor, bias: tuple
 
 
 @every_format
-@every_dtype
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *slow(torch.float16)], ids=str)
 @pytest.mark.parametrize(("M", "N", "K"), [(1, 64, 128), (7, 33, 1024), (8, 5, 256), (13, 70, 384)])
 def test_as_accurate_as_the_merged_weight(format: str, dtype: torch.dtype, M: int, N: int, K: int) -> None:
     """With one step over K and with several, in splits and not; fewer and more features than a tile has; a bias."""
@@ -108,6 +109,7 @@ def test_views_that_words_cannot_read_are_copied(format: str) -> None:
     assert torch.equal(linear(x, replace(weight, tensors=tuple(views)), lam), expected)
 
 
+@pytest.mark.gpu
 @every_format
 def test_the_same_bits_every_time(format: str) -> None:
     x, weight = torch.randn(5, 1024, dtype=torch.bfloat16, device=DEVICE), pack(format, 33, 1024, torch.bfloat16)
