@@ -162,7 +162,7 @@ def _scales_attention(model: Any) -> None:
         _adds_a_hook,
         pytest.param(_changes_the_activation, marks=pytest.mark.slow),
         pytest.param(_replaces_a_module, marks=pytest.mark.slow),
-        _converts,
+        pytest.param(_converts, marks=pytest.mark.slow),
         _scales_attention,
     ],
 )
@@ -194,7 +194,10 @@ def test_twins_do_not_share_what_is_compiled(model: PreTrainedModel, graphs: Gra
     assert len(graphs) == 3
 
 
-def test_few_guards_are_evaluated_before_a_token(model: PreTrainedModel, graphs: Graphs, monkeypatch: Any) -> None:
+def test_a_step_costs_little_beside_its_kernels(
+    model: PreTrainedModel, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It copies no cache, few guards are evaluated before it, and no operator asks Python about gradients."""
     counts: list[tuple[int, int]] = []
     of_inputs = compiled.of_inputs
 
@@ -203,11 +206,27 @@ def test_few_guards_are_evaluated_before_a_token(model: PreTrainedModel, graphs:
         counts.append((sum(kept), len(kept)))
         return kept
 
+    seen: list[bool] = []
+    compiles = torch.compile
+
+    def compile(run: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        call = compiles(run, **options)
+        return lambda **inputs: seen.append(torch.is_inference_mode_enabled()) or call(**inputs)
+
     monkeypatch.setattr(compiled, "of_inputs", count)
+    monkeypatch.setattr(torch, "compile", compile)
     both(model, prompts(), intensity=LAM)
+
     assert len(counts) == 1
     kept, among = counts[0]
     assert 10 < kept < among / 10
+    # The operators' kernel for autograd's key, which is in Python, is left out in inference mode.
+    assert seen == [True] * (OPTIONS["max_new_tokens"] - 1)
+    assert model.config._attn_implementation == "sdpa"
+    calls = [node.args for node in graphs[0].graph.nodes if node.target is F.scaled_dot_product_attention]
+    assert len(calls) == model.config.num_hidden_layers
+    heads = {operand.meta["example_value"].shape[1] for call in calls for operand in call[:3]}
+    assert heads == {model.config.num_key_value_heads}
 
 
 @pytest.mark.slow
@@ -260,15 +279,6 @@ def test_heads_of_a_group_attend_as_in_transformers(heads: int, queries: int) ->
         torch.testing.assert_close(found, wanted)
 
 
-def test_a_compiled_step_does_not_copy_the_cache(model: Any, graphs: Graphs) -> None:
-    both(model, prompts(), intensity=LAM)
-    assert model.config._attn_implementation == "sdpa"
-    calls = [node.args for node in graphs[0].graph.nodes if node.target is F.scaled_dot_product_attention]
-    assert len(calls) == model.config.num_hidden_layers
-    heads = {operand.meta["example_value"].shape[1] for call in calls for operand in call[:3]}
-    assert heads == {model.config.num_key_value_heads}
-
-
 def test_the_door_of_transformers_stays_open(model: Any) -> None:
     call = model.get_compiled_call(CompileConfig(backend="eager", mode=None))
     assert call is model._compiled_call
@@ -280,20 +290,6 @@ def test_the_command_line_compiles(graphs: Graphs) -> None:
     assert lines[0].exit_code == lines[1].exit_code == 0, lines[1].output
     assert lines[0].stdout == lines[1].stdout
     assert graphs
-
-
-def test_no_operator_asks_python_about_gradients(model: Any, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its kernel for autograd's key, which is in Python, is left out in inference mode."""
-    seen: list[bool] = []
-    compiles = torch.compile
-
-    def compile(run: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        call = compiles(run, **options)
-        return lambda **inputs: seen.append(torch.is_inference_mode_enabled()) or call(**inputs)
-
-    monkeypatch.setattr(torch, "compile", compile)
-    both(model, prompts(), intensity=LAM)
-    assert seen == [True] * (OPTIONS["max_new_tokens"] - 1)
 
 
 @pytest.mark.slow
