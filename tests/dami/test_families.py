@@ -13,6 +13,20 @@ from tests.tolerance import assert_as_accurate
 LAM = [0.0, 0.37, 1.0, 1.2]
 
 
+OPTIONS = [
+    {"do_sample": False},
+    {"cache_implementation": "static", "do_sample": False},
+    {"padding": "right", "do_sample": False},
+    {"do_sample": True, "top_k": 0},
+    {"num_beams": 3, "do_sample": True},
+    {"num_beams": 3, "num_return_sequences": 2, "do_sample": False},
+    {"num_return_sequences": 3, "do_sample": True, "top_k": 0},
+    {"use_cache": False, "do_sample": False},
+    {"prompt_lookup_num_tokens": 2, "do_sample": False},
+]
+IN_FULL = "qwen3", "gemma2", "gpt2"  # plain; windows, and a head that is capped; positions that are learned
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -40,19 +54,13 @@ def test_positions_shared_by_the_batch_take_each_row_at_its_lam(family: str) -> 
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("family", "options"),
     [
-        {"do_sample": False},
-        {"padding": "right", "do_sample": False},
-        {"do_sample": True, "top_k": 0},
-        {"num_beams": 3, "do_sample": True},
-        {"num_beams": 3, "num_return_sequences": 2, "do_sample": False},
-        {"num_return_sequences": 3, "do_sample": True, "top_k": 0},
-        {"cache_implementation": "static", "do_sample": False},
-        {"use_cache": False, "do_sample": False},
-        {"prompt_lookup_num_tokens": 2, "do_sample": False},
+        pytest.param(family, options, id="-".join((family, *options)), marks=[pytest.mark.slow] * marked)
+        for family in FAMILIES
+        for place, options in enumerate(OPTIONS)
+        for marked in [place > 1 and family not in IN_FULL]
     ],
-    ids="+".join,
 )
 def test_generates_for_each_row_the_tokens_of_the_model_merged_at_its_lam(
     family: str, options: dict[str, object]

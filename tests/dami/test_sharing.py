@@ -35,10 +35,14 @@ from transformers import (
 from tests.dami import architectures
 from tests.dami.families import batch, merged, pair
 from tests.dami.test_checkpoints import edit_config, edit_tensors, save
+from tests.marks import slow
 
 LAM = [0.0, 0.37, 1.0, 1.2]
 FORMATS = ["pair", "int8", "int4", "w8d4"]
 every_format = pytest.mark.parametrize("format", FORMATS)
+two_formats = pytest.mark.parametrize(
+    "format", ["pair", "w8d4", *slow("int8", "int4")]
+)  # w8d4 stores codes of both sizes
 
 
 @pytest.fixture
@@ -57,7 +61,7 @@ def seeded_logits(model: Any) -> Tensor:
     return logits(model)
 
 
-@every_format
+@two_formats
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2"])
 def test_packed_saved_and_saved_again_it_is_the_pair(family: str, format: str, tmp_path: Path) -> None:
     """Biases, tied heads, an offset of the norms and Conv1D; of one file and of several; by any way of loading."""
@@ -154,7 +158,7 @@ def test_importing_dami_is_enough_before_or_after_transformers(
     assert done.stdout == "True\n"
 
 
-@every_format
+@two_formats
 def test_a_loaded_pair_is_patched_like_any_other(format: str, ends: tuple[Path, Path], tmp_path: Path) -> None:
     model, _ = dami.load_pair(dami.pack(*ends, tmp_path / "packed", format))
     expected = seeded_logits(model)[:1]
@@ -365,7 +369,7 @@ def test_a_config_of_other_sizes_is_refused(ends: tuple[Path, Path], tmp_path: P
     assert re.match(r"model.layers.0.mlp.gate_proj.weight \(Linear\): .*shape \[48, 24\].*got .*\[40, 24\]", lines[0])
 
 
-@pytest.mark.parametrize("lam", [0.0, 0.37, 1.0, 1.2])
+@pytest.mark.parametrize("lam", [0.0, 0.37, 1.0, *slow(1.2)])
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma3"])
 def test_a_merged_copy_is_the_model_at_one_intensity(family: str, lam: float, tmp_path: Path) -> None:
     ends = pair(family, torch.bfloat16)
@@ -457,9 +461,10 @@ def test_what_is_no_size_is_refused(ends: tuple[Path, Path], tmp_path: Path) -> 
     assert not (tmp_path / "pair").exists()
 
 
-@every_format
-@pytest.mark.parametrize("which", ["some", "all"])
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@two_formats
+@pytest.mark.parametrize(
+    ("family", "which"), [("qwen3", "some"), ("llama", "all"), *slow(("qwen3", "all"), ("llama", "some"))]
+)
 def test_offloading_to_the_disk(family: str, which: str, format: str, tmp_path: Path) -> None:
     instruct, thinking = pair(family)
     directory = dami.pack(save(instruct, tmp_path / "a"), save(thinking, tmp_path / "b"), tmp_path / "packed", format)
@@ -475,7 +480,7 @@ def test_offloading_to_the_disk(family: str, which: str, format: str, tmp_path: 
     assert torch.equal(seeded_logits(dami.load_pair(tmp_path / "again")[0]), seeded_logits(whole))
 
 
-@every_format
+@two_formats
 def test_what_a_module_reads_of_a_child_is_at_its_lam_when_offloaded(format: str, tmp_path: Path) -> None:
     """Mamba's mixer brings its convolution's weight from the disk by the child's hook, and never calls the child."""
     dami.save_pair(dami.patch_model(*architectures.pair(MambaConfig), format), tmp_path / "packed")
