@@ -21,6 +21,7 @@ from dami_kernels import (
     lerp_rms_norm,
     reference,
 )
+from tests.marks import slow
 from tests.tolerance import assert_as_accurate, factor_for
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -268,8 +269,14 @@ def test_linears_of_low_rank() -> None:
         torch.testing.assert_close(y, lerp_linear(x, weight, lam))
 
 
-@every_case
-@pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
+@pytest.mark.parametrize(
+    ("name", "bias", "ragged"),
+    [
+        *((*case, False) for case in CASES),
+        ("linear", True, True),
+        *slow(*((*case, True) for case in CASES[:1] + CASES[2:])),
+    ],
+)
 def test_opcheck(name: str, bias: bool, ragged: bool) -> None:
     """torch's own checks of schema, shape function, autograd registration and tracing."""
     case = Case(name, torch.float32, bias)
