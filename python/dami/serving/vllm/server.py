@@ -13,6 +13,7 @@ from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMNotFoundError
 
+from dami.dial.values import shortest_of
 from dami.serving.model_names import intensity_in, names_of
 from dami.serving.protocol import EFFORTS, MIDDLE, SHARES, DialRequest
 from dami.serving.vllm.offers import Offer
@@ -141,7 +142,7 @@ async def _dial(name: str, body: DialRequest, raw_request: Request) -> dict[str,
         raise RequestError("wrap_up is not supported in vLLM: it needs dami's own server", parameter="wrap_up")
     lam = Offer.of(engine.vllm_config).lam(body.intensity)
     await turn(engine, [choices[index] for index in running], lam)
-    return {"id": name, "object": "request.dial", "choices": running, "intensity": lam, "wrap_up": None}
+    return {"id": name, "object": "request.dial", "choices": running, "intensity": shortest_of(lam), "wrap_up": None}
 
 
 def _running(engine: Any, name: str) -> dict[int, str]:

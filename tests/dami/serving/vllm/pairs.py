@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,17 @@ def answer_by_place(packed: Path, prompt: list[int], tokens: int, lam: Callable[
         if read == len(sequence):
             sequence.append(int(logits[0, -1].argmax()))
     return sequence[len(prompt) :]
+
+
+def followers(packed: Path, sequence: list[int], lam: Callable[[int], float]) -> list[int]:
+    """What greedily follows each token of a sequence where each is read by a merged model of its own place's λ."""
+    cache, found, read = DynamicCache(), [], 0
+    for lam_of_run, places in groupby(range(len(sequence)), lam):
+        end = read + len([*places])
+        logits = reference(packed, lam_of_run)(torch.tensor([sequence[read:end]]), past_key_values=cache).logits
+        found += logits[0].argmax(-1).tolist()
+        read = end
+    return found
 
 
 def prompts_of(*lengths: int, seed: int = 3) -> list[list[int]]:

@@ -17,7 +17,7 @@ import dami
 import pytest
 from dami.estimators.files import StoredIntensity
 
-from tests.dami.serving.vllm.pairs import answers
+from tests.dami.serving.vllm.pairs import answers, followers
 
 PROMPT = "<|user|>47 + 38 - 12 =<|assistant|>"
 
@@ -38,7 +38,7 @@ def url(pair: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "--host": "127.0.0.1",
         "--port": port,
         "--dtype": "float32",
-        "--max-model-len": 128,
+        "--max-model-len": 512,
         "--max-num-seqs": 8,
         "--block-size": 32,
         "--served-model-name": "pair",
@@ -64,14 +64,24 @@ def url(pair: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server.wait(60)
 
 
-def post(url: str, body: dict[str, Any]) -> tuple[int, Any]:
-    request = Request(url, json.dumps({"model": "pair", "temperature": 0, **body}).encode())
+def sent(url: str, body: dict[str, Any]) -> Any:
+    request = Request(url, json.dumps(body).encode())
     request.add_header("Content-Type", "application/json")
+    return urlopen(request)
+
+
+def post(url: str, body: dict[str, Any]) -> tuple[int, Any]:
     try:
-        with urlopen(request) as response:
+        with sent(url, {"model": "pair", "temperature": 0, **body}) as response:
             return response.status, json.load(response)
     except HTTPError as error:
         return error.code, json.load(error)
+
+
+def streamed(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The chunks of a stream, which has begun when this returns."""
+    lines = sent(url, {"model": "pair", "stream": True, "return_token_ids": True, **body})
+    return (json.loads(line[6:]) for line in lines if line.startswith(b"data: {"))
 
 
 def completion(url: str, **body: Any) -> str:
@@ -224,6 +234,53 @@ def test_the_estimator_chooses(url: str, pair: Any, wanted: Any) -> None:
     lam = estimator.estimate(model, tokenizer(PROMPT, return_tensors="pt")).item()
     assert completion(url, intensity="auto") == completion(url, model="pair:auto") == wanted(lam)
     assert completion(url, intensity="auto", max_intensity=0.05) == wanted(0.05)
+
+
+class Streams:
+    """The tokens of a stream's choices, as far as they have been read."""
+
+    def __init__(self, url: str, body: dict[str, Any]) -> None:
+        self.chunks = streamed(url, body)
+        self.prompt: list[int] = []
+        self.tokens: dict[int, list[int]] = {}
+        self.name = ""
+
+    def read(self, until: int | None = None) -> None:
+        """Reads so many tokens of each choice at least, or all there are."""
+        for chunk in self.chunks:
+            self.name = chunk["id"]
+            for choice in chunk["choices"]:
+                own = self.tokens.setdefault(choice["index"], [])
+                own += choice.get("token_ids") or []
+                self.prompt = self.prompt or choice.get("prompt_token_ids") or chunk.get("prompt_token_ids") or []
+            if until is not None and self.tokens and min(map(len, self.tokens.values())) >= until:
+                return
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_the_dial_is_turned_while_an_answer_streams(url: str, pair: Any, path: str) -> None:
+    """Of one of two choices: from there on its tokens are those of the other λ, and nobody else's have changed."""
+    body = {"prompt": PROMPT} if path == "completions" else {"messages": [{"role": "user", "content": "47 + 38 ="}]}
+    body |= {"max_tokens": 400, "ignore_eos": True, "intensity": 1, "temperature": 1, "top_k": 1}  # n > 1 has to sample
+    turned, other = Streams(f"{url}/{path}", {**body, "n": 2}), Streams(f"{url}/{path}", body)
+    turned.read(until=5)
+    seen = len(turned.tokens[1])
+    with sent(f"{url}/requests/{turned.name}/dial", {"intensity": "low", "choice": 1}) as response:
+        said = json.load(response)
+    assert said == {"id": turned.name, "object": "request.dial", "choices": [1], "intensity": 0.4, "wrap_up": None}
+    turned.read()
+    other.read()
+    prompt, tokens = turned.prompt, turned.tokens[1]
+
+    def followed(tokens: list[int], end: int) -> list[int]:
+        """The tokens after each of these where the answer is read at λ = 0.4 from its token with this number on."""
+        found = followers(pair, [*prompt, *tokens], lambda place: 1.0 if place < len(prompt) + end else 0.4)
+        return found[len(prompt) - 1 : -1]
+
+    assert turned.tokens[0] == other.tokens[0] == followed(other.tokens[0], 400)
+    unturned = followed(tokens, 400)
+    differs = next(number for number, token in enumerate(tokens) if token != unturned[number])
+    assert any(followed(tokens, end) == tokens for end in range(seen, differs))
 
 
 def test_it_still_answers(url: str, wanted: Any) -> None:
