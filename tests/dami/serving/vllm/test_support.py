@@ -199,8 +199,8 @@ def test_what_is_not_supported_is_named(changed: dict[str, Any], named: str) -> 
         ({"intensity_range": 1}, "intensity_range must be two finite numbers"),
         ({"default_intensity": 3}, "default_intensity must be a number from -1 to 2, a preset or 'auto', got 3"),
         ({"prompt_intensity": None}, "prompt_intensity must be a number from -1 to 2, a preset or 'same', got None"),
-        ({"prompt_tail": -1}, "prompt_tail must be an integer of at least 0, got -1"),
-        ({"prompt_tail": "turn"}, "prompt_tail must be an integer of at least 0, got 'turn'"),
+        ({"prompt_tail": -1}, "prompt_tail must be an integer of at least 0, or 'turn', got -1"),
+        ({"prompt_tail": "turns"}, "prompt_tail must be an integer of at least 0, or 'turn', got 'turns'"),
     ],
 )
 def test_settings_that_are_wrong(extra: dict[str, Any], message: str) -> None:
