@@ -35,13 +35,26 @@ def register() -> None:
 
 
 def _install() -> None:
-    from dami.serving.vllm import cache_keys, choosing, loader, requests, runners, server, states, turning
+    from dami.serving.vllm import (
+        cache_keys,
+        choosing,
+        last_turns,
+        loader,
+        reporting,
+        requests,
+        runners,
+        server,
+        states,
+        turning,
+    )
     from dami.serving.vllm.quantization import PairQuantization
 
     loader.install()
     requests.install()
     choosing.install()
     server.install()
+    last_turns.install()
+    reporting.install()
     cache_keys.install()
     runners.install()
     states.install()

@@ -27,6 +27,7 @@ class Course:
         tail: tokens at the end of the prompt.
         before: λ of the prompt before its tail.
         turns: (place, λ) in ascending order: λ set by hand, from this place of the sequence on.
+        wraps: (place, tokens): how many more tokens a thought may have, as set by hand, from this place on.
         pilot: the name under which the states of its prompt are kept; empty if they are not.
         budget: the most tokens of its thoughts, which λ bends toward; None for no limit.
         span: over how many tokens it bends.
@@ -40,6 +41,7 @@ class Course:
     tail: int
     before: float
     turns: list[Sequence[float]] = field(default_factory=list)
+    wraps: list[Sequence[int]] = field(default_factory=list)
     pilot: str = ""
     budget: int | None = None
     span: float = 0.0
@@ -87,15 +89,20 @@ class Course:
             lam[places >= place] = turned
         return lam.astype(np.float32)
 
-    def turn(self, place: int, intensity: float) -> None:
-        """Sets λ from a place on that has not been read yet."""
-        self.turns = [turn for turn in self.turns if turn[0] < place] + [(place, intensity)]
+    def turn(self, place: int, intensity: float | None, wrap_up: int | None = None) -> None:
+        """Sets λ from a place on that has not been read yet, or how many more tokens a thought may have there."""
+        if intensity is not None:
+            self.turns = [turn for turn in self.turns if turn[0] < place] + [(place, intensity)]
+        if wrap_up is not None:
+            self.wraps = [*self.wraps, (place, wrap_up)]
 
     def key(self, start: int, end: int) -> str:
         """Returns what the prefix cache has to know of a block beside its tokens: what their λ follow from."""
         if self.thinks and end > self.prompt:  # and from the tokens, by which the cache knows the block, too
-            turns = [turn for turn in self.turns if turn[0] < end]
-            return repr((self.prompt, self.points, self.tail, self.before, turns, self.budget, self.span, self.answer))
+            by_hand = [[each for each in changes if each[0] < end] for changes in (self.turns, self.wraps)]
+            return repr(
+                (self.prompt, self.points, self.tail, self.before, by_hand, self.budget, self.span, self.answer)
+            )
         if start >= self.last:
             return self.final.hex()
         runs = [(lam, len([*same])) for lam, same in groupby(self.lam(start, end).tolist())]

@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from dami.callers import AUTO
+from dami.callers import AUTO, TURN
+from dami.generation.reading import TAIL
 from dami.serving.fields import Point
 from dami.serving.protocol import POINTS, SAME
 from dami.serving.vllm.courses import Course
@@ -107,14 +108,15 @@ def _reading(given: Mapping[str, Any], offer: Offer) -> tuple[float | None, int]
     asked, tail = given.get("prompt_intensity", offer.settings.prompt_intensity), given.get("prompt_tail")
     lam = None if isinstance(asked, str) and asked == SAME else offer.lam(asked, "prompt_intensity")
     if tail is None:
-        return lam, offer.settings.prompt_tail
-    check_tail(tail)
+        default = offer.settings.prompt_tail
+        return lam, default if isinstance(default, int) else TAIL
     if lam is None:
         raise RequestError(
             "prompt_tail says where prompt_intensity ends, which is that of the answer: give prompt_intensity, or "
             "leave out prompt_tail",
             parameter="prompt_tail",
         )
+    check_tail(tail, f", or {TURN!r} in a chat")  # where it has been measured by now
     return lam, tail
 
 

@@ -44,7 +44,8 @@ class PackedFiles:
         self.spelling = spelling
         self.files, self.pair, self.tied = files, pair, tied
         self.names = list(dict.fromkeys(_owner(pair, name) for name in files))
-        pair.originals = {new: name for name in self.names for new in self.spelling.names(name, self._experts(name))}
+        known = {name: self._experts(name) for name in self.names} | dict.fromkeys(tied - {*self.names}, 1)
+        pair.originals = {new: name for name, count in known.items() for new in self.spelling.names(name, count)}
         pair.ranks = {
             name.removesuffix("_down"): shape[0]
             for name, (_, (shape, _)) in files.items()

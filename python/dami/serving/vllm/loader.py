@@ -97,9 +97,12 @@ class PairLoader(DefaultModelLoader):
         model: Any = super().create_model(vllm_config, model_config, prefix)
         if list(getattr(model, "secondary_weights", ())):
             raise ValueError(f"a {type(model).__name__} reads weights from other places, which a pair cannot")
-        for name, module in model.named_modules():
+        names: dict[Any, list[str]] = {}  # several of a router that is in its experts, too
+        for name, module in model.named_modules(remove_duplicate=False):
+            names.setdefault(module, []).append(name)
+        for module, own in names.items():
             if isinstance(module, (LinearBase, VocabParallelEmbedding)) and module.weight.dim() == 2:  # no convolution
-                method = self.pair.get_quant_method(module, name)
+                method = self.pair.get_quant_method(module, next(filter(self.pair.is_stored, own), own[0]))
                 if isinstance(method, PairMethod) and not isinstance(module.quant_method, PairMethod):
                     adopt(module, method)
         for module in model.modules():
@@ -116,7 +119,7 @@ class PairLoader(DefaultModelLoader):
             with ends.shown(found, index):
                 loaded = model.load_weights(weights)
             if index == 0:
-                self.track_weights_loading(model, loaded, quantized=True)
+                self.track_weights_loading(model, _under_all_names(loaded, model), quantized=True)
         convert(model, found, self.pair.rows)
 
     def _checked_files(self, model_config: ModelConfig, pair: PairQuantization) -> Files:
@@ -153,6 +156,13 @@ class PairLoader(DefaultModelLoader):
         if not safetensors:
             raise ValueError(f"{source} must be stored in safetensors to be an end of a pair, got {files}")
         return {name: (Path(file), header) for file in files for name, header in headers_in(Path(file)).items()}
+
+
+def _under_all_names(loaded: set[str], model: nn.Module) -> set[str]:
+    """Returns the names of parameters that have been loaded, under another name perhaps: some are in two modules."""
+    named = [*model.named_parameters(remove_duplicate=False)]
+    found = {id(parameter) for name, parameter in named if name in loaded}
+    return {name for name, parameter in named if id(parameter) in found}
 
 
 def _states(model: nn.Module, config: VllmConfig) -> PromptStates | str | None:

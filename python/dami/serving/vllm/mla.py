@@ -100,7 +100,8 @@ def convert(attention: Any) -> None:
     if any(kinds.values()) or projection.bias is not None:
         named = ", ".join(name for name, found in kinds.items() if found) or "one with a bias"
         raise ValueError(
-            f"{attention.layer_name}: a pair's MLA cannot be of this kind: {named}; VLLM_MLA_DISABLE=1 takes another"
+            f"{attention.layer_name}: a pair's MLA cannot be of this kind: {named}; VLLM_MLA_DISABLE=1 takes another, "
+            "and on CPUs --attention-backend CPU_MLA"
         )
     attention.__class__ = PairMLA
     projection.quant_method = method = LatentProjection(projection.quant_method)

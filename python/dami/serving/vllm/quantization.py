@@ -120,6 +120,10 @@ class PairQuantization(QuantizationConfig):
         merged = {**MERGED, **self.packed_modules_mapping}.get(name, [name])
         return [f"{parent}.{part}" if parent else part for part in merged]
 
+    def is_stored(self, prefix: str) -> bool:
+        """Returns whether the checkpoint has the weight of a module by this name, or parts of it."""
+        return any(f"{part}.weight" in self.originals for part in self.parts(prefix))
+
     def _of_experts(self, layer: Any, prefix: str) -> dict[str, str | None]:
         """Returns the formats of the two weights of experts, which the checkpoint may store one by one."""
         down = {layer.ckpt_down_proj_name, "down_proj", "w2_weight"}

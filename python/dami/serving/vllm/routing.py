@@ -41,17 +41,30 @@ class Routing:
             raise ValueError(f"a pair's router with a bias cannot have {named}")
         self.router, self.rows = router, rows
         self.layer, self.name = bias.places[0]
+        self.knows_bias = self._knows_bias()
         setattr(router, BIAS, getattr(self.layer, self.name))
         self.own = replace(router, METHOD, self.at_rows)
+
+    def _knows_bias(self) -> bool:
+        """Returns whether the router's own method heeds its bias, which vLLM's for CPUs does with groups only."""
+        bias = torch.zeros_like(ends_of(self.layer, self.name).tensors[0])
+        logits = -torch.arange(len(bias), dtype=torch.float32, device=bias.device).unsqueeze(0)
+        bias[-1] = 2  # more than any score
+        setattr(self.router, BIAS, bias)
+        _, indices = getattr(self.router, METHOD)(logits, logits, None)
+        return bool((indices == len(bias) - 1).any())
 
     def at_rows(
         self, hidden_states: Tensor, router_logits: Tensor, indices_type: torch.dtype | None, **inputs: Any
     ) -> tuple[Tensor, Tensor]:
         """Returns weights and indices [tokens, k] of the experts that each token goes to."""
-        router, logits = self.router, router_logits.float()
         base, target = (end.float() for end in ends_of(self.layer, self.name).tensors)
-        bias = lerp(base, target, self.rows.tokens[: logits.shape[0]].unsqueeze(1))
-        scores = logits.softmax(-1) if router.scoring_func == "softmax" else logits.sigmoid()
+        bias = lerp(base, target, self.rows.tokens[: router_logits.shape[0]].unsqueeze(1))
+        return self._chosen(router_logits, bias, indices_type)
+
+    def _chosen(self, logits: Tensor, bias: Tensor, indices_type: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        router = self.router
+        scores = logits.float().softmax(-1) if router.scoring_func == "softmax" else logits.float().sigmoid()
         biased = scores + bias
         groups = getattr(router, "num_expert_group", None) or 1
         if groups > 1:
@@ -67,12 +80,16 @@ class Routing:
 
     @contextmanager
     def at(self, lam: Tensor) -> Iterator[None]:
-        """Chooses as vLLM does, by the bias at one λ for all tokens."""
+        """Chooses as vLLM does, by the bias at one λ for all tokens; as `at_rows` does where vLLM's has no bias."""
+
+        def chosen(hidden_states: Tensor, logits: Tensor, indices_type: torch.dtype | None, **inputs: Any) -> Any:
+            return self._chosen(logits, blended, indices_type)
+
         base, target = ends_of(self.layer, self.name).tensors
         nan = getattr(self.router, BIAS)
         blended = lerp(base.float(), target.float(), lam.to(base.device)).to(base.dtype)
         setattr(self.router, BIAS, blended)
-        replace(self.router, METHOD, self.own)
+        replace(self.router, METHOD, self.own if self.knows_bias else chosen)
         yield
         setattr(self.router, BIAS, nan)
         replace(self.router, METHOD, self.at_rows)

@@ -13,6 +13,7 @@ from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMNotFoundError
 
+from dami.dial.values import shortest_of
 from dami.serving.model_names import intensity_in, names_of
 from dami.serving.protocol import EFFORTS, MIDDLE, SHARES, DialRequest
 from dami.serving.vllm.offers import Offer
@@ -130,18 +131,17 @@ def _agree(given: dict[str, Any], meant: float | str, said: str, field: str) -> 
 
 
 async def _dial(name: str, body: DialRequest, raw_request: Request) -> dict[str, Any]:
-    """Changes λ of a running request from its next token on, as `dami serve` does."""
+    """Changes a running request from its next token on, as `dami serve` does."""
     engine = raw_request.app.state.engine_client
     choices = _running(engine, name) if PairQuantization.of(engine.vllm_config) is not None else {}
     running = [index for index in choices if body.choice in (None, index)]
     if not running:
         which = name[:64] if body.choice is None else f"{name[:64]}, choice {body.choice},"
         raise VLLMNotFoundError(f"there is no running request {which}")
-    if body.wrap_up is not None:
-        raise RequestError("wrap_up is not supported in vLLM: it needs dami's own server", parameter="wrap_up")
-    lam = Offer.of(engine.vllm_config).lam(body.intensity)
-    await turn(engine, [choices[index] for index in running], lam)
-    return {"id": name, "object": "request.dial", "choices": running, "intensity": lam, "wrap_up": None}
+    lam = None if body.intensity is None else Offer.of(engine.vllm_config).lam(body.intensity)
+    await turn(engine, [choices[index] for index in running], lam, body.wrap_up)
+    said = None if lam is None else shortest_of(lam)
+    return {"id": name, "object": "request.dial", "choices": running, "intensity": said, "wrap_up": body.wrap_up}
 
 
 def _running(engine: Any, name: str) -> dict[int, str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
-from dami.callers import DEFAULT_INTENSITY, listed
+from dami.callers import DEFAULT_INTENSITY, TURN, listed
 from dami.generation.reading import TAIL
 from dami.serving.protocol import SAME
 from dami_kernels import formats
@@ -49,7 +49,8 @@ class PairSettings:
         format: storage format for two ends, one of `dami_kernels.formats.names()`; None for a packed pair.
         default_intensity: λ of requests that name none: a number, a preset or "auto".
         prompt_intensity: λ at which prompts are read: a number, a preset, or "same" for that of the answer.
-        prompt_tail: how many tokens at the end of a prompt are read at the λ of the answer.
+        prompt_tail: how many tokens at the end of a prompt are read at the λ of the answer; "turn" for all from the
+            text of the last user message on, and `TAIL` where there is no chat.
         intensity_range: lowest and highest λ that a request may ask for.
     """
 
@@ -58,7 +59,7 @@ class PairSettings:
     format: str | None = None
     default_intensity: float | str = DEFAULT_INTENSITY
     prompt_intensity: float | str = SAME
-    prompt_tail: int = TAIL
+    prompt_tail: int | str = TAIL
     intensity_range: tuple[float, float] = (-1.0, 2.0)
 
     @classmethod
@@ -92,14 +93,22 @@ class PairSettings:
             value = getattr(settings, name)
             if not isinstance(value, str) and not (_is_finite(value) and least <= value <= greatest):
                 raise ValueError(f"{name} must be a number from {least:g} to {greatest:g}, {words}, got {value!r}")
-        check_tail(settings.prompt_tail)
+        if settings.prompt_tail != TURN:
+            check_tail(settings.prompt_tail, f", or {TURN!r}")
         return settings
 
 
-def check_tail(tail: Any) -> None:
-    """Raises ValueError unless this is a number of tokens; the server answers with status 400."""
+def check_tail(tail: Any, otherwise: str = "") -> None:
+    """Raises ValueError unless this is a number of tokens; the server answers with status 400.
+
+    Args:
+        tail: the value.
+        otherwise: what else it may be, for the message.
+    """
     if isinstance(tail, bool) or not isinstance(tail, int) or tail < 0:
-        raise RequestError(f"prompt_tail must be an integer of at least 0, got {tail!r}", parameter="prompt_tail")
+        raise RequestError(
+            f"prompt_tail must be an integer of at least 0{otherwise}, got {tail!r}", parameter="prompt_tail"
+        )
 
 
 def resembles_field(name: str) -> bool:

@@ -63,6 +63,18 @@ class Thoughts:
         if new:
             self._take(lam, ids, *async_tensor_h2d(np.array(new, dtype=np.int64).T.copy(), self._device))
 
+    @torch.inference_mode()
+    def wrap_up(self, course: Course, tokens: int) -> None:
+        """Lets the thought of a request have so many more tokens at most, over which λ bends."""
+        slot = self._slots.get(course)
+        if slot is None:  # which will begin with it
+            return
+        budget, span, _ = self._wishes[slot]
+        end = self._used[slot] + self._inside[slot] + tokens
+        later = ~(budget <= end)  # or none at all
+        self._wishes[slot, 0] = torch.where(later, end, budget)
+        self._wishes[slot, 1] = torch.where(later, tokens, span)
+
     def _take(self, lam: Tensor, ids: Tensor, slots: Tensor, rows: Tensor, taken: Tensor, turned: Tensor) -> None:
         """Takes up the next token of each slot."""
         said = torch.cat([self._said[slots, 1:], ids[rows].long().unsqueeze(1)], 1)
@@ -91,6 +103,8 @@ class Thoughts:
             self._said[slot] = -1
             wishes = [np.nan if wish is None else wish for wish in (course.budget, course.span, course.answer)]
             self._wishes[slot] = torch.tensor(wishes, device=self._device)
+            for _, tokens in course.wraps:
+                self.wrap_up(course, tokens)
         return self._slots[course]
 
     def _grow(self, course: Course) -> None:

@@ -10,6 +10,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from dami.serving.vllm.courses import Course
 from dami.serving.vllm.offers import Offer
+from dami.serving.vllm.quantization import PairQuantization
 from dami.serving.vllm.runners import running_course
 from dami.serving.vllm.settings import KEY, RequestError
 
@@ -22,25 +23,39 @@ def install() -> None:
     setattr(WorkerBase, METHOD, _turn_in_worker)
 
 
-async def turn(engine: Any, names: Sequence[str], intensity: float) -> None:
-    """Sets λ of requests from their next token on.
+async def turn(engine: Any, names: Sequence[str], intensity: float | None, wrap_up: int | None = None) -> None:
+    """Changes requests from their next token on.
 
     Args:
         engine: vLLM's `AsyncLLM`, which serves a pair.
         names: vLLM's internal names of the requests; those that have ended are passed over.
-        intensity: λ as `Offer.lam` returns it.
+        intensity: λ as `Offer.lam` returns it; None to leave it.
+        wrap_up: how many more tokens a thought may have, over which λ bends; None to leave its budget.
 
     Raises:
-        RequestError: the engine speculates, so the next place is not known.
+        RequestError: the engine speculates, so the next place is not known; or nobody follows the requests' thoughts.
     """
     if not Offer.of(engine.vllm_config).moves:
         raise RequestError("intensity of a running request cannot be changed with speculation", parameter=KEY)
-    await engine.engine_core.call_utility_async(METHOD, [*names], intensity)
+    states = engine.output_processor.request_states
+    running = {name: states[name].course for name in names}
+    if wrap_up is not None and not all(course.thinks for course in running.values()):
+        raise RequestError(
+            "wrap_up needs a request whose λ follows its thoughts in vLLM: one that had answer_intensity or "
+            "thinking_token_budget",
+            parameter="wrap_up",
+        )
+    for name, place in await engine.engine_core.call_utility_async(METHOD, [*names], intensity, wrap_up):
+        running[name].turn(place, intensity, wrap_up)
 
 
-def _turn(self: EngineCore, names: list[str], intensity: float) -> None:
-    """Turns requests in the scheduler, whose prefix cache has to know it, and in the workers, between two steps."""
-    turns = []
+def _turn(self: EngineCore, names: list[str], intensity: float | None, wrap_up: int | None) -> list[tuple[str, int]]:
+    """Turns requests in the scheduler, whose prefix cache has to know it, and in the workers, between two steps.
+
+    Returns:
+        the requests that were running, and the place of each from which the change holds.
+    """
+    turned = []
     for name in names:
         request = self.scheduler.requests.get(name)
         course = None if request is None else Course.of(request.sampling_params)
@@ -48,16 +63,23 @@ def _turn(self: EngineCore, names: list[str], intensity: float) -> None:
             continue
         # the next place that no step has been told to read, which the first token of the answer precedes
         place = max(request.num_computed_tokens, request.num_tokens - 1, request.num_prompt_tokens)
-        course.turn(place, intensity)
+        course.turn(place, intensity, wrap_up)
         course.put(request.sampling_params)
         request.block_hashes.clear()  # those before the place will be the same
         request.update_block_hashes()
-        turns.append((name, place, intensity))
-    self.collective_rpc(METHOD, args=(turns,))
+        turned.append((name, place))
+    self.collective_rpc(METHOD, args=(turned, intensity, wrap_up))
+    return turned
 
 
-def _turn_in_worker(self: WorkerBase, turns: list[tuple[str, int, float]]) -> None:
-    for name, place, intensity in turns:
+def _turn_in_worker(
+    self: WorkerBase, turned: list[tuple[str, int]], intensity: float | None, wrap_up: int | None
+) -> None:
+    thoughts: Any = PairQuantization.of(self.vllm_config).thoughts  # type: ignore[union-attr]
+    for name, place in turned:
         course = running_course(self.model_runner, name)
-        if course is not None:  # else the request will bring it
-            course.turn(place, intensity)
+        if course is None:  # the request will bring it
+            continue
+        course.turn(place, intensity, wrap_up)
+        if wrap_up is not None and thoughts is not None:
+            thoughts.wrap_up(course, wrap_up)

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from tests.dami.serving.vllm import pairs
+from tests.dami.serving.vllm.engines import look_here
 from tests.dami.serving.vllm.test_families import VLLM_S_OWN, found, wanted
 
 PAGE = Path(__file__).parents[4] / "docs" / "vllm.md"
@@ -83,4 +84,5 @@ def write(families: list[str]) -> None:
 
 if __name__ == "__main__":
     os.environ.update(pairs.ENVIRONMENT)
+    look_here()
     write(sys.argv[1:])

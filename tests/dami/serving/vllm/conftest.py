@@ -19,10 +19,9 @@ os.environ.update(pairs.ENVIRONMENT)
 
 @pytest.fixture(scope="session", autouse=True)
 def looks_here() -> None:
-    """vLLM looks at each class of models in a new process, which takes seconds, to keep a GPU untouched."""
-    from vllm.model_executor.models import registry
+    from tests.dami.serving.vllm.engines import look_here
 
-    registry._run_in_subprocess = lambda look: look()
+    look_here()
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ OPTIONS = {
     "max_num_seqs": 8,
     "block_size": 32,
     "enable_prefix_caching": False,
+    "attention_backend": "CPU_MLA",  # of models with MLA: vLLM's own choice on CPUs with AMX takes bfloat16 only
 }
 
 
@@ -30,6 +31,13 @@ def _options(thinking: Path | None, format: str | None, options: dict[str, Any])
         options["quantization"] = "dami"
         extra |= {"thinking": str(thinking)} | ({"format": format} if format else {})
     return {**OPTIONS, **options, "model_loader_extra_config": extra}
+
+
+def look_here() -> None:
+    """Makes vLLM look at each class of models in this process: it takes a new one, and seconds, to spare a GPU."""
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda look: look()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +74,23 @@ def _config(name: str, **own: Any) -> Callable[[], PreTrainedConfig]:
     return lambda: getattr(transformers, name)(**{**_SMALL, **own})
 
 
-def _with_tower(name: str, text: str, tower: dict[str, Any], **own: Any) -> Callable[[], PreTrainedConfig]:
+def _with_tower(
+    name: str, text: str, tower: dict[str, Any], tied: bool = False, **own: Any
+) -> Callable[[], PreTrainedConfig]:
     """A model of text and images: `text` names the config of its language model."""
     return lambda: getattr(transformers, name)(
-        text_config=_config(text, **own)().to_dict(), vision_config=tower, tie_word_embeddings=False
+        text_config=_config(text, tie_word_embeddings=tied, **own)().to_dict(),
+        vision_config=tower,
+        tie_word_embeddings=tied,
     )
 
 
 _TOWER = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
 _TOWER |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+_SIGLIP = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+_SIGLIP |= {"image_size": 64, "patch_size": 16}
+_PIXTRAL = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+_PIXTRAL |= {"image_size": 64, "patch_size": 16}
 _SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 4, 4]}}
 
 
@@ -95,16 +104,26 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "deepseek_v3": _config("DeepseekV3Config", **_MLA, **_SPARSE, **_GROUPS),
     "deepseek_v2": _config("DeepseekV2Config", **{**_MLA, "q_lora_rank": None}, **_SPARSE, n_group=1, topk_group=1),
     "ernie4_5": _config("Ernie4_5Config"),
+    "ernie4_5_moe": _config(
+        "Ernie4_5_MoeConfig", moe_num_experts=8, moe_k=2, moe_intermediate_size=64, moe_num_shared_experts=1
+    ),
     "exaone4": _config("Exaone4Config", sliding_window=None, layer_types=["full_attention"] * 2),
     "gemma": _config("GemmaConfig"),
     "gemma2": _config("Gemma2Config", query_pre_attn_scalar=32, sliding_window=64),
+    "gemma3": _with_tower(
+        "Gemma3Config", "Gemma3TextConfig", _SIGLIP, tied=True, query_pre_attn_scalar=32, sliding_window=64
+    ),
     "gemma3_text": _config("Gemma3TextConfig", query_pre_attn_scalar=32, sliding_window=64),
     "glm4": _config("Glm4Config"),
     "glm4_moe": _config("Glm4MoeConfig", **_SPARSE, **_GROUPS, use_qk_norm=True),
     "gpt_oss": _config("GptOssConfig", num_local_experts=8, num_experts_per_tok=2),
     "granite": _config("GraniteConfig", attention_multiplier=0.2, residual_multiplier=0.5, logits_scaling=2.0),
     "lfm2": _config("Lfm2Config", hidden_size=128, conv_dim=128, block_dim=128, layer_types=["conv", "full_attention"]),
+    "mellum": _config(
+        "MellumConfig", **_EXPERTS, sliding_window=64, layer_types=["sliding_attention", "full_attention"]
+    ),
     "ministral3": _config("Ministral3Config"),
+    "mistral3": _with_tower("Mistral3Config", "Ministral3Config", _PIXTRAL, tied=True),
     "mixtral": _config("MixtralConfig", num_local_experts=8),
     "olmo2": _config("Olmo2Config"),
     "olmo3": _config("Olmo3Config", sliding_window=64),
@@ -131,7 +150,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
-WITH_TOWER = {"qwen3_vl", "qwen3_vl_moe"}  # models of text and images
+WITH_TOWER = {"gemma3", "mistral3", "qwen3_vl", "qwen3_vl_moe"}  # models of text and images
 
 
 def model_class(config: PreTrainedConfig) -> Any:
@@ -230,6 +249,17 @@ def answer_by_place(packed: Path, prompt: list[int], tokens: int, lam: Callable[
         if read == len(sequence):
             sequence.append(int(logits[0, -1].argmax()))
     return sequence[len(prompt) :]
+
+
+def followers(packed: Path, sequence: list[int], lam: Callable[[int], float]) -> list[int]:
+    """What greedily follows each token of a sequence where each is read by a merged model of its own place's λ."""
+    cache, found, read = DynamicCache(), [], 0
+    for lam_of_run, places in groupby(range(len(sequence)), lam):
+        end = read + len([*places])
+        logits = reference(packed, lam_of_run)(torch.tensor([sequence[read:end]]), past_key_values=cache).logits
+        found += logits[0].argmax(-1).tolist()
+        read = end
+    return found
 
 
 def prompts_of(*lengths: int, seed: int = 3) -> list[list[int]]:

@@ -13,11 +13,13 @@ import torch
 from dami.estimators.files import StoredIntensity
 from dami.generation.budget import ThoughtLimit
 from dami.schedules import bend, switch_after
+from dami.serving.guiding import Guide, Thoughts, Wishes
 from dami.sources import FOLDER
+from dami.thoughts import Reader
 from transformers import AutoTokenizer
 
 from tests.dami.serving.vllm.engines import ask, engine, tokens_of
-from tests.dami.serving.vllm.pairs import answer_by_place, answers
+from tests.dami.serving.vllm.pairs import answer_by_place, answers, followers
 
 pytest.importorskip("vllm")
 
@@ -136,33 +138,56 @@ def test_a_schedule(llm: Any, pair: Path, prompts: list[list[int]]) -> None:
     assert tokens_of(ask(llm, prompts[:1], [args], 24)) == [wanted]  # from cached blocks
 
 
-def test_the_dial_is_turned_while_a_request_runs(llm: Any, pair: Path, prompts: list[list[int]]) -> None:
-    """After 5 tokens; and what the prefix cache then knows of the request is right."""
+def turned_after(
+    llm: Any, prompt: list[int], asked: dict[str, dict[str, Any]], tokens: int, *change: Any
+) -> dict[str, list[int]]:
+    """What requests answer together, by their names, the first of which is changed after so many tokens."""
     from vllm import SamplingParams
 
-    params = SamplingParams(
-        temperature=0, max_tokens=40, ignore_eos=True, detokenize=False, extra_args={"intensity": 1.0}
-    )
-    core, prompt, tokens = llm.llm_engine.engine_core.engine_core, prompts[3], []
-    for name, args in (("0", {"intensity": 1.0}), ("1", {"intensity": 0.3})):
-        params.extra_args = args
+    core, done = llm.llm_engine.engine_core.engine_core, {}
+    for name, args in asked.items():
+        params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, detokenize=False, extra_args=args)
         llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, params)
-    done = {}
     while llm.llm_engine.has_unfinished_requests():
         for output in llm.llm_engine.step():
-            tokens = output.outputs[0].token_ids
-            if output.request_id == "0" and len(tokens) == 5:
-                core.dami_turn(
-                    [output_name for output_name in core.scheduler.requests if output_name.startswith("0-")], 0.0
-                )
+            found = output.outputs[0].token_ids
+            if output.request_id == next(iter(asked)) and len(found) == tokens:
+                names = [name for name in core.scheduler.requests if name.startswith(f"{output.request_id}-")]
+                assert core.dami_turn(names, *change) == [(names[0], len(prompt) + tokens - 1)]
             if output.finished:
-                done[output.request_id] = list(tokens)
+                done[output.request_id] = list(found)
+    return done
+
+
+def test_the_dial_is_turned_while_a_request_runs(llm: Any, pair: Path, prompts: list[list[int]]) -> None:
+    """After 5 tokens; and what the prefix cache then knows of the request is right."""
+    prompt = prompts[3]
+    done = turned_after(llm, prompt, {"0": {"intensity": 1.0}, "1": {"intensity": 0.3}}, 5, 0.0, None)
     turned = len(prompt) + 4  # where the fifth token stands, which is read next
     assert done["0"] == answer_by_place(pair, prompt, 40, lambda place: 1.0 if place < turned else 0.0)
     assert done["0"] != answers(pair, [prompt], [1.0], 40)[0]
     assert done["1"] == answers(pair, [prompt], [0.3], 40)[0]
     longer = [*prompt, *done["0"], 7]
     assert tokens_of(ask(llm, [longer], [1.0], 8)) == answers(pair, [longer], [1.0], 8)
+
+
+def test_a_thought_wraps_up_while_it_runs(llm: Any, pair: Path, prompts: list[list[int]]) -> None:
+    """By the law of dami's own server, which follows the same tokens here."""
+    prompt, args = prompts[3], {"intensity": 1.0, "answer_intensity": 0.25}
+    found = turned_after(llm, prompt, {"2": args}, 5, None, 8)["2"]
+    tokenizer = AutoTokenizer.from_pretrained(dami.example_pair()[0])
+    tags = Thoughts.of(Reader.of(tokenizer))
+    guide = Guide(len(prompt), len(tokenizer), Wishes(answer_intensity=0.25), frozenset(), tags)
+    guide.begin(1.0)
+    lams = [1.0] * len(prompt)
+    for number, token in enumerate(found, 1):
+        if number == 5:
+            guide.turn(wrap_up=8)
+        guide.tokens.append(token)
+        guide.decide([token])
+        lams.append(float(np.float32(guide.intensity)))
+    assert len({*lams}) > 5
+    assert followers(pair, [*prompt, *found], lambda place: lams[place])[len(prompt) - 1 : -1] == found
 
 
 def test_lambda_follows_thoughts(llm: Any, pair: Path, prompts: list[list[int]]) -> None:

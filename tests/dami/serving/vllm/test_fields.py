@@ -79,8 +79,14 @@ def test_a_choice_is_granted_within_what_is_allowed(chosen: float, given: dict[s
         ({"prompt_intensity": "auto"}, "vLLM takes a number or a preset as prompt_intensity, got 'auto', which is for"),
         ({"prompt_tail": 3}, "prompt_tail says where prompt_intensity ends, which is that of the answer: give"),
         ({"prompt_intensity": "same", "prompt_tail": 3}, "prompt_tail says where prompt_intensity ends"),
-        ({"prompt_intensity": 0, "prompt_tail": True}, "prompt_tail must be an integer of at least 0, got True"),
-        ({"prompt_intensity": 0, "prompt_tail": -1}, "prompt_tail must be an integer of at least 0, got -1"),
+        (
+            {"prompt_intensity": 0, "prompt_tail": True},
+            "prompt_tail must be an integer of at least 0, or 'turn' in a chat, got True",
+        ),
+        (
+            {"prompt_intensity": 0, "prompt_tail": -1},
+            "prompt_tail must be an integer of at least 0, or 'turn' in a chat, got -1",
+        ),
         ({"intensity_schedule": []}, r"intensity_schedule must be 1 to 64 pairs \[tokens, λ\] in ascending order, got"),
         ({"intensity_schedule": [[0, 0.5]]}, "intensity_schedule must be 1 to 64 pairs"),
         ({"intensity_schedule": [[4, 0.5], [4, 0.6]]}, "intensity_schedule must be 1 to 64 pairs"),
@@ -226,6 +232,35 @@ def test_thoughts_are_followed_as_by_dami_s_own_server(opened: bool, span: float
         assert lam.tolist() == pytest.approx(wanted, abs=1e-6)
 
 
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize(
+    "given", [{"answer_intensity": 0.2}, {"thinking_token_budget": 40}, {"thinking_token_budget": 3}]
+)
+@pytest.mark.parametrize("asked", [0, 2, 9])
+def test_a_thought_wraps_up_as_in_dami_s_own_server(opened: bool, given: dict[str, Any], asked: int) -> None:
+    """Told so after this many tokens of its answer."""
+    reader = Reader.of(AutoTokenizer.from_pretrained(dami.example_pair()[0]))
+    tags = Tags.of(reader)
+    prompt, budget = [9, 9, 9, *(tags.start if opened else [])], given.get("thinking_token_budget")
+    course = course_of({"intensity": 0.75, **given}, Offer(PairSettings()), prompt, budget, reader.tokenizer)
+    guide = Guide(
+        len(prompt), 999, Wishes({}, 0.0, 0.0, (), given.get("answer_intensity"), budget), frozenset(), tags, opened
+    )
+    guide.begin(0.75)
+    followed = Thoughts("cpu", 99)
+    for number, token in enumerate([*tags.start, *range(20, 34), *tags.end, 40, 41]):
+        place = len(prompt) + number
+        if number == asked:
+            guide.turn(wrap_up=4)
+            course.turn(place, None, 4)
+            followed.wrap_up(course, 4)
+        guide.tokens.append(token)
+        guide.decide([token])
+        lam = torch.tensor(course.lam(place, place + 1))
+        followed.follow(lam, torch.tensor([token]), [(course, 0, place, 1)])
+        assert lam.item() == pytest.approx(guide.intensity, abs=1e-6)
+
+
 def test_slots_of_requests_that_are_gone_are_used_again() -> None:
     followed = Thoughts("cpu", 9)
     for number in range(100):
@@ -244,6 +279,10 @@ def test_what_a_thinking_request_reads_is_keyed_by_all_that_it_follows_from() ->
     assert before != other.key(4, 8)
     one.turn(9, 0.0)
     assert one.key(4, 8) == before != one.key(8, 12)
+    turned = one.key(8, 12)
+    one.turn(9, None, 3)
+    assert one.key(4, 8) == before
+    assert one.key(8, 12) != turned
 
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -279,8 +318,8 @@ def dialled(name: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch) ->
     """What the route answers while two prompts with two answers each run, one of which has ended; and who is turned."""
     turned: list[Any] = []
 
-    async def turn(engine: Any, names: list[str], intensity: float) -> None:
-        turned.append((names, intensity))
+    async def turn(engine: Any, names: list[str], intensity: float | None, wrap_up: int | None) -> None:
+        turned.append((names, intensity, wrap_up))
 
     states = {
         f"{prompt}{index}": SimpleNamespace(parent_req=SimpleNamespace(n=2), request_index=index)
@@ -301,9 +340,10 @@ def dialled(name: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch) ->
 def test_the_route_of_the_dial(monkeypatch: pytest.MonkeyPatch) -> None:
     answer, turned = dialled("cmpl-1", {"intensity": "low"}, monkeypatch)
     assert answer["choices"] == [1, 2, 3]
-    assert (answer["intensity"], turned) == (0.25, [(["a1", "b0", "b1"], 0.25)])
-    assert dialled("cmpl-1", {"intensity": 1, "choice": 2}, monkeypatch)[1] == [(["b0"], 1.0)]
-    assert dialled("chatcmpl-2", {"intensity": 1}, monkeypatch)[1] == [(["c"], 1.0)]
+    assert (answer["intensity"], turned) == (0.25, [(["a1", "b0", "b1"], 0.25, None)])
+    assert dialled("cmpl-1", {"intensity": 1, "choice": 2}, monkeypatch)[1] == [(["b0"], 1.0, None)]
+    answer, turned = dialled("chatcmpl-2", {"wrap_up": 8}, monkeypatch)
+    assert (answer["intensity"], answer["wrap_up"], turned) == (None, 8, [(["c"], None, 8)])
 
 
 @pytest.mark.parametrize(
@@ -311,7 +351,6 @@ def test_the_route_of_the_dial(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("cmpl-3", {"intensity": 1}, "there is no running request cmpl-3"),
         ("cmpl-1", {"intensity": 1, "choice": 0}, "there is no running request cmpl-1, choice 0,"),
-        ("cmpl-1", {"wrap_up": 8}, "wrap_up is not supported in vLLM: it needs dami's own server"),
         ("cmpl-1", {"intensity": 2}, "intensity must be in 0 to 1 on this server, got 2"),
         ("cmpl-1", {"intensity": "auto"}, "vLLM takes a number or a preset as intensity, got 'auto'"),
     ],

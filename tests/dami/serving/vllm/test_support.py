@@ -199,13 +199,31 @@ def test_what_is_not_supported_is_named(changed: dict[str, Any], named: str) -> 
         ({"intensity_range": 1}, "intensity_range must be two finite numbers"),
         ({"default_intensity": 3}, "default_intensity must be a number from -1 to 2, a preset or 'auto', got 3"),
         ({"prompt_intensity": None}, "prompt_intensity must be a number from -1 to 2, a preset or 'same', got None"),
-        ({"prompt_tail": -1}, "prompt_tail must be an integer of at least 0, got -1"),
-        ({"prompt_tail": "turn"}, "prompt_tail must be an integer of at least 0, got 'turn'"),
+        ({"prompt_tail": -1}, "prompt_tail must be an integer of at least 0, or 'turn', got -1"),
+        ({"prompt_tail": "turns"}, "prompt_tail must be an integer of at least 0, or 'turn', got 'turns'"),
     ],
 )
 def test_settings_that_are_wrong(extra: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PairSettings.of(extra)
+
+
+def test_a_tied_output_layer_has_its_format_under_another_name_too(packed: Any) -> None:
+    """As inside a model of text and images, where vLLM gives it a prefix. It is not stored."""
+    from dami.loading.checkpoint import headers_in
+    from dami.serving.vllm.files import PackedFiles, Spelling
+    from dami.serving.vllm.quantization import PairQuantization
+    from transformers import AutoConfig
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    directory = packed("qwen3", "int8")
+    config = AutoConfig.from_pretrained(directory)
+    pair = PairQuantization(config.quantization_config["interpolated"])
+    stored = {name: (file, each) for file in directory.glob("*.safetensors") for name, each in headers_in(file).items()}
+    assert not any(name.startswith("lm_head") for name in stored)
+    PackedFiles(stored, pair, {"lm_head.weight"}, Spelling(config))
+    pair.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"lm_head.": "language_model.lm_head."}))
+    assert pair.interpolated_as("language_model.lm_head.weight") == "int8"
 
 
 @pytest.mark.parametrize(("own", "wanted"), [({}, "v1"), ({"thinking_revision": "v2"}, "v2")])
