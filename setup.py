@@ -26,8 +26,14 @@ from setuptools.errors import CompileError
 
 CSRC = Path("csrc")
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq"
+AVX512_BF16 = f"{AVX512} -mavx512bf16 -mavx512vnni"
 ISA_FLAGS = {  # by source file
-    "x86_64": {"avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16 -mavx512vnni"},
+    "x86_64": {
+        "avx2": "-mavx2 -mfma -mf16c",
+        "avx512": AVX512,
+        "avx512_bf16": AVX512_BF16,
+        "amx": f"{AVX512_BF16} -mamx-tile -mamx-bf16",  # left out where the compiler does not know it: before GCC 11
+    },
     "aarch64": {"neon": ""},
 }
 MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine())
@@ -114,13 +120,24 @@ def write_cpu(ninja: Writer, target: str, includes: list[str]) -> str:
     ninja.variable("flags", [FLAGS, *includes])
     compile = f"{compiler} $flags $isa {os.environ.get('CXXFLAGS', '')} -MMD -MF $out.d -c $in -o $out"
     ninja.rule("compile", compile, "compiling $out", depfile="$out.d", deps="gcc")
+    sources = dict(SOURCES)
+    if (amx := CSRC / "cpu" / "amx.cpp") in sources and not knows(compiler, sources[amx]):
+        sources[amx] = ""
     ninja.rule("link", f"{compiler} $in -o $out {LINK} {os.environ.get('LDFLAGS', '')}", "linking")
     objects = [
         ninja.build(f"{source.stem}.o", "compile", str(source.resolve()), variables={"isa": flags})[0]
-        for source, flags in SOURCES.items()
+        for source, flags in sources.items()
     ]
     ninja.build(target, "link", objects)
     return f"with {compiler}"
+
+
+def knows(compiler: str, flags: str) -> bool:
+    """Whether the compiler takes these flags; not if it is not there, of which the build will tell."""
+    command = [*shlex.split(compiler), *flags.split(), "-x", "c++", "-fsyntax-only", os.devnull]
+    with suppress(OSError):
+        return subprocess.run(command, capture_output=True).returncode == 0
+    return False
 
 
 def write_cuda(ninja: Writer, target: str, includes: list[str]) -> str:

@@ -111,6 +111,12 @@ def test_what_cannot_be_is_refused(build: Build, cuda: str, message: str) -> Non
     assert message in done.stderr
 
 
+def test_what_the_compiler_does_not_know_is_left_out(build: Build) -> None:
+    build.compiler("c++", 'case " $* " in *" -mamx"*) exit 1 ;; esac\n' + COMPILER)
+    assert build.run("0").returncode == 0
+    assert build.built() == ["_C"]
+
+
 def test_windows_gets_no_kernels_and_says_so(build: Build) -> None:
     """As without a compiler, the build goes on and the package installs; test_packaging.py has that."""
     code = """

@@ -132,18 +132,16 @@ struct Group {
 
 // Rows of x, sorted so that those which use a weight alike lie together.
 struct Block {
-  const char* x;  // the first row, prepared; the others follow
+  char* x;  // the first row, prepared; the others follow
   int64_t x_stride;  // bytes
   int64_t k;
   bool invariant;  // whether the bits of a row must not depend on the number of rows
-  std::vector<int64_t> rows;  // where they were in x, and will be in y
+  int panel;  // rows that are prepared together: groups are filled up to whole panels
+  std::vector<int64_t> rows;  // where they were in x, and will be in y; -1 where a panel has no more
   std::vector<float> lam;
   std::vector<Group> groups;
 };
 
-// A call of a `linear` kernel takes at most so many rows of x and of the weights.
-constexpr int64_t max_rows = 128;
-constexpr int64_t max_outputs = 64;
 // Along K, products are summed in blocks of so many bytes of a row: a register tile's operands then fit L1. The order of
 // summation depends on this and on nothing else.
 constexpr int64_t block_bytes = 2048;
@@ -152,8 +150,8 @@ constexpr int64_t tile_n = 4;
 // Rows of x in a register tile, at most: as many as the instruction set's registers hold.
 constexpr int64_t max_tile_m = 6;
 
-// A `linear` kernel's memory: a block of tile_n rows of two matrices, half as much for scales, and two sums for every output.
-constexpr int64_t linear_scratch(int64_t rows) { return tile_n * 3 * block_bytes + rows * 2 * max_outputs * 4; }
+// Blocks of so few rows wait for memory: a weight is best converted in registers.
+constexpr int64_t max_stream_rows = 4;
 
 // An `attention` kernel's memory, in floats: queries, scores, sums and the sum of weights of every row; padded for any vector.
 static constexpr int64_t padded_query(int64_t size) { return (size + 15) / 16 * 16; }
@@ -166,14 +164,17 @@ static constexpr int64_t attention_scratch(int64_t rows, int64_t keys, int64_t s
 struct Isa {
   const char* name;
   bool (*supported)();
-  int tile_rows;    // rows of x in a register tile: fewer at one end are not worth a group of their own
+  int max_rows[3], max_outputs[3];  // that a call of `linear` takes
+  int panel[3];       // rows of x that are prepared together, unless they are few
+  int tile_rows[3];   // rows of x in a register tile: fewer at one end are not worth a group of their own
   int blend_rows[3];  // rows of one λ that pay for blending
 
-  // A row of k elements of x as `linear` reads it, 64-byte aligned: how many bytes, and what writes them. `codes`: whether any
-  // matrix is stored as codes.
+  // x as `linear` reads it, 64-byte aligned: how many bytes a row of k elements takes, and what writes those of a block from
+  // `first` on, a panel of them. `codes`: whether any matrix is stored as codes.
   int64_t (*x_bytes[3])(int64_t k, bool codes);
-  void (*prepare_x[3])(const void* from, int64_t k, bool codes, void* to);
-  // Outputs [n0, n1) of one block; `scratch` has linear_scratch(rows) bytes, 64-byte aligned.
+  void (*prepare[3])(const Matrix& x, bool codes, const Block&, int64_t first);
+  // Outputs [n0, n1) of one block; `scratch` is 64-byte aligned and has as many bytes as the block's rows and outputs need.
+  int64_t (*linear_scratch[3])(int64_t rows, int64_t outputs);
   void (*linear[3])(const Linear&, const Block&, int64_t n0, int64_t n1, void* scratch);
   void (*embedding[3])(const Weight&, int64_t row, float lam, void* y, int64_t d);
   void (*rms_norm[3])(const Norm&, int64_t row, float lam);

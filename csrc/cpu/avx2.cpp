@@ -144,6 +144,7 @@ bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 }  // namespace
 
 namespace dami {
+using OfBf16 = LinearKernel<Vec, FloatDot<Vec, true>, IntDot, bf16>;
 extern const Isa avx2;
-constexpr Isa avx2 = make_isa<Vec, dami::FloatDot<Vec, true>, IntDot>("avx2", supported, 6, 6);
+constexpr Isa avx2 = make_isa<Vec, OfBf16>("avx2", supported, 6, 6);
 }  // namespace dami

@@ -112,14 +112,15 @@ struct FloatDot {
   static const float* second(const float*, int64_t, int) { return nullptr; }
 };
 
-// Writes f's vectors for a whole number of groups: f(i, j, left) gives what belongs at i + j.
+// Writes a row as Dot multiplies it, in whole groups, which begin `stride` apart.
 template <class V, class Dot, class Row>
-inline void fill(const Row& row, int64_t count, typename Dot::X* to) {
+inline void fill(const Row& row, int64_t count, typename Dot::X* to, int64_t stride = group_size) {
   typename Row::Buffer buffer;
   for (int64_t i = 0; i < count; i += group_size) {
     const Row group = row.group(i, count - i, buffer);
     const auto loader = Dot::loader(group, 0);
-    for (int64_t j = 0; j < group_size; j += Dot::step) Dot::store(Dot::operand(group, j, loader), to + i + j);
+    for (int64_t j = 0; j < group_size; j += Dot::step)
+      Dot::store(Dot::operand(group, j, loader), to + i / group_size * stride + j);
   }
 }
 

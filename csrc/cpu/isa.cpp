@@ -8,7 +8,7 @@ namespace dami {
 
 extern const Isa scalar;
 #if defined(__x86_64__)
-extern const Isa avx2, avx512, avx512_bf16;
+extern const Isa avx2, avx512, avx512_bf16, amx;
 #elif defined(__aarch64__)
 extern const Isa neon;
 #endif
@@ -18,7 +18,7 @@ namespace {
 const std::vector<const Isa*> known = {  // best last
     &scalar,
 #if defined(__x86_64__)
-    &avx2,   &avx512, &avx512_bf16,
+    &avx2,   &avx512, &avx512_bf16, &amx,
 #elif defined(__aarch64__)
     &neon,
 #endif

@@ -6,31 +6,33 @@
 #include "embedding.h"
 #include "linear.h"
 #include "norms.h"
-#include "rates.h"
 
 namespace dami {
 
-// DotOfBf16 is what bfloat16 weights are multiplied with, CodesDot codes where x is bfloat16; the rest takes FloatDot.
-template <class V, class DotOfBf16 = FloatDot<V, true>, class CodesDot = DotOfBf16>
+// OfBf16 is the kernel of `linear` for bfloat16; other types take FloatDot.
+template <class V, class OfBf16 = LinearKernel<V, FloatDot<V, true>, FloatDot<V, true>, bf16>>
 constexpr Isa make_isa(const char* name, bool (*supported)(), int blend_rows, int blend_rows_of_bf16) {
   static_assert(is_vector<V>());
   using Dot = FloatDot<V, false>;
   using OfF32 = LinearKernel<V, Dot, Dot, float>;
-  using OfBf16 = LinearKernel<V, DotOfBf16, CodesDot, bf16>;
   using OfF16 = LinearKernel<V, Dot, Dot, f16>;
   return Isa{
       name,
       supported,
-      V::tile_m,
+      {OfF32::max_rows, OfBf16::max_rows, OfF16::max_rows},
+      {OfF32::max_outputs, OfBf16::max_outputs, OfF16::max_outputs},
+      {OfF32::panel, OfBf16::panel, OfF16::panel},
+      {OfF32::tile_rows, OfBf16::tile_rows, OfF16::tile_rows},
       {blend_rows, blend_rows_of_bf16, blend_rows},
       {OfF32::RowOfX::bytes, OfBf16::RowOfX::bytes, OfF16::RowOfX::bytes},
-      {OfF32::RowOfX::write, OfBf16::RowOfX::write, OfF16::RowOfX::write},
+      {OfF32::prepare, OfBf16::prepare, OfF16::prepare},
+      {OfF32::scratch_bytes, OfBf16::scratch_bytes, OfF16::scratch_bytes},
       {OfF32::run, OfBf16::run, OfF16::run},
       {embedding<V, float>, embedding<V, bf16>, embedding<V, f16>},
       {rms_norm<V, float>, rms_norm<V, bf16>, rms_norm<V, f16>},
       {layer_norm<V, float>, layer_norm<V, bf16>, layer_norm<V, f16>},
       {attention<V, float>, attention<V, bf16>, attention<V, f16>},
-      {multiply_add<V, Dot>, multiply_add<V, DotOfBf16>, multiply_add<V, Dot>},
+      {OfF32::multiply_add, OfBf16::multiply_add, OfF16::multiply_add},
       read<V>,
   };
 }

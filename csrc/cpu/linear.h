@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "prepared.h"
+#include "rates.h"
 #include "tiles.h"
 
 namespace dami {
@@ -16,9 +17,9 @@ struct LinearKernel {
   static_assert(is_dense_dot<V, Dot, T>() && is_codes_dot<V, CodesDot, Dot>());
   using X = typename Dot::X;
   using RowOfX = PreparedRow<V, Dot, CodesDot, T>;
+  static constexpr int max_rows = 128, max_outputs = 64, panel = 1, tile_rows = V::tile_m;
   static constexpr int64_t block_k = Dot::block;
   static constexpr int64_t cached_bytes = 128 * 1024;  // of x, which the rows of a weight pass by
-  static constexpr int64_t max_stream_rows = 4;  // so few rows wait for memory: a weight is best converted in registers
 
   struct alignas(64) Scratch {
     X weight[2][tile_n][block_k];
@@ -26,14 +27,7 @@ struct LinearKernel {
     // Of the base and the other matrix, or of the blended one; of tile_n outputs those of all rows lie together.
     float sums[2][max_outputs * max_rows];
   };
-  static_assert(sizeof(Scratch) == linear_scratch(max_rows));
-
-  // Rows n to n + tile_n of a weight, of which those from `end` on are not there; columns [k, k + count).
-  struct Piece {
-    int64_t n, end, k, count;
-    int64_t row(int i) const { return std::min(n + i, end - 1); }
-    int64_t padded() const { return (count + group_size - 1) / group_size * group_size; }
-  };
+  static int64_t scratch_bytes(int64_t, int64_t) { return sizeof(Scratch); }
 
   // Some rows of x against tile_n rows of a weight: where they begin in the block, and what their sums are added to.
   struct Rows {
@@ -45,7 +39,7 @@ struct LinearKernel {
   // Calls f(x, the distance of its rows, their sums, how many) for register tiles of nearly equal height up to `max_height`,
   // over which the prefetch is spread, `steps` of it in each.
   template <class D, class F>
-  static void for_tiles(const Rows& rows, int64_t k, int64_t max_height, Prefetch& prefetch, int64_t steps, F f) {
+  static void for_tiles(const Rows& rows, int64_t k, int64_t max_height, Prefetch<tile_n>& prefetch, int64_t steps, F f) {
     const int64_t all = rows.end - rows.begin, count = (all + max_height - 1) / max_height;
     prefetch.spread(count * steps);
     for (int64_t i = 0; i < count; i++) {
@@ -55,7 +49,7 @@ struct LinearKernel {
     }
   }
 
-  static void tiles(const Rows& rows, const X* const* w, const Piece& piece, Prefetch& prefetch) {
+  static void tiles(const Rows& rows, const X* const* w, const Piece& piece, Prefetch<tile_n>& prefetch) {
     static constexpr decltype(&tile<V, Dot, 1>) of_height[] = {tile<V, Dot, 1>, tile<V, Dot, 2>, tile<V, Dot, 3>,
                                                                tile<V, Dot, 4>, tile<V, Dot, 5>, tile<V, Dot, 6>};
     const int64_t steps = (piece.padded() + tile_step - 1) / tile_step;
@@ -65,7 +59,7 @@ struct LinearKernel {
   }
 
   template <class D, class Row>
-  static void streams(const Rows& rows, const Row* w, const Piece& piece, Prefetch& prefetch, int64_t max_height) {
+  static void streams(const Rows& rows, const Row* w, const Piece& piece, Prefetch<tile_n>& prefetch, int64_t max_height) {
     static constexpr decltype(&stream<V, D, 1, Row>) of_height[max_stream_rows] = {stream<V, D, 1, Row>, stream<V, D, 2, Row>,
                                                                        stream<V, D, 3, Row>, stream<V, D, 4, Row>};
     const int64_t steps = stream_steps<D, Row>(std::min(max_height, rows.end - rows.begin), piece.padded());
@@ -79,20 +73,6 @@ struct LinearKernel {
     return Row(stored, piece.row(i), piece.k, piece.count, scales);
   }
 
-  // Where a piece of a matrix lies. Fetches its scales at once: without them nothing begins.
-  static Prefetch prefetch_of(const Stored& stored, const Piece& piece) {
-    const bool dense = stored.storage == Storage::dense;
-    const int64_t bits = dense ? 8 * static_cast<int64_t>(sizeof(T)) : stored.storage == Storage::int8 ? 8 : 4;
-    const int64_t stride = stored.data.stride * (dense ? static_cast<int64_t>(sizeof(T)) : 1);
-    for (int i = 0; i < tile_n && !dense; i++) {
-      const auto* scales = static_cast<const bf16*>(stored.scale.data) + piece.row(i) * stored.scale.stride;
-      for (int64_t k = piece.k; k < piece.k + piece.count; k += group_size * 64 / static_cast<int64_t>(sizeof(bf16)))
-        __builtin_prefetch(scales + k / group_size, 0, 2);
-    }
-    const char* const data = static_cast<const char*>(stored.data.data);
-    return {data + piece.n * stride + piece.k * bits / 8, stride, piece.count * bits / 8};
-  }
-
   // A matrix of the weight, for one piece: as it is stored, or converted once for all groups of rows.
   struct Operand {
     const Stored& stored;
@@ -101,7 +81,7 @@ struct LinearKernel {
     bool converted = false;
     const X* w[tile_n];
 
-    void multiply(const Rows& rows, const Piece& piece, Prefetch& prefetch) {
+    void multiply(const Rows& rows, const Piece& piece, Prefetch<tile_n>& prefetch) {
       const bool in_registers = static_cast<int64_t>(rows.block.rows.size()) <= max_stream_rows;
       with_rows<V, T>(stored.storage, [&](auto kind) {
         using Row = typename decltype(kind)::type;
@@ -113,7 +93,7 @@ struct LinearKernel {
     }
 
     template <class D, class Row>
-    void multiply_by(const Rows& rows, const Piece& piece, Prefetch& prefetch, bool in_registers) {
+    void multiply_by(const Rows& rows, const Piece& piece, Prefetch<tile_n>& prefetch, bool in_registers) {
       if (in_registers && (Row::padded || piece.count % group_size == 0)) {
         const Row w[tile_n] = {row<Row>(stored, piece, 0, scales[0]), row<Row>(stored, piece, 1, scales[1]),
                                row<Row>(stored, piece, 2, scales[2]), row<Row>(stored, piece, 3, scales[3])};
@@ -173,7 +153,8 @@ struct LinearKernel {
   static void multiply(const Linear& p, const Block& block, const Piece& piece, const Piece& next, int64_t n0,
                        Scratch& scratch) {
     const int64_t all = static_cast<int64_t>(block.rows.size());
-    Prefetch prefetch[2] = {prefetch_of(p.weight.base, next), prefetch_of(p.weight.other, next)};
+    Prefetch<tile_n> prefetch[2] = {prefetch_of<tile_n>(p.weight.base, next, sizeof(T)),
+                                    prefetch_of<tile_n>(p.weight.other, next, sizeof(T))};
     Operand base{p.weight.base, scratch.weight[0], scratch.scales[0], false, {}};
     Operand other{p.weight.other, scratch.weight[1], scratch.scales[1], false, {}};
     const auto rows = [&](const Group& group, int which) {
@@ -197,59 +178,51 @@ struct LinearKernel {
   static void run(const Linear& p, const Block& block, int64_t n0, int64_t n1, void* memory) {
     Scratch& scratch = *static_cast<Scratch*>(memory);
     const int64_t rows = static_cast<int64_t>(block.rows.size());
-    const size_t sums = static_cast<size_t>((n1 - n0 + tile_n - 1) / tile_n * tile_n * rows);
-    for (float* of_matrix : {scratch.sums[0], scratch.sums[1]}) std::memset(of_matrix, 0, sums * sizeof(float));
+    const size_t count = static_cast<size_t>((n1 - n0 + tile_n - 1) / tile_n * tile_n * rows);
+    for (float* sums : {scratch.sums[0], scratch.sums[1]}) std::memset(sums, 0, count * sizeof(float));
     // As many columns of x as the cache holds stay there while rows of the weight pass by.
     const int64_t cached = std::max(block_k, cached_bytes / static_cast<int64_t>(sizeof(X)) / rows / block_k * block_k);
     const int64_t columns = rows <= max_stream_rows ? block.k : cached;
     // Pieces of a few rows are of nearly equal length, for while one is multiplied as much is fetched of the next.
     const int64_t blocks = (block.k + block_k - 1) / block_k, pieces = (blocks + max_stream_blocks - 1) / max_stream_blocks;
-    const int64_t max_columns = rows <= max_stream_rows && pieces ? (blocks + pieces - 1) / pieces * block_k : block_k;
-    const auto at = [&](int64_t n, int64_t k) {
-      const int64_t count = std::min(max_columns, block.k - k);
-      // What ends within a group is converted, which has room for a block.
-      return Piece{n, n1, k, count > block_k && count % group_size ? count / block_k * block_k : count};
-    };
-    for (int64_t begin = 0; begin < block.k; begin += columns) {
-      const int64_t end = std::min(block.k, begin + columns);
-      for (int64_t n = n0; n < n1; n += tile_n)
-        for (Piece piece = at(n, begin), next; piece.n == n; piece = next) {
-          const int64_t k = piece.k + piece.count;
-          next = k < end             ? at(n, k)
-                 : n + tile_n < n1   ? at(n + tile_n, begin)
-                 : end < block.k     ? at(n0, end)
-                                     : at(n, begin);
-          multiply(p, block, piece, next, n0, scratch);
-          if (k >= end) break;
-        }
-    }
+    const int64_t most = rows <= max_stream_rows && pieces ? (blocks + pieces - 1) / pieces * block_k : block_k;
+    for_pieces({tile_n, block_k, most, columns}, n0, n1, block.k,
+               [&](const Piece& piece, const Piece& next) { multiply(p, block, piece, next, n0, scratch); });
+    float sums[2][max_outputs + V::W];
     for (const Group& group : block.groups)
-      for (int i = group.begin; i < group.end; i++) finish(p, block, group.mode, i, n0, n1, scratch);
+      for (int i = group.begin; i < group.end; i++) {
+        for (int which = 0; which < (group.mode == Mode::both ? 2 : 1); which++)
+          for (int64_t n = 0; n < n1 - n0; n += tile_n)
+            std::memcpy(&sums[which][n], &scratch.sums[which][n * rows + i * tile_n], tile_n * sizeof(float));
+        finish(p, block, group.mode, i, n0, n1, sums[0], sums[1]);
+      }
   }
 
-  // λ, the bias and the one rounding.
-  static void finish(const Linear& p, const Block& block, Mode mode, int i, int64_t n0, int64_t n1,
-                     const Scratch& scratch) {
-    float sums[2][max_outputs + V::W];
-    for (int which = 0; which < (mode == Mode::both ? 2 : 1); which++)
-      for (int64_t n = 0; n < n1 - n0; n += tile_n)
-        std::memcpy(&sums[which][n], &scratch.sums[which][n * static_cast<int64_t>(block.rows.size()) + i * tile_n],
-                    tile_n * sizeof(float));
+  // λ, the bias and the one rounding, for the sums of a row: those of `other` only if there are two.
+  static void finish(const Linear& p, const Block& block, Mode mode, int64_t i, int64_t n0, int64_t n1, const float* sums,
+                     const float* other) {
     const T *bias_base = static_cast<const T*>(p.bias.base.data), *bias_target = static_cast<const T*>(p.bias.target.data);
     T* y = static_cast<T*>(const_cast<void*>(p.y.data)) + block.rows[i] * p.y.stride;
     const float lam = block.lam[i];
     for (int64_t n = n0; n < n1; n += V::W) {
       const int64_t at = n - n0, left = n1 - n;
-      V sum = V::load(sums[0] + at);
+      V sum = V::load(sums + at);
       if (mode == Mode::both && lam != 0) {
-        const V other = V::load(sums[1] + at);
-        sum = lam == 1 && has_target(p.weight) ? other : blend(p.weight, lam, sum, other);
+        const V target = V::load(other + at);
+        sum = lam == 1 && has_target(p.weight) ? target : blend(p.weight, lam, sum, target);
       }
       if (bias_base)
         sum = sum + lerp_of<V>(
                         lam, [&] { return load<V>(bias_base + n, left); }, [&] { return load<V>(bias_target + n, left); });
       store(sum, y + n, left);
     }
+  }
+
+  static double multiply_add(int64_t steps) { return dami::multiply_add<V, Dot>(steps); }
+
+  static void prepare(const Matrix& x, bool codes, const Block& block, int64_t first) {
+    RowOfX::write(static_cast<const T*>(x.data) + block.rows[first] * x.stride, block.k, codes,
+                  block.x + first * block.x_stride);
   }
 };
 

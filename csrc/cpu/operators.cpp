@@ -62,7 +62,7 @@ float lam_of(const Lams& lams, int64_t row) {
 
 // Sorts rows [begin, end) of x into groups. `has_target`: whether λ = 1 needs no more than one matrix.
 Block block_of(const Isa& isa, Type type, const Lams& lams, int64_t begin, int64_t end, bool has_target, bool invariant) {
-  const int rows = static_cast<int>(end - begin);
+  const int rows = static_cast<int>(end - begin), of_type = static_cast<int>(type);
   std::vector<float> lam(rows);
   std::vector<int> order(rows);
   for (int i = 0; i < rows; i++) lam[i] = lam_of(lams, begin + i);
@@ -71,29 +71,33 @@ Block block_of(const Isa& isa, Type type, const Lams& lams, int64_t begin, int64
     std::stable_sort(order.begin(), order.end(),
                      [&](int a, int b) { return lam[a] < lam[b] || (std::isnan(lam[b]) && !std::isnan(lam[a])); });
 
-  // Runs of one λ that are worth a group of their own come first, the others share the last group.
   Block block{};
   block.invariant = invariant;
-  std::vector<int> sorted, others;
+  block.panel = rows > max_stream_rows || invariant ? isa.panel[of_type] : 1;
+  const auto add_group = [&](Mode mode, const int* first, const int* last) {
+    const auto at = static_cast<int>(block.rows.size());
+    block.groups.push_back({mode, at, at + static_cast<int>(last - first)});
+    for (; first < last; first++) {
+      block.rows.push_back(begin + *first);
+      block.lam.push_back(lam[*first]);
+    }
+    block.rows.resize(static_cast<size_t>(round_up(static_cast<int64_t>(block.rows.size()), block.panel)), -1);
+    block.lam.resize(block.rows.size());
+  };
+  // Runs of one λ that are worth a group of their own come first, the others share the last group.
+  std::vector<int> others;
   for (int i = 0, j; i < rows; i = j) {
     for (j = i + 1; j < rows && lam[order[j]] == lam[order[i]];) j++;
     const float l = lam[order[i]];
     const Mode mode = l == 0 ? Mode::base : l == 1 && has_target ? Mode::other : Mode::blend;
     const int count = j - i;
-    const bool blends = !invariant && count >= isa.blend_rows[static_cast<int>(type)];
-    if (mode == Mode::blend ? blends : count >= isa.tile_rows || count == rows) {
-      block.groups.push_back({mode, static_cast<int>(sorted.size()), static_cast<int>(sorted.size()) + count});
-      sorted.insert(sorted.end(), order.begin() + i, order.begin() + j);
-    } else {
+    const bool blends = !invariant && count >= isa.blend_rows[of_type];
+    if (mode == Mode::blend ? blends : count >= isa.tile_rows[of_type] || count == rows)
+      add_group(mode, order.data() + i, order.data() + j);
+    else
       others.insert(others.end(), order.begin() + i, order.begin() + j);
-    }
   }
-  if (!others.empty()) block.groups.push_back({Mode::both, static_cast<int>(sorted.size()), rows});
-  sorted.insert(sorted.end(), others.begin(), others.end());
-  for (int i : sorted) {
-    block.rows.push_back(begin + i);
-    block.lam.push_back(lam[i]);
-  }
+  if (!others.empty()) add_group(Mode::both, others.data(), others.data() + others.size());
   return block;
 }
 
@@ -124,7 +128,7 @@ Plan plan_of(const Isa& isa, const Input& input, const std::vector<Linear>& weig
   Plan plan;
   for (size_t w = 0; w < weights.size(); w++) {
     const Linear& p = weights[w];
-    const int64_t rows = p.end - p.begin, count = ceil_div(rows, max_rows);
+    const int64_t rows = p.end - p.begin, count = ceil_div(rows, isa.max_rows[static_cast<int>(input.type)]);
     plan.operations += rows * p.n * input.k;
     plan.outputs += count * p.n;
     if (w > 0 && p.begin < weights[w - 1].end) {
@@ -157,21 +161,28 @@ Blocks blocks_at_once(SharedBlock* first, SharedBlock* end, int64_t x_stride) {
 
 // Writes the rows of x that blocks take as the kernels read them, and says in the blocks where they are.
 Buffer prepare(const Isa& isa, const Input& input, bool codes, Blocks blocks, int64_t x_stride, int threads) {
-  const int type = static_cast<int>(input.type);
-  std::vector<int64_t> rows;
-  for (const SharedBlock& shared : blocks) rows.insert(rows.end(), shared.block.rows.begin(), shared.block.rows.end());
-  const int64_t count = static_cast<int64_t>(rows.size());
-  Buffer prepared = allocate(count * x_stride);
-  char* const x = static_cast<char*>(prepared.get());
-  parallel_for(count, threads_for(count * input.k, threads), [&](int64_t i, int) {
-    isa.prepare_x[type](row_of(input.x, input.type, rows[i]), input.k, codes, x + i * x_stride);
-  });
-  int64_t row = 0;
+  struct Panel {
+    const Block* block;
+    int64_t first;
+  };
+  std::vector<Panel> panels;
+  int64_t rows = 0;
   for (SharedBlock& shared : blocks) {
     Block& block = shared.block;
-    block.x = x + row * x_stride, block.x_stride = x_stride, block.k = input.k;
-    row += static_cast<int64_t>(block.rows.size());
+    const auto count = static_cast<int64_t>(block.rows.size());
+    for (int64_t first = 0; first < count; first += block.panel) panels.push_back({&block, first});
+    rows += count;
   }
+  Buffer prepared = allocate(rows * x_stride);
+  char* x = static_cast<char*>(prepared.get());
+  for (SharedBlock& shared : blocks) {
+    Block& block = shared.block;
+    block.x = x, block.x_stride = x_stride, block.k = input.k;
+    x += static_cast<int64_t>(block.rows.size()) * x_stride;
+  }
+  const auto write = isa.prepare[static_cast<int>(input.type)];
+  parallel_for(static_cast<int64_t>(panels.size()), threads_for(rows * input.k, threads),
+               [&](int64_t i, int) { write(input.x, codes, *panels[i].block, panels[i].first); });
   return prepared;
 }
 
@@ -215,14 +226,17 @@ void linear(const Input& input, const std::vector<Linear>& weights, const Lams& 
   Plan plan = plan_of(isa, input, weights, lams, invariant);
   threads = threads_for(plan.operations / 8, threads);
 
-  const int64_t scratch_bytes = linear_scratch(max_rows);
-  const Buffer scratch = allocate(scratch_bytes * threads);
   const bool codes = std::any_of(weights.begin(), weights.end(), [](const Linear& p) { return has_codes(p.weight); });
   // Rows that lie a multiple of 4 KiB apart would displace each other from L1.
   int64_t x_stride = round_up(isa.x_bytes[type](input.k, codes), 64);
   if (x_stride % 4096 == 0) x_stride += 2048;
   // Wide tasks read x less often, but leave fewer of them to balance.
-  const int64_t width = std::clamp<int64_t>(plan.outputs / (threads * 8) / 16 * 16, 16, max_outputs);
+  const int64_t width = std::clamp<int64_t>(plan.outputs / (threads * 8) / 16 * 16, 16, isa.max_outputs[type]);
+
+  int64_t rows = 0;
+  for (const SharedBlock& shared : plan.blocks) rows = std::max(rows, static_cast<int64_t>(shared.block.rows.size()));
+  const int64_t scratch_bytes = round_up(isa.linear_scratch[type](rows, width), 64);
+  const Buffer scratch = allocate(scratch_bytes * threads);
 
   SharedBlock* const end = plan.blocks.data() + plan.blocks.size();
   for (Blocks blocks{plan.blocks.data(), plan.blocks.data()}; blocks.last < end;) {

@@ -21,9 +21,8 @@ struct PreparedRow {
     return padded * sizeof(X) + codes_x;
   }
 
-  static void write(const void* from, int64_t k, bool codes, void* to) {
+  static void write(const T* numbers, int64_t k, bool codes, void* to) {
     X* const x = static_cast<X*>(to);
-    const T* const numbers = static_cast<const T*>(from);
     fill<V, Dot>(Numbers<V, T>(numbers), k, x);
     if constexpr (two_dots)
       for (int64_t i = 0; codes && i < k; i += CodesDot::block)

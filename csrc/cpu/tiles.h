@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "dots.h"
+#include "pieces.h"
 
 namespace dami {
 
@@ -23,29 +24,11 @@ inline __attribute__((always_inline)) void add_sums(const V (&total)[M][N], floa
   }
 }
 
-// Fetches `bytes` of each of tile_n rows, `stride` apart, while tiles are multiplied: in so many steps, a few lines in each. A
-// core waits for some twenty lines at a time, and the tiles need lines, too.
-class Prefetch {
- public:
-  Prefetch(const char* rows, int64_t stride, int64_t bytes)
-      : rows(rows), stride(stride), lines((bytes + 63) / 64 * tile_n) {}
-  void spread(int64_t steps) { rate = ((lines - line) * one + steps - 1) / steps, due = line * one; }
-  void step() {
-    for (due += rate; line < lines && line * one < due; line++)
-      __builtin_prefetch(rows + line % tile_n * stride + line / tile_n * 64, 0, 2);
-  }
-
- private:
-  static constexpr int64_t one = 1 << 16;  // line, of which `rate` and `due` count parts
-  const char* rows;
-  int64_t stride, lines, line = 0, rate = 0, due = 0;
-};
-
 constexpr int64_t tile_step = 128;  // elements of k from one step of Prefetch to the next
 
 // Adds x[m] · w[n] to sums[m * tile_n + n] for M rows of x, `stride` apart, and tile_n rows of w, over k elements, whole groups.
 template <class V, class Dot, int M>
-void tile(const typename Dot::X* x, int64_t stride, const typename Dot::X* const* w, Prefetch& prefetch, int64_t k,
+void tile(const typename Dot::X* x, int64_t stride, const typename Dot::X* const* w, Prefetch<tile_n>& prefetch, int64_t k,
           float* sums) {
   V total[M][tile_n];
   for (auto& row : total)
@@ -113,7 +96,7 @@ int64_t stream_steps(int64_t height, int64_t k) {
 // The same as `tile` with rows of w as they are stored or converted, as many at a time as the registers have room for, over
 // any number of blocks of k.
 template <class V, class Dot, int M, class Row>
-void stream(const typename Dot::X* x, int64_t stride, const Row* w, Prefetch& prefetch, int64_t k, float* sums) {
+void stream(const typename Dot::X* x, int64_t stride, const Row* w, Prefetch<tile_n>& prefetch, int64_t k, float* sums) {
   constexpr int N = stream_width<Dot>(M);
   if constexpr (!Row::streamed) prefetch.step();
   constexpr int64_t chunk = stream_chunk<Dot>;

@@ -14,10 +14,11 @@ from dami_kernels.tuning.tables import load_table, nearest
 
 SCRATCH = 128 * 2**20  # bytes that a route may take besides x, y and the weight, whatever the model
 TOGETHER = 32  # fewest rows in a row at one λ for which blending their weight is considered
-# With AMX a core multiplies 1024 pairs of bfloat16 in a cycle, without it our kernel 64. A blend in pieces moves some
-# 20 bytes for each weight, about two cycles. So for R rows it is R/1024 + 2 cycles a weight against R/64: the same at
-# 137, and a third at 512. Counted, not measured.
+# With AMX our kernel makes two products for rows at one λ: they cost less than to blend 256 rows' weight. A blend
+# for all rows and one product of torch's take 0.9 of that time with 512 rows and 0.7 with 1024 (N = K = 3072).
 AMX_ROWS = 512
+# If K is no multiple of 32, oneDNN's product by AMX lets a NaN in a row of x into the row before it.
+AMX_K = 32
 # What a processor does in a cycle at best, by architecture: 16-bit operations of its matrix unit, bytes from the L2
 # cache and, on the slowest GPU of its kind, from memory: as in benchmarks/gpus.py, from the makers' publications.
 RATES = {"sm_90": (4096, 38.8, 13.9), "sm_100": (8192, 38.8, 29.1)}
@@ -46,7 +47,7 @@ def route(
     if together >= TOGETHER:
         if measured:
             return nearest(measured, together).one
-        by_amx = device.arch == "amx" and dtype == torch.bfloat16 and together >= AMX_ROWS
+        by_amx = device.arch == "amx" and dtype == torch.bfloat16 and together >= AMX_ROWS and K % AMX_K == 0
         return Route.BLEND if by_amx else _by_count(M, N, K, dtype, format, device, together)
     if measured:
         return nearest(measured, M).mixed if has_float32_results(device) else Route.KERNEL

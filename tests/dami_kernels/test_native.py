@@ -22,8 +22,17 @@ pytestmark = pytest.mark.skipif(native.WHY_NOT is not None, reason=str(native.WH
 ISAS = native.supported_isas() if native.WHY_NOT is None else []
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Rows: one tile and less, two, the first that are blended, several blocks. N and K: less than a vector, whole steps,
-# tails, more than one block along K, more than one tile of outputs.
-SHAPES = [(1, 1, 1), (2, 5, 31), (4, 64, 256), (9, 33, 70), (13, 70, 1056), (40, 67, 2049), (300, 9, 129)]
+# tails, more than one block along K, more than one tile of outputs, and more than one task.
+SHAPES = [
+    (1, 1, 1),
+    (2, 5, 31),
+    (4, 64, 256),
+    (9, 33, 70),
+    (13, 70, 1056),
+    (40, 67, 2049),
+    (300, 9, 129),
+    (35, 600, 544),
+]
 LAMS = {
     "mixed": lambda rows: torch.rand(rows) * 1.4 - 0.2,
     "one": lambda rows: torch.full((rows,), 0.3),

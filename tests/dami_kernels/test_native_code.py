@@ -11,10 +11,12 @@ import pytest
 
 CPU = Path(__file__).resolve().parents[2] / "csrc" / "cpu"
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+AVX512_BF16 = [*AVX512, "-mavx512bf16", "-mavx512vnni"]
 X86 = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
-    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
+    "avx512_bf16": AVX512_BF16,
+    "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
 }
 PLAIN = ["isa", "operators", "parallel", "scalar"]
 
@@ -85,7 +87,9 @@ def test_a_vector_or_dot_that_breaks_its_contract_does_not_compile(
     tmp_path: Path, isa: str, right: str, wrong: str, error: str
 ) -> None:
     """And the compiler says which of its promises is broken."""
-    texts = {name: (CPU / name).read_text() for name in (f"{isa}.cpp", "avx512.h")}  # what a Dot may be written in
+    texts = {
+        name: (CPU / name).read_text() for name in (f"{isa}.cpp", "avx512.h", "avx512_bf16.h")
+    }  # what a Dot may be written in
     assert any(right in text for text in texts.values())
     for name, text in texts.items():
         (tmp_path / name).write_text(text.replace(right, wrong))

@@ -90,11 +90,12 @@ def test_counts_decide_for_many_rows(arch: str, format: str, together: int, way:
 
 
 def test_with_amx_rows_at_one_lam_are_blended_from_some_number_on() -> None:
-    def way(together: int, dtype: torch.dtype = torch.bfloat16, **more: Any) -> Route:
-        return route(4096, 64, 64, dtype, "pair", AMX, together, **more)
+    def way(together: int, dtype: torch.dtype = torch.bfloat16, K: int = 64, **more: Any) -> Route:
+        return route(4096, 64, K, dtype, "pair", AMX, together, **more)
 
     assert [way(rows) for rows in (1, 511, 512, 4096)] == [Route.KERNEL] * 2 + [Route.BLEND] * 2
     assert way(4096, torch.float32) is way(4096, torch.float16) is way(4096, invariant=True) is Route.KERNEL
+    assert way(4096, K=70) is Route.KERNEL  # where oneDNN would let a NaN into another row
     assert tuning.candidates(4096, AMX) == [Route.KERNEL, Route.BLEND]
     assert tuning.candidates(1, AMX) == [Route.KERNEL]  # no product with float32 results
     assert tuning.candidates(1, H100) == [Route.KERNEL, Route.PRODUCTS]
@@ -205,7 +206,7 @@ def test_an_end_has_the_bits_of_that_end_alone(way: Route, end: int) -> None:
 
 @both_ways
 def test_no_row_reaches_another(way: Route) -> None:
-    x, weight, each = torch.randn(64, 70).bfloat16(), packed(150, 70), 64 if way is Route.BLEND else 1
+    x, weight, each = torch.randn(64, 96).bfloat16(), packed(150, 96), 64 if way is Route.BLEND else 1
     lam = torch.rand(64 // each)
     expected = run(way, x, weight, lam, None, each)
     x[5] = torch.nan
@@ -293,7 +294,7 @@ def test_a_cpu_with_amx_takes_the_route(monkeypatch: pytest.MonkeyPatch) -> None
         return plain(*args)
 
     monkeypatch.setattr(products, "lerp_linear", noted)
-    x, weight, bias = torch.randn(2, 512, 70).bfloat16(), packed(40, 70), packed(40)
+    x, weight, bias = torch.randn(2, 512, 96).bfloat16(), packed(40, 96), packed(40)
     lam = torch.tensor(0.3)
     y = lerp_linear(x, weight, lam, bias)
     assert torch.equal(y, F.linear(x, weight.materialize(0.3), bias.materialize(0.3)))

@@ -1,0 +1,79 @@
+// In which pieces `linear` takes a weight, and how the next one is fetched meanwhile.
+#pragma once
+
+#include <algorithm>
+
+#include "api.h"
+
+namespace dami {
+
+// Rows of a weight from n on, of which those from `end` on are not there; columns [k, k + count).
+struct Piece {
+  int64_t n, end, k, count;
+  int64_t row(int64_t i) const { return std::min(n + i, end - 1); }
+  int64_t padded() const { return (count + group_size - 1) / group_size * group_size; }
+};
+
+// How outputs are cut into pieces: so many rows, and up to so many columns, a multiple of `block`; first all rows of the
+// first `columns`, then all rows of the next.
+struct Cut {
+  int64_t rows, block, most, columns;
+};
+
+// Calls f(piece, the next one) for all pieces of the outputs [n0, n1).
+template <class F>
+void for_pieces(const Cut& cut, int64_t n0, int64_t n1, int64_t k, F f) {
+  const auto at = [&](int64_t n, int64_t begin) {
+    const int64_t count = std::min(cut.most, k - begin);
+    // What ends within a group is converted, which has room for a block.
+    return Piece{n, n1, begin, count > cut.block && count % group_size ? count / cut.block * cut.block : count};
+  };
+  for (int64_t begin = 0; begin < k; begin += cut.columns) {
+    const int64_t end = std::min(k, begin + cut.columns);
+    for (int64_t n = n0; n < n1; n += cut.rows)
+      for (Piece piece = at(n, begin), next; piece.n == n; piece = next) {
+        const int64_t after = piece.k + piece.count;
+        next = after < end           ? at(n, after)
+               : n + cut.rows < n1   ? at(n + cut.rows, begin)
+               : end < k             ? at(n0, end)
+                                     : at(n, begin);
+        f(piece, next);
+        if (after >= end) break;
+      }
+  }
+}
+
+// Fetches `bytes` of each of some rows, `stride` apart, while tiles are multiplied: in so many steps, a few lines in each. A
+// core waits for some twenty lines at a time, and the tiles need lines, too.
+template <int rows>
+class Prefetch {
+ public:
+  Prefetch(const char* data, int64_t stride, int64_t bytes) : data(data), stride(stride), lines((bytes + 63) / 64 * rows) {}
+  void spread(int64_t steps) { rate = ((lines - line) * one + steps - 1) / steps, due = line * one; }
+  void step() {
+    for (due += rate; line < lines && line * one < due; line++)
+      __builtin_prefetch(data + line % rows * stride + line / rows * 64, 0, 2);
+  }
+
+ private:
+  static constexpr int64_t one = 1 << 16;  // line, of which `rate` and `due` count parts
+  const char* data;
+  int64_t stride, lines, line = 0, rate = 0, due = 0;
+};
+
+// Of a piece of a matrix, `item` bytes a number if it is dense. Fetches its scales at once: without them nothing begins.
+template <int rows>
+static Prefetch<rows> prefetch_of(const Stored& stored, const Piece& piece, int64_t item) {
+  const bool dense = stored.storage == Storage::dense;
+  const int64_t bits = dense ? 8 * item : stored.storage == Storage::int8 ? 8 : 4;
+  const int64_t stride = stored.data.stride * (dense ? item : 1);
+  for (int i = 0; i < rows && !dense; i++) {
+    const auto* scales = static_cast<const bf16*>(stored.scale.data) + piece.row(i) * stored.scale.stride;
+    for (int64_t k = piece.k; k < piece.k + piece.count; k += group_size * 64 / static_cast<int64_t>(sizeof(bf16)))
+      __builtin_prefetch(scales + k / group_size, 0, 2);
+  }
+  const char* const data = static_cast<const char*>(stored.data.data);
+  return {data + piece.n * stride + piece.k * bits / 8, stride, piece.count * bits / 8};
+}
+
+}  // namespace dami
