@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{facts['device']}, {facts['isa']}, torch {facts['torch']}, {torch.get_num_threads()} threads", flush=True)
     for dtype in options.dtypes:
         models = prepared(DTYPES[dtype], options.formats, options.layers, here.device)
+        models |= in_huge_pages(models)
         for batch in options.batch:
             ids = torch.randint(3, SHAPE["vocab_size"], (batch, PROMPT), device=here.device)
             for (name, lam), model in models.items():
@@ -102,10 +103,15 @@ def prepared(
                 parameter.add_(0.003 * torch.randn_like(parameter))
         patched = patch_model(instruct, thinking, format)
         models |= {(f"{format}, one λ", "one"): patched, (f"{format}, mixed λ", "mixed"): patched}
+    return models
+
+
+def in_huge_pages(models: dict[tuple[str, str | None], Any]) -> dict[tuple[str, str | None], Any]:
+    """Returns copies of the models in huge pages, without those at one λ; none where the system has no such pages."""
     moved = {
         (f"{name}, huge pages", lam): copy.deepcopy(model) for (name, lam), model in models.items() if lam != "one"
     }
-    return models | {key: model for key, model in moved.items() if use_huge_pages(model)}
+    return {key: model for key, model in moved.items() if use_huge_pages(model)}
 
 
 @torch.inference_mode()

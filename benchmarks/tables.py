@@ -649,8 +649,8 @@ def decoding(parts: list[str]) -> str:
     lines = [["ms", *(f"`{method}`" for method in methods)]]
     lines += [[part, *(f"{float(by[method, part]['ms']):.2f}" for method in methods)] for part in parts]
     if decode.STEP in parts:
-        for name, key in ("tokens/s", "tokens_per_s"), ("against plain", "speedup"):
-            lines.append([name, *(by[method, decode.STEP][key] for method in methods)])
+        for name, key in ("tokens/s", "tokens_per_s"), ("against plain", "speedup"), ("compiling, s", "compile_s"):
+            lines.append([name, *(by[method, decode.STEP][key] or "–" for method in methods)])
     return where(rows[0]) + markdown(lines)
 
 

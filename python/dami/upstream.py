@@ -90,6 +90,7 @@ def using(path: str, *names: str) -> Place:
 
 BATCHING = "transformers.generation.continuous_batching"
 STYLES = "transformers.distributed.tensor_parallel"
+CAPTURING = "transformers.utils.output_capturing"
 
 RELIED_ON: dict[str, tuple[Place, ...]] = {
     "dami": (
@@ -170,6 +171,12 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
     ),
     "compiled decoding": (
         Place("torch._dynamo.exc:Unsupported"),
+        keeping(
+            "torch.nn:Module",
+            "_forward_hooks_with_kwargs",
+            "_forward_hooks_always_called",
+            "_forward_pre_hooks_with_kwargs",
+        ),
         Place("transformers:CompileConfig._compile_all_devices"),
         Place("transformers:GenerationMixin._supports_default_dynamic_cache"),
         Place(
@@ -490,6 +497,15 @@ def local_shape_and_offset(tensor: DTensor, mesh: DeviceMesh) -> tuple[tuple[int
 
 # transformers: compiled decoding
 
+HOOKS = "_forward_hooks"  # attribute of a module
+HOOKS_AROUND = (  # attributes that hold the hooks which run before and after a module's forward
+    HOOKS,
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+LAYER_INDEX = "layer_idx"  # attribute of the modules of a layer that read or write the cache
 KEPT_BY_GENERATE = ("_previous_max_cache_length",)  # attributes of a model that `generate` sets
 
 
@@ -498,6 +514,11 @@ def for_any_device(config: C) -> C:
     """Makes transformers compile on the CPU, too."""
     config._compile_all_devices = True  # type: ignore[assignment]
     return config
+
+
+def captures_outputs(hook: Callable[..., Any]) -> bool:
+    """Whether transformers has put a hook on a module to record outputs, such as attention weights."""
+    return getattr(hook, "__module__", None) == CAPTURING
 
 
 @needs("compiled decoding")

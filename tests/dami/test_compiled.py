@@ -14,7 +14,7 @@ from dami import schedules
 from dami.cli import app
 from dami.dial.patch import patch_of
 from dami.estimators import StaticIntensity
-from dami.generation import compiled
+from dami.generation import compiled, regions
 from dami.generation.attention import grouped_attention
 from dami.generation.pieces import CACHE
 from torch import Tensor, nn
@@ -73,8 +73,8 @@ def test_no_kind_of_intensity_compiles_again(model: PreTrainedModel, graphs: Gra
 def test_parts_compile_once_for_all_their_lam(model: PreTrainedModel, graphs: Graphs) -> None:
     for attn, mlp in (0.2, LAM), (LAM, 0.9), ("high", "auto"), (FALLING, 0.0):
         both(model, prompts(), intensity={"attn": attn, ("mlp", 1): mlp})
-    assert len(graphs) == 1
-    both(model, prompts(), intensity={"attn": 0.2, "mlp": 0.3})  # other modules
+    assert len(graphs) == 2  # the layers differ
+    both(model, prompts(), intensity={"attn": 0.2, "mlp": 0.3})  # layers such as the second was
     assert len(graphs) == 2
     both(model, prompts(), intensity={"attn": 0.2, ("mlp", 1): 0.3})
     both(model, prompts(), intensity=0.5)
@@ -100,12 +100,92 @@ def test_families(family: str, graphs: Graphs) -> None:
     assert len(graphs) == count <= 2
 
 
-def test_a_model_that_is_not_one_graph_decodes_in_several_and_says_so(graphs: Graphs) -> None:
-    """Gemma 2 reads a parameter that differs by row."""
+def test_a_model_that_is_not_one_graph_decodes_in_several_and_says_so(
+    graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Gemma 2, which reads a parameter that differs by row, if its layers have no graphs of their own."""
+    monkeypatch.setattr(compiled, "KINDS", 0)
     model = dami.patch_model(*pair("gemma2"))
     with pytest.warns(UserWarning, match="Gemma2ForCausalLM decodes in several graphs, which is slower, as torch"):
         both(model, prompts(), intensity=LAM)
     both(model, prompts(), intensity=LAM[::-1])
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_layers_that_are_alike_share_a_graph(layers: int, graphs: Graphs) -> None:
+    ends = pair("qwen3")
+    for end in ends:
+        deepen(end, layers)
+    model = dami.patch_model(*ends)
+    for lam in (LAM, 0.3):
+        both(model, prompts(), intensity=lam)
+    assert len(graphs) == 1
+    assert len([node for node in graphs[0].graph.nodes if "lerp_linear" in str(node.target)]) == 7
+
+
+def deepen(model: Any, layers: int) -> None:
+    """Gives a model so many layers, each with weights of its own."""
+    first = model.model.layers[0]
+    model.model.layers = nn.ModuleList(copy.deepcopy(first) for _ in range(layers))
+    model.config.num_hidden_layers, model.config.layer_types = layers, model.config.layer_types[:1] * layers
+    with torch.no_grad():
+        for index, layer in enumerate(model.model.layers):
+            layer.self_attn.layer_idx = index
+            for parameter in layer.parameters():
+                parameter.add_(0.05 * index)
+
+
+class Indexed(nn.Module):
+    """An activation that is another one in the first layer."""
+
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x) if self.layer_idx == 0 else F.silu(x)
+
+
+def test_layers_that_ask_for_their_index_are_in_one_graph(model: Any, graphs: Graphs) -> None:
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.act_fn = Indexed(index)
+    for lam in (LAM, 0.3):
+        both(model, prompts(), intensity=lam)
+    assert len(graphs) == 1
+    calls = [node for node in graphs[0].graph.nodes if node.target is F.scaled_dot_product_attention]
+    assert len(calls) == len(model.model.layers)
+
+
+def test_the_index_of_any_layer_is_only_handed_on() -> None:
+    for use in (bool, hash, str, [0].__getitem__, lambda index: index == 0, lambda index: index != 0):
+        with pytest.raises(TypeError, match="a layer that is compiled for all that are alike asks for its index"):
+            use(regions.OWN)  # type: ignore[operator]
+    layer, new = StaticCache(config=pair("qwen3")[0].config, max_cache_len=8).layers[0], torch.ones(1, 2, 1, 8)
+    one = regions.OneLayer(layer)
+    assert one.update(new, new, regions.OWN)[0].shape[2] == 8
+    assert one.get_seq_length(regions.OWN) == 1
+    with pytest.raises(TypeError, match="a layer reads what another has cached"):
+        one.update(new, new, 0)
+    with pytest.raises(TypeError, match="a layer reads how much another has cached"):
+        one.get_seq_length(0)
+
+
+def test_recorded_outputs(model: Any, graphs: Graphs) -> None:
+    """Those of the last token. Hidden states are taken around the layers, attention weights inside: in one graph."""
+    inputs, options = prompts(), {**OPTIONS, "intensity": LAM, "return_dict_in_generate": True}
+    for name, count in {"hidden_states": 1, "attentions": 2}.items():
+        if name == "attentions":
+            model.set_attn_implementation("eager")
+        found, wanted = (
+            getattr(model.generate(**inputs, **options, **{f"output_{name}": True}, compile=compile), name)
+            for compile in (True, False)
+        )
+        for step, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a[..., -1, : b.shape[-1]], b[..., -1, :], msg=f"{name} of step {step}")
+        assert len(graphs) == count
+    both(model, inputs, intensity=LAM)
+    assert len(graphs) == 3, "another attention, but not another graph for each layer"
 
 
 def test_guidance(model: PreTrainedModel, graphs: Graphs) -> None:
@@ -211,7 +291,7 @@ def test_a_step_costs_little_beside_its_kernels(
 
     def compile(run: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         call = compiles(run, **options)
-        return lambda **inputs: seen.append(torch.is_inference_mode_enabled()) or call(**inputs)
+        return lambda *inputs, **named: seen.append(torch.is_inference_mode_enabled()) or call(*inputs, **named)
 
     monkeypatch.setattr(compiled, "of_inputs", count)
     monkeypatch.setattr(torch, "compile", compile)
@@ -221,10 +301,10 @@ def test_a_step_costs_little_beside_its_kernels(
     kept, among = counts[0]
     assert 10 < kept < among / 10
     # The operators' kernel for autograd's key, which is in Python, is left out in inference mode.
-    assert seen == [True] * (OPTIONS["max_new_tokens"] - 1)
+    assert seen == [True] * (OPTIONS["max_new_tokens"] - 1) * model.config.num_hidden_layers
     assert model.config._attn_implementation == "sdpa"
     calls = [node.args for node in graphs[0].graph.nodes if node.target is F.scaled_dot_product_attention]
-    assert len(calls) == model.config.num_hidden_layers
+    assert len(calls) == 1
     heads = {operand.meta["example_value"].shape[1] for call in calls for operand in call[:3]}
     assert heads == {model.config.num_key_value_heads}
 
@@ -312,7 +392,7 @@ def test_a_step_touches_nothing_on_the_host(model: Any, graphs: Graphs) -> None:
         model(torch.empty(4, 3, dtype=torch.int64, device="meta"), **sequences)
         lam = sequences.pop("intensity")
         patch_of(model).dial.lam = lam
-        call = compiled.compiled_call(model)
+        call = compiled.compiled_call(model, {})
         logits = call(input_ids=torch.empty(4, 1, dtype=torch.int64, device="meta"), **sequences).logits
     assert logits.device.type == "meta"
     values = [node.meta.get("example_value") for node in graphs[0].graph.nodes]

@@ -87,7 +87,7 @@ TopPOption = Annotated[
 ]
 TopKOption = Annotated[int | None, typer.Option(min=0, help="Sample from this many likeliest tokens. 0 means all.")]
 CompileOption = Annotated[
-    bool, typer.Option("--compile", help="Compile the decoding step first, which takes minutes. Pays for long answers.")
+    bool, typer.Option("--compile", help="Compile the decoding step first. Pays for long answers.")
 ]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="The most rows in a batch. A prompt takes one row per λ.")]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -75,7 +75,7 @@ class Patch:
         head: the hook on a head that is not part of the patch.
         shared: the weight that the head shared with the embedding, if patching gave the head a weight of its own.
         chosen: λ that the estimator chose in the last `generate` that asked it, by the prompt's index.
-        compiled: forward passes that `generation.compiled` has compiled, by the structure of the model then.
+        compiled: what `generation.compiled` has compiled, by the structure of the layer or model then.
     """
 
     dial: Dial
@@ -97,7 +97,7 @@ class Patch:
     head: RemovableHandle | None = None
     shared: nn.Parameter | None = None
     chosen: Mapping[int, float] = field(default_factory=dict)
-    compiled: dict[Hashable, Callable[..., Any]] = field(default_factory=dict)
+    compiled: dict[Hashable, Any] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out `with` blocks and a running `generate`: a copy is in neither; and compiled graphs."""

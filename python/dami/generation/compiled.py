@@ -1,6 +1,7 @@
 """Decodes by a compiled step: `generate(compile=True)`.
 
-transformers' `generate` compiles the forward pass of a step if its cache is static. Three things are added here. The
+transformers' `generate` compiles the forward pass of a step if its cache is static. Four things are added here. On a
+CPU, layers that are alike share one graph, so that a deep model compiles no longer than a shallow one (`regions`). The
 cache has room for a power of two, so that one graph serves many lengths. Torch's guards on the model, hundreds for each
 layer, are not evaluated before every token, which would take as long as some of the layers: `structure` tells once per
 call whether what they are about has changed. And attention does not copy the cache for heads that share it.
@@ -8,6 +9,7 @@ call whether what they are about has changed. And attention does not copy the ca
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,16 +18,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CompileConfig, PreTrainedConfig
+from transformers import CompileConfig, PreTrainedConfig, StaticCache
 
-from dami.dial.patch import patch_of
 from dami.dial.state import ModuleState
 from dami.generation.attention import GROUPED
+from dami.generation.pieces import CACHE
+from dami.generation.regions import Graph, Region, by_graphs, entered, regions_of
 from dami.generation.steering import SEVERAL_STEPS_IN_ONE, option
-from dami.upstream import KEPT_BY_GENERATE, attention_of, compiles_steps, for_any_device, unsupported
+from dami.upstream import HOOKS_AROUND, KEPT_BY_GENERATE, attention_of, compiles_steps, for_any_device, unsupported
 
 LEAST_ROOM = 256  # tokens
-GRAPHS = 8  # of one model that are kept: with parts at a λ of their own, with an adapter, in another dtype
+KINDS = 4  # of layers that get a graph each; a model that has more of them is one graph
+GRAPHS = 16  # of one model that are kept: with parts at a λ of their own, with an adapter, in another dtype
+RECORDED = ("output_attentions", "output_router_logits")  # what transformers takes from inside layers, by hooks
+
+Known = dict[Hashable, Any]  # what has been compiled for a model, by the structure of the model or of a layer
 
 
 class StepConfig(CompileConfig):
@@ -91,30 +98,70 @@ def how(device: torch.device) -> dict[str, Any]:
     }
 
 
-def compiled_call(model: Any) -> Callable[..., Any]:
-    """Returns a patched model's compiled forward pass, as the model is now. Call it until the model changes."""
-    calls, key = patch_of(model).compiled, structure(model)
-    if key not in calls:
-        while len(calls) >= GRAPHS:
-            del calls[next(iter(calls))]
-        calls[key] = _compiled(model)
-    return calls[key]
+def compiled_call(model: Any, known: Known) -> Callable[..., Any]:
+    """Returns a model's compiled forward pass, as the model is now. Call it until the model changes.
 
+    On a CPU, each layer runs by the graph of its kind, and what is around the layers as it is. A GPU captures all of a
+    step, so there the model is one graph; and so is a model whose layers are of many kinds or cannot have such graphs.
 
-def _compiled(model: Any) -> Callable[..., Any]:
-    """Returns a model's forward pass, to be compiled when it is first called."""
-    wanted = how(model.device)
-    options = wanted.get("options", {})
-    one_graph = torch.compile(_alone(model), **{**wanted, "options": {**options, "guard_filter_fn": of_inputs}})
-    calls = [one_graph]
+    Args:
+        model: a model of transformers.
+        known: what has been compiled for it, for this function to use and to add to.
+    """
+    layers = functools.cache(lambda: _layers(model, known))  # when the prompt is read, which may put hooks on modules
+    one_graph = functools.cache(lambda: _kept(known, structure(model), _compiled, model))
 
     @torch.inference_mode()  # without it, the operators would ask Python whether a gradient is wanted
     def call(**inputs: Any) -> Any:
+        cache, graphs = inputs.get(CACHE), layers()
+        records = any(inputs.get(name, getattr(model.config, name, False)) for name in RECORDED)
+        if not graphs or records or type(cache) is not StaticCache or any(graph.failed for graph in graphs.values()):
+            return one_graph()(**inputs)
+        with by_graphs(graphs, cache):
+            return model(**inputs)
+
+    return call
+
+
+def _layers(model: Any, known: Known) -> dict[Region, Graph]:
+    """Returns the layers of a model with their graphs; none where the model is to be one graph."""
+    regions = regions_of(model) if model.device.type == "cpu" else []
+    with entered(regions):
+        kinds = {region: structure(region.layer, HOOKS_AROUND) for region in regions}
+    if len({*kinds.values()}) > KINDS:
+        return {}
+    return {
+        region: _kept(known, kind, _graph, model.device, type(region.layer).forward) for region, kind in kinds.items()
+    }
+
+
+def _kept(known: Known, key: Hashable, make: Callable[..., Any], *given: Any) -> Any:
+    """Returns what is known by a key, and makes it if need be. Only what was used last is kept."""
+    known[key] = known.pop(key) if key in known else make(*given)
+    while len(known) > GRAPHS:
+        del known[next(iter(known))]
+    return known[key]
+
+
+def _graph(device: torch.device, forward: Callable[..., Any]) -> Graph:
+    """Returns the graph of a module's forward pass."""
+    wanted = how(device)
+    options = {**wanted.pop("options", {}), "guard_filter_fn": of_inputs}
+    return Graph(torch.compile(_alone(forward), **wanted, options=options))
+
+
+def _compiled(model: Any) -> Callable[..., Any]:
+    """Returns a model's forward pass as one graph, or as several where torch cannot make one."""
+    graph = _graph(model.device, nn.Module.__call__)
+    several = torch.compile(_alone(nn.Module.__call__), **{**how(model.device), "fullgraph": False})  # with all guards
+
+    def call(**inputs: Any) -> Any:
+        if graph.failed:
+            return several(model, **inputs)
         try:
-            return calls[-1](**inputs)
+            return graph.run(model, **inputs)
         except unsupported() as error:
-            if calls[-1] is not one_graph:
-                raise
+            graph.failed = True
             said = str(error).splitlines()[0]
             warnings.warn(
                 f"dami: {type(model).__name__} decodes in several graphs, which is slower, as torch cannot make one of "
@@ -122,17 +169,16 @@ def _compiled(model: Any) -> Callable[..., Any]:
                 UserWarning,
                 stacklevel=2,
             )
-            calls.append(torch.compile(_alone(model), **{**wanted, "fullgraph": False}))  # with all guards
-            return calls[-1](**inputs)
+            return several(model, **inputs)
 
     return call
 
 
-def _alone(model: Any) -> Callable[..., Any]:
-    """Returns a function that calls a model, with code of its own, by which torch finds what it has compiled for it."""
+def _alone(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function of a module and its inputs. By its code, which is its own, torch finds what it compiled."""
 
-    def run(**inputs: Any) -> Any:
-        return model(**inputs)
+    def run(module: nn.Module, *inputs: Any, **named_inputs: Any) -> Any:
+        return forward(module, *inputs, **named_inputs)
 
     return FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)
 
@@ -149,14 +195,18 @@ def of_inputs(guards: Sequence[Any]) -> list[bool]:
     ]
 
 
-def structure(model: nn.Module) -> Hashable:
-    """Returns what a graph of a model depends on: its modules, their settings, and shapes and dtypes of its tensors.
+def structure(model: nn.Module, left_out: Sequence[str] = KEPT_BY_GENERATE) -> Hashable:
+    """Returns what a graph of a module depends on: its modules, their settings, and shapes and dtypes of its tensors.
 
     Not among it are the addresses and values of tensors, and λ: a compiled forward pass reads these at every call.
+
+    Args:
+        model: a module.
+        left_out: attributes of this module itself that do not count.
     """
     shares: dict[int, int] = {}
     return tuple(
-        (name, type(module), _frozen({k: v for k, v in vars(module).items() if k not in KEPT_BY_GENERATE}, shares))
+        (name, type(module), _frozen({k: v for k, v in vars(module).items() if name or k not in left_out}, shares))
         for name, module in model.named_modules()
     )
 
@@ -173,6 +223,6 @@ def _frozen(value: Any, shares: dict[int, int]) -> object:
         return _frozen(vars(value), shares)
     if isinstance(value, ModuleState):
         shared = [shares.setdefault(id(each), len(shares)) for each in (value.part or value.dial, value.running)]
-        return *shared, _frozen(value.settings, shares), repr(value.stored), value.running.invariant
+        return *shared, value.part is None, _frozen(value.settings, shares), repr(value.stored), value.running.invariant
     plain = (bool, int, float, str, frozenset, torch.dtype, torch.device, FunctionType)
     return value if isinstance(value, plain) else frozenset(value) if isinstance(value, set) else type(value)

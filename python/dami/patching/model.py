@@ -205,8 +205,8 @@ class PairModel(LerpModel, GenerationMixin):
                 that begin alike are read once.
             prompt_tail: how many tokens at the end of each prompt are read at `intensity` all the same: one number, or
                 one per prompt; 1 by default. At 0, the first token of the answer comes from `prompt_intensity`, too.
-            compile: whether to decode by a compiled step, which a GPU captures as a graph. The first call compiles,
-                which takes minutes; another λ does not compile again.
+            compile: whether to decode by a compiled step, which a GPU captures as a graph. The first call compiles;
+                another λ does not compile again.
         """
         if compile is not None and not isinstance(compile, bool):
             raise TypeError(f"compile must be True or False, got {compile!r}")
@@ -239,7 +239,7 @@ class PairModel(LerpModel, GenerationMixin):
     def get_compiled_call(self, compile_config: Any) -> Any:
         """Like transformers' own. `generate` asks for it once, for all steps."""
         ours = isinstance(compile_config, StepConfig)
-        return compiled_call(self) if ours else super().get_compiled_call(compile_config)
+        return compiled_call(self, self.dami_patch.compiled) if ours else super().get_compiled_call(compile_config)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Like transformers' own. `generate` calls it before each forward pass, so λ is updated here."""
