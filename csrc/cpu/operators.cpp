@@ -119,7 +119,7 @@ struct SharedBlock {
 
 struct Plan {
   std::vector<SharedBlock> blocks;
-  int64_t operations = 0;
+  int64_t work = 0;  // for threads_for
   int64_t outputs = 0;  // features of all weights, once for every block that takes them
 };
 
@@ -129,7 +129,7 @@ Plan plan_of(const Isa& isa, const Input& input, const std::vector<Linear>& weig
   for (size_t w = 0; w < weights.size(); w++) {
     const Linear& p = weights[w];
     const int64_t rows = p.end - p.begin, count = ceil_div(rows, isa.max_rows[static_cast<int>(input.type)]);
-    plan.operations += rows * p.n * input.k;
+    plan.work += std::max(rows / 8, count) * p.n * input.k;  // few rows wait for each weight as long as for eight products
     plan.outputs += count * p.n;
     if (w > 0 && p.begin < weights[w - 1].end) {
       for (SharedBlock& shared : plan.blocks) shared.last = w + 1;
@@ -224,7 +224,7 @@ void linear(const Input& input, const std::vector<Linear>& weights, const Lams& 
   const Isa& isa = dami::isa();
   const int type = static_cast<int>(input.type);
   Plan plan = plan_of(isa, input, weights, lams, invariant);
-  threads = threads_for(plan.operations / 8, threads);
+  threads = threads_for(plan.work, threads);
 
   const bool codes = std::any_of(weights.begin(), weights.end(), [](const Linear& p) { return has_codes(p.weight); });
   // Rows that lie a multiple of 4 KiB apart would displace each other from L1.
