@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import dami
 import torch
 from dami.generation.attention import GROUPED
 from dami.generation.compiled import LEAST_ROOM, StepConfig, compiled_call
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     times = interleaved(steps, options.seconds)
     bandwidth = max(here.bandwidth() for _ in range(3))
     for name, case in cases.items():
-        parts = {STEP: times[name].median, LEAST: nbytes(case.model) / bandwidth}
+        parts = {STEP: times[name].median, LEAST: nbytes(case) / bandwidth}
         parts |= where(partial(answer, case.model, ids, case.lam, **case.options), options.tokens)
         rows = [
             row(name, part, seconds, times[name], times["plain"], compiling.get(name))
@@ -130,9 +131,11 @@ def compiled(model: Any, lam: str | None) -> Case:
     return Case(model, lam, {**STATIC, "compile_config": for_any_device(StepConfig())})
 
 
-def nbytes(model: Any) -> int:
-    """Returns the bytes of a model's weights, all of which a step reads: the embedding is also the head."""
-    return sum(parameter.nbytes for parameter in model.parameters())
+def nbytes(case: Case) -> int:
+    """Returns the bytes of a model's weights as stored, all of which a step reads: the embedding is also the head."""
+    if case.lam is not None:
+        return dami.describe(case.model).nbytes
+    return sum(parameter.nbytes for parameter in case.model.parameters())
 
 
 @torch.inference_mode()
