@@ -362,8 +362,9 @@ def estimator_gains() -> str:
     lines = [["λ by", *(f"`{pair.removeprefix('zoo/')}`: gain, won" for pair in pairs)]]
     for policy in dict.fromkeys(policy for _, policy in rows):
         if policy.startswith(GAINS):
-            some = [rows[pair, policy] for pair in pairs]
-            lines.append([policy, *(f"{100 * float(row['gain']):+.1f}, {won_of_room(row)}" for row in some)])
+            some = [rows.get((pair, policy)) for pair in pairs]
+            cells = [f"{100 * float(row['gain']):+.1f}, {won_of_room(row)}" if row else "—" for row in some]
+            lines.append([policy, *cells])
     return markdown(lines)
 
 
