@@ -327,7 +327,7 @@ def study_paths() -> str:
     lines = [["path from the instruct end to", *heads]]
     for name, path in {"the thinking end": study.pair, **study.controls}.items():
         of = path.barriers
-        named = {"the thinking end": name, PERMUTED: "the same, permuted"}.get(name, "the unrelated run")
+        named = "the same, permuted" if name == PERMUTED else name
         losses = [within(of[kind].height, 1, 2) for kind in ("both", "answer")]
         lines.append([named, *losses, within(of["error"].height, 100, 0)])
     return markdown(lines)
