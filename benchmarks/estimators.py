@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, help="ask only so many, at six λ, for estimator_pairs.csv alone")
     parser.add_argument("--calibration", type=int, default=128, help="prompts to calibrate on (default: %(default)s)")
     parser.add_argument(
-        "--unlabelled", action="store_true", help="leave out what learns from the answers in --training: it needs none"
+        "--calibrated", action="store_true", help="only the ends, the pair's estimator and the calibration; no times"
     )
     parser.add_argument("--work", type=Path, default=Path("estimators-run"), help="where answers go (%(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
@@ -80,11 +80,13 @@ def main() -> None:
 
     policies = {f"λ = {lam:g}": static_policy(frontier, lam) for lam in (0.0, 1.0)}
     policies |= preference_policies(asked, frontier, preference)
-    if not options.unlabelled:
-        policies |= taught_policies(asked, frontier, preference)
-    of_trials, studied = confidence_policies(asked, frontier, prompts)
-    calibrated, of_calibration = calibrated_policies(asked, frontier, options.calibration, work / "calibration")
-    policies |= of_trials | of_calibration | oracle_policies(asked, frontier, records)
+    studied: dict[str, float] = {}
+    if not options.calibrated:
+        of_trials, studied = confidence_policies(asked, frontier, prompts)
+        policies |= taught_policies(asked, frontier, preference) | of_trials
+    alone = () if options.calibrated else tuple(SIGNALS)
+    calibrated, of_calibration = calibrated_policies(asked, frontier, options.calibration, alone, work / "calibration")
+    policies |= of_calibration | oracle_policies(asked, frontier, records)
     about = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -93,7 +95,8 @@ def main() -> None:
         "samples": asked.samples,
     }
     rows = [about | {"policy": name} | played(name, *policy) for name, policy in policies.items()]
-    times = overhead(asked, prompts, {"preference": preference, "calibrated": calibrated})
+    estimators: dict[str, Estimator] = {"preference": preference, "calibrated": calibrated}
+    times = {} if options.calibrated else overhead(asked, prompts, estimators)
     pair = {"pair": options.pair, "tuned_on": asked.tuned_on}
     samples = [Frontier.of([r for r in records if r.sample == place]) for place in range(asked.samples)]
     compared = [
@@ -104,7 +107,7 @@ def main() -> None:
     store(compared, options.results / "estimator_pairs.csv")
     for name, value in studied.items():
         print(f"{name:70} {value:.3f}")
-    if options.questions or options.pair.startswith("zoo/"):
+    if options.questions or options.calibrated or options.pair.startswith("zoo/"):
         return
     kept = [{key: value for key, value in row.items() if not key.startswith(LATER)} for row in rows]
     store(kept, options.results / f"estimators_{options.pair}.csv")
@@ -191,9 +194,9 @@ def confidence_policies(
 
 
 def calibrated_policies(
-    asked: Subject, frontier: Frontier, count: int, directory: Path
+    asked: Subject, frontier: Frontier, count: int, alone: Sequence[str], directory: Path
 ) -> tuple[CalibratedEstimator, dict[str, Policy]]:
-    """Calibrates on `count` prompts. Returns the estimator, its policies, and those of single signals."""
+    """Calibrates on `count` prompts. Returns the estimator, its policies, and those of signals alone."""
     model, tokenizer, rows = asked.model, asked.tokenizer, asked.rows
     task = Unlabelled.of(unlabelled(asked, count))
     prompts = [question.question for question in task.questions]
@@ -207,11 +210,11 @@ def calibrated_policies(
     for price in PRICES:
         chosen = estimator.at(price).choose(features).double().numpy().round(6)
         policies[f"calibrated, price {price:g}"] = frontier, chosen, extra
-    for name in SIGNALS:
-        alone = Signature((name,), estimator.features.tokens)
-        fitted = fitted_to(agreement, signals_of(model, tokenizer, task, alone, rows), alone, PRICE)
-        chosen = fitted.choose(features_of(model, tokenizer, asked.task, alone, rows)).double().numpy().round(6)
-        policies[f"calibrated on {name} alone"] = frontier, chosen, signal_tokens(frontier, alone)
+    for name in alone:
+        read = Signature((name,), estimator.features.tokens)
+        fitted = fitted_to(agreement, signals_of(model, tokenizer, task, read, rows), read, PRICE)
+        chosen = fitted.choose(features_of(model, tokenizer, asked.task, read, rows)).double().numpy().round(6)
+        policies[f"calibrated on {name} alone"] = frontier, chosen, signal_tokens(frontier, read)
     return estimator, policies
 
 

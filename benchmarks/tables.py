@@ -387,7 +387,11 @@ def estimator_pairs(policy: str) -> str:
         shown = [rows[pair, "λ = 0"], rows[pair, "λ = 1"], row]
         cells = [f"{100 * float(each['accuracy']):.1f}, {float(each['tokens']):.1f}" for each in shown]
         cells += [change(row, "gain"), f"{float(row['aes']):.2f}"]
-        cells += [f"{100 * float(row['incomplete']):.1f}", won_of_room(row), f"{float(row['time']):.2f}"]
+        cells += [
+            f"{100 * float(row['incomplete']):.1f}",
+            won_of_room(row),
+            f"{float(row['time']):.2f}".replace("nan", "–"),
+        ]
         lines.append([f"`{pair.removeprefix('zoo/')}`" + ("" if row["tuned_on"] == "True" else ", unseen"), *cells])
     return markdown(lines)
 
@@ -395,13 +399,12 @@ def estimator_pairs(policy: str) -> str:
 def estimator_gains() -> str:
     """Tabulates the gain of policies at the default price on each pair, and what of the room they win, in points."""
     rows = by_pair()
-    pairs = list(dict.fromkeys(pair for pair, _ in rows))
+    pairs = [pair for pair, policy in rows if policy == "calibrated on states alone"]  # of which all was measured
     lines = [["λ by", *(f"`{pair.removeprefix('zoo/')}`: gain, won" for pair in pairs)]]
     for policy in dict.fromkeys(policy for _, policy in rows):
         if policy.startswith(GAINS):
-            some = [rows.get((pair, policy)) for pair in pairs]
-            cells = [f"{100 * float(row['gain']):+.1f}, {won_of_room(row)}" if row else "—" for row in some]
-            lines.append([policy, *cells])
+            some = [rows[pair, policy] for pair in pairs]
+            lines.append([policy, *(f"{100 * float(row['gain']):+.1f}, {won_of_room(row)}" for row in some)])
     return markdown(lines)
 
 
