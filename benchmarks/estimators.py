@@ -8,6 +8,7 @@ for each estimator that pairs are compared by to `results/estimator_pairs.csv`.
               python examples/train_pair/estimator.py
     smollm2   SmolLM2-135M and its thinking adapter, sums and facts by halves, at six λ, greedily; the directory is
               that of python examples/smollm2/estimator.py
+    smollm2-sampled   the same pair, three samples at temperature 0.8
     zoo/NAME  a pair of python -m benchmarks.zoo, at six λ, eight samples of each; its estimator is trained here
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -46,7 +47,6 @@ from benchmarks.subjects import FIFTHS, Subject, names, subject, unlabelled
 PRICES = (0.1, 0.2, 0.3, 0.5, 1.0)
 PRICE = 0.2  # the default
 TRIALS = (1, 3, 20)  # tokens
-CALIBRATION = 128  # prompts
 COUNTED = ", its tokens counted"
 LATER = ("incomplete", "aes")  # measures that estimators_PAIR.csv does not have
 
@@ -59,6 +59,10 @@ def main() -> None:
     parser.add_argument("pair", choices=names())
     parser.add_argument("--training", type=Path, help="directory of the estimator's training, but for the zoo")
     parser.add_argument("--questions", type=int, help="ask only so many, at six λ, for estimator_pairs.csv alone")
+    parser.add_argument("--calibration", type=int, default=128, help="prompts to calibrate on (default: %(default)s)")
+    parser.add_argument(
+        "--calibrated", action="store_true", help="only the ends, the pair's estimator and the calibration; no times"
+    )
     parser.add_argument("--work", type=Path, default=Path("estimators-run"), help="where answers go (%(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     options = parser.parse_args()
@@ -70,16 +74,19 @@ def main() -> None:
         asked = replace(asked, lams=FIFTHS)
     records = answers(asked, work / "records.jsonl")
     frontier = Frontier.of(records)
-    known = Frontier.of(read_records(asked.training / "records.jsonl"))
     preference = patch_of(asked.model).estimator
     assert isinstance(preference, PreferenceEstimator)
     prompts = batches_of_prompts(asked)
 
-    policies = static_policies(frontier, known)
-    policies |= preference_policies(asked, frontier, preference, trained_router(asked, known, preference))
-    of_trials, studied = confidence_policies(asked, frontier, prompts)
-    calibrated, of_calibration = calibrated_policies(asked, frontier, work / "calibration")
-    policies |= of_trials | of_calibration | oracle_policies(asked, frontier, records)
+    policies = {f"λ = {lam:g}": static_policy(frontier, lam) for lam in (0.0, 1.0)}
+    policies |= preference_policies(asked, frontier, preference)
+    studied: dict[str, float] = {}
+    if not options.calibrated:
+        of_trials, studied = confidence_policies(asked, frontier, prompts)
+        policies |= taught_policies(asked, frontier, preference) | of_trials
+    alone = () if options.calibrated else tuple(SIGNALS)
+    calibrated, of_calibration = calibrated_policies(asked, frontier, options.calibration, alone, work / "calibration")
+    policies |= of_calibration | oracle_policies(asked, frontier, records)
     about = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -88,7 +95,8 @@ def main() -> None:
         "samples": asked.samples,
     }
     rows = [about | {"policy": name} | played(name, *policy) for name, policy in policies.items()]
-    times = overhead(asked, prompts, {"preference": preference, "calibrated": calibrated})
+    estimators: dict[str, Estimator] = {"preference": preference, "calibrated": calibrated}
+    times = {} if options.calibrated else overhead(asked, prompts, estimators)
     pair = {"pair": options.pair, "tuned_on": asked.tuned_on}
     samples = [Frontier.of([r for r in records if r.sample == place]) for place in range(asked.samples)]
     compared = [
@@ -99,7 +107,7 @@ def main() -> None:
     store(compared, options.results / "estimator_pairs.csv")
     for name, value in studied.items():
         print(f"{name:70} {value:.3f}")
-    if options.questions or options.pair.startswith("zoo/"):
+    if options.questions or options.calibrated or options.pair.startswith("zoo/"):
         return
     kept = [{key: value for key, value in row.items() if not key.startswith(LATER)} for row in rows]
     store(kept, options.results / f"estimators_{options.pair}.csv")
@@ -138,24 +146,29 @@ def trained_router(asked: Subject, known: Frontier, preference: PreferenceEstima
     return PreferenceEstimator((0.0, 1.0), preference.features, weights)
 
 
-def static_policies(frontier: Frontier, known: Frontier) -> dict[str, Policy]:
-    """Returns the policies of both ends, and of the λ that did best on the training questions."""
+def static_policy(frontier: Frontier, lam: float) -> Policy:
+    return frontier, np.full(len(frontier), lam), 0.0
+
+
+def taught_policies(asked: Subject, frontier: Frontier, preference: PreferenceEstimator) -> dict[str, Policy]:
+    """Returns what the answers to the training questions teach: the best static λ, and a router."""
+    known = Frontier.of(read_records(asked.training / "records.jsonl"))
     best = known.best_static(known, tokens=float(known.tokens[:, -1].mean())).intensity
-    names = {"λ = 0": 0.0, "λ = 1": 1.0, f"best static λ of the training questions: {best:g}": best}
-    return {name: (frontier, np.full(len(frontier), lam), 0.0) for name, lam in names.items()}
+    policies = {f"best static λ of the training questions: {best:g}": static_policy(frontier, best)}
+    router = trained_router(asked, known, preference)
+    features = features_of(asked.model, asked.tokenizer, asked.task, preference.features, asked.rows)
+    for price in PRICES:
+        policies[f"router, price {price:g}"] = frontier, router.at(price).choose(features).double().numpy(), 0.0
+    return policies
 
 
-def preference_policies(
-    asked: Subject, frontier: Frontier, preference: PreferenceEstimator, router: PreferenceEstimator
-) -> dict[str, Policy]:
+def preference_policies(asked: Subject, frontier: Frontier, preference: PreferenceEstimator) -> dict[str, Policy]:
     features = features_of(asked.model, asked.tokenizer, asked.task, preference.features, asked.rows)
     policies: dict[str, Policy] = {}
     for price in PRICES:
         chosen = preference.at(price).choose(features).double().numpy().round(6)
         policies[f"preference, price {price:g}"] = frontier, chosen, 0.0
         policies[f"its λ at random, price {price:g}"] = frontier, at_random(frontier, chosen), 0.0
-    for price in PRICES:
-        policies[f"router, price {price:g}"] = frontier, router.at(price).choose(features).double().numpy(), 0.0
     return policies
 
 
@@ -181,11 +194,11 @@ def confidence_policies(
 
 
 def calibrated_policies(
-    asked: Subject, frontier: Frontier, directory: Path
+    asked: Subject, frontier: Frontier, count: int, alone: Sequence[str], directory: Path
 ) -> tuple[CalibratedEstimator, dict[str, Policy]]:
-    """Calibrates without labels. Returns the estimator, its policies, and those of each signal alone."""
+    """Calibrates on `count` prompts. Returns the estimator, its policies, and those of signals alone."""
     model, tokenizer, rows = asked.model, asked.tokenizer, asked.rows
-    task = Unlabelled.of(unlabelled(asked, CALIBRATION))
+    task = Unlabelled.of(unlabelled(asked, count))
     prompts = [question.question for question in task.questions]
     found = calibrate(model, tokenizer, prompts, directory, FIFTHS, rows=rows, **asked.calibration)
     estimator = found.stored.estimator
@@ -197,11 +210,11 @@ def calibrated_policies(
     for price in PRICES:
         chosen = estimator.at(price).choose(features).double().numpy().round(6)
         policies[f"calibrated, price {price:g}"] = frontier, chosen, extra
-    for name in SIGNALS:
-        alone = Signature((name,), estimator.features.tokens)
-        fitted = fitted_to(agreement, signals_of(model, tokenizer, task, alone, rows), alone, PRICE)
-        chosen = fitted.choose(features_of(model, tokenizer, asked.task, alone, rows)).double().numpy().round(6)
-        policies[f"calibrated on {name} alone"] = frontier, chosen, signal_tokens(frontier, alone)
+    for name in alone:
+        read = Signature((name,), estimator.features.tokens)
+        fitted = fitted_to(agreement, signals_of(model, tokenizer, task, read, rows), read, PRICE)
+        chosen = fitted.choose(features_of(model, tokenizer, asked.task, read, rows)).double().numpy().round(6)
+        policies[f"calibrated on {name} alone"] = frontier, chosen, signal_tokens(frontier, read)
     return estimator, policies
 
 

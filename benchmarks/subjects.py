@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Subject:
 
 def names() -> list[str]:
     """Returns the names of all subjects."""
-    return ["shipped", "smollm2", *(f"zoo/{name}" for name in PAIRS)]
+    return ["shipped", "smollm2", "smollm2-sampled", *(f"zoo/{name}" for name in PAIRS)]
 
 
 def subject(name: str, training: Path | None, work: Path) -> Subject:
@@ -70,10 +70,10 @@ def subject(name: str, training: Path | None, work: Path) -> Subject:
         ValueError: `training` is missing, or given for a pair of the zoo.
     """
     if name.startswith("zoo/") != (training is None):
-        raise ValueError(f"--training must be given for shipped and smollm2 only, got {training} for {name}")
+        raise ValueError(f"--training must be given for pairs outside the zoo only, got {training} for {name}")
     if training is None:
         return of_zoo(name.removeprefix("zoo/"), work / "training")
-    return {"shipped": shipped, "smollm2": smollm2}[name](training)
+    return {"shipped": shipped, "smollm2": smollm2, "smollm2-sampled": sampled_smollm2}[name](training)
 
 
 def shipped(training: Path) -> Subject:
@@ -92,6 +92,11 @@ def smollm2(training: Path) -> Subject:
     task = load_task(str(example / "mixed.jsonl"))
     sampled = {"do_sample": True, "temperature": 0.8, "max_new_tokens": 128}
     return Subject(*pair, task, FIFTHS, samples=1, rows=120, training=training, options=options, calibration=sampled)
+
+
+def sampled_smollm2(training: Path) -> Subject:
+    greedy = smollm2(training)
+    return replace(greedy, samples=3, options=greedy.calibration)
 
 
 def of_zoo(name: str, training: Path) -> Subject:

@@ -9,6 +9,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+from dami.evaluation.statistics import Interval
+from dami.evaluation.study import PERMUTED, read_study
+
 from benchmarks import decode
 from benchmarks.host import GPU, GPU_STEPS, STEPS
 from benchmarks.lams import KINDS, SEQUENCE
@@ -28,6 +31,7 @@ GAINS = (
     "confidence, trial of 3, its",
     "confidence router, trial of 3, its",
 )
+LEFT_OUT = r"price 0\.[13]|trial of (1|20)\b|(its λ|oracle).* price (0\.5|1)$"  # policies that are in the results only
 Row = dict[str, str]
 
 
@@ -282,6 +286,8 @@ def estimators(pair: str) -> str:
     """Compares policies on a pair with static λ at equal tokens."""
     lines = [["λ by", "accuracy, %", "tokens", "static λ with as many, %", "gain, points"]]
     for row in newest(RESULTS / f"estimators_{pair}.csv"):
+        if re.search(LEFT_OUT, row["policy"]):
+            continue
         cells = [row["policy"], percent(row, "accuracy"), f"{float(row['tokens']):.1f}"]
         lines.append([*cells, f"{100 * float(row['static']):.1f}", change(row, "gain")])
     return markdown(lines)
@@ -312,6 +318,37 @@ def tuning(pair: str) -> str:
         cells = [percent(row, "accuracy"), f"{float(row['tokens']):.1f}", gain, row["presets"].replace(" ", ", ")]
         lines.append([*lams, *cells])
     return markdown(lines)
+
+
+def study_paths() -> str:
+    """Tabulates the barriers on a pair's path, and on those to its controls."""
+    study = read_study(RESULTS / "study_shipped.json")
+    heads = ["barrier of both ends' answers, nats per token", "of the right answer", "of the error, points"]
+    lines = [["path from the instruct end to", *heads]]
+    for name, path in {"the thinking end": study.pair, **study.controls}.items():
+        of = path.barriers
+        named = "the same, permuted" if name == PERMUTED else name
+        losses = [within(of[kind].height, 1, 2) for kind in ("both", "answer")]
+        lines.append([named, *losses, within(of["error"].height, 100, 0)])
+    return markdown(lines)
+
+
+def study_parts() -> str:
+    """Tabulates what each part of the pair does at λ = 1 alone, and what the others do without it."""
+    study = read_study(RESULTS / "study_shipped.json")
+    of = {each.name: [within(each.accuracy, 100, 0), f"{each.tokens.value:.0f}"] for each in study.ablations}
+    zero, one = study.pair.intensities.index(0.0), study.pair.intensities.index(1.0)
+    whole = [[within(study.pair.accuracy[at], 100, 0), f"{study.pair.tokens[at].value:.0f}"] for at in (zero, one)]
+    lines = [["λ = 1 only in", "right, %", "tokens", "λ = 1 in all but", "right, %", "tokens"]]
+    lines.append(["nothing (λ = 0)", *whole[0], "nothing (λ = 1)", *whole[1]])
+    parts = [name.removeprefix("only ") for name in of if name.startswith("only ")]
+    return markdown([*lines, *([name, *of[f"only {name}"], name, *of[f"all but {name}"]] for name in parts)])
+
+
+def within(interval: Interval, unit: float, digits: int) -> str:
+    """Formats a value with its interval."""
+    value, low, high = (f"{unit * each:.{digits}f}" for each in interval)
+    return f"{value} ({low} to {high})"
 
 
 def ends(pair: str) -> str:
@@ -350,7 +387,11 @@ def estimator_pairs(policy: str) -> str:
         shown = [rows[pair, "λ = 0"], rows[pair, "λ = 1"], row]
         cells = [f"{100 * float(each['accuracy']):.1f}, {float(each['tokens']):.1f}" for each in shown]
         cells += [change(row, "gain"), f"{float(row['aes']):.2f}"]
-        cells += [f"{100 * float(row['incomplete']):.1f}", won_of_room(row), f"{float(row['time']):.2f}"]
+        cells += [
+            f"{100 * float(row['incomplete']):.1f}",
+            won_of_room(row),
+            f"{float(row['time']):.2f}".replace("nan", "–"),
+        ]
         lines.append([f"`{pair.removeprefix('zoo/')}`" + ("" if row["tuned_on"] == "True" else ", unseen"), *cells])
     return markdown(lines)
 
@@ -358,7 +399,7 @@ def estimator_pairs(policy: str) -> str:
 def estimator_gains() -> str:
     """Tabulates the gain of policies at the default price on each pair, and what of the room they win, in points."""
     rows = by_pair()
-    pairs = list(dict.fromkeys(pair for pair, _ in rows))
+    pairs = [pair for pair, policy in rows if policy == "calibrated on states alone"]  # of which all was measured
     lines = [["λ by", *(f"`{pair.removeprefix('zoo/')}`: gain, won" for pair in pairs)]]
     for policy in dict.fromkeys(policy for _, policy in rows):
         if policy.startswith(GAINS):
@@ -538,6 +579,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "tails shipped": lambda: tails("shipped"),
     "tails smollm2": lambda: tails("smollm2"),
     "tuning shipped": lambda: tuning("shipped"),
+    "study paths": study_paths,
+    "study parts": study_parts,
     "ends shipped": lambda: ends("shipped"),
     "ends products": lambda: ends("zoo/products"),
     "estimator pairs": lambda: estimator_pairs("calibrated, price 0.2"),

@@ -51,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=28, help="sums of a task and level (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("build/smollm2/estimator"), help="(default: %(default)s)")
+    parser.add_argument("--draw", action="store_true", help="only draw the questions")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -60,6 +61,8 @@ def main() -> None:
     file = args.work / "unseen.jsonl"
     sums = "".join(json.dumps(line) + "\n" for line in draw_sums(args.count, held_out))
     file.write_text(sums + (HERE / "facts.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
+    if args.draw:
+        return
 
     model, tokenizer = dami.load_pair(smollm2_file(), HERE / "adapter", format="lowrank", dtype=torch.bfloat16)
     task = load_task(str(file))

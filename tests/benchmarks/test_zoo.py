@@ -105,5 +105,5 @@ def test_a_pair_is_made_once_and_loads(name: str, tmp_path: Path, monkeypatch: p
 
 def test_a_training_is_given_where_it_is_needed(tmp_path: Path) -> None:
     for name, training in (("zoo/sums", tmp_path), ("shipped", None)):
-        with pytest.raises(ValueError, match="--training must be given for shipped and smollm2 only, got"):
+        with pytest.raises(ValueError, match="--training must be given for pairs outside the zoo only, got"):
             subject(name, training, tmp_path)
