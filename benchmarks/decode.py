@@ -153,7 +153,7 @@ def check_compiled(case: Case, by_steps: Case, ids: Tensor) -> None:
 def where(answer: Callable[[int], object], tokens: int) -> dict[str, float]:
     """Returns the seconds of the parts of a step: what an answer of `tokens` tokens more takes more of them."""
     first, more = (seen(partial(answer, count)) for count in (1, 1 + tokens))
-    return {part: (more[part] - first[part]) / tokens for part in more}
+    return {part: max(0.0, more[part] - first[part]) / tokens for part in more}  # what is next to nothing is noise
 
 
 def seen(call: Callable[[], object]) -> dict[str, float]:

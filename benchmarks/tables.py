@@ -602,6 +602,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "generate avx512_bf16": lambda: generate("avx512_bf16"),
     "decode": lambda: decoding([decode.STEP, decode.LEAST]),
     "decode parts": lambda: decoding([*decode.PARTS, decode.PYTHON]),
+    "linear amx": lambda: square("amx"),
     "linear avx2": lambda: square("avx2"),
     "linear avx512_bf16": lambda: square("avx512_bf16"),
     "layers cpu": lambda: by_case(four_b("distinct", is_cpu), *LAYER),
