@@ -599,6 +599,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers smollm2": lambda: peers("SmolLM2-135M's shapes"),
     "load steps": lambda: steps(),
     "generate avx2": lambda: generate("avx2"),
+    "generate amx": lambda: generate("amx"),
     "generate avx512_bf16": lambda: generate("avx512_bf16"),
     "decode": lambda: decoding([decode.STEP, decode.LEAST]),
     "decode parts": lambda: decoding([*decode.PARTS, decode.PYTHON]),
