@@ -112,7 +112,8 @@ def test_what_cannot_be_is_refused(build: Build, cuda: str, message: str) -> Non
 
 
 def test_what_the_compiler_does_not_know_is_left_out(build: Build) -> None:
-    build.compiler("c++", 'case " $* " in *" -mamx"*) exit 1 ;; esac\n' + COMPILER)
+    shell, rest = COMPILER.split("\n", 1)
+    build.compiler("c++", f'{shell}\ncase " $* " in *" -mamx"*) exit 1 ;; esac\n{rest}')
     assert build.run("0").returncode == 0
     assert build.built() == ["_C"]
 
