@@ -1,4 +1,4 @@
-// AMX, whose unit multiplies tiles of bfloat16 sixteen times as fast as AVX-512: Intel since Sapphire Rapids.
+// AMX, whose unit multiplies tiles of bfloat16 up to sixteen times as fast as AVX-512: Intel since Sapphire Rapids.
 #if defined(__AMX_BF16__) && defined(__linux__)
 
 #include <sys/syscall.h>
@@ -45,8 +45,8 @@ void transpose(__m512i (&v)[16]) {
   }
 }
 
-// The tile unit adds a [16, 32] · b [16, 32]ᵀ to a float32 c, if pairs of b lie by column. Here a is of the weight, which need
-// not be laid out anew for that, b of x, which is once, and c is transposed.
+// The tile unit adds a · bᵀ to float32 sums, a [16, 32] as it lies in memory, and b [16, 32] with its pairs by column. The
+// weight is a: its rows are copied or converted as they are. x is b, and is laid out once. The sums are features by rows of x.
 struct AmxKernel {
   using X = bf16;
   using RowOfX = OfBf16::RowOfX;
@@ -61,7 +61,8 @@ struct AmxKernel {
     float scales[dami::max_groups];
     float rows[2][panel][max_outputs];
   };
-  using Sums = float[16][16];  // [features, rows], of a tile of features and a panel of x; behind Scratch for two matrices
+  // Of a tile of features and a panel of x: [features, rows]. Those of both matrices lie behind Scratch.
+  using Sums = float[16][16];
   static int64_t sums_of(int64_t rows, int64_t outputs) { return (rows + 15) / 16 * ((outputs + 15) / 16); }
   static int64_t scratch_bytes(int64_t rows, int64_t outputs) {
     return std::max<int64_t>(sizeof(OfBf16::Scratch), sizeof(Scratch) + 2 * sums_of(rows, outputs) * sizeof(Sums));
