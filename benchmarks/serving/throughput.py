@@ -5,7 +5,7 @@ The same questions are asked greedily, by so many users at once: in `mixed` and 
 one λ, has a fifth of the users and of the KV cache, and its part of the cores. The pair is the shipped one, or as
 `--serve` says:
 
-    python -m benchmarks.serving.throughput --questions 100 --serve INSTRUCT.gguf ADAPTER --format lowrank
+    python -m benchmarks.serving.throughput --users 25 --questions 50 --max-tokens 48 --serve PAIR --dtype bfloat16
 
     memory_gb  of all server processes after the last answer; what they share is counted once
 """
@@ -35,11 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--users", type=int, default=50)
     parser.add_argument("--questions", type=int, default=300)
+    parser.add_argument("--max-tokens", type=int, default=256, help="of an answer (%(default)s)")
     parser.add_argument("--kv-memory", type=float, default=0.5, help="GiB of the KV cache, of all processes together")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="all that follows is for dami serve")
     options = parser.parse_args(argv)
-    rows = [measure(mode, options.users, options.questions, options.kv_memory, options.serve) for mode in options.modes]
+    asked = [question.text for question in questions(options.questions)]
+    rows = [
+        measure(mode, asked, options.max_tokens, options.users, options.kv_memory, options.serve)
+        for mode in options.modes
+    ]
     columns = (
         "model",
         "mode",
@@ -56,13 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(mode: str, users: int, count: int, kv_memory: float, serve: Sequence[str]) -> dict[str, object]:
+def measure(
+    mode: str, questions: Sequence[str], max_tokens: int, users: int, kv_memory: float, serve: Sequence[str]
+) -> dict[str, object]:
     cores = os.cpu_count() or 1
     shares = len(LAMS) if mode == "processes" else 1
     threads = max(1, cores // shares)
     asked = [
-        chat(question.text, intensity=0.5 if mode == "one λ" else LAMS[i % len(LAMS)], temperature=0, max_tokens=256)
-        for i, question in enumerate(questions(count))
+        chat(text, intensity=0.5 if mode == "one λ" else LAMS[i % len(LAMS)], temperature=0, max_tokens=max_tokens)
+        for i, text in enumerate(questions)
     ]
     bodies = [asked[i::shares] for i in range(shares)]
     with ExitStack() as stack:
