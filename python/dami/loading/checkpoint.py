@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Mapping
@@ -115,6 +116,11 @@ class Checkpoint:
         return (self.directory / adapters.CONFIG).exists()
 
     def config(self) -> PreTrainedConfig:
+        """Returns a copy of its config, which is read once: a GGUF file takes seconds."""
+        return copy.deepcopy(self._config)
+
+    @cached_property
+    def _config(self) -> PreTrainedConfig:
         if self.is_adapter:
             raise ValueError(
                 f"instruct must be a whole checkpoint, got the adapter {self.directory}: name the checkpoint that it "
