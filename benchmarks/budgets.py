@@ -31,7 +31,7 @@ from dami.dial.patch import patch_of
 from dami.evaluation.statistics import wilson
 from dami.generation.budget import ThoughtLimit
 from dami.schedules import bend
-from dami.serving.wishing import span_of
+from dami.serving.guidance import span_of
 from dami.thoughts import Reader
 from rich.progress import track
 from transformers import LogitsProcessorList

@@ -149,7 +149,7 @@ class ServeSettings(CheckpointSettings):
     @property
     def local(self) -> bool:
         """Whether only this machine can reach the server."""
-        from dami.serving.gate import LOOPBACK
+        from dami.serving.admission import LOOPBACK
 
         return self.host in LOOPBACK
 
@@ -163,7 +163,7 @@ class ServeSettings(CheckpointSettings):
     @property
     def hosts(self) -> tuple[str, ...]:
         """The host names that clients may use; any if empty."""
-        from dami.serving.gate import LOOPBACK
+        from dami.serving.admission import LOOPBACK
 
         named = self.allowed_host or ()
         return (*LOOPBACK, *named) if named or (self.local and not self.api_key) else ()
@@ -266,7 +266,7 @@ def check(given: Given[ServeSettings]) -> dict[str, Any] | None:
     Raises:
         ValueError, OSError: if a setting is wrong.
     """
-    from dami.serving.gate import check_key
+    from dami.serving.admission import check_key
     from dami.serving.playground import read_frontier
 
     settings, names = given.settings, given.names

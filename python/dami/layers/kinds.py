@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dami.layers.alone import alone, number_of_lam
 from dami.layers.base import LerpModule, own_tensors, placeholder
+from dami.layers.per_sequence import alone, number_of_lam
 from dami.layers.routing import by_expert
 from dami.layers.siblings import pays, together
 from dami.upstream import OF_MODULES, PARAMETERS, buffers_of, describes_experts, gated, is_wrapped, parameters_of

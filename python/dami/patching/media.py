@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dami.layers.alone import alone, number_of_lam
 from dami.layers.base import LerpModule
+from dami.layers.per_sequence import alone, number_of_lam
 
 MEDIA = re.compile("pixel|image|video|audio|input_features|input_values")
 ARGUMENTS = re.compile("pixel_values(_videos)?|(image|video)_grid_thw|image_sizes")  # those understood here

@@ -20,8 +20,8 @@ from dami.dial.choosing import chosen
 from dami.dial.patch import Patch, patch_of
 from dami.dial.turning import check_rows, set_intensity, turned
 from dami.dial.values import AnyIntensity, Intensity, IntensityLike
-from dami.generation.beginnings import read_prompts
 from dami.generation.compiled import StepConfig, compiled_call, compiled_step, compiling
+from dami.generation.prefill import read_prompts
 from dami.generation.steering import programmed
 from dami.keywords import OURS, check_keywords
 from dami.layers.base import LerpModule, Recipe, check_dtypes, rebuild, recipe_of, runs_again

@@ -20,12 +20,12 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from dami.callers import CALLERS
 from dami.dial.values import Intensity
 from dami.serving import playground
-from dami.serving.active import ActiveRequest
+from dami.serving.active_request import ActiveRequest
+from dami.serving.admission import Admission
 from dami.serving.bodies import read
+from dami.serving.disconnects import Disconnected, unless_disconnected
 from dami.serving.engine import Engine, EngineDead, Overloaded
 from dami.serving.formatting import Format
-from dami.serving.gate import Gate
-from dami.serving.leaving import Gone, unless_gone
 from dami.serving.protocol import BadRequest, ChatRequest, CompletionRequest, DialRequest
 from dami.serving.replies import EventStream, error, json_in_pieces
 from dami.serving.responses_formatting import ResponsesFormat
@@ -67,7 +67,9 @@ class BodyRoute(APIRoute):
             if not JSON.fullmatch(sent := request.headers.get("content-type", "")):
                 raise BadRequest(f"the header Content-Type must be application/json, got {sent!r}")
             content = await request.body()
-            body = await unless_gone(request, request.app.state.service.lanes.run(len(content), read, content, kind))
+            body = await unless_disconnected(
+                request, request.app.state.service.pools.run(len(content), read, content, kind)
+            )
             return await self.endpoint(request, body, **request.path_params)
 
         return handle
@@ -105,7 +107,7 @@ def create_app(engine: Engine, tokenizer: Any, settings: ServiceSettings | None 
         app.state.cut_off += 1
 
     app.add_middleware(
-        Gate,
+        Admission,
         api_keys=settings.api_keys,
         allowed_hosts=settings.allowed_hosts,
         max_body=settings.max_body,
@@ -124,12 +126,12 @@ def answers(service: Service) -> APIRouter:
     router = APIRouter(route_class=BodyRoute)
 
     async def answer(request: Request, beginning: Coroutine[Any, Any, ActiveRequest], form: Format) -> Response:
-        active = await unless_gone(request, beginning)
+        active = await unless_disconnected(request, beginning)
         active.owner = owner_of(request)
         if active.body.stream:
             return EventStream(form.events(active), partial(service.end, active))
         try:
-            content = await unless_gone(request, service.collected(active, form))
+            content = await unless_disconnected(request, service.collected(active, form))
         finally:
             service.end(active)
         length = {"Content-Length": str(len(content))}
@@ -206,7 +208,7 @@ async def _bad_request(_: Request, problem: BadRequest) -> Response:
     return error(problem.status, str(problem), problem.param, problem.code)
 
 
-async def _gone(*_: object) -> Response:
+async def _disconnected(*_: object) -> Response:
     return Response(status_code=499)
 
 
@@ -224,7 +226,7 @@ async def _dead(_: Request, problem: EngineDead) -> Response:
 
 ERRORS: dict[int | type[Exception], Callable[..., Any]] = {
     BadRequest: _bad_request,
-    Gone: _gone,
+    Disconnected: _disconnected,
     StarletteHTTPException: _http_error,
     Overloaded: _overloaded,
     EngineDead: _dead,
@@ -241,7 +243,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         gc.unfreeze()
         dying.cancel()
-        app.state.service.lanes.close()
+        app.state.service.pools.close()
 
 
 async def _tell_death(app: FastAPI, engine: Engine) -> None:

@@ -6,7 +6,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
 
-from dami.serving.active import ActiveChoice, ActiveRequest, Said
+from dami.serving.active_request import ActiveChoice, ActiveRequest, Said
 from dami.serving.calls import Call
 from dami.serving.engine import EngineDead, Token
 from dami.serving.replies import as_event, error

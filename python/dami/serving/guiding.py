@@ -54,7 +54,7 @@ class Thoughts:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class Guidance:
     """What a request wants of its tokens, beside `Sampling`.
 
     Attributes:
@@ -84,7 +84,7 @@ class Guide(Course):
     Args:
         prompt: number of tokens of its prompt.
         vocabulary: number of scores of a token.
-        wishes: what the request wants.
+        guidance: what the request wants.
         ends: tokens that end it.
         thoughts: how thoughts are marked; None for plain text, which has none.
         inside: whether its prompt ends inside a thought.
@@ -94,27 +94,27 @@ class Guide(Course):
         self,
         prompt: int,
         vocabulary: int,
-        wishes: Wishes,
+        guidance: Guidance,
         ends: frozenset[int],
         thoughts: Thoughts | None = None,
         inside: bool = False,
     ) -> None:
         super().__init__(prompt)
-        self.vocabulary, self.wishes, self.ends, self.thoughts = vocabulary, wishes, ends, thoughts
+        self.vocabulary, self.guidance, self.ends, self.thoughts = vocabulary, guidance, ends, thoughts
         self.meter = None if thoughts is None else ThoughtMeter(thoughts.reader, inside)
-        self.limit = wishes.budget  # tokens of its thoughts
-        self._span: float = (wishes.budget or 0) if wishes.span is None else wishes.span  # over which λ bends
+        self.limit = guidance.budget  # tokens of its thoughts
+        self._span: float = (guidance.budget or 0) if guidance.span is None else guidance.span  # over which λ bends
         self._points: Sequence[tuple[int, float]] = ()
         self._by_hand: float | None = None
         self._wrap_up: int | None = None
-        self._matcher: Matcher | None = None if wishes.grammar is None else wishes.grammar.matcher()
+        self._matcher: Matcher | None = None if guidance.grammar is None else guidance.grammar.matcher()
         self._opening = 0  # how many tokens of a start tag stand where the answer could begin
         self._said = False  # whether the answer has begun
         self._seen: set[int] = set()
         self._scores: Tensor | None = None  # biases and penalties
-        if wishes.biases:
+        if guidance.biases:
             self._scores = torch.zeros(vocabulary)
-            self._scores[list(wishes.biases)] = torch.tensor(list(wishes.biases.values()))
+            self._scores[list(guidance.biases)] = torch.tensor(list(guidance.biases.values()))
 
     def turn(self, intensity: float | None = None, wrap_up: int | None = None) -> None:
         """Changes the course from the next token on; called in any thread.
@@ -130,7 +130,7 @@ class Guide(Course):
 
     def begin(self, intensity: float) -> None:
         super().begin(intensity)
-        self._points = ((0, intensity), *self.wishes.schedule)
+        self._points = ((0, intensity), *self.guidance.schedule)
 
     def decide(self, news: Sequence[int]) -> None:
         for token in news:
@@ -150,8 +150,8 @@ class Guide(Course):
         meter = self.meter
         if self._by_hand is not None:
             lam = self._by_hand
-        elif self.wishes.answer_intensity is not None and meter is not None and meter.ended and not meter.inside:
-            lam = self.wishes.answer_intensity
+        elif self.guidance.answer_intensity is not None and meter is not None and meter.ended and not meter.inside:
+            lam = self.guidance.answer_intensity
         else:
             lam = _between(self._points, len(self.tokens))
         if meter is None or not meter.inside or self.limit is None:
@@ -164,7 +164,7 @@ class Guide(Course):
         if meter is not None:
             meter.push(token)
         after = meter is not None and meter.inside
-        if self.wishes.presence_penalty or self.wishes.frequency_penalty:
+        if self.guidance.presence_penalty or self.guidance.frequency_penalty:
             self._penalise(token)
         if self._matcher is None or before or token in self.ends:
             return
@@ -198,7 +198,7 @@ class Guide(Course):
             self._scores = torch.zeros(self.vocabulary)
         first = token not in self._seen
         self._seen.add(token)
-        self._scores[token] -= self.wishes.frequency_penalty + self.wishes.presence_penalty * first
+        self._scores[token] -= self.guidance.frequency_penalty + self.guidance.presence_penalty * first
 
     def _bias(self) -> Tensor | None:
         inside = self.meter is not None and self.meter.inside

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from dami.serving.granting import Granting
+from dami.serving.intensity_policy import IntensityPolicy
 from dami.serving.model_names import names_of
 from dami.serving.schema import Model
 
@@ -13,15 +13,15 @@ class Models:
     """Describes the served model.
 
     Args:
-        granting: knows which λ it can be asked for.
+        policy: knows which λ it can be asked for.
     """
 
-    def __init__(self, granting: Granting) -> None:
-        self.granting, self.created = granting, int(time.time())
+    def __init__(self, policy: IntensityPolicy) -> None:
+        self.policy, self.created = policy, int(time.time())
 
     def all(self) -> list[Model]:
         """Returns the model under each of the names that carry λ, itself first."""
-        engine, settings = self.granting.engine, self.granting.settings
+        engine, settings = self.policy.engine, self.policy.settings
         auto = engine.twin is not None
         return [*map(self.named, names_of(settings.name, engine.presets, auto, settings.intensity_range))]
 
@@ -31,7 +31,7 @@ class Models:
         Raises:
             BadRequest: there is no such model.
         """
-        carried, engine, settings = self.granting.carried(model), self.granting.engine, self.granting.settings
+        carried, engine, settings = self.policy.carried(model), self.policy.engine, self.policy.settings
         return {
             "id": model,
             "object": "model",

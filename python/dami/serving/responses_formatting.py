@@ -7,7 +7,7 @@ import secrets
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Literal
 
-from dami.serving.active import ActiveRequest
+from dami.serving.active_request import ActiveRequest
 from dami.serving.calls import Call
 from dami.serving.engine import EngineDead
 from dami.serving.formatting import Format

@@ -11,15 +11,15 @@ from functools import partial
 from hmac import compare_digest
 from typing import Any
 
-from dami.serving.active import ActiveChoice, ActiveRequest
+from dami.serving.active_request import ActiveChoice, ActiveRequest
 from dami.serving.calls import CallReader, grammar_of
 from dami.serving.deltas import Deltas, Stop
 from dami.serving.detokenizing import Offsets
 from dami.serving.engine import Auto, Engine
 from dami.serving.formatting import ChatFormat, CompletionFormat, Format
-from dami.serving.granting import Granting
+from dami.serving.guidance import guidance_of, span_of
 from dami.serving.guiding import Guide, Thoughts
-from dami.serving.lanes import Lanes
+from dami.serving.intensity_policy import IntensityPolicy
 from dami.serving.metrics import Metrics
 from dami.serving.models import Models
 from dami.serving.prompts import Prompts
@@ -30,8 +30,8 @@ from dami.serving.sampling import SamplingDefaults, sampling_of
 from dami.serving.schema import Dial
 from dami.serving.settings import ServiceSettings
 from dami.serving.structured import Grammar, Grammars, of_json
+from dami.serving.thread_pools import ThreadPools
 from dami.serving.token_bytes import TokenBytes
-from dami.serving.wishing import span_of, wishes_of
 from dami.thoughts import Reader
 
 __all__ = ["Service", "ServiceSettings", "Settings"]
@@ -55,10 +55,10 @@ class Service:
         self.grammars = Grammars(tokenizer, self.vocabulary)
         self.defaults = SamplingDefaults.of_ends(engine.model)
         self.prompts = Prompts(tokenizer, self.vocabulary, engine.max_model_len, self.defaults[0].max_tokens)
-        self.granting = Granting(engine, settings, self.metrics)
-        self.models = Models(self.granting)
+        self.policy = IntensityPolicy(engine, settings, self.metrics)
+        self.models = Models(self.policy)
         self.reading = default_reading(settings.prompt_intensity, settings.prompt_tail, engine.presets)
-        self.lanes = Lanes()
+        self.pools = ThreadPools()
         self.chat_format = ChatFormat(settings.name, self.token_bytes)
         self.completion_format = CompletionFormat(settings.name, self.token_bytes)
         self.span = span_of(settings.frontier)
@@ -73,16 +73,16 @@ class Service:
         by_intensity = not isinstance(self.settings.chat_template, str)
         first = "default" if by_intensity else self.settings.chat_template
         options = self.prompts.options(body)
-        text, ids = await self.lanes.run(size, self.prompts.of_chat, messages, first, None, options)
+        text, ids = await self.pools.run(size, self.prompts.of_chat, messages, first, None, options)
         self.prompts.room(body, ids)
         if not by_intensity:
-            reading = await self.lanes.run(size, self.prompts.measured, reading, messages, first, None, options, ids)
+            reading = await self.pools.run(size, self.prompts.measured, reading, messages, first, None, options, ids)
         grammar = await self._grammar(body)
-        intensities = await self.granting.choose(body, [ids], None if by_intensity else reading)
+        intensities = await self.policy.choose(body, [ids], None if by_intensity else reading)
         if by_intensity:
             template, lam = self.settings.chat_template, intensities[0]
-            text, ids = await self.lanes.run(size, self.prompts.of_chat, messages, template, lam, options)
-            reading = await self.lanes.run(size, self.prompts.measured, reading, messages, template, lam, options, ids)
+            text, ids = await self.pools.run(size, self.prompts.of_chat, messages, template, lam, options)
+            reading = await self.pools.run(size, self.prompts.measured, reading, messages, template, lam, options, ids)
         thoughts = self.thoughts if grammar is None else self.thoughts.closed()
         reader = thoughts.reader
         inside = reader.leaves_open(messages[-1]["content"]) if body.continue_final_message else reader.opens(text)
@@ -91,15 +91,15 @@ class Service:
     async def complete(self, body: CompletionRequest) -> ActiveRequest:
         self._check(body, len(body.prompts))
         reading = reading_of(body, self.reading, self.engine.presets, self.settings.intensity_range)
-        prompts = [await self.lanes.run(len(prompt), self.prompts.of_text, prompt, "prompt") for prompt in body.prompts]
+        prompts = [await self.pools.run(len(prompt), self.prompts.of_text, prompt, "prompt") for prompt in body.prompts]
         for prompt in prompts:
             self.prompts.room(body, prompt)
-        intensities = await self.granting.choose(body, prompts, reading)
+        intensities = await self.policy.choose(body, prompts, reading)
         return await self._begin(body, "cmpl-", prompts, intensities, reading)
 
     def _check(self, body: ChatRequest | CompletionRequest, prompts: int) -> None:
         """Raises BadRequest if a request with so many prompts asks for what the server cannot grant."""
-        self.granting.check(body)
+        self.policy.check(body)
         rows, share = prompts * (body.n or 1), self.engine.limits.share
         if rows > share:
             raise BadRequest(
@@ -116,7 +116,7 @@ class Service:
             field = "tools"
             text = grammar_of(body.callable, body.forced, body.parallel_tool_calls is not False, schema)
         try:
-            return None if text is None else await self.lanes.run(1 << 20, self.grammars.of, text)
+            return None if text is None else await self.pools.run(1 << 20, self.grammars.of, text)
         except ValueError as problem:
             raise BadRequest(f"{field}: {problem}", field) from problem
 
@@ -133,9 +133,9 @@ class Service:
     ) -> ActiveRequest:
         """Submits all sequences of a request, or none."""
         rooms = [self.prompts.room(body, prompt) for prompt in prompts]
-        lam = self.granting.number(body.answer_intensity) if isinstance(body, ChatRequest) else None
-        reserve = self.settings.answer_reserve  # only a chat's wishes depend on the room, and it has one prompt
-        wishes = wishes_of(body, rooms[0], self.vocabulary, lam, reserve, self.span, grammar)
+        lam = self.policy.number(body.answer_intensity) if isinstance(body, ChatRequest) else None
+        reserve = self.settings.answer_reserve  # only a chat's guidance depend on the room, and it has one prompt
+        guidance = guidance_of(body, rooms[0], self.vocabulary, lam, reserve, self.span, grammar)
         reader = None if thoughts is None else thoughts.reader
         ends = frozenset(() if body.ignore_eos else self.engine.ends) | frozenset(body.stop_token_ids or ())
         seed = secrets.randbits(62) if body.seed is None else body.seed
@@ -144,7 +144,7 @@ class Service:
         try:
             for prompt, intensity, room in zip(prompts, intensities, rooms, strict=True):
                 for each in range(body.n or 1):
-                    guide = Guide(len(prompt), self.vocabulary, wishes, ends, thoughts, inside)
+                    guide = Guide(len(prompt), self.vocabulary, guidance, ends, thoughts, inside)
                     sampling = partial(sampling_of, body, self.defaults, seed + each)
                     row = self.engine.submit(
                         prompt,
@@ -162,7 +162,7 @@ class Service:
                     request.choices.append(choice)
                     await asyncio.sleep(0)  # there may be many sequences: let the event loop run
             for choice in request.choices:
-                await self.granting.known(choice.row)
+                await self.policy.known(choice.row)
         except BaseException:
             request.cancel()
             raise
@@ -189,8 +189,8 @@ class Service:
             raise BadRequest(f"there is no running request {which}", None, "request_not_found", 404)
         if body.wrap_up is not None and running[0].guide.thoughts is None:
             raise BadRequest("wrap_up is for chat completions: a plain text has no thoughts", "wrap_up")
-        self.granting.check_fixed(body.intensity, "intensity")
-        lam = self.granting.number(body.intensity)
+        self.policy.check_fixed(body.intensity, "intensity")
+        lam = self.policy.number(body.intensity)
         for choice in running:
             choice.guide.turn(lam, body.wrap_up)
         indices = [choice.index for choice in running]
@@ -221,4 +221,4 @@ class Service:
         """Waits for the whole response and returns it as JSON."""
         await request.collect()
         size = sum(len(choice.tokens) for choice in request.choices) * (1 + (request.body.wanted_logprobs or 0))
-        return await self.lanes.run(size, lambda: as_json(form.whole(request)))
+        return await self.pools.run(size, lambda: as_json(form.whole(request)))

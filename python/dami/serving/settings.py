@@ -8,7 +8,7 @@ from typing import Any
 from dami.callers import DEFAULT_INTENSITY
 from dami.chat import ChatTemplate
 from dami.generation.reading import TAIL
-from dami.serving.gate import check_key
+from dami.serving.admission import check_key
 from dami.serving.protocol import SAME
 
 

@@ -21,17 +21,17 @@ from typing import Any
 import httpx
 import pytest
 from dami.generation.courses import Course
-from dami.serving.active import ActiveChoice
+from dami.serving.active_request import ActiveChoice
 from dami.serving.bodies import DECODER, KEYS, read
 from dami.serving.deltas import Deltas
 from dami.serving.detokenizing import Offsets
 from dami.serving.engine import CHUNK, Limits, Row
 from dami.serving.formatting import ChatFormat, CompletionFormat
-from dami.serving.lanes import SHORT, Lanes
 from dami.serving.prompts import Prompts
 from dami.serving.protocol import PROMPTS, ChatRequest, CompletionRequest
 from dami.serving.replies import as_json
 from dami.serving.settings import ServiceSettings
+from dami.serving.thread_pools import SHORT, ThreadPools
 from dami.thoughts import Reader
 from pydantic import ValidationError
 
@@ -218,13 +218,13 @@ def test_garbage_is_not_looked_for_in_what_torch_has_loaded(watched: tuple[Runni
 
 def test_short_work_does_not_wait_for_long_work() -> None:
     async def both() -> list[str]:
-        lanes, gate, ended = Lanes(), threading.Event(), list[str]()
-        long = [asyncio.create_task(lanes.run(SHORT + 1, gate.wait, 30)) for _ in range(3)]
-        ended.append(await lanes.run(SHORT, lambda: "short"))
+        pools, gate, ended = ThreadPools(), threading.Event(), list[str]()
+        long = [asyncio.create_task(pools.run(SHORT + 1, gate.wait, 30)) for _ in range(3)]
+        ended.append(await pools.run(SHORT, lambda: "short"))
         long[2].cancel()
         gate.set()
         ended += [str(await each) for each in long[:2]]
-        lanes.close()
+        pools.close()
         return ended
 
     assert asyncio.run(both()) == ["short", "True", "True"]

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from dami.loading.load import example_pair
-from dami.serving.guiding import Guide, Thoughts, Wishes
+from dami.serving.guidance import span_of
+from dami.serving.guiding import Guidance, Guide, Thoughts
 from dami.serving.structured import Grammars, of_json
-from dami.serving.wishing import span_of
 from dami.thoughts import Reader, Tags
 from transformers import AutoTokenizer
 from transformers.generation.continuous_batching.requests import RequestState
@@ -53,21 +53,21 @@ class Run:
         self.state = self.state.create_equivalent_initial_request()
 
 
-def guide(wishes: Wishes, thoughts: Thoughts | None = None, inside: bool = False, prompt: int = 3) -> Guide:
-    return Guide(prompt, VOCABULARY, wishes, frozenset({1}), thoughts, inside)
+def guide(guidance: Guidance, thoughts: Thoughts | None = None, inside: bool = False, prompt: int = 3) -> Guide:
+    return Guide(prompt, VOCABULARY, guidance, frozenset({1}), thoughts, inside)
 
 
 def test_lam_follows_a_schedule_and_the_answer_has_its_own(thoughts: Thoughts) -> None:
     [start], [end] = thoughts.start, thoughts.end
-    run = Run(guide(Wishes(schedule=[(4, 0.1), (6, 0.5)], answer_intensity=-0.2), thoughts))
+    run = Run(guide(Guidance(schedule=[(4, 0.1), (6, 0.5)], answer_intensity=-0.2), thoughts))
     run.take(start, *[9] * 6, end, 9, 9)
     assert run.lams == pytest.approx([0.9, 0.7, 0.5, 0.3, 0.1, 0.3, 0.5, 0.5, -0.2, -0.2, -0.2])
     assert run.guide.lams == run.lams
-    assert Run(guide(Wishes())).guide.forced is None
+    assert Run(guide(Guidance())).guide.forced is None
 
 
 def test_lam_may_be_turned_by_hand(thoughts: Thoughts) -> None:
-    run = Run(guide(Wishes(schedule=[(100, 0.0)], answer_intensity=0.3), thoughts))
+    run = Run(guide(Guidance(schedule=[(100, 0.0)], answer_intensity=0.3), thoughts))
     run.take(*thoughts.start, 9)
     run.guide.turn(0.25)
     assert run.guide.intensity != 0.25
@@ -78,7 +78,7 @@ def test_lam_may_be_turned_by_hand(thoughts: Thoughts) -> None:
 @pytest.mark.parametrize("evicted_after", [None, 2, 5])
 def test_the_lam_of_every_token_is_remembered(thoughts: Thoughts, evicted_after: int | None) -> None:
     """In the request's arguments, so that a request that is read again is read as it was."""
-    run = Run(guide(Wishes(schedule=[(2, 0.1), (5, 0.1), (6, 0.4)]), thoughts))
+    run = Run(guide(Guidance(schedule=[(2, 0.1), (5, 0.1), (6, 0.4)]), thoughts))
     for place in range(8):
         run.take(20 + place)
         if place == evicted_after:
@@ -93,7 +93,7 @@ def test_the_lam_of_every_token_is_remembered(thoughts: Thoughts, evicted_after:
 
 def test_a_thought_bends_and_is_ended_when_its_budget_is_spent(thoughts: Thoughts) -> None:
     [start], [end] = thoughts.start, thoughts.end
-    run = Run(guide(Wishes(budget=8, span=4), thoughts))
+    run = Run(guide(Guidance(budget=8, span=4), thoughts))
     run.take(start, *[9] * 7)
     assert run.guide.forced is None
     assert run.lams == pytest.approx([0.9] * 6 + [0.675, 0.45, 0.225])
@@ -103,22 +103,22 @@ def test_a_thought_bends_and_is_ended_when_its_budget_is_spent(thoughts: Thought
     assert (run.guide.forced, run.guide.intensity) == (None, 0.9)
     assert run.guide.bias is not None
     assert run.guide.bias.isinf().nonzero().flatten().tolist() == [start]  # it may not begin another
-    free = Run(guide(Wishes(budget=8), thoughts))
+    free = Run(guide(Guidance(budget=8), thoughts))
     free.take(*[9] * 20)
     assert free.lams == [0.9] * 21
-    none = Run(guide(Wishes(budget=0), thoughts, inside=True))
+    none = Run(guide(Guidance(budget=0), thoughts, inside=True))
     assert none.guide.forced == end
 
 
 def test_a_thought_can_be_told_to_wrap_up(thoughts: Thoughts) -> None:
-    run = Run(guide(Wishes(budget=100, span=20), thoughts))
+    run = Run(guide(Guidance(budget=100, span=20), thoughts))
     run.take(*thoughts.start, *[9] * 5)
     run.guide.turn(wrap_up=4)
     run.take(*[9] * 4)
     assert run.lams[7:] == pytest.approx([0.9, 0.675, 0.45, 0.225])
     run.take(9)
     assert run.guide.forced == thoughts.end[0]
-    later = Run(guide(Wishes(budget=3), thoughts))
+    later = Run(guide(Guidance(budget=3), thoughts))
     later.take(*thoughts.start)
     later.guide.turn(wrap_up=50)  # does not lengthen its budget
     later.take(9, 9, 9)
@@ -128,25 +128,25 @@ def test_a_thought_can_be_told_to_wrap_up(thoughts: Thoughts) -> None:
 def test_an_end_tag_of_several_tokens_is_completed(tokenizer: Any) -> None:
     found = Thoughts.of(Reader(tokenizer, Tags("(think)", ("(/think)",))))
     assert len(found.end) > 2
-    run = Run(guide(Wishes(budget=3), found, inside=True))
+    run = Run(guide(Guidance(budget=3), found, inside=True))
     run.take(9, 9, 9)
     for token in found.end:
         assert run.guide.forced == token
         run.take(token)
     assert run.guide.forced is None
     assert not run.guide.meter.inside
-    begun = Run(guide(Wishes(budget=3), found, inside=True))
+    begun = Run(guide(Guidance(budget=3), found, inside=True))
     begun.take(9, *found.end[:2])  # of itself
     assert begun.guide.forced == found.end[2]
 
 
 def test_biases_and_penalties_add_up() -> None:
-    run = Run(guide(Wishes({7: 2.5, 9: -100.0}, presence_penalty=0.5, frequency_penalty=0.25)))
+    run = Run(guide(Guidance({7: 2.5, 9: -100.0}, presence_penalty=0.5, frequency_penalty=0.25)))
     assert run.guide.bias is not None
     assert run.guide.bias.nonzero().flatten().tolist() == [7, 9]
     run.take(7, 8, 7)
     assert {token: run.guide.bias[token].item() for token in (7, 8, 9, 10)} == {7: 1.5, 8: -0.75, 9: -100.0, 10: 0.0}
-    assert Run(guide(Wishes())).guide.bias is None
+    assert Run(guide(Guidance())).guide.bias is None
 
 
 SCHEMA = {
@@ -182,7 +182,7 @@ def test_an_answer_obeys_a_schema_and_its_thought_does_not(tokenizer: Any, thoug
     grammar = Grammars(tokenizer, VOCABULARY).of(f"start: {of_json(SCHEMA)}")
     [start], [end], choose = thoughts.start, thoughts.end, torch.Generator().manual_seed(3)
     for thinks, inside in ((True, False), (False, False), (False, True)):
-        run = Run(guide(Wishes(grammar=grammar), thoughts, inside))
+        run = Run(guide(Guidance(grammar=grammar), thoughts, inside))
         if inside or thinks:
             if thinks:
                 assert start in allowed(run)
@@ -200,7 +200,7 @@ def test_an_answer_obeys_a_schema_and_its_thought_does_not(tokenizer: Any, thoug
 def test_a_start_tag_of_several_tokens_may_come_before_a_constrained_answer(tokenizer: Any) -> None:
     pytest.importorskip("llguidance")
     found = Thoughts.of(Reader(tokenizer, Tags("(think)", ("(/think)",))))
-    run = Run(guide(Wishes(grammar=Grammars(tokenizer, VOCABULARY).of(f"start: {of_json(SCHEMA)}")), found))
+    run = Run(guide(Guidance(grammar=Grammars(tokenizer, VOCABULARY).of(f"start: {of_json(SCHEMA)}")), found))
     assert found.start[0] in allowed(run)
     for token, after in zip(found.start, [*found.start[1:], None], strict=True):
         run.take(token)
@@ -233,7 +233,7 @@ def test_a_tokenizer_that_llguidance_does_not_take() -> None:
 
 
 def test_a_copy_of_a_request_keeps_its_course() -> None:
-    course: Any = guide(Wishes())
+    course: Any = guide(Guidance())
     assert deepcopy({"course": course})["course"] is course
 
 

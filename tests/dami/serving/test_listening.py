@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from dami.serving.gate import check_key
+from dami.serving.admission import check_key
 from dami.serving.listening import connection_limits
 from dami.serving.settings import ServiceSettings
 
@@ -28,7 +28,7 @@ import asyncio, resource, sys
 from types import SimpleNamespace
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
-from dami.serving import gate, listening
+from dami.serving import admission, listening
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]),) * 2)
 app = FastAPI()
@@ -38,7 +38,7 @@ app.state.service = SimpleNamespace(settings=SimpleNamespace(read_timeout=float(
 def cut_off():
     app.state.cut_off += 1
 
-app.add_middleware(gate.Gate, api_keys=("two words",), allowed_hosts=gate.LOOPBACK, max_body=1000,
+app.add_middleware(admission.Admission, api_keys=("two words",), allowed_hosts=admission.LOOPBACK, max_body=1000,
                    read_timeout=float(sys.argv[3]), count=lambda *_: None, cut_off=cut_off)
 
 @app.get("/health")

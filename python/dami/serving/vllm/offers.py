@@ -14,9 +14,9 @@ from vllm.config import VllmConfig
 from dami.callers import AUTO, CALLERS, Caller
 from dami.dial.values import Intensity
 from dami.estimators.files import StoredIntensity
+from dami.serving.guidance import span_of
 from dami.serving.protocol import SAME
 from dami.serving.vllm.settings import KEY, KEYS, PairSettings, RequestError
-from dami.serving.wishing import span_of
 from dami.sources import FOLDER, SETTINGS
 
 

@@ -13,7 +13,7 @@ import torch
 from dami.estimators.files import StoredIntensity
 from dami.generation.budget import ThoughtLimit
 from dami.schedules import bend, switch_after
-from dami.serving.guiding import Guide, Thoughts, Wishes
+from dami.serving.guiding import Guidance, Guide, Thoughts
 from dami.sources import FOLDER
 from dami.thoughts import Reader
 from transformers import AutoTokenizer
@@ -177,7 +177,7 @@ def test_a_thought_wraps_up_while_it_runs(llm: Any, pair: Path, prompts: list[li
     found = turned_after(llm, prompt, {"2": args}, 5, None, 8)["2"]
     tokenizer = AutoTokenizer.from_pretrained(dami.example_pair()[0])
     tags = Thoughts.of(Reader.of(tokenizer))
-    guide = Guide(len(prompt), len(tokenizer), Wishes(answer_intensity=0.25), frozenset(), tags)
+    guide = Guide(len(prompt), len(tokenizer), Guidance(answer_intensity=0.25), frozenset(), tags)
     guide.begin(1.0)
     lams = [1.0] * len(prompt)
     for number, token in enumerate(found, 1):

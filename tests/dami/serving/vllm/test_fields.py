@@ -11,7 +11,7 @@ import dami
 import numpy as np
 import pytest
 import torch
-from dami.serving.guiding import Guide, Wishes
+from dami.serving.guiding import Guidance, Guide
 from dami.serving.guiding import Thoughts as Tags
 from dami.thoughts import Reader
 from transformers import AutoTokenizer
@@ -207,8 +207,8 @@ def test_thoughts_are_followed_as_by_dami_s_own_server(opened: bool, span: float
         pieces[7 + number] = [*tags.end]
         answer = [token for piece in pieces for token in piece]
         schedule = given.get("intensity_schedule", ())
-        wishes = Wishes({}, 0.0, 0.0, schedule, given.get("answer_intensity"), budget, span)
-        guide = Guide(len(prompt), 999, wishes, frozenset(), tags, opened)
+        guidance = Guidance({}, 0.0, 0.0, schedule, given.get("answer_intensity"), budget, span)
+        guide = Guide(len(prompt), 999, guidance, frozenset(), tags, opened)
         guide.begin(course.points[0][1])
         wanted = []
         for token in answer:
@@ -244,7 +244,7 @@ def test_a_thought_wraps_up_as_in_dami_s_own_server(opened: bool, given: dict[st
     prompt, budget = [9, 9, 9, *(tags.start if opened else [])], given.get("thinking_token_budget")
     course = course_of({"intensity": 0.75, **given}, Offer(PairSettings()), prompt, budget, reader.tokenizer)
     guide = Guide(
-        len(prompt), 999, Wishes({}, 0.0, 0.0, (), given.get("answer_intensity"), budget), frozenset(), tags, opened
+        len(prompt), 999, Guidance({}, 0.0, 0.0, (), given.get("answer_intensity"), budget), frozenset(), tags, opened
     )
     guide.begin(0.75)
     followed = Thoughts("cpu", 99)

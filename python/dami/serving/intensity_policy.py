@@ -20,7 +20,7 @@ from dami.serving.settings import ServiceSettings
 logger = logging.getLogger(__name__)
 
 
-class Granting:
+class IntensityPolicy:
     """Grants λ.
 
     Args:

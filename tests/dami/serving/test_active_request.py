@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from dami.serving.active import ActiveRequest
+from dami.serving.active_request import ActiveRequest
 
 
 class Choice:

@@ -11,15 +11,15 @@ from fastapi import Request
 T = TypeVar("T")
 
 
-class Gone(Exception):
+class Disconnected(Exception):
     """The client has left."""
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Awaits `work` and returns its result, but cancels it if the client disconnects.
 
     Raises:
-        Gone: if the client has disconnected.
+        Disconnected: if the client has disconnected.
     """
 
     async def gone() -> None:
@@ -30,7 +30,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise Gone
+            raise Disconnected
         return working.result()
     finally:
         for task in tasks:

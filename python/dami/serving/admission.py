@@ -1,4 +1,4 @@
-"""The server's gate: checks who may send requests, how large they are, and how long sending them takes."""
+"""Admission: checks who may send requests, how large they are, and how long sending them takes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dami.serving.replies import error
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
-class Gate:
+class Admission:
     """Admits requests that name a known host, are small enough, arrive in time, and bring an API key if one is needed.
 
     Args:
-        app: the ASGI application behind the gate.
+        app: the ASGI application behind it.
         api_keys: a request to /v1 must bring one of these keys. If empty, no key is needed.
         allowed_hosts: the names allowed in a request's `Host`. If empty, any name is. Without an API key, this check
             protects against DNS rebinding: a web page whose name has been pointed at this machine.

@@ -11,7 +11,7 @@ T = TypeVar("T")
 SHORT = 1 << 14  # characters or bytes that can be parsed, rendered or tokenised within milliseconds
 
 
-class Lanes:
+class ThreadPools:
     """Two threads, so that short work never waits for long work."""
 
     def __init__(self) -> None:
@@ -24,10 +24,10 @@ class Lanes:
             size: the size of its input, in characters or bytes.
             function, arguments: the function and its arguments.
         """
-        lane = self.short if size <= SHORT else self.long
-        return await asyncio.get_running_loop().run_in_executor(lane, function, *arguments)
+        pool = self.short if size <= SHORT else self.long
+        return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
 
     def close(self) -> None:
         """Stops both threads and drops work that has not begun."""
-        for lane in (self.short, self.long):
-            lane.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.short, self.long):
+            pool.shutdown(wait=False, cancel_futures=True)

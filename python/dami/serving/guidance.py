@@ -1,16 +1,16 @@
-"""What a request wants of the tokens of its answer, as `dami.serving.guiding` takes it."""
+"""How a request wants its answer guided, as `dami.serving.guiding` takes it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from dami.serving.guiding import Wishes
+from dami.serving.guiding import Guidance
 from dami.serving.protocol import SHARES, BadRequest, ChatRequest, CompletionRequest
 from dami.serving.structured import Grammar
 
 
-def wishes_of(
+def guidance_of(
     body: ChatRequest | CompletionRequest,
     room: int,
     vocabulary: int,
@@ -18,15 +18,15 @@ def wishes_of(
     reserve: int,
     span: float | None,
     grammar: Grammar | None,
-) -> Wishes:
-    """Returns what a request wants.
+) -> Guidance:
+    """Returns how a request wants its answer guided.
 
     Args:
         body: the request.
         room: the most tokens that the answer and its thoughts may have.
         vocabulary: number of token ids that the model takes.
         reserve: how many tokens a thought must leave to its answer; 0 for none.
-        answer_intensity, span, grammar: as in `Wishes`.
+        answer_intensity, span, grammar: as in `Guidance`.
 
     Raises:
         BadRequest: it has a bias for a token that does not exist.
@@ -34,7 +34,7 @@ def wishes_of(
     biases = body.biases
     if biases and max(biases) >= vocabulary:
         raise BadRequest(f"logit_bias has the id {max(biases)}, and the vocabulary {vocabulary} ids", "logit_bias")
-    return Wishes(
+    return Guidance(
         biases,
         body.presence_penalty or 0.0,
         body.frequency_penalty or 0.0,
