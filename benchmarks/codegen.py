@@ -265,6 +265,7 @@ def compiling_for(arch: str) -> Iterator[list[Compiled]]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(JITFunction, "run", run))
         stack.enter_context(patch.object(triton.knobs.nvidia, "dump_ptxas_log", True))
+        stack.enter_context(patch.object(triton.knobs.compilation, "disable_line_info", True))  # which takes time
         for module in ("linear", "experts"):
             stack.enter_context(patch(f"dami_kernels.triton.{module}.device_of", lambda device: DEVICES[arch]))
         driver.set_active(Driver(TARGETS[arch]))

@@ -50,6 +50,7 @@ Call = Callable[[], Any]
 def _gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(triton.knobs.cache, "dir", str(tmp_path_factory.mktemp("triton")))
+        patch.setattr(triton.knobs.compilation, "disable_line_info", True)  # which takes time
         with stand_in.playing_gpu() as playing:
             yield playing
 

@@ -82,7 +82,7 @@ def _call(function: InterpretedFunction, *args: Any, **options: Any) -> Any:
 
 def _block_type(block: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
     """Makes a type of a few that come again and again: a third of the interpreter's time went into making them."""
-    key = (element_ty.name, *(tl.core._unwrap_if_constexpr(size) for size in shape))
+    key = (element_ty.name, *shape)
     if key not in _types:
         _plain_block_type(block, element_ty, shape)
         _types[key] = vars(block) | {"constants": tl.tuple([tl.constexpr(size) for size in block.shape])}
@@ -91,15 +91,23 @@ def _block_type(block: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
 
 def _tensor(tensor: tl.tensor, handle: TensorHandle, type: tl.dtype) -> None:
     """Makes a tensor, whose shape comes with its type."""
-    if not type.is_block():
-        return _plain_tensor(tensor, handle, type)
     tensor.handle, tensor.type, tensor.dtype = handle, type, type.scalar
-    tensor.shape, tensor.numel = type.constants, tl.constexpr(type.numel)
+    tensor.shape, tensor.numel = (type.constants, tl.constexpr(type.numel)) if type.is_block() else _scalar
 
 
+def _numpy_type(type: tl.dtype) -> np.dtype:
+    """NumPy's type for one of Triton's. The interpreter makes a table of all of them at every call."""
+    if type.name not in _numpy_types:
+        _numpy_types[type.name] = _plain_numpy_type(type)
+    return _numpy_types[type.name]
+
+
+_numpy_types: dict[str, np.dtype] = {}
+_scalar = tl.tuple([]), tl.constexpr(1)
 _types: dict[Any, dict[str, Any]] = {}
 _plain_block_type, tl.block_type.__init__ = tl.block_type.__init__, _block_type
-_plain_tensor, tl.tensor.__init__ = tl.tensor.__init__, _tensor
+tl.tensor.__init__ = _tensor
+_plain_numpy_type, interpreter._get_np_dtype = interpreter._get_np_dtype, _numpy_type
 _patched: set[str] = set()
 InterpretedFunction.__call__ = _call
 _plain_cast, InterpreterBuilder.cast_impl = InterpreterBuilder.cast_impl, _cast
