@@ -53,6 +53,11 @@ def test_help_names_every_command(arguments: list[str]) -> None:
         assert f" {command} " in result.stdout
 
 
+def test_no_command_is_told_in_half_a_sentence() -> None:
+    told = CliRunner().invoke(cli.app, ["--help"], env={"COLUMNS": "80"}).stdout.partition("Commands:")[2]
+    assert all(line.endswith(".") and not line.endswith("...") for line in told.strip().splitlines())
+
+
 def test_help_does_not_import_torch() -> None:
     script = (
         "import sys; from dami.cli import app; app(['--help'], standalone_mode=False); sys.exit('torch' in sys.modules)"
