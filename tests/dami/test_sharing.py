@@ -358,6 +358,37 @@ def test_a_damaged_packed_pair_is_refused(ends: tuple[Path, Path], tmp_path: Pat
         AutoModelForCausalLM.from_pretrained(directory)
 
 
+def test_a_packed_pair_that_is_cut_short_is_named(ends: tuple[Path, Path], tmp_path: Path) -> None:
+    directory = dami.pack(*ends, tmp_path / "packed")
+    (shard,) = directory.glob("*.safetensors")
+    whole = shard.read_bytes()
+    for length in (0, 100, len(whole) // 2):
+        shard.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=rf"packed is damaged:\n  {re.escape(str(shard))} is corrupt: "):
+            dami.load_pair(directory)
+        with pytest.raises(ValueError, match=rf"{re.escape(str(shard))} is corrupt: "):
+            AutoModelForCausalLM.from_pretrained(directory)
+    shard.write_bytes(whole)
+    (directory / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=f"the tokenizer of {re.escape(str(directory))} cannot be loaded: "):
+        dami.load_pair(directory)
+    index = directory / "model.safetensors.index.json"
+    for damaged in ("{", "{}", "[]"):
+        index.write_text(damaged)
+        with pytest.raises(ValueError, match=f"{re.escape(str(index))} must "):
+            dami.load_pair(directory)
+
+
+def test_others_may_read_what_the_system_lets_them_read(ends: tuple[Path, Path], tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    new.touch()
+    model, tokenizer = dami.load_pair(*ends)
+    directories = [dami.pack(*ends, tmp_path / "packed"), dami.save_pair(model, tmp_path / "saved", tokenizer)]
+    for directory in directories:
+        modes = {file.stat().st_mode for file in directory.rglob("*") if file.is_file()}
+        assert modes == {new.stat().st_mode}
+
+
 def test_a_config_of_other_sizes_is_refused(ends: tuple[Path, Path], tmp_path: Path) -> None:
     directory = dami.pack(*ends, tmp_path / "packed", format="pair")
     config = AutoConfig.from_pretrained(directory)
