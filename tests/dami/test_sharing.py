@@ -186,6 +186,10 @@ def test_another_dtype(ends: tuple[Path, Path], tmp_path: Path) -> None:
     assert model.lm_head.weight_delta_scale.dtype == torch.bfloat16
     with torch.no_grad():
         model(**batch("left"), intensity=LAM)
+    for options in ({}, {"quantization_config": dami.PairConfig(str(ends[1]))}):
+        directory = ends[0] if options else tmp_path / "packed"
+        with pytest.raises(ValueError, match=r"dtype must be float32, bfloat16 or float16 for a pair, got .*64"):
+            AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, **options)
 
 
 def test_without_its_head(ends: tuple[Path, Path], tmp_path: Path) -> None:
