@@ -14,7 +14,7 @@ from dami.dial.choosing import estimates
 from dami.dial.patch import patch_of
 from dami.dial.values import Intensity, IntensityLike
 from dami.generation.pieces import KNOWN, end_tokens, generate_in_pieces
-from dami.prompts import Prompt
+from dami.prompts import Prompt, text_of
 from dami.thoughts import Reader
 
 ChatTemplate = str | float | Callable[[float], str]
@@ -70,8 +70,8 @@ def render(
         options: passed to `apply_chat_template`, such as variables of the template.
 
     Raises:
-        ValueError: the tokenizer has no such chat template, λ is needed and missing, or a prompt is a list of messages
-            and `chat_template` is None.
+        ValueError: the tokenizer has no such chat template, or it does not take the messages; λ is needed and missing;
+            or a prompt is a list of messages and `chat_template` is None.
     """
     if chat_template is None:
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
@@ -79,15 +79,14 @@ def render(
             raise ValueError("a list of messages needs the chat template: drop chat_template=None (--raw)")
         return texts
     lams = [None] * len(prompts) if intensities is None else intensities
-    rendered = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
-            chat_template=_template(tokenizer, chat_template, lam),
-            tokenize=False,
-            **{"add_generation_prompt": True, **options},
-        )
-        for prompt, lam in zip(prompts, lams, strict=True)
-    ]
+    rendered = []
+    for prompt, lam in zip(prompts, lams, strict=True):
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        given = {"chat_template": _template(tokenizer, chat_template, lam), "add_generation_prompt": True, **options}
+        try:
+            rendered.append(tokenizer.apply_chat_template(messages, tokenize=False, **given))
+        except Exception as error:  # templates can raise anything
+            raise ValueError(f"messages do not fit the chat template: {error}") from error
     return cast(list[str], rendered)  # strings, because of tokenize=False
 
 
@@ -221,8 +220,9 @@ def otherwise(prompt: Prompt) -> Prompt:
     last = max((place for place, message in enumerate(messages) if message["role"] == "user"), default=None)
     if last is None:
         return prompt
-    other = "1" if messages[last]["content"].lstrip().startswith("0") else "0"
-    return [*messages[:last], {**messages[last], "content": other}, *messages[last + 1 :]]
+    other = "1" if text_of([messages[last]]).lstrip().startswith("0") else "0"
+    content = other if isinstance(messages[last]["content"], str) else [{"type": "text", "text": other}]
+    return [*messages[:last], {**messages[last], "content": content}, *messages[last + 1 :]]
 
 
 def numbers_of(

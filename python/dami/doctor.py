@@ -180,13 +180,13 @@ def _calls(device: torch.device) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, torch.bfloat16)
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(device, torch.bfloat16)
 
     def pack(*shape: int, format: str) -> list[Tensor]:
         base = random(*shape)
         return list(LerpWeight.pack(base, base + 0.1 * random(*shape), format).tensors)
 
-    x, lam = random(ROWS, FEATURES), torch.linspace(0, 1, ROWS, device=device)
+    x, lam = random(ROWS, FEATURES), torch.linspace(0, 1, ROWS, dtype=torch.float32, device=device)
     ids = torch.arange(ROWS, device=device)
     ends = torch.tensor([1, ROWS], dtype=torch.int32, device=device)
     for format in formats.names():

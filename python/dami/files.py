@@ -60,6 +60,8 @@ def written_whole(
             shutil.rmtree(partial, ignore_errors=True)
         raise
     if first:
+        for file in partial.rglob("*.safetensors"):  # which safetensors lets nobody but the owner read
+            file.chmod((partial / MARK).stat().st_mode)
         (partial / MARK).unlink()
         _rename(partial, directory)
     if several:

@@ -79,6 +79,22 @@ def local(source: str | Path, subfolder: str | None = None) -> Path | None:
     return None
 
 
+def read_object(file: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file.
+
+    Raises:
+        ValueError: it holds anything else.
+        OSError: it cannot be read.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} must be a JSON object: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} must be a JSON object, got {found!r:.80}")
+    return found
+
+
 def packed_format(path: Path) -> str | None:
     """The format of a packed pair, None if `path` is an ordinary checkpoint.
 
@@ -88,10 +104,7 @@ def packed_format(path: Path) -> str | None:
     file = path / "config.json"
     if not file.exists():
         return None
-    try:
-        quantization = json.loads(file.read_text(encoding="utf-8")).get("quantization_config") or {}
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file} must be a JSON object: {error}") from error
+    quantization = read_object(file).get("quantization_config") or {}
     return quantization.get("format") if quantization.get("quant_method") == QUANT_METHOD else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -317,6 +316,21 @@ def test_an_adapter_in_a_bin_file_is_read_but_never_run(tmp_path: Path) -> None:
     logits = dami.load_pair(base, adapter)[0](**inputs, intensity=1.0).logits
     torch.testing.assert_close(logits, model(**inputs).logits, rtol=1e-4, atol=1e-4)
     torch.save({**tensors, "x": Harmful(tmp_path / "harm")}, adapter / "adapter_model.bin")
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+    with pytest.raises(ValueError, match=r"adapter_model.bin cannot be read: Weights only load failed"):
         dami.load_pair(base, adapter)
     assert not (tmp_path / "harm").exists()
+
+
+def test_a_damaged_adapter_is_told(tmp_path: Path) -> None:
+    base, adapter, _ = adapted("llama", tmp_path, **Q)
+    weights = adapter / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors cannot be read: "):
+        dami.load_pair(base, adapter)
+    weights.rename(adapter / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"adapter_model.bin cannot be read: "):
+        dami.load_pair(base, adapter)
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"adapter_config.json must be a JSON object: "):
+        dami.load_pair(base, adapter)

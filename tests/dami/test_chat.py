@@ -9,6 +9,7 @@ import dami
 import pytest
 import torch
 from dami import chat
+from dami.prompts import as_prompt, text_of
 from dami.thoughts import Reader
 
 
@@ -43,6 +44,25 @@ def test_encode_says_what_is_missing(pair: tuple[Any, Any]) -> None:
         chat.encode(tokenizer, ["hi"])
     with pytest.raises(ValueError, match="needs the chat template"):
         chat.encode(pair[1], [[{"role": "user", "content": "hi"}]], chat_template=None)
+
+
+def test_a_message_may_be_of_parts_or_only_call(pair: tuple[Any, Any]) -> None:
+    tokenizer = copy.deepcopy(pair[1])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for part in m.content or [] %}{{ part.text }}{% endfor %}{% endfor %}"
+    )
+    parts = [{"type": "text", "text": "7 +"}, {"type": "text", "text": " 3"}]
+    calls: Any = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    talk = as_prompt([{"role": "user", "content": parts}, calls])
+    assert chat.render(tokenizer, [talk]) == ["7 + 3"]
+    assert chat.last_turns(tokenizer, [talk]) == [len(tokenizer("7 + 3")["input_ids"])]
+    assert [text_of(talk), text_of(talk[:1]), text_of("7")] == ["", "7 + 3", "7"]
+
+
+@pytest.mark.parametrize("wrong", [[], {}, [1], [{"role": "user"}], [{"content": "7"}], [{"role": 1, "content": "7"}]])
+def test_what_is_no_prompt_is_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="a prompt must be a text, or a list of messages with a role and a content"):
+        as_prompt(wrong)
 
 
 def test_answers_of_counts_up_to_the_end_token_and_reads_the_thought(pair: tuple[Any, Any]) -> None:

@@ -53,6 +53,11 @@ def test_help_names_every_command(arguments: list[str]) -> None:
         assert f" {command} " in result.stdout
 
 
+def test_no_command_is_told_in_half_a_sentence() -> None:
+    told = CliRunner().invoke(cli.app, ["--help"], env={"COLUMNS": "80"}).stdout.partition("Commands:")[2]
+    assert all(line.endswith(".") and not line.endswith("...") for line in told.strip().splitlines())
+
+
 def test_help_does_not_import_torch() -> None:
     script = (
         "import sys; from dami.cli import app; app(['--help'], standalone_mode=False); sys.exit('torch' in sys.modules)"
@@ -258,6 +263,7 @@ LINES = {
     "empty.jsonl": "\n",
     "words.jsonl": '{"question": "?", "answer": "Tuesday"}',
     "bad-prompt": '{"prompt": 5}',
+    "no-content": '{"messages": [{"role": "user", "content": null}]}',
     "half-a-letter": '{"prompt": "\\ud800"}',
     "binary": b"\xff\xfe",
     "frontier.json": "{}",
@@ -280,6 +286,7 @@ def test_what_needs_no_model_is_told_before_torch_is_imported(tmp_path: Path) ->
         "generate hi --pair no/such/path pair/thinking": "there is no checkpoint no/such/path",
         "generate hi --pair nothing pair/thinking": "nothing is no checkpoint: it has no config.json",
         "generate --file bad-prompt": "bad-prompt, line 1: a prompt must be a text, or a list of messages",
+        "generate --file no-content": "no-content, line 1: a prompt must be a text, or a list of messages",
         "generate --file half-a-letter": "half-a-letter, line 1: a prompt must be text that UTF-8 can hold",
         "generate --file binary": "binary must be text in UTF-8: 'utf-8' codec can't decode",
         "describe pair/instruct": "thinking must be given: pair/instruct is a checkpoint, not a packed pair",
@@ -389,6 +396,24 @@ def test_a_bad_line_is_named(line: str, message: str) -> None:
     result = run("generate", stdin=f"1 + 1\n{line}\n")
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_a_conversation_that_the_template_does_not_take_is_told() -> None:
+    result = run("generate", "-l", "0", stdin='{"messages": [{"role": "system", "content": "Be brief."}]}\n')
+    assert result.exit_code == 2
+    assert "messages do not fit the chat template: This model knows the roles user and assistant" in result.stderr
+
+
+def test_a_pair_that_cannot_be_asked_is_told(tmp_path: Path) -> None:
+    for end in ENDS:
+        shutil.copytree(end, tmp_path / end.name, ignore=shutil.ignore_patterns("*token*", "*.jinja"))
+    pair = [str(tmp_path / end.name) for end in ENDS]
+    result = run("generate", "hi", "--pair", *pair)
+    assert result.exit_code == 2
+    assert (
+        f"a tokenizer is needed, and {pair[0]} and {pair[1]} have none: put its files into {pair[0]}" in result.stderr
+    )
+    assert run("describe", *pair).exit_code == 0
 
 
 def test_prompts_are_wanted_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

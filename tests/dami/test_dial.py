@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import repeat
@@ -19,9 +20,10 @@ import pytest
 import torch
 import transformers
 from dami.dial.values import as_lam
+from dami.estimators.confidence import ConfidenceEstimator
 from dami.keywords import meant
 from dami.layers.status import Status
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.utils import TransformersKwargs
 
@@ -611,3 +613,31 @@ def _counted(model: PreTrainedModel) -> str:
     formats = [row.format for row in dami.describe(model).rows]
     kinds = f"{formats.count('int4')} as int4, {formats.count('pair')} as pair"
     return f"{len(formats)} of {len(formats)} parameters differ: {kinds}"
+
+
+def test_the_default_dtype_of_a_program_changes_nothing() -> None:
+    """λ is float32, and so is all that chooses it."""
+    prompts, before = [[3, 4, 5], [6, 7]], torch.get_default_dtype()
+    options: dict[str, Any] = {"intensity": [0.0, "auto"], "max_new_tokens": 3}
+    small = ContinuousBatchingConfig(page_size=16, num_blocks=16, max_batch_tokens=16)
+
+    def said() -> list[Any]:
+        model, tokenizer = dami.load_pair(*dami.example_pair(), dtype=torch.float32)
+        words = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+        greedy = GenerationConfig(do_sample=False, eos_token_id=tokenizer.eos_token_id)
+        packed = model.generate_batch(prompts, greedy, small, **options).values()
+        found: list[Any] = [each.generated_tokens for each in packed]
+        for estimator in (model.dami.estimator, ConfidenceEstimator(tokens=2)):
+            dami.attach(model, estimator)
+            found.append(model.generate(**words, **options, do_sample=False).tolist())
+        return found
+
+    wanted = said()
+    try:
+        for dtype in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # that a model cannot be checked
+                assert said() == wanted
+    finally:
+        torch.set_default_dtype(before)

@@ -313,6 +313,8 @@ def test_a_pipeline_takes_one_lam_or_one_per_prompt() -> None:
         assert said(intensity=iter(lams), batch_size=size) == wanted
     with pytest.raises(ValueError, match="got 1 for 2 sequences"):
         said(intensity=iter(lams[:1]), batch_size=2)
+    with pytest.raises(ValueError, match=r"intensity must be an iterator .* it ended, got 0 for 1 sequences"):
+        said(intensity=iter(lams[:2]))
 
 
 @pytest.mark.parametrize(

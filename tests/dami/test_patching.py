@@ -163,6 +163,8 @@ def test_not_two_models() -> None:
         dami.patch_model(model, thinking)
     with pytest.raises(TypeError, match="thinking_model must not be patched already"):
         dami.patch_model(copy.deepcopy(thinking), model)
+    with pytest.raises(ValueError, match="thinking_model must be another model than instruct_model, got the same one"):
+        dami.patch_model(thinking, thinking)
 
 
 def test_an_unknown_format() -> None:
@@ -176,6 +178,8 @@ def test_an_offloaded_model() -> None:
     model.lm_head.to("meta")
     with pytest.raises(ValueError, match="instruct_model must be on devices, not offloaded, got 1 tensors on meta"):
         dami.patch_model(model, thinking)
+    with pytest.raises(ValueError, match="thinking_model must be on devices, not offloaded, got 1 tensors on meta"):
+        dami.patch_model(thinking, model)
 
 
 def _dispatched(model: PreTrainedModel, folder: Path) -> None:

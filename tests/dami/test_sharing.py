@@ -186,6 +186,10 @@ def test_another_dtype(ends: tuple[Path, Path], tmp_path: Path) -> None:
     assert model.lm_head.weight_delta_scale.dtype == torch.bfloat16
     with torch.no_grad():
         model(**batch("left"), intensity=LAM)
+    for options in ({}, {"quantization_config": dami.PairConfig(str(ends[1]))}):
+        directory = ends[0] if options else tmp_path / "packed"
+        with pytest.raises(ValueError, match=r"dtype must be float32, bfloat16 or float16 for a pair, got .*64"):
+            AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, **options)
 
 
 def test_without_its_head(ends: tuple[Path, Path], tmp_path: Path) -> None:
@@ -356,6 +360,37 @@ def test_a_damaged_packed_pair_is_refused(ends: tuple[Path, Path], tmp_path: Pat
     edit_tensors(directory, lambda tensors: tensors.pop("model.layers.1.mlp.down_proj.weight"))
     with pytest.raises(ValueError, match=r"down_proj.weight \(Linear\): the files lack the base"):
         AutoModelForCausalLM.from_pretrained(directory)
+
+
+def test_a_packed_pair_that_is_cut_short_is_named(ends: tuple[Path, Path], tmp_path: Path) -> None:
+    directory = dami.pack(*ends, tmp_path / "packed")
+    (shard,) = directory.glob("*.safetensors")
+    whole = shard.read_bytes()
+    for length in (0, 100, len(whole) // 2):
+        shard.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=rf"packed is damaged:\n  {re.escape(str(shard))} is corrupt: "):
+            dami.load_pair(directory)
+        with pytest.raises(ValueError, match=rf"{re.escape(str(shard))} is corrupt: "):
+            AutoModelForCausalLM.from_pretrained(directory)
+    shard.write_bytes(whole)
+    (directory / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=f"the tokenizer of {re.escape(str(directory))} cannot be loaded: "):
+        dami.load_pair(directory)
+    index = directory / "model.safetensors.index.json"
+    for damaged in ("{", "{}", "[]"):
+        index.write_text(damaged)
+        with pytest.raises(ValueError, match=f"{re.escape(str(index))} must "):
+            dami.load_pair(directory)
+
+
+def test_others_may_read_what_the_system_lets_them_read(ends: tuple[Path, Path], tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    new.touch()
+    model, tokenizer = dami.load_pair(*ends)
+    directories = [dami.pack(*ends, tmp_path / "packed"), dami.save_pair(model, tmp_path / "saved", tokenizer)]
+    for directory in directories:
+        modes = {file.stat().st_mode for file in directory.rglob("*") if file.is_file()}
+        assert modes == {new.stat().st_mode}
 
 
 def test_a_config_of_other_sizes_is_refused(ends: tuple[Path, Path], tmp_path: Path) -> None:

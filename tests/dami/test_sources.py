@@ -43,7 +43,7 @@ def test_a_pair_that_cannot_be_loaded_is_told(ends: list[str]) -> None:
         sources.check_pair(ends[1:], "int8")
     for damaged in ("{", "[]"):
         pack(ends[1], damaged)
-        with pytest.raises(ValueError, match=r"thinking.config.json must be a JSON object: "):
+        with pytest.raises(ValueError, match=r"thinking.config.json must be a JSON object"):
             sources.check_pair(ends, None)
     with pytest.raises(OSError, match=r"there is no checkpoint \./instruct"):
         sources.check_pair(["./instruct", ends[1]], None)

@@ -79,11 +79,13 @@ def load(
     device: str | None = None,
     caller: Caller = CALLERS["dami generate"],
     checkpoints: Mapping[str, Any] | None = None,
+    asks: bool = True,
 ) -> tuple[Any, Any]:
     """Loads a packed pair or two checkpoints, onto the GPU if there is one and no other device is named.
 
-    `checkpoints` are their options, as `load_pair` takes them. Progress goes to stderr. Errors in the pair or in the
-    requested λ are reported before torch is imported, as far as the files on disk show them.
+    `checkpoints` are their options, as `load_pair` takes them. A command that asks the model needs a tokenizer.
+    Progress goes to stderr. Errors in the pair or in the requested λ are reported before torch is imported, as far as
+    the files on disk show them.
     """
     if pair is None or not err.is_terminal:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
@@ -107,9 +109,12 @@ def load(
         try:
             device = device or ("cuda" if torch.cuda.is_available() else None)
             options = {"format": format, "device_map": device, "dtype": dtype, "invariant": invariant, **own}
-            return load_pair(*ends, **options)
+            model, tokenizer = load_pair(*ends, **options)
         except OSError as error:  # the hub's errors don't name the checkpoint
             raise OSError(f"cannot load {' and '.join(ends)}: {' '.join(str(error).split())}") from error
+    if asks and tokenizer is None:
+        raise fail(f"a tokenizer is needed, and {' and '.join(ends)} have none: put its files into {ends[0]}")
+    return model, tokenizer
 
 
 def progress_bars() -> Progress:

@@ -60,7 +60,7 @@ def calibrate(
     *,
     checkpoints: dict[str, Any],
 ) -> None:
-    """Learn from prompts without answers which λ a prompt deserves.
+    """Learn without answers which λ a prompt deserves.
 
     50 to 200 prompts like those to come are answered at several λ. That shows at which λ answers come to their end, and
     what most answers to a prompt say counts as right. dami.attach(model, OUTPUT) then lets intensity="auto" choose. A

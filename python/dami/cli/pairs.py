@@ -39,7 +39,7 @@ def describe(
 
     The last line compares the bytes with those of merged copies.
     """
-    model, _ = load(ends, format, dtype, checkpoints=checkpoints)
+    model, _ = load(ends, format, dtype, checkpoints=checkpoints, asks=False)
     import dami
     from dami.cli.terminal import parameters
 
@@ -122,7 +122,7 @@ def merge(
         check_new(output, overwrite, inputs)
     caller = CALLERS["dami merge"]
     model, tokenizer = load(  # on the CPU, as each weight is read once
-        ends, intensities=[intensity], caller=caller, device="cpu", checkpoints=checkpoints
+        ends, intensities=[intensity], caller=caller, device="cpu", checkpoints=checkpoints, asks=False
     )
     from dami.saving.merging import write_merged
 

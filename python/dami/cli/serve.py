@@ -220,7 +220,7 @@ class ServeSettings(CheckpointSettings):
 @app.command(cls=TakesPair)
 @options_of(ServeSettings, "serve", ["fastapi", "prometheus_client", "pydantic_settings", "uvicorn"])
 def serve(given: Given[ServeSettings]) -> None:
-    """Serve a pair over OpenAI's API, each request at its own λ.
+    """Serve a pair over OpenAI's API, each request at its λ.
 
     Instead of an option such as --max-model-len 4096, you can set DAMI_MAX_MODEL_LEN=4096 in the environment or write
     max_model_len = 4096 into the file of --config. Options come before the environment, and the environment before the

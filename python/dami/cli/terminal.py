@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TextStreamer
 
-from dami.chat import Answer, ChatTemplate, Prompt, answers_of, ask, encode, numbers_of
+from dami.chat import Answer, ChatTemplate, answers_of, ask, encode, numbers_of
 from dami.estimators.files import StoredIntensity
 from dami.evaluation.calibration import Calibration
 from dami.evaluation.frontier import Point
@@ -27,6 +27,7 @@ from dami.evaluation.policies import Outcome
 from dami.evaluation.tails import Tails
 from dami.evaluation.tuning import Tuned
 from dami.layers.describe import Description, ParameterRow
+from dami.prompts import Prompt, text_of
 from dami.tables import FittedTable
 from dami.thoughts import Reader
 
@@ -37,11 +38,6 @@ NARROWEST = 20  # fewest columns in which an answer is readable
 def style_of(intensity: float) -> str:
     """Returns the colour of a λ, the same as in the plots."""
     return "rgb({},{},{})".format(*color(intensity))
-
-
-def plain(prompt: Prompt) -> str:
-    """Returns a prompt's text: for a conversation, its last message."""
-    return (prompt if isinstance(prompt, str) else prompt[-1]["content"]).strip()
 
 
 def fold(text: Text, console: Console, width: int, lines: int, tail: bool = False) -> Text:
@@ -100,7 +96,7 @@ def side_by_side(
         for row in (heads, thoughts, ends) if thinks else (heads, ends):
             table.add_row(*row)
         tables.append(table)
-    parts: list[RenderableType] = [Text(plain(answers[0].prompt), style="bold"), Text()]
+    parts: list[RenderableType] = [Text(text_of(answers[0].prompt).strip(), style="bold"), Text()]
     for table in tables:
         parts += [table, Text()]
     return Panel(Group(*parts[:-1]), title=title, title_align="left", box=box.ROUNDED, border_style="dim")

@@ -128,7 +128,7 @@ def tails(
     *,
     checkpoints: dict[str, Any],
 ) -> None:
-    """Measure how much of a prompt must be read at the λ of its answer.
+    """Find how much of a prompt needs the λ of its answer.
 
     The least that costs nothing is saved, with the pair's estimator and presets: dami.attach(model, OUTPUT) then lets
     model.dami.prompt_tail tell it. A run that was interrupted goes on where it ended.

@@ -66,6 +66,11 @@ class Intensity:
             return cls(torch.zeros(()), parts=parts)
         if isinstance(value, Iterator) and "iterator" in caller.takes:
             value = list(islice(value, sequences))
+            if sequences is not None and len(value) < sequences:
+                raise ValueError(
+                    f"{caller.argument} must be an iterator with one λ per sequence: it ended, got {len(value)} for "
+                    f"{sequences} sequences"
+                )
         if isinstance(value, str) and value != AUTO:
             value = _preset(value, caller, presets)
         for_all = isinstance(value, str) or callable(value)  # "auto", or a schedule

@@ -6,6 +6,7 @@ The confidence is the geometric mean of the answer's token probabilities, as in 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -56,16 +57,16 @@ def signals(model: PreTrainedModel, batch: Mapping[str, Tensor], tokens: int) ->
     """
     trial, seen, said = _trial(model, batch, tokens)[:3]
     prompts, answer = trial[:, : -said.shape[1]], trial[:, -said.shape[1] :]
-    lam = torch.tensor([0.0, 1.0], device=prompts.device).repeat_interleave(len(prompts))
+    lam = torch.tensor([0.0, 1.0], dtype=torch.float32, device=prompts.device).repeat_interleave(len(prompts))
     logits = model(
         input_ids=trial.repeat(2, 1), attention_mask=torch.cat([seen, said.to(seen.dtype)], 1).repeat(2, 1),
         intensity=lam, logits_to_keep=answer.shape[1] + 1,
     ).logits.unflatten(0, (2, -1))  # fmt: skip
-    sums = torch.zeros(4, len(prompts), device=prompts.device)
+    sums = torch.zeros(4, len(prompts), dtype=torch.float32, device=prompts.device)
     for step in range(answer.shape[1]):  # one position at a time, because float32 logits of all would need much memory
         logs = logits[:, :, step].float().log_softmax(-1)
         of_token = logs.gather(2, answer[None, :, step, None].expand(2, -1, 1)).squeeze(2)
-        middle = torch.logaddexp(logs[0], logs[1]) - torch.log(torch.tensor(2.0))
+        middle = torch.logaddexp(logs[0], logs[1]) - math.log(2)
         divergence = 0.5 * (logs.exp() * (logs - middle)).sum((0, 2))
         entropy = -(logs[0].exp() * logs[0]).sum(-1)
         sums += torch.stack([*of_token, entropy, divergence]) * said[:, step]

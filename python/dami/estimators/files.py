@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dami.dial.patch import Estimator
@@ -87,7 +87,7 @@ class StoredIntensity:
         directory.mkdir(parents=True, exist_ok=True)
         if weights:
             with written_file(directory / WEIGHTS) as file:
-                save_file(dict(weights), file)
+                file.write_bytes(save(dict(weights)))  # save_file lets nobody but the owner read
         if self.frontier:
             write_text(directory / FRONTIER, json.dumps(self.frontier, indent=1, ensure_ascii=False) + "\n")
         write_text(directory / SETTINGS, settings + "\n")  # last, because readers look for this file

@@ -86,7 +86,7 @@ class PreferenceEstimator(PricedEstimator):
 
     def gain_and_cost(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Computes gain and cost of every λ with the network."""
-        return _network(self.weights, features, torch.tensor(self.intensities))
+        return _network(self.weights, features, torch.tensor(self.intensities, dtype=torch.float32))
 
 
 def fit(
@@ -123,7 +123,8 @@ def fit(
     low, high = map(math.log, PRICES)
     with torch.random.fork_rng(devices=()), torch.enable_grad():
         torch.manual_seed(seed)
-        hidden, out = nn.Linear(features.shape[1], WIDTH), nn.Linear(WIDTH, 2 * DEGREE)
+        hidden = nn.Linear(features.shape[1], WIDTH, dtype=torch.float32)
+        out = nn.Linear(WIDTH, 2 * DEGREE, dtype=torch.float32)
         trained = {
             "hidden.weight": hidden.weight, "hidden.bias": hidden.bias, "out.weight": out.weight, "out.bias": out.bias,
         }  # fmt: skip
@@ -133,7 +134,7 @@ def fit(
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=EPOCHS * batches)
         for _ in range(EPOCHS):
             for rows in torch.randperm(len(features)).chunk(batches):
-                price = torch.empty(len(rows), 1).uniform_(low, high).exp()
+                price = torch.empty(len(rows), 1, dtype=torch.float32).uniform_(low, high).exp()
                 gained, spent = _network({**trained, **scaling}, features[rows], lams, DROPOUT)
                 worth = _differences(right[rows] - price * cost[rows])
                 utility = _differences(gained - price * spent)

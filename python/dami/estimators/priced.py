@@ -104,7 +104,7 @@ class PricedEstimator:
     def choose(self, features: Tensor) -> Tensor:
         """Returns λ for every row of features, float32 [B]."""
         gain, cost = self.utilities(features)
-        return torch.tensor(self.intensities)[(gain - self.price * cost).argmax(1)]
+        return torch.tensor(self.intensities, dtype=torch.float32)[(gain - self.price * cost).argmax(1)]
 
     def estimate(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
         """Returns λ for each prompt, float32 [B], as `Estimator` says."""

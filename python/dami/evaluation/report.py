@@ -20,6 +20,7 @@ from dami.evaluation.style import save, svg
 from dami.evaluation.sweeps import Record
 from dami.evaluation.tasks import TO_EVALUATE, Task, check_enough
 from dami.files import write_text
+from dami.prompts import text_of
 
 
 def write_report(
@@ -138,8 +139,7 @@ def _questions(task: Task, records: Sequence[Record], chosen: Sequence[float] | 
     shown = []
     for index, said in sorted(by_question.items()):
         question = task.questions[index]
-        asked = question.question if isinstance(question.question, str) else str(question.question[-1]["content"])
         said = sorted(said, key=lambda record: (record.intensity, record.sample))
         choice = None if chosen is None else round(chosen[index], 2)
-        shown.append(AskedQuestion(asked, question.answer, question.verifier, said, choice))
+        shown.append(AskedQuestion(text_of(question.question), question.answer, question.verifier, said, choice))
     return shown

@@ -160,7 +160,7 @@ class LerpManager(continuous_api.ContinuousBatchingManager):
         kept = None
         if self.captures:
             rows, vocabulary = self.continuous_batching_config.max_requests_per_batch, _head_of(self.model)
-            kept = torch.zeros(cast(int, rows), vocabulary, device=self.model.device)
+            kept = torch.zeros(cast(int, rows), vocabulary, dtype=torch.float32, device=self.model.device)
         self.sampler = Sampler(kept)
         self.logit_processor = LerpProcessors([*self.logit_processor.logits_processor, *self.sampler.processors])
 
@@ -383,7 +383,7 @@ class LerpProcessors(cb_logits_processors.ContinuousBatchingLogitsProcessorList)
         for request in requests_in_batch:
             end = request.state.position_offset  # which counts the tokens of this step already
             lam += Reading.of(request.state).lam(end - request.query_length, end)
-        arg_storage[-1, : len(lam)] = torch.tensor(lam).view(torch.int32).to(arg_storage.device)
+        arg_storage[-1, : len(lam)] = torch.tensor(lam, dtype=torch.float32).view(torch.int32).to(arg_storage.device)
         return arg_storage
 
 
@@ -458,7 +458,7 @@ def check_packed(model: Any) -> None:
     tokens = next(number for number in count(9) if number not in sizes)  # for `LerpModule._packed_rows`
     lengths = (tokens - 3, 2, 1)
     begins = torch.tensor([0, tokens - 3, tokens - 1, tokens], dtype=torch.int32, device=model.device)
-    lam = torch.tensor([0.0, float("nan"), 1.0], device=model.device)
+    lam = torch.tensor([0.0, float("nan"), 1.0], dtype=torch.float32, device=model.device)
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     last = {"logits_to_keep": begins[1:].long() - 1} if keeps else {}
     model.set_attn_implementation(attention.NAME)

@@ -73,7 +73,7 @@ class _Setting(ContinuousBatchingLogitsProcessor):
 
     def __init__(self, of: Callable[[RequestState], float], dtype: torch.dtype = torch.float32) -> None:
         self.of, self.dtype = of, dtype
-        self.values = torch.empty(0)
+        self.values = torch.empty(0, dtype=dtype)
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
         int32_tensor.zero_()

@@ -110,12 +110,12 @@ class LerpRMSNorm(LerpModule):
         if len(arguments(type(module).forward)) != 2:  # self and x, and no gate
             return None
         generator = torch.Generator().manual_seed(0)
-        w = torch.randn(weight.shape, generator=generator).to(weight.device)
+        w = torch.randn(weight.shape, generator=generator, dtype=torch.float32).to(weight.device)
         numbers = [v for v in vars(module).values() if isinstance(v, (int, float)) and not isinstance(v, bool)]
         epsilons = [float(number) for number in numbers if 0 < number < float("inf")]
         for eps in (*epsilons, torch.finfo(torch.float32).eps):  # the last is torch's default
             # scaled so that the mean square and eps are about equal
-            x = torch.randn(3, *weight.shape, generator=generator).to(weight.device) * eps**0.5
+            x = torch.randn(3, *weight.shape, generator=generator, dtype=torch.float32).to(weight.device) * eps**0.5
             try:
                 y = type(module).forward(with_parameters(module, {"weight": w}), x)
             except Exception:  # not a norm: it has another signature

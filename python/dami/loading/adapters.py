@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from dami.layers.packed import LowRank
 from dami.layers.peft import LORA_FACTOR, UNCHANGED, more_than_lora
 from dami.patching.compare import first_names
 from dami.patching.ties import head_name
-from dami.sources import ADAPTER
+from dami.sources import ADAPTER, read_object
 
 CONFIG, WEIGHTS, LEGACY = ADAPTER, "adapter_model.safetensors", "adapter_model.bin"
 MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.weight)?")  # DoRA's
@@ -53,7 +52,7 @@ class Adapter:
             ValueError: it is not a LoRA, or has parts that are not low-rank differences; they are named.
             OSError: a file is missing.
         """
-        config = json.loads((directory / CONFIG).read_text())
+        config = read_object(directory / CONFIG)
         odd = more_than_lora({**config, "use_dora": False})
         initialisation = config.get("init_lora_weights", True)
         if initialisation not in (*UNCHANGED, *_SUBTRACTED):
@@ -198,9 +197,14 @@ class Adapter:
 
 def _stored(directory: Path) -> dict[str, Tensor]:
     """Returns the tensors of an adapter's file; what is pickled is never run."""
-    if (directory / WEIGHTS).exists() or not (directory / LEGACY).exists():
-        return load_file(directory / WEIGHTS)
-    return torch.load(directory / LEGACY, map_location="cpu", weights_only=True)
+    legacy = (directory / LEGACY).exists() and not (directory / WEIGHTS).exists()
+    file = directory / (LEGACY if legacy else WEIGHTS)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True) if legacy else load_file(file)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises several kinds for a damaged file
+        raise ValueError(f"{file} cannot be read: {error}") from error
 
 
 def _head_and_embedding(model: PreTrainedModel) -> set[str]:

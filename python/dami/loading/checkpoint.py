@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,11 +28,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.quantizers import AutoQuantizationConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from dami.loading import adapters
 from dami.patching.compare import Header
 from dami.patching.ties import TIES
-from dami.sources import QUANT_METHOD, TWO_ENDS, local
+from dami.sources import QUANT_METHOD, TWO_ENDS, local, read_object
 from dami.upstream import ties_of
 
 FILES = ["model*.safetensors", adapters.WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md"]
@@ -151,15 +151,18 @@ class Checkpoint:
         """How its weights are quantised, as its config says; None if they are not, in a GGUF file or a pair."""
         if self.gguf is not None or self.is_adapter:
             return None
-        quantization = json.loads((self.directory / "config.json").read_text()).get("quantization_config")
+        quantization = read_object(self.directory / "config.json").get("quantization_config")
         ours = (QUANT_METHOD, TWO_ENDS)
         return None if quantization is None or quantization.get("quant_method") in ours else quantization
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Returns its tokenizer, or None if it has none."""
+        """Returns its tokenizer, or None if it has none. Raises ValueError if it cannot be loaded."""
         if self.gguf is None and not any(self.directory.glob("*token*")):
             return None
-        return AutoTokenizer.from_pretrained(self.directory, **self._where)
+        try:
+            return AutoTokenizer.from_pretrained(self.directory, **self._where)
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise ValueError(f"the tokenizer of {self.path} cannot be loaded: {error}") from error
 
     def model(self, **options: Any) -> PreTrainedModel:
         """Loads the checkpoint with transformers, dequantised if it is quantised.
@@ -193,14 +196,27 @@ class Checkpoint:
                 return True
         return False
 
+    @cached_property
+    def index(self) -> dict[str, str] | None:
+        """The file that each tensor is in, by name; None without an index. Raises ValueError if it is damaged."""
+        file = self.directory / SAFE_WEIGHTS_INDEX_NAME
+        if not file.exists():
+            return None
+        places = read_object(file).get("weight_map")
+        if not isinstance(places, dict):
+            raise ValueError(f"{file} must have a weight_map, which names the file of each tensor, got {places!r:.80}")
+        return places
+
     def files(self) -> dict[Path, list[str] | None]:
-        """Returns its safetensors files, each with the tensor names its index lists, or None without an index."""
-        index = self.directory / "model.safetensors.index.json"
-        if not index.exists():
-            single = self.directory / "model.safetensors"
+        """Returns its safetensors files, each with the tensor names its index lists, or None without an index.
+
+        Raises ValueError if the index is damaged.
+        """
+        if self.index is None:
+            single = self.directory / SAFE_WEIGHTS_NAME
             return {single: None} if single.exists() and self.gguf is None else {}
         files: dict[Path, list[str] | None] = {}
-        for name, file in json.loads(index.read_text())["weight_map"].items():
+        for name, file in self.index.items():
             files.setdefault(self.directory / file, []).append(name)  # type: ignore[union-attr]
         return files
 
@@ -219,8 +235,11 @@ class Checkpoint:
                 continue
             try:
                 found = headers_in(file)
-            except (SafetensorError, OSError) as error:
-                faults.append(f"{file} is corrupt: {error}")
+            except ValueError as error:
+                faults.append(str(error))
+                continue
+            except OSError as error:
+                faults.append(f"{file} cannot be read: {error}")
                 continue
             headers |= found
             if absent := set(promised or ()) - found.keys():
@@ -228,6 +247,10 @@ class Checkpoint:
         if faults:
             raise ValueError("\n  ".join([f"the checkpoint {self.directory} is damaged:", *faults]))
         return headers
+
+    def check(self) -> None:
+        """Raises what `stored` raises if its files are damaged."""
+        _ = self.stored
 
     def headers(self) -> dict[str, Header]:
         """Returns shape and dtype of every tensor that `read` gives, by stored name, from file headers only.
@@ -317,10 +340,18 @@ DTYPES = {
 
 
 def headers_in(file: Path) -> dict[str, Header]:
-    """Returns shape and dtype of every tensor in a safetensors file by name, from the file's header only."""
-    with safe_open(file, framework="pt") as tensors:
-        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
-        return {
-            name: (list(part.get_shape()), DTYPES.get(part.get_dtype(), part.get_dtype()))
-            for name, part in slices.items()
-        }
+    """Returns shape and dtype of every tensor in a safetensors file by name, from the file's header only.
+
+    Raises:
+        ValueError: the file is corrupt.
+        OSError: it cannot be read.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
+            return {
+                name: (list(part.get_shape()), DTYPES.get(part.get_dtype(), part.get_dtype()))
+                for name, part in slices.items()
+            }
+    except SafetensorError as error:
+        raise ValueError(f"{file} is corrupt: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from dami.loading.policies import ENDS, Choices, End, copy_rope, tokenizer_end, 
 from dami.patching.model import PairModel
 from dami.patching.patch import interpolate, patch_model
 from dami.patching.ties import untie
-from dami.sources import FOLDER, SETTINGS
+from dami.sources import FOLDER, SETTINGS, read_object
 
 Tokenizer = PreTrainedTokenizerBase | Any  # None if the instruct end has none; Any spares most callers the check
 
@@ -168,8 +167,8 @@ def base_of(
         if base is not None:
             raise TypeError(f"base is for an adapter as the instruct end, which {instruct.path} is not: leave it out")
         return instruct
-    configs = [json.loads((end.directory / adapters.CONFIG).read_text()) for end in ends if end.is_adapter]
-    names = [config.get("base_model_name_or_path") for config in configs]
+    configs = [read_object(end.directory / adapters.CONFIG) for end in ends if end.is_adapter]
+    names = [config.get("base_model_name_or_path", "") for config in configs]
     if base is None and len({*names}) > 1:
         raise ValueError(
             f"{instruct.directory} and {thinking.directory} must be adapters on one base, got "

@@ -136,6 +136,7 @@ def _load_packed(
 ) -> tuple[PairModel, Tokenizer]:
     """Does what `load_pair` does for a packed pair."""
     check_packed(pair.path, format)
+    pair.check()
     model, tokenizer = cast(PairModel, pair.model(**options)), pair.tokenizer()
     if tokenizer is not None and isinstance(tokenizer.chat_template, dict):
         templates = tokenizer.chat_template

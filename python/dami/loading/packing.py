@@ -30,7 +30,7 @@ from dami.patching.compare import first_names
 from dami.saving.config import PackedConfig, by_pattern
 from dami.saving.directory import write_pair
 from dami.saving.model_card import write_model_card
-from dami.sources import OPTIONS, THINKING, per_end
+from dami.sources import OPTIONS, THINKING, per_end, read_object
 from dami_kernels import LerpWeight, formats
 from dami_kernels.weight import FLOAT_DTYPES
 
@@ -190,7 +190,7 @@ def _describe(
         generation = match.ends[0].generation()
         generation.eos_token_id = match.end_ids
         generation.save_pretrained(directory)
-    config, before = json.loads((instruct / "config.json").read_text()), match.ends[0].config().to_dict()
+    config, before = read_object(instruct / "config.json"), match.ends[0].config().to_dict()
     changed = {key: value for key, value in match.config.to_dict().items() if value != before.get(key)}
     if "rope_parameters" in changed:  # old names of the same settings
         config = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}

@@ -22,6 +22,7 @@ from dami.saving.config import PackedConfig, PairConfig
 from dami.sources import QUANT_METHOD, TWO_ENDS
 from dami.upstream import check, execution_device, keep_from_initialization, parameters_of
 from dami_kernels import LerpWeight, formats
+from dami_kernels.weight import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from dami.layers.base import LerpModule
@@ -36,8 +37,18 @@ register_quantization_config(QUANT_METHOD)(PackedConfig)
 register_quantization_config(TWO_ENDS)(PairConfig)
 
 
+class OfPairs(HfQuantizer):
+    """What the loading of a packed pair and of two ends have in common."""
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Refuses a dtype that no operator computes in."""
+        if dtype not in FLOAT_DTYPES:
+            raise ValueError(f"dtype must be float32, bfloat16 or float16 for a pair, got {dtype}")
+        return dtype
+
+
 @register_quantizer(QUANT_METHOD)
-class PairQuantizer(HfQuantizer):
+class PairQuantizer(OfPairs):
     """Loads packed pairs: patches the empty model, so that every stored tensor is loaded straight into place."""
 
     quantization_config: PackedConfig
@@ -139,7 +150,7 @@ class PairQuantizer(HfQuantizer):
                 setattr(module, local, model.get_parameter(source))
         patch = model.dami_patch
         patch.trainable = [p for p in model.parameters() if p.is_floating_point() and id(p) not in added]
-        patch.dial.lam = torch.zeros((), device=model.device)
+        patch.dial.lam = torch.zeros((), dtype=torch.float32, device=model.device)
         config = self.quantization_config
         sizes = None if config.vocabulary is None else (config.vocabulary[0], config.vocabulary[1])
         patch.origin = Origin(config.parents, config.error, None, config.differences, sizes, config.sampling)
@@ -147,7 +158,7 @@ class PairQuantizer(HfQuantizer):
 
 
 @register_quantizer(TWO_ENDS)
-class TwoEndsQuantizer(HfQuantizer):
+class TwoEndsQuantizer(OfPairs):
     """Loads the thinking end after the instruct end, which transformers loads, and patches the model."""
 
     quantization_config: PairConfig

@@ -20,7 +20,7 @@ from huggingface_hub.utils import (
     http_backoff,
 )
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from dami.loading.adapters import CONFIG, LEGACY, WEIGHTS
 from dami.loading.checkpoint import DTYPES, FILES, Checkpoint
@@ -48,17 +48,13 @@ class RemoteCheckpoint(Checkpoint):
     @cached_property
     def _files(self) -> Mapping[str, tuple[int, Mapping[str, Any]]]:
         """Of each safetensors file in the repository where its tensors begin, and its header; {} if there is none."""
-        index = self.directory / SAFE_WEIGHTS_INDEX_NAME
-        if index.exists():
-            files = sorted({*json.loads(index.read_text())["weight_map"].values()})
-        else:
-            files = [SAFE_WEIGHTS_NAME]
+        files = [SAFE_WEIGHTS_NAME] if self.index is None else sorted({*self.index.values()})
         names = [f"{self.subfolder}/{file}".lstrip("/") for file in files]
         try:
             with ThreadPoolExecutor(CONNECTIONS) as pool:
                 return dict(zip(names, pool.map(self._header, names), strict=True))
         except EntryNotFoundError:
-            if index.exists():
+            if self.index is not None:
                 raise
             return {}
 

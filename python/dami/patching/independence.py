@@ -40,7 +40,7 @@ def check_independence(model: nn.Module, forward: Any) -> None:
     if module is not None:
         raise ValueError(
             f"{type(model).__name__} takes one λ for a whole batch only: from {module.lerp.name} "
-            f"({module.lerp.original.__name__}) on rows of several sequences are not told apart"
+            f"({module.lerp.original.__name__}) on, rows of several sequences are not told apart"
         )
 
 
@@ -88,7 +88,7 @@ def _leaks(model: Any, forward: Any, modules: Sequence[LerpModule]) -> bool:
         for length, poisoned in RUNS:
             ids = 3 + torch.arange(2 * length, device=model.device).view(2, length)
             inputs = {name: ids for name in ("input_ids", "decoder_input_ids") if name in names}
-            lam = torch.zeros(2, device=model.device)
+            lam = torch.zeros(2, dtype=torch.float32, device=model.device)
             at_rest, turned = Dial(lam), Dial(lam.index_fill(0, torch.tensor([poisoned], device=lam.device), NAN))
             for module in everyone:
                 module.lerp.part = turned if module in modules else at_rest

@@ -53,6 +53,9 @@ def patch_model(
         if hasattr(model, "dami_patch"):
             raise TypeError(f"{name} must not be patched already: call dami.unpatch_model first")
         refuse_adapters(model, "patch_model", f"merge it into {name}, or put it on the patched model")
+        _refuse_offloaded(name, model.state_dict())
+    if instruct_model is thinking_model:
+        raise ValueError("thinking_model must be another model than instruct_model, got the same one twice")
     mismatches, head_differs = _mismatches(instruct_model, thinking_model)
     if mismatches:
         raise ValueError("\n  ".join(["instruct_model and thinking_model do not match:", *mismatches]))
@@ -68,6 +71,16 @@ def patch_model(
     if head_name(model) is not None and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         setattr(model.config.get_text_config(), TIES, False)  # a checkpoint's own head may have overruled its config
     return model
+
+
+def _refuse_offloaded(name: str, state: Mapping[str, Tensor]) -> None:
+    """Raises ValueError if tensors of a model, given by its argument's name and its state, are on no device."""
+    offloaded = [each for each, tensor in state.items() if tensor.device.type == "meta"]
+    if offloaded:
+        raise ValueError(
+            f"{name} must be on devices, not offloaded, got {len(offloaded)} tensors on meta: pack the pair, "
+            "dami pack INSTRUCT THINKING -o DIRECTORY, and load what can be offloaded, dami.load_pair(DIRECTORY, …)"
+        )
 
 
 def _mismatches(instruct: PreTrainedModel, thinking: PreTrainedModel) -> tuple[list[str], bool]:
@@ -152,12 +165,7 @@ def interpolate(
     """
     formats.get(format)
     state = model.state_dict(keep_vars=True)
-    offloaded = [name for name, base in state.items() if base.device.type == "meta"]
-    if offloaded:
-        raise ValueError(
-            f"instruct_model must be on devices, not offloaded, got {len(offloaded)} tensors on meta: pack the pair, "
-            "dami pack INSTRUCT THINKING -o DIRECTORY, and load what can be offloaded, dami.load_pair(DIRECTORY, …)"
-        )
+    _refuse_offloaded("instruct_model", state)
     kinds = kinds_of(model)
     read_by, lines, idle = readers(kinds), obstacles(model), unread(model)
     packed: dict[int, Packed] = {}  # by the id of the base
@@ -206,7 +214,8 @@ def install(
     """Changes the class of `model` and of every module that has a parameter in `packed`, which is keyed by id."""
     original: Any = type(model)
     # λ needs a value even while the model is on meta during loading, because reading a parameter uses it
-    dial = Dial(torch.zeros((), device="cpu" if model.device.type == "meta" else model.device))
+    where = "cpu" if model.device.type == "meta" else model.device
+    dial = Dial(torch.zeros((), dtype=torch.float32, device=where))
     patch = Patch(dial, original, [p for p in model.parameters() if p.requires_grad])
     pair: PairModel = reclass(model, cast(Any, patched_model_class(original)))
     pair.dami_patch = patch

@@ -429,7 +429,7 @@ class Engine:
         try:
             estimator: Any = patch_of(self.model).estimator
             chosen = one_lam(estimator.choose(states).item(), "the estimator's choice")
-            [chosen] = shortest(torch.tensor([chosen]))
+            [chosen] = shortest(torch.tensor([chosen], dtype=torch.float32))
         except Exception as error:
             logger.exception("the estimator failed")
             self._call(row.fail, EstimatorFailed(str(error)))

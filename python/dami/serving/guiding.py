@@ -113,8 +113,8 @@ class Guide(Course):
         self._seen: set[int] = set()
         self._scores: Tensor | None = None  # biases and penalties
         if guidance.biases:
-            self._scores = torch.zeros(vocabulary)
-            self._scores[list(guidance.biases)] = torch.tensor(list(guidance.biases.values()))
+            self._scores = torch.zeros(vocabulary, dtype=torch.float32)
+            self._scores[list(guidance.biases)] = torch.tensor(list(guidance.biases.values()), dtype=torch.float32)
 
     def turn(self, intensity: float | None = None, wrap_up: int | None = None) -> None:
         """Changes the course from the next token on; called in any thread.
@@ -195,7 +195,7 @@ class Guide(Course):
 
     def _penalise(self, token: int) -> None:
         if self._scores is None:
-            self._scores = torch.zeros(self.vocabulary)
+            self._scores = torch.zeros(self.vocabulary, dtype=torch.float32)
         first = token not in self._seen
         self._seen.add(token)
         self._scores[token] -= self.guidance.frequency_penalty + self.guidance.presence_penalty * first
@@ -228,6 +228,6 @@ def _between(points: Sequence[tuple[int, float]], place: int) -> float:
 
 def _without(bias: Tensor | None, ruled_out: Tensor, vocabulary: int = 0) -> Tensor:
     """Returns a bias that also rules out tokens, given by their ids or as bool [vocabulary]."""
-    bias = torch.zeros(vocabulary or len(ruled_out)) if bias is None else bias.clone()
+    bias = torch.zeros(vocabulary or len(ruled_out), dtype=torch.float32) if bias is None else bias.clone()
     bias[ruled_out] = -torch.inf
     return bias

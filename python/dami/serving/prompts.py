@@ -153,8 +153,8 @@ class Prompts:
         """Renders a conversation, and checks that no tool, no call, and nothing from another role is left out."""
         try:
             [text] = render(self.tokenizer, [messages], template, lams, **options)
-        except Exception as problem:  # templates can raise anything
-            raise BadRequest(f"messages do not fit the chat template: {problem}", "messages") from problem
+        except ValueError as problem:
+            raise BadRequest(str(problem), "messages") from problem
         for tool in options.get("tools", ()):
             if (name := tool["function"]["name"]) not in text:
                 raise BadRequest(f"tools: the chat template leaves out {name!r}", "tools")
@@ -167,7 +167,7 @@ class Prompts:
             marked = [_marked(m, marks[place]) if place in marks else m for place, m in enumerate(messages)]
             try:
                 [text_of_marks] = render(self.tokenizer, [marked], template, lams, **options)
-            except Exception:  # the template depends on the contents
+            except ValueError:  # the template depends on the contents
                 return text
             for place, mark in marks.items():
                 if mark not in text_of_marks:
