@@ -309,6 +309,15 @@ def tails(pair: str) -> str:
     return markdown(lines)
 
 
+def tails_of_zoo() -> str:
+    """Tabulates what each tail costs on every pair of the zoo that was measured."""
+    lines = [["pair", "the last token", "the last 8 tokens", "the last user message on"]]
+    for file in sorted(RESULTS.glob("tails_zoo_*.csv")):
+        lost = {row["tail"]: change(row, "loss") for row in newest(file)}
+        lines.append([f"`{file.stem.removeprefix('tails_zoo_')}`", *(lost[tail] for tail in ("1", "8", "turn"))])
+    return markdown(lines)
+
+
 def tuning(pair: str) -> str:
     """Tabulates the ways to answer that a search has found, and those of one λ, by their tokens."""
     lines = [["λ of the thought", "of the answer", "of the prompt", "accuracy, %", "tokens", "gain, points", "preset"]]
@@ -578,6 +587,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "budgets shipped": lambda: budgets("shipped"),
     "tails shipped": lambda: tails("shipped"),
     "tails smollm2": lambda: tails("smollm2"),
+    "tails zoo": tails_of_zoo,
     "tuning shipped": lambda: tuning("shipped"),
     "study paths": study_paths,
     "study parts": study_parts,
