@@ -8,7 +8,7 @@
 
 namespace {
 
-using dami::Block, dami::Group, dami::Linear, dami::Mode, dami::Piece, dami::Stored;
+using dami::Block, dami::Group, dami::Linear, dami::Mode, dami::Piece, dami::Storage, dami::Stored;
 
 // The tile registers, which belong to this thread while it lives.
 struct TileRegisters {
@@ -46,7 +46,7 @@ void transpose(__m512i (&v)[16]) {
 }
 
 // The tile unit adds a · bᵀ to float32 sums, a [16, 32] as it lies in memory, and b [16, 32] with its pairs by column. The
-// weight is a: its rows are copied or converted as they are. x is b, and is laid out once. The sums are features by rows of x.
+// weight is a: its rows are read where they lie, or converted. x is b, and is laid out once. The sums are features by rows of x.
 struct AmxKernel {
   using X = bf16;
   using RowOfX = OfBf16::RowOfX;
@@ -69,9 +69,16 @@ struct AmxKernel {
   }
   using Prefetch = dami::Prefetch<tiles * 16>;
 
+  // Where the tiles of a piece begin: those of its first features, each `step` numbers after the one before, and those of
+  // its second features as far behind them. The rows of a tile lie `row_bytes` apart.
+  struct Tiles {
+    const X* first;
+    int64_t step, second, row_bytes;
+  };
+
   // Adds a piece of so many tiles of features, `steps` tiles of k, times `panels` panels of x to sums `stride` apart.
   template <int features, int panels>
-  static void multiply(const X (*w)[tiles][tile], const X* x, int64_t x_stride, int64_t steps, Sums* sums, int64_t stride,
+  static void multiply(const Tiles& w, const X* x, int64_t x_stride, int64_t steps, Sums* sums, int64_t stride,
                        Prefetch& prefetch) {
     constexpr bool two_features = features == 2, two_panels = panels == 2;
     _tile_loadd(0, sums[0], 64);
@@ -79,7 +86,7 @@ struct AmxKernel {
     if constexpr (two_features) _tile_loadd(2, sums[stride], 64);
     if constexpr (two_features && two_panels) _tile_loadd(3, sums[stride + 1], 64);
     for (int64_t i = 0; i < steps; i++) {
-      _tile_loadd(4, w[i][0], 64);
+      _tile_loadd(4, w.first + i * w.step, w.row_bytes);
       _tile_loadd(6, x + i * tile, 64);
       _tile_dpbf16ps(0, 4, 6);
       if constexpr (two_panels) {
@@ -87,7 +94,7 @@ struct AmxKernel {
         _tile_dpbf16ps(1, 4, 7);
       }
       if constexpr (two_features) {
-        _tile_loadd(5, w[i][1], 64);
+        _tile_loadd(5, w.first + w.second + i * w.step, w.row_bytes);
         _tile_dpbf16ps(2, 5, 6);
         if constexpr (two_panels) _tile_dpbf16ps(3, 5, 7);
       }
@@ -101,8 +108,18 @@ struct AmxKernel {
 
   static int64_t features_of(const Piece& piece) { return std::min(tiles * 16, (piece.end - piece.n + 15) / 16 * 16); }
 
-  // Writes a piece of a matrix as tiles.
-  static void lay_out(const Stored& stored, const Piece& piece, Scratch& scratch, Prefetch& prefetch) {
+  // Whether a piece is made of whole tiles, which can be read where they are.
+  static bool lies_as_tiles(const Stored& stored, const Piece& piece) {
+    return stored.storage == Storage::dense && piece.count % tile_k == 0 && piece.n + features_of(piece) <= piece.end;
+  }
+  static Tiles tiles_of(const Stored& stored, const Piece& piece) {
+    const int64_t stride = stored.data.stride;
+    return {static_cast<const X*>(stored.data.data) + piece.n * stride + piece.k, tile_k, 16 * stride,
+            stride * static_cast<int64_t>(sizeof(X))};
+  }
+
+  // Writes a piece of a matrix as tiles, each of which lies in one piece.
+  static Tiles lay_out(const Stored& stored, const Piece& piece, Scratch& scratch, Prefetch& prefetch) {
     dami::with_rows<Vec, bf16>(stored.storage, [&](auto kind) {
       for (int64_t i = 0; i < features_of(piece); i++) {
         const typename decltype(kind)::type row(stored, piece.row(i), piece.k, piece.count, scratch.scales);
@@ -110,10 +127,11 @@ struct AmxKernel {
         prefetch.step();
       }
     });
+    return {scratch.weight[0][0], tiles * tile, tile, 64};
   }
 
-  // Multiplies what is laid out with the rows of a group.
-  static void multiply(const Block& block, const Group& group, const Piece& piece, Sums* sums, const Scratch& scratch,
+  // Multiplies a piece with the rows of a group.
+  static void multiply(const Block& block, const Group& group, const Piece& piece, const Tiles& w, Sums* sums,
                        Prefetch& prefetch) {
     const auto all = static_cast<int64_t>(block.rows.size()) / panel;
     const int64_t stride = panel * block.x_stride / static_cast<int64_t>(sizeof(X));
@@ -121,8 +139,7 @@ struct AmxKernel {
     const bool two_features = piece.end - piece.n > 16;
     for (int64_t i = group.begin / panel, end = (group.end + panel - 1) / panel; i < end; i += 2) {
       constexpr decltype(&multiply<1, 1>) of[2][2] = {{multiply<1, 1>, multiply<1, 2>}, {multiply<2, 1>, multiply<2, 2>}};
-      of[two_features][i + 1 < end](scratch.weight, x + i * stride, stride, piece.padded() / tile_k,
-                                    sums + i, all, prefetch);
+      of[two_features][i + 1 < end](w, x + i * stride, stride, piece.padded() / tile_k, sums + i, all, prefetch);
     }
   }
 
@@ -137,12 +154,14 @@ struct AmxKernel {
       for (const Group& group : block.groups)
         if (group.mode == alone || group.mode == Mode::both) all += steps(group);
       if (all == 0) return;
-      Prefetch prefetch = dami::prefetch_of<tiles * 16>(stored, next, sizeof(X));
+      // Tiles that are read where they lie follow each other fast enough: to fetch them ahead as well would delay them.
+      const bool in_place = lies_as_tiles(stored, piece);
+      Prefetch prefetch = in_place ? Prefetch(nullptr, 0, 0) : dami::prefetch_of<tiles * 16>(stored, next, sizeof(X));
       prefetch.spread(features_of(piece) + all);
-      lay_out(stored, piece, scratch, prefetch);
+      const Tiles w = in_place ? tiles_of(stored, piece) : lay_out(stored, piece, scratch, prefetch);
       for (const Group& group : block.groups)
         if (group.mode == alone || group.mode == Mode::both)
-          multiply(block, group, piece, group.mode == alone ? sums[0] : sums_of_both, scratch, prefetch);
+          multiply(block, group, piece, w, group.mode == alone ? sums[0] : sums_of_both, prefetch);
     };
     matrix(p.weight.base, Mode::base, sums[0]);
     matrix(p.weight.other, Mode::other, sums[1]);
@@ -159,8 +178,11 @@ struct AmxKernel {
     const auto rows = static_cast<int64_t>(block.rows.size()), panels = rows / panel, count = sums_of(rows, n1 - n0);
     Sums* const sums = reinterpret_cast<Sums*>(&scratch + 1);
     std::memset(sums, 0, static_cast<size_t>(2 * count) * sizeof(Sums));
-    const int64_t columns = std::max(block_k, cached_bytes / (rows * static_cast<int64_t>(sizeof(X))) / block_k * block_k);
-    dami::for_pieces({tiles * 16, block_k, block_k, columns}, n0, n1, block.k, [&](const Piece& piece, const Piece& next) {
+    // Pieces of nearly equal length, for while one is multiplied as much is fetched of the next.
+    const int64_t all = std::max(block.k, tile_k), pieces = (all + block_k - 1) / block_k;
+    const int64_t most = (all + pieces * tile_k - 1) / (pieces * tile_k) * tile_k;
+    const int64_t columns = std::max<int64_t>(1, cached_bytes / (rows * static_cast<int64_t>(sizeof(X))) / most) * most;
+    dami::for_pieces({tiles * 16, block_k, most, columns}, n0, n1, block.k, [&](const Piece& piece, const Piece& next) {
       Sums* const of_piece = sums + (piece.n - n0) / 16 * panels;
       multiply(p, block, piece, next, {of_piece, of_piece + count}, scratch);
     });
