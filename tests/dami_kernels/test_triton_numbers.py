@@ -484,6 +484,18 @@ def test_every_kind_of_tile_in_every_format(linear: Kernel, format: str, use_ble
     assert torch.equal(in_parts[:64], linear(config(split_k), x, [*weight.tensors], bias, lam, format)[:64])
 
 
+@pytest.mark.parametrize("format", ["w8d4", *slow("int8", "int4")])
+@pytest.mark.parametrize("block_m", [64, 128])
+def test_ends_stacked_in_runs_of_features(linear: Kernel, format: str, block_m: int) -> None:
+    """One run of 64 features for tiles of four warps, eight runs of 8 for those of eight."""
+    lam = every_kind_of_tile()
+    x, weight = torch.randn(len(lam), 64, device=DEVICE, dtype=torch.bfloat16), packed(format, 70, 64)
+    tile = LinearConfig(block_m, 64, 32, block_m, 1, False, num_warps=block_m // 16, num_stages=2)
+    y = linear(tile, x, [*weight.tensors], [], lam, format)
+    merged = [F.linear(row.float(), weight.materialize(v).float()) for row, v in zip(x, lam.tolist(), strict=True)]
+    assert_as_accurate(y, reference.lerp_linear(x, weight.unpack(), lam), torch.stack(merged).bfloat16())
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the code for itself only")
 @pytest.mark.parametrize("format", ["w8d4", *slow("int8", "int4")])
 @pytest.mark.parametrize("use_blend", [False, True], ids=["two accumulators", "blend"])
@@ -627,8 +639,8 @@ def test_embedding_of_less_than_a_group(kernels: dict[str, Kernel], format: str,
     assert_as_accurate(y, oracle, oracle.bfloat16(), factor=1.0)
 
 
-def test_scales_are_read_in_pairs_where_pairs_are_aligned() -> None:
-    """The interpreter reads words at any address, a GPU at multiples of four."""
+def test_codes_and_scales_are_read_as_words_where_words_are_aligned() -> None:
+    """The interpreter reads words at any address, a GPU at multiples of their size."""
     from dami_kernels.triton.host import is_even
 
     base, scale = torch.zeros(8, 256), torch.zeros(9, 24, dtype=torch.bfloat16)
@@ -645,14 +657,18 @@ def test_scales_are_read_in_pairs_where_pairs_are_aligned() -> None:
     assert even(scale[:8, 1:9], block_k=32)
     assert not even(scale[:8, :8], K=250)
     assert is_even([[base, base]], "pair", 256, 64)
-    codes = torch.zeros(9, 260, dtype=torch.int8)  # which are read in pairs, too
+    codes = torch.zeros(9, 272, dtype=torch.int8)  # eight are a word, whether of 8 bits or of 4
 
-    def even_codes(codes: Tensor) -> bool:
-        return is_even([[base, codes, scale[:8, :8]]], "int8", 256, 64)
+    def even_codes(codes: Tensor, format: str = "int8") -> bool:
+        return is_even([[base, codes, scale[:8, :8]]], format, 256, 64)
 
-    assert even_codes(codes[1:, 2:258])
-    assert not even_codes(codes[1:, 1:257])
-    assert not even_codes(codes.flatten()[: 8 * 259].view(8, 259)[:, :256])
+    assert even_codes(codes[1:, 8:264])
+    assert not even_codes(codes[1:, 4:260])
+    assert not even_codes(codes.flatten()[: 8 * 260].view(8, 260)[:, :256])
+    nibbles = codes.view(torch.uint8)
+    assert even_codes(nibbles[1:, 4:132], "int4")
+    assert not even_codes(nibbles[1:, 2:130], "int4")
+    assert not even_codes(nibbles.flatten()[: 8 * 130].view(8, 130)[:, :128], "int4")
     assert not is_even([[base, base, scale[:8, :8]], [base, base, scale[:8, 1:9]]], "int8", 256, 64)
 
 
