@@ -18,46 +18,24 @@ UNIT: tl.constexpr = tl.constexpr(2.0**33)  # what the numbers of `scaled` are t
 
 @triton.jit
 def scaled(words, scales, BITS: tl.constexpr):
-    """Codes times scales, in UNIT: bfloat16 [N, GROUPS, W, 4, 2], for scales of a size from 2⁻⁹³ up to 2²⁸.
+    """Codes times scales, in UNIT: bfloat16 [N, GROUPS, W, 2], for scales of a size from 2⁻⁹³ up to 2²⁸.
 
     Args:
-        words: [N, GROUPS, W], an octet each, see `pairs`.
+        words: int32 [N, GROUPS, W], two codes each, stored as their format does: 8 bits are two bytes of which the sign
+            is inverted here, 4 bits are the two nibbles of one byte.
         scales: int32 [N, GROUPS / 2], the bits of two bfloat16 numbers each; of one, with GROUPS = 1.
     """
     # The numbers 2¹⁰⁰ and 2⁹⁶ bring the codes from their places to 2⁻³³; the others are what is too much in each code.
     GROUPS: tl.constexpr = words.shape[1]
     if BITS == 8:
-        codes = masked(pairs(words, BITS), 0x00FF00FF, 0x00800080)  # plus 128, by its inverted sign
+        words = spread(words, 0x4140) ^ 0x00800080
         factors = _in_both_halves(fma(scales, word(0x71807180), word(0)), GROUPS)
         offset = _in_both_halves(fma(scales, word(0xB280B280), word(0)), GROUPS)
     else:
-        codes = pairs(words, BITS) & 0x00F0000F
+        words = spread(words, 0x4040) & 0x00F0000F
         factors = fma(_in_both_halves(scales, GROUPS), word(0x6F807180), word(0))
         offset = _in_both_halves(fma(scales, word(0xB080B080), word(0)), GROUPS)
-    return two(fma(codes, factors[:, :, None, None], offset[:, :, None, None]), tl.bfloat16)
-
-
-@triton.jit
-def pairs(words, BITS: tl.constexpr):
-    """The four pairs of each octet, eight codes that lie together in memory: int32 [..., 4], a code to each half.
-
-    An octet is an int64 of 8 bits a code, or an int32 of 4 bits, where both halves get the byte of the pair. Bits that
-    are not the code's are the caller's to clear.
-    """
-    pair = tl.arange(0, 4)
-    words = tl.expand_dims(words, len(words.shape))
-    if target_info.is_cuda():
-        # A lane of the matrix unit needs the same pair of every octet, so `which` is one number to it. It is made to
-        # look loaded, though nothing is: Triton moves conversions of layouts up to loads only, and not to a range.
-        low, high = words.to(tl.int32), (words >> 32 if BITS == 8 else words).to(tl.int32)
-        which = 0x1100 + 0x2222 * pair if BITS == 8 else 0x1111 * pair
-        nowhere = tl.zeros_like(pair).to(tl.int64).to(tl.pointer_type(tl.int32))
-        which = tl.load(nowhere, mask=pair < 0, other=which)
-        return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, which], tl.int32, is_pure=True, pack=1
-        )
-    found = (words >> 2 * BITS * pair).to(tl.int32)
-    return found & 0xFF | found << (8 if BITS == 8 else 16)
+    return two(fma(words, factors[:, :, None], offset[:, :, None]), tl.bfloat16)
 
 
 @triton.jit
@@ -78,8 +56,7 @@ def _half_twice(words, HALF: tl.constexpr):
             f"{{ .reg .b16 half<2>; mov.b32 {{half0, half1}}, $1; mov.b32 $0, {{half{HALF}, half{HALF}}}; }}",
             "=r,r", [words], tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
-    half = words >> 16 * HALF & 0xFFFF
-    return half | half << 16
+    return spread(words, 0x3232 if HALF else 0x1010)
 
 
 @triton.jit
@@ -98,6 +75,22 @@ def two(words, DTYPE: tl.constexpr):
     """The numbers in the low and in the high half of each word, as another dimension; no instruction is left of it."""
     low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
     return tl.join(low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True))
+
+
+@triton.jit
+def spread(words, BYTES: tl.constexpr):
+    """Of each word the bytes that the hexadecimal digits of BYTES name, the lowest first; digit 4 is a zero."""
+    if target_info.is_cuda():
+        return tl.inline_asm_elementwise(
+            f"prmt.b32 $0, $1, 0, {BYTES};", "=r,r", [words], tl.int32, is_pure=True, pack=1
+        )
+    low = _byte(words, BYTES & 15) | _byte(words, BYTES >> 4 & 15) << 8
+    return low | _byte(words, BYTES >> 8 & 15) << 16 | _byte(words, BYTES >> 12) << 24
+
+
+@triton.jit
+def _byte(words, NUMBER: tl.constexpr):
+    return tl.zeros_like(words) if NUMBER == 4 else words >> 8 * NUMBER & 255
 
 
 @triton.jit

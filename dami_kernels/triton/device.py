@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.language import target_info
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dami_kernels.triton.codes import masked, pairs, rounded, scaled, two
+from dami_kernels.triton.codes import rounded, scaled, spread, two
 
 # A weight is stored as two matrices, its base and a second one. BASE_BITS and SECOND_BITS tell kernels the bits of
 # their codes, or 0 if a matrix is stored as numbers. A second matrix of numbers is the target, one of codes the delta,
@@ -153,12 +153,12 @@ def load_float(tensor, strides, rows, wanted, start, end, COLUMNS: tl.constexpr)
 def load_int8(weight, strides, FIRST, rows, wanted, k, K, BLOCK_K, DTYPE: tl.constexpr):
     """Tile of codes times the scale of their group."""
     if K is None and tl.float32 != DTYPE and not target_info.is_hip():
-        words = weight[FIRST].to(tl.pointer_type(tl.int64), bitcast=True)
-        words = load_float(words, (strides[FIRST][0] // 8, 1), rows, wanted, k // 8, None, BLOCK_K // 8)
+        words = weight[FIRST].to(tl.pointer_type(tl.int16), bitcast=True)
+        words = load_float(words, (strides[FIRST][0] // 2, 1), rows, wanted, k // 2, None, BLOCK_K // 2)
+        words = words.to(tl.int32)
         if tl.bfloat16 == DTYPE:
             return _scaled_words(words, weight[FIRST + 1], strides[FIRST + 1], rows, wanted, k, BLOCK_K, 8)
-        codes = two(masked(pairs(words, 8), 0x00FF00FF, 0x64806480), DTYPE).reshape(rows.shape[0], BLOCK_K)
-        codes -= 1024 + 128
+        codes = two(spread(words, 0x4140) ^ 0x64806480, DTYPE).reshape(rows.shape[0], BLOCK_K) - (1024 + 128)
     else:
         padded = None if K is None else tl.cdiv(K, GROUP) * GROUP
         codes = load_float(weight[FIRST], strides[FIRST], rows, wanted, k, padded, BLOCK_K).to(tl.float32)
@@ -168,41 +168,39 @@ def load_int8(weight, strides, FIRST, rows, wanted, k, K, BLOCK_K, DTYPE: tl.con
 @triton.jit
 def load_int4(weight, strides, FIRST, rows, wanted, k, K, BLOCK_K, DTYPE: tl.constexpr):
     """The same with two codes to a byte, the first in its low half, each stored plus 8."""
-    if K is None and tl.bfloat16 == DTYPE and not target_info.is_hip():
-        words = weight[FIRST].to(tl.pointer_type(tl.int32), bitcast=True)
-        words = load_float(words, (strides[FIRST][0] // 4, 1), rows, wanted, k // 8, None, BLOCK_K // 8)
-        return _scaled_words(words, weight[FIRST + 1], strides[FIRST + 1], rows, wanted, k, BLOCK_K, 4)
     padded = None if K is None else tl.cdiv(K, GROUP) * (GROUP // 2)
-    packed = load_float(weight[FIRST], strides[FIRST], rows, wanted, k // 2, padded, BLOCK_K // 2)
+    pairs = load_float(weight[FIRST], strides[FIRST], rows, wanted, k // 2, padded, BLOCK_K // 2)
+    if K is None and tl.bfloat16 == DTYPE and not target_info.is_hip():
+        return _scaled_words(pairs.to(tl.int32), weight[FIRST + 1], strides[FIRST + 1], rows, wanted, k, BLOCK_K, 4)
     # AMD's units of bfloat16 only multiply matrices: everything else takes a detour through float32 at every step.
     CODES: tl.constexpr = tl.float32 if tl.bfloat16 == DTYPE and target_info.is_hip() else DTYPE
     # Under a float whose last bit counts ones, the code is its last bits: no conversion, which is slow.
     if tl.bfloat16 == CODES:
         BITS: tl.constexpr = 0x4300
         ZERO: tl.constexpr = 128 + 8
-        packed = packed.to(tl.int16)
+        pairs = pairs.to(tl.int16)
     elif tl.float16 == CODES:
         BITS: tl.constexpr = 0x6400
         ZERO: tl.constexpr = 1024 + 8
-        packed = packed.to(tl.int16)
+        pairs = pairs.to(tl.int16)
     else:
         BITS: tl.constexpr = 0x4B000000
         ZERO: tl.constexpr = 8388608 + 8
-        packed = packed.to(tl.int32)
-    codes = tl.join(packed & 15 | BITS, packed >> 4 | BITS).to(CODES, bitcast=True).reshape(rows.shape[0], BLOCK_K)
+        pairs = pairs.to(tl.int32)
+    codes = tl.join(pairs & 15 | BITS, pairs >> 4 | BITS).to(CODES, bitcast=True).reshape(rows.shape[0], BLOCK_K)
     return rounded(_scaled(codes - ZERO, weight[FIRST + 1], strides[FIRST + 1], rows, wanted, k, K, BLOCK_K), DTYPE)
 
 
 @triton.jit
 def _scaled_words(words, scale, strides, rows, wanted, k, BLOCK_K: tl.constexpr, BITS: tl.constexpr):
-    """Tile of the codes in words [rows, BLOCK_K / 8], times their scales, in `codes.UNIT`."""
+    """Tile of the codes in words [rows, BLOCK_K / 2], times their scales, in `codes.UNIT`."""
     GROUPS: tl.constexpr = BLOCK_K // GROUP
     if GROUPS % 2 == 0:
         scales = _pairs_of_scales(scale, strides, rows, wanted, k, GROUPS)
     else:
         scales = load_float(scale, strides, rows, wanted, k // GROUP, None, GROUPS)
         scales = scales.to(tl.int16, bitcast=True).to(tl.int32)
-    values = scaled(words.reshape(rows.shape[0], GROUPS, GROUP // 8), scales, BITS)
+    values = scaled(words.reshape(rows.shape[0], GROUPS, GROUP // 2), scales, BITS)
     return values.reshape(rows.shape[0], BLOCK_K)
 
 

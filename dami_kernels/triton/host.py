@@ -36,21 +36,22 @@ def cdiv(a: int, b: int) -> int:
 
 
 def is_even(weights: Sequence[Sequence[Tensor]], format: str, K: int, block_k: int) -> bool:
-    """Whether every step along K is whole, and eight codes can be read as one word, and so can two scales."""
+    """Whether every step along K is whole, and codes of 8 bits and scales can be read two at a time, as one word."""
     if K % block_k or K == 0:
         return False
     both = formats.matrices(format)
-    together = []  # numbers of each tensor in a word: eight codes are as many bytes as a code has bits
+    by_twos = []
     for matrix in (both.base, both.second):
-        scales = [1 + (block_k > GROUP)] * (len(matrix.suffixes) - 1)  # a step of one group has no second scale
-        together += [matrix.bits or 1, *scales]
+        scales = [block_k > GROUP] * (len(matrix.suffixes) - 1)  # a step of one group has no second scale
+        by_twos += [matrix.bits == 8, *scales]
 
-    def fits(tensor: Tensor, count: int) -> bool:
+    def fits(tensor: Tensor) -> bool:
         *strides, last = tensor.stride()
-        aligned = tensor.data_ptr() % (count * tensor.itemsize) == 0
-        return count == 1 or (last == 1 and not any(stride % count for stride in strides) and aligned)
+        return (
+            last == 1 and not any(stride % 2 for stride in strides) and tensor.data_ptr() % (2 * tensor.itemsize) == 0
+        )
 
-    return all(fits(*each) for weight in weights for each in zip(weight, together, strict=True))
+    return all(fits(tensor) for weight in weights for tensor in itertools.compress(weight, by_twos))
 
 
 def in_words(weights: Sequence[Sequence[Tensor]], format: str) -> tuple[tuple[Tensor, ...], ...]:
