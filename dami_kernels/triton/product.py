@@ -119,10 +119,13 @@ def _carried(y, carry):
 def _load(END: tl.constexpr, operands, features, k, tile, DTYPE: tl.constexpr, plan):
     """A tile of one matrix of the weight."""
     BITS: tl.constexpr = plan.SECOND_BITS if END == SECOND else plan.BASE_BITS
+    FIRST: tl.constexpr = 0 if END == BASE else (1 if plan.BASE_BITS == 0 else 2)
     limit = None if plan.EVEN_K else tile.K
-    if plan.EVEN_K and BITS > 0:
+    # Triton makes a constant of a stride of 1: then it is features that lie together in memory.
+    IS_TRANSPOSED: tl.constexpr = BITS == 0 and isinstance(operands.strides[FIRST][0], int)
+    if plan.EVEN_K and not IS_TRANSPOSED:
         # The last feature again instead of those beyond: a copy with a condition takes two more instructions. Not of
-        # numbers, whose features may be what lies together in memory.
+        # features that lie together, which would be copied one by one.
         features, wanted = tl.minimum(features, tile.N - 1), None
     else:
         wanted = features < tile.N
@@ -153,6 +156,9 @@ def _ends_tile(ENDS: tl.constexpr, operands, tile, one_lam, BLOCK_M: tl.constexp
         target_info.cuda_capability_geq(10) and not target_info.cuda_capability_geq(12)
     )
     STACKED: tl.constexpr = ENDS == BOTH and plan.SECOND_BITS != 0 and not APART
+    # Of stacked ends a run of features of the base is followed by the same of the delta, so that a thread has both. Of
+    # 64 and 64 features eight warps have 16 each: then a run is half of that.
+    RUN: tl.constexpr = 8 if BLOCK_N == 64 and BLOCK_M > 64 else BLOCK_N
     DTYPE: tl.constexpr = tl.float32 if ENDS == BLEND else x.dtype.element_ty
     y = tl.zeros((2 * BLOCK_N if STACKED else BLOCK_N, BLOCK_M), tl.float32)
     second_y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -175,7 +181,8 @@ def _ends_tile(ENDS: tl.constexpr, operands, tile, one_lam, BLOCK_M: tl.constexp
             w = rounded(blend(base, second, one_lam, plan.SECOND_BITS), x_tile.dtype)
             y, carry = _add_step(y, carry, w, x_tile)
         elif STACKED:
-            w = tl.join(base, second).permute(2, 0, 1).reshape(2 * BLOCK_N, BLOCK_K)
+            w = tl.join(base, second).reshape(BLOCK_N // RUN, RUN, BLOCK_K, 2)
+            w = w.permute(0, 3, 1, 2).reshape(2 * BLOCK_N, BLOCK_K)
             y, carry = _add_step(y, carry, w, x_tile)
         else:
             if ENDS != SECOND:
@@ -188,7 +195,8 @@ def _ends_tile(ENDS: tl.constexpr, operands, tile, one_lam, BLOCK_M: tl.constexp
         y = _carried(y, carry)
         second_y = _carried(second_y, second_carry)
     if STACKED:
-        y, second_y = tl.split(y.reshape(2, BLOCK_N, BLOCK_M).permute(1, 2, 0))
+        y = y.reshape(BLOCK_N // RUN, 2, RUN, BLOCK_M).permute(0, 2, 3, 1)
+        y, second_y = tl.split(y.reshape(BLOCK_N, BLOCK_M, 2))
     if tl.bfloat16 == DTYPE and plan.EVEN_K and not target_info.is_hip():
         y *= UNIT if (plan.SECOND_BITS if ENDS == SECOND else plan.BASE_BITS) else 1.0
         second_y *= UNIT if plan.SECOND_BITS else 1.0

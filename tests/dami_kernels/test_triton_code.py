@@ -223,10 +223,10 @@ def multiplies_from_registers(arch: str, loop: str) -> bool:
 # 64 features by 128 columns; 32 features for a `pair`.
 # On gfx942 nothing is multiplied by group.
 DECODE_BUDGETS = {
-    "sm_80": {"pair": (122, 122), "int8": (256, 290), "int4": (228, 288), "w8d4": (358, 442)},
-    "sm_90": {"pair": (129, 129), "int8": (262, 312), "int4": (220, 272), "w8d4": (350, 420)},
-    "sm_100": {"pair": (127, 127), "int8": (270, 300), "int4": (224, 264), "w8d4": (344, 416)},
-    "gfx942": {"pair": (127, 127), "int8": (330, 330), "int4": (335, 335), "w8d4": (560, 560)},
+    "sm_80": {"pair": (110, 110), "int8": (256, 290), "int4": (228, 288), "w8d4": (358, 442)},
+    "sm_90": {"pair": (116, 116), "int8": (262, 312), "int4": (220, 272), "w8d4": (350, 420)},
+    "sm_100": {"pair": (115, 115), "int8": (270, 300), "int4": (224, 264), "w8d4": (344, 416)},
+    "gfx942": {"pair": (116, 116), "int8": (330, 330), "int4": (335, 335), "w8d4": (560, 560)},
 }
 
 
@@ -244,7 +244,7 @@ def test_a_decode_step_stays_within_its_budget(arch: str, format: str, rows: int
         assert kernel.registers <= 168
 
 
-@pytest.mark.parametrize(("format", "share"), [("w8d4", 0.64), *slow(("int8", 0.24), ("int4", 0.3))])
+@pytest.mark.parametrize(("format", "share"), [("w8d4", 0.64), *slow(("int8", 0.24), ("int4", 0.29))])
 def test_reading_takes_longer_than_decoding(format: str, share: float) -> None:
     """From 17 rows up to 64: instructions, as a share of what an H200 issues while it reads the step's weights, at 18.6
     bytes a cycle and multiprocessor."""
@@ -264,7 +264,8 @@ def test_rows_of_many_lams_read_the_codes_once_for_256_of_them(format: str) -> N
     assert_fits("sm_90", [kernel])
     wide = [loop for loop in kernel.products if any(part.startswith("HGMMA.64x256x16") for part in loop)]
     assert len(wide) == 1
-    assert len(wide[0]) <= 260  # of 512, in which eight warps keep the matrix unit busy for 1024 cycles
+    assert len(wide[0]) <= 185  # of 512, in which eight warps keep the matrix unit busy for 1024 cycles
+    assert not [part for part in wide[0] if part.startswith("STS")]  # codes do not go through shared memory
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", *slow("sm_100")])

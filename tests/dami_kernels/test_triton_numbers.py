@@ -484,6 +484,18 @@ def test_every_kind_of_tile_in_every_format(linear: Kernel, format: str, use_ble
     assert torch.equal(in_parts[:64], linear(config(split_k), x, [*weight.tensors], bias, lam, format)[:64])
 
 
+@pytest.mark.parametrize("format", ["w8d4", *slow("int8", "int4")])
+@pytest.mark.parametrize("block_m", [64, 128])
+def test_ends_stacked_in_runs_of_features(linear: Kernel, format: str, block_m: int) -> None:
+    """One run of 64 features for tiles of four warps, eight runs of 8 for those of eight."""
+    lam = every_kind_of_tile()
+    x, weight = torch.randn(len(lam), 64, device=DEVICE, dtype=torch.bfloat16), packed(format, 70, 64)
+    tile = LinearConfig(block_m, 64, 32, block_m, 1, False, num_warps=block_m // 16, num_stages=2)
+    y = linear(tile, x, [*weight.tensors], [], lam, format)
+    merged = [F.linear(row.float(), weight.materialize(v).float()) for row, v in zip(x, lam.tolist(), strict=True)]
+    assert_as_accurate(y, reference.lerp_linear(x, weight.unpack(), lam), torch.stack(merged).bfloat16())
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the code for itself only")
 @pytest.mark.parametrize("format", ["w8d4", *slow("int8", "int4")])
 @pytest.mark.parametrize("use_blend", [False, True], ids=["two accumulators", "blend"])
