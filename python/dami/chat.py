@@ -13,7 +13,7 @@ from dami.callers import AUTO, CALLERS, TURN
 from dami.dial.choosing import estimates
 from dami.dial.patch import patch_of
 from dami.dial.values import Intensity, IntensityLike
-from dami.generation.pieces import KNOWN, end_tokens, generate_in_pieces
+from dami.generation.pieces import KNOWN, end_tokens, generate_in_pieces, room
 from dami.prompts import Prompt, text_of
 from dami.thoughts import Reader
 
@@ -128,7 +128,8 @@ def ask(
         chat_template: as in `render`. If it depends on λ, the estimator gets prompts in the instruct end's template.
         prompt_intensity: λ of the prompts before their tails, as in `generate`.
         prompt_tail: as in `generate`, or "turn", for all rows or in a list: from the text of the last user message on.
-        options: passed to `model.generate`.
+        options: passed to `model.generate`. Without `max_new_tokens`, an answer has as many tokens at most as the
+            model's generation config says, or else as fit into its context.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what it is and what it must be.
@@ -147,7 +148,13 @@ def ask(
         if options.keys() <= KNOWN:
             ids = generate_in_pieces(model, batch, given.pop("intensity", None), **given, **options)
         else:
-            ids = model.generate(**batch, **given, **options)[:, batch["input_ids"].shape[1] :]
+            length = batch["input_ids"].shape[1]
+            if options.keys().isdisjoint(("max_length", "generation_config")):
+                told = options.get("max_new_tokens") or model.generation_config.max_new_tokens
+                if options.get("compile") and told is None:
+                    raise ValueError("max_new_tokens must be given with compile=True, which makes room for all of them")
+                options["max_new_tokens"] = room(model, length, told)
+            ids = model.generate(**batch, **given, **options)[:, length:]
     if wanted is not None:
         lams = [patch_of(model).chosen[row] if isinstance(lam, str) else lam for row, lam in enumerate(wanted)]
     return answers_of(model, Reader.of(tokenizer), ids.cpu(), prompts, lams, texts)

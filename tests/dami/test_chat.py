@@ -219,3 +219,31 @@ def test_auto_behind_a_beginning_at_0_costs_one_token_more(pair: tuple[Any, Any]
     assert model.dami.chosen == dict(enumerate(lams))
     templates = {"chat_template": lambda lam: "default", "prompt_intensity": 0.0}  # λ before the prompt
     assert [each.intensity for each in chat.ask(model, tokenizer, prompts, "auto", **templates, **options)] == lams
+
+
+def test_a_streamed_answer_has_as_much_room_as_another(pair: tuple[Any, Any]) -> None:
+    class Streamer:
+        tokens = 0
+
+        def put(self, value: torch.Tensor) -> None:
+            self.tokens += value.numel()
+
+        def end(self) -> None:
+            pass
+
+    model = dami.twin(pair[0])
+    model.generation_config = copy.deepcopy(model.generation_config)
+    model.generation_config.update(max_new_tokens=None, eos_token_id=None)
+    model.config.max_position_embeddings, before = 48, model.config.max_position_embeddings
+    try:
+        streamer = Streamer()
+        (answer,) = chat.ask(model, pair[1], ["7 + 3 ="], 0.0, streamer=streamer, do_sample=False)
+        assert answer.tokens > 20
+        assert streamer.tokens == 48
+        assert chat.ask(model, pair[1], ["7 + 3 ="], 0.0, do_sample=False) == [answer]
+        with pytest.raises(ValueError, match="max_new_tokens must be given with compile=True"):
+            chat.ask(model, pair[1], ["7 + 3 ="], 0.0, compile=True)
+        with pytest.raises(ValueError, match="prompts must leave room for an answer in 48 tokens, got"):
+            chat.ask(model, pair[1], ["7 " * 50], 0.0)
+    finally:
+        model.config.max_position_embeddings = before

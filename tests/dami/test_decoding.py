@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from dami.generation import pieces as decoding
-from dami.generation.pieces import generate_in_pieces
+from dami.generation.pieces import generate_in_pieces, room
 
 from tests.dami.families import VOCABULARY, pair
 
@@ -57,3 +57,24 @@ def test_sampling_is_reproducible_and_an_ordinary_model_will_do() -> None:
 def test_an_option_that_pieces_would_change_is_refused() -> None:
     with pytest.raises(ValueError, match=r"options must be of \[.*\], got \['min_new_tokens'\]"):
         generate_in_pieces(pair("qwen3")[0], prompts(), min_new_tokens=3)
+
+
+def test_an_answer_has_the_room_that_the_model_has() -> None:
+    """Published generation configs say nothing of a length, where transformers would generate 20 tokens."""
+    model = pair("qwen3")[0]  # of 64 tokens
+    model.generation_config.eos_token_id = None
+    batch = prompts()
+    assert room(model, 7) == generate_in_pieces(model, batch, do_sample=False).shape[1] == 57
+    assert room(model, 60, 40) == 4
+    model.generation_config.max_length = 27
+    assert room(model, 7) == 20
+    assert room(model, 7, 30) == 30
+    model.generation_config.max_new_tokens = 5
+    assert room(model, 60) == 4
+    assert room(model, 7) == generate_in_pieces(model, batch, do_sample=False).shape[1] == 5
+    with pytest.raises(ValueError, match="prompts must leave room for an answer in 64 tokens, got 64"):
+        generate_in_pieces(model, {name: each.repeat(1, 10)[:, :64] for name, each in batch.items()})
+    endless = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1))
+    with pytest.raises(ValueError, match="max_new_tokens must be given: the model does not say"):
+        room(endless, 7)
+    assert room(endless, 7, 9) == 9

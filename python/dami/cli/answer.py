@@ -76,7 +76,13 @@ IntensityOption = Annotated[
 StreamOption = Annotated[bool, typer.Option("--stream", help="Show tokens as they come.")]
 AsJsonOption = Annotated[bool, typer.Option("--json", help="Print each answer as a JSON object on a line.")]
 RawOption = Annotated[bool, typer.Option("--raw", help="Send prompts as they are, without the chat template.")]
-MaxNewTokensOption = Annotated[int | None, typer.Option(min=1, help="The most tokens to generate, thought included.")]
+MaxNewTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="The most tokens to generate, thought included. Default: as the pair says, or as many as it has room for.",
+    ),
+]
 GreedyOption = Annotated[bool, typer.Option("--greedy", help="Take the most likely token instead of sampling.")]
 TemperatureOption = Annotated[
     float | None,

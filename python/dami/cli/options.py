@@ -218,7 +218,10 @@ VerifierOption = Annotated[
 RowsOption = Annotated[int, typer.Option(min=1, help="Rows in a batch. All λ of a question share one.")]
 
 
-MaxTokensOption = Annotated[int | None, typer.Option(min=1, help="The most tokens in an answer.")]
+MaxTokensOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="The most tokens in an answer. Default: as the pair says, or as many as it has room for."),
+]
 
 
 OutputOption = Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Directory to write.")]

@@ -38,22 +38,22 @@ def generate_in_pieces(
         batch: `input_ids` and `attention_mask`, int64 [rows, length], padded on the left.
         intensities: λ, "auto" or a schedule, one per row; or a mapping from parts of the model to these.
         prompt_intensity, prompt_tail: as in `generate`.
-        options: options of `generate`, only those in `KNOWN`.
+        options: options of `generate`, only those in `KNOWN`. Without `max_new_tokens`, an answer is as long as `room`
+            says.
 
     Returns:
         The generated tokens, int64 [rows, tokens]. Ignore what follows a row's end token.
 
     Raises:
-        ValueError: an option is not in `KNOWN`, and so may behave differently in pieces.
+        ValueError: an option is not in `KNOWN`, and so may behave differently in pieces; or as in `room`.
     """
     if options.keys() - KNOWN:
         raise ValueError(f"options must be of {sorted(KNOWN)}, got {sorted(options.keys() - KNOWN)}")
     ids, seen = batch["input_ids"], batch["attention_mask"]
-    length, config = ids.shape[1], model.generation_config
-    limit = options.pop("max_new_tokens", None) or config.max_new_tokens or (config.max_length or 20) - length
+    length, all_rows, out = ids.shape[1], len(ids), []
+    limit = room(model, length, options.pop("max_new_tokens", None))
     ends = end_tokens(model).to(ids.device)
-    out = ids.new_full((len(ids), limit), config.pad_token_id or 0)
-    rows, cache, told = torch.arange(len(ids), device=ids.device), None, 0
+    rows, cache, told = torch.arange(all_rows, device=ids.device), None, 0
     parts = intensities if isinstance(intensities, Mapping) else {} if intensities is None else {None: intensities}
     lams: dict[Any, list[Any]] = {part: list(values) for part, values in parts.items()}
     if prompt_intensity is not None or prompt_tail is not None:
@@ -72,7 +72,8 @@ def generate_in_pieces(
             lams = {part: _chosen(model, values) for part, values in lams.items()}
         ids, cache = piece.sequences, piece[CACHE]
         news = ids[:, length + told :]
-        out[rows, told : told + news.shape[1]] = news
+        out.append(ids.new_full((all_rows, news.shape[1]), model.generation_config.pad_token_id or 0))
+        out[-1][rows] = news
         told += news.shape[1]
         seen = torch.nn.functional.pad(seen, (0, news.shape[1]), value=1)
         running = ~torch.isin(ids[:, length:], ends).any(1)
@@ -81,7 +82,28 @@ def generate_in_pieces(
         if not running.all():
             rows, ids, seen = rows[running], ids[running], seen[running]
             cache.batch_select_indices(running.nonzero().flatten())
-    return out[:, :told]
+    return torch.cat(out, 1)
+
+
+def room(model: Any, length: int, wanted: int | None = None) -> int:
+    """Returns the most tokens of an answer to prompts of `length` tokens.
+
+    These are as many as are wanted, or else as the model's generation config says, as far as the model's context has
+    room for them; if neither says anything, all that have room.
+
+    Raises:
+        ValueError: there is no room for an answer, or nothing that limits it.
+    """
+    config = model.generation_config
+    wanted = wanted or config.max_new_tokens
+    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
+    limits += [] if wanted else [config.max_length]
+    most = min((limit for limit in limits if limit), default=None)
+    if most is not None and length >= most:
+        raise ValueError(f"prompts must leave room for an answer in {most} tokens, got {length}")
+    if most is None and wanted is None:
+        raise ValueError("max_new_tokens must be given: the model does not say how many tokens it takes")
+    return min(limit for limit in (wanted, most and most - length) if limit)
 
 
 def _chosen(model: Any, lams: Sequence[Any]) -> list[Any]:

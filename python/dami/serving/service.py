@@ -185,7 +185,7 @@ class Service:
         choices = [] if request is None or not self._owns(owner, request) else request.choices
         running = [each for each in choices if body.choice in (None, each.index) and each.row.name in self.engine.rows]
         if not running:
-            which = name[:64] if body.choice is None else f"{name[:64]}, choice {body.choice},"
+            which = name[:64] if body.choice is None else f"{name[:64]}, choice {body.choice}"
             raise BadRequest(f"there is no running request {which}", None, "request_not_found", 404)
         if body.wrap_up is not None and running[0].guide.thoughts is None:
             raise BadRequest("wrap_up is for chat completions: a plain text has no thoughts", "wrap_up")

@@ -205,7 +205,7 @@ def test_only_what_runs_can_be_dialled(server: Running) -> None:
     assert [status for status, _ in errors] == [404, *[400] * 6]
     messages = [error["message"] for _, error in errors]
     for message, wanted in zip(messages, (
-        f"there is no running request {known[0]}, choice 1,",
+        f"there is no running request {known[0]}, choice 1",
         "intensity or wrap_up must be given",
         "intensity must be in -1 to 1.5 on this server, got 7",
         "intensity must be a number or a preset, got 'auto'",

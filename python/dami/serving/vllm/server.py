@@ -136,7 +136,7 @@ async def _dial(name: str, body: DialRequest, raw_request: Request) -> dict[str,
     choices = _running(engine, name) if PairQuantization.of(engine.vllm_config) is not None else {}
     running = [index for index in choices if body.choice in (None, index)]
     if not running:
-        which = name[:64] if body.choice is None else f"{name[:64]}, choice {body.choice},"
+        which = name[:64] if body.choice is None else f"{name[:64]}, choice {body.choice}"
         raise VLLMNotFoundError(f"there is no running request {which}")
     lam = None if body.intensity is None else Offer.of(engine.vllm_config).lam(body.intensity)
     await turn(engine, [choices[index] for index in running], lam, body.wrap_up)

@@ -350,7 +350,7 @@ def test_the_route_of_the_dial(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "body", "message"),
     [
         ("cmpl-3", {"intensity": 1}, "there is no running request cmpl-3"),
-        ("cmpl-1", {"intensity": 1, "choice": 0}, "there is no running request cmpl-1, choice 0,"),
+        ("cmpl-1", {"intensity": 1, "choice": 0}, "there is no running request cmpl-1, choice 0"),
         ("cmpl-1", {"intensity": 2}, "intensity must be in 0 to 1 on this server, got 2"),
         ("cmpl-1", {"intensity": "auto"}, "vLLM takes a number or a preset as intensity, got 'auto'"),
     ],
