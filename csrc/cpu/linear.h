@@ -62,9 +62,11 @@ struct LinearKernel {
   static void streams(const Rows& rows, const Row* w, const Piece& piece, Prefetch<tile_n>& prefetch, int64_t max_height) {
     static constexpr decltype(&stream<V, D, 1, Row>) of_height[max_stream_rows] = {stream<V, D, 1, Row>, stream<V, D, 2, Row>,
                                                                        stream<V, D, 3, Row>, stream<V, D, 4, Row>};
-    const int64_t steps = stream_steps<D, Row>(std::min(max_height, rows.end - rows.begin), piece.padded());
-    for_tiles<D>(rows, piece.k, max_height, prefetch, steps, [&](const typename D::X* x, int64_t stride, float* sums, int64_t height) {
-      of_height[height - 1](x, stride, w, prefetch, piece.padded(), sums);
+    int64_t ahead = 0;
+    if constexpr (Row::streamed) ahead = prefetch.data - reinterpret_cast<const char*>(w[0].at(0));
+    for_tiles<D>(rows, piece.k, max_height, prefetch, 1, [&](const typename D::X* x, int64_t stride, float* sums, int64_t height) {
+      if constexpr (!Row::streamed) prefetch.step();
+      of_height[height - 1](x, stride, w, ahead, piece.padded(), sums);
     });
   }
 

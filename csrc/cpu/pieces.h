@@ -55,9 +55,10 @@ class Prefetch {
       __builtin_prefetch(data + line % rows * stride + line / rows * 64, 0, 2);
   }
 
+  const char* const data;  // where the first row begins
+
  private:
   static constexpr int64_t one = 1 << 16;  // line, of which `rate` and `due` count parts
-  const char* data;
   int64_t stride, lines, line = 0, rate = 0, due = 0;
 };
 
