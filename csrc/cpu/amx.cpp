@@ -160,7 +160,7 @@ struct AmxKernel {
     Sums* const sums = reinterpret_cast<Sums*>(&scratch + 1);
     std::memset(sums, 0, static_cast<size_t>(2 * count) * sizeof(Sums));
     const int64_t columns = std::max(block_k, cached_bytes / (rows * static_cast<int64_t>(sizeof(X))) / block_k * block_k);
-    dami::for_pieces({tiles * 16, block_k, block_k, columns}, n0, n1, block.k, [&](const Piece& piece, const Piece& next) {
+    dami::for_pieces({tiles * 16, block_k, block_k, columns}, n0, n1, p.n, block.k, [&](const Piece& piece, const Piece& next) {
       Sums* const of_piece = sums + (piece.n - n0) / 16 * panels;
       multiply(p, block, piece, next, {of_piece, of_piece + count}, scratch);
     });

@@ -188,7 +188,7 @@ struct LinearKernel {
     // Pieces of a few rows are of nearly equal length, for while one is multiplied as much is fetched of the next.
     const int64_t blocks = (block.k + block_k - 1) / block_k, pieces = (blocks + max_stream_blocks - 1) / max_stream_blocks;
     const int64_t most = rows <= max_stream_rows && pieces ? (blocks + pieces - 1) / pieces * block_k : block_k;
-    for_pieces({tile_n, block_k, most, columns}, n0, n1, block.k,
+    for_pieces({tile_n, block_k, most, columns}, n0, n1, p.n, block.k,
                [&](const Piece& piece, const Piece& next) { multiply(p, block, piece, next, n0, scratch); });
     float sums[2][max_outputs + V::W];
     for (const Group& group : block.groups)
