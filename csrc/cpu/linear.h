@@ -62,9 +62,11 @@ struct LinearKernel {
   static void streams(const Rows& rows, const Row* w, const Piece& piece, Prefetch<tile_n>& prefetch, int64_t max_height) {
     static constexpr decltype(&stream<V, D, 1, Row>) of_height[max_stream_rows] = {stream<V, D, 1, Row>, stream<V, D, 2, Row>,
                                                                        stream<V, D, 3, Row>, stream<V, D, 4, Row>};
-    const int64_t steps = stream_steps<D, Row>(std::min(max_height, rows.end - rows.begin), piece.padded());
-    for_tiles<D>(rows, piece.k, max_height, prefetch, steps, [&](const typename D::X* x, int64_t stride, float* sums, int64_t height) {
-      of_height[height - 1](x, stride, w, prefetch, piece.padded(), sums);
+    int64_t ahead = 0;
+    if constexpr (Row::streamed) ahead = prefetch.data - reinterpret_cast<const char*>(w[0].at(0));
+    for_tiles<D>(rows, piece.k, max_height, prefetch, 1, [&](const typename D::X* x, int64_t stride, float* sums, int64_t height) {
+      if constexpr (!Row::streamed) prefetch.step();
+      of_height[height - 1](x, stride, w, ahead, piece.padded(), sums);
     });
   }
 
@@ -186,7 +188,7 @@ struct LinearKernel {
     // Pieces of a few rows are of nearly equal length, for while one is multiplied as much is fetched of the next.
     const int64_t blocks = (block.k + block_k - 1) / block_k, pieces = (blocks + max_stream_blocks - 1) / max_stream_blocks;
     const int64_t most = rows <= max_stream_rows && pieces ? (blocks + pieces - 1) / pieces * block_k : block_k;
-    for_pieces({tile_n, block_k, most, columns}, n0, n1, block.k,
+    for_pieces({tile_n, block_k, most, columns}, n0, n1, p.n, block.k,
                [&](const Piece& piece, const Piece& next) { multiply(p, block, piece, next, n0, scratch); });
     float sums[2][max_outputs + V::W];
     for (const Group& group : block.groups)

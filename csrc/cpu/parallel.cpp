@@ -10,18 +10,26 @@
 namespace dami {
 namespace {
 
+// Of the tasks [next, end), the first that nobody has taken.
+struct alignas(64) Share {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
 struct Job {
   void (*run)(void*, int64_t, int);
   void* data;
-  int64_t tasks;
-  std::atomic<int64_t> next_task{0};
+  std::vector<Share> shares;  // one for each worker
   std::atomic<int> next_worker{0};
 };
 
 void work(void* pointer) {
   Job& job = *static_cast<Job*>(pointer);
-  const int worker = job.next_worker++;
-  for (int64_t task; (task = job.next_task++) < job.tasks;) job.run(job.data, task, worker);
+  const auto workers = static_cast<int>(job.shares.size()), worker = job.next_worker++;
+  for (int i = 0; i < workers; i++) {
+    Share& share = job.shares[(worker + i) % workers];
+    for (int64_t task; (task = share.next++) < share.end;) job.run(job.data, task, worker);
+  }
 }
 
 using GompParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
@@ -29,8 +37,9 @@ using GompParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned
 }  // namespace
 
 void parallel(int64_t tasks, int threads, void (*run)(void*, int64_t, int), void* data) {
-  Job job{run, data, tasks};
-  threads = static_cast<int>(std::min<int64_t>(threads, tasks));
+  threads = static_cast<int>(std::clamp<int64_t>(tasks, 1, threads));
+  Job job{run, data, std::vector<Share>(threads)};
+  for (int i = 0; i < threads; i++) job.shares[i].next = tasks * i / threads, job.shares[i].end = tasks * (i + 1) / threads;
   if (threads <= 1) return work(&job);
   // torch has loaded an OpenMP already. A second one, linked here, would bring a second pool of threads, and the two would
   // spin against each other; so take torch's, by the entry point that libgomp and LLVM's libomp share.

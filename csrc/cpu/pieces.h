@@ -20,9 +20,10 @@ struct Cut {
   int64_t rows, block, most, columns;
 };
 
-// Calls f(piece, the next one) for all pieces of the outputs [n0, n1).
+// Calls f(piece, the next one) for all pieces of the outputs [n0, n1) of n. After the last one comes the first of the outputs
+// from n1 on, which the same thread mostly takes next.
 template <class F>
-void for_pieces(const Cut& cut, int64_t n0, int64_t n1, int64_t k, F f) {
+void for_pieces(const Cut& cut, int64_t n0, int64_t n1, int64_t of, int64_t k, F f) {
   const auto at = [&](int64_t n, int64_t begin) {
     const int64_t count = std::min(cut.most, k - begin);
     // What ends within a group is converted, which has room for a block.
@@ -36,6 +37,7 @@ void for_pieces(const Cut& cut, int64_t n0, int64_t n1, int64_t k, F f) {
         next = after < end           ? at(n, after)
                : n + cut.rows < n1   ? at(n + cut.rows, begin)
                : end < k             ? at(n0, end)
+               : n1 < of             ? Piece{n1, of, 0, std::min(cut.most, k)}
                                      : at(n, begin);
         f(piece, next);
         if (after >= end) break;
@@ -55,9 +57,10 @@ class Prefetch {
       __builtin_prefetch(data + line % rows * stride + line / rows * 64, 0, 2);
   }
 
+  const char* const data;  // where the first row begins
+
  private:
   static constexpr int64_t one = 1 << 16;  // line, of which `rate` and `due` count parts
-  const char* data;
   int64_t stride, lines, line = 0, rate = 0, due = 0;
 };
 

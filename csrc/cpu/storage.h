@@ -1,6 +1,7 @@
 // How rows of a stored matrix become vectors: numbers as they are, or codes and the scales of their groups.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 #include <utility>
@@ -84,7 +85,10 @@ struct Codes {
       : p(static_cast<const Byte*>(m.data.data) + n * m.data.stride + k / per_byte), scales(scales) {
     const bf16* from = static_cast<const bf16*>(m.scale.data) + n * m.scale.stride + k / group_size;
     const int64_t groups = (count + group_size - 1) / group_size;
-    for (int64_t i = 0; i < groups; i += V::W) load<V>(from + i, groups - i).store(scales + i);
+    for (int64_t i = 0; i < groups; i += V::W) {
+      const int64_t at = std::max<int64_t>(0, std::min<int64_t>(i, groups - V::W));  // a whole vector, if there is one
+      load<V>(from + at, groups - at).store(scales + at);
+    }
   }
   // rows[n], in such a way that the compiler knows how far its scales are from those of rows[0], and spares a register.
   static Codes in_tile(const Codes* rows, int n) { return {rows[n].p, rows->scales + n * max_groups}; }

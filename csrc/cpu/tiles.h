@@ -86,19 +86,12 @@ constexpr int stream_width(int64_t height) {
   return height <= Dot::tile_m ? tile_n : tile_n / 2;
 }
 
-// How many steps of Prefetch it makes: one for a line of each row, or for a chunk if that is more.
-template <class Dot, class Row>
-int64_t stream_steps(int64_t height, int64_t k) {
-  const int64_t bytes = std::max<int64_t>(64, Row::bytes(stream_chunk<Dot>));
-  return Row::streamed ? tile_n / stream_width<Dot>(height) * ((Row::bytes(k) + bytes - 1) / bytes) : 1;
-}
-
 // The same as `tile` with rows of w as they are stored or converted, as many at a time as the registers have room for, over
-// any number of blocks of k.
+// any number of blocks of k. With every line of rows that come from memory, it fetches the one that lies `ahead` bytes on:
+// with one row of x a line takes few instructions, and Prefetch would take more than the products.
 template <class V, class Dot, int M, class Row>
-void stream(const typename Dot::X* x, int64_t stride, const Row* w, Prefetch<tile_n>& prefetch, int64_t k, float* sums) {
+void stream(const typename Dot::X* x, int64_t stride, const Row* w, int64_t ahead, int64_t k, float* sums) {
   constexpr int N = stream_width<Dot>(M);
-  if constexpr (!Row::streamed) prefetch.step();
   constexpr int64_t chunk = stream_chunk<Dot>;
   for (int64_t begin = 0; begin < k; begin += Dot::block, x += Dot::at_block(Dot::block) - Dot::at_block(0)) {
     const int64_t end = std::min(k, begin + Dot::block);
@@ -108,14 +101,24 @@ void stream(const typename Dot::X* x, int64_t stride, const Row* w, Prefetch<til
         V total[M][N];
         for (int n = 0; n < N; n++)
           for (int m = 0; m < M; m++) total[m][n] = Dot::begin(rows(n), begin, end - begin, x + m * stride);
+        const auto fetch = [&](int64_t i) __attribute__((always_inline)) {
+          if constexpr (Row::streamed && fetches)
+            if (Row::bytes(i) % 64 == 0)
+#pragma GCC unroll 4
+              for (int n = 0; n < N; n++)
+                for (int64_t line = 0; line < Row::bytes(chunk); line += 64)
+                  __builtin_prefetch(reinterpret_cast<const char*>(rows(n).at(i)) + ahead + line, 0, 2);
+        };
         int64_t i = begin;
         for (; i + chunk <= end; i += chunk) {
-          if constexpr (Row::streamed && fetches)
-            if (Row::bytes(i) % 64 == 0) prefetch.step();
+          fetch(i);
           multiply_add<V, Dot, true>(x + i - begin, stride, rows, i, chunk, total);
         }
         if constexpr (chunk > group_size)
-          if (i < end) multiply_add<V, Dot, false>(x + i - begin, stride, rows, i, end - i, total);
+          if (i < end) {
+            fetch(i);
+            multiply_add<V, Dot, false>(x + i - begin, stride, rows, i, end - i, total);
+          }
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++)
           for (V& sum : total[m]) sum = Dot::scaled(sum, x + m * stride);

@@ -62,7 +62,8 @@ def _pages(size: int) -> memoryview | None:
     """Returns so many bytes of new memory that begin at a huge page, or None if there are none to be had."""
     if not hasattr(mmap, "MADV_HUGEPAGE") or not SETTING.exists() or "[never]" in SETTING.read_text():
         return None
-    memory = mmap.mmap(-1, -(-size // PAGE) * PAGE + PAGE)
+    # Private memory: by default mmap's is shared, which systems keep in small pages (`shmem_enabled`).
+    memory = mmap.mmap(-1, -(-size // PAGE) * PAGE + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     begin = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % PAGE
     return memoryview(memory)[begin : begin + size]

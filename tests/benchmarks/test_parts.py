@@ -212,13 +212,14 @@ def test_decode(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     assert __main__.main(["decode", "--results", str(tmp_path), "--seconds", "0.01", *small]) == 0
     rows = load(tmp_path / "decode.csv")
     by = {(row["method"], row["part"]): row for row in rows}
-    methods = ["plain", "plain, compiled", "pair", "pair, compiled"]
-    assert list(dict.fromkeys(row["method"] for row in rows)) == methods
+    methods = ["plain", "plain, compiled", "pair", "pair, compiled", "pair, compiled, huge pages"]
+    found = list(dict.fromkeys(row["method"] for row in rows))
+    assert found in (methods, methods[:4])
     assert float(by["plain", decode.STEP]["speedup"]) == 1
     parts = {decode.STEP, decode.LEAST, *decode.PARTS, decode.PYTHON}
-    for method in methods:
+    for method in found:
         assert {part for of, part in by if of == method} == parts
-        assert bool(by[method, decode.STEP]["compile_s"]) == ("compiled" in method)
+        assert bool(by[method, decode.STEP]["compile_s"]) == method.endswith("compiled")
         assert float(by[method, decode.LEAST]["ms"]) > 0
     assert float(by["pair, compiled", decode.LEAST]["ms"]) > float(by["plain", decode.LEAST]["ms"])
     assert float(by["plain", decode.GUARDS]["ms"]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import mmap
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,20 @@ def test_a_pair_in_huge_pages_gives_the_same_bits(format: str) -> None:
         assert parameter.data_ptr() != names[name][1]
         assert parameter.data_ptr() % huge_pages.LINE == 0
     assert torch.equal(model(ids, intensity=[0.0, 0.4, 1.0]).logits, before)
+
+
+@pytest.mark.skipif(NONE, reason="this system gives no huge pages")
+def test_the_memory_is_of_a_kind_that_huge_pages_are_for() -> None:
+    module = nn.Linear(30, 40)
+    assert use_huge_pages(module)
+    address, permissions, inside = module.weight.data_ptr(), "", False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) (\S+)", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+            permissions = found[3] if inside else permissions
+        elif inside and line.startswith("VmFlags:"):
+            assert "hg" in line.split()
+    assert permissions.endswith("p")  # private: memory that is shared has a setting of its own, which is off by default
 
 
 @pytest.mark.skipif(NONE, reason="this system gives no huge pages")
