@@ -248,7 +248,7 @@ def test_only_the_same_key_may_dial() -> None:
 def test_no_other_request_changes_by_a_bit() -> None:
     """With an invariant model: log-probabilities of one at rest, alone and beside one that is turned all the time."""
     model, _ = shipped(invariant=True)
-    still = asked(HARD, logprobs=True, top_logprobs=3, **LONG | {"intensity": 0.6, "max_tokens": 120})
+    still = asked(HARD, logprobs=True, top_logprobs=3, **LONG | {"intensity": 0.6, "max_tokens": 60})
     with running(LIMITS, ServiceSettings(name="pair"), model=model) as server, ThreadPoolExecutor() as clients:
         alone = server.post(CHAT, still).json()["choices"]
         beside: list[Any] = []
@@ -259,7 +259,7 @@ def test_no_other_request_changes_by_a_bit() -> None:
             if beside and not beside[0].done():
                 dial(server, name, intensity=(count % 7) / 7)
 
-        lams = {lam for _, lam in stream(server, change, max_tokens=300)}
+        lams = {lam for _, lam in stream(server, change, max_tokens=150)}
         assert len(lams) > 2
         assert beside[0].result(60).json()["choices"] == alone
 
