@@ -40,7 +40,8 @@ def pytest_collection() -> Generator[None, Any, Any]:
 
 # Of files of few tests those that take longest. They begin first, lest one process end with them while the other waits.
 LONG = {"test_triton.py", "test_triton_code.py", "test_triton_experts_code.py", "test_cuda_code.py", "test_study.py"}
-LONG |= {"test_compiled.py", "test_launching.py", "test_tensor_parallel.py"}
+LONG |= {"test_compiled.py", "test_launching.py", "test_tensor_parallel.py", "test_playground.py", "test_suite.py"}
+LONG |= {"test_dial_in_motion.py"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

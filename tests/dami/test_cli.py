@@ -15,6 +15,7 @@ import dami
 import pytest
 import typer
 from dami import cli
+from dami.cli import demo
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
@@ -194,12 +195,15 @@ def test_describe_accounts_for_every_parameter() -> None:
     assert "float32" in run("describe", "--dtype", "float32").stdout
 
 
-def test_demo_leaves_a_picture_and_numbers(tmp_path: Path) -> None:
+def test_demo_leaves_a_picture_and_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three λ, of the eleven that it sweeps."""
+    assert list(demo.SWEPT) == [n / 10 for n in range(11)]
+    monkeypatch.setattr(demo, "SWEPT", [0.0, 0.5, 1.0])
     result = run("demo", "--questions", "2", "--output", str(tmp_path / "new" / "directory"))
     assert result.exit_code == 0, result.output
     assert (tmp_path / "new" / "directory" / "curve.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((tmp_path / "new" / "directory" / "demo.json").read_text())
-    assert [p["intensity"] for p in record["points"]] == [n / 10 for n in range(11)]
+    assert [p["intensity"] for p in record["points"]] == [0.0, 0.5, 1.0]
     assert record["questions"] == 2
     lams = [answer["intensity"] for answer in record["shown"]]
     assert lams[::3] == [0.0] * 5
@@ -208,12 +212,12 @@ def test_demo_leaves_a_picture_and_numbers(tmp_path: Path) -> None:
     assert 0 <= record["auto"]["accuracy"][0] <= 1
     assert "auto λ=" in result.stdout
     assert "◆" in result.stdout
-    # One pair against eleven copies.
-    assert record["copies"]["weights"] / record["patched"]["weights"] == pytest.approx(5.5, rel=0.01)
-    assert len(record["copies"]["texts"]) == len(record["patched"]["texts"]) == 55
+    # One pair against three copies.
+    assert record["copies"]["weights"] / record["patched"]["weights"] == pytest.approx(1.5, rel=0.01)
+    assert len(record["copies"]["texts"]) == len(record["patched"]["texts"]) == 15
     both = zip(record["copies"]["answers"], record["patched"]["answers"], strict=True)
     assert len(record["gaps"]) == sum(ours != theirs for ours, theirs in both)
-    assert f"{55 - len(record['gaps'])} of 55 greedy answers agree" in " ".join(result.output.split())
+    assert f"{15 - len(record['gaps'])} of 15 greedy answers agree" in " ".join(result.output.split())
 
 
 def test_a_pair_is_packed_described_and_merged(tmp_path: Path) -> None:

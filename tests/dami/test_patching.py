@@ -17,6 +17,7 @@ from torch import nn
 from transformers import CompileConfig, LlamaConfig, PreTrainedModel
 
 from tests.dami.families import FAMILIES, VOCABULARY, batch, pair, references
+from tests.marks import slow
 from tests.tolerance import assert_as_accurate
 
 
@@ -279,7 +280,7 @@ def counting() -> tuple[Callable[..., Any], list[Any]]:
     return backend, graphs
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+@pytest.mark.parametrize("family", ["qwen3", *slow("gpt2")])
 @torch.no_grad()
 def test_compiles_to_one_graph_that_serves_every_lam(family: str) -> None:
     torch._dynamo.reset()

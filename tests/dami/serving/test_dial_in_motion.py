@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import pairwise
+from threading import Event, Semaphore
 from typing import Any
 
 import httpx
@@ -18,7 +20,7 @@ from dami.serving.guiding import Guide
 from dami.serving.settings import ServiceSettings
 from transformers import LogitsProcessorList
 
-from tests.dami.serving.test_server import CHAT, COMPLETIONS, LIMITS, QUESTIONS, Running, asked, running, shipped, sse
+from tests.dami.serving.test_server import CHAT, COMPLETIONS, LIMITS, QUESTIONS, Running, asked, running, shipped, until
 
 HARD = "State the final answer to the following arithmetic problem: 47 + 38 - 12 + 95 - 23 + 61 ="
 LONG = {"temperature": 0, "ignore_eos": True, "intensity": 1.0}
@@ -109,38 +111,57 @@ def test_a_schedule_in_the_body_is_one_of_generate(server: Running, generate: An
     assert said == falling[:30]
 
 
-def test_chunks_tell_the_lam_of_their_tokens(server: Running) -> None:
-    chunks = sse(server.post(CHAT, asked(HARD, intensity=1.0, intensity_schedule=[[10, 0.5]], stream=True)))
-    lams = [chunk["intensity"] for chunk in chunks]
-    assert lams[0] == 1.0
-    assert lams[-1] == 0.5
-    assert lams == sorted(lams, reverse=True)
-    assert len(set(lams)) > 3
-
-
 def dial(server: Running, name: str, **change: Any) -> httpx.Response:
     return server.post(f"/v1/requests/{name}/dial", change)
 
 
-def stream(server: Running, change: Callable[[str, int], Any], **options: Any) -> list[tuple[str, float]]:
-    """The tokens of a streamed answer, each with its λ. `change` is called with its id and how many have come."""
+def stream(
+    server: Running, change: Callable[[str, int], Any], headers: dict[str, str] | None = None, **options: Any
+) -> list[tuple[str, float]]:
+    """The tokens of a streamed answer, each with its λ. `change` is called with its id and how many have come.
+
+    The server takes at most eight steps more than have been read, so that what is changed still runs.
+    """
     tokens: list[str] = []
     told: list[tuple[int, float]] = []
     guides: list[Guide] = []
     body = asked(HARD, stream=True, logprobs=True, **LONG | options)
-    with httpx.stream("POST", server.url + CHAT, json=body, timeout=60) as response:
+    head, steps = server.engine.model.lm_head, Semaphore(8)
+    forward = head.forward
+
+    def awaited(*arguments: Any, **named: Any) -> Any:
+        assert steps.acquire(timeout=60)
+        return forward(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as after:
+        patch.setattr(head, "forward", awaited)
+        after.callback(steps.release, 10_000)
+        response = after.enter_context(httpx.stream("POST", server.url + CHAT, json=body, headers=headers, timeout=60))
         for line in response.iter_lines():
             if line.startswith("data: {"):
                 chunk = json.loads(line.removeprefix("data: "))
                 active = server.app.state.service.active.get(chunk["id"])
                 guides += [choice.guide for choice in active.choices] if active is not None else []
-                tokens += [each["token"] for each in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]]
+                new = [each["token"] for each in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]]
+                tokens += new
                 told.append((len(tokens), chunk["intensity"]))
                 change(chunk["id"], len(tokens))
+                if new:
+                    steps.release(len(new))
     lams = guides[0].lams
     for count, lam in told:
         assert lam == pytest.approx(lams[max(count - 1, 0)], abs=1e-7)  # chunks tell the λ of their last token
     return list(zip(tokens, lams[: len(tokens)], strict=True))
+
+
+def test_chunks_tell_the_lam_of_their_tokens(server: Running) -> None:
+    """Which `stream` compares."""
+    found = stream(server, lambda *_: None, intensity_schedule=[[10, 0.5]], max_tokens=30)
+    lams = [lam for _, lam in found]
+    assert lams[0] == 1.0
+    assert lams[-1] == 0.5
+    assert lams == sorted(lams, reverse=True)
+    assert len(set(lams)) > 3
 
 
 def test_lam_of_a_running_request_can_be_turned(server: Running, generate: Any) -> None:
@@ -155,12 +176,12 @@ def test_lam_of_a_running_request_can_be_turned(server: Running, generate: Any) 
                 "id": name, "object": "request.dial", "choices": [0], "intensity": 0.25, "wrap_up": None,
             }  # fmt: skip
 
-    found = stream(server, change, max_tokens=250)
+    found = stream(server, change, max_tokens=80)
     lams = [lam for _, lam in found]
     at = lams.index(0.25)
-    assert turned[0] <= at < 250
-    assert lams == [1.0] * at + [0.25] * (250 - at)
-    wanted = generate(HARD, lambda step, tokens: 1.0 if step < at else 0.25, 250, ends=False)
+    assert turned[0] <= at < 80
+    assert lams == [1.0] * at + [0.25] * (80 - at)
+    wanted = generate(HARD, lambda step, tokens: 1.0 if step < at else 0.25, 80, ends=False)
     assert [token for token, _ in found] == as_text(wanted, generate)
 
 
@@ -174,7 +195,7 @@ def test_a_thought_can_be_wrapped_up_while_it_streams(server: Running) -> None:
 
     # never ends by itself: the end tag is ruled out, except where it is forced
     [end] = server.app.state.service.thoughts.end
-    found = stream(server, change, max_tokens=250, logit_bias={str(end): -100})
+    found = stream(server, change, max_tokens=80, logit_bias={str(end): -100})
     tokens, lams = zip(*found, strict=True)
     at = tokens.index("</think>")
     assert "</think>" not in tokens[at + 1 :]
@@ -200,7 +221,7 @@ def test_only_what_runs_can_be_dialled(server: Running) -> None:
         known.append(name)
 
     known: list[str] = []
-    stream(server, change, max_tokens=300)
+    stream(server, change, max_tokens=40)
     errors = [(each.status_code, each.json()["error"]) for each in refused]
     assert [status for status, _ in errors] == [404, *[400] * 6]
     messages = [error["message"] for _, error in errors]
@@ -236,19 +257,21 @@ def test_only_the_same_key_may_dial() -> None:
     settings = ServiceSettings(name="pair", api_keys=("one", "two"))
     with running(Limits(kv_memory=0.05), settings) as server:
         keys = [{"Authorization": f"Bearer {key}"} for key in ("one", "two", "three")]
-        body = asked(stream=True, max_tokens=300, **LONG)
-        with httpx.stream("POST", server.url + CHAT, json=body, headers=keys[0], timeout=60) as response:
-            lines = response.iter_lines()
-            name = json.loads(next(lines).removeprefix("data: "))["id"]
-            path = f"/v1/requests/{name}/dial"
-            found = [server.post(path, {"intensity": 0.1}, headers=key) for key in (keys[1], keys[2], keys[0])]
+        found: list[httpx.Response] = []
+
+        def change(name: str, count: int) -> None:
+            if not found:
+                path = f"/v1/requests/{name}/dial"
+                found.extend(server.post(path, {"intensity": 0.1}, headers=keys[which]) for which in (1, 2, 0))
+
+        stream(server, change, keys[0], max_tokens=20)
         assert [each.status_code for each in found] == [404, 401, 200]
 
 
 def test_no_other_request_changes_by_a_bit() -> None:
     """With an invariant model: log-probabilities of one at rest, alone and beside one that is turned all the time."""
     model, _ = shipped(invariant=True)
-    still = asked(HARD, logprobs=True, top_logprobs=3, **LONG | {"intensity": 0.6, "max_tokens": 120})
+    still = asked(HARD, logprobs=True, top_logprobs=3, **LONG | {"intensity": 0.6, "max_tokens": 60})
     with running(LIMITS, ServiceSettings(name="pair"), model=model) as server, ThreadPoolExecutor() as clients:
         alone = server.post(CHAT, still).json()["choices"]
         beside: list[Any] = []
@@ -259,7 +282,7 @@ def test_no_other_request_changes_by_a_bit() -> None:
             if beside and not beside[0].done():
                 dial(server, name, intensity=(count % 7) / 7)
 
-        lams = {lam for _, lam in stream(server, change, max_tokens=300)}
+        lams = {lam for _, lam in stream(server, change, max_tokens=150)}
         assert len(lams) > 2
         assert beside[0].result(60).json()["choices"] == alone
 
@@ -283,7 +306,9 @@ def test_bad_courses(server: Running, options: dict[str, Any], param: str, messa
     assert message in response.json()["error"]["message"]
 
 
-def test_evicted_requests_come_back_as_they_were(generate: Any, evicted: list[int]) -> None:
+def test_evicted_requests_come_back_as_they_were(
+    generate: Any, evicted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In a cache too small for all, those evicted are read again at the λ of each of their tokens."""
     tight = Limits(kv_memory=0.0018, max_batch_tokens=48, max_model_len=128, share_prefixes=False)
     points = [(0, 1.0), (10, 0.2), (30, 1.0), (60, 0.4)]
@@ -297,7 +322,13 @@ def test_evicted_requests_come_back_as_they_were(generate: Any, evicted: list[in
     wanted = as_text(generate(HARD, lam, 70, ends=False), generate)
     with running(tight) as server, ThreadPoolExecutor(6) as clients:
         body = asked(HARD, intensity_schedule=points[1:], logprobs=True, **LONG | {"max_tokens": 70})
-        for response in clients.map(lambda _: server.post(CHAT, body), range(6)):
-            found = response.json()["choices"][0]["logprobs"]["content"]
+        head, come = server.engine.model.lm_head, Event()
+        forward = head.forward
+        monkeypatch.setattr(head, "forward", lambda *x, **y: (come.wait(60), forward(*x, **y))[1])
+        asking = [clients.submit(server.post, CHAT, body) for _ in range(6)]
+        until(lambda: len(server.engine.rows) == 6)
+        come.set()
+        for response in asking:
+            found = response.result(60).json()["choices"][0]["logprobs"]["content"]
             assert [token["token"] for token in found] == wanted
     assert evicted

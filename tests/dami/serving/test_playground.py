@@ -13,22 +13,26 @@ from pathlib import Path
 from threading import Event, Semaphore
 from typing import Any
 
+import dami
 import httpx
 import pytest
 from dami.evaluation.tasks import last_word
 from dami.serving.engine import Load
 from dami.serving.playground import FILES, read_frontier
+from dami.serving.settings import ServiceSettings
 from PIL import Image
 
-from benchmarks.serving.server import Server, serving
+from benchmarks.serving.server import Server
 from tests.dami.serving.conftest import KEY, POINTS
-from tests.dami.serving.test_server import running
+from tests.dami.serving.test_server import LIMITS, Running, running
+from tests.marks import slow
 
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 in_chromium = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="no Chromium: on Debian or Ubuntu, apt install chromium chromium-driver"
 )
 HARD = "State the final answer to the following arithmetic problem: 47 + 38 - 12 + 95 - 23 + 61 ="
+SUM = "47 + 38 - 12 ="  # wrong at λ = 0, right at λ = 1
 SECONDS = 60  # that a page may take to show something
 
 
@@ -111,10 +115,10 @@ def asked_directly(server: Server, prompt: str, lam: float) -> dict[str, Any]:
 
 @in_chromium
 def test_several_lams_are_answered_side_by_side_with_thoughts_folded(page: Page, server: Server) -> None:
-    cards = page.ask(HARD, "0, 0.5, 1")
+    cards = page.ask(SUM, "0, 0.5, 1")
     assert [card.find_element("css selector", "h2 span").text for card in cards] == ["λ = 0", "λ = 0.5", "λ = 1"]
     for card, lam in zip(cards, (0, 0.5, 1), strict=True):
-        wanted = asked_directly(server, HARD, lam)
+        wanted = asked_directly(server, SUM, lam)
         message, usage = wanted["choices"][0]["message"], wanted["usage"]
         details = card.find_element("css selector", "details")
         text = card.find_element("css selector", ":scope > .text").text
@@ -298,13 +302,15 @@ def fits(page: Page, width: int) -> bool:
 
 
 @in_chromium
-@pytest.mark.parametrize("width", [360, 400, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [(360, "light"), (1280, "dark"), *slow((360, "dark"), (400, "light"), (400, "dark"), (1280, "light"))],
+)
 def test_the_page_is_accessible_and_fits(page: Page, width: int, scheme: str) -> None:
     axe = pytest.importorskip("axe_selenium_python").Axe(page.browser)
     with screen(page, width, scheme):
         page.one(".settings").get_property("open") or page.one(".settings summary").click()
-        for card in page.ask(HARD, "0, 1"):
+        for card in page.ask(SUM, "0, 1"):
             if card.find_element("css selector", "details").is_displayed():
                 card.find_element("css selector", "summary").click()
         axe.inject()
@@ -371,13 +377,13 @@ def test_the_page_knows_the_answer_to_a_sum(page: Page, prompt: str, known: str)
     "known",
     [
         pytest.param(each, marks=[pytest.mark.slow] * (each in ("7", "12")))
-        for each in ("206", "7", "two-three", "12", "")
+        for each in ("73", "7", "two-three", "12", "")
     ],
 )
 def test_answers_are_judged_where_the_right_one_is_known(page: Page, server: Server, known: str) -> None:
-    page.fill("#prompt", HARD)
-    assert page.one("#known").get_property("value") == "206"
-    said = [asked_directly(server, HARD, lam)["choices"][0]["message"]["content"] for lam in (0, 1)]
+    page.fill("#prompt", SUM)
+    assert page.one("#known").get_property("value") == "73"
+    said = [asked_directly(server, SUM, lam)["choices"][0]["message"]["content"] for lam in (0, 1)]
     page.fill("#lams", "0, 1")
     page.fill("#temperature", "0")
     page.fill("#known", known)
@@ -385,13 +391,15 @@ def test_answers_are_judged_where_the_right_one_is_known(page: Page, server: Ser
     page.until(lambda: page.status().startswith("Done"))
     wanted = ["✓ right" if last_word(text, known) else f"✗ wrong, the answer is {known}" for text in said]
     assert [each.text for each in page.all(".verdict")] == (wanted if known else ["", ""])
-    assert known != "206" or "✓ right" in wanted
+    assert known != "73" or wanted == ["✗ wrong, the answer is 73", "✓ right"]
 
 
 @in_chromium
 def test_the_picture_in_the_docs_is_of_this_page(browser: Any, tmp_path: Path) -> None:
     """Of the shipped pair with its own frontier; `make screenshot` names the file of the docs."""
-    with serving("--invariant", threads=1) as shipped:
+    model, tokenizer = dami.load_pair(*dami.example_pair(), invariant=True)
+    settings = ServiceSettings(name="shipped", default_intensity=0.0, frontier=dict(model.dami_patch.frontier))
+    with Running(model, tokenizer, LIMITS, settings) as shipped:
         page = Page(browser, shipped.url)
         page.until(lambda: browser.title.startswith("shipped"))
         with screen(page, 1280, "light"):

@@ -145,7 +145,7 @@ def alone() -> Callable[..., Any]:
 
 
 def test_answers_of_a_mixed_batch_are_those_of_single_runs(server: Running, alone: Callable[..., Any]) -> None:
-    rows = [(question, lam) for question in QUESTIONS for lam in LAM]
+    rows = [(QUESTIONS[i % 2], lam) for i, lam in enumerate(LAM)]
 
     async def all_at_once() -> list[Any]:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
