@@ -85,6 +85,7 @@ struct Codes {
       : p(static_cast<const Byte*>(m.data.data) + n * m.data.stride + k / per_byte), scales(scales) {
     const bf16* from = static_cast<const bf16*>(m.scale.data) + n * m.scale.stride + k / group_size;
     const int64_t groups = (count + group_size - 1) / group_size;
+    if (groups % V::W) V::zero().store(scales + groups / V::W * V::W);  // sums over groups take whole vectors
     for (int64_t i = 0; i < groups; i += V::W) {
       const int64_t at = std::max<int64_t>(0, std::min<int64_t>(i, groups - V::W));  // a whole vector, if there is one
       load<V>(from + at, groups - at).store(scales + at);

@@ -155,6 +155,23 @@ def test_no_row_reaches_another(isa: str, format: str, dtype: torch.dtype, bad: 
 
 
 @two_dtypes
+@every_format
+def test_nothing_of_an_earlier_product_is_left(isa: str, format: str, dtype: torch.dtype) -> None:
+    """A product of NaN with long rows, and then one with shorter rows, whose scratch ends within a vector."""
+    bad = pack(8, 2048, dtype=dtype, format=format)
+    for tensor in bad.tensors:
+        if tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+    for k in (32, 70, 512, 544, 576, 1056):
+        weight = pack(8, k, dtype=dtype, format=format)
+        for rows in (1, 2, 4, 9):
+            x, lam = torch.randn(rows, k).to(dtype), torch.rand(rows)
+            clean = lerp_linear(x, weight, lam)
+            assert lerp_linear(torch.full((rows, 2048), float("nan"), dtype=dtype), bad, lam).isnan().all()
+            assert torch.equal(lerp_linear(x, weight, lam), clean)
+
+
+@two_dtypes
 @pytest.mark.parametrize("format", CODES)
 def test_at_lam_0_only_the_base_is_read(isa: str, format: str, dtype: torch.dtype) -> None:
     weight = pack(21, 75, dtype=dtype, format=format)
