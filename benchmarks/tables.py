@@ -668,9 +668,10 @@ def generate(isa: str) -> str:
 
 def peers(model: str) -> str:
     """Tabulates peers.csv for a model: rates of each method, and of its tokens as a ratio to `dami serve` at five λ."""
-    rows = newest_run("peers.csv", model=model)
-    if not rows:
+    if not (measured := newest_run("peers.csv", model=model)):
         return NOT_MEASURED
+    same = {name: measured[0][name] for name in ("device", "commit")}  # methods may be run apart, with --only
+    rows = list(latest(load(RESULTS / "peers.csv", model=model, **same), "method", "dtype").values())
     ours = next((float(row["tokens_per_second"]) for row in rows if row["method"] == "dami serve, five λ"), None)
     lines = [["method", "dtype", "tokens/s", "ratio", "answers/s", "memory, GB", "equal, %"]]
     for row in rows:
