@@ -310,11 +310,21 @@ def tails(pair: str) -> str:
 
 
 def tails_of_zoo() -> str:
-    """Tabulates what each tail costs on every pair of the zoo that was measured."""
-    lines = [["pair", "the last token", "the last 8 tokens", "the last user message on"]]
+    """Tabulates what each tail costs on every pair of the zoo that was measured, and accuracy at λ = 1 behind it."""
+    names = {"all": "all", "1": "last token", "8": "last 8", "turn": "last user message on"}
+    lines = [
+        [
+            "pair",
+            *(f"{name}: at λ = 1, %" for name in names.values()),
+            *(f"{names[t]}: worth lost" for t in ("1", "turn")),
+        ]
+    ]
     for file in sorted(RESULTS.glob("tails_zoo_*.csv")):
-        lost = {row["tail"]: change(row, "loss") for row in newest(file)}
-        lines.append([f"`{file.stem.removeprefix('tails_zoo_')}`", *(lost[tail] for tail in ("1", "8", "turn"))])
+        end = {row["tail"]: row for row in newest(file) if float(row["intensity"]) == 1}
+        right = [f"{100 * float(end[tail]['accuracy']):.0f}" for tail in names]
+        lines.append(
+            [f"`{file.stem.removeprefix('tails_zoo_')}`", *right, *(change(end[t], "loss") for t in ("1", "turn"))]
+        )
     return markdown(lines)
 
 
