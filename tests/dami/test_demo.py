@@ -81,7 +81,7 @@ def test_the_price_names_both_sides_and_how_many_answers_agree() -> None:
     assert table[1].split() == ["one", "patched", "model", "2.0", "s", "7.0", "MB", "+", "5.0", "MB", "4"]
     assert table[2].split() == ["2", "merged", "copies,", "one", "per", "λ", "9.0", "s", "14.0", "MB", "unknown", "2"]
     line = demo.verdict(patched, copies, 2, [0.0625], torch.bfloat16)
-    for part in ("2 λ", "4.5×", "50%", "3 of 4", "The other 1 part", "within 0.062", "bfloat16 rounds"):
+    for part in ("2 λ", "4.5×", "50%", "3 of 4", "the others part (1)", "at most 0.062", "bfloat16 rounds"):
         assert part in line
     line = demo.verdict(patched, copies, 2, [], torch.bfloat16)
     assert line.endswith("4 of 4 greedy answers agree.")

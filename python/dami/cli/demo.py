@@ -330,7 +330,8 @@ def verdict(patched: Cost, copies: Cost, count: int, gaps: Sequence[float], dtyp
     )
     if gaps:
         told += (
-            f"\nThe other {len(gaps)} part where two tokens lie within {max(gaps):.2g} in log-probability: "
-            f"{str(dtype).removeprefix('torch.')} rounds the weights and sums of a merged copy differently."
+            f"\nWhere the others part ({len(gaps)}), the log-probabilities of two tokens differ by at most "
+            f"{max(gaps):.2g}: {str(dtype).removeprefix('torch.')} rounds the weights and sums of a merged copy "
+            "differently."
         )
     return told
