@@ -12,6 +12,7 @@ Rows go to `results/budgets_PAIR.csv`.
 
     shipped   the shipped pair and its questions
     smollm2   SmolLM2-135M and its thinking adapter, sums and facts by halves
+    zoo/NAME  a pair of python -m benchmarks.zoo
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import dami
+import numpy as np
 import torch
 from dami.chat import answers_of, encode
 from dami.dial.patch import patch_of
-from dami.evaluation.statistics import wilson
+from dami.evaluation.statistics import Interval, bootstrap, proportions
+from dami.evaluation.tasks import spread
 from dami.generation.budget import ThoughtLimit
 from dami.schedules import bend
 from dami.serving.guidance import span_of
@@ -38,12 +41,11 @@ from transformers import LogitsProcessorList
 
 from benchmarks.machine import commit
 from benchmarks.record import RESULTS, store, text_table
-from benchmarks.subjects import Subject, shipped, smollm2
+from benchmarks.subjects import Subject, names, subject
 
-SUBJECTS = {"shipped": shipped, "smollm2": smollm2}
-BUDGETS = {"shipped": (8, 16, 24, 32, 48, 64), "smollm2": (16, 32, 48, 64, 96)}
-ANSWER = {"shipped": 16, "smollm2": 32}  # tokens for the answer
-ROWS = {"shipped": 256, "smollm2": 60}  # questions of a batch
+BUDGETS = {"shipped": (8, 16, 24, 32, 48, 64), "smollm2": (16, 32, 48, 64, 96), "zoo": (4, 8, 16, 24)}
+ANSWER = {"shipped": 16, "smollm2": 32, "zoo": 8}  # tokens for the answer
+ROWS = {"shipped": 256, "smollm2": 60, "zoo": 240}  # questions of a batch
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ class Way:
 
     def __str__(self) -> str:
         return self.name if self.span is None else f"{self.name} over {self.span:g}"
+
+
+CUT = Way("cut")
 
 
 @dataclass(frozen=True)
@@ -82,72 +87,85 @@ class Trial:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pair", choices=SUBJECTS)
+    parser.add_argument("pair", choices=[name for name in names() if not name.endswith("-sampled")])
     parser.add_argument("--budgets", type=int, nargs="+", help="tokens of a thought")
     parser.add_argument("--intensities", type=float, nargs="+", default=[0.5, 1.0], help="λ (%(default)s)")
     parser.add_argument("--span", type=float, help="tokens over which λ bends; by default, as many as thoughts take")
     parser.add_argument("--count", type=int, help="number of questions; all by default")
+    parser.add_argument("--samples", type=int, default=1, help="answers to each (%(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("budgets-run"), help="where a pair of the zoo is trained")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV file")
     options = parser.parse_args(argv)
-    subject = SUBJECTS[options.pair](Path())  # nothing is trained
-    span = options.span or span_of(patch_of(subject.model).frontier)
-    ways = [Way("stop"), Way("cut"), Way("bend"), *([] if span is None else [Way("bend", round(span))])]
+    work, sort = options.work / options.pair, options.pair.partition("/")[0]
+    asked = subject(options.pair, None if sort == "zoo" else work, work)  # of a pair of the zoo it trains the estimator
+    span = options.span or span_of(patch_of(asked.model).frontier)
+    ways = [Way("stop"), CUT, Way("bend"), *([] if span is None else [Way("bend", round(span))])]
     about = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, dami {dami.__version__}",
     }
-    budgets = options.budgets or BUDGETS[options.pair]
-    cases = [(lam, budget, way) for lam in options.intensities for budget in budgets for way in ways]
-    rows = []
-    for lam, budget, way in track(cases, "answers"):
-        rows.append(about | measured(options.pair, subject, lam, budget, way, options.count))
-    store(rows, options.results / f"budgets_{options.pair}.csv")
-    keys = ("intensity", "budget", "way", "accuracy", "empty", "tokens", "thought", "ended")
+    cases = [(lam, budget) for lam in options.intensities for budget in options.budgets or BUDGETS[sort]]
+    asked.task.questions = spread(asked.task.questions, options.count or len(asked.task.questions))  # type: ignore[misc]
+    rows = [
+        about | row
+        for case in track(cases, "answers")
+        for row in measured(asked, *case, ways, options.samples, ROWS[sort], ANSWER[sort])
+    ]
+    store(rows, options.results / f"budgets_{options.pair.replace('/', '_')}.csv")
+    keys = ("intensity", "budget", "way", "accuracy", "gain", "empty", "tokens", "thought", "ended")
     print(text_table([keys, *([row[key] for key in keys] for row in rows)]))
 
 
-def measured(pair: str, subject: Subject, lam: float, budget: int, way: Way, count: int | None) -> dict[str, object]:
-    """Answers the questions in one way, and returns what came of it."""
-    torch.manual_seed(7)
-    questions = list(range(len(subject.task.questions)))[
-        :: 1 if count is None else -(-len(subject.task.questions) // count)
+def measured(
+    asked: Subject, lam: float, budget: int, ways: Sequence[Way], samples: int, size: int, room: int
+) -> list[dict[str, object]]:
+    """Answers the questions in every way, `size` at a time, and returns what came of it; gains are over the cut."""
+    questions = [index for index in range(len(asked.task.questions)) for _ in range(samples)]
+    batches = [questions[start : start + size] for start in range(0, len(questions), size)]
+    found: list[list[Trial]] = []
+    for way in ways:
+        torch.manual_seed(7)
+        found.append([trial for batch in batches for trial in answered(asked, batch, lam, budget, room, way)])
+    right = np.array([[trial.right for trial in trials] for trials in found])
+    scores = right.reshape(len(ways), -1, samples).mean(2).T  # [questions, ways]
+    cut = ways.index(CUT)
+    gains = bootstrap(lambda rows: scores[rows].mean(0) - scores[rows, cut].mean(), len(scores))
+    return [
+        {
+            "intensity": lam,
+            "budget": budget,
+            "way": str(way),
+            "questions": len(scores),
+            "samples": samples,
+            **rounded("accuracy", accuracy),
+            **rounded("gain", gain),
+            "empty": round(statistics.fmean(trial.empty for trial in trials), 4),
+            "tokens": round(statistics.fmean(trial.tokens for trial in trials), 2),
+            "thought": round(statistics.fmean(trial.thought for trial in trials), 2),
+            "ended": round(statistics.fmean(trial.ended for trial in trials), 4),
+        }
+        for way, trials, accuracy, gain in zip(ways, found, proportions(scores), gains, strict=True)
     ]
-    size = ROWS[pair]
-    trials = [
-        trial
-        for start in range(0, len(questions), size)
-        for trial in answered(subject, questions[start : start + size], lam, budget, ANSWER[pair], way)
-    ]
-    right = statistics.fmean(trial.right for trial in trials)
-    low, high = wilson(right, len(trials))
-    return {
-        "intensity": lam,
-        "budget": budget,
-        "way": str(way),
-        "questions": len(trials),
-        "accuracy": round(right, 4),
-        "acc_low": round(low, 4),
-        "acc_high": round(high, 4),
-        "empty": round(statistics.fmean(trial.empty for trial in trials), 4),
-        "tokens": round(statistics.fmean(trial.tokens for trial in trials), 2),
-        "thought": round(statistics.fmean(trial.thought for trial in trials), 2),
-        "ended": round(statistics.fmean(trial.ended for trial in trials), 4),
-    }
+
+
+def rounded(name: str, interval: Interval) -> dict[str, object]:
+    """Returns the columns of a value and its interval."""
+    return {f"{name}{end}": round(value, 4) for end, value in zip(("", "_low", "_high"), interval, strict=True)}
 
 
 @torch.inference_mode()
-def answered(subject: Subject, questions: Sequence[int], lam: float, budget: int, room: int, way: Way) -> list[Trial]:
+def answered(asked: Subject, questions: Sequence[int], lam: float, budget: int, room: int, way: Way) -> list[Trial]:
     """Answers a batch of questions."""
-    model, tokenizer, reader = subject.model, subject.tokenizer, Reader.of(subject.tokenizer)
-    prompts = [subject.task.questions[index].question for index in questions]
+    model, tokenizer, reader = asked.model, asked.tokenizer, Reader.of(asked.tokenizer)
+    prompts = [asked.task.questions[index].question for index in questions]
     texts, batch = encode(tokenizer, prompts)
     length = batch["input_ids"].shape[1]
     start, end = (tokenizer.encode(tag, add_special_tokens=False) for tag in (reader.tags.start, reader.tags.ends[0]))
     [inside] = {reader.opens(text) for text in texts}
     limits = [] if way.name == "stop" else [ThoughtLimit(length, budget, start, end, inside)]
     course = bend(lam, budget, start, end, inside, way.span) if way.name == "bend" else lam
-    options = {name: value for name, value in subject.options.items() if name != "max_new_tokens"}
+    options = {name: value for name, value in asked.options.items() if name != "max_new_tokens"}
     ids = model.generate(
         **batch, intensity=course, logits_processor=LogitsProcessorList(limits), max_new_tokens=budget + room, **options
     )[:, length:]
@@ -155,7 +173,7 @@ def answered(subject: Subject, questions: Sequence[int], lam: float, budget: int
     for row, answer in enumerate(answers_of(model, reader, ids, prompts, None, texts)):
         said = reader.read(ids[row, : answer.tokens].tolist(), inside=inside, finished=answer.finished)
         thought = sum(len(segment.ids) for segment in said.segments if segment.kind == "thought")
-        score = subject.task.score(questions[row], answer.text)
+        score = asked.task.score(questions[row], answer.text)
         found.append(Trial(score, not answer.text, answer.tokens, thought, said.closed and thought < budget))
     return found
 

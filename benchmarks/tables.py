@@ -270,15 +270,29 @@ def change(row: Row, name: str) -> str:
 def budgets(pair: str) -> str:
     """Tabulates what keeping thoughts within a budget costs, by the ways to do so."""
     rows = newest(RESULTS / f"budgets_{pair}.csv")
-    lines = [
-        ["λ", "budget", "way", "accuracy, %", "without an answer, %", "thoughts that end by themselves, %", "tokens"]
-    ]
+    shares = ("without an answer, %", "thoughts that end by themselves, %")
+    lines = [["λ", "budget", "way", "accuracy, %", "gain over the cut, points", *shares, "tokens"]]
     for row in rows:
-        right, low, high = (100 * float(row[key]) for key in ("accuracy", "acc_low", "acc_high"))
-        shares = (f"{100 * float(row[key]):.0f}" for key in ("empty", "ended"))
-        accuracy = f"{right:.0f} ({low:.0f} to {high:.0f})"
-        lam = f"{float(row['intensity']):g}"
-        lines.append([lam, row["budget"], row["way"], accuracy, *shares, f"{float(row['tokens']):.0f}"])
+        cells = [percent(row, "accuracy"), "" if row["way"] == "cut" else change(row, "gain")]
+        cells += [f"{100 * float(row[key]):.0f}" for key in ("empty", "ended")]
+        lines.append([f"{float(row['intensity']):g}", row["budget"], row["way"], *cells, f"{float(row['tokens']):.0f}"])
+    return markdown(lines)
+
+
+def budgets_of_others() -> str:
+    """Tabulates the cut and λ that bends over a thought's own length on every other pair that was measured, at λ = 1."""
+    lines = [["pair", "budget", "cut: accuracy, %", "tokens", "bend: gain, points", "tokens"]]
+    for file in sorted(RESULTS.glob("budgets_*.csv")):
+        pair = file.stem.removeprefix("budgets_")
+        rows = [row for row in newest(file) if float(row["intensity"]) == 1 and pair != "shipped"]
+        for budget in dict.fromkeys(row["budget"] for row in rows):
+            [cut, bend] = [
+                next(row for row in rows if row["budget"] == budget and row["way"].startswith(way))
+                for way in ("cut", "bend over")
+            ]
+            cells = [percent(cut, "accuracy"), f"{float(cut['tokens']):.0f}"]
+            cells += [change(bend, "gain"), f"{float(bend['tokens']):.0f}"]
+            lines.append([f"`{pair.removeprefix('zoo_')}`", budget, *cells])
     return markdown(lines)
 
 
@@ -595,6 +609,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "estimators shipped": lambda: estimators("shipped"),
     "estimators smollm2": lambda: estimators("smollm2"),
     "budgets shipped": lambda: budgets("shipped"),
+    "budgets others": budgets_of_others,
     "tails shipped": lambda: tails("shipped"),
     "tails smollm2": lambda: tails("smollm2"),
     "tails zoo": tails_of_zoo,
