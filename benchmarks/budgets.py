@@ -34,7 +34,6 @@ from dami.evaluation.statistics import Interval, bootstrap, proportions
 from dami.evaluation.tasks import spread
 from dami.generation.budget import ThoughtLimit
 from dami.schedules import bend
-from dami.serving.guidance import span_of
 from dami.thoughts import Reader
 from rich.progress import track
 from transformers import LogitsProcessorList
@@ -98,8 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     work, sort = options.work / options.pair, options.pair.partition("/")[0]
     asked = subject(options.pair, None if sort == "zoo" else work, work)  # of a pair of the zoo it trains the estimator
-    span = options.span or span_of(patch_of(asked.model).frontier)
-    ways = [Way("stop"), CUT, Way("bend"), *([] if span is None else [Way("bend", round(span))])]
+    span = options.span or max(point["tokens"][0] for point in patch_of(asked.model).frontier["points"])
+    ways = [Way("stop"), CUT, Way("bend"), Way("bend", round(span))]
     about = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),

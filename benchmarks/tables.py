@@ -280,7 +280,7 @@ def budgets(pair: str) -> str:
 
 
 def budgets_of_others() -> str:
-    """Tabulates the cut and λ that bends over a thought's own length on every other pair that was measured, at λ = 1."""
+    """Tabulates the cut and λ that bends over a thought's own length on the other pairs that were measured, at λ=1."""
     lines = [["pair", "budget", "cut: accuracy, %", "tokens", "bend: gain, points", "tokens"]]
     for file in sorted(RESULTS.glob("budgets_*.csv")):
         pair = file.stem.removeprefix("budgets_")

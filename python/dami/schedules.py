@@ -75,12 +75,12 @@ def bent(intensity: float, left: N, span: float, least: float = 0.0) -> float | 
     Args:
         intensity: λ of the thought while there is room.
         left: how many more tokens the thought may have: a number, or a tensor of numbers.
-        span: over how many tokens λ falls; 0 if it is `least` at once when nothing is left.
+        span: over how many tokens λ falls, above 0.
         least: λ at the end of the budget.
     """
     if intensity <= least:
         return intensity
-    share = left / span if span else left
+    share = left / span
     share = share.clamp(0.0, 1.0) if isinstance(share, Tensor) else min(max(share, 0.0), 1.0)
     return intensity - (intensity - least) * (1.0 - share)  # exactly λ while there is room
 

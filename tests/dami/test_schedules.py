@@ -155,7 +155,6 @@ def test_a_thought_bends_toward_the_end_of_its_budget() -> None:
     assert lams[:, 3].tolist() == pytest.approx([0.9] * 7 + [0.7, 0.5, 0.3, 0.1, 0.1, 0.1, 0.1])
     below = schedules.bend(-0.5, budget=2, start=7, end=9)
     assert [float(torch.as_tensor(below(step, thought[:1, :step]))) for step in (0, 3, 9)] == [-0.5] * 3
-    assert schedules.bent(0.8, 0, 0) == 0.0
     short = schedules.bend(0.9, budget=2, start=7, end=9, span=6)  # begins at a third
     assert [float(torch.as_tensor(short(step, thought[:1, :step]))) for step in (0, 1, 2, 3)] == pytest.approx(
         [0.9, 0.3, 0.15, 0.0]

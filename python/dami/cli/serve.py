@@ -237,6 +237,7 @@ def serve(given: Given[ServeSettings]) -> None:
     from dami.huge_pages import use_huge_pages
     from dami.serving.app import create_app
     from dami.serving.engine import Engine
+    from dami.serving.guidance import span_of
     from dami.serving.listening import run
     from dami.serving.reading import default_reading, proposal
 
@@ -248,6 +249,8 @@ def serve(given: Given[ServeSettings]) -> None:
         served = create_app(engine, tokenizer, settings.service(known))
     if (proposed := proposal(engine.least_tail, reading)) is not None:
         err.print(proposed)
+    if not span_of(known):
+        err.print("a thinking_token_budget cuts thoughts off: λ bends if a frontier (--frontier) shows no valley")
     if engine.cuda_graphs:
         err.print("steps are captured as CUDA graphs and replayed: --no-cuda-graphs turns this off")
     if not settings.local and not settings.api_key:

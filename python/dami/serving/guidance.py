@@ -16,7 +16,7 @@ def guidance_of(
     vocabulary: int,
     answer_intensity: float | None,
     reserve: int,
-    span: float | None,
+    span: float,
     grammar: Grammar | None,
 ) -> Guidance:
     """Returns how a request wants its answer guided.
@@ -57,6 +57,15 @@ def _budget(body: ChatRequest, room: int, reserve: int) -> int | None:
     return min(budgets, default=None)
 
 
-def span_of(frontier: Mapping[str, Any]) -> float | None:
-    """Returns over how many tokens λ bends: the mean length of the longest answers of a frontier, if one is known."""
-    return max((point["tokens"][0] for point in frontier.get("points", ())), default=None)
+def span_of(frontier: Mapping[str, Any]) -> float:
+    """Returns over how many tokens λ bends, by a pair's frontier: the mean length of its longest answers.
+
+    That is 0, which cuts thoughts off, if the frontier is not known or has a valley: a λ at which answers are worse
+    than at both ends, beyond the 95 % interval. λ would slide through it, and the thought come to grief there.
+    """
+    points = sorted(frontier.get("points", ()), key=lambda point: point["intensity"])
+    if not points:
+        return 0.0
+    worse_end = min(points[end]["accuracy"][0] for end in (0, -1))
+    has_valley = any(point["accuracy"][2] < worse_end for point in points)
+    return 0.0 if has_valley else max(point["tokens"][0] for point in points)

@@ -7,9 +7,9 @@
 3. the schedule: straight lines from the granted λ at 0 tokens through its points, and the last λ after them;
 4. the granted λ.
 
-Inside a thought that has a budget, it bends toward the Instruct end by the law of `dami.schedules.bent`: over as many
-tokens as the thoughts of the pair take, or over all that is left once it is to wrap up. A thought that does not end by
-itself is ended by the end tag.
+Inside a thought that has a budget, it bends toward the Instruct end by the law of `dami.schedules.bent`, if that suits
+the pair: over as many tokens as its thoughts take, or over all that is left once it is to wrap up. A thought that does
+not end by itself is ended by the end tag.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Guidance:
         schedule: (tokens, λ) in ascending order of tokens.
         answer_intensity: λ after a thought; None for that of the thought.
         budget: the most tokens of its thoughts; None for no limit.
-        span: the tokens before the budget's end over which λ bends; None for all of the budget.
+        span: the tokens before the budget's end over which λ bends; 0 to leave λ, so that the thought is cut off.
         grammar: what the answer, and not the thought, must match; None for any text.
     """
 
@@ -74,7 +74,7 @@ class Guidance:
     schedule: Sequence[tuple[int, float]] = ()
     answer_intensity: float | None = None
     budget: int | None = None
-    span: float | None = None
+    span: float = 0.0
     grammar: Grammar | None = None
 
 
@@ -103,7 +103,7 @@ class Guide(Course):
         self.vocabulary, self.guidance, self.ends, self.thoughts = vocabulary, guidance, ends, thoughts
         self.meter = None if thoughts is None else ThoughtMeter(thoughts.reader, inside)
         self.limit = guidance.budget  # tokens of its thoughts
-        self._span: float = (guidance.budget or 0) if guidance.span is None else guidance.span  # over which λ bends
+        self._span = guidance.span  # tokens over which λ bends
         self._points: Sequence[tuple[int, float]] = ()
         self._by_hand: float | None = None
         self._wrap_up: int | None = None
@@ -139,7 +139,7 @@ class Guide(Course):
         if wrap_up is not None and self.meter is not None:
             end = self.meter.tokens + wrap_up
             if self.limit is None or end < self.limit:
-                self.limit, self._span = end, wrap_up
+                self.limit, self._span = end, wrap_up if self._span else 0
         if self.tokens:
             self.intensity = self._lam()
         self.forced = self._next_of_tag()
@@ -154,7 +154,7 @@ class Guide(Course):
             lam = self.guidance.answer_intensity
         else:
             lam = _between(self._points, len(self.tokens))
-        if meter is None or not meter.inside or self.limit is None:
+        if meter is None or not meter.inside or self.limit is None or not self._span:
             return lam
         return bent(lam, self.limit - meter.tokens, self._span)
 

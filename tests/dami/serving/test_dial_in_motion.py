@@ -23,12 +23,13 @@ from transformers import LogitsProcessorList
 from tests.dami.serving.test_server import CHAT, COMPLETIONS, LIMITS, QUESTIONS, Running, asked, running, shipped, until
 
 HARD = "State the final answer to the following arithmetic problem: 47 + 38 - 12 + 95 - 23 + 61 ="
+FRONTIER = {"points": [{"intensity": 1.0, "accuracy": [0.9, 0.8, 1.0], "tokens": [12.0, 11.0, 13.0]}]}
 LONG = {"temperature": 0, "ignore_eos": True, "intensity": 1.0}
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    with running(LIMITS, ServiceSettings(name="pair", intensity_range=(-1.0, 1.5))) as server:
+    with running(LIMITS, ServiceSettings(name="pair", intensity_range=(-1.0, 1.5), frontier=FRONTIER)) as server:
         yield server
 
 
@@ -65,12 +66,18 @@ def as_text(ids: list[int], generate: Any) -> list[str]:
 @pytest.mark.parametrize("budget", [0, 5, 12, 30])
 def test_a_budget_is_the_schedule_and_the_limit_of_generate(server: Running, generate: Any, budget: int) -> None:
     [start], [end] = (generate.tokenizer.encode(tag, add_special_tokens=False) for tag in ("<think>", "</think>"))
-    schedule = bend(1.0, budget, start, end) if budget else 1.0
+    schedule = bend(1.0, budget, start, end, span=12) if budget else 1.0
     wanted = generate(HARD, schedule, 60, budget)
     assert tokens_of(server, HARD, intensity=1.0, thinking_token_budget=budget) == as_text(wanted, generate)
     said = server.post(CHAT, asked(HARD, intensity=1.0, thinking_token_budget=budget)).json()
     assert said["usage"]["completion_tokens_details"]["reasoning_tokens"] <= budget
     assert said["choices"][0]["message"]["content"]
+
+
+def test_a_thought_of_a_pair_without_a_frontier_is_cut_off(generate: Any) -> None:
+    wanted = generate(HARD, 1.0, 60, 12)
+    with running() as server:
+        assert tokens_of(server, HARD, intensity=1.0, thinking_token_budget=12) == as_text(wanted, generate)
 
 
 def test_what_the_tokens_of_an_answer_leave_to_its_thought(server: Running) -> None:

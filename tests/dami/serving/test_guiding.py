@@ -103,7 +103,10 @@ def test_a_thought_bends_and_is_ended_when_its_budget_is_spent(thoughts: Thought
     assert (run.guide.forced, run.guide.intensity) == (None, 0.9)
     assert run.guide.bias is not None
     assert run.guide.bias.isinf().nonzero().flatten().tolist() == [start]  # it may not begin another
-    free = Run(guide(Guidance(budget=8), thoughts))
+    cut = Run(guide(Guidance(budget=8), thoughts))
+    cut.take(start, *[9] * 8)
+    assert (cut.guide.forced, cut.lams) == (end, [0.9] * 10)
+    free = Run(guide(Guidance(budget=8, span=4), thoughts))
     free.take(*[9] * 20)
     assert free.lams == [0.9] * 21
     none = Run(guide(Guidance(budget=0), thoughts, inside=True))
@@ -118,6 +121,11 @@ def test_a_thought_can_be_told_to_wrap_up(thoughts: Thoughts) -> None:
     assert run.lams[7:] == pytest.approx([0.9, 0.675, 0.45, 0.225])
     run.take(9)
     assert run.guide.forced == thoughts.end[0]
+    cut = Run(guide(Guidance(budget=100), thoughts))
+    cut.take(*thoughts.start)
+    cut.guide.turn(wrap_up=2)
+    cut.take(9, 9, 9)
+    assert (cut.guide.forced, set(cut.lams)) == (thoughts.end[0], {0.9})
     later = Run(guide(Guidance(budget=3), thoughts))
     later.take(*thoughts.start)
     later.guide.turn(wrap_up=50)  # does not lengthen its budget
@@ -237,7 +245,21 @@ def test_a_copy_of_a_request_keeps_its_course() -> None:
     assert deepcopy({"course": course})["course"] is course
 
 
-def test_how_long_thoughts_are_is_known_from_the_frontier() -> None:
-    points = [{"tokens": [6.0, 5.0, 7.0]}, {"tokens": [50.5, 48.0, 53.0]}, {"tokens": [40.0, 38.0, 42.0]}]
-    assert span_of({"points": points}) == 50.5
-    assert span_of({}) is None
+def frontier(*accuracy: float) -> dict[str, Any]:
+    """Returns points at equally spaced λ, each with an interval of 0.1, of which the second has the most tokens."""
+    tokens = [6.0, 50.5, *[40.0] * (len(accuracy) - 2)]
+    return {
+        "points": [
+            {"intensity": number / 2, "accuracy": [value, value - 0.05, value + 0.05], "tokens": [length] * 3}
+            for number, (value, length) in enumerate(zip(accuracy, tokens, strict=True))
+        ]
+    }
+
+
+def test_lam_bends_over_a_thought_s_length_if_nothing_lies_in_its_way() -> None:
+    assert span_of(frontier(0.5, 0.8, 0.7)) == 50.5
+    assert span_of(frontier(0.7, 0.6, 0.4)) == 50.5  # downhill is no valley
+    assert span_of(frontier(0.5, 0.46, 0.7)) == 50.5  # nor is what may be chance
+    assert span_of(frontier(0.5, 0.44, 0.7)) == 0
+    assert span_of(frontier(0.7, 0.8, 0.44, 0.5)) == 0
+    assert span_of({}) == 0

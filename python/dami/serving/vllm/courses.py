@@ -29,8 +29,8 @@ class Course:
         turns: (place, λ) in ascending order: λ set by hand, from this place of the sequence on.
         wraps: (place, tokens): how many more tokens a thought may have, as set by hand, from this place on.
         pilot: the name under which the states of its prompt are kept; empty if they are not.
-        budget: the most tokens of its thoughts, which λ bends toward; None for no limit.
-        span: over how many tokens it bends.
+        budget: the most tokens of its thoughts; None for no limit.
+        span: over how many tokens λ bends before that; 0 if it does not.
         answer: λ after a thought; None for that of the thought.
         start, end: the tokens of the tags around a thought.
         inside: whether the prompt ends inside a thought.

@@ -91,8 +91,7 @@ def _with_thoughts(
         return course
     reader, start, end = _thoughts(tokenizer)
     inside = reader.opens("".join(map(reader.text, prompt[-TAG:])))
-    span = float(budget or 0) if offer.span is None else offer.span
-    return replace(course, budget=budget, span=span, answer=answer, start=start, end=end, inside=inside)
+    return replace(course, budget=budget, span=offer.span, answer=answer, start=start, end=end, inside=inside)
 
 
 @lru_cache(1)

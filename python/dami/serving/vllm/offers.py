@@ -59,8 +59,8 @@ class Offer:
         return self.stored.presets
 
     @property
-    def span(self) -> float | None:
-        """Over how many tokens λ of a thought bends; None if nothing is known of the pair."""
+    def span(self) -> float:
+        """Over how many tokens λ of a thought bends; 0 if it does not."""
         return span_of(self.stored.frontier)
 
     @property

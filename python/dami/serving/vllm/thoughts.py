@@ -65,7 +65,7 @@ class Thoughts:
 
     @torch.inference_mode()
     def wrap_up(self, course: Course, tokens: int) -> None:
-        """Lets the thought of a request have so many more tokens at most, over which λ bends."""
+        """Lets the thought of a request have so many more tokens at most, over which λ bends, if it does."""
         slot = self._slots.get(course)
         if slot is None:  # which will begin with it
             return
@@ -73,7 +73,7 @@ class Thoughts:
         end = self._used[slot] + self._inside[slot] + tokens
         later = ~(budget <= end)  # or none at all
         self._wishes[slot, 0] = torch.where(later, end, budget)
-        self._wishes[slot, 1] = torch.where(later, tokens, span)
+        self._wishes[slot, 1] = torch.where(later & (span > 0), tokens, span)
 
     def _take(self, lam: Tensor, ids: Tensor, slots: Tensor, rows: Tensor, taken: Tensor, turned: Tensor) -> None:
         """Takes up the next token of each slot."""
@@ -84,10 +84,10 @@ class Thoughts:
         ended = self._ended[slots] | closed
         budget, span, answer = self._wishes[slots].unbind(1)
         given = lam[rows]
-        share = ((budget - used) / span.clamp(min=1)).clamp(0, 1)
+        share = ((budget - used) / span).clamp(0, 1)
         bent = given - given.clamp(min=0) * (1 - share)
         after = torch.where(ended & answer.isfinite() & (turned == 0), answer, given)
-        found = torch.where(inside, torch.where(budget.isfinite(), bent, given), after)
+        found = torch.where(inside, torch.where(budget.isfinite() & (span > 0), bent, given), after)
         self._said[slots], self._inside[slots], self._used[slots], self._ended[slots] = said, inside, used, ended
         lam[rows] = self._lam[slots, taken] = found
 

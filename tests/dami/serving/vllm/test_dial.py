@@ -13,6 +13,7 @@ import torch
 from dami.estimators.files import StoredIntensity
 from dami.generation.budget import ThoughtLimit
 from dami.schedules import bend, switch_after
+from dami.serving.guidance import span_of
 from dami.serving.guiding import Guidance, Guide, Thoughts
 from dami.sources import FOLDER
 from dami.thoughts import Reader
@@ -177,7 +178,8 @@ def test_a_thought_wraps_up_while_it_runs(llm: Any, pair: Path, prompts: list[li
     found = turned_after(llm, prompt, {"2": args}, 5, None, 8)["2"]
     tokenizer = AutoTokenizer.from_pretrained(dami.example_pair()[0])
     tags = Thoughts.of(Reader.of(tokenizer))
-    guide = Guide(len(prompt), len(tokenizer), Guidance(answer_intensity=0.25), frozenset(), tags)
+    guidance = Guidance(answer_intensity=0.25, span=span_of(StoredIntensity.load(pair / FOLDER).frontier))
+    guide = Guide(len(prompt), len(tokenizer), guidance, frozenset(), tags)
     guide.begin(1.0)
     lams = [1.0] * len(prompt)
     for number, token in enumerate(found, 1):
@@ -194,7 +196,7 @@ def test_lambda_follows_thoughts(llm: Any, pair: Path, prompts: list[list[int]])
     """As in dami's own `generate`: λ of answers after a thought, and of thoughts that near the end of their budgets."""
     model, tokenizer = dami.load_pair(pair)
     start, end = (tokenizer.encode(tag, add_special_tokens=False) for tag in ("<think>", "</think>"))
-    span = max(point["tokens"][0] for point in StoredIntensity.load(pair / FOLDER).frontier["points"])
+    span = span_of(StoredIntensity.load(pair / FOLDER).frontier)
 
     def wanted(prompt: list[int], schedule: Any, *processors: Any) -> list[int]:
         options = {"do_sample": False, "max_new_tokens": 40, "logits_processor": [*processors]}

@@ -33,6 +33,11 @@ STATES: Any = SimpleNamespace(layers=(1, 2))
 OFFER = Offer(PairSettings(intensity_range=(0.0, 1.0)), StoredIntensity(STATES, {"low": 0.25, "wild": 1.5}))
 
 
+def bends_over(span: float) -> dict[str, Any]:
+    """Returns the frontier of a pair whose λ bends over so many tokens."""
+    return {"points": [{"intensity": 0.5, "accuracy": [0.9, 0.8, 1.0], "tokens": [span]}]}
+
+
 def offer(**settings: Any) -> Offer:
     return Offer(PairSettings.of({"intensity_range": [0, 1], **settings}), OFFER.stored)
 
@@ -189,13 +194,12 @@ THINKING: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("opened", [False, True])
-@pytest.mark.parametrize("span", [None, 12.5])
-def test_thoughts_are_followed_as_by_dami_s_own_server(opened: bool, span: float | None) -> None:
+@pytest.mark.parametrize("span", [0.0, 12.5])
+def test_thoughts_are_followed_as_by_dami_s_own_server(opened: bool, span: float) -> None:
     """Requests of different lengths in one batch, one of which is read again after each third step."""
     reader = Reader.of(AutoTokenizer.from_pretrained(dami.example_pair()[0]))
     tags = Tags.of(reader)
-    frontier = {} if span is None else {"points": [{"tokens": [span]}]}
-    pair = Offer(PairSettings(), StoredIntensity(frontier=frontier))
+    pair = Offer(PairSettings(), StoredIntensity(frontier=bends_over(span)))
     draw = np.random.default_rng(0)
     requests, followed = [], Thoughts("cpu", 99)
     for number, given in enumerate(THINKING):
@@ -237,15 +241,18 @@ def test_thoughts_are_followed_as_by_dami_s_own_server(opened: bool, span: float
     "given", [{"answer_intensity": 0.2}, {"thinking_token_budget": 40}, {"thinking_token_budget": 3}]
 )
 @pytest.mark.parametrize("asked", [0, 2, 9])
-def test_a_thought_wraps_up_as_in_dami_s_own_server(opened: bool, given: dict[str, Any], asked: int) -> None:
+@pytest.mark.parametrize("span", [0.0, 12.5])
+def test_a_thought_wraps_up_as_in_dami_s_own_server(
+    opened: bool, given: dict[str, Any], asked: int, span: float
+) -> None:
     """Told so after this many tokens of its answer."""
     reader = Reader.of(AutoTokenizer.from_pretrained(dami.example_pair()[0]))
     tags = Tags.of(reader)
     prompt, budget = [9, 9, 9, *(tags.start if opened else [])], given.get("thinking_token_budget")
-    course = course_of({"intensity": 0.75, **given}, Offer(PairSettings()), prompt, budget, reader.tokenizer)
-    guide = Guide(
-        len(prompt), 999, Guidance({}, 0.0, 0.0, (), given.get("answer_intensity"), budget), frozenset(), tags, opened
-    )
+    pair = Offer(PairSettings(), StoredIntensity(frontier=bends_over(span)))
+    course = course_of({"intensity": 0.75, **given}, pair, prompt, budget, reader.tokenizer)
+    guidance = Guidance({}, 0.0, 0.0, (), given.get("answer_intensity"), budget, span)
+    guide = Guide(len(prompt), 999, guidance, frozenset(), tags, opened)
     guide.begin(0.75)
     followed = Thoughts("cpu", 99)
     for number, token in enumerate([*tags.start, *range(20, 34), *tags.end, 40, 41]):
