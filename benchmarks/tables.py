@@ -313,32 +313,25 @@ def tails(pair: str) -> str:
         return NOT_MEASURED
     rows = newest(RESULTS / f"tails_{pair}.csv")
     lams = list(dict.fromkeys(row["intensity"] for row in rows))
-    lines = [["read at λ", *(f"λ = {float(lam):g}" for lam in lams), "worth lost, points"]]
+    lines = [["read at λ", *(f"λ = {float(lam):g}" for lam in lams), "worth lost, points", "accuracy lost at λ = 1"]]
     for tail in dict.fromkeys(row["tail"] for row in rows):
         of_tail = [row for row in rows if row["tail"] == tail]
         cells = [f"{100 * float(row['accuracy']):.0f} @ {float(row['tokens']):.0f}" for row in of_tail]
         name = {"all": "all of the prompt", "turn": "the last user message on", "1": "the last token"}
-        lost = "" if tail == "all" else change(of_tail[0], "loss")
-        lines.append([name.get(tail, f"the last {tail} tokens"), *cells, lost])
+        lost = ["", ""] if tail == "all" else [change(of_tail[0], what) for what in ("worth_lost", "accuracy_lost")]
+        lines.append([name.get(tail, f"the last {tail} tokens"), *cells, *lost])
     return markdown(lines)
 
 
 def tails_of_zoo() -> str:
-    """Tabulates what each tail costs on every pair of the zoo that was measured, and accuracy at λ = 1 behind it."""
-    names = {"all": "all", "1": "last token", "8": "last 8", "turn": "last user message on"}
-    lines = [
-        [
-            "pair",
-            *(f"{name}: at λ = 1, %" for name in names.values()),
-            *(f"{names[t]}: worth lost" for t in ("1", "turn")),
-        ]
-    ]
+    """Tabulates what each tail costs at λ = 1 on every measured pair of the zoo, and the least that costs nothing."""
+    names = {"1": "last token", "8": "last 8", "turn": "last user message on"}
+    lines = [["pair", "λ = 1, %", *(f"lost behind the {name}, points" for name in names.values()), "least tail"]]
     for file in sorted(RESULTS.glob("tails_zoo_*.csv")):
         end = {row["tail"]: row for row in newest(file) if float(row["intensity"]) == 1}
-        right = [f"{100 * float(end[tail]['accuracy']):.0f}" for tail in names]
-        lines.append(
-            [f"`{file.stem.removeprefix('tails_zoo_')}`", *right, *(change(end[t], "loss") for t in ("1", "turn"))]
-        )
+        lost = [change(end[tail], "accuracy_lost") for tail in names]
+        right = f"{100 * float(end['all']['accuracy']):.0f}"
+        lines.append([f"`{file.stem.removeprefix('tails_zoo_')}`", right, *lost, end["all"]["least"] or "none"])
     return markdown(lines)
 
 

@@ -55,7 +55,7 @@ def main() -> None:
         )  # fmt: skip
     store(rows_of(found, options.samples), options.results / f"tails_{options.pair.replace('/', '_')}.csv")
     for tail, loss in found.losses.items():
-        print(f"tail {tail}: loses {loss} of worth")
+        print(f"tail {tail}: loses {loss.worth} of worth, {loss.accuracy} of the accuracy at the λ farthest from 0")
     print("the least that costs nothing:", found.least)
     if options.record and options.pair == "shipped":
         folder = example_pair()[1] / FOLDER
@@ -75,9 +75,10 @@ def rows_of(found: Tails, samples: int) -> list[dict[str, object]]:
     }
     rows = []
     for point in found.points:
-        loss = (0.0, 0.0, 0.0) if point.tail is None else found.losses[point.tail]
-        numbers = [*point.accuracy, *point.tokens, *loss]
-        names = [f"{what}{end}" for what in ("accuracy", "tokens", "loss") for end in ("", "_low", "_high")]
+        lost = [(0.0,) * 3] * 2 if point.tail is None else found.losses[point.tail]
+        numbers = [number for value in (point.accuracy, point.tokens, *lost) for number in value]
+        whats = ("accuracy", "tokens", "worth_lost", "accuracy_lost")
+        names = [f"{what}{end}" for what in whats for end in ("", "_low", "_high")]
         row = {"tail": "all" if point.tail is None else point.tail, "intensity": point.intensity}
         rows.append(about | row | dict(zip(names, (round(number, 4) for number in numbers), strict=True)))
     return rows

@@ -209,10 +209,12 @@ def tail_table(found: Tails) -> FittedTable:
     rows = []
     for tail in tails:
         at = [point for point in found.points if point.tail == tail]
-        loss = found.losses.get(tail) if tail is not None else None
+        lost = ("", "") if tail is None else map(str, found.losses[tail])
         cells = [f"{point.accuracy.value:.0%} @ {point.tokens.value:.0f}" for point in at]
-        rows.append(("all" if tail is None else str(tail), *cells, "" if loss is None else str(loss)))
-    return FittedTable(("tail", *(f"λ={lam:g}" for lam in lams), "worth lost"), rows)
+        rows.append(("all" if tail is None else str(tail), *cells, *lost))
+    farthest = max(lams, key=lambda lam: abs(lam - found.prompt_intensity))
+    heads = ("tail", *(f"λ={lam:g}" for lam in lams), "worth lost", f"accuracy lost at λ={farthest:g}")
+    return FittedTable(heads, rows)
 
 
 def tuned_table(found: Tuned) -> FittedTable:

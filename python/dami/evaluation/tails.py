@@ -1,8 +1,10 @@
 """Measures how much of a prompt must be read at the λ of the answer: accuracy and tokens over `prompt_tail`.
 
 Every question is answered at every λ, with its whole prompt at that λ and with its beginning at another. A tail costs
-nothing if the frontier of the answers is as good. That is measured by the worth of the best λ, accuracy − price ·
-tokens, averaged over prices: λ may mean less behind a prompt at another λ, which alone is no loss.
+nothing if two things stay. One is the frontier of the answers, measured by the worth of the best λ, accuracy − price ·
+tokens, averaged over prices: λ may mean less behind a prompt at another λ, which alone is no loss. The other is the
+accuracy at the λ farthest from the prompt's: no other λ can make up for what is lost there, and a λ chosen per query
+goes there, even if the best single λ is the prompt's own, behind which a tail changes nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +31,7 @@ from dami.files import write_text
 TAILS = (1, 8, TURN)
 INTENSITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 PRICES = (0.0, 0.1, 0.2, 0.5, 1.0)  # accuracy that as many tokens as those of the costliest λ must bring
-NOTHING = 0.01  # a loss of this much accuracy, if its interval reaches 0
+NOTHING = 0.01  # a loss of this much, if its interval reaches 0
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,23 @@ class TailPoint:
     tokens: Interval
 
 
+class Loss(NamedTuple):
+    """What a tail costs; negative if it gains.
+
+    Attributes:
+        worth: of the best λ.
+        accuracy: at the λ farthest from the prompt's.
+    """
+
+    worth: Interval
+    accuracy: Interval
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether neither is lost: at most a hundredth, with an interval that reaches 0."""
+        return all(lost.value <= NOTHING and lost.low <= 0 for lost in self)
+
+
 @dataclass(frozen=True)
 class Tails:
     """What tails cost.
@@ -49,20 +68,20 @@ class Tails:
     Attributes:
         prompt_intensity: λ of the prompts before their tails.
         points: accuracy and tokens at every tail and λ, those of whole prompts first.
-        losses: worth lost by each tail.
+        losses: what each tail loses.
         least: the least number of tokens that costs nothing; None if none of those measured does.
         questions: their number.
     """
 
     prompt_intensity: float
     points: Sequence[TailPoint]
-    losses: Mapping[int | str, Interval]
+    losses: Mapping[int | str, Loss]
     least: int | None
     questions: int
 
     def to_json(self) -> dict[str, Any]:
         """Returns the contents of `tails.json`."""
-        losses = {str(tail): loss for tail, loss in self.losses.items()}
+        losses = {str(tail): loss._asdict() for tail, loss in self.losses.items()}
         return {**asdict(self), "points": [asdict(point) for point in self.points], "losses": losses}
 
 
@@ -142,11 +161,17 @@ def tails_of(
         for lam, at in zip(intensities, ats, strict=True)
     ]
 
+    farthest = int(np.argmax(np.abs(np.array(intensities) - prompt_intensity)))
+
     def losses(scores: Array, tokens: Array) -> Array:
         prices = np.array(PRICES)[:, None] / tokens[whole].max()
-        best = {tail: (scores[at] - prices * tokens[at]).max(1) for tail, at in ({None: whole} | columns).items()}
-        return np.array([(best[None] - best[tail]).mean() for tail in tails])
 
-    lost = dict(zip(tails, frontier.interval(losses), strict=True))
-    free = [tail for tail, loss in lost.items() if isinstance(tail, int) and loss.value <= NOTHING and loss.low <= 0]
+        def kept(at: Sequence[int]) -> Array:
+            return np.array([(scores[at] - prices * tokens[at]).max(1).mean(), scores[at[farthest]]])
+
+        return np.concatenate([kept(whole) - kept(columns[tail]) for tail in tails])
+
+    found = frontier.interval(losses)
+    lost = dict(zip(tails, map(Loss, found[::2], found[1::2]), strict=True))
+    free = [tail for tail, loss in lost.items() if isinstance(tail, int) and loss.is_nothing]
     return Tails(prompt_intensity, points, lost, min(free, default=None), len(frontier))

@@ -101,8 +101,9 @@ def test_a_tail_costs_nothing_if_the_frontier_stays() -> None:
     found = Frontier(numbers, found.scores, found.tokens, found.thinking, found.well_formed, found.levels)
     tails = tails_of(found, [1, 8], lams, 0.0)
     assert tails.least == 8
-    assert tails.losses[1].low > 0.03
-    assert tails.losses[8].value < 0.01
+    assert tails.losses[1].worth.low > 0.03
+    assert tails.losses[8].worth.value < 0.01
+    assert tails.losses[8].accuracy == (0, 0, 0)
     assert [(point.tail, point.intensity) for point in tails.points[:4]] == [
         (None, 0.0),
         (None, 0.5),
@@ -111,6 +112,21 @@ def test_a_tail_costs_nothing_if_the_frontier_stays() -> None:
     ]
     assert tails.points[3].accuracy == tails.points[0].accuracy
     assert tails_of(found, [1], (0.0, 0.5, 1.0), 0.0).least is None
+
+
+@pytest.mark.parametrize("prompt", [0.0, 1.0])
+def test_a_tail_costs_if_only_the_far_end_falls(prompt: float) -> None:
+    """Behind the λ of the prompt nothing changes: where that is the best single λ, no worth is lost."""
+    scores, tokens, behind = [0.9, 0.6, 0.8], [2.0, 20.0, 40.0], {1: [0.5, 0.2], 8: [0.4, 0.8]}
+    lams = (0.0, 0.5, 1.0) if prompt == 0 else (1.0, 0.5, 0.0)
+    found = frontier([*scores, *behind[1], *behind[8]], [*tokens, *tokens[1:], *tokens[1:]])
+    numbers = (0.0, 1.0, 2.0, 4.0, 5.0, 7.0, 8.0)
+    found = Frontier(numbers, found.scores, found.tokens, found.thinking, found.well_formed, found.levels)
+    tails = tails_of(found, [1, 8], lams, prompt)
+    assert [tails.losses[tail].worth.value for tail in (1, 8)] == [0, 0]
+    assert tails.losses[1].accuracy.low > 0.4
+    assert tails.losses[8].accuracy.value == 0
+    assert tails.least == 8
 
 
 def test_tails_are_measured_saved_and_resumed(pair: tuple[Any, Any], tmp_path: Path) -> None:
