@@ -279,20 +279,20 @@ def budgets(pair: str) -> str:
     return markdown(lines)
 
 
-def budgets_of_others() -> str:
-    """Tabulates the cut and λ that bends over a thought's own length on the other pairs that were measured, at λ=1."""
-    lines = [["pair", "budget", "cut: accuracy, %", "tokens", "bend: gain, points", "tokens"]]
-    for file in sorted(RESULTS.glob("budgets_*.csv")):
-        pair = file.stem.removeprefix("budgets_")
-        rows = [row for row in newest(file) if float(row["intensity"]) == 1 and pair != "shipped"]
-        for budget in dict.fromkeys(row["budget"] for row in rows):
-            [cut, bend] = [
-                next(row for row in rows if row["budget"] == budget and row["way"].startswith(way))
-                for way in ("cut", "bend over")
-            ]
-            cells = [percent(cut, "accuracy"), f"{float(cut['tokens']):.0f}"]
-            cells += [change(bend, "gain"), f"{float(bend['tokens']):.0f}"]
-            lines.append([f"`{pair.removeprefix('zoo_')}`", budget, *cells])
+def budgets_of_zoo() -> str:
+    """Tabulates the cut, and λ that bends over a thought's own length, on the pairs of the zoo at λ = 1."""
+    budgets = ("8", "24")
+    heads = [
+        f"{what} {budget}{unit}" for budget in budgets for what, unit in (("cut at", ": %"), ("bend to", ": gain"))
+    ]
+    lines = [["pair", *heads]]
+    for file in sorted(RESULTS.glob("budgets_zoo_*.csv")):
+        rows = [row for row in newest(file) if float(row["intensity"]) == 1]
+        cells = []
+        for budget in budgets:
+            by_way = {row["way"].split(" over")[0]: row for row in rows if row["budget"] == budget}  # the last bend
+            cells += [f"{100 * float(by_way['cut']['accuracy']):.0f}", change(by_way["bend"], "gain")]
+        lines.append([f"`{file.stem.removeprefix('budgets_zoo_')}`", *cells])
     return markdown(lines)
 
 
@@ -602,7 +602,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "estimators shipped": lambda: estimators("shipped"),
     "estimators smollm2": lambda: estimators("smollm2"),
     "budgets shipped": lambda: budgets("shipped"),
-    "budgets others": budgets_of_others,
+    "budgets zoo": budgets_of_zoo,
     "tails shipped": lambda: tails("shipped"),
     "tails smollm2": lambda: tails("smollm2"),
     "tails zoo": tails_of_zoo,

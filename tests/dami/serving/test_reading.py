@@ -211,7 +211,7 @@ def test_the_model_says_how_prompts_are_read(server: Running) -> None:
     assert {name: model["intensity"][name] for name in ("prompt", "tail", "least_tail")} == {
         "prompt": 0.0,
         "tail": 1,
-        "least_tail": 1,
+        "least_tail": 8,
     }
 
 

@@ -349,7 +349,7 @@ def test_stops(server: Running, alone: Callable[..., Any]) -> None:
 def test_models_health_and_metrics(server: Running) -> None:
     listed = server.client().models.list().data[0]
     assert listed.id == server.client().models.retrieve("pair").id == "pair"
-    reading = {"prompt": "same", "tail": 1, "least_tail": 1}
+    reading = {"prompt": "same", "tail": 1, "least_tail": 8}
     lams = {"default": 0.0, "range": [-1.0, 2.0], "presets": {}, "auto": False, "frontier": False}
     assert listed.intensity == lams | reading
     assert httpx.get(f"{server.url}/health").json()["status"] == "ok"

@@ -65,7 +65,7 @@ class Thoughts:
 
     @torch.inference_mode()
     def wrap_up(self, course: Course, tokens: int) -> None:
-        """Lets the thought of a request have so many more tokens at most, over which λ bends, if it does."""
+        """Lets the thought of a request have so many more tokens at most, over which λ bends."""
         slot = self._slots.get(course)
         if slot is None:  # which will begin with it
             return
@@ -73,7 +73,7 @@ class Thoughts:
         end = self._used[slot] + self._inside[slot] + tokens
         later = ~(budget <= end)  # or none at all
         self._wishes[slot, 0] = torch.where(later, end, budget)
-        self._wishes[slot, 1] = torch.where(later & (span > 0), tokens, span)
+        self._wishes[slot, 1] = torch.where(later, tokens, span)
 
     def _take(self, lam: Tensor, ids: Tensor, slots: Tensor, rows: Tensor, taken: Tensor, turned: Tensor) -> None:
         """Takes up the next token of each slot."""

@@ -33,10 +33,17 @@ async def turn(engine: Any, names: Sequence[str], intensity: float | None, wrap_
         wrap_up: how many more tokens a thought may have, over which λ bends; None to leave its budget.
 
     Raises:
-        RequestError: the engine speculates, so the next place is not known; or nobody follows the requests' thoughts.
+        RequestError: the engine speculates, so the next place is not known; λ of this pair does not bend; or nobody
+            follows the requests' thoughts.
     """
-    if not Offer.of(engine.vllm_config).moves:
+    offer = Offer.of(engine.vllm_config)
+    if not offer.moves:
         raise RequestError("intensity of a running request cannot be changed with speculation", parameter=KEY)
+    if wrap_up is not None and not offer.span:
+        raise RequestError(
+            "wrap_up bends λ of a thought, and does so only if the pair has a frontier that shows no valley",
+            parameter="wrap_up",
+        )
     states = engine.output_processor.request_states
     running = {name: states[name].course for name in names}
     if wrap_up is not None and not all(course.thinks for course in running.values()):

@@ -20,11 +20,11 @@ pytest.importorskip("vllm")
 
 from dami.estimators.files import StoredIntensity
 from dami.serving.protocol import DialRequest
-from dami.serving.vllm import register, server
+from dami.serving.vllm import register, server, turning
 from dami.serving.vllm.courses import Course, lams
 from dami.serving.vllm.fields import course_of, granted, wanted
 from dami.serving.vllm.offers import Offer
-from dami.serving.vllm.settings import PairSettings
+from dami.serving.vllm.settings import PairSettings, RequestError
 from dami.serving.vllm.thoughts import Thoughts
 
 register()
@@ -241,17 +241,14 @@ def test_thoughts_are_followed_as_by_dami_s_own_server(opened: bool, span: float
     "given", [{"answer_intensity": 0.2}, {"thinking_token_budget": 40}, {"thinking_token_budget": 3}]
 )
 @pytest.mark.parametrize("asked", [0, 2, 9])
-@pytest.mark.parametrize("span", [0.0, 12.5])
-def test_a_thought_wraps_up_as_in_dami_s_own_server(
-    opened: bool, given: dict[str, Any], asked: int, span: float
-) -> None:
+def test_a_thought_wraps_up_as_in_dami_s_own_server(opened: bool, given: dict[str, Any], asked: int) -> None:
     """Told so after this many tokens of its answer."""
     reader = Reader.of(AutoTokenizer.from_pretrained(dami.example_pair()[0]))
     tags = Tags.of(reader)
     prompt, budget = [9, 9, 9, *(tags.start if opened else [])], given.get("thinking_token_budget")
-    pair = Offer(PairSettings(), StoredIntensity(frontier=bends_over(span)))
+    pair = Offer(PairSettings(), StoredIntensity(frontier=bends_over(12.5)))
     course = course_of({"intensity": 0.75, **given}, pair, prompt, budget, reader.tokenizer)
-    guidance = Guidance({}, 0.0, 0.0, (), given.get("answer_intensity"), budget, span)
+    guidance = Guidance({}, 0.0, 0.0, (), given.get("answer_intensity"), budget, 12.5)
     guide = Guide(len(prompt), 999, guidance, frozenset(), tags, opened)
     guide.begin(0.75)
     followed = Thoughts("cpu", 99)
@@ -266,6 +263,12 @@ def test_a_thought_wraps_up_as_in_dami_s_own_server(
         lam = torch.tensor(course.lam(place, place + 1))
         followed.follow(lam, torch.tensor([token]), [(course, 0, place, 1)])
         assert lam.item() == pytest.approx(guide.intensity, abs=1e-6)
+
+
+def test_a_pair_whose_lam_does_not_bend_is_not_told_to_wrap_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turning, "Offer", SimpleNamespace(of=lambda _: Offer(PairSettings())))
+    with pytest.raises(RequestError, match="wrap_up bends λ of a thought, and does so only if the pair has a frontier"):
+        asyncio.run(turning.turn(SimpleNamespace(vllm_config=None), [], None, 8))
 
 
 def test_slots_of_requests_that_are_gone_are_used_again() -> None:

@@ -184,7 +184,7 @@ def test_the_list_of_models_is_a_menu_of_lambda(url: str) -> None:
         "default": 1,
         "prompt": "same",
         "tail": 1,
-        "least_tail": 1,
+        "least_tail": 8,
         "range": [0, 1],
         "presets": {"low": 0.4, "medium": 0.6, "high": 0.6},
         "auto": True,
