@@ -203,10 +203,13 @@ OFFLOADS: dict[str, Callable[[PreTrainedModel, Path], Any]] = {
 def test_accelerate_offloads_a_model_in_memory(format: str, how: str, tmp_path: Path) -> None:
     model, inputs, lam = dami.patch_model(*pair("qwen3"), format=format), batch("left"), [0.0, 0.3, 0.7, 1.0]
     wanted = model(**inputs, intensity=lam).logits
+    tokens = model.generate(**inputs, intensity=lam, max_new_tokens=2, do_sample=False)
     OFFLOADS[how](model, tmp_path)
     assert any(parameter.is_meta for parameter in model.parameters())
+    assert model.device == torch.device("cpu")
     for each in (model, copy.deepcopy(model)):
         assert torch.equal(each(**inputs, intensity=lam).logits, wanted)
+        assert torch.equal(each.generate(**inputs, intensity=lam, max_new_tokens=2, do_sample=False), tokens)
     accelerate.hooks.remove_hook_from_submodules(model)
     assert torch.equal(model(**inputs, intensity=lam).logits, wanted)
     placeholders = [
