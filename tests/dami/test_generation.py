@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForSeq2SeqLM,
     BartConfig,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -315,6 +316,19 @@ def test_a_pipeline_takes_one_lam_or_one_per_prompt() -> None:
         said(intensity=iter(lams[:1]), batch_size=2)
     with pytest.raises(ValueError, match=r"intensity must be an iterator .* it ended, got 0 for 1 sequences"):
         said(intensity=iter(lams[:2]))
+    with pytest.raises(
+        ValueError, match=r"got 2 for 1 sequences; a pipeline takes an iterator, intensity=iter\(\[…\]\)"
+    ):
+        generate(["a", "b"], intensity=[0.0, 1.0])
+
+
+@pytest.mark.parametrize("name", ["intensity", "prompt_intensity", "intensty"])
+def test_lam_in_a_generation_config_is_refused(name: str) -> None:
+    model, inputs = dami.patch_model(*pair("llama")), batch("left")
+    for config in (GenerationConfig(**{name: 0.5}), None):
+        with pytest.raises(TypeError, match=rf"generate takes \w+ as an argument, .*, got '{name}' in its config"):
+            model.generate(**inputs, generation_config=config)
+        setattr(model.generation_config, name, 0.5)
 
 
 @pytest.mark.parametrize(

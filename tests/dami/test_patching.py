@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -157,6 +158,11 @@ def test_not_two_models() -> None:
     model, thinking = pair("llama")
     with pytest.raises(TypeError, match="instruct_model must be a transformers model, got Linear"):
         dami.patch_model(nn.Linear(2, 2), thinking)  # type: ignore[arg-type]
+    adapted = SimpleNamespace(merge_and_unload=None)
+    with pytest.raises(
+        TypeError, match="must be a transformers model, got SimpleNamespace: merge its adapter, merge_and"
+    ):
+        dami.patch_model(model, adapted)  # type: ignore[type-var]
     with pytest.raises(TypeError, match="thinking_model must be a transformers model, got str"):
         dami.patch_model(model, "thinking")  # type: ignore[arg-type]
     dami.patch_model(model, thinking)

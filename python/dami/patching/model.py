@@ -23,7 +23,7 @@ from dami.dial.values import AnyIntensity, Intensity, IntensityLike
 from dami.generation.compiled import StepConfig, compiled_call, compiled_step, compiling
 from dami.generation.prefill import read_prompts
 from dami.generation.steering import programmed
-from dami.keywords import OURS, check_keywords
+from dami.keywords import OURS, check_keywords, check_settings
 from dami.layers.base import LerpModule, Recipe, check_dtypes, rebuild, recipe_of, runs_again
 from dami.layers.checkpointing import checkpointing, checkpoints
 from dami.layers.peft import check_adapters, guard_merging
@@ -214,6 +214,7 @@ class PairModel(LerpModel, GenerationMixin):
         check_adapters(self)
         options = inspect.signature(self.dami_patch.original.generate).bind(self, *args, **kwargs).arguments
         options |= options.pop("kwargs", {})
+        check_settings(options.get("generation_config") or self.generation_config)
         prompts = _sequences(self, args, kwargs) or 1
         with self.dami_patch.hold:
             if compile:

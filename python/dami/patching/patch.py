@@ -49,7 +49,8 @@ def patch_model(
     """
     for name, model in (("instruct_model", instruct_model), ("thinking_model", thinking_model)):
         if not isinstance(model, PreTrainedModel):
-            raise TypeError(f"{name} must be a transformers model, got {type(model).__name__}")
+            remedy = ": merge its adapter, merge_and_unload()" if hasattr(model, "merge_and_unload") else ""
+            raise TypeError(f"{name} must be a transformers model, got {type(model).__name__}{remedy}")
         if hasattr(model, "dami_patch"):
             raise TypeError(f"{name} must not be patched already: call dami.unpatch_model first")
         refuse_adapters(model, "patch_model", f"merge it into {name}, or put it on the patched model")
