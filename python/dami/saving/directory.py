@@ -46,9 +46,9 @@ def save_pair(
         TypeError: the model is not patched.
         OSError: the directory cannot be written; FileExistsError: it exists and is not empty.
     """
-    tokenizer = tokenizer or patch_of(model).origin.tokenizer
+    own = patch_of(model).origin.tokenizer
     with written_whole(directory, overwrite) as partial:
-        write_pair(model, partial, tokenizer, max_shard_size)
+        write_pair(model, partial, tokenizer or own, max_shard_size)
     return Path(directory)
 
 
