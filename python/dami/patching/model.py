@@ -214,7 +214,12 @@ class PairModel(LerpModel, GenerationMixin):
         check_adapters(self)
         options = inspect.signature(self.dami_patch.original.generate).bind(self, *args, **kwargs).arguments
         options |= options.pop("kwargs", {})
-        check_settings(options.get("generation_config") or self.generation_config)
+        config = options.get("generation_config") or self.generation_config
+        if not isinstance(config, transformers.GenerationConfig):
+            raise TypeError(
+                f"generation_config must be a GenerationConfig, got {config!r}: λ is a keyword, intensity=…"
+            )
+        check_settings(config)
         prompts = _sequences(self, args, kwargs) or 1
         with self.dami_patch.hold:
             if compile:
