@@ -14,7 +14,8 @@ from dami.dial.choosing import estimates
 from dami.dial.patch import patch_of
 from dami.dial.values import Intensity, IntensityLike
 from dami.generation.pieces import KNOWN, end_tokens, generate_in_pieces, room
-from dami.prompts import Prompt, text_of
+from dami.generation.steering import option
+from dami.prompts import Prompt, as_prompts, text_of
 from dami.thoughts import Reader
 
 ChatTemplate = str | float | Callable[[float], str]
@@ -42,6 +43,7 @@ def encode(
 
     The arguments are those of `render`, which makes the texts.
     """
+    prompts = as_prompts(prompts)
     texts = render(tokenizer, prompts, chat_template, intensities)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -134,6 +136,7 @@ def ask(
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what it is and what it must be.
     """
+    prompts = as_prompts(prompts)
     wanted: Sequence[float | str] | None = None
     with torch.inference_mode():
         if intensities is not None:
@@ -154,7 +157,12 @@ def ask(
                 if options.get("compile") and told is None:
                     raise ValueError("max_new_tokens must be given with compile=True, which makes room for all of them")
                 options["max_new_tokens"] = room(model, length, told)
-            ids = model.generate(**batch, **given, **options)[:, length:]
+            if (several := option(model, options, "num_return_sequences") or 1) != 1:
+                raise ValueError(
+                    f"num_return_sequences must be 1 for one answer per prompt, got {several}: repeat prompts"
+                )
+            generated = model.generate(**batch, **given, **options)
+            ids = getattr(generated, "sequences", generated)[:, length:]
     if wanted is not None:
         lams = [patch_of(model).chosen[row] if isinstance(lam, str) else lam for row, lam in enumerate(wanted)]
     return answers_of(model, Reader.of(tokenizer), ids.cpu(), prompts, lams, texts)
@@ -240,6 +248,7 @@ def numbers_of(
     chat_template: ChatTemplate | None = "default",
 ) -> list[float]:
     """Returns λ of every row, with presets and "auto" replaced by their numbers."""
+    prompts = as_prompts(prompts)
     wanted = Intensity.parse(intensities, CALLERS["dami.chat.ask"], patch_of(model).presets, len(prompts))
     lams = wanted.each(len(prompts))
     if wanted.auto:

@@ -43,3 +43,10 @@ def check_keywords(function: str, given: Iterable[str], *takes: str) -> None:
         if ours is not None:
             elsewhere = "" if ours in takes else f"; {ours} is for generate"
             raise TypeError(f"{function} takes λ as {listed(takes, 'and')}, got {name!r}{elsewhere}")
+
+
+def check_settings(config: object) -> None:
+    """Raises a TypeError for λ in a generation config, which keeps whatever it is given, and where nothing reads it."""
+    for name in vars(config):
+        if ours := meant(name):
+            raise TypeError(f"generate takes {ours} as an argument, generate(…, {ours}=…), got {name!r} in its config")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 Prompt = str | list[dict[str, Any]]  # a user's question, or a conversation in the form chat templates take
@@ -21,6 +22,15 @@ def as_prompt(value: Any) -> Prompt:
             raise ValueError(f"a prompt must be text that UTF-8 can hold, got {value!r:.80}") from error
         return value
     raise ValueError(f"a prompt must be a text, or a list of messages with a role and a content, got {value!r:.80}")
+
+
+def as_prompts(values: Any) -> list[Prompt]:
+    """Returns several prompts as a list. Raises TypeError if it is one prompt, whose letters or messages are none."""
+    one = isinstance(values, (str, Mapping)) or not isinstance(values, Iterable)
+    prompts = [] if one else [*values]
+    if not prompts or not all(isinstance(prompt, (str, list)) for prompt in prompts):
+        raise TypeError(f"prompts must be a list of texts or of conversations, got {values!r:.80}")
+    return prompts
 
 
 def _is_message(value: Any) -> bool:

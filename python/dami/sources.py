@@ -104,8 +104,16 @@ def packed_format(path: Path) -> str | None:
     file = path / "config.json"
     if not file.exists():
         return None
-    quantization = read_object(file).get("quantization_config") or {}
+    quantization = quantization_in(file)
     return quantization.get("format") if quantization.get("quant_method") == QUANT_METHOD else None
+
+
+def quantization_in(file: Path) -> dict[str, Any]:
+    """The `quantization_config` in a checkpoint's config.json; {} without one. Raises ValueError if it is no object."""
+    found = read_object(file).get("quantization_config") or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} must have an object as quantization_config, got {found!r:.80}")
+    return found
 
 
 def check_packed(path: Path, format: str | None) -> None:

@@ -407,9 +407,18 @@ def asked_by_hook(module: nn.Module) -> bool:
 
 
 @needs("an offloaded pair")
-def execution_device(module: nn.Module) -> Any:
-    """Returns the device on which an offloaded module computes, as for `torch.empty`; None if its hook sets none."""
-    return hook_of(module).execution_device
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Returns the device on which an offloaded module computes, by the first hook that sets one; None if none does.
+
+    accelerate's `cpu_offload` and `disk_offload` set it only on the modules that have parameters of their own.
+    """
+    for each in module.modules():
+        hook = hook_of(each)
+        for one in getattr(hook, "hooks", (hook,)):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return None
 
 
 @needs("an offloaded pair")

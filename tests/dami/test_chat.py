@@ -9,6 +9,7 @@ import dami
 import pytest
 import torch
 from dami import chat
+from dami.evaluation.calibration import calibrate
 from dami.prompts import as_prompt, text_of
 from dami.thoughts import Reader
 
@@ -44,6 +45,26 @@ def test_encode_says_what_is_missing(pair: tuple[Any, Any]) -> None:
         chat.encode(tokenizer, ["hi"])
     with pytest.raises(ValueError, match="needs the chat template"):
         chat.encode(pair[1], [[{"role": "user", "content": "hi"}]], chat_template=None)
+
+
+@pytest.mark.parametrize("one", ["7 + 3 =", [{"role": "user", "content": "7 + 3 ="}], [], [7], 7, None])
+def test_one_prompt_is_not_several(pair: tuple[Any, Any], one: Any) -> None:
+    for call in (
+        lambda: chat.ask(*pair, one, 0.5),
+        lambda: chat.encode(pair[1], one),
+        lambda: chat.numbers_of(*pair, one, 0.5),
+        lambda: calibrate(*pair, one, "nowhere"),
+    ):
+        with pytest.raises(TypeError, match="prompts must be a list of texts or of conversations, got "):
+            call()
+
+
+def test_each_prompt_gets_one_answer(pair: tuple[Any, Any]) -> None:
+    options = {"max_new_tokens": 4, "do_sample": False, "repetition_penalty": 1.0}
+    wanted = chat.ask(*pair, ["7 + 3 =", "8 + 4 ="], 0.0, **options)
+    assert chat.ask(*pair, iter(["7 + 3 =", "8 + 4 ="]), 0.0, return_dict_in_generate=True, **options) == wanted
+    with pytest.raises(ValueError, match="num_return_sequences must be 1 for one answer per prompt, got 2: repeat"):
+        chat.ask(*pair, ["7 + 3 =", "8 + 4 ="], 0.0, num_return_sequences=2, num_beams=2)
 
 
 def test_a_message_may_be_of_parts_or_only_call(pair: tuple[Any, Any]) -> None:

@@ -359,6 +359,11 @@ def test_an_unknown_option_is_refused(ends: tuple[Path, Path], option: str) -> N
         dami.pack(*ends, ends[0].parent / "packed", **{option: "x"})
 
 
+def test_an_unknown_option_gets_a_guess(ends: tuple[Path, Path]) -> None:
+    with pytest.raises(TypeError, match=r"got \['torch_dtype'\]; torch_dtype may mean dtype; those of checkpoints"):
+        dami.load_pair(*ends, torch_dtype="auto")
+
+
 def test_a_setting_of_the_config_is_an_option(ends: tuple[Path, Path]) -> None:
     assert dami.load_pair(*ends, use_cache=False)[0].config.use_cache is False
 

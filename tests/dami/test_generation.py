@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForSeq2SeqLM,
     BartConfig,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -315,6 +316,26 @@ def test_a_pipeline_takes_one_lam_or_one_per_prompt() -> None:
         said(intensity=iter(lams[:1]), batch_size=2)
     with pytest.raises(ValueError, match=r"intensity must be an iterator .* it ended, got 0 for 1 sequences"):
         said(intensity=iter(lams[:2]))
+    with pytest.raises(
+        ValueError, match=r"got 2 for 1 sequences; a pipeline takes an iterator, intensity=iter\(\[…\]\)"
+    ):
+        generate(["a", "b"], intensity=[0.0, 1.0])
+
+
+@pytest.mark.parametrize("name", ["intensity", "prompt_intensity", "intensty"])
+def test_lam_in_a_generation_config_is_refused(name: str) -> None:
+    model, inputs = dami.patch_model(*pair("llama")), batch("left")
+    for config in (GenerationConfig(**{name: 0.5}), None):
+        with pytest.raises(TypeError, match=rf"generate takes \w+ as an argument, .*, got '{name}' in its config"):
+            model.generate(**inputs, generation_config=config)
+        setattr(model.generation_config, name, 0.5)
+
+
+def test_lam_is_no_second_argument_of_generate() -> None:
+    with pytest.raises(
+        TypeError, match=r"generation_config must be a GenerationConfig, got 0.5: λ is a keyword, inten"
+    ):
+        dami.patch_model(*pair("llama")).generate(batch("left")["input_ids"], 0.5)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -157,6 +158,11 @@ def test_not_two_models() -> None:
     model, thinking = pair("llama")
     with pytest.raises(TypeError, match="instruct_model must be a transformers model, got Linear"):
         dami.patch_model(nn.Linear(2, 2), thinking)  # type: ignore[arg-type]
+    adapted = SimpleNamespace(merge_and_unload=None)
+    with pytest.raises(
+        TypeError, match="must be a transformers model, got SimpleNamespace: merge its adapter, merge_and"
+    ):
+        dami.patch_model(model, adapted)  # type: ignore[type-var]
     with pytest.raises(TypeError, match="thinking_model must be a transformers model, got str"):
         dami.patch_model(model, "thinking")  # type: ignore[arg-type]
     dami.patch_model(model, thinking)
@@ -203,10 +209,13 @@ OFFLOADS: dict[str, Callable[[PreTrainedModel, Path], Any]] = {
 def test_accelerate_offloads_a_model_in_memory(format: str, how: str, tmp_path: Path) -> None:
     model, inputs, lam = dami.patch_model(*pair("qwen3"), format=format), batch("left"), [0.0, 0.3, 0.7, 1.0]
     wanted = model(**inputs, intensity=lam).logits
+    tokens = model.generate(**inputs, intensity=lam, max_new_tokens=2, do_sample=False)
     OFFLOADS[how](model, tmp_path)
     assert any(parameter.is_meta for parameter in model.parameters())
+    assert model.device == torch.device("cpu")
     for each in (model, copy.deepcopy(model)):
         assert torch.equal(each(**inputs, intensity=lam).logits, wanted)
+        assert torch.equal(each.generate(**inputs, intensity=lam, max_new_tokens=2, do_sample=False), tokens)
     accelerate.hooks.remove_hook_from_submodules(model)
     assert torch.equal(model(**inputs, intensity=lam).logits, wanted)
     placeholders = [

@@ -174,7 +174,7 @@ def test_what_would_lose_an_adapter_is_refused(model: PreTrainedModel, injected:
     config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, **LORA)
     on_top = peft.inject_adapter_in_model(config, model) if injected else peft.get_peft_model(model, config)
     for run, what in (
-        (lambda: dami.save_pair(model, tmp_path / "pair"), "save_pretrained of a pair"),
+        (lambda: dami.save_pair(model, tmp_path / "pair"), "save_pair"),
         (lambda: model.save_pretrained(tmp_path / "pair"), "save_pretrained of a pair"),
         (lambda: dami.materialize(model, 0.5), "materialize"),
     ):
@@ -188,6 +188,25 @@ def test_what_would_lose_an_adapter_is_refused(model: PreTrainedModel, injected:
         assert torch.equal(on_top.unload()(**inputs, intensity=1.0).logits, wanted)
         copied = dami.materialize(model, 1.0)
         torch.testing.assert_close(copied(**inputs).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["lora", "prompt"])
+def test_what_would_lose_an_adapter_is_refused_on_peft_s_own_model(
+    kind: str, model: PreTrainedModel, tmp_path: Path
+) -> None:
+    """Its save_pretrained writes the adapter alone, and it has a patch only by the model that it wraps."""
+    on_top = peft.get_peft_model(model, ADAPTERS[kind]())
+    got = {"lora": r"one on \S*q_proj and others", "prompt": "PeftModelForCausalLM"}[kind]
+    with pytest.raises(ValueError, match=f"save_pair takes a model without PEFT adapters, got {got}: save the adapter"):
+        dami.save_pair(on_top, tmp_path / "pair")
+    with pytest.raises(ValueError, match=f"materialize takes a model without PEFT adapters, got {got}: take it off"):
+        dami.materialize(on_top, 0.5)
+    for wrapped in (on_top, torch.compile(model)):
+        with pytest.raises(
+            TypeError, match=f"be the patched model itself, got {type(wrapped).__name__}, which wraps it"
+        ):
+            dami.unpatch_model(wrapped)
+    assert any(hasattr(module, "lerp") for module in model.modules())
 
 
 def test_an_adapted_end_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from dami.loading.checkpoint import Checkpoint
 from dami.loading.match import Match
-from dami.loading.policies import Choices
+from dami.loading.policies import ENDS, Choices
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import (
@@ -399,6 +400,49 @@ def test_a_quantisation_that_cannot_be_undone_names_the_remedy(method: str, ends
     edit_config(ends[1], quantization_config={"quant_method": method, "bits": 4})
     remedy = f"{method} in the thinking end; {method} cannot be undone while loading: name the checkpoint that it was"
     with pytest.raises(ValueError, match=remedy):
+        dami.load_pair(*ends)
+
+
+def test_a_quantisation_without_a_method_is_refused(ends: tuple[Path, Path]) -> None:
+    edit_config(ends[1], quantization_config={"bits": 4})
+    with pytest.raises(ValueError, match="an unnamed method in the thinking end; an unnamed method cannot be undone"):
+        dami.load_pair(*ends)
+
+
+def test_a_quantisation_that_needs_a_package_names_it(ends: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacks(config: object) -> None:
+        raise ImportError("compressed-tensors>=1 is required")
+
+    monkeypatch.setattr("dami.loading.checkpoint.AutoQuantizationConfig.from_dict", lacks)
+    edit_config(ends[1], quantization_config={"quant_method": "compressed-tensors"})
+    with pytest.raises(ValueError, match="compressed-tensors in the thinking end; compressed-tensors>=1 is required"):
+        dami.load_pair(*ends)
+
+
+FAULTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a quantisation that is no object": ("config.json", {"quantization_config": "fp8"}, "must have an object as quan"),
+    "a validator of transformers": ("config.json", {"layer_types": ["full_attention"]}, "`num_hidden_layers` (2) must"),
+    "an unknown model": ("config.json", {"model_type": "nonesuch"}, "has model type `nonesuch`"),
+    "how it generates": ("generation_config.json", {"max_new_tokens": -5}, "`max_new_tokens` must be greater than 0"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("end", [0, 1])
+def test_a_fault_of_a_config_names_the_checkpoint(fault: str, end: int, ends: tuple[Path, Path]) -> None:
+    file, changes, told = FAULTS[fault]
+    edit_config(ends[end], file, **changes)
+    with pytest.raises(ValueError, match=re.escape(told)) as caught:
+        dami.load_pair(*ends)
+    assert str(ends[end]) in str(caught.value)
+
+
+@pytest.mark.parametrize("end", [0, 1])
+def test_files_that_contradict_their_config_are_refused(end: int, ends: tuple[Path, Path]) -> None:
+    size = json.loads((ends[end] / "config.json").read_text())["vocab_size"]
+    edit_config(ends[end], vocab_size=size - 8)
+    told = rf"embed_tokens.weight: \[{size}, 24\] in the files of the {ENDS[end]} end, \[{size - 8}, 24\] by its config"
+    with pytest.raises(ValueError, match=told):
         dami.load_pair(*ends)
 
 

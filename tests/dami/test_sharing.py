@@ -424,14 +424,15 @@ def test_a_merged_copy_is_the_model_at_one_intensity(family: str, lam: float, tm
     assert not hasattr(loaded, "dami_patch")
 
 
-def test_what_cannot_be_merged(ends: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("tokenizer", [None, object()])
+def test_what_cannot_be_merged(ends: tuple[Path, Path], tokenizer: Any) -> None:
     model, _ = dami.load_pair(*ends)
     with pytest.raises(ValueError, match="intensity must be one number, got 2"):
         dami.materialize(model, [0.0, 1.0])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="model must be patched"):
         dami.materialize(dami.unpatch_model(model), 0.5)
     with pytest.raises(TypeError, match="model must be patched"):
-        dami.save_pair(model, "nowhere")
+        dami.save_pair(model, "nowhere", tokenizer)
 
 
 class FakeApi:

@@ -92,7 +92,10 @@ class Intensity:
                 elif isinstance(each, str):
                     entries[place] = _preset(each, caller, presets)
             value = entries
-        numbers = _checked(value, caller.argument, sequences, f"; {caller.name} takes {caller.wanted}")
+        of_pipelines = (
+            f"; a pipeline takes an iterator, {caller.argument}=iter([…])" if "iterator" in caller.takes else ""
+        )
+        numbers = _checked(value, caller.argument, sequences, f"; {caller.name} takes {caller.wanted}", of_pipelines)
         if numbers.dim() and not for_all and "numbers" not in caller.takes:
             raise ValueError(f"{caller.argument} must be one number, got {len(numbers)}: {caller.name} takes no more")
         return cls(numbers, auto, list(schedules.values()))
@@ -156,8 +159,11 @@ def _preset(name: str, caller: Caller, presets: Mapping[str, float] | None) -> f
     return presets[name]  # type: ignore[index]  # there are some now
 
 
-def _checked(numbers: Any, name: str, sequences: int | None = None, hint: str = "") -> Tensor:
-    """Checks numbers and returns the given tensor, else float64 [] or [B] on the CPU; `hint` ends a TypeError."""
+def _checked(numbers: Any, name: str, sequences: int | None = None, hint: str = "", hint_of_length: str = "") -> Tensor:
+    """Checks numbers and returns the given tensor, else float64 [] or [B] on the CPU.
+
+    `hint` ends a TypeError, `hint_of_length` the ValueError for a wrong number of numbers.
+    """
     wanted = f"{name} must be a real number, or one per sequence"
     if not isinstance(numbers, Tensor):
         found = torch.tensor(_floats(numbers, wanted, hint), dtype=torch.float64)
@@ -168,7 +174,7 @@ def _checked(numbers: Any, name: str, sequences: int | None = None, hint: str = 
     if found.dim() > 1 or found.numel() == 0:
         raise ValueError(f"{wanted}, got shape {list(found.shape)}")
     if sequences is not None and found.dim() == 1 and len(found) != sequences:
-        raise ValueError(f"{wanted}, got {len(found)} for {sequences} sequences")
+        raise ValueError(f"{wanted}, got {len(found)} for {sequences} sequences{hint_of_length}")
     looks = found.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would have to be waited for
     if looks and not bool(found.float().isfinite().all()):  # infinite too if too large for float32
         raise ValueError(f"{name} must be finite, got {numbers}")

@@ -24,7 +24,7 @@ from dami.evaluation.sweeps import Record, sweep
 from dami.evaluation.tasks import TO_TRAIN, Question, Task, check_distinct, check_enough
 from dami.evaluation.training import PRICES, features_of
 from dami.files import write_text
-from dami.prompts import Prompt
+from dami.prompts import Prompt, as_prompts
 
 WHOLE = 0.8  # least share of complete answers at a usable λ, relative to that of the best λ
 
@@ -39,7 +39,7 @@ class Unlabelled:
     @classmethod
     def of(cls, prompts: Sequence[Prompt]) -> Unlabelled:
         """Returns a task of prompts."""
-        return cls([Question(prompt, "") for prompt in prompts])
+        return cls([Question(prompt, "") for prompt in as_prompts(prompts)])
 
     def score(self, index: int, text: str) -> float:
         return 0.0

@@ -23,8 +23,11 @@ def adapted_modules(model: nn.Module) -> list[str]:
 
 def refuse_adapters(model: nn.Module, what: str, remedy: str) -> None:
     """Raises ValueError if the model has an adapter, which `what` would lose or take for a part of the pair."""
-    if names := adapted_modules(model):
-        raise ValueError(f"{what} takes a model without PEFT adapters, got one on {names[0]} and others: {remedy}")
+    names = adapted_modules(model)
+    wrapped = hasattr(model, "get_base_model")  # by PEFT, as for prompt tuning, which changes no module
+    if names or wrapped:
+        got = f"one on {names[0]} and others" if names else type(model).__name__
+        raise ValueError(f"{what} takes a model without PEFT adapters, got {got}: {remedy}")
 
 
 def guard_merging() -> None:

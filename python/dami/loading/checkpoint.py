@@ -33,7 +33,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from dami.loading import adapters
 from dami.patching.compare import Header
 from dami.patching.ties import TIES
-from dami.sources import QUANT_METHOD, TWO_ENDS, local, read_object
+from dami.sources import QUANT_METHOD, TWO_ENDS, local, quantization_in, read_object
 from dami.upstream import ties_of
 
 FILES = ["model*.safetensors", adapters.WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md"]
@@ -126,7 +126,12 @@ class Checkpoint:
                 f"instruct must be a whole checkpoint, got the adapter {self.directory}: name the checkpoint that it "
                 "was trained on, and the adapter as the thinking end"
             )
-        return AutoConfig.from_pretrained(self.directory, **self._where)
+        try:
+            return AutoConfig.from_pretrained(self.directory, **self._where)
+        except (OSError, ImportError):
+            raise
+        except Exception as error:  # a validator of transformers raises a class of its own
+            raise ValueError(f"the config of {self.path} cannot be loaded: {error}") from error
 
     def parent(self) -> dict[str, str | None]:
         """Returns its name and the licence stated in its model card."""
@@ -142,18 +147,29 @@ class Checkpoint:
 
     def generation(self) -> GenerationConfig:
         """Returns how it generates unless told otherwise."""
-        if (self.directory / "generation_config.json").exists():
+        file = self.directory / "generation_config.json"
+        if not file.exists():
+            return GenerationConfig.from_model_config(self.config())
+        try:
             return GenerationConfig.from_pretrained(self.directory)
-        return GenerationConfig.from_model_config(self.config())
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file} cannot be loaded: {error}") from error
 
     @cached_property
     def quantization(self) -> dict[str, Any] | None:
         """How its weights are quantised, as its config says; None if they are not, in a GGUF file or a pair."""
         if self.gguf is not None or self.is_adapter:
             return None
-        quantization = read_object(self.directory / "config.json").get("quantization_config")
+        quantization = quantization_in(self.directory / "config.json")
         ours = (QUANT_METHOD, TWO_ENDS)
-        return None if quantization is None or quantization.get("quant_method") in ours else quantization
+        return None if not quantization or quantization.get("quant_method") in ours else quantization
+
+    def dequantizing(self) -> Any:
+        """Returns transformers' settings for loading it dequantised.
+
+        Raises ValueError, TypeError or ImportError if transformers cannot do that, or not here.
+        """
+        return AutoQuantizationConfig.from_dict({**(self.quantization or {}), "dequantize": True})
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Returns its tokenizer, or None if it has none. Raises ValueError if it cannot be loaded."""
@@ -170,7 +186,7 @@ class Checkpoint:
         Raises ValueError if that would leave a parameter randomly initialised.
         """
         if self.quantization is not None:
-            options["quantization_config"] = AutoQuantizationConfig.from_dict({**self.quantization, "dequantize": True})
+            options["quantization_config"] = self.dequantizing()
         if self.gguf and hasattr(transformers, "GgufConfig"):  # newer versions may keep the file's blocks
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         with warnings.catch_warnings():  # that the checkpoint is quantised already

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -125,8 +127,11 @@ def _check_options(options: Mapping[str, Any], checkpoint: Checkpoint) -> None:
         settings = checkpoint.config().to_dict().keys() - {"quantization_config"}
         unknown = [name for name in unknown if name not in settings]
     if unknown:
+        known = sorted({*OPTIONS, *LOADING})
+        alike = get_close_matches(unknown[0], [*known, *inspect.signature(load_pair).parameters], 1)
+        meant = f"; {unknown[0]} may mean {alike[0]}" if alike else ""
         raise TypeError(
-            f"options must be settings of the config, or of {sorted({*OPTIONS, *LOADING})}, got {unknown}; "
+            f"options must be settings of the config, or of {known}, got {unknown}{meant}; "
             f"those of checkpoints hold for the thinking end alone as {THINKING}revision and so on"
         )
 

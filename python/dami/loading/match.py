@@ -81,6 +81,7 @@ class Match:
             differences += policies.vocabularies(sizes)
             differences += policies.dtypes(headers, choices)
             differences += policies.unused(stored)
+            differences += _misshapen(skeleton, stored, sizes)
             differences += _tensors(skeleton, stored, headers, sizes)
         differences += policies.generations(generations)
         report = Report(differences)
@@ -179,6 +180,23 @@ def vocabulary_tensors(model: PreTrainedModel) -> Iterator[str]:
 
 def _vocabulary_size(config: PreTrainedConfig) -> int:
     return getattr(config.get_text_config(), "vocab_size", 0)
+
+
+def _misshapen(
+    skeleton: PreTrainedModel, stored: tuple[StoredTensors, StoredTensors], sizes: tuple[int, int]
+) -> Iterator[Difference]:
+    """Yields the tensors that an end stores in another shape than its own config says.
+
+    Of the thinking end these are only tensors with a row for each token: others are compared with the instruct end's.
+    """
+    rows, shapes = set(vocabulary_tensors(skeleton)), headers_of(skeleton)
+    for end, each, size in zip(policies.ENDS, stored, sizes, strict=True):
+        for name in sorted(each.stored_as):
+            (shape, _), (wanted, _) = each.headers[name], shapes[name]
+            if name in rows and wanted[0] == max(sizes):
+                wanted = [size, *wanted[1:]]
+            if shape != wanted and (end == "instruct" or name in rows):
+                yield Difference(name, f"{shape} in the files of the {end} end, {wanted} by its config")
 
 
 def _tensors(

@@ -166,13 +166,20 @@ def _rotation(
 
 def quantisation(ends: tuple[Checkpoint, Checkpoint]) -> Iterator[Difference]:
     """Yields how the ends are quantised, if one is."""
-    methods = [end.quantization and end.quantization.get("quant_method") for end in ends]
-    if not any(methods):
+    quantised = [end for end in ends if end.quantization is not None]
+    if not quantised:
         return
+    methods = [end.quantization and end.quantization.get("quant_method", "an unnamed method") for end in ends]
     told = both(*(method or "not quantised" for method in methods))
     if unknown := [method for method in methods if method and method not in DEQUANTIZABLE]:
         remedy = f"{unknown[0]} cannot be undone while loading: name the checkpoint that it was quantised from"
         yield Difference("quantisation", told, None, remedy)
+        return
+    try:
+        for end in quantised:
+            end.dequantizing()
+    except (ImportError, ValueError, TypeError) as error:  # such as a package that has to be installed
+        yield Difference("quantisation", told, None, str(error))
     else:
         yield Difference("quantisation", told, "dequantised while reading, as transformers does")
 

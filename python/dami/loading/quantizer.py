@@ -228,7 +228,7 @@ def _is_split(model: Any) -> bool:
 
 def _device_of(module: nn.Module, tensor: Tensor) -> torch.device:
     """Returns the device of a module's tensor or, if it is offloaded, the device accelerate's hook moves it to."""
-    return execution_device(module) if tensor.is_meta else tensor.device
+    return (execution_device(module) if tensor.is_meta else None) or tensor.device
 
 
 def _local_shape(shape: torch.Size, stored: Tensor) -> torch.Size:

@@ -23,7 +23,7 @@ from dami.dial.values import AnyIntensity, Intensity, IntensityLike
 from dami.generation.compiled import StepConfig, compiled_call, compiled_step, compiling
 from dami.generation.prefill import read_prompts
 from dami.generation.steering import programmed
-from dami.keywords import OURS, check_keywords
+from dami.keywords import OURS, check_keywords, check_settings
 from dami.layers.base import LerpModule, Recipe, check_dtypes, rebuild, recipe_of, runs_again
 from dami.layers.checkpointing import checkpointing, checkpoints
 from dami.layers.peft import check_adapters, guard_merging
@@ -32,7 +32,7 @@ from dami.patching.independence import check_independence
 from dami.patching.media import check_media, media_by_sequence
 from dami.patching.vocabulary import weigh_unshared
 from dami.saving.directory import push, save
-from dami.upstream import OF_ONE_OBJECT, execution_device, hook_of
+from dami.upstream import OF_ONE_OBJECT, execution_device
 
 if TYPE_CHECKING:  # at run time, the other base class, which is transformers' own, provides them
     from transformers import GenerationMixin, PreTrainedModel
@@ -139,7 +139,7 @@ class LerpModel(PreTrainedModel):
     def device(self) -> Any:
         """The device the model computes on, even if its parameters are offloaded and so on the meta device."""
         device = next(self.parameters()).device
-        return execution_device(self) if device.type == "meta" and hook_of(self) is not None else device
+        return (execution_device(self) if device.type == "meta" else None) or device
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -214,6 +214,12 @@ class PairModel(LerpModel, GenerationMixin):
         check_adapters(self)
         options = inspect.signature(self.dami_patch.original.generate).bind(self, *args, **kwargs).arguments
         options |= options.pop("kwargs", {})
+        config = options.get("generation_config") or self.generation_config
+        if not isinstance(config, transformers.GenerationConfig):
+            raise TypeError(
+                f"generation_config must be a GenerationConfig, got {config!r}: λ is a keyword, intensity=…"
+            )
+        check_settings(config)
         prompts = _sequences(self, args, kwargs) or 1
         with self.dami_patch.hold:
             if compile:

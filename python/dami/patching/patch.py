@@ -49,7 +49,8 @@ def patch_model(
     """
     for name, model in (("instruct_model", instruct_model), ("thinking_model", thinking_model)):
         if not isinstance(model, PreTrainedModel):
-            raise TypeError(f"{name} must be a transformers model, got {type(model).__name__}")
+            remedy = ": merge its adapter, merge_and_unload()" if hasattr(model, "merge_and_unload") else ""
+            raise TypeError(f"{name} must be a transformers model, got {type(model).__name__}{remedy}")
         if hasattr(model, "dami_patch"):
             raise TypeError(f"{name} must not be patched already: call dami.unpatch_model first")
         refuse_adapters(model, "patch_model", f"merge it into {name}, or put it on the patched model")
@@ -118,8 +119,13 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     """Removes the patch in place and returns the model, with the same modules and parameters as before patching.
 
     One exception: `w8d4` does not keep the original base, so the weights are then the quantised ones used at λ=0.
+
+    Raises:
+        TypeError: the model is not patched, or wraps one that is, as PEFT's and `torch.compile`'s models do.
     """
     patch: Patch = patch_of(model)
+    if "dami_patch" not in vars(model):
+        raise TypeError(f"model must be the patched model itself, got {type(model).__name__}, which wraps it")
     for module in model.modules():
         if isinstance(module, LerpModule):
             lerp = module.lerp

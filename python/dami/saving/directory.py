@@ -44,11 +44,13 @@ def save_pair(
 
     Raises:
         TypeError: the model is not patched.
+        ValueError: it has an adapter, which would be lost.
         OSError: the directory cannot be written; FileExistsError: it exists and is not empty.
     """
-    tokenizer = tokenizer or patch_of(model).origin.tokenizer
+    own = patch_of(model).origin.tokenizer
+    _refuse_adapters(model, "save_pair")
     with written_whole(directory, overwrite) as partial:
-        write_pair(model, partial, tokenizer, max_shard_size)
+        write_pair(model, partial, tokenizer or own, max_shard_size)
     return Path(directory)
 
 
@@ -64,15 +66,15 @@ def write_pair(
     model.save_pretrained(directory, max_shard_size=max_shard_size)
 
 
+def _refuse_adapters(model: Any, what: str) -> None:
+    refuse_adapters(model, what, "save the adapter with PEFT's own save_pretrained, then take it off, unload()")
+
+
 def save(
     model: Any, directory: str | Path, save_pretrained: Callable[..., None], push_to_hub: bool = False, **options: Any
 ) -> None:
     """Implements `save_pretrained` of a patched model: adds the pair's config and a model card to the original's."""
-    refuse_adapters(
-        model,
-        "save_pretrained of a pair",
-        "save the adapter with PEFT's own save_pretrained, then take it off, unload()",
-    )
+    _refuse_adapters(model, "save_pretrained of a pair")
     if push_to_hub:
         raise ValueError("push_to_hub must be False for a patched model: call model.push_to_hub(repo_id)")
     config, before = config_of(model), getattr(model.config, "quantization_config", None)

@@ -29,11 +29,12 @@ def guidance_of(
         answer_intensity, span, grammar: as in `Guidance`.
 
     Raises:
-        BadRequest: it has a bias for a token that does not exist.
+        BadRequest: it has a bias for a token that does not exist, or is to stop at one.
     """
     biases = body.biases
-    if biases and max(biases) >= vocabulary:
-        raise BadRequest(f"logit_bias has the id {max(biases)}, and the vocabulary {vocabulary} ids", "logit_bias")
+    for field, ids in (("logit_bias", biases), ("stop_token_ids", body.stop_token_ids or ())):
+        if ids and max(ids) >= vocabulary:
+            raise BadRequest(f"{field} has the id {max(ids)}, and the vocabulary {vocabulary} ids", field)
     return Guidance(
         biases,
         body.presence_penalty or 0.0,

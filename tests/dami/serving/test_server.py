@@ -470,6 +470,13 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
     (CHAT, asked(tools=[{}]), 400, "tools", "tools[0].type: Field required"),
     (CHAT, asked(logit_bias={"five": 1}), 400, "logit_bias", "must have ids of tokens as keys, got 'five'"),
     (CHAT, asked(logit_bias={"768": 1}), 400, "logit_bias", "logit_bias has the id 768, and the vocabulary 768 ids"),
+    (
+        CHAT,
+        asked(stop_token_ids=[5, 768]),
+        400,
+        "stop_token_ids",
+        "stop_token_ids has the id 768, and the vocabulary 768",
+    ),
     (CHAT, asked(logit_bias={"5": 101}), 400, "logit_bias", "less than or equal to 100"),
     (CHAT, asked(response_format={"type": "json_schema"}), 400, "response_format", "json_schema must be given with"),
     (
