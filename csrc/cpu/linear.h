@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "prepared.h"
 #include "rates.h"
@@ -28,11 +29,13 @@ struct LinearKernel {
   };
   static int64_t scratch_bytes(int64_t, int64_t) { return sizeof(Scratch); }
 
-  // Some rows of x against tile_n rows of a weight: where they begin in the block, and what their sums are added to.
+  // Some rows of x against tile_n rows of a weight: where they begin in the block, what their sums are added to, and how many
+  // rows are still to be multiplied by these, they included.
   struct Rows {
     const Block& block;
     int64_t begin, end;
     float* sums;
+    int64_t left;
   };
 
   // Calls f(x, the distance of its rows, their sums, how many) for register tiles of nearly equal height up to `max_height`,
@@ -40,7 +43,7 @@ struct LinearKernel {
   template <class D, class F>
   static void for_tiles(const Rows& rows, int64_t k, int64_t max_height, Prefetch<tile_n>& prefetch, int64_t steps, F f) {
     const int64_t all = rows.end - rows.begin, count = (all + max_height - 1) / max_height;
-    prefetch.spread(count * steps);
+    prefetch.spread(count * steps * rows.left / all);
     for (int64_t i = 0; i < count; i++) {
       const int64_t begin = all * i / count, end = all * (i + 1) / count;
       f(RowOfX::template at<D>(rows.block, rows.begin + begin, k), rows.block.x_stride / static_cast<int64_t>(sizeof(typename D::X)),
@@ -160,20 +163,26 @@ struct LinearKernel {
                                     prefetch_of<tile_n>(p.weight.other, next, sizeof(T))};
     Operand base{p.weight.base, scratch.weight[0], scratch.scales[0], false, {}};
     Operand other{p.weight.other, scratch.weight[1], scratch.scales[1], false, {}};
-    const auto rows = [&](const Group& group, int which) {
-      return Rows{block, group.begin, group.end, &scratch.sums[which][group.begin][piece.n - n0]};
+    int64_t left[2] = {0, 0};  // rows that are still to be multiplied by each
+    for (const Group& group : block.groups) {
+      if (group.mode != Mode::other) left[0] += group.end - group.begin;
+      if (group.mode == Mode::other || group.mode == Mode::both) left[1] += group.end - group.begin;
+    }
+    const auto rows = [&](const Group& group, int sums, int matrix) {
+      const int64_t now = std::exchange(left[matrix], left[matrix] - (group.end - group.begin));
+      return Rows{block, group.begin, group.end, &scratch.sums[sums][group.begin][piece.n - n0], now};
     };
     for (const Group& group : block.groups) switch (group.mode) {
-        case Mode::base: base.multiply(rows(group, 0), piece, prefetch[0]); break;
-        case Mode::other: other.multiply(rows(group, 0), piece, prefetch[1]); break;
+        case Mode::base: base.multiply(rows(group, 0, 0), piece, prefetch[0]); break;
+        case Mode::other: other.multiply(rows(group, 0, 1), piece, prefetch[1]); break;
         case Mode::both:
-          base.multiply(rows(group, 0), piece, prefetch[0]);
-          other.multiply(rows(group, 1), piece, prefetch[1]);
+          base.multiply(rows(group, 0, 0), piece, prefetch[0]);
+          other.multiply(rows(group, 1, 1), piece, prefetch[1]);
           break;
         case Mode::blend:
           blend_rows(p.weight, block.lam[group.begin], piece, scratch.weight[0], scratch, prefetch[1]);
           const X* const w[tile_n] = {scratch.weight[0][0], scratch.weight[0][1], scratch.weight[0][2], scratch.weight[0][3]};
-          tiles(rows(group, 0), w, piece, prefetch[0]);
+          tiles(rows(group, 0, 0), w, piece, prefetch[0]);
           base.converted = other.converted = false;
       }
   }
