@@ -624,7 +624,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "host launch steps": lambda: host(GPU_STEPS.__eq__),
     "host model": lambda: host("model".__eq__, 1000, "ms"),
     "peers shipped": lambda: peers("shipped"),
-    "peers smollm2": lambda: peers("SmolLM2-135M's shapes"),
+    "peers smollm2 amx": lambda: peers("SmolLM2-135M's shapes", isa="amx"),
+    "peers smollm2 avx512_bf16": lambda: peers("SmolLM2-135M's shapes", isa="avx512_bf16"),
     "load steps": lambda: steps(),
     "generate avx2": lambda: generate("avx2"),
     "generate amx": lambda: generate("amx"),
@@ -684,9 +685,9 @@ def generate(isa: str) -> str:
     return where(rows[0]) + markdown(lines)
 
 
-def peers(model: str) -> str:
+def peers(model: str, **where_measured: str) -> str:
     """Tabulates peers.csv for a model: rates of each method, and of its tokens as a ratio to `dami serve` at five λ."""
-    if not (measured := newest_run("peers.csv", model=model)):
+    if not (measured := newest_run("peers.csv", model=model, **where_measured)):
         return NOT_MEASURED
     same = {name: measured[0][name] for name in ("device", "commit")}  # methods may be run apart, with --only
     rows = list(latest(load(RESULTS / "peers.csv", model=model, **same), "method", "dtype").values())

@@ -166,7 +166,7 @@ struct Isa {
   bool (*supported)();
   int max_rows[3], max_outputs[3];  // that a call of `linear` takes
   int panel[3];       // rows of x that are prepared together, unless they are few
-  int tile_rows[3];   // rows of x in a register tile: fewer at one end are not worth a group of their own
+  int tile_rows[3];   // rows of x that fill a register tile well enough: fewer at one end are not worth a group of their own
   int blend_rows[3];  // rows of one λ that pay for blending
 
   // x as `linear` reads it, 64-byte aligned: how many bytes a row of k elements takes, and what writes those of a block from

@@ -3,5 +3,5 @@
 
 namespace dami {
 extern const Isa avx512_bf16;
-constexpr Isa avx512_bf16 = make_isa<Vec, OfBf16>("avx512_bf16", has_avx512_bf16, 8, 32);
+constexpr Isa avx512_bf16 = make_isa<Vec, OfBf16>("avx512_bf16", has_avx512_bf16, 8, 16);
 }  // namespace dami

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "prepared.h"
 #include "rates.h"
@@ -17,23 +18,25 @@ struct LinearKernel {
   static_assert(is_dense_dot<V, Dot, T>() && is_codes_dot<V, CodesDot, Dot>());
   using X = typename Dot::X;
   using RowOfX = PreparedRow<V, Dot, CodesDot, T>;
-  static constexpr int max_rows = 128, max_outputs = 64, panel = 1, tile_rows = V::tile_m;
+  static constexpr int max_rows = 128, max_outputs = sums_stride, panel = 1;
+  static constexpr int tile_rows = std::min<int>(V::tile_m, max_stream_rows);
   static constexpr int64_t block_k = Dot::block;
   static constexpr int64_t cached_bytes = 128 * 1024;  // of x, which the rows of a weight pass by
 
   struct alignas(64) Scratch {
     X weight[2][tile_n][block_k];
     float scales[2][tile_n][max_groups];
-    // Of the base and the other matrix, or of the blended one; of tile_n outputs those of all rows lie together.
-    float sums[2][max_outputs * max_rows];
+    float sums[2][max_rows][max_outputs];  // of the base and the other matrix, or of the blended one
   };
   static int64_t scratch_bytes(int64_t, int64_t) { return sizeof(Scratch); }
 
-  // Some rows of x against tile_n rows of a weight: where they begin in the block, and what their sums are added to.
+  // Some rows of x against tile_n rows of a weight: where they begin in the block, what their sums are added to, and how many
+  // rows are still to be multiplied by these, they included.
   struct Rows {
     const Block& block;
     int64_t begin, end;
     float* sums;
+    int64_t left;
   };
 
   // Calls f(x, the distance of its rows, their sums, how many) for register tiles of nearly equal height up to `max_height`,
@@ -41,11 +44,11 @@ struct LinearKernel {
   template <class D, class F>
   static void for_tiles(const Rows& rows, int64_t k, int64_t max_height, Prefetch<tile_n>& prefetch, int64_t steps, F f) {
     const int64_t all = rows.end - rows.begin, count = (all + max_height - 1) / max_height;
-    prefetch.spread(count * steps);
+    prefetch.spread(count * steps * rows.left / all);
     for (int64_t i = 0; i < count; i++) {
       const int64_t begin = all * i / count, end = all * (i + 1) / count;
       f(RowOfX::template at<D>(rows.block, rows.begin + begin, k), rows.block.x_stride / static_cast<int64_t>(sizeof(typename D::X)),
-        rows.sums + begin * tile_n, end - begin);
+        rows.sums + begin * sums_stride, end - begin);
     }
   }
 
@@ -128,7 +131,9 @@ struct LinearKernel {
     }
   };
 
-  static void blend_rows(const Weight& weight, float lam, const Piece& piece, X (*to)[block_k], Scratch& scratch) {
+  static void blend_rows(const Weight& weight, float lam, const Piece& piece, X (*to)[block_k], Scratch& scratch,
+                         Prefetch<tile_n>& prefetch) {
+    prefetch.spread(tile_n * ((piece.count + tile_step - 1) / tile_step));
     with_rows<V, T>(weight, [&](auto base_kind, auto other_kind) {
       using Base = typename decltype(base_kind)::type;
       using Other = typename decltype(other_kind)::type;
@@ -138,6 +143,7 @@ struct LinearKernel {
         const Base base = row<Base>(weight.base, piece, n, scratch.scales[0][n]);
         const Other other = row<Other>(weight.other, piece, n, scratch.scales[1][n]);
         for (int64_t i = 0; i < piece.count; i += group_size) {
+          if (i % tile_step == 0) prefetch.step();
           const Base b = base.group(i, piece.count - i, base_buffer);
           const Other o = other.group(i, piece.count - i, other_buffer);
           const auto base_loader = b.loader(0);
@@ -154,25 +160,30 @@ struct LinearKernel {
   // All that a piece adds to the sums, while the next one is fetched.
   static void multiply(const Linear& p, const Block& block, const Piece& piece, const Piece& next, int64_t n0,
                        Scratch& scratch) {
-    const int64_t all = static_cast<int64_t>(block.rows.size());
     Prefetch<tile_n> prefetch[2] = {prefetch_of<tile_n>(p.weight.base, next, sizeof(T)),
                                     prefetch_of<tile_n>(p.weight.other, next, sizeof(T))};
     Operand base{p.weight.base, scratch.weight[0], scratch.scales[0], false, {}};
     Operand other{p.weight.other, scratch.weight[1], scratch.scales[1], false, {}};
-    const auto rows = [&](const Group& group, int which) {
-      return Rows{block, group.begin, group.end, &scratch.sums[which][(piece.n - n0) * all + group.begin * tile_n]};
+    int64_t left[2] = {0, 0};  // rows that are still to be multiplied by each
+    for (const Group& group : block.groups) {
+      if (group.mode != Mode::other) left[0] += group.end - group.begin;
+      if (group.mode == Mode::other || group.mode == Mode::both) left[1] += group.end - group.begin;
+    }
+    const auto rows = [&](const Group& group, int sums, int matrix) {
+      const int64_t now = std::exchange(left[matrix], left[matrix] - (group.end - group.begin));
+      return Rows{block, group.begin, group.end, &scratch.sums[sums][group.begin][piece.n - n0], now};
     };
     for (const Group& group : block.groups) switch (group.mode) {
-        case Mode::base: base.multiply(rows(group, 0), piece, prefetch[0]); break;
-        case Mode::other: other.multiply(rows(group, 0), piece, prefetch[1]); break;
+        case Mode::base: base.multiply(rows(group, 0, 0), piece, prefetch[0]); break;
+        case Mode::other: other.multiply(rows(group, 0, 1), piece, prefetch[1]); break;
         case Mode::both:
-          base.multiply(rows(group, 0), piece, prefetch[0]);
-          other.multiply(rows(group, 1), piece, prefetch[1]);
+          base.multiply(rows(group, 0, 0), piece, prefetch[0]);
+          other.multiply(rows(group, 1, 1), piece, prefetch[1]);
           break;
         case Mode::blend:
-          blend_rows(p.weight, block.lam[group.begin], piece, scratch.weight[0], scratch);
+          blend_rows(p.weight, block.lam[group.begin], piece, scratch.weight[0], scratch, prefetch[1]);
           const X* const w[tile_n] = {scratch.weight[0][0], scratch.weight[0][1], scratch.weight[0][2], scratch.weight[0][3]};
-          tiles(rows(group, 0), w, piece, prefetch[0]);
+          tiles(rows(group, 0, 0), w, piece, prefetch[0]);
           base.converted = other.converted = false;
       }
   }
@@ -180,8 +191,9 @@ struct LinearKernel {
   static void run(const Linear& p, const Block& block, int64_t n0, int64_t n1, void* memory) {
     Scratch& scratch = *static_cast<Scratch*>(memory);
     const int64_t rows = static_cast<int64_t>(block.rows.size());
-    const size_t count = static_cast<size_t>((n1 - n0 + tile_n - 1) / tile_n * tile_n * rows);
-    for (float* sums : {scratch.sums[0], scratch.sums[1]}) std::memset(sums, 0, count * sizeof(float));
+    const size_t bytes = static_cast<size_t>((n1 - n0 + tile_n - 1) / tile_n * tile_n) * sizeof(float);
+    for (auto& sums : scratch.sums)
+      for (int64_t i = 0; i < rows; i++) std::memset(sums[i], 0, bytes);
     // As many columns of x as the cache holds stay there while rows of the weight pass by.
     const int64_t cached = std::max(block_k, cached_bytes / static_cast<int64_t>(sizeof(X)) / rows / block_k * block_k);
     const int64_t columns = rows <= max_stream_rows ? block.k : cached;
@@ -190,14 +202,9 @@ struct LinearKernel {
     const int64_t most = rows <= max_stream_rows && pieces ? (blocks + pieces - 1) / pieces * block_k : block_k;
     for_pieces({tile_n, block_k, most, columns}, n0, n1, p.n, block.k,
                [&](const Piece& piece, const Piece& next) { multiply(p, block, piece, next, n0, scratch); });
-    float sums[2][max_outputs + V::W];
     for (const Group& group : block.groups)
-      for (int i = group.begin; i < group.end; i++) {
-        for (int which = 0; which < (group.mode == Mode::both ? 2 : 1); which++)
-          for (int64_t n = 0; n < n1 - n0; n += tile_n)
-            std::memcpy(&sums[which][n], &scratch.sums[which][n * rows + i * tile_n], tile_n * sizeof(float));
-        finish(p, block, group.mode, i, n0, n1, sums[0], sums[1]);
-      }
+      for (int i = group.begin; i < group.end; i++)
+        finish(p, block, group.mode, i, n0, n1, scratch.sums[0][i], scratch.sums[1][i]);
   }
 
   // λ, the bias and the one rounding, for the sums of a row: those of `other` only if there are two.

@@ -60,42 +60,45 @@ float lam_of(const Lams& lams, int64_t row) {
   return lams.lam[lams.row_to_lam ? lams.row_to_lam[row] : row / lams.rows_per_lam];
 }
 
-// Sorts rows [begin, end) of x into groups. `has_target`: whether λ = 1 needs no more than one matrix.
-Block block_of(const Isa& isa, Type type, const Lams& lams, int64_t begin, int64_t end, bool has_target, bool invariant) {
-  const int rows = static_cast<int>(end - begin), of_type = static_cast<int>(type);
-  std::vector<float> lam(rows);
-  std::vector<int> order(rows);
-  for (int i = 0; i < rows; i++) lam[i] = lam_of(lams, begin + i);
-  std::iota(order.begin(), order.end(), 0);
-  if (std::any_of(lam.begin(), lam.end(), [&](float l) { return l != lam[0]; }))
-    std::stable_sort(order.begin(), order.end(),
-                     [&](int a, int b) { return lam[a] < lam[b] || (std::isnan(lam[b]) && !std::isnan(lam[a])); });
+// The rows [begin, end) of x by their λ, NaN last: rows of one λ then share a block.
+std::vector<int64_t> by_lam(const Lams& lams, int64_t begin, int64_t end) {
+  std::vector<int64_t> rows(end - begin);
+  std::iota(rows.begin(), rows.end(), begin);
+  const auto before = [&](int64_t a, int64_t b) {
+    const float lam_a = lam_of(lams, a), lam_b = lam_of(lams, b);
+    return lam_a < lam_b || (std::isnan(lam_b) && !std::isnan(lam_a));
+  };
+  if (!std::is_sorted(rows.begin(), rows.end(), before)) std::stable_sort(rows.begin(), rows.end(), before);
+  return rows;
+}
 
+// Sorts rows of x, which lie by their λ, into groups. `has_target`: whether λ = 1 needs no more than one matrix.
+Block block_of(const Isa& isa, Type type, const Lams& lams, const int64_t* first, const int64_t* end, bool has_target,
+               bool invariant) {
+  const auto of_type = static_cast<int>(type);
   Block block{};
   block.invariant = invariant;
-  block.panel = rows > max_stream_rows || invariant ? isa.panel[of_type] : 1;
-  const auto add_group = [&](Mode mode, const int* first, const int* last) {
+  block.panel = end - first > max_stream_rows || invariant ? isa.panel[of_type] : 1;
+  const auto add_group = [&](Mode mode, const int64_t* first, const int64_t* last) {
     const auto at = static_cast<int>(block.rows.size());
     block.groups.push_back({mode, at, at + static_cast<int>(last - first)});
-    for (; first < last; first++) {
-      block.rows.push_back(begin + *first);
-      block.lam.push_back(lam[*first]);
-    }
+    block.rows.insert(block.rows.end(), first, last);
+    for (; first < last; first++) block.lam.push_back(lam_of(lams, *first));
     block.rows.resize(static_cast<size_t>(round_up(static_cast<int64_t>(block.rows.size()), block.panel)), -1);
     block.lam.resize(block.rows.size());
   };
   // Runs of one λ that are worth a group of their own come first, the others share the last group.
-  std::vector<int> others;
-  for (int i = 0, j; i < rows; i = j) {
-    for (j = i + 1; j < rows && lam[order[j]] == lam[order[i]];) j++;
-    const float l = lam[order[i]];
+  std::vector<int64_t> others;
+  for (const int64_t *i = first, *j; i < end; i = j) {
+    const float l = lam_of(lams, *i);
+    for (j = i + 1; j < end && lam_of(lams, *j) == l;) j++;
     const Mode mode = l == 0 ? Mode::base : l == 1 && has_target ? Mode::other : Mode::blend;
-    const int count = j - i;
+    const int64_t count = j - i;
     const bool blends = !invariant && count >= isa.blend_rows[of_type];
-    if (mode == Mode::blend ? blends : count >= isa.tile_rows[of_type] || count == rows)
-      add_group(mode, order.data() + i, order.data() + j);
+    if (mode == Mode::blend ? blends : count >= isa.tile_rows[of_type] || count == end - first)
+      add_group(mode, i, j);
     else
-      others.insert(others.end(), order.begin() + i, order.begin() + j);
+      others.insert(others.end(), i, j);
   }
   if (!others.empty()) add_group(Mode::both, others.data(), others.data() + others.size());
   return block;
@@ -136,8 +139,9 @@ Plan plan_of(const Isa& isa, const Input& input, const std::vector<Linear>& weig
       continue;
     }
     const bool has_target = p.weight.other.storage == Storage::dense;
+    const std::vector<int64_t> sorted = by_lam(lams, p.begin, p.end);
     for (int64_t i = 0; i < count; i++) {
-      const int64_t begin = p.begin + rows * i / count, end = p.begin + rows * (i + 1) / count;
+      const int64_t *begin = sorted.data() + rows * i / count, *end = sorted.data() + rows * (i + 1) / count;
       plan.blocks.push_back({block_of(isa, input.type, lams, begin, end, has_target, invariant), w, w + 1});
     }
   }

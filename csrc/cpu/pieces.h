@@ -51,17 +51,17 @@ template <int rows>
 class Prefetch {
  public:
   Prefetch(const char* data, int64_t stride, int64_t bytes) : data(data), stride(stride), lines((bytes + 63) / 64 * rows) {}
-  void spread(int64_t steps) { rate = ((lines - line) * one + steps - 1) / steps, due = line * one; }
+  // As many lines in each of so many steps: the processor predicts a number that stays the same.
+  void spread(int64_t steps) { rate = (lines - line + steps - 1) / steps; }
   void step() {
-    for (due += rate; line < lines && line * one < due; line++)
+    for (const int64_t end = std::min(lines, line + rate); line < end; line++)
       __builtin_prefetch(data + line % rows * stride + line / rows * 64, 0, 2);
   }
 
   const char* const data;  // where the first row begins
 
  private:
-  static constexpr int64_t one = 1 << 16;  // line, of which `rate` and `due` count parts
-  int64_t stride, lines, line = 0, rate = 0, due = 0;
+  int64_t stride, lines, line = 0, rate = 0;
 };
 
 // Of a piece of a matrix, `item` bytes a number if it is dense. Fetches its scales at once: without them nothing begins.

@@ -9,11 +9,13 @@
 
 namespace dami {
 
+constexpr int64_t sums_stride = 64;  // from the sums of a row of x to those of the next
+
 template <class V, int M, int N>
 inline __attribute__((always_inline)) void add_sums(const V (&total)[M][N], float* sums) {
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++) {
-    float* to = sums + m * tile_n;
+    float* to = sums + m * sums_stride;
     if constexpr (N == 4) {
       sum4(total[m][0], total[m][1], total[m][2], total[m][3], to);
     } else {
@@ -26,7 +28,7 @@ inline __attribute__((always_inline)) void add_sums(const V (&total)[M][N], floa
 
 constexpr int64_t tile_step = 128;  // elements of k from one step of Prefetch to the next
 
-// Adds x[m] · w[n] to sums[m * tile_n + n] for M rows of x, `stride` apart, and tile_n rows of w, over k elements, whole groups.
+// Adds x[m] · w[n] to sums[m * sums_stride + n] for M rows of x, `stride` apart, and tile_n rows of w, over k elements, whole groups.
 template <class V, class Dot, int M>
 void tile(const typename Dot::X* x, int64_t stride, const typename Dot::X* const* w, Prefetch<tile_n>& prefetch, int64_t k,
           float* sums) {

@@ -221,7 +221,10 @@ def test_linear_of_any_shape(rows: int, n: int, k: int, dtype: torch.dtype, valu
         F.linear(*(t.abs().double() for t in (x, *end))) for end in zip(weight.unpack(), bias.unpack(), strict=True)
     ]
     added = sum(v.abs()[:, None] * each for v, each in zip((1 - lam[index], lam[index]), terms, strict=True))
-    bound = torch.finfo(dtype).eps * oracle.abs() + (k + 4) * torch.finfo(torch.float32).eps * added
+    eps = torch.finfo(dtype).eps
+    bound = eps * oracle.abs() + (k + 4) * torch.finfo(torch.float32).eps * added
+    if dtype == torch.bfloat16 and rows >= 16:  # of one λ: their weight may be blended, and rounded as a merged one is
+        bound += eps / 2 * added
     assert torch.all((y.double() - oracle).abs() <= bound)
 
 

@@ -23,6 +23,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from dami.callers import AUTO
+from dami.huge_pages import use_huge_pages
 from dami.loading.checkpoint import headers_in
 from dami.patching.compare import config_mismatches
 from dami.serving.vllm import ends, runners, self_test, support
@@ -77,6 +78,7 @@ class PairLoader(DefaultModelLoader):
             return super().load_model(vllm_config, model_config, prefix)
         support.check_features(vllm_config)
         model = super().load_model(vllm_config, model_config, prefix)
+        use_huge_pages(model)
         with set_default_torch_dtype(model_config.dtype):
             self_test.run(model, vllm_config)
             self.pair.states = _states(model, vllm_config)

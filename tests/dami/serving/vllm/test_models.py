@@ -7,6 +7,7 @@ from typing import Any
 
 import dami
 import pytest
+from dami.serving.vllm import loader
 from transformers import AutoTokenizer
 
 from tests.dami.serving.vllm import pairs
@@ -49,6 +50,14 @@ def test_the_shipped_pair(tmp_path: Path) -> None:
         assert tokens_of(ask(llm, prompts, LAMS * 2, 48)) == wanted
     with engine(*dami.example_pair(), default_intensity=1) as llm:
         assert tokens_of(ask(llm, prompts[:1], [None], 48)) == wanted[3:4]
+
+
+def test_weights_move_into_huge_pages(packed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[Any] = []
+    monkeypatch.setattr(loader, "use_huge_pages", moved.append)
+    with engine(packed("llama", "pair")) as llm:
+        llm.apply_model(lambda model: moved.remove(model))
+    assert not moved
 
 
 def test_requests_that_are_preempted(packed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
