@@ -30,6 +30,11 @@ struct LinearKernel {
   };
   static int64_t scratch_bytes(int64_t, int64_t) { return sizeof(Scratch); }
 
+  static bool is_few(const Block& block) { return static_cast<int64_t>(block.rows.size()) <= max_stream_rows; }
+
+  // Whether codes are multiplied by CodesDot, which reads x as it lays it out.
+  static bool takes_codes_dot(const Block& block) { return CodesDot::any_rows || (is_few(block) && !block.invariant); }
+
   // Some rows of x against tile_n rows of a weight: where they begin in the block, what their sums are added to, and how many
   // rows are still to be multiplied by these, they included.
   struct Rows {
@@ -87,12 +92,11 @@ struct LinearKernel {
     const X* w[tile_n];
 
     void multiply(const Rows& rows, const Piece& piece, Prefetch<tile_n>& prefetch) {
-      const bool in_registers = static_cast<int64_t>(rows.block.rows.size()) <= max_stream_rows;
+      const bool in_registers = is_few(rows.block);
       with_rows<V, T>(stored.storage, [&](auto kind) {
         using Row = typename decltype(kind)::type;
         if constexpr (Row::padded && RowOfX::two_dots)
-          if (CodesDot::any_rows || (in_registers && !rows.block.invariant))
-            return multiply_by<CodesDot, Row>(rows, piece, prefetch, in_registers);
+          if (takes_codes_dot(rows.block)) return multiply_by<CodesDot, Row>(rows, piece, prefetch, in_registers);
         multiply_by<Dot, Row>(rows, piece, prefetch, in_registers);
       });
     }
@@ -230,7 +234,7 @@ struct LinearKernel {
   static double multiply_add(int64_t steps) { return dami::multiply_add<V, Dot>(steps); }
 
   static void prepare(const Matrix& x, bool codes, const Block& block, int64_t first) {
-    RowOfX::write(static_cast<const T*>(x.data) + block.rows[first] * x.stride, block.k, codes,
+    RowOfX::write(static_cast<const T*>(x.data) + block.rows[first] * x.stride, block.k, codes && takes_codes_dot(block),
                   block.x + first * block.x_stride);
   }
 };
