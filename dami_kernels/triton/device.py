@@ -17,9 +17,13 @@ from dami_kernels.triton.codes import rounded, scaled, spread, two
 BASE: tl.constexpr = tl.constexpr(0)
 SECOND: tl.constexpr = tl.constexpr(1)
 GROUP: tl.constexpr = tl.constexpr(32)  # weights along K that share a scale
-
-
 LINE: tl.constexpr = tl.constexpr(128)  # bytes of a line of NVIDIA's L2 cache
+
+
+@triton.constexpr_function
+def first_tensor(end, base_bits):
+    """Where BASE or SECOND begins among the tensors of its weight: numbers are one, codes and their scales are two."""
+    return 0 if end == BASE.value else 1 if base_bits == 0 else 2
 
 
 @triton.jit
@@ -47,7 +51,7 @@ def fetch_end(
 ):
     """Asks the L2 cache, which sees all that is written, for what `load_end` will read of COLUMNS columns from k on."""
     BITS: tl.constexpr = BASE_BITS if END == BASE else SECOND_BITS
-    FIRST: tl.constexpr = 0 if END == BASE else (1 if BASE_BITS == 0 else 2)
+    FIRST: tl.constexpr = first_tensor(END, BASE_BITS)
     if BITS == 0:
         _fetch(weight[FIRST], strides[FIRST], rows, k, K, COLUMNS)
     else:
@@ -126,7 +130,7 @@ def load_end(
             `codes.UNIT` if K is None, except on AMD.
     """
     BITS: tl.constexpr = BASE_BITS if END == BASE else SECOND_BITS
-    FIRST: tl.constexpr = 0 if END == BASE else (1 if BASE_BITS == 0 else 2)
+    FIRST: tl.constexpr = first_tensor(END, BASE_BITS)
     if BITS == 0:
         return load_float(weight[FIRST], strides[FIRST], rows, wanted, k, K, BLOCK_K).to(DTYPE)
     elif BITS == 8:

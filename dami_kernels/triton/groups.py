@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from dami_kernels.triton.codes import fma, masked, two, word
-from dami_kernels.triton.device import BASE, GROUP, load_float
+from dami_kernels.triton.device import BASE, GROUP, first_tensor, load_float
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def add_groups(y, weight, strides, END: tl.constexpr, rows, k, x, BASE_BITS: tl.
     The arguments are as in `device.load_end`. All rows exist, and `host.in_words` has seen to the codes and scales.
     """
     BITS: tl.constexpr = BASE_BITS if END == BASE else SECOND_BITS
-    FIRST: tl.constexpr = 0 if END == BASE else (1 if BASE_BITS == 0 else 2)
+    FIRST: tl.constexpr = first_tensor(END, BASE_BITS)
     GROUPS: tl.constexpr = y.shape[0]
     in_groups = x.reshape(GROUPS, GROUP, x.shape[1])
     if BITS == 0:

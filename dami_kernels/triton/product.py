@@ -18,9 +18,22 @@ from triton.language import target_info
 
 from dami_kernels.launching import Job, Launch
 from dami_kernels.triton.codes import UNIT, rounded
-from dami_kernels.triton.device import BASE, GROUP, SECOND, blend, combine, fetch_end, lerp, load_end, row_lam, start
+from dami_kernels.triton.device import (
+    BASE,
+    GROUP,
+    SECOND,
+    blend,
+    combine,
+    fetch_end,
+    first_tensor,
+    lerp,
+    load_end,
+    row_lam,
+    start,
+)
 from dami_kernels.triton.groups import add_groups, in_ones
 from dami_kernels.triton.host import bits_of, cdiv, early
+from dami_kernels.triton.lanes import STEP, columns_of_half, load_halves
 from dami_kernels.tuning import LinearConfig
 
 BLEND = tl.constexpr(2)
@@ -119,7 +132,7 @@ def _carried(y, carry):
 def _load(END: tl.constexpr, operands, features, k, tile, DTYPE: tl.constexpr, plan):
     """A tile of one matrix of the weight."""
     BITS: tl.constexpr = plan.SECOND_BITS if END == SECOND else plan.BASE_BITS
-    FIRST: tl.constexpr = 0 if END == BASE else (1 if plan.BASE_BITS == 0 else 2)
+    FIRST: tl.constexpr = first_tensor(END, plan.BASE_BITS)
     limit = None if plan.EVEN_K else tile.K
     # Triton makes a constant of a stride of 1: then it is features that lie together in memory.
     IS_TRANSPOSED: tl.constexpr = BITS == 0 and isinstance(operands.strides[FIRST][0], int)
@@ -200,12 +213,43 @@ def _ends_tile(ENDS: tl.constexpr, operands, tile, one_lam, BLOCK_M: tl.constexp
     if tl.bfloat16 == DTYPE and plan.EVEN_K and not target_info.is_hip():
         y *= UNIT if (plan.SECOND_BITS if ENDS == SECOND else plan.BASE_BITS) else 1.0
         second_y *= UNIT if plan.SECOND_BITS else 1.0
+    _store_ends(ENDS, operands, tile, y, second_y, one_lam, BLOCK_M, plan)
+
+
+@triton.jit
+def _lanes_tile(ENDS: tl.constexpr, operands, tile, one_lam, plan):
+    """`_groups_tile` for 17 to 64 rows, with the columns of a step in the order of `lanes`."""
+    x = operands.x
+    BLOCK_M: tl.constexpr = plan.BLOCK_M
+    BLOCK_N: tl.constexpr = plan.BLOCK_N
+    # The last row and the last feature again instead of those beyond, as in `_load`.
+    rows = tl.minimum(tile.row + tl.arange(0, BLOCK_M), tile.row_end - 1)
+    features = tl.minimum(tile.feature + tl.arange(0, BLOCK_N), tile.N - 1)
+    FEATURES: tl.constexpr = 2 * BLOCK_N if ENDS == BOTH else BLOCK_N
+    y = tl.zeros((FEATURES, BLOCK_M), tl.float32)
+    x += rows.to(tl.int64)[None, :] * operands.stride_x + columns_of_half()[:, None]
+    tl.assume(tile.step_end > tile.step_begin)
+    # Given its own number of stages, a loop also copies ahead what no product reads: the scales.
+    for step in tl.range(tile.step_begin, tile.step_end, num_stages=plan.NUM_STAGES):
+        k = step * STEP
+        w = _load_halves(BASE, operands, features, k, plan)
+        if ENDS == BOTH:
+            w = tl.join(w, _load_halves(SECOND, operands, features, k, plan)).permute(2, 0, 1)
+        # Two products, so that one address serves a row's columns of both halves.
+        first, second = tl.split(w.reshape(FEATURES, 2, STEP // 2).permute(0, 2, 1))
+        y = tl.dot(first, tl.load(x + k), y)
+        y = tl.dot(second, tl.load(x + k + GROUP // 2), y)
+    second_y = y
     if ENDS == BOTH:
-        # λ is loaded again, as the sums lie: kept from the beginning it would fill registers all through the loop.
-        row_tile = tile.row + tl.arange(0, BLOCK_M)[None, :]
-        one_lam = row_lam(operands.lam, operands.row_to_lam, row_tile, row_tile < row_end, operands.rows_per_lam)
-        y = combine(y, second_y, one_lam, plan.SECOND_BITS)
-    _store(operands, tile, y, one_lam, BLOCK_M, BLOCK_N, plan.BLOCK_M)
+        y, second_y = tl.split(y.reshape(2, BLOCK_N, BLOCK_M).permute(1, 2, 0))
+        second_y *= UNIT if plan.SECOND_BITS else 1.0
+    y *= UNIT if plan.BASE_BITS else 1.0
+    _store_ends(ENDS, operands, tile, y, second_y, one_lam, BLOCK_M, plan)
+
+
+@triton.jit
+def _load_halves(END: tl.constexpr, operands, features, k, plan):
+    return load_halves(operands.weight, operands.strides, END, features, k, plan.BASE_BITS, plan.SECOND_BITS)
 
 
 @triton.jit
@@ -229,12 +273,8 @@ def _groups_tile(ENDS: tl.constexpr, operands, tile, one_lam, plan):
         if ENDS == BOTH:
             second_sums = _add_groups(SECOND, second_sums, operands, features, k, x_tile, plan)
     y = in_ones(tl.sum(sums, 0), x.dtype.element_ty, plan.BASE_BITS)
-    if ENDS == BOTH:
-        row_tile = tile.row + tl.arange(0, BLOCK_M)[None, :]
-        one_lam = row_lam(operands.lam, operands.row_to_lam, row_tile, row_tile < row_end, operands.rows_per_lam)
-        second_y = in_ones(tl.sum(second_sums, 0), x.dtype.element_ty, plan.SECOND_BITS)
-        y = combine(y, second_y, one_lam, plan.SECOND_BITS)
-    _store(operands, tile, y, one_lam, BLOCK_M, BLOCK_N, plan.BLOCK_M)
+    second_y = in_ones(tl.sum(second_sums, 0), x.dtype.element_ty, plan.SECOND_BITS)
+    _store_ends(ENDS, operands, tile, y, second_y, one_lam, BLOCK_M, plan)
 
 
 @triton.jit
@@ -242,6 +282,17 @@ def _add_groups(END: tl.constexpr, sums, operands, features, k, x_tile, plan):
     return add_groups(
         sums, operands.weight, operands.strides, END, features, k, x_tile, plan.BASE_BITS, plan.SECOND_BITS
     )
+
+
+@triton.jit
+def _store_ends(ENDS: tl.constexpr, operands, tile, y, second_y, lams, BLOCK_M: tl.constexpr, plan):
+    """`_store` of y, or of what y and `second_y` are together if ENDS are BOTH, at the λ of each row."""
+    if ENDS == BOTH:
+        # λ is loaded again, as the sums lie: kept from the beginning it would fill registers all through the loop.
+        rows = tile.row + tl.arange(0, BLOCK_M)[None, :]
+        lams = row_lam(operands.lam, operands.row_to_lam, rows, rows < tile.row_end, operands.rows_per_lam)
+        y = combine(y, second_y, lams, plan.SECOND_BITS)
+    _store(operands, tile, y, lams, BLOCK_M, plan.BLOCK_N, plan.BLOCK_M)
 
 
 @triton.jit
@@ -313,7 +364,12 @@ def product_tile(operands, tile, plan):
     one_lam = row_lam(lam, row_to_lam, tl.full((1, 1), row, tl.int32), True, rows_per_lam)
     # Not by min and max: they pass over a NaN, whose row would then take its neighbours' λ.
     mixed = tl.sum(((rows < row_end) & (lams != tl.max(one_lam))).to(tl.int32)) > 0
-    if plan.BY_GROUP:
+    if plan.BY_GROUP and plan.BLOCK_M > 16:
+        if not mixed and tl.max(one_lam) == 0.0:
+            _lanes_tile(BASE, operands, tile, one_lam, plan)
+        else:
+            _lanes_tile(BOTH, operands, tile, one_lam, plan)
+    elif plan.BY_GROUP:
         if not mixed and tl.max(one_lam) == 0.0:
             _groups_tile(BASE, operands, tile, one_lam, plan)
         else:

@@ -16,7 +16,8 @@ class LinearConfig:
         split_k: number of splits along the inner size. The last one of a tile sums their results.
         use_blend: whether a tile with a single λ blends the weight instead of keeping two accumulators.
         num_warps, num_stages: as in Triton.
-        by_group: whether a tile multiplies codes group by group and scales the sums. It then needs whole steps of K.
+        by_group: whether a step has four whole groups of codes, and K whole steps. Up to 16 rows each of four warps
+            then multiplies a group and scales its sums; up to 64 each of the four lanes that share a feature has one.
     """
 
     block_m: int

@@ -244,17 +244,32 @@ def test_a_decode_step_stays_within_its_budget(arch: str, format: str, rows: int
         assert kernel.registers <= 168
 
 
-@pytest.mark.parametrize(("format", "share"), [("w8d4", 0.64), *slow(("int8", 0.24), ("int4", 0.29))])
-def test_reading_takes_longer_than_decoding(format: str, share: float) -> None:
-    """From 17 rows up to 64: instructions, as a share of what an H200 issues while it reads the step's weights, at 18.6
-    bytes a cycle and multiprocessor."""
-    kernel = compile_linear("sm_90", 64, format=format, bias=False)[0]
+@pytest.mark.parametrize(
+    ("rows", "format", "N", "share"),
+    [
+        (64, "w8d4", 4096, 0.462),
+        (64, "w8d4", 19456, 0.431),
+        *slow(
+            (32, "w8d4", 4096, 0.45),
+            (32, "w8d4", 19456, 0.415),
+            *((64, "int8", N, 0.214) for N in (4096, 19456)),
+            *((64, "int4", N, 0.25) for N in (4096, 19456)),
+        ),
+    ],
+)
+def test_reading_takes_longer_than_decoding(rows: int, format: str, N: int, share: float) -> None:
+    """From 17 rows up to 64, in tiles of 64 or 128 features: instructions, as a share of what an H200 issues while it
+    reads the step's weights, at 18.6 bytes a cycle and multiprocessor."""
+    kernel = compile_linear("sm_90", rows, N=N, format=format, bias=False)[0]
     assert_fits("sm_90", [kernel])
-    config = linear_config(64, 4096, 2560, torch.bfloat16, format, DEVICES["sm_90"])
+    config = linear_config(rows, N, 2560, torch.bfloat16, format, DEVICES["sm_90"])
     read = config.block_n * config.block_k * formats.matrices(format).bytes_per_weight(torch.bfloat16) / 18.6
     both = kernel.machine_loops[-1]
     assert len(both) * config.num_warps / 4 <= share * read
     assert not [part for part in both if re.match(r"I2F|F2F|F2FP", part)]  # no conversion, which is slow
+    assert not [
+        part for part in both if re.match(r"LDS\.(U|S)8|LDSM|STS", part)
+    ]  # codes are read sixteen bytes at a time
 
 
 @pytest.mark.parametrize("format", ["w8d4", *slow("int8", "int4")])

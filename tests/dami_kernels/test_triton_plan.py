@@ -144,15 +144,18 @@ def test_rows_of_many_lams_take_their_tile_at_once(M: int) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())
-def test_codes_of_few_rows_are_multiplied_by_group(device: Device) -> None:
-    """Whole steps of four groups, a warp for each; where steps are whole, and in formats with codes."""
+def test_codes_of_few_rows_go_by_group(device: Device) -> None:
+    """Whole steps of four groups: up to 16 rows one for each warp; in bfloat16 on sm_90 up to 64, one for each lane."""
     for M, (N, K), dtype, format in itertools.product(ROWS, SHAPES, DTYPES, ("pair", "int8", "int4", "w8d4")):
         config = linear_config(M, N, K, dtype, format, device)
         is_coded = format != "pair" and dtype != torch.float32 and not device.is_amd
-        assert config.by_group == (M <= 16 and K % 128 == 0 and is_coded)
+        most = 64 if dtype == torch.bfloat16 and device.arch == "sm_90" else 16
+        assert config.by_group == (is_coded and K % 128 == 0 and most >= M)
         if config.by_group:
-            assert (config.block_m, config.block_n, config.block_k) == (8 if M <= 8 else 16, 64, 128)
-            assert config.num_warps == 4
+            assert (config.block_m, config.block_k) == (next(rows for rows in (8, 16, 32, 64) if rows >= M), 128)
+            assert (config.block_n, config.num_warps) in ([(64, 4)] if M <= 16 else [(64, 4), (128, 8)])
+            assert not config.use_blend
+        if config.by_group and M <= 16:
             tiles = -(-N // 64)
             assert tiles * config.split_k >= 2 * device.processors or 8 * config.split_k > K // 128
 
