@@ -159,10 +159,11 @@ def _config(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Dev
         return -(-M // tile[0]) * -(-N // tile[1])
 
     tile = next((tile for tile in tiles if programs(tile) >= enough), tiles[-1])
-    if tile[0] == 256 and len(tiles) > 1:
-        # By instruction count, twice the rows take 1.6 times as long, but the last round may be emptier.
+    if len(tiles) > 1 and (tile[0] == 256 or (by_group and tile[1] == 128)):
+        # By instruction count, twice the rows take 1.6 times as long, and twice the features 1.9 times. But the last
+        # round may be emptier.
         rounds = [-(-programs(tile) // device.processors) for tile in tiles[:2]]
-        tile = tiles[0] if 1.6 * rounds[0] <= rounds[1] else tiles[1]
+        tile = tiles[0] if (1.6 if tile[0] == 256 else 1.9) * rounds[0] <= rounds[1] else tiles[1]
     block_m, block_n, block_k = tile
     # A split has at least four steps, or filling its pipeline would cost more than the extra parallelism gains.
     max_splits = -(-K // block_k) // 4

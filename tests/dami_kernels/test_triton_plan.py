@@ -160,6 +160,12 @@ def test_codes_of_few_rows_go_by_group(device: Device) -> None:
             assert tiles * config.split_k >= 2 * device.processors or 8 * config.split_k > K // 128
 
 
+@pytest.mark.parametrize(("N", "features"), [(4096, 64), (16384, 128), (19456, 64), (151936, 128)])
+def test_twice_the_features_are_taken_where_rounds_stay_full(N: int, features: int) -> None:
+    """19456 features are 152 tiles of 128: two rounds of 132 processors, of which three do with 64."""
+    assert linear_config(64, N, 2560, torch.bfloat16, "w8d4", H100).block_n == features
+
+
 def test_an_invariant_plan_knows_no_rows() -> None:
     for format, dtype, (N, K) in itertools.product(("pair", "int4"), DTYPES, SHAPES):
         configs = {linear_config(M, N, K, dtype, format, H100, True) for M in ROWS}
