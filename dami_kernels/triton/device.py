@@ -196,6 +196,20 @@ def load_int4(weight, strides, FIRST, rows, wanted, k, K, BLOCK_K, DTYPE: tl.con
 
 
 @triton.jit
+def load_words(weight, strides, FIRST, rows, k, COLUMNS: tl.constexpr, BITS: tl.constexpr):
+    """Codes as they are, int32 [rows, COLUMNS · BITS / 32], and their scales [rows, COLUMNS / GROUP], from column k on.
+
+    `host.in_words` has seen to both. All rows and columns exist.
+    """
+    GROUPS: tl.constexpr = COLUMNS // GROUP
+    words = weight[FIRST].to(tl.pointer_type(tl.int32), bitcast=True)
+    words += rows.to(tl.int64)[:, None] * (strides[FIRST][0] // 4) + tl.arange(0, COLUMNS * BITS // 32)[None, :]
+    first = tl.multiple_of(rows.to(tl.int64)[:, None] * strides[FIRST + 1][0], [1, GROUPS])
+    scales = weight[FIRST + 1] + (first + tl.arange(0, GROUPS)[None, :])
+    return tl.load(words + k // (32 // BITS)), tl.load(scales + k // GROUP)
+
+
+@triton.jit
 def _scaled_words(words, scale, strides, rows, wanted, k, BLOCK_K: tl.constexpr, BITS: tl.constexpr):
     """Tile of the codes in words [rows, BLOCK_K / 2], times their scales, in `codes.UNIT`."""
     GROUPS: tl.constexpr = BLOCK_K // GROUP

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from dami_kernels.triton.codes import fma, masked, two, word
-from dami_kernels.triton.device import BASE, GROUP, first_tensor, load_float
+from dami_kernels.triton.device import BASE, GROUP, first_tensor, load_float, load_words
 
 
 @triton.jit
@@ -36,11 +36,7 @@ def add_groups(y, weight, strides, END: tl.constexpr, rows, k, x, BASE_BITS: tl.
         values = load_float(weight[FIRST], strides[FIRST], rows, None, k, None, GROUPS * GROUP)
         y = tl.dot(values.reshape(rows.shape[0], GROUPS, GROUP).permute(1, 0, 2), in_groups, y)
     else:
-        words = weight[FIRST].to(tl.pointer_type(tl.int32), bitcast=True)
-        WORDS: tl.constexpr = GROUPS * GROUP * BITS // 32
-        words = load_float(words, (strides[FIRST][0] // 4, 1), rows, None, k // (32 // BITS), None, WORDS)
-        first = rows.to(tl.int64)[:, None] * strides[FIRST + 1][0] + k // GROUP
-        scales = tl.load(weight[FIRST + 1] + (tl.multiple_of(first, [1, GROUPS]) + tl.arange(0, GROUPS)[None, :]))
+        words, scales = load_words(weight, strides, FIRST, rows, k, GROUPS * GROUP, BITS)
         sums = _dot_int8(words, x, in_groups, GROUPS) if BITS == 8 else _dot_int4(words, x, in_groups, GROUPS)
         y += sums * scales.to(tl.float32).permute(1, 0)[:, :, None]
     return y

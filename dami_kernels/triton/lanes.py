@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from dami_kernels.triton.codes import factors_of, nibbles, scaled_pairs, spread
-from dami_kernels.triton.device import BASE, GROUP, first_tensor, load_float
+from dami_kernels.triton.device import BASE, GROUP, first_tensor, load_float, load_words
 
 LANES: tl.constexpr = tl.constexpr(4)  # that share a feature
 STEP: tl.constexpr = tl.constexpr(128)  # columns: a group for each of them
@@ -45,12 +45,8 @@ def load_halves(weight, strides, END: tl.constexpr, rows, k, BASE_BITS: tl.const
         values = load_float(weight[FIRST], strides[FIRST], rows, None, k, None, STEP)
         values = values.reshape(N, LANES, GROUP // 2, 2).permute(0, 2, 1, 3)
     else:
-        words = weight[FIRST].to(tl.pointer_type(tl.int32), bitcast=True)
-        words += rows.to(tl.int64)[:, None] * (strides[FIRST][0] // 4) + tl.arange(0, LANES * BITS)[None, :]
-        words = tl.load(words + k // (32 // BITS)).reshape(N, LANES, BITS)
-        first = rows.to(tl.int64)[:, None] * strides[FIRST + 1][0]
-        scales = weight[FIRST + 1] + (tl.multiple_of(first, [1, LANES]) + tl.arange(0, LANES)[None, :])
-        scales = tl.load(scales + k // GROUP)
+        words, scales = load_words(weight, strides, FIRST, rows, k, STEP, BITS)
+        words = words.reshape(N, LANES, BITS)
         factors, offset = factors_of(scales.to(tl.int16, bitcast=True).to(tl.int32), BITS, 1)
         # Dimensions: feature, lane, word, in a pair the place, in a word the number of the pair, for 4 bits in two.
         if BITS == 8:

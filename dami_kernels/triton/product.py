@@ -213,7 +213,7 @@ def _ends_tile(ENDS: tl.constexpr, operands, tile, one_lam, BLOCK_M: tl.constexp
     if tl.bfloat16 == DTYPE and plan.EVEN_K and not target_info.is_hip():
         y *= UNIT if (plan.SECOND_BITS if ENDS == SECOND else plan.BASE_BITS) else 1.0
         second_y *= UNIT if plan.SECOND_BITS else 1.0
-    _store_ends(ENDS, operands, tile, y, second_y, one_lam, BLOCK_M, plan)
+    _store(ENDS, operands, tile, y, second_y, one_lam, BLOCK_M, plan)
 
 
 @triton.jit
@@ -239,12 +239,12 @@ def _lanes_tile(ENDS: tl.constexpr, operands, tile, one_lam, plan):
         first, second = tl.split(w.reshape(FEATURES, 2, STEP // 2).permute(0, 2, 1))
         y = tl.dot(first, tl.load(x + k), y)
         y = tl.dot(second, tl.load(x + k + GROUP // 2), y)
-    second_y = y
+    second_y = None
     if ENDS == BOTH:
         y, second_y = tl.split(y.reshape(2, BLOCK_N, BLOCK_M).permute(1, 2, 0))
         second_y *= UNIT if plan.SECOND_BITS else 1.0
     y *= UNIT if plan.BASE_BITS else 1.0
-    _store_ends(ENDS, operands, tile, y, second_y, one_lam, BLOCK_M, plan)
+    _store(ENDS, operands, tile, y, second_y, one_lam, BLOCK_M, plan)
 
 
 @triton.jit
@@ -264,17 +264,17 @@ def _groups_tile(ENDS: tl.constexpr, operands, tile, one_lam, plan):
     features = tl.minimum(tile.feature + tl.arange(0, BLOCK_N), tile.N - 1)
     sums = tl.zeros((BLOCK_K // GROUP, BLOCK_N, BLOCK_M), tl.float32)
     second_sums = tl.zeros_like(sums)
-    x += rows.to(tl.int64)[None, :] * operands.stride_x
+    x += rows.to(tl.int64)[None, :] * operands.stride_x + tl.arange(0, BLOCK_K)[:, None]
     # Given its own number of stages, a loop also copies ahead what no product reads: the scales.
     for step in tl.range(tile.step_begin, tile.step_end, num_stages=plan.NUM_STAGES):
         k = step * BLOCK_K
-        x_tile = tl.load(x + (k + tl.arange(0, BLOCK_K))[:, None], mask=(rows < row_end)[None, :], other=0.0)
+        x_tile = tl.load(x + k, mask=(rows < row_end)[None, :], other=0.0)
         sums = _add_groups(BASE, sums, operands, features, k, x_tile, plan)
         if ENDS == BOTH:
             second_sums = _add_groups(SECOND, second_sums, operands, features, k, x_tile, plan)
     y = in_ones(tl.sum(sums, 0), x.dtype.element_ty, plan.BASE_BITS)
     second_y = in_ones(tl.sum(second_sums, 0), x.dtype.element_ty, plan.SECOND_BITS)
-    _store_ends(ENDS, operands, tile, y, second_y, one_lam, BLOCK_M, plan)
+    _store(ENDS, operands, tile, y, second_y, one_lam, BLOCK_M, plan)
 
 
 @triton.jit
@@ -285,24 +285,19 @@ def _add_groups(END: tl.constexpr, sums, operands, features, k, x_tile, plan):
 
 
 @triton.jit
-def _store_ends(ENDS: tl.constexpr, operands, tile, y, second_y, lams, BLOCK_M: tl.constexpr, plan):
-    """`_store` of y, or of what y and `second_y` are together if ENDS are BOTH, at the λ of each row."""
+def _store(ENDS: tl.constexpr, operands, tile, y, second_y, lams, BLOCK_M: tl.constexpr, plan):
+    """Stores a tile [BLOCK_N, BLOCK_M] of y plus the bias, or the split's part, of which BLOCK_M rows may be a part.
+
+    Of BOTH ends y and `second_y` are the sums, and every row is interpolated at its λ; otherwise at `lams` [1, 1].
+    """
+    BLOCK_N: tl.constexpr = plan.BLOCK_N
     if ENDS == BOTH:
         # λ is loaded again, as the sums lie: kept from the beginning it would fill registers all through the loop.
         rows = tile.row + tl.arange(0, BLOCK_M)[None, :]
         lams = row_lam(operands.lam, operands.row_to_lam, rows, rows < tile.row_end, operands.rows_per_lam)
         y = combine(y, second_y, lams, plan.SECOND_BITS)
-    _store(operands, tile, y, lams, BLOCK_M, plan.BLOCK_N, plan.BLOCK_M)
-
-
-@triton.jit
-def _store(operands, tile, y, lams, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr):
-    """Adds the bias to a tile [BLOCK_N, BLOCK_M] of y and stores it, or the split's part; `lams` broadcasts to it.
-
-    ROWS is those of the whole tile of this program, of which this may be a part.
-    """
-    features = tile.feature + tl.arange(0, BLOCK_N)
     if operands.bias is not None:
+        features = tile.feature + tl.arange(0, BLOCK_N)
         mask = (features < tile.N) & (tile.step_begin == 0)
         bias_base = tl.load(operands.bias[0] + features, mask=mask, other=0.0)[:, None]
         bias_target = tl.load(operands.bias[1] + features, mask=mask, other=0.0)[:, None]
@@ -311,7 +306,7 @@ def _store(operands, tile, y, lams, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
     if operands.parts is None:
         _store_rows(operands, tile, y, BLOCK_M, BLOCK_N)
     else:
-        row_of_part = tl.program_id(1) * ROWS + tile.rows_before + tl.arange(0, BLOCK_M)
+        row_of_part = tl.program_id(1) * plan.BLOCK_M + tile.rows_before + tl.arange(0, BLOCK_M)
         tl.store(operands.parts + row_of_part[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], y)
 
 
@@ -364,17 +359,18 @@ def product_tile(operands, tile, plan):
     one_lam = row_lam(lam, row_to_lam, tl.full((1, 1), row, tl.int32), True, rows_per_lam)
     # Not by min and max: they pass over a NaN, whose row would then take its neighbours' λ.
     mixed = tl.sum(((rows < row_end) & (lams != tl.max(one_lam))).to(tl.int32)) > 0
-    if plan.BY_GROUP and plan.BLOCK_M > 16:
-        if not mixed and tl.max(one_lam) == 0.0:
-            _lanes_tile(BASE, operands, tile, one_lam, plan)
-        else:
-            _lanes_tile(BOTH, operands, tile, one_lam, plan)
-    elif plan.BY_GROUP:
-        if not mixed and tl.max(one_lam) == 0.0:
+    only_base = not mixed and tl.max(one_lam) == 0.0
+    if plan.BY_GROUP and plan.BLOCK_M <= 16:
+        if only_base:
             _groups_tile(BASE, operands, tile, one_lam, plan)
         else:
             _groups_tile(BOTH, operands, tile, one_lam, plan)
-    elif not mixed and tl.max(one_lam) == 0.0:
+    elif plan.BY_GROUP:
+        if only_base:
+            _lanes_tile(BASE, operands, tile, one_lam, plan)
+        else:
+            _lanes_tile(BOTH, operands, tile, one_lam, plan)
+    elif only_base:
         _ends_tile(BASE, operands, tile, one_lam, plan.BLOCK_M, plan)
     elif plan.SECOND_BITS == 0 and not mixed and tl.max(one_lam) == 1.0:
         _ends_tile(SECOND, operands, tile, one_lam, plan.BLOCK_M, plan)
