@@ -17,6 +17,7 @@ from dami_kernels.triton.codes import rounded, scaled, spread, two
 BASE: tl.constexpr = tl.constexpr(0)
 SECOND: tl.constexpr = tl.constexpr(1)
 GROUP: tl.constexpr = tl.constexpr(32)  # weights along K that share a scale
+STEP: tl.constexpr = tl.constexpr(128)  # columns of four groups, which `groups` and `lanes` multiply at a time
 LINE: tl.constexpr = tl.constexpr(128)  # bytes of a line of NVIDIA's L2 cache
 
 
@@ -196,17 +197,19 @@ def load_int4(weight, strides, FIRST, rows, wanted, k, K, BLOCK_K, DTYPE: tl.con
 
 
 @triton.jit
-def load_words(weight, strides, FIRST, rows, k, COLUMNS: tl.constexpr, BITS: tl.constexpr):
-    """Codes as they are, int32 [rows, COLUMNS · BITS / 32], and their scales [rows, COLUMNS / GROUP], from column k on.
+def load_words(weight, strides, FIRST, rows, k, ahead: tl.constexpr, BITS: tl.constexpr):
+    """Codes as they are, int32 [rows, STEP · BITS / 32], and their scales [rows, STEP / GROUP], from k + ahead on.
 
-    `host.in_words` has seen to both. All rows and columns exist.
+    `host.in_words` has seen to both. All rows and columns exist. Columns ahead take no addresses of their own.
     """
-    GROUPS: tl.constexpr = COLUMNS // GROUP
+    GROUPS: tl.constexpr = STEP // GROUP
     words = weight[FIRST].to(tl.pointer_type(tl.int32), bitcast=True)
-    words += rows.to(tl.int64)[:, None] * (strides[FIRST][0] // 4) + tl.arange(0, COLUMNS * BITS // 32)[None, :]
+    words += rows.to(tl.int64)[:, None] * (strides[FIRST][0] // 4) + tl.arange(0, STEP * BITS // 32)[None, :]
     first = tl.multiple_of(rows.to(tl.int64)[:, None] * strides[FIRST + 1][0], [1, GROUPS])
     scales = weight[FIRST + 1] + (first + tl.arange(0, GROUPS)[None, :])
-    return tl.load(words + k // (32 // BITS)), tl.load(scales + k // GROUP)
+    words += k // (32 // BITS)
+    scales += k // GROUP
+    return tl.load(words + ahead // (32 // BITS)), tl.load(scales + ahead // GROUP)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Weights in an order along K in which they are read by wide loads, for the `wgmma` of 17 to 64 rows.
+"""Weights in an order along K in which they are read by wide loads, for the `wgmma` of up to 64 rows.
 
 Four lanes share a feature, and hold two of every eight columns each. In the order of memory a lane would read codes two
 at a time. But a sum does not depend on the order along K. So of the four groups of a step each of the four lanes takes
@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 
 from dami_kernels.triton.codes import factors_of, nibbles, scaled_pairs, spread
-from dami_kernels.triton.device import BASE, GROUP, first_tensor, load_float, load_words
+from dami_kernels.triton.device import BASE, GROUP, STEP, first_tensor, load_float, load_words
 
-LANES: tl.constexpr = tl.constexpr(4)  # that share a feature
-STEP: tl.constexpr = tl.constexpr(128)  # columns: a group for each of them
+LANES: tl.constexpr = tl.constexpr(4)  # that share a feature, of which each takes a group of a step
 
 
 @triton.jit
@@ -32,20 +31,22 @@ def columns_of_half():
 
 
 @triton.jit
-def load_halves(weight, strides, END: tl.constexpr, rows, k, BASE_BITS: tl.constexpr, SECOND_BITS: tl.constexpr):
+def load_halves(
+    weight, strides, END: tl.constexpr, rows, k, ahead: tl.constexpr, BASE_BITS: tl.constexpr, SECOND_BITS: tl.constexpr
+):
     """Tile [rows, STEP] of the base or of the second matrix, the columns of both halves of a step in their order.
 
-    The arguments are as in `device.load_end`. All rows exist, and `host.in_words` has seen to the codes and scales. The
-    tile is bfloat16, codes times scales in `codes.UNIT`.
+    The step begins at column k + ahead. The other arguments are as in `device.load_end`. All rows exist, and
+    `host.in_words` has seen to the codes and scales. The tile is bfloat16, codes times scales in `codes.UNIT`.
     """
     BITS: tl.constexpr = BASE_BITS if END == BASE else SECOND_BITS
     FIRST: tl.constexpr = first_tensor(END, BASE_BITS)
     N: tl.constexpr = rows.shape[0]
     if BITS == 0:
-        values = load_float(weight[FIRST], strides[FIRST], rows, None, k, None, STEP)
+        values = load_float(weight[FIRST], strides[FIRST], rows, None, k + ahead, None, STEP)
         values = values.reshape(N, LANES, GROUP // 2, 2).permute(0, 2, 1, 3)
     else:
-        words, scales = load_words(weight, strides, FIRST, rows, k, STEP, BITS)
+        words, scales = load_words(weight, strides, FIRST, rows, k, ahead, BITS)
         words = words.reshape(N, LANES, BITS)
         factors, offset = factors_of(scales.to(tl.int16, bitcast=True).to(tl.int32), BITS, 1)
         # Dimensions: feature, lane, word, in a pair the place, in a word the number of the pair, for 4 bits in two.

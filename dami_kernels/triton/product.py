@@ -22,6 +22,7 @@ from dami_kernels.triton.device import (
     BASE,
     GROUP,
     SECOND,
+    STEP,
     blend,
     combine,
     fetch_end,
@@ -33,7 +34,7 @@ from dami_kernels.triton.device import (
 )
 from dami_kernels.triton.groups import add_groups, in_ones
 from dami_kernels.triton.host import bits_of, cdiv, early
-from dami_kernels.triton.lanes import STEP, columns_of_half, load_halves
+from dami_kernels.triton.lanes import columns_of_half, load_halves
 from dami_kernels.tuning import LinearConfig
 
 BLEND = tl.constexpr(2)
@@ -218,7 +219,7 @@ def _ends_tile(ENDS: tl.constexpr, operands, tile, one_lam, BLOCK_M: tl.constexp
 
 @triton.jit
 def _lanes_tile(ENDS: tl.constexpr, operands, tile, one_lam, plan):
-    """`_groups_tile` for 17 to 64 rows, with the columns of a step in the order of `lanes`."""
+    """`_groups_tile` for more rows than 16, with the columns of a step in the order of `lanes`."""
     x = operands.x
     BLOCK_M: tl.constexpr = plan.BLOCK_M
     BLOCK_N: tl.constexpr = plan.BLOCK_N
@@ -231,14 +232,16 @@ def _lanes_tile(ENDS: tl.constexpr, operands, tile, one_lam, plan):
     tl.assume(tile.step_end > tile.step_begin)
     # Given its own number of stages, a loop also copies ahead what no product reads: the scales.
     for step in tl.range(tile.step_begin, tile.step_end, num_stages=plan.NUM_STAGES):
-        k = step * STEP
-        w = _load_halves(BASE, operands, features, k, plan)
-        if ENDS == BOTH:
-            w = tl.join(w, _load_halves(SECOND, operands, features, k, plan)).permute(2, 0, 1)
-        # Two products, so that one address serves a row's columns of both halves.
-        first, second = tl.split(w.reshape(FEATURES, 2, STEP // 2).permute(0, 2, 1))
-        y = tl.dot(first, tl.load(x + k), y)
-        y = tl.dot(second, tl.load(x + k + GROUP // 2), y)
+        k = step * plan.BLOCK_K
+        x_at = x + k
+        for ahead in tl.static_range(0, plan.BLOCK_K, STEP):
+            w = _load_halves(BASE, operands, features, k, ahead, plan)
+            if ENDS == BOTH:
+                w = tl.join(w, _load_halves(SECOND, operands, features, k, ahead, plan)).permute(2, 0, 1)
+            # Two products, so that one address of x serves a row's columns of both halves.
+            first, second = tl.split(w.reshape(FEATURES, 2, STEP // 2).permute(0, 2, 1))
+            y = tl.dot(first, tl.load(x_at + ahead), y)
+            y = tl.dot(second, tl.load(x_at + ahead + GROUP // 2), y)
     second_y = None
     if ENDS == BOTH:
         y, second_y = tl.split(y.reshape(2, BLOCK_N, BLOCK_M).permute(1, 2, 0))
@@ -248,8 +251,8 @@ def _lanes_tile(ENDS: tl.constexpr, operands, tile, one_lam, plan):
 
 
 @triton.jit
-def _load_halves(END: tl.constexpr, operands, features, k, plan):
-    return load_halves(operands.weight, operands.strides, END, features, k, plan.BASE_BITS, plan.SECOND_BITS)
+def _load_halves(END: tl.constexpr, operands, features, k, ahead: tl.constexpr, plan):
+    return load_halves(operands.weight, operands.strides, END, features, k, ahead, plan.BASE_BITS, plan.SECOND_BITS)
 
 
 @triton.jit
@@ -258,29 +261,30 @@ def _groups_tile(ENDS: tl.constexpr, operands, tile, one_lam, plan):
     x, row_end = operands.x, tile.row_end
     BLOCK_M: tl.constexpr = plan.BLOCK_M
     BLOCK_N: tl.constexpr = plan.BLOCK_N
-    BLOCK_K: tl.constexpr = plan.BLOCK_K
     rows = tile.row + tl.arange(0, BLOCK_M)
     # The last feature again instead of those beyond, as in `_load`.
     features = tl.minimum(tile.feature + tl.arange(0, BLOCK_N), tile.N - 1)
-    sums = tl.zeros((BLOCK_K // GROUP, BLOCK_N, BLOCK_M), tl.float32)
+    sums = tl.zeros((STEP // GROUP, BLOCK_N, BLOCK_M), tl.float32)
     second_sums = tl.zeros_like(sums)
-    x += rows.to(tl.int64)[None, :] * operands.stride_x + tl.arange(0, BLOCK_K)[:, None]
+    x += rows.to(tl.int64)[None, :] * operands.stride_x + tl.arange(0, STEP)[:, None]
     # Given its own number of stages, a loop also copies ahead what no product reads: the scales.
     for step in tl.range(tile.step_begin, tile.step_end, num_stages=plan.NUM_STAGES):
-        k = step * BLOCK_K
-        x_tile = tl.load(x + k, mask=(rows < row_end)[None, :], other=0.0)
-        sums = _add_groups(BASE, sums, operands, features, k, x_tile, plan)
-        if ENDS == BOTH:
-            second_sums = _add_groups(SECOND, second_sums, operands, features, k, x_tile, plan)
+        k = step * plan.BLOCK_K
+        x_at = x + k
+        for ahead in tl.static_range(0, plan.BLOCK_K, STEP):
+            x_tile = tl.load(x_at + ahead, mask=(rows < row_end)[None, :], other=0.0)
+            sums = _add_groups(BASE, sums, operands, features, k, ahead, x_tile, plan)
+            if ENDS == BOTH:
+                second_sums = _add_groups(SECOND, second_sums, operands, features, k, ahead, x_tile, plan)
     y = in_ones(tl.sum(sums, 0), x.dtype.element_ty, plan.BASE_BITS)
     second_y = in_ones(tl.sum(second_sums, 0), x.dtype.element_ty, plan.SECOND_BITS)
     _store(ENDS, operands, tile, y, second_y, one_lam, BLOCK_M, plan)
 
 
 @triton.jit
-def _add_groups(END: tl.constexpr, sums, operands, features, k, x_tile, plan):
+def _add_groups(END: tl.constexpr, sums, operands, features, k, ahead: tl.constexpr, x_tile, plan):
     return add_groups(
-        sums, operands.weight, operands.strides, END, features, k, x_tile, plan.BASE_BITS, plan.SECOND_BITS
+        sums, operands.weight, operands.strides, END, features, k, ahead, x_tile, plan.BASE_BITS, plan.SECOND_BITS
     )
 
 

@@ -16,8 +16,9 @@ class LinearConfig:
         split_k: number of splits along the inner size. The last one of a tile sums their results.
         use_blend: whether a tile with a single λ blends the weight instead of keeping two accumulators.
         num_warps, num_stages: as in Triton.
-        by_group: whether a step has four whole groups of codes, and K whole steps. Up to 16 rows each of four warps
-            then multiplies a group and scales its sums; up to 64 each of the four lanes that share a feature has one.
+        by_group: whether codes are taken four groups at a time. Tiles of up to 16 rows then have a group for each of
+            four warps, and scale its sums; those of 32 and 64 one for each of the four lanes that share a feature. A
+            step has one or two times four groups, and K whole steps.
     """
 
     block_m: int

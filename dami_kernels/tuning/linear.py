@@ -121,8 +121,12 @@ def _goes_by_group(rows: int, K: int, dtype: torch.dtype, format: str, device: D
 def _tiles(M: int, K: int, dtype: torch.dtype, format: str, device: Device) -> list[Tile]:
     """Returns tiles for M rows, largest first."""
     if _goes_by_group(M, K, dtype, format, device):
-        rows = next(rows for rows in (8, 16, 32, 64) if rows >= M)
-        return [(rows, features, _STEP_BY_GROUP) for features in ([64] if rows <= 16 else [128, 64])]
+        # With codes at both ends a step has twice the columns, and 9 to 16 rows take fewer instructions as 32.
+        is_long = _num_coded(format) == 2 and device.arch == "sm_90"
+        sizes = (8, 32, 64) if is_long and dtype == torch.bfloat16 else (8, 16, 32, 64)
+        rows = next(rows for rows in sizes if rows >= M)
+        inner = 2 * _STEP_BY_GROUP if is_long and K % (2 * _STEP_BY_GROUP) == 0 else _STEP_BY_GROUP
+        return [(rows, features, inner) for features in ([64] if rows <= 16 else [128, 64])]
     table = _TILES_FLOAT32 if dtype == torch.float32 else _TILES_16_BIT
     rows = next((rows for rows in table if rows >= M), max(table))
     tiles = [(rows, *tile) for tile in table[rows]]
@@ -152,8 +156,8 @@ def _tiles(M: int, K: int, dtype: torch.dtype, format: str, device: Device) -> l
 
 
 def _config(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Device, tiles: list[Tile]) -> LinearConfig:
-    by_group = tiles[0][2] == _STEP_BY_GROUP and _goes_by_group(tiles[0][0], K, dtype, format, device)
-    enough = device.processors * 2 if by_group and tiles[0][0] <= 16 else device.processors * 3 // 4
+    by_group = tiles[0][2] % _STEP_BY_GROUP == 0 and _goes_by_group(tiles[0][0], K, dtype, format, device)
+    enough = device.processors * 2 if by_group and tiles[0][0] <= 32 else device.processors * 3 // 4
 
     def programs(tile: Tile) -> int:
         return -(-M // tile[0]) * -(-N // tile[1])
@@ -166,7 +170,7 @@ def _config(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Dev
         tile = tiles[0] if (1.6 if tile[0] == 256 else 1.9) * rounds[0] <= rounds[1] else tiles[1]
     block_m, block_n, block_k = tile
     # A split has at least four steps, or filling its pipeline would cost more than the extra parallelism gains.
-    max_splits = -(-K // block_k) // 4
+    max_splits = -(-K // (_STEP_BY_GROUP if by_group else block_k)) // 4
     split_k = 1
     while split_k * programs(tile) < enough and split_k * 2 <= max_splits:
         split_k *= 2

@@ -219,12 +219,11 @@ def multiplies_from_registers(arch: str, loop: str) -> bool:
     return not stored and count(loop, r"wgmma\.mma_async\S+ \{[^}]*\}, \{") == count(loop, r"wgmma\.mma_async") > 0
 
 
-# Instructions of a warp for one step over K where rows differ in λ, of 8 and of 16 rows, and the most registers.
-# 64 features by 128 columns; 32 features for a `pair`.
+# Instructions of a warp for 128 columns where rows differ in λ, of 8 and of 16 rows, and 64 features; 32 for a `pair`.
 # On gfx942 nothing is multiplied by group.
 DECODE_BUDGETS = {
     "sm_80": {"pair": (110, 110), "int8": (256, 290), "int4": (228, 288), "w8d4": (358, 442)},
-    "sm_90": {"pair": (116, 116), "int8": (242, 284), "int4": (212, 260), "w8d4": (332, 392)},
+    "sm_90": {"pair": (116, 116), "int8": (242, 284), "int4": (212, 260), "w8d4": (286, 276)},
     "sm_100": {"pair": (115, 115), "int8": (270, 300), "int4": (224, 264), "w8d4": (344, 416)},
     "gfx942": {"pair": (116, 116), "int8": (330, 330), "int4": (335, 335), "w8d4": (560, 560)},
 }
@@ -239,7 +238,8 @@ def test_a_decode_step_stays_within_its_budget(arch: str, format: str, rows: int
     """Of instructions, four of which a multiprocessor issues in a cycle, and of registers: three programs at a time."""
     kernel = compile_linear(arch, rows, format=format, bias=False)[0]
     assert_fits(arch, [kernel])
-    assert max(map(len, kernel.machine_loops)) <= DECODE_BUDGETS[arch][format][rows // 16]
+    columns = linear_config(rows, 4096, 2560, torch.bfloat16, format, DEVICES[arch]).block_k
+    assert max(map(len, kernel.machine_loops)) <= DECODE_BUDGETS[arch][format][rows // 16] * columns / 128
     if arch != "gfx942" and rows == 8:
         assert kernel.registers <= 168
 
@@ -247,11 +247,11 @@ def test_a_decode_step_stays_within_its_budget(arch: str, format: str, rows: int
 @pytest.mark.parametrize(
     ("rows", "format", "N", "share"),
     [
-        (64, "w8d4", 4096, 0.462),
-        (64, "w8d4", 16384, 0.431),
+        (64, "w8d4", 4096, 0.405),
+        (64, "w8d4", 16384, 0.39),
         *slow(
-            (32, "w8d4", 4096, 0.45),
-            (32, "w8d4", 16384, 0.415),
+            (32, "w8d4", 4096, 0.385),
+            (32, "w8d4", 65536, 0.375),
             *((64, "int8", N, 0.214) for N in (4096, 16384)),
             *((64, "int4", N, 0.25) for N in (4096, 16384)),
         ),
