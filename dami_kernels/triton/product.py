@@ -340,10 +340,11 @@ def _sum_splits(operands, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 def _fetch_first_steps(operands, tile, plan):
     """Asks for the weights of the first steps before anything else, which may wait for earlier launches."""
     rows = tl.minimum(tile.feature + tl.arange(0, plan.BLOCK_N), tile.N - 1)
+    COLUMNS: tl.constexpr = 4 * (STEP if plan.BY_GROUP else plan.BLOCK_K)
     for end in tl.static_range(2):
         fetch_end(
             operands.weight, operands.strides, end, rows, tile.step_begin * plan.BLOCK_K, tile.K,
-            4 * plan.BLOCK_K, plan.BASE_BITS, plan.SECOND_BITS,
+            COLUMNS, plan.BASE_BITS, plan.SECOND_BITS,
         )  # fmt: skip
 
 
