@@ -266,13 +266,13 @@ def _groups_tile(ENDS: tl.constexpr, operands, tile, one_lam, plan):
     features = tl.minimum(tile.feature + tl.arange(0, BLOCK_N), tile.N - 1)
     sums = tl.zeros((STEP // GROUP, BLOCK_N, BLOCK_M), tl.float32)
     second_sums = tl.zeros_like(sums)
-    x += rows.to(tl.int64)[None, :] * operands.stride_x + tl.arange(0, STEP)[:, None]
+    x += rows.to(tl.int64)[None, :] * operands.stride_x
     # Given its own number of stages, a loop also copies ahead what no product reads: the scales.
     for step in tl.range(tile.step_begin, tile.step_end, num_stages=plan.NUM_STAGES):
         k = step * plan.BLOCK_K
-        x_at = x + k
         for ahead in tl.static_range(0, plan.BLOCK_K, STEP):
-            x_tile = tl.load(x_at + ahead, mask=(rows < row_end)[None, :], other=0.0)
+            columns = k + ahead + tl.arange(0, STEP)
+            x_tile = tl.load(x + columns[:, None], mask=(rows < row_end)[None, :], other=0.0)
             sums = _add_groups(BASE, sums, operands, features, k, ahead, x_tile, plan)
             if ENDS == BOTH:
                 second_sums = _add_groups(SECOND, second_sums, operands, features, k, ahead, x_tile, plan)
