@@ -25,17 +25,34 @@ def scaled(words, scales, BITS: tl.constexpr):
             is inverted here, 4 bits are the two nibbles of one byte.
         scales: int32 [N, GROUPS / 2], the bits of two bfloat16 numbers each; of one, with GROUPS = 1.
     """
+    words = spread(words, 0x4140) ^ 0x00800080 if BITS == 8 else spread(words, 0x4040) & 0x00F0000F
+    factors, offset = factors_of(scales, BITS, words.shape[1])
+    return scaled_pairs(words, factors, offset)
+
+
+@triton.jit
+def scaled_pairs(pairs, factors, offset):
+    """Codes times scales, in UNIT: bfloat16 [N, GROUPS, W, 2].
+
+    Args:
+        pairs: int32 [N, GROUPS, W], of two codes each, with what is too much in them: bytes in both halves, or a low
+            nibble and, four bits higher in its half, a high one.
+        factors, offset: int32 [N, GROUPS], of `factors_of`.
+    """
+    return two(fma(pairs, factors[:, :, None], offset[:, :, None]), tl.bfloat16)
+
+
+@triton.jit
+def factors_of(scales, BITS: tl.constexpr, GROUPS: tl.constexpr):
+    """What `scaled_pairs` multiplies by, and adds, of scales as `scaled` takes them."""
     # The numbers 2¹⁰⁰ and 2⁹⁶ bring the codes from their places to 2⁻³³; the others are what is too much in each code.
-    GROUPS: tl.constexpr = words.shape[1]
     if BITS == 8:
-        words = spread(words, 0x4140) ^ 0x00800080
         factors = _in_both_halves(fma(scales, word(0x71807180), word(0)), GROUPS)
         offset = _in_both_halves(fma(scales, word(0xB280B280), word(0)), GROUPS)
     else:
-        words = spread(words, 0x4040) & 0x00F0000F
         factors = fma(_in_both_halves(scales, GROUPS), word(0x6F807180), word(0))
         offset = _in_both_halves(fma(scales, word(0xB080B080), word(0)), GROUPS)
-    return two(fma(words, factors[:, :, None], offset[:, :, None]), tl.bfloat16)
+    return factors, offset
 
 
 @triton.jit
@@ -86,6 +103,17 @@ def spread(words, BYTES: tl.constexpr):
         )
     low = _byte(words, BYTES & 15) | _byte(words, BYTES >> 4 & 15) << 8
     return low | _byte(words, BYTES >> 8 & 15) << 16 | _byte(words, BYTES >> 12) << 24
+
+
+@triton.jit
+def nibbles(low, high, BYTE: tl.constexpr):
+    """Of words with low nibbles and of words with high ones those of a byte, each in a half of its own, as they lie."""
+    if target_info.is_cuda():
+        # One instruction, if the zeros are the repeated sign of the low nibble's byte, as digits from 8 on ask for.
+        return tl.inline_asm_elementwise(
+            f"prmt.b32 $0, $1, $2, {0x8480 + 0x1111 * BYTE};", "=r,r,r", [low, high], tl.int32, is_pure=True, pack=1
+        )
+    return _byte(low, BYTE) | _byte(high, BYTE) << 16
 
 
 @triton.jit

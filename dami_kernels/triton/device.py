@@ -17,9 +17,14 @@ from dami_kernels.triton.codes import rounded, scaled, spread, two
 BASE: tl.constexpr = tl.constexpr(0)
 SECOND: tl.constexpr = tl.constexpr(1)
 GROUP: tl.constexpr = tl.constexpr(32)  # weights along K that share a scale
-
-
+STEP: tl.constexpr = tl.constexpr(128)  # columns of four groups, which `groups` and `lanes` multiply at a time
 LINE: tl.constexpr = tl.constexpr(128)  # bytes of a line of NVIDIA's L2 cache
+
+
+@triton.constexpr_function
+def first_tensor(end, base_bits):
+    """Where BASE or SECOND begins among the tensors of its weight: numbers are one, codes and their scales are two."""
+    return 0 if end == BASE.value else 1 if base_bits == 0 else 2
 
 
 @triton.jit
@@ -47,7 +52,7 @@ def fetch_end(
 ):
     """Asks the L2 cache, which sees all that is written, for what `load_end` will read of COLUMNS columns from k on."""
     BITS: tl.constexpr = BASE_BITS if END == BASE else SECOND_BITS
-    FIRST: tl.constexpr = 0 if END == BASE else (1 if BASE_BITS == 0 else 2)
+    FIRST: tl.constexpr = first_tensor(END, BASE_BITS)
     if BITS == 0:
         _fetch(weight[FIRST], strides[FIRST], rows, k, K, COLUMNS)
     else:
@@ -126,7 +131,7 @@ def load_end(
             `codes.UNIT` if K is None, except on AMD.
     """
     BITS: tl.constexpr = BASE_BITS if END == BASE else SECOND_BITS
-    FIRST: tl.constexpr = 0 if END == BASE else (1 if BASE_BITS == 0 else 2)
+    FIRST: tl.constexpr = first_tensor(END, BASE_BITS)
     if BITS == 0:
         return load_float(weight[FIRST], strides[FIRST], rows, wanted, k, K, BLOCK_K).to(DTYPE)
     elif BITS == 8:
@@ -189,6 +194,22 @@ def load_int4(weight, strides, FIRST, rows, wanted, k, K, BLOCK_K, DTYPE: tl.con
         pairs = pairs.to(tl.int32)
     codes = tl.join(pairs & 15 | BITS, pairs >> 4 | BITS).to(CODES, bitcast=True).reshape(rows.shape[0], BLOCK_K)
     return rounded(_scaled(codes - ZERO, weight[FIRST + 1], strides[FIRST + 1], rows, wanted, k, K, BLOCK_K), DTYPE)
+
+
+@triton.jit
+def load_words(weight, strides, FIRST, rows, k, ahead: tl.constexpr, BITS: tl.constexpr):
+    """Codes as they are, int32 [rows, STEP · BITS / 32], and their scales [rows, STEP / GROUP], from k + ahead on.
+
+    `host.in_words` has seen to both. All rows and columns exist. Columns ahead take no addresses of their own.
+    """
+    GROUPS: tl.constexpr = STEP // GROUP
+    words = weight[FIRST].to(tl.pointer_type(tl.int32), bitcast=True)
+    words += rows.to(tl.int64)[:, None] * (strides[FIRST][0] // 4) + tl.arange(0, STEP * BITS // 32)[None, :]
+    first = tl.multiple_of(rows.to(tl.int64)[:, None] * strides[FIRST + 1][0], [1, GROUPS])
+    scales = weight[FIRST + 1] + (first + tl.arange(0, GROUPS)[None, :])
+    words += k // (32 // BITS)
+    scales += k // GROUP
+    return tl.load(words + ahead // (32 // BITS)), tl.load(scales + ahead // GROUP)
 
 
 @triton.jit

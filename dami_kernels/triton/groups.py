@@ -17,30 +17,36 @@ import triton
 import triton.language as tl
 
 from dami_kernels.triton.codes import fma, masked, two, word
-from dami_kernels.triton.device import BASE, GROUP, load_float
+from dami_kernels.triton.device import BASE, GROUP, STEP, first_tensor, load_float, load_words
 
 
 @triton.jit
-def add_groups(y, weight, strides, END: tl.constexpr, rows, k, x, BASE_BITS: tl.constexpr, SECOND_BITS: tl.constexpr):
-    """y + W · x for each group: [GROUPS, rows, M] float32, from whole groups of one matrix and x [GROUPS · 32, M].
+def add_groups(
+    y,
+    weight,
+    strides,
+    END: tl.constexpr,
+    rows,
+    k,
+    ahead: tl.constexpr,
+    x,
+    BASE_BITS: tl.constexpr,
+    SECOND_BITS: tl.constexpr,
+):
+    """y + W · x for each group of a step: [GROUPS, rows, M] float32, from one matrix and x [STEP, M].
 
-    For what these sums count in, see `in_ones`.
-
-    The arguments are as in `device.load_end`. All rows exist, and `host.in_words` has seen to the codes and scales.
+    For what these sums count in, see `in_ones`. The step begins at column k + ahead. The other arguments are as in
+    `device.load_end`. All rows exist, and `host.in_words` has seen to the codes and scales.
     """
     BITS: tl.constexpr = BASE_BITS if END == BASE else SECOND_BITS
-    FIRST: tl.constexpr = 0 if END == BASE else (1 if BASE_BITS == 0 else 2)
+    FIRST: tl.constexpr = first_tensor(END, BASE_BITS)
     GROUPS: tl.constexpr = y.shape[0]
     in_groups = x.reshape(GROUPS, GROUP, x.shape[1])
     if BITS == 0:
-        values = load_float(weight[FIRST], strides[FIRST], rows, None, k, None, GROUPS * GROUP)
+        values = load_float(weight[FIRST], strides[FIRST], rows, None, k + ahead, None, STEP)
         y = tl.dot(values.reshape(rows.shape[0], GROUPS, GROUP).permute(1, 0, 2), in_groups, y)
     else:
-        words = weight[FIRST].to(tl.pointer_type(tl.int32), bitcast=True)
-        WORDS: tl.constexpr = GROUPS * GROUP * BITS // 32
-        words = load_float(words, (strides[FIRST][0] // 4, 1), rows, None, k // (32 // BITS), None, WORDS)
-        first = rows.to(tl.int64)[:, None] * strides[FIRST + 1][0] + k // GROUP
-        scales = tl.load(weight[FIRST + 1] + (tl.multiple_of(first, [1, GROUPS]) + tl.arange(0, GROUPS)[None, :]))
+        words, scales = load_words(weight, strides, FIRST, rows, k, ahead, BITS)
         sums = _dot_int8(words, x, in_groups, GROUPS) if BITS == 8 else _dot_int4(words, x, in_groups, GROUPS)
         y += sums * scales.to(tl.float32).permute(1, 0)[:, :, None]
     return y

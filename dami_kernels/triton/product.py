@@ -18,9 +18,23 @@ from triton.language import target_info
 
 from dami_kernels.launching import Job, Launch
 from dami_kernels.triton.codes import UNIT, rounded
-from dami_kernels.triton.device import BASE, GROUP, SECOND, blend, combine, fetch_end, lerp, load_end, row_lam, start
+from dami_kernels.triton.device import (
+    BASE,
+    GROUP,
+    SECOND,
+    STEP,
+    blend,
+    combine,
+    fetch_end,
+    first_tensor,
+    lerp,
+    load_end,
+    row_lam,
+    start,
+)
 from dami_kernels.triton.groups import add_groups, in_ones
 from dami_kernels.triton.host import bits_of, cdiv, early
+from dami_kernels.triton.lanes import columns_of_half, load_halves
 from dami_kernels.tuning import LinearConfig
 
 BLEND = tl.constexpr(2)
@@ -119,7 +133,7 @@ def _carried(y, carry):
 def _load(END: tl.constexpr, operands, features, k, tile, DTYPE: tl.constexpr, plan):
     """A tile of one matrix of the weight."""
     BITS: tl.constexpr = plan.SECOND_BITS if END == SECOND else plan.BASE_BITS
-    FIRST: tl.constexpr = 0 if END == BASE else (1 if plan.BASE_BITS == 0 else 2)
+    FIRST: tl.constexpr = first_tensor(END, plan.BASE_BITS)
     limit = None if plan.EVEN_K else tile.K
     # Triton makes a constant of a stride of 1: then it is features that lie together in memory.
     IS_TRANSPOSED: tl.constexpr = BITS == 0 and isinstance(operands.strides[FIRST][0], int)
@@ -200,12 +214,45 @@ def _ends_tile(ENDS: tl.constexpr, operands, tile, one_lam, BLOCK_M: tl.constexp
     if tl.bfloat16 == DTYPE and plan.EVEN_K and not target_info.is_hip():
         y *= UNIT if (plan.SECOND_BITS if ENDS == SECOND else plan.BASE_BITS) else 1.0
         second_y *= UNIT if plan.SECOND_BITS else 1.0
+    _store(ENDS, operands, tile, y, second_y, one_lam, BLOCK_M, plan)
+
+
+@triton.jit
+def _lanes_tile(ENDS: tl.constexpr, operands, tile, one_lam, plan):
+    """`_groups_tile` for more rows than 16, with the columns of a step in the order of `lanes`."""
+    x = operands.x
+    BLOCK_M: tl.constexpr = plan.BLOCK_M
+    BLOCK_N: tl.constexpr = plan.BLOCK_N
+    # The last row and the last feature again instead of those beyond, as in `_load`.
+    rows = tl.minimum(tile.row + tl.arange(0, BLOCK_M), tile.row_end - 1)
+    features = tl.minimum(tile.feature + tl.arange(0, BLOCK_N), tile.N - 1)
+    FEATURES: tl.constexpr = 2 * BLOCK_N if ENDS == BOTH else BLOCK_N
+    y = tl.zeros((FEATURES, BLOCK_M), tl.float32)
+    x += rows.to(tl.int64)[None, :] * operands.stride_x + columns_of_half()[:, None]
+    tl.assume(tile.step_end > tile.step_begin)
+    # Given its own number of stages, a loop also copies ahead what no product reads: the scales.
+    for step in tl.range(tile.step_begin, tile.step_end, num_stages=plan.NUM_STAGES):
+        k = step * plan.BLOCK_K
+        x_at = x + k
+        for ahead in tl.static_range(0, plan.BLOCK_K, STEP):
+            w = _load_halves(BASE, operands, features, k, ahead, plan)
+            if ENDS == BOTH:
+                w = tl.join(w, _load_halves(SECOND, operands, features, k, ahead, plan)).permute(2, 0, 1)
+            # Two products, so that one address of x serves a row's columns of both halves.
+            first, second = tl.split(w.reshape(FEATURES, 2, STEP // 2).permute(0, 2, 1))
+            y = tl.dot(first, tl.load(x_at + ahead), y)
+            y = tl.dot(second, tl.load(x_at + ahead + GROUP // 2), y)
+    second_y = None
     if ENDS == BOTH:
-        # λ is loaded again, as the sums lie: kept from the beginning it would fill registers all through the loop.
-        row_tile = tile.row + tl.arange(0, BLOCK_M)[None, :]
-        one_lam = row_lam(operands.lam, operands.row_to_lam, row_tile, row_tile < row_end, operands.rows_per_lam)
-        y = combine(y, second_y, one_lam, plan.SECOND_BITS)
-    _store(operands, tile, y, one_lam, BLOCK_M, BLOCK_N, plan.BLOCK_M)
+        y, second_y = tl.split(y.reshape(2, BLOCK_N, BLOCK_M).permute(1, 2, 0))
+        second_y *= UNIT if plan.SECOND_BITS else 1.0
+    y *= UNIT if plan.BASE_BITS else 1.0
+    _store(ENDS, operands, tile, y, second_y, one_lam, BLOCK_M, plan)
+
+
+@triton.jit
+def _load_halves(END: tl.constexpr, operands, features, k, ahead: tl.constexpr, plan):
+    return load_halves(operands.weight, operands.strides, END, features, k, ahead, plan.BASE_BITS, plan.SECOND_BITS)
 
 
 @triton.jit
@@ -214,44 +261,47 @@ def _groups_tile(ENDS: tl.constexpr, operands, tile, one_lam, plan):
     x, row_end = operands.x, tile.row_end
     BLOCK_M: tl.constexpr = plan.BLOCK_M
     BLOCK_N: tl.constexpr = plan.BLOCK_N
-    BLOCK_K: tl.constexpr = plan.BLOCK_K
     rows = tile.row + tl.arange(0, BLOCK_M)
     # The last feature again instead of those beyond, as in `_load`.
     features = tl.minimum(tile.feature + tl.arange(0, BLOCK_N), tile.N - 1)
-    sums = tl.zeros((BLOCK_K // GROUP, BLOCK_N, BLOCK_M), tl.float32)
+    sums = tl.zeros((STEP // GROUP, BLOCK_N, BLOCK_M), tl.float32)
     second_sums = tl.zeros_like(sums)
     x += rows.to(tl.int64)[None, :] * operands.stride_x
     # Given its own number of stages, a loop also copies ahead what no product reads: the scales.
     for step in tl.range(tile.step_begin, tile.step_end, num_stages=plan.NUM_STAGES):
-        k = step * BLOCK_K
-        x_tile = tl.load(x + (k + tl.arange(0, BLOCK_K))[:, None], mask=(rows < row_end)[None, :], other=0.0)
-        sums = _add_groups(BASE, sums, operands, features, k, x_tile, plan)
-        if ENDS == BOTH:
-            second_sums = _add_groups(SECOND, second_sums, operands, features, k, x_tile, plan)
+        k = step * plan.BLOCK_K
+        for ahead in tl.static_range(0, plan.BLOCK_K, STEP):
+            columns = k + ahead + tl.arange(0, STEP)
+            x_tile = tl.load(x + columns[:, None], mask=(rows < row_end)[None, :], other=0.0)
+            sums = _add_groups(BASE, sums, operands, features, k, ahead, x_tile, plan)
+            if ENDS == BOTH:
+                second_sums = _add_groups(SECOND, second_sums, operands, features, k, ahead, x_tile, plan)
     y = in_ones(tl.sum(sums, 0), x.dtype.element_ty, plan.BASE_BITS)
-    if ENDS == BOTH:
-        row_tile = tile.row + tl.arange(0, BLOCK_M)[None, :]
-        one_lam = row_lam(operands.lam, operands.row_to_lam, row_tile, row_tile < row_end, operands.rows_per_lam)
-        second_y = in_ones(tl.sum(second_sums, 0), x.dtype.element_ty, plan.SECOND_BITS)
-        y = combine(y, second_y, one_lam, plan.SECOND_BITS)
-    _store(operands, tile, y, one_lam, BLOCK_M, BLOCK_N, plan.BLOCK_M)
+    second_y = in_ones(tl.sum(second_sums, 0), x.dtype.element_ty, plan.SECOND_BITS)
+    _store(ENDS, operands, tile, y, second_y, one_lam, BLOCK_M, plan)
 
 
 @triton.jit
-def _add_groups(END: tl.constexpr, sums, operands, features, k, x_tile, plan):
+def _add_groups(END: tl.constexpr, sums, operands, features, k, ahead: tl.constexpr, x_tile, plan):
     return add_groups(
-        sums, operands.weight, operands.strides, END, features, k, x_tile, plan.BASE_BITS, plan.SECOND_BITS
+        sums, operands.weight, operands.strides, END, features, k, ahead, x_tile, plan.BASE_BITS, plan.SECOND_BITS
     )
 
 
 @triton.jit
-def _store(operands, tile, y, lams, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr):
-    """Adds the bias to a tile [BLOCK_N, BLOCK_M] of y and stores it, or the split's part; `lams` broadcasts to it.
+def _store(ENDS: tl.constexpr, operands, tile, y, second_y, lams, BLOCK_M: tl.constexpr, plan):
+    """Stores a tile [BLOCK_N, BLOCK_M] of y plus the bias, or the split's part, of which BLOCK_M rows may be a part.
 
-    ROWS is those of the whole tile of this program, of which this may be a part.
+    Of BOTH ends y and `second_y` are the sums, and every row is interpolated at its λ; otherwise at `lams` [1, 1].
     """
-    features = tile.feature + tl.arange(0, BLOCK_N)
+    BLOCK_N: tl.constexpr = plan.BLOCK_N
+    if ENDS == BOTH:
+        # λ is loaded again, as the sums lie: kept from the beginning it would fill registers all through the loop.
+        rows = tile.row + tl.arange(0, BLOCK_M)[None, :]
+        lams = row_lam(operands.lam, operands.row_to_lam, rows, rows < tile.row_end, operands.rows_per_lam)
+        y = combine(y, second_y, lams, plan.SECOND_BITS)
     if operands.bias is not None:
+        features = tile.feature + tl.arange(0, BLOCK_N)
         mask = (features < tile.N) & (tile.step_begin == 0)
         bias_base = tl.load(operands.bias[0] + features, mask=mask, other=0.0)[:, None]
         bias_target = tl.load(operands.bias[1] + features, mask=mask, other=0.0)[:, None]
@@ -260,7 +310,7 @@ def _store(operands, tile, y, lams, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
     if operands.parts is None:
         _store_rows(operands, tile, y, BLOCK_M, BLOCK_N)
     else:
-        row_of_part = tl.program_id(1) * ROWS + tile.rows_before + tl.arange(0, BLOCK_M)
+        row_of_part = tl.program_id(1) * plan.BLOCK_M + tile.rows_before + tl.arange(0, BLOCK_M)
         tl.store(operands.parts + row_of_part[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], y)
 
 
@@ -290,10 +340,11 @@ def _sum_splits(operands, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 def _fetch_first_steps(operands, tile, plan):
     """Asks for the weights of the first steps before anything else, which may wait for earlier launches."""
     rows = tl.minimum(tile.feature + tl.arange(0, plan.BLOCK_N), tile.N - 1)
+    COLUMNS: tl.constexpr = 4 * (STEP if plan.BY_GROUP else plan.BLOCK_K)
     for end in tl.static_range(2):
         fetch_end(
             operands.weight, operands.strides, end, rows, tile.step_begin * plan.BLOCK_K, tile.K,
-            4 * plan.BLOCK_K, plan.BASE_BITS, plan.SECOND_BITS,
+            COLUMNS, plan.BASE_BITS, plan.SECOND_BITS,
         )  # fmt: skip
 
 
@@ -313,12 +364,18 @@ def product_tile(operands, tile, plan):
     one_lam = row_lam(lam, row_to_lam, tl.full((1, 1), row, tl.int32), True, rows_per_lam)
     # Not by min and max: they pass over a NaN, whose row would then take its neighbours' λ.
     mixed = tl.sum(((rows < row_end) & (lams != tl.max(one_lam))).to(tl.int32)) > 0
-    if plan.BY_GROUP:
-        if not mixed and tl.max(one_lam) == 0.0:
+    only_base = not mixed and tl.max(one_lam) == 0.0
+    if plan.BY_GROUP and plan.BLOCK_M <= 16:
+        if only_base:
             _groups_tile(BASE, operands, tile, one_lam, plan)
         else:
             _groups_tile(BOTH, operands, tile, one_lam, plan)
-    elif not mixed and tl.max(one_lam) == 0.0:
+    elif plan.BY_GROUP:
+        if only_base:
+            _lanes_tile(BASE, operands, tile, one_lam, plan)
+        else:
+            _lanes_tile(BOTH, operands, tile, one_lam, plan)
+    elif only_base:
         _ends_tile(BASE, operands, tile, one_lam, plan.BLOCK_M, plan)
     elif plan.SECOND_BITS == 0 and not mixed and tl.max(one_lam) == 1.0:
         _ends_tile(SECOND, operands, tile, one_lam, plan.BLOCK_M, plan)

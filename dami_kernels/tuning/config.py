@@ -16,7 +16,9 @@ class LinearConfig:
         split_k: number of splits along the inner size. The last one of a tile sums their results.
         use_blend: whether a tile with a single λ blends the weight instead of keeping two accumulators.
         num_warps, num_stages: as in Triton.
-        by_group: whether a tile multiplies codes group by group and scales the sums. It then needs whole steps of K.
+        by_group: whether codes are taken four groups at a time. Tiles of up to 16 rows then have a group for each of
+            four warps, and scale its sums; those of 32 and 64 one for each of the four lanes that share a feature. A
+            step has one or two times four groups, and K whole steps.
     """
 
     block_m: int

@@ -42,7 +42,9 @@ def linear_config(
     """
     if invariant:
         rows = 32 if dtype == torch.float32 else 64
-        config = _config(1, N, K, dtype, format, device, _tiles(rows, K, dtype, format, device)[:1])
+        # Every program that sums splits reads all rows of its tile, however few there are: not 128 features.
+        tiles = [tile for tile in _tiles(rows, K, dtype, format, device) if tile[1] <= 64]
+        config = _config(1, N, K, dtype, format, device, tiles[:1])
         return replace(config, use_blend=False)
     takes_mixed = mixes_lams and device.has_wide_mma and not device.has_tensor_memory and M > 128
     measured = load_table(device.name).get((N, K, dtype, format)) if device.name else None
@@ -103,18 +105,28 @@ def _num_coded(format: str) -> int:
 
 Tile = tuple[int, int, int]
 
-_STEP_BY_GROUP = 4 * 32  # a group for each of four warps
+_STEP_BY_GROUP = 4 * 32  # a group for each of four warps, or of four lanes
 
 
-def _multiplies_by_group(K: int, dtype: torch.dtype, format: str, device: Device) -> bool:
-    """Whether tiles of at most 16 rows multiply codes group by group. Only NVIDIA's machine code was looked at."""
-    return 0 == K % _STEP_BY_GROUP < K and dtype.itemsize == 2 and _num_coded(format) > 0 and not device.is_amd
+def _goes_by_group(rows: int, K: int, dtype: torch.dtype, format: str, device: Device) -> bool:
+    """Whether tiles of so many rows take whole groups of codes, as `LinearConfig.by_group` says.
+
+    Only NVIDIA's machine code was looked at, and from 17 rows on only that for bfloat16 on sm_90.
+    """
+    if not 0 == K % _STEP_BY_GROUP < K or dtype.itemsize != 2 or not _num_coded(format) or device.is_amd:
+        return False
+    return rows <= 16 or (rows <= 64 and dtype == torch.bfloat16 and device.arch == "sm_90")
 
 
 def _tiles(M: int, K: int, dtype: torch.dtype, format: str, device: Device) -> list[Tile]:
     """Returns tiles for M rows, largest first."""
-    if M <= 16 and _multiplies_by_group(K, dtype, format, device):
-        return [(8 if M <= 8 else 16, 64, _STEP_BY_GROUP)]
+    if _goes_by_group(M, K, dtype, format, device):
+        # With codes at both ends a step has twice the columns, and 9 to 16 rows take fewer instructions as 32.
+        is_long = _num_coded(format) == 2 and device.arch == "sm_90"
+        sizes = (8, 32, 64) if is_long and dtype == torch.bfloat16 else (8, 16, 32, 64)
+        rows = next(rows for rows in sizes if rows >= M)
+        inner = 2 * _STEP_BY_GROUP if is_long and K % (2 * _STEP_BY_GROUP) == 0 else _STEP_BY_GROUP
+        return [(rows, features, inner) for features in ([64] if rows <= 16 else [128, 64])]
     table = _TILES_FLOAT32 if dtype == torch.float32 else _TILES_16_BIT
     rows = next((rows for rows in table if rows >= M), max(table))
     tiles = [(rows, *tile) for tile in table[rows]]
@@ -144,20 +156,21 @@ def _tiles(M: int, K: int, dtype: torch.dtype, format: str, device: Device) -> l
 
 
 def _config(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Device, tiles: list[Tile]) -> LinearConfig:
-    by_group = tiles[0][0] <= 16 and _multiplies_by_group(K, dtype, format, device)
-    enough = device.processors * 2 if by_group else device.processors * 3 // 4
+    by_group = tiles[0][2] % _STEP_BY_GROUP == 0 and _goes_by_group(tiles[0][0], K, dtype, format, device)
+    enough = device.processors * 2 if by_group and tiles[0][0] <= 32 else device.processors * 3 // 4
 
     def programs(tile: Tile) -> int:
         return -(-M // tile[0]) * -(-N // tile[1])
 
     tile = next((tile for tile in tiles if programs(tile) >= enough), tiles[-1])
-    if tile[0] == 256 and len(tiles) > 1:
-        # By instruction count, twice the rows take 1.6 times as long, but the last round may be emptier.
+    if len(tiles) > 1 and (tile[0] == 256 or (by_group and tile[1] == 128)):
+        # By instruction count, twice the rows take 1.6 times as long, and twice the features 1.9 times. But the last
+        # round may be emptier.
         rounds = [-(-programs(tile) // device.processors) for tile in tiles[:2]]
-        tile = tiles[0] if 1.6 * rounds[0] <= rounds[1] else tiles[1]
+        tile = tiles[0] if (1.6 if tile[0] == 256 else 1.9) * rounds[0] <= rounds[1] else tiles[1]
     block_m, block_n, block_k = tile
     # A split has at least four steps, or filling its pipeline would cost more than the extra parallelism gains.
-    max_splits = -(-K // block_k) // 4
+    max_splits = -(-K // (_STEP_BY_GROUP if by_group else block_k)) // 4
     split_k = 1
     while split_k * programs(tile) < enough and split_k * 2 <= max_splits:
         split_k *= 2
@@ -172,9 +185,14 @@ def _config(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Dev
     # Two ends are dequantised, and two accumulators come back from tensor memory at once.
     crowded = device.has_tensor_memory and _num_coded(format) == 2 and block_m == 32
     stages = _stages(_stage_bytes(tile, dtype), device) if aligned else 2
-    if by_group:  # three programs share a processor; a stage is being computed, the others are on their way
-        step = block_m * block_k * dtype.itemsize + block_n * block_k * formats.matrices(format).bytes_per_weight(dtype)
-        stages = max(2, min(4, 1 + int(device.shared / 3 / step)))
+    warps = 8 if block_m * block_n * dtype.itemsize >= (128 if aligned else 64) * 64 * 2 or crowded else 4
+    if by_group:
+        warps = block_n // 16
+        x = block_m * block_k * dtype.itemsize
+        step = x + block_n * block_k * formats.matrices(format).bytes_per_weight(dtype)
+        # A stage is being computed, from registers except for the x of `wgmma`; the others are on their way.
+        room = device.shared / 3 if block_m <= 16 else device.shared * warps / 8 - x
+        stages = max(2, min(4, 1 + int(room / step)))
     return LinearConfig(
         block_m=block_m,
         block_n=block_n,
@@ -183,8 +201,8 @@ def _config(M: int, N: int, K: int, dtype: torch.dtype, format: str, device: Dev
         split_k=split_k,
         # While one tile holds all rows, reading the weights takes longer than multiplying them twice. With few rows,
         # so does blending them.
-        use_blend=32 < block_m < M,
-        num_warps=8 if block_m * block_n * dtype.itemsize >= (128 if aligned else 64) * 64 * 2 or crowded else 4,
+        use_blend=32 < block_m < M and not by_group,
+        num_warps=warps,
         num_stages=stages,
         by_group=by_group,
     )

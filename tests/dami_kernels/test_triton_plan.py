@@ -144,17 +144,33 @@ def test_rows_of_many_lams_take_their_tile_at_once(M: int) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())
-def test_codes_of_few_rows_are_multiplied_by_group(device: Device) -> None:
-    """Whole steps of four groups, a warp for each; where steps are whole, and in formats with codes."""
+def test_codes_of_few_rows_go_by_group(device: Device) -> None:
+    """Whole steps of four groups: up to 16 rows one for each warp; in bfloat16 on sm_90 up to 64, one for each lane.
+
+    With codes at both ends a step has twice as many there, and 9 rows are already taken by lane.
+    """
     for M, (N, K), dtype, format in itertools.product(ROWS, SHAPES, DTYPES, ("pair", "int8", "int4", "w8d4")):
         config = linear_config(M, N, K, dtype, format, device)
         is_coded = format != "pair" and dtype != torch.float32 and not device.is_amd
-        assert config.by_group == (M <= 16 and K % 128 == 0 and is_coded)
+        by_lane = dtype == torch.bfloat16 and device.arch == "sm_90"
+        most = 64 if by_lane else 16
+        assert config.by_group == (is_coded and K % 128 == 0 and most >= M)
         if config.by_group:
-            assert (config.block_m, config.block_n, config.block_k) == (8 if M <= 8 else 16, 64, 128)
-            assert config.num_warps == 4
-            tiles = -(-N // 64)
+            is_long = format == "w8d4" and device.arch == "sm_90"
+            sizes = (8, 32, 64) if is_long and by_lane else (8, 16, 32, 64)
+            assert config.block_m == next(rows for rows in sizes if rows >= M)
+            assert config.block_k == (256 if is_long and K % 256 == 0 else 128)
+            assert (config.block_n, config.num_warps) in ([(64, 4)] if config.block_m <= 16 else [(64, 4), (128, 8)])
+            assert not config.use_blend
+        if config.by_group and config.block_m <= 32:
+            tiles = -(-N // config.block_n)
             assert tiles * config.split_k >= 2 * device.processors or 8 * config.split_k > K // 128
+
+
+@pytest.mark.parametrize(("N", "features"), [(4096, 64), (16384, 128), (19456, 64), (151936, 128)])
+def test_twice_the_features_are_taken_where_rounds_stay_full(N: int, features: int) -> None:
+    """19456 features are 152 tiles of 128: two rounds of 132 processors, of which three do with 64."""
+    assert linear_config(64, N, 2560, torch.bfloat16, "w8d4", H100).block_n == features
 
 
 def test_an_invariant_plan_knows_no_rows() -> None:
