@@ -81,7 +81,7 @@ class Tails:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the contents of `tails.json`."""
-        losses = {str(tail): loss._asdict() for tail, loss in self.losses.items()}
+        losses = {str(tail): {"worth": loss.worth, "accuracy": loss.accuracy} for tail, loss in self.losses.items()}
         return {**asdict(self), "points": [asdict(point) for point in self.points], "losses": losses}
 
 
