@@ -32,7 +32,7 @@ from dami.patching.independence import check_independence
 from dami.patching.media import check_media, media_by_sequence
 from dami.patching.vocabulary import weigh_unshared
 from dami.saving.directory import push, save
-from dami.upstream import OF_ONE_OBJECT, execution_device
+from dami.upstream import OF_ONE_OBJECT, execution_device, hook_of
 
 if TYPE_CHECKING:  # at run time, the other base class, which is transformers' own, provides them
     from transformers import GenerationMixin, PreTrainedModel
@@ -139,7 +139,8 @@ class LerpModel(PreTrainedModel):
     def device(self) -> Any:
         """The device the model computes on, even if its parameters are offloaded and so on the meta device."""
         device = next(self.parameters()).device
-        return (execution_device(self) if device.type == "meta" else None) or device
+        is_offloaded = device.type == "meta" and any(hook_of(module) is not None for module in self.modules())
+        return (execution_device(self) if is_offloaded else None) or device
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
