@@ -675,8 +675,9 @@ def newest_run(file: str, wanted: Callable[[Row], bool] = lambda _: True, **equa
 
 def generate(isa: str) -> str:
     """Tabulates generate.csv: a step of the plain model in ms, and of the patched one as ratios to it."""
-    rows = newest_run("generate.csv", isa=isa)
-    methods = [row["method"] for row in rows if (row["dtype"], row["batch"]) == (rows[0]["dtype"], rows[0]["batch"])]
+    last = newest_run("generate.csv", isa=isa)[0]  # of its commit, as cases may have been measured in several runs
+    rows = load(RESULTS / "generate.csv", isa=isa, device=last["device"], commit=last["commit"])
+    methods = list(dict.fromkeys(row["method"] for row in rows))
     lines = [["dtype", "B", "plain, ms a step", *(f"`{method}`" for method in methods[1:])]]
     by_case = {(row["dtype"], row["batch"], row["method"]): row for row in rows}
     for dtype, batch in dict.fromkeys((row["dtype"], row["batch"]) for row in rows):
