@@ -62,7 +62,7 @@ def span_of(frontier: Mapping[str, Any]) -> float:
     """Returns over how many tokens λ bends, by a pair's frontier: the mean length of its longest answers.
 
     That is 0, which cuts thoughts off, if the frontier is not known or has a valley: a λ at which answers are worse
-    than at both ends, beyond the 95 % interval. λ would slide through it, and the thought come to grief there.
+    than at both ends, beyond the 95 % interval. λ would slide through it, where thoughts break off.
     """
     points = sorted(frontier.get("points", ()), key=lambda point: point["intensity"])
     if not points:
