@@ -331,11 +331,12 @@ def test_lam_in_a_generation_config_is_refused(name: str) -> None:
         setattr(model.generation_config, name, 0.5)
 
 
-def test_lam_is_no_second_argument_of_generate() -> None:
+@pytest.mark.parametrize("lam", [0.0, 0.5])
+def test_lam_is_no_second_argument_of_generate(lam: float) -> None:
     with pytest.raises(
-        TypeError, match=r"generation_config must be a GenerationConfig, got 0.5: λ is a keyword, inten"
+        TypeError, match=f"generation_config must be a GenerationConfig, got {lam}: λ is a keyword, inten"
     ):
-        dami.patch_model(*pair("llama")).generate(batch("left")["input_ids"], 0.5)
+        dami.patch_model(*pair("llama")).generate(batch("left")["input_ids"], lam)
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ class PairModel(LerpModel, GenerationMixin):
         check_adapters(self)
         options = inspect.signature(self.dami_patch.original.generate).bind(self, *args, **kwargs).arguments
         options |= options.pop("kwargs", {})
-        config = options.get("generation_config") or self.generation_config
+        config = self.generation_config if (given := options.get("generation_config")) is None else given
         if not isinstance(config, transformers.GenerationConfig):
             raise TypeError(
                 f"generation_config must be a GenerationConfig, got {config!r}: λ is a keyword, intensity=…"
