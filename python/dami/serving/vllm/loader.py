@@ -78,7 +78,8 @@ class PairLoader(DefaultModelLoader):
             return super().load_model(vllm_config, model_config, prefix)
         support.check_features(vllm_config)
         model = super().load_model(vllm_config, model_config, prefix)
-        use_huge_pages(model)
+        if vllm_config.device_config.device_type == "cpu":  # a GPU's offloaded weights stay where vLLM has pinned them
+            use_huge_pages(model)
         with set_default_torch_dtype(model_config.dtype):
             self_test.run(model, vllm_config)
             self.pair.states = _states(model, vllm_config)
