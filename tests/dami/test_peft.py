@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import types
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,22 @@ def test_the_trainer_takes_a_packed_pair_with_an_adapter_and_no_other(tmp_path: 
     after = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     assert before
     assert not any(torch.equal(*both) for both in zip(before, after, strict=True))
+
+
+FUSED: dict[str, Any] = {
+    "fused_lm_head": lambda self, *args, fused_lm_head=False, **kwargs: None,
+    "skip_logits": lambda self, *args, skip_logits=None, **kwargs: None,
+}
+
+
+@pytest.mark.parametrize("argument", FUSED)
+def test_a_forward_that_reads_the_weight_of_the_head_is_refused(argument: str, model: PreTrainedModel) -> None:
+    """TRL's trainers and Liger put one over a model's own, under its signature."""
+    theirs = functools.wraps(type(model).forward)(FUSED[argument])
+    with pytest.raises(ValueError, match=f"cannot give way to one with {argument}, .* Train with transformers' Trainer"):
+        model.forward = types.MethodType(theirs, model)
+    model.forward = functools.partial(type(model).forward, model)  # as accelerate puts its own over it
+    assert model(torch.tensor([[3, 4]]), intensity=0.5).logits.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ else:
     PreTrainedModel, GenerationMixin = nn.Module, object
 
 M = TypeVar("M", bound=nn.Module)
+FUSED_HEADS = {"fused_lm_head": "TRL", "skip_logits": "Liger"}  # an argument of their forwards, by which one knows them
 
 
 class LerpModel(PreTrainedModel):
@@ -143,6 +144,8 @@ class LerpModel(PreTrainedModel):
         return (execution_device(self) if is_offloaded else None) or device
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":
+            _check_forward(value)
         super().__setattr__(name, value)
         if name == "peft_config":  # PEFT sets it when it puts an adapter on the model
             guard_merging()
@@ -179,6 +182,16 @@ class LerpModel(PreTrainedModel):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = {name: value for name, value in self.__dict__.items() if not name.startswith(OF_ONE_OBJECT)}
         return rebuild, (recipe_of(type(self)),), state
+
+
+def _check_forward(forward: Callable[..., Any]) -> None:
+    """Raises ValueError for a forward, to be put over the model's own, that multiplies by the head's weight itself."""
+    code = getattr(getattr(forward, "__func__", forward), "__code__", None)  # its signature may be that of the model's
+    if found := [name for name in FUSED_HEADS if code is not None and name in code.co_varnames]:
+        raise ValueError(
+            f"the forward of a pair cannot give way to one with {found[0]}, as {FUSED_HEADS[found[0]]} has it: it reads "
+            "the head's weight, which is the instruct end's, and no λ. Train with transformers' Trainer without fused losses"
+        )
 
 
 class PairModel(LerpModel, GenerationMixin):
