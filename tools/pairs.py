@@ -13,7 +13,7 @@ from dami.loading.checkpoint import Checkpoint
 from dami.loading.preview import Preview, preview
 from dami.loading.published import PublishedPair, pairs, recorded_config
 
-HEAD = """| instruct and thinking end | parameters | licence | what differs | weights fit on |
+HEAD = """| command | parameters | licence | what differs | weights fit on |
 | --- | --- | --- | --- | --- |"""
 
 
@@ -26,7 +26,8 @@ def line(pair: PublishedPair) -> str:
     """Returns the row of a pair. What no recorded config shows is not claimed."""
     found, compared = recorded_preview(pair)
     licence = pair.license if pair.license_checked else f"{pair.license} (unchecked)"
-    cells = [f"`{pair.instruct}` `{pair.thinking}`", "not recorded", licence, _differs(found, compared, pair), ""]
+    command = f"`dami check {pair.instruct} {pair.thinking}`"
+    cells = [command, "not recorded", licence, _differs(found, compared, pair), ""]
     if found is not None and found.sizes is not None:
         cells[1] = f"{found.parameters / 1e9:.1f} B"
         cells[4] = ", ".join(f"`{format}` {found.fitting(size)[0]}" for format, size in by_size(found))
@@ -63,6 +64,7 @@ def recorded_preview(pair: PublishedPair) -> tuple[Preview | None, bool]:
             directory = Path(folder) / name
             directory.mkdir(parents=True)
             (directory / "config.json").write_text(json.dumps(config or known[0]))
+            (directory / "pytorch_model.bin").touch()  # for the weights, which nothing opens
             ends.append(Checkpoint.find(directory))
         return preview(ends[0], ends[1]), len(known) == 2
 

@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         "model.layers.0.self_attn.k_proj.weight: [12, 24] in the instruct end, [7, 24] in the adapter",
         "model.layers.0.self_attn.v_proj.weight: the adapter has only one of its factors",
         "model.norm.weight: [24] in the instruct end, [7] in the adapter",
-        "model.norms.weight: in the adapter only",
+        "model.norms.weight: in the adapter only; name the checkpoint that the adapter was trained on",
     ]
     with pytest.raises(ValueError, match=re.escape("\n  ".join(["do not match:", *expected]))):
         dami.load_pair(base, adapter)

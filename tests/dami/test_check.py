@@ -86,6 +86,7 @@ def test_what_blocks_a_pair_comes_with_its_remedy_and_an_exit_code(ends: tuple[P
         "config.rms_norm_eps",
         "rotary embedding",
     }
+    assert all(each["remedy"] for each in found["differences"])
     assert found["engines"]["vLLM"] == "no: it is no pair"
     result = check(*ends)
     assert result.exit_code == 1

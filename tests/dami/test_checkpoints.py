@@ -16,6 +16,9 @@ from typing import Any
 import dami
 import pytest
 import torch
+from dami.loading.checkpoint import Checkpoint
+from dami.loading.preview import preview
+from dami.loading.remote import RemoteCheckpoint
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -214,10 +217,13 @@ def test_everything_that_does_not_match_is_reported_at_once(
         f"{instruct} and {thinking} do not match:",
         "rotary embedding: rope_theta 10000.0 in the instruct end, 5.0 in the thinking end; a row at λ has one rota"
         'tion: choose whose, rope="instruct" or rope="thinking", and measure',
-        "config.rms_norm_eps: 1e-06 in the instruct end, 0.001 in the thinking end",
-        "tokenizer: 2 tokens have another id or are in one vocabulary only, such as ['w7', 'w8']",
+        "config.rms_norm_eps: 1e-06 in the instruct end, 0.001 in the thinking end; take ends that were trained "
+        "from one model",
+        "tokenizer: 2 tokens have another id or are in one vocabulary only, such as ['w7', 'w8']; take ends of one "
+        "tokenizer: a row of weights is one token",
         "model.layers.0.mlp.up_proj.weight: in the instruct end only",
-        "model.norm.weight: float32 [24] in the instruct end, float32 [25] in the thinking end",
+        "model.norm.weight: float32 [24] in the instruct end, float32 [25] in the thinking end; take ends that were "
+        "trained from one model",
     ]
 
 
@@ -226,8 +232,37 @@ def test_another_architecture_is_named_alone(ends: tuple[Path, Path], tmp_path: 
     with pytest.raises(ValueError, match="do not match") as caught:
         dami.load_pair(ends[0], other)
     assert str(caught.value).split("\n  ")[1:] == [
-        "config.model_type: 'llama' in the instruct end, 'gpt2' in the thinking end"
+        "config.model_type: 'llama' in the instruct end, 'gpt2' in the thinking end; take ends that were trained "
+        "from one model"
     ]
+
+
+@pytest.mark.parametrize("named", ["model.fp16.safetensors", "consolidated.safetensors", None])
+def test_an_end_without_weights_is_told_before_any_is_loaded(named: str | None, ends: tuple[Path, Path]) -> None:
+    weights = ends[1] / "model.safetensors"
+    weights.rename(ends[1] / named) if named else weights.unlink()
+    told = "weights: no model.safetensors or pytorch_model.bin in the thinking end; put its weights there under"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        dami.load_pair(*ends)
+    assert not preview(*map(Checkpoint.find, ends)).is_pair
+
+
+@pytest.mark.parametrize(
+    ("folder", "files", "found"),
+    [
+        ("", ["pytorch_model.bin"], True),
+        ("", ["tf_model.h5"], False),
+        ("a", ["a/pytorch_model-1.bin"], True),
+        ("a", ["pytorch_model.bin"], False),
+    ],
+)
+def test_a_bin_that_stays_on_the_hub_counts_as_weights(
+    folder: str, files: list[str], found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dami.loading.remote.list_repo_files", lambda *_, **__: files)
+    remote = RemoteCheckpoint(tmp_path, "x/y", download={"revision": "main"}, repository="x/y", subfolder=folder)
+    vars(remote)["_files"] = {}  # of safetensors files there is none
+    assert remote.has_weights() == found
 
 
 def test_what_both_ends_lack_is_not_left_at_random(ends: tuple[Path, Path]) -> None:

@@ -83,7 +83,7 @@ def told(found: Preview) -> RenderableType:
     head = Text(f"{found.instruct} and {found.thinking}: ")
     head.append("a pair", "bold green") if found.is_pair else head.append("no pair", "bold red")
     parts: list[RenderableType] = [head, Text()]
-    blocking = [(each.subject, each.ends, each.remedy or "nothing known") for each in found.report.blocking]
+    blocking = [(each.subject, each.ends, each.remedy) for each in found.report.blocking]
     if blocking:
         parts += [FittedTable(("in the way", "ends", "remedy"), blocking, left=3), Text()]
     resolved = [

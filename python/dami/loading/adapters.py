@@ -22,6 +22,7 @@ from dami.sources import ADAPTER, read_object
 
 CONFIG, WEIGHTS, LEGACY = ADAPTER, "adapter_model.safetensors", "adapter_model.bin"
 MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.weight)?")  # DoRA's
+MISFIT = "name the checkpoint that the adapter was trained on"  # what to do if it does not fit
 _SUBTRACTED = ("pissa", "olora")  # initialisations that subtract from the base what can be recomputed
 
 

@@ -264,6 +264,10 @@ class Checkpoint:
             raise ValueError("\n  ".join([f"the checkpoint {self.directory} is damaged:", *faults]))
         return headers
 
+    def has_weights(self) -> bool:
+        """Whether there is a file that transformers reads weights from."""
+        return self.gguf is not None or bool(self.files()) or any(self.directory.glob(LEGACY_FILES[0]))
+
     def check(self) -> None:
         """Raises what `stored` raises if its files are damaged."""
         _ = self.stored

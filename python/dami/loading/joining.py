@@ -66,7 +66,9 @@ class Joining:
         for adapter in filter(None, read):
             if mismatches := adapter.mismatches(base.skeleton()):
                 names = f"{base.directory} and {adapter.directory}"
-                raise ValueError("\n  ".join([f"{names} do not match:", *mismatches]))
+                raise ValueError(
+                    "\n  ".join([f"{names} do not match:", *mismatches[:-1], f"{mismatches[-1]}; {adapters.MISFIT}"])
+                )
         match = Match.of(base, ends[1], choices) if read[1] is None else None
         if match is not None:
             match.check()

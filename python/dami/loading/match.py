@@ -75,6 +75,7 @@ class Match:
         tokenizers = instruct.tokenizer(), thinking.tokenizer()
         matching = published.matching(thinking.name)
         differences = [*policies.settings(configs, choices, untied, matching), *policies.quantisation(ends)]
+        differences += policies.weights(ends)
         differences += policies.tokens(tokenizers, choices)
         if alike:
             differences += policies.heads(own)
@@ -91,7 +92,7 @@ class Match:
         """Raises ValueError if the two are no pair; the message names all that blocks it."""
         if self.report.blocking:
             names = f"{self.ends[0].directory} and {self.ends[1].directory}"
-            raise ValueError("\n  ".join([f"{names} do not match:", *map(str, self.report.blocking)]))
+            raise ValueError("\n  ".join([f"{names} do not match:", *self.report.obstacles]))
 
     @property
     def dtype(self) -> torch.dtype | str:
@@ -196,7 +197,8 @@ def _misshapen(
             if name in rows and wanted[0] == max(sizes):
                 wanted = [size, *wanted[1:]]
             if shape != wanted and (end == "instruct" or name in rows):
-                yield Difference(name, f"{shape} in the files of the {end} end, {wanted} by its config")
+                told = f"{shape} in the files of the {end} end, {wanted} by its config"
+                yield Difference(name, told, None, "take files and config of one version")
 
 
 def _tensors(
@@ -221,8 +223,8 @@ def _tensors(
                 end[name] = [max(sizes), *shape[1:]], dtype
     for line in tensor_mismatches(known[0], known[1], dtypes=False):
         subject, _, ends = line.partition(": ")
-        yield Difference(subject, ends)
+        yield Difference(subject, ends, None, policies.ONE_MODEL)
     for name in known[0].keys() & known[1].keys():  # a dtype may differ in its width only
         found = known[0][name][1], known[1][name][1]
         if found[0] != found[1] and not all(map(is_floating, found)):
-            yield Difference(name, both(*found))
+            yield Difference(name, both(*found), None, policies.ONE_MODEL)

@@ -10,7 +10,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ ROPE = re.compile(  # the configs that hold a setting of the rotary embedding, a
     r"(rope_parameters|rope_theta|rope_scaling|rope_local_base_freq|original_max_position_embeddings)(?:\..*)?"
 )
 CONTEXT = "max_position_embeddings"
+ONE_MODEL = "take ends that were trained from one model"
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -79,7 +80,7 @@ class Difference:
         subject: what differs, such as "vocabulary" or "config.rms_norm_eps".
         ends: what each end has.
         resolution: what the pair does; None if it cannot be a pair like this.
-        remedy: what changes the resolution, or removes the obstacle; empty if nothing does.
+        remedy: what changes the resolution, or removes the obstacle, which never comes without one.
     """
 
     subject: str
@@ -108,6 +109,15 @@ class Report:
     def blocking(self) -> list[Difference]:
         return [each for each in self.differences if each.resolution is None]
 
+    @property
+    def obstacles(self) -> list[str]:
+        """A line for each difference that blocks the pair. A remedy of several in a row stands after the last."""
+        after = [each.remedy for each in self.blocking[1:]] + [""]
+        return [
+            str(replace(each, remedy="") if each.remedy == following else each)
+            for each, following in zip(self.blocking, after, strict=True)
+        ]
+
     def to_dicts(self) -> list[dict[str, Any]]:
         """Returns the differences as JSON can hold them."""
         return [asdict(each) for each in self.differences]
@@ -135,7 +145,7 @@ def settings(
         name = key.rpartition(".")[2]
         told = key.startswith("quantization_config.") or (name == TIES and untied) or name == "vocab_size"
         if not told and not _of_rope(key):  # `quantisation`, `heads` and `vocabularies` tell the others
-            yield Difference(f"config.{key}", both(*map(repr, values)))
+            yield Difference(f"config.{key}", both(*map(repr, values)), None, ONE_MODEL)
     lengths: list[Any] = [getattr(config.get_text_config(), CONTEXT, None) for config in configs]
     stretched = any(key.rpartition(".")[2] == CONTEXT for key in differing)
     if None not in lengths and lengths[0] != lengths[1] and not stretched:
@@ -182,6 +192,14 @@ def quantisation(ends: tuple[Checkpoint, Checkpoint]) -> Iterator[Difference]:
         yield Difference("quantisation", told, None, str(error))
     else:
         yield Difference("quantisation", told, "dequantised while reading, as transformers does")
+
+
+def weights(ends: tuple[Checkpoint, Checkpoint]) -> Iterator[Difference]:
+    """Yields the ends that have no weights in a file that transformers reads."""
+    for name, end in zip(ENDS, ends, strict=True):
+        if not end.has_weights():
+            remedy = "put its weights there under one of these names"
+            yield Difference("weights", f"no model.safetensors or pytorch_model.bin in the {name} end", None, remedy)
 
 
 def heads(own: Sequence[bool]) -> Iterator[Difference]:
@@ -272,7 +290,7 @@ def tokens(
     if ordinary:
         named = sorted({words[i][n] for n in ordinary for i in (0, 1) if n in words[i]})
         told = f"{len(differ)} tokens have another id or are in one vocabulary only, such as {named[:5]}"
-        yield Difference("tokenizer", told, None)
+        yield Difference("tokenizer", told, None, "take ends of one tokenizer: a row of weights is one token")
         return
     chosen = tokenizer_end(tokenizers, choices)
     for subject, numbers in (

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from dami.layers.base import LerpModule
 from dami.layers.kinds import kinds_of, readers, stored_format
 from dami.layers.obstacles import obstacles
-from dami.loading.adapters import Adapter
+from dami.loading.adapters import MISFIT, Adapter
 from dami.loading.checkpoint import Checkpoint
 from dami.loading.match import Match, check_distinct
 from dami.loading.policies import Choices, Difference, Report
@@ -152,10 +152,11 @@ def _adapted(ends: Sequence[Checkpoint], skeleton: PreTrainedModel) -> tuple[lis
         try:
             adapter = Adapter.read(end.directory)
         except ValueError as error:
-            differences.append(Difference("adapter", str(error)))
+            differences.append(Difference("adapter", str(error), None, "give a plain LoRA, or a whole checkpoint"))
             continue
         lines = adapter.mismatches(skeleton)
-        differences += [Difference(subject, told) for subject, _, told in (line.partition(": ") for line in lines)]
+        parted = [line.partition(": ") for line in lines]
+        differences += [Difference(subject, told, None, MISFIT) for subject, _, told in parted]
         changed |= {*adapter.names}
         if not lines and adapter.unties(skeleton):
             untie(skeleton)
@@ -209,7 +210,8 @@ def _doubts(match: Match) -> Iterator[Difference]:
             ends = zip(match.ends, match.stored, strict=True)
             base, target = (stored.read(end, name) for end, stored in ends)
             if not torch.equal(base, target):
-                yield Difference(name, f"differs, and cannot be interpolated: {line}")
+                told = f"differs, and cannot be interpolated: {line}"
+                yield Difference(name, told, None, "take ends in which it is the same")
 
 
 def _distances(match: Match) -> Iterator[Distance]:

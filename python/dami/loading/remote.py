@@ -6,13 +6,14 @@ import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_url, snapshot_download
+from huggingface_hub import hf_hub_url, list_repo_files, snapshot_download
 from huggingface_hub.utils import (
     EntryNotFoundError,
     build_hf_headers,
@@ -23,7 +24,7 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from dami.loading.adapters import CONFIG, LEGACY, WEIGHTS
-from dami.loading.checkpoint import DTYPES, FILES, Checkpoint
+from dami.loading.checkpoint import DTYPES, FILES, LEGACY_FILES, Checkpoint
 from dami.patching.compare import Header
 from dami.sources import local
 
@@ -108,6 +109,13 @@ class RemoteCheckpoint(Checkpoint):
         if response.status_code != HTTPStatus.PARTIAL_CONTENT or len(response.content) != end - begin:
             raise OSError(f"{url} must give bytes {begin} to {end - 1}, got {len(response.content)} bytes")
         return response.content
+
+    def has_weights(self) -> bool:
+        if self._files:
+            return True
+        revision, token = self.download["revision"], self.download.get("token")
+        names = list_repo_files(self.repository, revision=revision, token=token)
+        return any(fnmatch(name, f"{self.subfolder}/{LEGACY_FILES[0]}".lstrip("/")) for name in names)
 
     def identity(self) -> list[object]:
         return [self.repository, self.download["revision"], self.subfolder]
