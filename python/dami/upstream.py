@@ -514,6 +514,7 @@ HOOKS_AROUND = (  # attributes that hold the hooks which run before and after a 
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )
+CAPTURES = "_output_capturing_hooks_installed"  # attribute of a model whose modules have hooks that record outputs
 LAYER_INDEX = "layer_idx"  # attribute of the modules of a layer that read or write the cache
 KEPT_BY_GENERATE = ("_previous_max_cache_length",)  # attributes of a model that `generate` sets
 
@@ -528,6 +529,18 @@ def for_any_device(config: C) -> C:
 def captures_outputs(hook: Callable[..., Any]) -> bool:
     """Whether transformers has put a hook on a module to record outputs, such as attention weights."""
     return getattr(hook, "__module__", None) == CAPTURING
+
+
+def forget_captures(model: nn.Module) -> None:
+    """Takes off the hooks that record outputs, which no pickle can hold; transformers puts them on when needed."""
+    modules = [*model.modules()]
+    if not any(CAPTURES in vars(module) for module in modules):
+        return
+    for module in modules:
+        vars(module).pop(CAPTURES, None)
+        hooks = vars(module)[HOOKS]
+        for key in [key for key, hook in hooks.items() if captures_outputs(hook)]:
+            del hooks[key]
 
 
 @needs("compiled decoding")

@@ -86,6 +86,16 @@ def test_a_base_that_is_not_kept_leaves_a_placeholder() -> None:
     assert dami.unpatch_model(copy.deepcopy(model)).lm_head.weight.isfinite().all()
 
 
+@torch.no_grad()
+def test_a_pair_that_has_told_hidden_states_can_be_pickled() -> None:
+    """As it does for "auto". transformers leaves hooks on a model then, which no pickle can hold."""
+    model, inputs = dami.patch_model(*pair("llama")), batch("left")
+    asked = {"intensity": [0.0, 0.2, 0.7, 1.0], "output_hidden_states": True}
+    wanted = model(**inputs, **asked).hidden_states
+    for other in (pickle.loads(pickle.dumps(model)), model):
+        assert all(map(torch.equal, other(**inputs, **asked).hidden_states, wanted))
+
+
 @every_format
 @torch.no_grad()
 def test_the_state_is_what_is_stored(format: str) -> None:

@@ -126,7 +126,7 @@ FUSED: dict[str, Any] = {
 def test_a_forward_that_reads_the_weight_of_the_head_is_refused(argument: str, model: PreTrainedModel) -> None:
     """TRL's trainers and Liger put one over a model's own, under its signature."""
     theirs = functools.wraps(type(model).forward)(FUSED[argument])
-    with pytest.raises(ValueError, match=f"cannot give way to one with {argument}, .* Train with transformers' Trainer"):
+    with pytest.raises(ValueError, match=f"cannot give way to one with {argument}, .* Use transformers' Trainer"):
         model.forward = types.MethodType(theirs, model)
     model.forward = functools.partial(type(model).forward, model)  # as accelerate puts its own over it
     assert model(torch.tensor([[3, 4]]), intensity=0.5).logits.isfinite().all()

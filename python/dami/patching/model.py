@@ -32,7 +32,7 @@ from dami.patching.independence import check_independence
 from dami.patching.media import check_media, media_by_sequence
 from dami.patching.vocabulary import weigh_unshared
 from dami.saving.directory import push, save
-from dami.upstream import OF_ONE_OBJECT, execution_device, hook_of
+from dami.upstream import OF_ONE_OBJECT, execution_device, forget_captures, hook_of
 
 if TYPE_CHECKING:  # at run time, the other base class, which is transformers' own, provides them
     from transformers import GenerationMixin, PreTrainedModel
@@ -180,6 +180,7 @@ class LerpModel(PreTrainedModel):
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        forget_captures(self)
         state = {name: value for name, value in self.__dict__.items() if not name.startswith(OF_ONE_OBJECT)}
         return rebuild, (recipe_of(type(self)),), state
 
@@ -189,8 +190,8 @@ def _check_forward(forward: Callable[..., Any]) -> None:
     code = getattr(getattr(forward, "__func__", forward), "__code__", None)  # its signature may be that of the model's
     if found := [name for name in FUSED_HEADS if code is not None and name in code.co_varnames]:
         raise ValueError(
-            f"the forward of a pair cannot give way to one with {found[0]}, as {FUSED_HEADS[found[0]]} has it: it reads "
-            "the head's weight, which is the instruct end's, and no λ. Train with transformers' Trainer without fused losses"
+            f"the forward of a pair cannot give way to one with {found[0]}, that of {FUSED_HEADS[found[0]]}: it reads "
+            "the head's weight, which is the instruct end's, and no λ. Use transformers' Trainer without fused losses"
         )
 
 
