@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -38,13 +40,14 @@ def encode(
     prompts: Sequence[Prompt],
     chat_template: ChatTemplate | None = "default",
     intensities: Sequence[float] | None = None,
+    **options: Any,
 ) -> tuple[list[str], dict[str, torch.Tensor]]:
     """Returns the prompts' full texts and their batch: `input_ids` and `attention_mask` [rows, length], left-padded.
 
     The arguments are those of `render`, which makes the texts.
     """
     prompts = as_prompts(prompts)
-    texts = render(tokenizer, prompts, chat_template, intensities)
+    texts = render(tokenizer, prompts, chat_template, intensities, **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # A chat template adds its own special tokens.
@@ -92,6 +95,24 @@ def render(
     return cast(list[str], rendered)  # strings, because of tokenize=False
 
 
+def not_variables(tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any]) -> list[str]:
+    """Returns the names among some variables that the tokenizer's chat templates do not read."""
+    templates = tokenizer.chat_template or ""
+    text = "\n".join(templates.values()) if isinstance(templates, dict) else templates
+    taken = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"}
+    return [name for name in given if name in taken or not re.search(rf"\b{re.escape(name)}\b", text)]
+
+
+def check_variables(
+    tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate | None, given: Mapping[str, Any]
+) -> None:
+    """Raises ValueError for variables of a chat template that do not apply."""
+    if given and chat_template is None:
+        raise ValueError("chat_template_kwargs need the chat template: drop chat_template=None (--raw)")
+    if foreign := not_variables(tokenizer, given):
+        raise ValueError(f"chat_template_kwargs must be variables of the chat template, got {foreign[0]!r}")
+
+
 def _template(tokenizer: PreTrainedTokenizerBase, wanted: ChatTemplate, lam: float | None) -> str:
     """Returns the text of the template for a row at λ."""
     templates = tokenizer.chat_template
@@ -118,6 +139,7 @@ def ask(
     chat_template: ChatTemplate | None = "default",
     prompt_intensity: IntensityLike | None = None,
     prompt_tail: Any = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> list[Answer]:
     """Answers all prompts in one batch, each at its own λ.
@@ -130,23 +152,25 @@ def ask(
         chat_template: as in `render`. If it depends on λ, the estimator gets prompts in the instruct end's template.
         prompt_intensity: λ of the prompts before their tails, as in `generate`.
         prompt_tail: as in `generate`, or "turn", for all rows or in a list: from the text of the last user message on.
+        chat_template_kwargs: variables of the chat template, such as {"enable_thinking": False}.
         options: passed to `model.generate`. Without `max_new_tokens`, an answer has as many tokens at most as the
             model's generation config says, or else as fit into its context.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what it is and what it must be.
     """
-    prompts = as_prompts(prompts)
+    prompts, variables = as_prompts(prompts), chat_template_kwargs or {}
+    check_variables(tokenizer, chat_template, variables)
     wanted: Sequence[float | str] | None = None
     with torch.inference_mode():
         if intensities is not None:
-            wanted = _wanted(model, tokenizer, prompts, intensities, chat_template, prompt_intensity)
+            wanted = _wanted(model, tokenizer, prompts, intensities, chat_template, prompt_intensity, variables)
         lams: Any = wanted  # numbers, if the template depends on them
-        texts, batch = encode(tokenizer, prompts, chat_template, lams)
+        texts, batch = encode(tokenizer, prompts, chat_template, lams, **variables)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         given: dict[str, Any] = {} if wanted is None else {"intensity": wanted}
         if prompt_intensity is not None or prompt_tail is not None:
-            tails = _tails(tokenizer, prompts, prompt_tail, chat_template, lams)
+            tails = _tails(tokenizer, prompts, prompt_tail, chat_template, lams, variables)
             given |= {"prompt_intensity": prompt_intensity, "prompt_tail": tails}
         if options.keys() <= KNOWN:
             ids = generate_in_pieces(model, batch, given.pop("intensity", None), **given, **options)
@@ -175,10 +199,11 @@ def _wanted(
     intensities: IntensityLike,
     chat_template: ChatTemplate | None,
     prompt_intensity: IntensityLike | None,
+    variables: Mapping[str, Any],
 ) -> list[float | str]:
     """Returns λ of every row: numbers, and "auto" where `generate` can ask the estimator about the very prompts."""
     if prompt_intensity is None or not (chat_template is None or isinstance(chat_template, str)):
-        return [*numbers_of(model, tokenizer, prompts, intensities, chat_template)]
+        return [*numbers_of(model, tokenizer, prompts, intensities, chat_template, **variables)]
     parsed = Intensity.parse(intensities, CALLERS["dami.chat.ask"], patch_of(model).presets, len(prompts))
     return [AUTO if row in parsed.auto else lam for row, lam in enumerate(parsed.each(len(prompts)))]
 
@@ -189,12 +214,13 @@ def _tails(
     tail: Any,
     chat_template: ChatTemplate | None,
     intensities: Sequence[float] | None,
+    variables: Mapping[str, Any],
 ) -> Any:
     """Replaces "turn" in a `prompt_tail` by numbers of tokens."""
     several = [tail] * len(prompts) if isinstance(tail, str) else tail
     if not isinstance(several, (list, tuple)) or TURN not in several:
         return tail
-    turns = last_turns(tokenizer, prompts, chat_template, intensities)
+    turns = last_turns(tokenizer, prompts, chat_template, intensities, **variables)
     return [turn if each == TURN else each for each, turn in zip(several, turns, strict=False)]
 
 
@@ -203,6 +229,7 @@ def last_turns(
     prompts: Sequence[Prompt],
     chat_template: ChatTemplate | None = "default",
     intensities: Sequence[float] | None = None,
+    **options: Any,
 ) -> list[int]:
     """Returns how many tokens each prompt has from the text of its last user message on.
 
@@ -210,7 +237,7 @@ def last_turns(
     user message counts as a whole.
 
     Args:
-        tokenizer, prompts, chat_template, intensities: as in `render`.
+        tokenizer, prompts, chat_template, intensities, options: as in `render`.
 
     Raises:
         ValueError: `chat_template` is None, so that there are no messages; or as in `render`.
@@ -219,7 +246,8 @@ def last_turns(
         raise ValueError(
             "prompt_tail='turn' needs the chat template: drop chat_template=None (--raw), or pass a number"
         )
-    texts = render(tokenizer, [*prompts, *map(otherwise, prompts)], chat_template, intensities and [*intensities] * 2)
+    lams = intensities and [*intensities] * 2
+    texts = render(tokenizer, [*prompts, *map(otherwise, prompts)], chat_template, lams, **options)
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return [*map(last_turn, rows[: len(prompts)], rows[len(prompts) :])]
 
@@ -246,14 +274,15 @@ def numbers_of(
     prompts: Sequence[Prompt],
     intensities: IntensityLike,
     chat_template: ChatTemplate | None = "default",
+    **options: Any,
 ) -> list[float]:
-    """Returns λ of every row, with presets and "auto" replaced by their numbers."""
+    """Returns λ of every row, with presets and "auto" replaced by their numbers. `options` are those of `render`."""
     prompts = as_prompts(prompts)
     wanted = Intensity.parse(intensities, CALLERS["dami.chat.ask"], patch_of(model).presets, len(prompts))
     lams = wanted.each(len(prompts))
     if wanted.auto:
         fixed = chat_template if chat_template is None or isinstance(chat_template, str) else "instruct"
-        _, batch = encode(tokenizer, prompts, fixed)
+        _, batch = encode(tokenizer, prompts, fixed, **options)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         found = estimates(model, batch, len(prompts), wanted.auto)
         for place, lam in zip(wanted.auto, found.numpy(), strict=True):

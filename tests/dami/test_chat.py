@@ -164,6 +164,43 @@ def test_a_bad_template_is_refused(pair: tuple[Any, Any], chat_template: Any, me
         chat.encode(pair[1], ["7"], chat_template, intensities)
 
 
+THINKS = "{% if not enable_thinking | default(true) %}{{ '<think></think>' }}{% endif %}"
+
+
+@pytest.mark.parametrize("lam", [1.0, "auto"])
+def test_variables_reach_the_chat_template(lam: Any, pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = pair
+    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template + THINKS)
+    options = {"max_new_tokens": 4, "do_sample": False, "prompt_intensity": 0.0, "prompt_tail": "turn"}
+    variables = {"enable_thinking": False}
+    (answer,) = chat.ask(model, tokenizer, ["42 + 69"], lam, chat_template_kwargs=variables, **options)
+    (text,) = chat.render(tokenizer, ["42 + 69"], **variables)
+    assert text.endswith("<think></think>")
+    (same,) = chat.ask(model, tokenizer, [text], lam, None, **{**options, "prompt_tail": 7})
+    assert (answer.text, answer.intensity) == (same.text, same.intensity)
+
+
+@pytest.mark.parametrize(
+    ("template", "variables", "message"),
+    [
+        ("default", {"wings": 1}, "chat_template_kwargs must be variables of the chat template, got 'wings'"),
+        ("default", {"tokenize": True}, "of the chat template, got 'tokenize'"),
+        (None, {"enable_thinking": False}, "chat_template_kwargs need the chat template: drop chat_template=None"),
+    ],
+)
+def test_variables_that_nothing_reads_are_refused(
+    template: str | None,
+    variables: dict[str, Any],
+    message: str,
+    pair: tuple[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, tokenizer = pair
+    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template + THINKS)
+    with pytest.raises(ValueError, match=message):
+        chat.ask(model, tokenizer, ["2 + 3"], 0.0, template, chat_template_kwargs=variables)
+
+
 def test_rows_of_one_batch_answer_as_each_alone(pair: tuple[Any, Any]) -> None:
     prompts, lams = ["What is 7 + 3?", "What is the gcd of 12, 18 and 30?"], [0.0, 1.0]
     options = {"do_sample": False, "max_new_tokens": 8}

@@ -14,6 +14,7 @@ import typer
 from dami.cli.base import app, err, fail, load, out, user_errors
 from dami.cli.checkpoints import TakesPair, refuse_checkpoint, takes_checkpoints
 from dami.cli.options import (
+    ChatTemplateKwargsOption,
     ChatTemplateOption,
     DtypeOption,
     FormatOption,
@@ -112,6 +113,7 @@ def generate(
     stream: StreamOption = False,
     as_json: AsJsonOption = False,
     chat_template: ChatTemplateOption = None,
+    chat_template_kwargs: ChatTemplateKwargsOption = None,
     raw: RawOption = False,
     max_new_tokens: MaxNewTokensOption = None,
     greedy: GreedyOption = False,
@@ -135,6 +137,7 @@ def generate(
     )
     options |= {"compile": True} if compile else {}
     options |= reading(prompt_intensity, prompt_tail)
+    options |= {"chat_template_kwargs": chat_template_kwargs} if chat_template_kwargs else {}
     if raw and chat_template is not None:
         raise fail("--raw excludes --chat-template")
     put_through = None if raw else "default" if chat_template is None else chat_template

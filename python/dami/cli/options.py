@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,6 +84,17 @@ def template(text: str) -> str | float:
         return finite(text)
     except typer.BadParameter as error:
         raise typer.BadParameter(f"must be instruct, thinking or a finite number, got {text!r}") from error
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Reads an object in JSON."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"must be a JSON object, got {text!r}: {error}") from error
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"must be a JSON object, got {text!r}")
+    return found
 
 
 def lam_option(help: str, default: str) -> Any:
@@ -171,6 +183,16 @@ ChatTemplateOption = Annotated[
         metavar="NAME|λ",
         help="The chat template: instruct, thinking, or the λ from which to use thinking's. Default: the pair's own.",
         autocompletion=one_of("instruct", "thinking"),
+    ),
+]
+
+
+ChatTemplateKwargsOption = Annotated[
+    Any,  # a dict: typer has no such option
+    typer.Option(
+        parser=json_object,
+        metavar="JSON",
+        help='Variables of the chat template, as {"enable_thinking": false}.',
     ),
 ]
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TextStreamer
 
-from dami.chat import Answer, ChatTemplate, answers_of, ask, encode, numbers_of
+from dami.chat import Answer, ChatTemplate, answers_of, ask, check_variables, encode, numbers_of
 from dami.estimators.files import StoredIntensity
 from dami.evaluation.calibration import Calibration
 from dami.evaluation.frontier import Point
@@ -126,9 +126,11 @@ def stream(
         written = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         ask(model, tokenizer, prompts, intensities, chat_template, streamer=written, **options)
         return
-    lams = numbers_of(model, tokenizer, prompts, intensities, chat_template)
+    variables = options.get("chat_template_kwargs") or {}
+    check_variables(tokenizer, chat_template, variables)
+    lams = numbers_of(model, tokenizer, prompts, intensities, chat_template, **variables)
     rows, reader = RowStreamer(), Reader.of(tokenizer)
-    texts, _ = encode(tokenizer, prompts, chat_template, lams)
+    texts, _ = encode(tokenizer, prompts, chat_template, lams, **variables)
 
     def columns() -> RenderableType:
         ids = torch.stack(rows.steps[1:], 1) if len(rows.steps) > 1 else torch.empty(len(prompts), 0, dtype=torch.int64)

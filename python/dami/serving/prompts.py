@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from dami.callers import TURN
-from dami.chat import ChatTemplate, last_turn, otherwise, render
+from dami.chat import ChatTemplate, last_turn, not_variables, otherwise, render
 from dami.serving.calls import OPEN, writes_calls
 from dami.serving.protocol import BadRequest, ChatRequest, CompletionRequest
 from dami.serving.reading import PromptReading
@@ -37,19 +36,17 @@ class Prompts:
             BadRequest: the template has no place for them, or its models write calls that this server cannot read.
         """
         given = body.chat_template_kwargs or {}
-        templates = self.tokenizer.chat_template or ""
-        text = "\n".join(templates.values()) if isinstance(templates, dict) else templates
-        taken = inspect.signature(self.tokenizer.apply_chat_template).parameters
-        for name in given:
-            if name in taken or name == "messages" or not re.search(rf"\b{re.escape(name)}\b", text):
-                raise BadRequest(
-                    f"chat_template_kwargs must be variables of the chat template, got {name[:64]!r}",
-                    "chat_template_kwargs",
-                )
+        if foreign := not_variables(self.tokenizer, given):
+            raise BadRequest(
+                f"chat_template_kwargs must be variables of the chat template, got {foreign[0][:64]!r}",
+                "chat_template_kwargs",
+            )
         goes_on = bool(body.continue_final_message)
         options = {**given, "add_generation_prompt": not goes_on, "continue_final_message": goes_on}
         if not body.callable:
             return options
+        templates = self.tokenizer.chat_template or ""
+        text = "\n".join(templates.values()) if isinstance(templates, dict) else templates
         if not re.search(r"\btools\b", text):
             raise BadRequest("tools: the chat template of this pair has no place for them", "tools")
         tag = self.tokenizer.encode(OPEN, add_special_tokens=False)
