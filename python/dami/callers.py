@@ -88,7 +88,7 @@ CALLERS = {
         Caller("vLLM", _ONE | {"auto"}),
     )
 }
-PROMPT = Caller("generate", _EACH, "prompt_intensity")
+PROMPT = Caller("generate", _EACH | {"iterator"}, "prompt_intensity")
 
 
 def from_text(text: str) -> float | str:

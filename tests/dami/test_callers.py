@@ -186,7 +186,7 @@ def test_the_table_is_what_refusals_go_by_and_what_the_docs_show() -> None:
     assert shown == {name: set(caller.takes) for name, caller in CALLERS.items()} | {"prompt_intensity": _PROMPT}
 
 
-_PROMPT = {"number", "numbers", "preset"}
+_PROMPT = {"number", "numbers", "preset", "iterator"}
 
 
 @pytest.mark.parametrize(

@@ -312,6 +312,9 @@ def test_a_pipeline_takes_one_lam_or_one_per_prompt() -> None:
     wanted = [alone[lam][i] for i, lam in enumerate(lams)]
     for size in (1, 2, 3):
         assert said(intensity=iter(lams), batch_size=size) == wanted
+    alone = {lam: said(prompt_intensity=lam, intensity=0.5) for lam in lams}
+    wanted = [alone[lam][i] for i, lam in enumerate(lams)]
+    assert said(prompt_intensity=iter(lams), intensity=0.5, batch_size=2) == wanted
     with pytest.raises(ValueError, match="got 1 for 2 sequences"):
         said(intensity=iter(lams[:1]), batch_size=2)
     with pytest.raises(ValueError, match=r"intensity must be an iterator .* it ended, got 0 for 1 sequences"):
