@@ -54,6 +54,27 @@ def test_help_names_every_command(arguments: list[str]) -> None:
         assert f" {command} " in result.stdout
 
 
+def test_an_interrupted_command_says_that_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dami.evaluation import sweeps
+
+    ask, calls = sweeps.ask, []
+
+    def interrupted(*arguments: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return ask(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sweeps, "ask", interrupted)
+    sizes = ("--questions", "8", "--rows", "4", "-l", "0", "-l", "1", "--max-tokens", "2", "--greedy")
+    arguments = ("evaluate", *sizes, "-o", str(tmp_path / "out"))
+    stopped = run(*arguments)
+    assert stopped.exit_code == 130
+    assert stopped.stderr.endswith("dami: interrupted; the same command goes on where it stopped\n")
+    assert run(*arguments).exit_code == 0
+    assert len(calls) == 3 + 2  # of four batches, two were there
+
+
 def test_no_command_is_told_in_half_a_sentence() -> None:
     told = CliRunner().invoke(cli.app, ["--help"], env={"COLUMNS": "80"}).stdout.partition("Commands:")[2]
     assert all(line.endswith(".") and not line.endswith("...") for line in told.strip().splitlines())

@@ -70,6 +70,17 @@ def user_errors() -> Iterator[None]:
         raise fail(error) from error
 
 
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Says, where a run is interrupted by the keyboard, that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        with suppress(OSError):
+            typer.echo("dami: interrupted; the same command goes on where it stopped", err=True)
+        raise
+
+
 def load(
     pair: Sequence[str] | None,
     format: str | None = None,

@@ -9,7 +9,7 @@ import typer
 
 from dami import sources
 from dami.cli.answer import read_prompts
-from dami.cli.base import app, fail, load, out, progress_bars, user_errors
+from dami.cli.base import app, fail, load, out, progress_bars, resumable, user_errors
 from dami.cli.checkpoints import TakesPair, refuse_checkpoint, takes_checkpoints
 from dami.cli.options import (
     DtypeOption,
@@ -87,7 +87,7 @@ def calibrate(
     from dami.cli.terminal import health_table, stored_at
     from dami.evaluation.calibration import calibrate
 
-    with user_errors(), progress_bars() as progress:
+    with resumable(), user_errors(), progress_bars() as progress:
         bar = progress.add_task("answers", total=len(asked) * samples * len(lams))
         found = calibrate(
             model, tokenizer, asked, output, lams, samples=samples, compare=compare, price=price, rows=rows, seed=seed,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dami import sources
-from dami.cli.base import CHECKOUT, app, err, fail, load, out, progress_bars, user_errors
+from dami.cli.base import CHECKOUT, app, err, fail, load, out, progress_bars, resumable, user_errors
 from dami.cli.checkpoints import TakesPair, refuse_checkpoint, takes_checkpoints
 from dami.cli.options import (
     DtypeOption,
@@ -108,7 +108,7 @@ def evaluate(
     records: list[Record] = []
     total = len(asked.questions) * samples * len(lams)
 
-    with user_errors(), Live(console=err, transient=True) as live:
+    with resumable(), user_errors(), Live(console=err, transient=True) as live:
 
         def show(news: list[Record]) -> None:
             records.extend(news)
@@ -182,7 +182,7 @@ def train_estimator(
     from dami.cli.terminal import outcome_table, stored_at, verdict
     from dami.evaluation.training import train_estimator
 
-    with user_errors(), progress_bars() as progress:
+    with resumable(), user_errors(), progress_bars() as progress:
         bar = progress.add_task("answers", total=len(asked.questions) * samples * len(lams))
         trained = train_estimator(
             model, tokenizer, asked, output, lams, samples=samples, trial=trial, price=price, rows=rows, seed=seed,
@@ -260,7 +260,7 @@ def study(
     options: dict[str, Any] = {"do_sample": sample}
     if max_tokens:
         options["max_new_tokens"] = max_tokens
-    with user_errors(), progress_bars() as bars:
+    with resumable(), user_errors(), progress_bars() as bars:
         found = studies.study(
             model, tokenizer, asked, output, controls=control or (), intensities=intensity or studies.PATH, rows=rows,
             seed=seed, progress=stages(bars), **options,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
 
 from dami import sources
 from dami.callers import CALLERS
-from dami.cli.base import app, err, fail, load, out, user_errors
+from dami.cli.base import app, err, fail, load, out, resumable, user_errors
 from dami.cli.checkpoints import TakesPair, takes_checkpoints
 from dami.cli.options import (
     FORMATS,
@@ -93,7 +94,7 @@ def pack(
         import dami
         from dami.cli.terminal import size
     choices: dict[str, Any] = {"dtype": dtype, "tokenizer": tokenizer, "rope": rope}
-    with user_errors():
+    with resumable() if resume else nullcontext(), user_errors():
         run: dict[str, Any] = {"overwrite": overwrite, "stream": stream, "resume": resume}
         dami.pack(instruct, thinking, output, format, **run, **choices, **checkpoints)
     total = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())

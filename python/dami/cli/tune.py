@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dami.cli.base import app, load, out, progress_bars, user_errors
+from dami.cli.base import app, load, out, progress_bars, resumable, user_errors
 from dami.cli.checkpoints import TakesPair, takes_checkpoints
 from dami.cli.measure import QuestionsOption, read_task
 from dami.cli.options import (
@@ -82,7 +82,7 @@ def tune(
     from dami.cli.terminal import tuned_table
     from dami.evaluation import tuning
 
-    with user_errors(), progress_bars() as progress:
+    with resumable(), user_errors(), progress_bars() as progress:
         bar = progress.add_task("answers", total=None)
         found = tuning.tune(
             model, tokenizer, asked, output, lams, parts=part or (), tail=1 if prompt_tail is None else prompt_tail,
@@ -146,7 +146,7 @@ def tails(
     from dami.cli.terminal import tail_table
     from dami.evaluation.tails import TAILS, measure_tails
 
-    with user_errors(), progress_bars() as progress:
+    with resumable(), user_errors(), progress_bars() as progress:
         bar = progress.add_task("answers", total=None)
         found = measure_tails(
             model, tokenizer, asked, output, tail or TAILS, lams, prompt_intensity=prompt_intensity, samples=samples,
