@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from tests.dami.families import batch, pair
 from tests.dami.test_checkpoints import edit_config, edit_tensors, save
-from tests.dami.test_policies import write_tokenizer
+from tests.dami.test_policies import in_fp8, write_tokenizer
 
 LAM = [0.0, 0.37, 1.0, 1.2]
 
@@ -179,6 +179,14 @@ def test_what_does_not_match_is_told_before_a_weight_is_read(
     )
     with pytest.raises(ValueError, match=r"do not match:\n  config\.rms_norm_eps"):
         AutoModelForCausalLM.from_pretrained(ends[0], quantization_config=config)
+
+
+def test_a_quantised_instruct_end_is_for_load_pair(ends: tuple[Path, Path]) -> None:
+    for path in ends:
+        in_fp8(path)
+    with pytest.raises(ValueError, match="is quantized with FineGrainedFP8Config but you are passing a PairConfig"):
+        AutoModelForCausalLM.from_pretrained(ends[0], quantization_config=dami.PairConfig(ends[1]))
+    dami.load_pair(*ends)
 
 
 def test_vocabularies_are_compared_where_there_are_tokenizers(
