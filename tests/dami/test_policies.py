@@ -16,12 +16,15 @@ import torch
 from dami.loading.checkpoint import Checkpoint
 from dami.loading.match import Match
 from dami.loading.policies import ENDS, Choices
+from dami.loading.preview import preview
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
     ContinuousBatchingConfig,
     GenerationConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3MoeConfig,
@@ -475,14 +478,15 @@ def in_int4(path: Path) -> None:
 
 
 @torch.no_grad()
-def test_int4_of_compressed_tensors_beside_fp8(ends: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_int4_of_compressed_tensors_beside_fp8(dtype: torch.dtype, ends: tuple[Path, Path], tmp_path: Path) -> None:
     """As Kimi-K2's Instruct and Thinking ends are stored."""
     pytest.importorskip("compressed_tensors")
     in_fp8(ends[0])
     in_int4(ends[1])
-    expected = [dict(alone(path).state_dict()) for path in ends]
-    loaded, _ = dami.load_pair(*ends, dtype=torch.float32)
-    packed, _ = dami.load_pair(dami.pack(*ends, tmp_path / "packed", "pair", dtype=torch.float32))
+    expected = [dict(Checkpoint.find(path).model(dtype=dtype).state_dict()) for path in ends]
+    loaded, _ = dami.load_pair(*ends, dtype=dtype)
+    packed, _ = dami.load_pair(dami.pack(*ends, tmp_path / "packed", "pair", dtype=dtype))
     for model in (loaded, packed):
         state = model.state_dict()
         for name in expected[0]:
@@ -491,15 +495,75 @@ def test_int4_of_compressed_tensors_beside_fp8(ends: tuple[Path, Path], tmp_path
 
 
 @torch.no_grad()
-def test_experts_that_transformers_converts_and_mtp_heads_of_experts(tmp_path: Path) -> None:
-    """Stored expert by expert, in FP8 in one end, with an MTP head whose experts neither model runs."""
-    shape: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 40, "moe_intermediate_size": 16}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "num_hidden_layers": 1}
-    config = Qwen3MoeConfig(vocab_size=101, num_experts=4, num_experts_per_tok=2, **shape, **heads)
+def test_experts_in_int4_are_read_layer_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("compressed_tensors")
+    ends = experts(tmp_path)
+    to_dtype(ends[0], torch.bfloat16)
+    in_int4(ends[1])
+    expected = dict(Checkpoint.find(ends[1]).model(dtype=torch.bfloat16).state_dict())
+    found = preview(*map(Checkpoint.find, ends))
+    assert found.streams
+    assert "attn" not in {each.part for each in found.distances}  # as no rows of it can be read alone
+    monkeypatch.setattr(Checkpoint, "model", lambda *_, **__: pytest.fail("loaded whole"))
+    state = dami.load_pair(dami.pack(*ends, tmp_path / "packed", "pair"))[0].state_dict()
+    for name in expected:
+        assert torch.equal(state.get(name + "_target", state[name]), expected[name]), name
+
+
+def in_mxfp4(path: Path) -> None:
+    """Gives the experts of a GPT-OSS random codes, as its checkpoints store them."""
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+            number, inputs, outputs = tensors.pop(name).shape
+            blocks = (number, outputs, inputs // 32)
+            tensors[f"{name}_blocks"] = torch.randint(0, 256, (*blocks, 16), dtype=torch.uint8)
+            tensors[f"{name}_scales"] = torch.randint(118, 124, blocks, dtype=torch.uint8)
+
+    edit_tensors(path, edit)
+    edit_config(path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_mxfp4_is_read_tensor_by_tensor_with_the_bits_of_transformers(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "num_hidden_layers": 1}
+    config = GptOssConfig(vocab_size=101, hidden_size=64, intermediate_size=32, num_local_experts=3, **heads)
     ends = tmp_path / "instruct", tmp_path / "thinking"
     for seed, path in enumerate(ends):
         torch.manual_seed(seed)
+        GptOssForCausalLM(config).bfloat16().save_pretrained(path)
+        in_mxfp4(path)
+    expected = [dict(Checkpoint.find(path).model(dtype=dtype).state_dict()) for path in ends]
+    monkeypatch.setattr(Checkpoint, "model", lambda *_, **__: pytest.fail("loaded whole"))
+    packed = dami.pack(*ends, tmp_path / "packed", "pair", dtype=dtype)
+    monkeypatch.undo()
+    state = dami.load_pair(packed)[0].state_dict()
+    assert any(name.endswith("experts.down_proj_target") for name in state)
+    for name in expected[0]:
+        assert torch.equal(state[name], expected[0][name]), name
+        assert torch.equal(state.get(name + "_target", state[name]), expected[1][name]), name
+
+
+def experts(folder: Path) -> tuple[Path, Path]:
+    """Two ends with experts that are stored one by one."""
+    shape: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 40, "moe_intermediate_size": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "num_hidden_layers": 1}
+    config = Qwen3MoeConfig(vocab_size=101, num_experts=4, num_experts_per_tok=2, **shape, **heads)
+    ends = folder / "instruct", folder / "thinking"
+    for seed, path in enumerate(ends):
+        torch.manual_seed(seed)
         Qwen3MoeForCausalLM(config).save_pretrained(path)
+    return ends
+
+
+@torch.no_grad()
+def test_experts_that_transformers_converts_and_mtp_heads_of_experts(tmp_path: Path) -> None:
+    """Stored expert by expert, in FP8 in one end, with an MTP head whose experts neither model runs."""
+    ends = experts(tmp_path)
+    for path in ends:
         to_dtype(path, torch.bfloat16)
     stored = load_file(ends[0] / "model.safetensors")
     assert "model.layers.0.mlp.experts.3.up_proj.weight" in stored

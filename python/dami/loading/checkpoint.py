@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.quantizers import AutoQuantizationConfig
+from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig, HfQuantizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from dami.loading import adapters
@@ -171,6 +171,26 @@ class Checkpoint:
         """
         return AutoQuantizationConfig.from_dict({**(self.quantization or {}), "dequantize": True})
 
+    def dequantizer(self) -> tuple[HfQuantizer, str] | None:
+        """Returns what undoes its quantisation in transformers, and the dtype that its weights have then.
+
+        None if `read` does, nothing does, or it is not quantised.
+        """
+        method = (self.quantization or {}).get("quant_method")
+        if method == FP8 or method not in DEQUANTIZABLE:
+            return None
+        try:
+            quantizer = AutoHfQuantizer.from_config(self.dequantizing(), pre_quantized=True)
+            quantizer.validate_environment(device_map=None)
+        except (ImportError, ValueError, TypeError):  # `policies.quantisation` tells it
+            return None
+        return quantizer, self.dtype
+
+    @property
+    def dtype(self) -> str:
+        """The name of the dtype that its config says that its weights have when they are not quantised."""
+        return str(getattr(self.config(), "dtype", None) or torch.bfloat16).removeprefix("torch.")
+
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Returns its tokenizer, or None if it has none. Raises ValueError if it cannot be loaded."""
         if self.gguf is None and not any(self.directory.glob("*token*")):
@@ -275,8 +295,8 @@ class Checkpoint:
     def headers(self) -> dict[str, Header]:
         """Returns shape and dtype of every tensor that `read` gives, by stored name, from file headers only.
 
-        A quantised weight has the dtype that its config names, and its scales are left out. {} if the checkpoint is not
-        in safetensors, or in a quantisation that only transformers can undo.
+        An FP8 weight has the dtype that its config names, and its scales are left out. {} if the checkpoint is not in
+        safetensors, or in a quantisation that nothing undoes tensor by tensor.
 
         Raises:
             ValueError: as in `stored`.
@@ -285,10 +305,9 @@ class Checkpoint:
         if self.quantization is None:
             return stored
         if self.quantization.get("quant_method") != FP8:
-            return {}
-        dtype = str(getattr(self.config(), "dtype", None) or torch.bfloat16).removeprefix("torch.")
+            return {} if self.dequantizer() is None else stored
         return {
-            name: (shape, dtype if name + SCALE in stored else kept)
+            name: (shape, self.dtype if name + SCALE in stored else kept)
             for name, (shape, kept) in stored.items()
             if not name.endswith((SCALE, *UNUSED_SCALES))
         }

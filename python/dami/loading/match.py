@@ -68,8 +68,8 @@ class Match:
         skeleton = instruct.skeleton(config)
         ties = [ties_of(skeleton) if untied and not each else {} for each in own]
         stored = (
-            StoredTensors.of(skeleton, headers[0], ties[0]),
-            StoredTensors.of(skeleton, headers[1], ties[1]),
+            StoredTensors.of(skeleton, headers[0], ties[0], instruct.dequantizer()),
+            StoredTensors.of(skeleton, headers[1], ties[1], thinking.dequantizer()),
         )
         generations = instruct.generation(), thinking.generation()
         tokenizers = instruct.tokenizer(), thinking.tokenizer()
@@ -80,7 +80,7 @@ class Match:
         if alike:
             differences += policies.heads(own)
             differences += policies.vocabularies(sizes)
-            differences += policies.dtypes(headers, choices)
+            differences += policies.dtypes((stored[0].headers, stored[1].headers), choices)
             differences += policies.unused(stored)
             differences += _misshapen(skeleton, stored, sizes)
             differences += _tensors(skeleton, stored, headers, sizes)

@@ -243,9 +243,13 @@ def _distances(match: Match) -> Iterator[Distance]:
 
 
 def _sampled(stored: StoredTensors) -> dict[str, list[str]]:
-    """Returns, by a tensor's name in the model, the stored tensors that stand for it: of many experts, the first."""
+    """Returns, by a tensor's name in the model, the stored tensors that stand for it: of many experts, the first.
+
+    What only transformers dequantises is left out: no rows of it can be read alone.
+    """
     found = {own: [name] for own, name in stored.stored_as.items()}
-    return found | {own: [names[0] for names in each.sources.values()] for own, each in stored.conversions.items()}
+    plain = {own: each for own, each in stored.conversions.items() if each.dtype is None}
+    return found | {own: [names[0] for names in each.sources.values()] for own, each in plain.items()}
 
 
 def _places(match: Match) -> dict[str, tuple[str, str]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.quantizers import HfQuantizer
 from transformers.utils import logging
 
 from dami.loading.checkpoint import Checkpoint
@@ -32,12 +33,14 @@ class Conversion:
         name: of the tensor in the model, or of the first one if it makes several.
         sources: the stored names by the pattern of the converter that they match, in the order that it takes.
         model: the model without its weights.
+        dtype: that of what it dequantises, None if it does not dequantise.
     """
 
     converter: WeightConverter
     name: str
     sources: Mapping[str, list[str]]
     model: PreTrainedModel
+    dtype: str | None = None
 
     @property
     def stored_names(self) -> list[str]:
@@ -50,6 +53,8 @@ class Conversion:
 
     def headers(self, stored: Mapping[str, Header]) -> dict[str, Header]:
         """Returns shape and dtype of what it makes by name; {} if that cannot be told from those of stored tensors."""
+        if self.dtype is not None:  # decompressing reads the shape from a tensor
+            return {self.name: (list(self.model.state_dict()[self.name].shape), self.dtype)}
         try:
             found = self._converted({name: _empty(stored[name]) for name in self.stored_names})
         except Exception:  # a converter reads values, or misses tensors
@@ -94,7 +99,11 @@ class StoredTensors:
 
     @classmethod
     def of(
-        cls, skeleton: PreTrainedModel, headers: Mapping[str, Header], ties: Mapping[str, str] | None = None
+        cls,
+        skeleton: PreTrainedModel,
+        headers: Mapping[str, Header],
+        ties: Mapping[str, str] | None = None,
+        dequantizing: tuple[HfQuantizer, str] | None = None,
     ) -> StoredTensors:
         """Finds each stored tensor in the model, with or without the base model's prefix.
 
@@ -102,9 +111,10 @@ class StoredTensors:
             skeleton: the model without its weights.
             headers: shape and dtype by stored name.
             ties: weights that this checkpoint ties but the skeleton does not, by name, with their sources.
+            dequantizing: what undoes its quantisation, and the dtype that its weights have then.
         """
         firsts = first_names(skeleton)
-        found, conversions, unused = _in_model(skeleton, headers, firsts)
+        found, conversions, unused = _in_model(skeleton, headers, firsts, dequantizing)
         for target, source in (ties or {}).items():
             if source in found or target in found:
                 found[target] = found[source] = found.get(source) or found[target]
@@ -123,7 +133,10 @@ class StoredTensors:
                 made |= dict.fromkeys(told, conversion)
             elif not told:
                 converted |= {name: headers[name] for name in conversion.stored_names}
-        return cls(names, made, own, converted, unused, found.keys() | made.keys() == set(firsts.values()))
+        complete = found.keys() | made.keys() == set(firsts.values())
+        if dequantizing is not None and not complete:  # then transformers loads it whole
+            return cls({}, {}, {}, {}, [], False)
+        return cls(names, made, own, converted, unused, complete)
 
     def read(self, checkpoint: Checkpoint, name: str) -> Tensor:
         """Returns a tensor of the model by its name, on the CPU, from the checkpoint's files."""
@@ -152,15 +165,23 @@ class StoredTensors:
 
 
 def _in_model(
-    skeleton: PreTrainedModel, stored: Iterable[str], firsts: Mapping[str, str]
+    skeleton: PreTrainedModel,
+    stored: Iterable[str],
+    firsts: Mapping[str, str],
+    dequantizing: tuple[HfQuantizer, str] | None = None,
 ) -> tuple[dict[str, str], list[Conversion], list[str]]:
     """Finds what stored tensors are in the model, as transformers does while it loads.
+
+    What is dequantised comes in float32, so that it is rounded once, to the pair's dtype.
 
     Returns:
         the stored names of those that are the model's, by the first name there; the conversions of others; and the
         stored names of those that transformers does not read.
     """
-    mapping = get_model_conversion_mapping(skeleton)
+    quantizer, dtype = dequantizing or (None, None)
+    if quantizer is not None:
+        skeleton = copy.deepcopy(skeleton).float()
+    mapping = get_model_conversion_mapping(skeleton, hf_quantizer=quantizer)
     renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
     converters = [each for each in mapping if isinstance(each, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -179,5 +200,12 @@ def _in_model(
             converted.setdefault(known, {}).setdefault(pattern, []).append(name)
         elif known == firsts[known] or firsts[known] not in found:  # of tied tensors the first, as in transformers
             found[firsts[known]] = name
-    conversions = [Conversion(by_pattern[next(iter(each))], known, each, skeleton) for known, each in converted.items()]
+    for known, each in list(converted.items()) if quantizer is not None else ():
+        [first, *others] = [name for names in each.values() for name in names]
+        if not others and rename_source_key(first, renamings, [], *model)[0] == known:  # not quantised
+            found[firsts[known]] = first
+            del converted[known]
+    conversions = [
+        Conversion(by_pattern[next(iter(each))], known, each, skeleton, dtype) for known, each in converted.items()
+    ]
     return found, conversions, unused

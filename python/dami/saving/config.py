@@ -68,8 +68,8 @@ class PairConfig(QuantizationConfigMixin):
 
     `AutoModelForCausalLM.from_pretrained(instruct, quantization_config=dami.PairConfig(thinking, format="int4"))` and
     `pipeline(…, model_kwargs={"quantization_config": …})` take it. As a dict, in JSON for example, it has the key
-    `quant_method`, "dami-pair", and the arguments as further keys. transformers takes one quantisation for a model, so it
-    refuses an instruct end that is quantised itself: `load_pair` and `pack` take that.
+    `quant_method`, "dami-pair", and the arguments as further keys. transformers takes one quantisation for a model, so
+    it refuses an instruct end that is quantised itself: `load_pair` and `pack` take that.
 
     Args:
         thinking: the λ=1 end, as in `load_pair`: a directory, a hub name or a LoRA adapter on the λ=0 end.
