@@ -24,7 +24,9 @@ TAKES_PAIRS = (
     "pack",
     "serve",
     "study",
+    "tails",
     "train-estimator",
+    "tune",
 )
 
 
@@ -110,7 +112,8 @@ def test_serve_takes_them_as_it_takes_all_its_settings(packed: str, monkeypatch:
 def test_every_option_of_a_checkpoint_is_one_of_every_command(command: str) -> None:
     options = {each.name for each in get_command(cli.app).commands[command].params}  # type: ignore[attr-defined]
     names = ("revision", "subfolder", "cache_dir", "token", "trust_remote_code")
-    wanted = {f"{end}{name}" for name in names for end in ("", sources.THINKING)} | {"base"}
+    wanted = {f"{end}{name}" for name in names for end in ("", sources.THINKING)}
+    wanted |= {"base", "tokenizer", "rope", "max_position_embeddings"}
     assert wanted == vars(CheckpointSettings()).keys()
     assert wanted <= options
 
@@ -127,6 +130,7 @@ def test_every_command_hands_them_on(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     pair = ["--pair", "some/instruct", "some/thinking"]
     words = ["revision=a", "thinking-revision=b", "subfolder=c", "thinking-subfolder=d", "token=e", "thinking-token=f"]
     words += ["cache-dir=g", "thinking-cache-dir=h", "trust-remote-code", "no-thinking-trust-remote-code", "base=i"]
+    words += ["tokenizer=thinking", "rope=instruct", "max-position-embeddings=9"]
     options = [f"--{word}" for word in words]
     own = {
         "generate": ["1 + 1"],
@@ -134,6 +138,8 @@ def test_every_command_hands_them_on(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         "study": [str(sources.QUESTIONS)],
         "train-estimator": [str(sources.QUESTIONS), "-o", str(tmp_path / "new")],
         "calibrate": [str(sources.QUESTIONS), "-o", str(tmp_path / "new")],
+        "tune": [str(sources.QUESTIONS), "-o", str(tmp_path / "new")],
+        "tails": [str(sources.QUESTIONS), "-o", str(tmp_path / "new")],
         "merge": ["-l", "1", "-o", str(tmp_path / "new")],
         "pack": ["-o", str(tmp_path / "new")],
         "serve": ["--port", "0"],
@@ -145,6 +151,7 @@ def test_every_command_hands_them_on(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         result = run(command, *pair, *options, *more)
         assert (result.exit_code, result.stderr) == (2, "dami: error: asked\n"), command
     one = {"revision": "a", "subfolder": "c", "token": "e", "cache_dir": "g", "trust_remote_code": True, "base": "i"}
+    one |= {"tokenizer": "thinking", "rope": "instruct", "max_position_embeddings": 9}
     other = {"revision": "b", "subfolder": "d", "token": "f", "cache_dir": "h", "trust_remote_code": False}
     assert asked == [one | {f"thinking_{name}": value for name, value in other.items()}] * len(own)
 

@@ -84,7 +84,8 @@ def test_every_setting_can_stand_in_a_file_or_in_the_environment(
         read_timeout=6, answer_reserve=8, prefix_cache=False, cuda_graphs=True, invariant=True, target_latency=2.5,
         intensity_floor=0.25, frontier=Path(frontier), drain=7, revision="a", thinking_revision="b", subfolder="c",
         thinking_subfolder="d", cache_dir="e", thinking_cache_dir="f", token="g", thinking_token="h",
-        trust_remote_code=True, thinking_trust_remote_code=False, base="i",
+        trust_remote_code=True, thinking_trust_remote_code=False, base="i", tokenizer="instruct", rope="thinking",
+        max_position_embeddings=9,
     )  # fmt: skip
     values = {each.name: getattr(wanted, each.name) for each in fields(wanted)}
     assert all(values[each.name] != each.default for each in fields(wanted))

@@ -12,7 +12,7 @@ from rich.text import Text
 from dami import sources
 from dami.cli.base import app, err, fail, out, user_errors
 from dami.cli.checkpoints import TakesPair, takes_checkpoints
-from dami.cli.options import DtypeOption, RopeOption, TokenizerOption
+from dami.cli.options import DtypeOption
 from dami.tables import FittedTable
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ def check(
         ),
     ] = None,
     dtype: DtypeOption = "auto",
-    tokenizer: TokenizerOption = None,
-    rope: RopeOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     *,
     checkpoints: dict[str, Any],
@@ -46,7 +44,7 @@ def check(
     sides = ends or [str(end) for end in sources.example_pair()]
     with user_errors():
         base = checkpoints.pop("base", None)
-        own = sources.per_end(dict(checkpoints))
+        own = sources.per_end(checkpoints)
         sources.check_pair(sides, None, options=own)
     with err.status("loading transformers"):
         from dami.loading.joining import base_of
@@ -54,10 +52,10 @@ def check(
         from dami.loading.preview import preview
         from dami.loading.remote import left_on_hub
     with user_errors(), err.status("reading configs, tokenizers and headers"):
-        choices: Any = {"dtype": dtype, "tokenizer": tokenizer, "rope": rope}
+        context = checkpoints.pop("max_position_embeddings", None)
         ends_found = left_on_hub(sides[0], own[0]), left_on_hub(sides[1], own[1])
         based = base_of(ends_found, base, own[0], left_on_hub)
-        found = preview(*ends_found, Choices(**choices), based)
+        found = preview(*ends_found, Choices(dtype, context=context, **checkpoints), based)
     if as_json:
         typer.echo(json.dumps({**found.to_dict(), "engines": engines(found)}, indent=1, ensure_ascii=False))
     else:

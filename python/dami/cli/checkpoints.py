@@ -1,4 +1,4 @@
-"""How commands name a pair: --pair, and the options of its checkpoints."""
+"""How commands name a pair: --pair, and the options of its checkpoints and of what they differ in."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from dami import sources
+from dami.cli.options import one_of
 
 PAIR = "--pair"
 OWNER_AND_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # a repository on the hub
@@ -79,7 +80,7 @@ def _is_packed(source: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSettings:
-    """The options of a pair's checkpoints, as `load_pair` takes them. None if not given."""
+    """The options of a pair's checkpoints and of what they differ in, as `load_pair` takes them. None if not given."""
 
     revision: Annotated[str | None, typer.Option(help="The branch, tag or commit of both ends on the hub.")] = None
     thinking_revision: Annotated[str | None, typer.Option(help="That of the thinking end, if another.")] = None
@@ -102,6 +103,25 @@ class CheckpointSettings:
     ] = None
     base: Annotated[
         str | None, typer.Option(help="The checkpoint that the adapters were trained on, if not what they name.")
+    ] = None
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="END",
+            help="Where special tokens have other names: the tokenizer of instruct, or of thinking.",
+            autocompletion=one_of(*sources.ENDS),
+        ),
+    ] = None
+    rope: Annotated[
+        str | None,
+        typer.Option(
+            metavar="END",
+            help="Where the rotary embeddings differ: both ends get that of instruct, or of thinking.",
+            autocompletion=one_of(*sources.ENDS),
+        ),
+    ] = None
+    max_position_embeddings: Annotated[
+        int | None, typer.Option(min=1, help="The longest sequence, in tokens. Default: the smaller of both ends'.")
     ] = None
 
     def given(self) -> dict[str, Any]:

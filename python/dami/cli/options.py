@@ -197,26 +197,6 @@ ChatTemplateKwargsOption = Annotated[
 ]
 
 
-RopeOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="END",
-        help="Where the rotary embeddings differ: both ends get that of instruct, or of thinking.",
-        autocompletion=one_of("instruct", "thinking"),
-    ),
-]
-
-
-TokenizerOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="END",
-        help="Where special tokens have other names: the tokenizer of instruct, or of thinking.",
-        autocompletion=one_of("instruct", "thinking"),
-    ),
-]
-
-
 def reading(prompt_intensity: float | str | None, prompt_tail: int | str | None) -> dict[str, Any]:
     """Returns how `dami.chat.ask` is to read prompts: only what the user has set."""
     given = {"prompt_intensity": prompt_intensity, "prompt_tail": prompt_tail}

@@ -18,8 +18,6 @@ from dami.cli.options import (
     FormatOption,
     OutputOption,
     OverwriteOption,
-    RopeOption,
-    TokenizerOption,
     format_name,
     number_or_name,
     one_of,
@@ -68,8 +66,6 @@ def pack(
         ),
     ] = "int4",
     dtype: DtypeOption = "auto",
-    tokenizer: TokenizerOption = None,
-    rope: RopeOption = None,
     overwrite: OverwriteOption = False,
     stream: Annotated[
         bool, typer.Option("--stream", help="Read the weights from the hub as they are packed; download no checkpoint.")
@@ -93,10 +89,9 @@ def pack(
     with err.status("loading torch and transformers"):
         import dami
         from dami.cli.terminal import size
-    choices: dict[str, Any] = {"dtype": dtype, "tokenizer": tokenizer, "rope": rope}
     with resumable() if resume else nullcontext(), user_errors():
-        run: dict[str, Any] = {"overwrite": overwrite, "stream": stream, "resume": resume}
-        dami.pack(instruct, thinking, output, format, **run, **choices, **checkpoints)
+        run: dict[str, Any] = {"overwrite": overwrite, "stream": stream, "resume": resume, "dtype": dtype}
+        dami.pack(instruct, thinking, output, format, **run, **checkpoints)
     total = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     out.print(f"{output}: {size(total)}. Load it with dami.load_pair({str(output)!r}).")
 
