@@ -29,6 +29,7 @@ from dami_kernels.tuning.cuda import MAX_ROWS
 
 OURS = "lerp_linear"
 CUDA, TRITON = "lerp_linear, CUDA C++", "lerp_linear, Triton"  # names for the kernel that the operator does not choose
+HUGE = "lerp_linear, huge pages"
 MERGED = "F.linear, one merged"
 MERGED_FLOAT32 = "F.linear, one merged, fp32"
 TWO = "two F.linear + lerp"
@@ -72,15 +73,16 @@ def main(argv: list[str] | None = None) -> int:
 
     def make(shape: tuple[int, int], here: Machine) -> Copies:
         count = count_of(shape, here.cold_bytes)
-        return Copies(shape, DTYPES[options.dtype], here.device, options.formats, count)
+        made = Copies(shape, DTYPES[options.dtype], here.device, options.formats, count)
+        return made, made.in_huge_pages() if "pair" in options.formats else []
 
     copies = measure.SingleEntryCache(make)
 
     def prepare(case: Case, here: Machine) -> tuple[list[Method], int]:
-        of = copies(case.shape, here)
+        of, moved = copies(case.shape, here)
         x = torch.randn(case.rows, case.shape[1], device=here.device).to(DTYPES[options.dtype])
         batch = lams.make(case.kind, case.rows)
-        return [*ours(x, batch, of), *rivals(x, batch, of, here.has_fast_float32)], len(of.ends)
+        return [*ours(x, batch, of, moved), *rivals(x, batch, of, here.has_fast_float32)], len(of.ends)
 
     return measure.run("linear.csv", options, cases(options), prepare)
 
@@ -108,8 +110,11 @@ def is_by_library(x: Tensor, weight: LerpWeight, rows_per_lam: int, batch: Lams)
     return route(len(x), n, k, x.dtype, weight.format, device_of(x.device), together) is not Route.KERNEL
 
 
-def ours(x: Tensor, batch: Lams, copies: Copies) -> Iterator[Method]:
-    """Returns the operator in every format and, for few rows on a GPU, the kernel that it does not choose."""
+def ours(x: Tensor, batch: Lams, copies: Copies, moved: list[LerpWeight]) -> Iterator[Method]:
+    """Returns the operator in every format, on weights that were `moved` into huge pages, and the other kernel.
+
+    That is, for few rows on a GPU, the kernel that the operator does not choose.
+    """
     lam, rows_per_lam, row_to_lam = batch.to(x.device)
     per_row = batch.per_row()
     n, k = copies.ends[0][0].shape
@@ -141,6 +146,8 @@ def ours(x: Tensor, batch: Lams, copies: Copies) -> Iterator[Method]:
         weight = weights[i % len(weights)]
         return function(x, [*weight.tensors], [], lam, row_to_lam, rows_per_lam, weight.format, False)
 
+    if moved:
+        yield method(HUGE, "pair", partial(operator, weights=moved))
     for format, weights in copies.weights.items():
         yield method(OURS, format, partial(operator, weights=weights))
         if format in KERNEL_FORMATS and has_cuda_kernel(x):

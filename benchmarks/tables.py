@@ -15,7 +15,7 @@ from dami.evaluation.study import PERMUTED, read_study
 from benchmarks import decode
 from benchmarks.host import GPU, GPU_STEPS, STEPS
 from benchmarks.lams import KINDS, SEQUENCE
-from benchmarks.linear import BLEND, COPIES, CUDA, MERGED, MERGED_FLOAT32, OURS, TRITON, TWO
+from benchmarks.linear import BLEND, COPIES, CUDA, HUGE, MERGED, MERGED_FLOAT32, OURS, TRITON, TWO
 from benchmarks.record import RESULTS, latest, load
 from dami_kernels.tuning.cuda import MAX_ROWS
 
@@ -134,9 +134,11 @@ def linear(rows: list[Row]) -> str:
     def add(kind: str, method: str, format: str = "") -> None:
         if any(key[:3] == (kind, method, format) for key in by):
             cells = (cell(by, (kind, method, format, m), (kind, MERGED, "", m), bool(format)) for m in sizes)
-            lines.append([f"`{format}`" if format else method, KINDS[kind], *cells])
+            name = f"`{format}`, huge pages" if method == HUGE else f"`{format}`" if format else method
+            lines.append([name, KINDS[kind], *cells])
 
     for kind in ("distinct", "uniform", "identical", "zero"):
+        add(kind, HUGE, "pair")
         for format in FORMATS:
             if format != "lowrank" or kind == "distinct":  # its time does not depend on λ
                 add(kind, OURS, format)
@@ -158,7 +160,7 @@ def by_case(rows: list[Row], *keys: str) -> str:
             ours = {
                 key[-1]: cell(by, key, unit, True)
                 for key in by
-                if [*key[:-2]] == case and key[-1] and key[-2] not in (CUDA, TRITON)
+                if [*key[:-2]] == case and key[-1] and key[-2] not in (CUDA, HUGE, TRITON)
             }
             two = [cell(by, key, unit, False) for key in by if [*key[:-2]] == case and key[-2].startswith("two")]
             cells = [*(ours.get(format, "–") for format in FORMATS), *(two or ["–"])]

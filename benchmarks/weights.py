@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from dami import use_huge_pages
+from torch import Tensor, nn
 
 from dami_kernels import LerpWeight, formats
 
@@ -53,6 +54,17 @@ class Copies:
                 packed = LerpWeight.pack(base, target, format).tensors
                 stored = [[b if t is base else e if t is target else repeat(t) for t in packed] for b, e in self.ends]
             self.weights[format] = [LerpWeight(tuple(t), format, torch.Size(shape), dtype) for t in stored]
+
+    def in_huge_pages(self) -> list[LerpWeight]:
+        """Returns copies of the weights in the format `pair` in huge pages; none if the system has no such pages."""
+        moved = nn.ModuleList()
+        for base, target in self.ends if self.ends[0][0].device.type == "cpu" else ():
+            moved.append(layer := nn.Module())
+            layer.register_buffer("weight", base.clone())
+            layer.register_buffer("weight_target", target.clone())
+        if not use_huge_pages(moved):
+            return []
+        return [LerpWeight(tuple(layer.buffers()), "pair", base.shape, base.dtype) for layer in moved]
 
     def merged(self) -> list[Tensor]:
         """Returns ordinary weights in place of merged ones, because times do not depend on the values."""

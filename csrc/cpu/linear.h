@@ -18,7 +18,7 @@ struct LinearKernel {
   static_assert(is_dense_dot<V, Dot, T>() && is_codes_dot<V, CodesDot, Dot>());
   using X = typename Dot::X;
   using RowOfX = PreparedRow<V, Dot, CodesDot, T>;
-  static constexpr int max_rows = 128, max_outputs = sums_stride, panel = 1;
+  static constexpr int max_rows = 96, max_outputs = sums_stride, panel = 1;
   static constexpr int tile_rows = std::min<int>(V::tile_m, max_stream_rows);
   static constexpr int64_t block_k = Dot::block;
   static constexpr int64_t cached_bytes = 128 * 1024;  // of x, which the rows of a weight pass by

@@ -153,6 +153,10 @@ def test_copies_are_the_same_weight_in_other_places() -> None:
         assert (target - base).norm() / base.norm() == pytest.approx(0.03, rel=0.3), format
     assert copies.weights["int4"][1].tensors[0] is copies.ends[1][0]  # the base is shared with the plain methods
     assert len(copies.merged()) == 4
+    for moved, (base, target) in zip(copies.in_huge_pages(), copies.ends, strict=False):  # none without such pages
+        assert all(end.stride() == (128, 1) for end in moved.tensors)
+        assert all(map(torch.equal, moved.tensors, (base, target)))
+        assert moved.tensors[0].data_ptr() != base.data_ptr()
     assert count_of((3072, 3072), 2**28) == 18
     assert count_of((151936, 2560), 2**28) == 2
     assert count_of((64, 64), 2**28) == 64

@@ -55,8 +55,9 @@ def test_the_memory_is_of_a_kind_that_huge_pages_are_for() -> None:
 
 
 @pytest.mark.skipif(NONE, reason="this system gives no huge pages")
-def test_a_moved_pair_is_saved_and_loaded(tmp_path: Path) -> None:
-    model = patch_model(*models(), "int4")
+@pytest.mark.parametrize("format", ["pair", "int4"])
+def test_a_moved_pair_is_saved_and_loaded(format: str, tmp_path: Path) -> None:
+    model = patch_model(*models(), format)
     use_huge_pages(model)
     twin = copy.deepcopy(model)
     model.save_pretrained(tmp_path / "pair")
@@ -67,6 +68,31 @@ def test_a_moved_pair_is_saved_and_loaded(tmp_path: Path) -> None:
         want = model(ids, intensity=[0.2, 1.0]).logits
         assert torch.equal(twin(ids, intensity=[0.2, 1.0]).logits, want)
         assert torch.equal(again(ids, intensity=[0.2, 1.0]).logits, want)
+
+
+@pytest.mark.skipif(NONE, reason="this system gives no huge pages")
+def test_rows_of_the_two_ends_lie_in_turn() -> None:
+    """But not those of a weight with shorter rows, with another layout, or that several modules share."""
+    shapes = {"matrix": (5, 32), "experts": (3, 2, 16), "short": (4, 7), "vector": (64,), "shared": (2, 16)}
+    module = nn.Module()
+    for name, shape in shapes.items():
+        module.register_parameter(name, nn.Parameter(torch.randn(shape)))
+        module.register_buffer(f"{name}_target", torch.randn(shape))
+    module.turned, module.turned_target = nn.Parameter(torch.randn(32, 16).t()), nn.Parameter(torch.randn(16, 32))
+    module.twin = nn.Module()
+    module.twin.weight = module.shared
+    tensors = (*module.named_parameters(recurse=False), *module.named_buffers())
+    want = {name: tensor.detach().clone() for name, tensor in tensors}
+    strides = {name: tensor.stride() for name, tensor in tensors}
+    assert use_huge_pages(module)
+    for name, tensor in want.items():
+        assert torch.equal(getattr(module, name), tensor)
+    for name, strides_in_turn in {"matrix": (64, 1), "experts": (64, 32, 1)}.items():
+        base, target = getattr(module, name), getattr(module, f"{name}_target")
+        assert base.stride() == target.stride() == strides_in_turn
+        assert target.data_ptr() - base.data_ptr() == base.shape[-1] * base.element_size()
+    for name in want.keys() - {"matrix", "matrix_target", "experts", "experts_target"}:
+        assert getattr(module, name).stride() == strides[name]
 
 
 @pytest.mark.skipif(NONE, reason="this system gives no huge pages")
