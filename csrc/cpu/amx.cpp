@@ -182,7 +182,7 @@ struct AmxKernel {
     const int64_t all = std::max(block.k, tile_k), pieces = (all + block_k - 1) / block_k;
     const int64_t most = (all + pieces * tile_k - 1) / (pieces * tile_k) * tile_k;
     const int64_t columns = std::max<int64_t>(1, cached_bytes / (rows * static_cast<int64_t>(sizeof(X))) / most) * most;
-    dami::for_pieces({tiles * 16, block_k, most, columns}, n0, n1, p.n, block.k, [&](const Piece& piece, const Piece& next) {
+    dami::for_pieces({{block_k, 0}, tiles * 16, most, columns}, n0, n1, p.n, block.k, [&](const Piece& piece, const Piece& next) {
       Sums* const of_piece = sums + (piece.n - n0) / 16 * panels;
       multiply(p, block, piece, next, {of_piece, of_piece + count}, scratch);
     });

@@ -150,7 +150,7 @@ constexpr int64_t tile_n = 4;
 // Rows of x in a register tile, at most: as many as the instruction set's registers hold.
 constexpr int64_t max_tile_m = 6;
 
-// Blocks of so few rows wait for memory: a weight is best converted in registers.
+// Rows of x in a register tile whose weight is converted in registers, at most.
 constexpr int64_t max_stream_rows = 4;
 
 // An `attention` kernel's memory, in floats: queries, scores, sums and the sum of weights of every row; padded for any vector.

@@ -14,6 +14,7 @@ struct Vec {
   struct Int4;
   static constexpr int W = 8;
   static constexpr int tile_m = 3;  // 3 × 4 sums, 3 of x and 1 weight: the 16 registers
+  static constexpr int64_t few = 8;
   __m256 v;
 
   static Vec zero() { return {_mm256_setzero_ps()}; }
@@ -99,7 +100,7 @@ struct Vec::Int4 {
 // A group at a time: 16 even codes and 16 odd ones.
 struct IntDot : dami::IntBlocks<Vec, dami::group_size, 2> {
   static constexpr int tile_m = 2;
-  static constexpr bool any_rows = true;  // good for more rows than `max_stream_rows`, too
+  static constexpr bool any_rows = true;  // good for more than few rows, too
 
   struct Operand {
     __m256i even, odd;

@@ -16,6 +16,7 @@ struct Vec {
   struct Int4;
   static constexpr int W = 16;
   static constexpr int tile_m = 6;  // 6 × 4 sums, 6 of x and 1 weight of 32 registers
+  static constexpr int64_t few = 4;
   __m512 v;
 
   static Vec zero() { return {_mm512_setzero_ps()}; }
@@ -99,7 +100,7 @@ struct Vec::Int4 {
 // Four groups at a time, each in a quarter of the lanes.
 struct IntDot : dami::IntBlocks<Vec, 4 * dami::group_size, 4> {
   static constexpr int tile_m = 4;
-  static constexpr bool any_rows = false;  // with more rows than `max_stream_rows` it is cheaper to convert codes once
+  static constexpr bool any_rows = false;  // with more than few rows it is cheaper to convert codes once
 
   struct Operand {
     __m512i codes[4];

@@ -10,7 +10,7 @@ struct Bf16Dot {
   using X = bf16;
   static constexpr int step = 32, parts = 1, tile_m = Vec::tile_m;
   static constexpr bool any_rows = true;
-  static constexpr int64_t block = dami::block_bytes / sizeof(X);
+  static constexpr dami::Blocking blocks{dami::block_bytes / sizeof(X), dami::block_bytes / sizeof(X) / 4};
   static int64_t at_block(int64_t k) { return k; }
   template <int>
   static __m512bh load(const bf16* p) {

@@ -4,6 +4,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "pieces.h"
 #include "storage.h"
 
 namespace dami {
@@ -16,9 +17,10 @@ constexpr bool is_dot_of() {
   using Loader = decltype(Dot::loader(declval<const Row&>(), int64_t{}));
   static_assert(is_tile_row<Row>());
   static_assert(Dot::step % group_size == 0 || group_size % Dot::step == 0, "step: whole groups, or a part of one");
-  static_assert(Dot::block % group_size == 0, "block: how much of k is summed in vectors, whole groups");
+  static_assert(Dot::blocks.block % group_size == 0 && Dot::blocks.tail % group_size == 0,
+                "blocks: how much of k is summed in vectors, whole groups");
   static_assert(1 <= Dot::tile_m && Dot::tile_m <= max_tile_m, "tile_m: rows of x in a register tile");
-  static_assert(gives<const bool, decltype(Dot::any_rows)>, "any_rows: whether it is good for more than max_stream_rows");
+  static_assert(gives<const bool, decltype(Dot::any_rows)>, "any_rows: whether it is good for more than few rows");
   static_assert(gives<int64_t, decltype(Dot::at_block(int64_t{}))>, "at_block(k): where the block of x from k on begins");
   using Operand = decltype(Dot::operand(declval<const Row&>(), int64_t{}, declval<const Loader&>()));
   static_assert(gives<V, decltype(Dot::multiply_add(some_pointer<X>(), declval<const Operand&>(), declval<V>()))>,
@@ -44,7 +46,7 @@ constexpr bool is_dense_dot() {
   using X = typename Dot::X;
   using Row = Numbers<V, T>;
   static_assert(Dot::any_rows, "any_rows: as tiles of blended weights have any number of them");
-  static_assert(Dot::block * static_cast<int64_t>(sizeof(X)) == block_bytes, "block: block_bytes");
+  static_assert(Dot::blocks.block * static_cast<int64_t>(sizeof(X)) == block_bytes, "blocks: of block_bytes");
   static_assert(Dot::parts == 1 || Dot::parts == 2, "parts: in which a step is loaded");
   static_assert(Dot::parts * static_cast<int>(sizeof(V)) == Dot::step * static_cast<int>(sizeof(X)), "step: in bytes");
   static_assert(gives<V, decltype(Dot::multiply_add(Dot::template load<0>(some_pointer<X>()),
@@ -62,7 +64,7 @@ template <class V, class CodesDot, class Dot>
 constexpr bool is_codes_dot() {
   using X = typename CodesDot::X;
   if constexpr (!std::is_same_v<CodesDot, Dot>) {
-    static_assert(Dot::block % CodesDot::block == 0, "block: divides that of dense weights");
+    static_assert(Dot::blocks.block % CodesDot::blocks.block == 0, "blocks: they divide those of dense weights");
     static_assert(gives<void, decltype(CodesDot::prepare_block(some_pointer<bf16>(), int64_t{}, static_cast<X*>(nullptr)))>,
                   "prepare_block(x, count, to)");
     if constexpr (CodesDot::any_rows)
@@ -79,7 +81,7 @@ struct FloatDot {
   using X = float;
   static constexpr int step = 2 * V::W, parts = 2, tile_m = V::tile_m;
   static constexpr bool any_rows = true;
-  static constexpr int64_t block = block_bytes / sizeof(X);
+  static constexpr Blocking blocks{block_bytes / sizeof(X), block_bytes / sizeof(X) / 4};
   static int64_t at_block(int64_t k) { return k; }
   template <int part>
   static V load(const float* x) {

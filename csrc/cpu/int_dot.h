@@ -21,6 +21,7 @@ struct IntBlocks {
   using X = int16_t;
   static constexpr int step = elements;
   static constexpr int64_t block = block_bytes / 4;
+  static constexpr Blocking blocks{block, 0};
   // A block lies there as two digits, each behind its scale, that of the digit after it or 0, and on a line of its own `sums`.
   static constexpr int64_t head = 64, digit = head + block;
   static int64_t at_block(int64_t k) { return k / block * 2 * digit + head; }

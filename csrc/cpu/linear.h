@@ -20,17 +20,17 @@ struct LinearKernel {
   using RowOfX = PreparedRow<V, Dot, CodesDot, T>;
   static constexpr int max_rows = 96, max_outputs = sums_stride, panel = 1;
   static constexpr int tile_rows = std::min<int>(V::tile_m, max_stream_rows);
-  static constexpr int64_t block_k = Dot::block;
+  static constexpr int64_t block_k = Dot::blocks.block, room_k = block_k + Dot::blocks.tail;
   static constexpr int64_t cached_bytes = 128 * 1024;  // of x, which the rows of a weight pass by
 
   struct alignas(64) Scratch {
-    X weight[2][tile_n][block_k];
+    X weight[2][tile_n][room_k];
     float scales[2][tile_n][max_groups];
     float sums[2][max_rows][max_outputs];  // of the base and the other matrix, or of the blended one
   };
   static int64_t scratch_bytes(int64_t, int64_t) { return sizeof(Scratch); }
 
-  static bool is_few(const Block& block) { return static_cast<int64_t>(block.rows.size()) <= max_stream_rows; }
+  static bool is_few(const Block& block) { return static_cast<int64_t>(block.rows.size()) <= V::few; }
 
   // Whether codes are multiplied by CodesDot, which reads x as it lays it out.
   static bool takes_codes_dot(const Block& block) { return CodesDot::any_rows || (is_few(block) && !block.invariant); }
@@ -86,7 +86,7 @@ struct LinearKernel {
   // A matrix of the weight, for one piece: as it is stored, or converted once for all groups of rows.
   struct Operand {
     const Stored& stored;
-    X (*const to)[block_k];
+    X (*const to)[room_k];
     float (*const scales)[max_groups];
     bool converted = false;
     const X* w[tile_n];
@@ -135,7 +135,7 @@ struct LinearKernel {
     }
   };
 
-  static void blend_rows(const Weight& weight, float lam, const Piece& piece, X (*to)[block_k], Scratch& scratch,
+  static void blend_rows(const Weight& weight, float lam, const Piece& piece, X (*to)[room_k], Scratch& scratch,
                          Prefetch<tile_n>& prefetch) {
     prefetch.spread(tile_n * ((piece.count + tile_step - 1) / tile_step));
     with_rows<V, T>(weight, [&](auto base_kind, auto other_kind) {
@@ -200,11 +200,11 @@ struct LinearKernel {
       for (int64_t i = 0; i < rows; i++) std::memset(sums[i], 0, bytes);
     // As many columns of x as the cache holds stay there while rows of the weight pass by.
     const int64_t cached = std::max(block_k, cached_bytes / static_cast<int64_t>(sizeof(X)) / rows / block_k * block_k);
-    const int64_t columns = rows <= max_stream_rows ? block.k : cached;
+    const int64_t columns = is_few(block) ? block.k : cached;
     // Pieces of a few rows are of nearly equal length, for while one is multiplied as much is fetched of the next.
     const int64_t blocks = (block.k + block_k - 1) / block_k, pieces = (blocks + max_stream_blocks - 1) / max_stream_blocks;
-    const int64_t most = rows <= max_stream_rows && pieces ? (blocks + pieces - 1) / pieces * block_k : block_k;
-    for_pieces({tile_n, block_k, most, columns}, n0, n1, p.n, block.k,
+    const int64_t most = is_few(block) && pieces ? (blocks + pieces - 1) / pieces * block_k : block_k;
+    for_pieces({Dot::blocks, tile_n, most, columns}, n0, n1, p.n, block.k,
                [&](const Piece& piece, const Piece& next) { multiply(p, block, piece, next, n0, scratch); });
     for (const Group& group : block.groups)
       for (int i = group.begin; i < group.end; i++)

@@ -13,6 +13,7 @@ struct Vec {
   struct Int4;
   static constexpr int W = 4;
   static constexpr int tile_m = 6;  // 6 × 4 sums, 6 of x and 1 weight of 32 registers
+  static constexpr int64_t few = 4;
   float32x4_t v;
 
   static Vec zero() { return {vdupq_n_f32(0)}; }

@@ -14,10 +14,22 @@ struct Piece {
   int64_t padded() const { return (count + group_size - 1) / group_size * group_size; }
 };
 
-// How outputs are cut into pieces: so many rows, and up to so many columns, a multiple of `block`; first all rows of the
-// first `columns`, then all rows of the next.
+// Sums are added up in blocks along K, of `block` columns each; but a last one of fewer than `tail` is part of the one before.
+struct Blocking {
+  int64_t block, tail;
+  // Where `columns`, a number of blocks, that begin at `begin` end, if there are k.
+  int64_t end(int64_t begin, int64_t columns, int64_t k) const {
+    return k - begin - columns < tail ? k : begin + columns;
+  }
+  // Where the last block of so many columns begins.
+  int64_t last(int64_t columns) const { return (columns - std::max<int64_t>(tail, 1)) / block * block; }
+};
+
+// How outputs are cut into pieces: so many rows, and up to so many columns, a number of blocks; first all rows of the first
+// `columns`, then all rows of the next.
 struct Cut {
-  int64_t rows, block, most, columns;
+  Blocking blocks;
+  int64_t rows, most, columns;
 };
 
 // Calls f(piece, the next one) for all pieces of the outputs [n0, n1) of n. After the last one comes the first of the outputs
@@ -25,19 +37,19 @@ struct Cut {
 template <class F>
 void for_pieces(const Cut& cut, int64_t n0, int64_t n1, int64_t of, int64_t k, F f) {
   const auto at = [&](int64_t n, int64_t begin) {
-    const int64_t count = std::min(cut.most, k - begin);
+    const int64_t count = cut.blocks.end(begin, cut.most, k) - begin, last = cut.blocks.last(count);
     // What ends within a group is converted, which has room for a block.
-    return Piece{n, n1, begin, count > cut.block && count % group_size ? count / cut.block * cut.block : count};
+    return Piece{n, n1, begin, last > 0 && count % group_size ? last : count};
   };
-  for (int64_t begin = 0; begin < k; begin += cut.columns) {
-    const int64_t end = std::min(k, begin + cut.columns);
+  for (int64_t begin = 0, end; begin < k; begin = end) {
+    end = cut.blocks.end(begin, cut.columns, k);
     for (int64_t n = n0; n < n1; n += cut.rows)
       for (Piece piece = at(n, begin), next; piece.n == n; piece = next) {
         const int64_t after = piece.k + piece.count;
         next = after < end           ? at(n, after)
                : n + cut.rows < n1   ? at(n + cut.rows, begin)
                : end < k             ? at(n0, end)
-               : n1 < of             ? Piece{n1, of, 0, std::min(cut.most, k)}
+               : n1 < of             ? Piece{n1, of, 0, cut.blocks.end(0, cut.most, k)}
                                      : at(n, begin);
         f(piece, next);
         if (after >= end) break;

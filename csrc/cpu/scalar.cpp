@@ -51,6 +51,7 @@ struct Vec {
   struct Int4;
   static constexpr int W = 4;
   static constexpr int tile_m = 2;
+  static constexpr int64_t few = 4;
   typedef float Lanes __attribute__((vector_size(16)));
   Lanes v;
 

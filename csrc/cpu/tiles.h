@@ -95,8 +95,9 @@ template <class V, class Dot, int M, class Row>
 void stream(const typename Dot::X* x, int64_t stride, const Row* w, int64_t ahead, int64_t k, float* sums) {
   constexpr int N = stream_width<Dot>(M);
   constexpr int64_t chunk = stream_chunk<Dot>;
-  for (int64_t begin = 0; begin < k; begin += Dot::block, x += Dot::at_block(Dot::block) - Dot::at_block(0)) {
-    const int64_t end = std::min(k, begin + Dot::block);
+  constexpr Blocking blocks = Dot::blocks;
+  for (int64_t begin = 0, end; begin < k; begin = end, x += Dot::at_block(blocks.block) - Dot::at_block(0)) {
+    end = blocks.end(begin, blocks.block, k);
     const auto add_block = [&](const typename Dot::X* x, auto fetches) {
       for (int first = 0; first < tile_n; first += N) {
         const auto rows = [&](int n) { return Row::in_tile(w, first + n); };

@@ -32,6 +32,8 @@ constexpr bool is_vector() {
   using std::declval;
   static_assert(group_size % (2 * V::W) == 0, "W: float32 lanes, of which two vectors divide a group");
   static_assert(1 <= V::tile_m && V::tile_m <= max_tile_m, "tile_m: rows of x in a register tile");
+  static_assert(max_stream_rows <= V::few && V::few <= 2 * max_stream_rows,
+                "few: up to so many rows of x wait for memory: a weight is best converted in registers");
   static_assert(gives<V, decltype(V::zero())>, "zero()");
   static_assert(gives<V, decltype(V::set1(float{}))>, "set1(x): x in every lane");
   static_assert(gives<V, decltype(V::load(some_pointer<float>()))>, "load(float32)");
