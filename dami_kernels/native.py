@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -37,6 +37,7 @@ else:
     _TYPES = {torch.float32: _C.Type.f32, torch.bfloat16: _C.Type.bf16, torch.float16: _C.Type.f16}
     DTYPES = {dtype: int(type) for dtype, type in _TYPES.items()}
     FORMATS: dict[str, int] = _C.FORMATS  # tensors of a weight in each
+    LINEAR_FORMATS = {*FORMATS, "lowrank"}  # that `lerp_linear` reads
     _C.isa()  # rejects an unsupported DAMI_CPU_ISA now rather than at the first call
 
 
@@ -79,7 +80,7 @@ def _linears(
     format: str,
     invariant: bool,
 ) -> tuple[Tensor, ...]:
-    _tensors_of(format)
+    _check_format(format, LINEAR_FORMATS)
     lams = _lams(lam, row_to_lam, rows_per_lam)
     stored = _in_place(weights), _in_place(biases)
     return _taken(_C.linears(False, _dense(x), *stored, *lams, format, x.shape[1], invariant))
@@ -100,7 +101,7 @@ def lerp_experts(
 
     Raises IndexError if the offsets, the ends of the experts' rows, decrease or exceed the number of rows.
     """
-    _tensors_of(format)
+    _check_format(format, FORMATS)
     lams = _lams(lam, row_to_lam, rows_per_lam)
     stored = _in_place(weight), _in_place(bias)
     return _taken(_C.experts(False, _dense(x), *stored, *lams, _plain(offsets), format, x.shape[1], invariant))
@@ -117,7 +118,7 @@ def lerp_embedding(
     columns: int,
 ) -> Tensor:
     """y_i = W(λ_i)[id_i]: ids [rows] int64 or int32, weight [V, D] as `format` stores it. Bad ids raise IndexError."""
-    _tensors_of(format)
+    _check_format(format, FORMATS)
     if not ids.shape[0]:
         return weight[0].new_empty(0, columns, dtype=dtype)
     lams = _lams(lam, row_to_lam, rows_per_lam)
@@ -254,11 +255,9 @@ def _dense(tensor: Tensor) -> Tensor:
     return _plain(tensor if _is_dense(tensor) else tensor.contiguous())
 
 
-def _tensors_of(format: str) -> int:
-    """Returns the number of tensors in a weight of this format."""
-    if format not in _C.FORMATS:
+def _check_format(format: str, readable: Container[str]) -> None:
+    if format not in readable:
         raise NotImplementedError(f"no kernel reads the format {format!r}")
-    return _C.FORMATS[format]
 
 
 def _in_place(stored: list[Tensor]) -> list[Tensor]:

@@ -54,6 +54,9 @@ struct Lams {
   int64_t rows_per_lam;
 };
 
+// What the rows of x take of a weight: both matrices, by λ; or the base alone, as it is, or added to what y holds, or times λ.
+enum class Part { both, base, base_added, base_times_lam };
+
 // y = x · W(λ)ᵀ + b(λ) for the rows [begin, end) of x.
 struct Linear {
   Weight weight;  // [n, k]
@@ -61,6 +64,7 @@ struct Linear {
   Matrix y;  // [rows of x, n]
   int64_t n;
   int64_t begin, end;
+  Part part = Part::both;
 };
 
 struct Input {

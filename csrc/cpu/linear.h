@@ -227,6 +227,8 @@ struct LinearKernel {
       if (bias_base)
         sum = sum + lerp_of<V>(
                         lam, [&] { return load<V>(bias_base + n, left); }, [&] { return load<V>(bias_target + n, left); });
+      if (p.part == Part::base_times_lam) sum = lam == 0 ? V::zero() : V::set1(lam) * sum;
+      if (p.part == Part::base_added) sum = sum + load<V>(y + n, left);
       store(sum, y + n, left);
     }
   }

@@ -72,9 +72,10 @@ std::vector<int64_t> by_lam(const Lams& lams, int64_t begin, int64_t end) {
   return rows;
 }
 
-// Sorts rows of x, which lie by their λ, into groups. `has_target`: whether λ = 1 needs no more than one matrix.
-Block block_of(const Isa& isa, Type type, const Lams& lams, const int64_t* first, const int64_t* end, bool has_target,
+// Sorts rows of x, which lie by their λ, into groups, by what they take of `weight`.
+Block block_of(const Isa& isa, Type type, const Lams& lams, const int64_t* first, const int64_t* end, const Linear& weight,
                bool invariant) {
+  const bool has_target = weight.weight.other.storage == Storage::dense;  // λ = 1 needs no more than one matrix
   const auto of_type = static_cast<int>(type);
   Block block{};
   block.invariant = invariant;
@@ -87,6 +88,10 @@ Block block_of(const Isa& isa, Type type, const Lams& lams, const int64_t* first
     block.rows.resize(static_cast<size_t>(round_up(static_cast<int64_t>(block.rows.size()), block.panel)), -1);
     block.lam.resize(block.rows.size());
   };
+  if (weight.part != Part::both) {
+    add_group(Mode::base, first, end);
+    return block;
+  }
   // Runs of one λ that are worth a group of their own come first, the others share the last group.
   std::vector<int64_t> others;
   for (const int64_t *i = first, *j; i < end; i = j) {
@@ -138,11 +143,10 @@ Plan plan_of(const Isa& isa, const Input& input, const std::vector<Linear>& weig
       for (SharedBlock& shared : plan.blocks) shared.last = w + 1;
       continue;
     }
-    const bool has_target = p.weight.other.storage == Storage::dense;
     const std::vector<int64_t> sorted = by_lam(lams, p.begin, p.end);
     for (int64_t i = 0; i < count; i++) {
       const int64_t *begin = sorted.data() + rows * i / count, *end = sorted.data() + rows * (i + 1) / count;
-      plan.blocks.push_back({block_of(isa, input.type, lams, begin, end, has_target, invariant), w, w + 1});
+      plan.blocks.push_back({block_of(isa, input.type, lams, begin, end, p, invariant), w, w + 1});
     }
   }
   return plan;

@@ -117,6 +117,13 @@ std::optional<Stack> stack(const Tensor* tensors, const Format& format, Dtype dt
   return result;
 }
 
+// A matrix [n, columns] as a weight of which only the base is taken.
+std::optional<Stack> alone(const Tensor& t, Dtype dtype, int64_t columns) {
+  if (t.dims != 2 || !is_stored(t, dtype, 2, t.size, columns)) return {};
+  const Stored stored{Storage::dense, {t.data, t.stride[0]}, {}};
+  return Stack{{stored, stored}, 0, 0, 0, 0};
+}
+
 // A pair of vectors [size], or of one for each of so many experts.
 bool is_pair(const Tensor* ends, Dtype dtype, int dims, const int64_t* size) {
   return is_stored(ends[0], dtype, dims, size, size[dims - 1]) && is_stored(ends[1], dtype, dims, size, size[dims - 1]);
@@ -143,24 +150,33 @@ std::optional<LinearCall> linear_call(const Tensor& x, const Tensors& weights, c
                                       const LamArguments& lam, std::string_view name, int64_t columns) {
   const auto type = type_of(x.dtype);
   const auto rows = flat(x);
-  const Format* format = find_format(name);
-  if (!type || !rows || !format || rows->columns != columns) return {};
-  const size_t each = format->tensors(), count = weights.size() / each;
+  const Format* format = name == low_rank ? nullptr : find_format(name);
+  if (!type || !rows || !(format || name == low_rank) || rows->columns != columns) return {};
+  const size_t each = format ? format->tensors() : 3, count = weights.size() / each;
   if (count == 0 || weights.size() % each || (!biases.empty() && biases.size() != 2 * count)) return {};
   const auto lams = lams_of(lam, rows->rows);
   if (!lams) return {};
-  LinearCall call{{*type, rows->matrix, rows->rows, columns}, {}, *lams};
+  LinearCall call{{*type, rows->matrix, rows->rows, columns}, {}, *lams, {}, {}};
   call.weights.reserve(count);
   for (size_t i = 0; i < count; i++) {
-    const auto weight = stack(&weights[i * each], *format, x.dtype, columns);
-    if (!weight || weights[i * each].dims != 2) return {};
-    const int64_t n = weights[i * each].size[0];
+    const Tensor* const tensors = &weights[i * each];
+    const auto weight = format ? stack(tensors, *format, x.dtype, columns) : alone(tensors[0], x.dtype, columns);
+    if (!weight || tensors[0].dims != 2) return {};
+    const int64_t n = tensors[0].size[0];
     Pair bias{};
     if (!biases.empty()) {
       if (!is_pair(&biases[2 * i], x.dtype, 1, &n)) return {};
       bias = {{biases[2 * i].data, 1}, {biases[2 * i + 1].data, 1}};
     }
     call.weights.push_back({weight->weight, bias, {}, n, 0, rows->rows});
+    if (format) continue;
+    const Tensor &down = tensors[1], &up = tensors[2];
+    const int64_t rank = down.dims == 2 ? down.size[0] : 0;
+    const auto first = alone(down, x.dtype, columns), second = alone(up, x.dtype, rank);
+    if (!first || !second || up.size[0] != n) return {};
+    call.weights.back().part = Part::base_added;
+    call.down.push_back({first->weight, {}, {}, rank, 0, rows->rows, Part::base});
+    call.up.push_back({second->weight, {}, {}, n, 0, rows->rows, Part::base_times_lam});
   }
   return call;
 }
@@ -178,7 +194,23 @@ void LinearCall::run(void* y, bool invariant, int threads) {
   run(invariant, threads);
 }
 
-void LinearCall::run(bool invariant, int threads) { linear(input, weights, lams, invariant, threads); }
+void LinearCall::run(bool invariant, int threads) {
+  int64_t ranks = 0;
+  for (const Linear& each : down) ranks += each.n;
+  const int64_t item = input.type == Type::f32 ? 4 : 2;
+  std::vector<char> memory(static_cast<size_t>(input.rows * ranks * item));
+  char* low = memory.data();
+  for (Linear& each : down) {
+    each.y = {low, each.n};
+    low += input.rows * each.n * item;
+  }
+  if (!down.empty()) linear(input, down, lams, invariant, threads);
+  for (size_t i = 0; i < up.size(); i++) {
+    up[i].y = weights[i].y;
+    linear({input.type, down[i].y, input.rows, down[i].n}, {up[i]}, lams, invariant, threads);
+  }
+  linear(input, weights, lams, invariant, threads);
+}
 
 std::optional<ExpertsCall> experts_call(const Tensor& x, const Tensors& weight, const Tensors& bias,
                                         const LamArguments& lam, const Tensor& offsets, std::string_view name,

@@ -48,6 +48,7 @@ struct LinearCall {
   Input input;
   std::vector<Linear> weights;
   Lams lams;
+  std::vector<Linear> down, up;  // of each weight, if their difference is stored as two factors
   int64_t outputs() const;  // of all weights
   void run(bool invariant, int threads);  // once every weight's y has a place
   void run(void* y, bool invariant, int threads);  // [rows, n] of each weight after that of the one before
@@ -114,5 +115,6 @@ constexpr Format formats[] = {
     {"w8d4", Storage::int8, Storage::int4},
 };
 const Format* find_format(std::string_view name);
+constexpr const char* low_rank = "lowrank";  // base [N, K], down [R, K] and up [N, R]: `linear_call` reads it as well
 
 }  // namespace dami

@@ -55,7 +55,7 @@ def layout(shape: Sequence[int], dtype: torch.dtype, *tensors: Tensor) -> Sequen
 
 
 def linear(x: Tensor, lam: Tensor, *tensors: Tensor) -> Tensor:
-    """Computes x · baseᵀ + λ (x · downᵀ) · upᵀ with plain products. A custom kernel would not be faster."""
+    """Computes x · baseᵀ + λ (x · downᵀ) · upᵀ with plain products, where no kernel does it."""
     base, down, up = tensors
     low = (lam.unsqueeze(1) * F.linear(x, down).float()).to(x.dtype)
     return torch.addmm(F.linear(x, base), low, up.t())

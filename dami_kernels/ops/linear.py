@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dami_kernels import formats, products
+from dami_kernels import formats, native, products
 from dami_kernels.ops import direct, library
 from dami_kernels.rows import along, lam_map, lam_per_row, lerp, sum_per_lam
 from dami_kernels.tuning import Route, route, routes, rows_together
@@ -52,7 +52,7 @@ def lerp_linear(
     rows = x.shape[:-1].numel()
     lam, rows_per_lam = lam_map(lam, rows, rows_per_lam, row_to_lam, x.device)
     flat = x.reshape(rows, x.shape[-1])
-    own_linear = getattr(formats.get(weight.format), "linear", None)
+    own_linear = _own_linear(flat, weight.format)
     if own_linear is not None:
         per_row = lam_per_row(lam, rows_per_lam, row_to_lam)
         y = own_linear(flat, per_row, *weight.tensors)
@@ -106,7 +106,7 @@ def lerp_linears(
             raise ValueError(f"weights must share one format, got {weights[0].format!r} and {weight.format!r}")
     rows = x.shape[:-1].numel()
     lam, rows_per_lam = lam_map(lam, rows, rows_per_lam, row_to_lam, x.device)
-    if hasattr(formats.get(weights[0].format), "linear"):
+    if _own_linear(x, weights[0].format) is not None:
         per_row = lam_per_row(lam, rows_per_lam, row_to_lam)
         return tuple(
             lerp_linear(x, weight, per_row, None if biases is None else biases[i]) for i, weight in enumerate(weights)
@@ -132,6 +132,13 @@ def lerp_linears(
     )
     parts = y.split([rows * size for size in sizes])
     return tuple(part.view(*x.shape[:-1], size) for part, size in zip(parts, sizes, strict=True))
+
+
+def _own_linear(x: Tensor, format: str) -> Callable[..., Tensor] | None:
+    """Returns the products that a format brings, or None if a kernel of this device reads it."""
+    if x.is_cpu and not native.WHY_NOT and format in native.LINEAR_FORMATS:
+        return None
+    return getattr(formats.get(format), "linear", None)
 
 
 def _route(

@@ -91,7 +91,7 @@ def render(
         try:
             rendered.append(tokenizer.apply_chat_template(messages, tokenize=False, **given))
         except Exception as error:  # templates can raise anything
-            raise ValueError(f"messages do not fit the chat template: {error}") from error
+            raise ValueError(f"the chat template does not take these messages: {error}") from error
     return cast(list[str], rendered)  # strings, because of tokenize=False
 
 

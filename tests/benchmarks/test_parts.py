@@ -125,7 +125,7 @@ def test_a_format_without_a_kernel_is_left_out(
     with native.bypassed():
         code, rows = run("linear", tmp_path, "-m", "3", "--lams", "distinct", "zero")
     assert code == 0
-    assert {row["format"] for row in rows} == {"", "lowrank"}
+    assert {row["format"] for row in rows} == {""}
     assert capsys.readouterr().out.count("int8: dami: dami::lerp_linear runs as plain torch") == 1  # asked but once
 
 

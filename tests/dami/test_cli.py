@@ -426,7 +426,9 @@ def test_a_bad_line_is_named(line: str, message: str) -> None:
 def test_a_conversation_that_the_template_does_not_take_is_told() -> None:
     result = run("generate", "-l", "0", stdin='{"messages": [{"role": "system", "content": "Be brief."}]}\n')
     assert result.exit_code == 2
-    assert "messages do not fit the chat template: This model knows the roles user and assistant" in result.stderr
+    assert (
+        "the chat template does not take these messages: This model knows the roles user and assistant" in result.stderr
+    )
 
 
 def test_a_pair_that_cannot_be_asked_is_told(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import socket
 from collections.abc import Mapping
@@ -260,6 +261,7 @@ def serve(given: Given[ServeSettings]) -> None:
             code = run(served, settings.host, settings.port, settings.drain)
     except SystemExit as stopped:  # from uvicorn, which has logged the reason
         raise fail(f"the server did not start on {settings.host} port {settings.port}") from stopped
+    gc.freeze()  # the process ends, and to collect all objects of torch once more would take it seconds
     raise typer.Exit(code)
 
 

@@ -66,6 +66,8 @@ class BodyRoute(APIRoute):
         async def handle(request: Request) -> Response:
             if not JSON.fullmatch(sent := request.headers.get("content-type", "")):
                 raise BadRequest(f"the header Content-Type must be application/json, got {sent!r}")
+            if (sent := request.headers.get("content-encoding", "identity")) != "identity":
+                raise BadRequest(f"the header Content-Encoding must be left out, got {sent!r}: send the body as it is")
             content = await request.body()
             body = await unless_disconnected(
                 request, request.app.state.service.pools.run(len(content), read, content, kind)
@@ -212,8 +214,13 @@ async def _disconnected(*_: object) -> Response:
     return Response(status_code=499)
 
 
-async def _http_error(_: Request, problem: StarletteHTTPException) -> Response:
-    return error(problem.status_code, str(problem.detail), headers=problem.headers)
+async def _http_error(request: Request, problem: StarletteHTTPException) -> Response:
+    message, path = str(problem.detail), request.url.path
+    if problem.status_code in (404, 405):
+        allowed = (problem.headers or {}).get("Allow")
+        hint = f", but {allowed}" if allowed else "" if path.startswith("/v1/") else ": the API's paths begin with /v1"
+        message = f"there is no {request.method} {path} on this server{hint}"
+    return error(problem.status_code, message, headers=problem.headers)
 
 
 async def _overloaded(_: Request, problem: Overloaded) -> Response:
@@ -241,9 +248,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         gc.collect()
         gc.freeze()  # collecting all objects that torch has loaded would pause the server for half a second
         yield
-        gc.unfreeze()
         dying.cancel()
         app.state.service.pools.close()
+    gc.unfreeze()  # not before the engine has ended, which collects
 
 
 async def _tell_death(app: FastAPI, engine: Engine) -> None:

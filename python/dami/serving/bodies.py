@@ -34,6 +34,8 @@ def read(content: bytes, kind: type[R]) -> R:
         raise BadRequest("the body must be JSON: it is nested too deeply") from problem
     except ValueError as problem:
         raise BadRequest(f"the body must be JSON: {problem}") from problem
+    if not isinstance(body, dict):
+        raise BadRequest(f"the body must be a JSON object, got {json.dumps(body)[:64]}")
     try:
         return kind.model_validate(body)
     except ValidationError as problem:
@@ -42,11 +44,14 @@ def read(content: bytes, kind: type[R]) -> R:
             param = each.get("ctx", {}).get("param")
             texts = found.setdefault(param or _path(each["loc"], body, each["type"] == "missing"), [])
             texts.append(each["msg"].removeprefix("Value error, "))
-        message = "; ".join(
-            f"{path or 'the body'}: {' or '.join(dict.fromkeys(texts))}" for path, texts in found.items()
-        )
+        message = "; ".join(_message(path, " or ".join(dict.fromkeys(texts))) for path, texts in found.items())
         param = next(iter(found)).partition(".")[0].partition("[")[0]
         raise BadRequest(message, param or None) from problem
+
+
+def _message(path: str, text: str) -> str:
+    """Returns what is wrong with what is at a path, which the text may name itself."""
+    return text if text.startswith(f"{path} ") else f"{path or 'the body'}: {text}"
 
 
 def _path(place: tuple[int | str, ...], body: Any, missing: bool) -> str:

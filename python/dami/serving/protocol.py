@@ -179,7 +179,7 @@ class Dialled(Strict):
             for name in VllmArguments.model_fields:
                 inner, outer = getattr(self.vllm_xargs, name), getattr(self, name)
                 if inner is not None and outer is not None and inner != outer:
-                    raise disagreement(name, f"{name} is {outer} and in vllm_xargs {inner}")
+                    raise disagreement(name, f"{name} is {outer} and in vllm_xargs {inner}: give one of them")
                 setattr(self, name, outer if inner is None else inner)
         if isinstance(self.intensity, float) and self.max_intensity is not None:
             raise disagreement(
@@ -281,7 +281,8 @@ class ChatRequest(Request):
             meant = EFFORTS.get(self.reasoning_effort, self.reasoning_effort)
             if self.intensity not in (None, meant):
                 raise disagreement(
-                    "reasoning_effort", f"reasoning_effort is {self.reasoning_effort} and intensity {self.intensity}"
+                    "reasoning_effort",
+                    f"reasoning_effort is {self.reasoning_effort} and intensity {self.intensity}: give one of them",
                 )
             self.intensity = meant
         if self.add_generation_prompt is not None and self.add_generation_prompt == bool(self.continue_final_message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import itertools
 import json
 import re
@@ -366,7 +367,8 @@ def said(**options: Any) -> dict[str, Any]:
 
 BAD: list[tuple[str, Any, int, str | None, str]] = [
     (CHAT, {}, 400, "messages", "messages: Field required"),
-    (CHAT, [], 400, None, "the body: Input should be a valid dictionary"),
+    (CHAT, [], 400, None, "the body must be a JSON object, got []"),
+    (CHAT, "a", 400, None, 'the body must be a JSON object, got "a"'),
     (CHAT, asked() | {"messages": []}, 400, "messages", "at least 1 item"),
     (
         CHAT,
@@ -382,7 +384,7 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
         asked() | {"messages": [{"role": "system", "content": "a"}]},
         400,
         "messages",
-        "do not fit the chat template",
+        "the chat template does not take these messages",
     ),
     (CHAT, asked(model="other"), 404, "model", "model must be 'pair', got 'other'"),
     (CHAT, asked(model="pairs:0.5"), 404, "model", "model must be 'pair', got 'pairs:0.5'"),
@@ -527,8 +529,8 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
     (COMPLETIONS, {"prompt": ["a"] * 1024, "n": 2}, 400, "n", "may have 1024 sequences at most on this server"),
     (COMPLETIONS, {"prompt": "a", "echo": True}, 400, "echo", "not supported by this server"),
     (COMPLETIONS, {"prompt": "a", "logprobs": 50}, 400, "logprobs", "less than or equal to 20"),
-    ("/v1/nothing", {}, 404, None, "Not Found"),
-    ("/health", {}, 405, None, "Method Not Allowed"),
+    ("/chat/completions", {}, 404, None, "on this server: the API's paths begin with /v1"),
+    ("/health", {}, 405, None, "there is no POST /health on this server, but GET"),
 ]
 
 
@@ -573,6 +575,13 @@ def test_a_body_that_is_not_called_json(server: Running) -> None:
         headers={"content-type": "Application/JSON; charset=utf-8"},
     )
     assert response.status_code == 200
+
+
+def test_a_compressed_body_is_refused_by_name(server: Running) -> None:
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    response = httpx.post(server.url + CHAT, content=gzip.compress(json.dumps(asked()).encode()), headers=headers)
+    assert response.status_code == 400
+    assert "Content-Encoding must be left out, got 'gzip'" in response.json()["error"]["message"]
 
 
 def test_what_an_answer_holds_may_be_sent_back(server: Running) -> None:

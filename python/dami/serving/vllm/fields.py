@@ -84,10 +84,10 @@ def _with_thoughts(
     name, answer = "answer_intensity", None
     if name in given:
         answer = offer.lam(given[name], name)
-        if tokenizer is None or not offer.follows:
-            lacking = "without a tokenizer" if offer.follows else "with speculation or in a pipeline"
+        if tokenizer is None or not offer.moves:
+            lacking = "without a tokenizer" if offer.moves else "with speculation"
             raise RequestError(f"{name} is not supported {lacking}", parameter=name)
-    if tokenizer is None or not offer.follows or (answer is None and budget is None):
+    if tokenizer is None or not offer.moves or (answer is None and budget is None):
         return course
     reader, start, end = _thoughts(tokenizer)
     inside = reader.opens("".join(map(reader.text, prompt[-TAG:])))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +16,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 from dami.patching.compare import Header, tensor_mismatches
 from dami.serving.vllm.quantization import PairQuantization
 from dami_kernels import LerpWeight, formats
+
+# whose experts are [experts, K, N] on the hub, which vLLM undoes in whatever it loads
+TRANSPOSED = {"gpt_oss", "qwen3_vl_moe"}
 
 Located = dict[str, tuple[Path, Header]]
 
@@ -147,16 +150,32 @@ def _owner(pair: PairQuantization, name: str) -> str:
 class TwoEnds:
     """Two checkpoints, which are packed while the first is read."""
 
-    def __init__(self, files: tuple[Located, Located], pair: PairQuantization, tied: AbstractSet[str]) -> None:
+    def __init__(
+        self,
+        files: tuple[Located, Located],
+        pair: PairQuantization,
+        tied: AbstractSet[str],
+        config: PreTrainedConfig,
+    ) -> None:
         """
         Args:
             files: file and header of each tensor of both ends.
             pair: the pair, which gets to know the parameters.
             tied: parameters to skip if they are stored.
+            config: config of either end.
         """
         self.files, self.pair = files, pair
         self.headers = [{name: end[name][1] for name in end.keys() - tied} for end in files]
         pair.originals = {name: name for name in self.headers[0]}
+        shapes = {
+            name: shape
+            for name, (shape, _) in self.headers[0].items()
+            if config.model_type in TRANSPOSED and name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+        }
+        hidden = config.get_text_config().hidden_size
+        self.transposed = shapes.keys()
+        by_rows = any(_lies_by_rows(name, shape, hidden) for name, shape in shapes.items())  # one kind may be square
+        self.to_transpose = shapes.keys() if by_rows else set()
 
     def mismatches(self) -> list[str]:
         """Returns a line for each tensor that is in one end only, or differs in shape or dtype."""
@@ -175,18 +194,31 @@ class TwoEnds:
         names = [name for name in self.files[0] if name in self.headers[0]]
         quantised = [name for name in names if kept.get(name, "pair") != "pair"]
         if index == 0:
-            for name, base in read(self.files[0], names):
+            for name, base in self._read(0, names):
                 if name in kept and kept[name] != "pair":
-                    target = next(read(self.files[1], [name]))[1]
-                    base, *rest = LerpWeight.pack(base.contiguous(), target, kept[name]).tensors
+                    target = next(self._read(1, [name]))[1]
+                    turned = name in self.transposed
+                    base, target = (end.mT if turned else end for end in (base, target))
+                    parts = LerpWeight.pack(base.contiguous(), target.contiguous(), kept[name]).tensors
+                    base, *rest = (part.mT if turned else part for part in parts)
                     later[name] = tuple(rest)
                 yield name, base
             return
         if index == 1:
-            yield from read(self.files[1], [name for name in names if name not in later])
+            yield from self._read(1, [name for name in names if name not in later])
         for name in quantised:
             if index - 1 < len(later[name]):
                 yield name, later[name][index - 1]
+
+    def _read(self, end: int, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in read(self.files[end], names):
+            yield name, tensor.mT if name in self.to_transpose else tensor
+
+
+def _lies_by_rows(name: str, shape: Sequence[int], hidden: int) -> bool:
+    """Returns whether experts are stored [experts, N, K], as transformers saves those of Qwen3-VL."""
+    own, other = (2, 1) if name.endswith("gate_up_proj") else (1, 2)  # where the hidden size then is
+    return shape[own] == hidden != shape[other]
 
 
 def _count(used: Iterable[str]) -> int:

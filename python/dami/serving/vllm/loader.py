@@ -140,7 +140,7 @@ class PairLoader(DefaultModelLoader):
         if settings.thinking is None:
             return PackedFiles(base, pair, tied, Spelling(model_config.hf_config))
         revisions = model_config.revision, settings.thinking_revision or model_config.revision
-        files = TwoEnds((base, self._find(settings.thinking, revisions[1])), pair, tied)
+        files = TwoEnds((base, self._find(settings.thinking, revisions[1])), pair, tied, model_config.hf_config)
         configs = [  # as they are stored: vLLM changes its own
             AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=model_config.trust_remote_code)
             for source, revision in zip((model_config.model, settings.thinking), revisions, strict=True)

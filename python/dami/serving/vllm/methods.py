@@ -165,7 +165,10 @@ class ExpertsMethod(FusedMoEMethodBase):
         refused = {
             f"the activation {layer.activation.value}": layer.activation not in ACTIVATIONS,
             "a limit of their own": (layer.swiglu_limit, layer.swiglu_alpha, layer.swiglu_beta) != (None, None, None),
-            "biases in another format than 'pair'": self.moe.has_bias and (self.up, self.down) != ("pair", "pair"),
+            # vLLM cuts down's features by their number, and codes and scales have others
+            "biases in another format than 'pair' over several processes (--enable-expert-parallel)": self.moe.has_bias
+            and self.down != "pair"
+            and self.moe.moe_parallel_config.tp_size > 1,
             "router weights on their input": layer.apply_router_weight_on_input,
             "sizes that are rounded up": (hidden_size, intermediate_size_per_partition)
             != (self.moe.hidden_dim_unpadded, self.moe.intermediate_size_per_partition_unpadded),

@@ -28,14 +28,12 @@ class Offer:
         settings: the user's.
         stored: the pair's presets and estimator.
         moves: whether λ can change while a request runs.
-        follows: whether it can depend on thoughts, too.
         limits: whether vLLM can end a thought that has used up its budget.
     """
 
     settings: PairSettings
     stored: StoredIntensity = field(default_factory=StoredIntensity)
     moves: bool = True
-    follows: bool = True
     limits: bool = False
 
     @classmethod
@@ -51,8 +49,7 @@ class Offer:
         stored = _stored(source, revision, config.load_config.download_dir)
         reasoning = config.reasoning_config
         moves = config.speculative_config is None
-        follows = moves and config.parallel_config.pipeline_parallel_size == 1
-        return cls(settings, stored, moves, follows, reasoning is not None and reasoning.enabled)
+        return cls(settings, stored, moves, reasoning is not None and reasoning.enabled)
 
     @property
     def presets(self) -> Mapping[str, float]:

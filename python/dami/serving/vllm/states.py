@@ -51,12 +51,8 @@ class PromptStates:
 
     def __init__(self, model: Any, config: VllmConfig, offer: Offer) -> None:
         self.estimator: Any = offer.stored.estimator
-        parallel = config.parallel_config
-        if (
-            config.speculative_config is not None
-            or max(parallel.data_parallel_size, parallel.pipeline_parallel_size) > 1
-        ):
-            raise ValueError("intensity 'auto' is not supported with speculation, data or pipeline parallelism in vLLM")
+        if config.speculative_config is not None or config.parallel_config.data_parallel_size > 1:
+            raise ValueError("intensity 'auto' is not supported with speculation or data parallelism in vLLM")
         layers, self._state = _shown(model, config)
         self._layers = [layer % (len(layers) + 1) for layer in offer.layers]
         if 0 in self._layers:

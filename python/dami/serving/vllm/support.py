@@ -306,8 +306,9 @@ def check_features(config: VllmConfig) -> None:
         f"the runner {model.runner_type}": model.runner_type != "generate",
         "LoRA for a model with experts, MLA or linear attention": config.lora_config is not None
         and (model.is_moe or model.use_mla or model.is_hybrid),
-        f"speculation by {speculation and speculation.method}": speculation and speculation.method != "ngram",
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        f"speculation by {speculation and speculation.method}, but by ngram": speculation
+        and speculation.method != "ngram",
+        "pipeline parallelism (split layers by tensor_parallel_size)": parallel.pipeline_parallel_size > 1,
         "data-parallel experts": model.is_moe and parallel.data_parallel_size > 1,
         "sequence-parallel experts": parallel.use_sequence_parallel_moe,
         "expert load balancing (EPLB)": parallel.enable_eplb,

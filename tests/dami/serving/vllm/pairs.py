@@ -218,6 +218,8 @@ def merged(packed: Path, lam: float) -> PreTrainedModel:
                 continue
             parts = tuple(tensors[name + suffix] for suffix in formats.get(format).TENSORS)
             dtype = parts[0].dtype if parts[0].is_floating_point() else tensor.dtype  # as stored
+            if config.model_type == "gpt_oss" and tensor.dim() == 3:  # stored transposed
+                parts, tensor = tuple(part.mT for part in parts), tensor.mT
             base, target = LerpWeight(parts, format, tensor.shape, dtype).unpack()
             tensor.copy_(base.double() + lam * (target.double() - base.double()))
     return model

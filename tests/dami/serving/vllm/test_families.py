@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from dami.loading.checkpoint import headers_in
+from safetensors.torch import save_file
 
+from dami_kernels import LerpWeight
 from tests.dami.serving.vllm import pairs
 from tests.dami.serving.vllm.engines import ask, engine, tokens_of, vllm_answers
 from tests.dami.serving.vllm.pairs import LAMS, answers, prompts_of
@@ -54,8 +59,29 @@ def test_two_ends_whose_experts_have_biases(ends: Any, packed: Any) -> None:
     """GPT-OSS, whose attention also has sinks."""
     expected = wanted("gpt_oss", packed("gpt_oss", "pair"))
     assert found("gpt_oss", *ends("gpt_oss")) == expected
-    with pytest.raises(Exception, match="a pair's experts cannot have biases in another format than 'pair'"):
-        found("gpt_oss", packed("gpt_oss", "int8"))
+    pair = packed("gpt_oss", "int4")
+    expected = wanted("gpt_oss", pair)
+    assert found("gpt_oss", pair) == expected
+    with engine(*ends("gpt_oss"), format="int4") as llm:
+        assert tokens_of(ask(llm, PROMPTS, lams_of("gpt_oss"))) == expected
+
+
+def test_what_experts_cannot_have_is_named() -> None:
+    from dami.serving.vllm.methods import ExpertsMethod
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    processes = SimpleNamespace(tp_size=2)
+    sizes = {"hidden_dim_unpadded": 60, "intermediate_size_per_partition_unpadded": 32}
+    moe = SimpleNamespace(has_bias=True, moe_parallel_config=processes, **sizes)
+    method: Any = SimpleNamespace(moe=moe, up="int4", down="int4")
+    limits = {"swiglu_limit": 7.0, "swiglu_alpha": None, "swiglu_beta": None}
+    layer = SimpleNamespace(activation=MoEActivation.RELU2, apply_router_weight_on_input=True, **limits)
+    said = (
+        "a pair's experts cannot have the activation relu2, a limit of their own, biases in another format than 'pair' "
+        r"over several processes \(--enable-expert-parallel\), router weights on their input, sizes that are rounded up"
+    )
+    with pytest.raises(ValueError, match=said):
+        ExpertsMethod.create_weights(method, layer, 8, 64, 32, torch.float32)
 
 
 def test_what_has_no_operator_is_named(ends: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,3 +94,32 @@ def test_what_has_no_operator_is_named(ends: Any, monkeypatch: pytest.MonkeyPatc
     )
     with pytest.raises(Exception, match=said):
         found("qwen3_next", *ends("qwen3_next"))
+
+
+@pytest.mark.parametrize("format", ["pair", "int4"])
+@pytest.mark.parametrize("intermediate", [32, 64, 96])  # gate_up is square, down is, neither
+def test_experts_are_read_alike_as_the_hub_and_as_transformers_has_them(
+    tmp_path: Path, format: str, intermediate: int
+) -> None:
+    """Qwen3-VL's, which vLLM transposes."""
+    from dami.serving.vllm.files import TwoEnds
+
+    shapes = {"experts.gate_up_proj": (3, 2 * intermediate, 64), "experts.down_proj": (3, 64, intermediate)}
+    ends = [{name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(2)]
+    read = []
+    for layout in ("transformers", "hub"):
+        located = []
+        for number, end in enumerate(ends):
+            path = tmp_path / f"{layout}{number}.safetensors"
+            save_file({name: (e.mT if layout == "hub" else e).contiguous() for name, e in end.items()}, path)
+            located.append({name: (path, header) for name, header in headers_in(path).items()})
+        pair: Any = SimpleNamespace(formats=lambda: dict.fromkeys(shapes, format))
+        config: Any = SimpleNamespace(model_type="qwen3_vl_moe")
+        config.get_text_config = lambda: SimpleNamespace(hidden_size=64)
+        files = TwoEnds((located[0], located[1]), pair, set(), config)
+        read.append([{name: tensor.mT for name, tensor in each} for each in files.passes()])
+    for name in shapes:
+        expected = LerpWeight.pack(ends[0][name], ends[1][name], format).tensors
+        for tensors in read:
+            assert len(tensors) == len(expected)
+            assert all(torch.equal(each[name], part) for each, part in zip(tensors, expected, strict=True))

@@ -109,14 +109,14 @@ def test_what_is_refused(given: dict[str, Any], message: str) -> None:
     ("given", "moves", "message"),
     [
         ({"answer_intensity": 0.5}, True, "answer_intensity is not supported without a tokenizer"),
-        ({"answer_intensity": 0.5}, False, "answer_intensity is not supported with speculation or in a pipeline"),
+        ({"answer_intensity": 0.5}, False, "answer_intensity is not supported with speculation"),
         ({"answer_intensity": "auto"}, True, "vLLM takes a number or a preset as answer_intensity, got 'auto'"),
         ({"intensity_schedule": [[4, 0.5]]}, False, "intensity_schedule is not supported with speculation"),
     ],
 )
 def test_what_this_engine_cannot_do_is_refused(given: dict[str, Any], moves: bool, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        course_of(given, replace(OFFER, moves=moves, follows=moves), [1] * 10)
+        course_of(given, replace(OFFER, moves=moves), [1] * 10)
 
 
 def test_what_the_pair_lacks_is_refused() -> None:
