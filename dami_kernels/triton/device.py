@@ -81,6 +81,14 @@ def row_lam(lam, row_to_lam, rows, valid, rows_per_lam):
 
 
 @triton.jit
+def late(number):
+    """The same number, but the compiler does not know that, and keeps nothing that follows from it through a loop."""
+    if target_info.is_cuda():
+        number = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], tl.int32, is_pure=False, pack=1)
+    return number
+
+
+@triton.jit
 def lerp(base, target, lam):
     """base + λ (target − base) in float32: exactly one end at λ = 0 and 1, even where the other end is not finite."""
     base = base.to(tl.float32)

@@ -27,6 +27,7 @@ from dami_kernels.triton.device import (
     combine,
     fetch_end,
     first_tensor,
+    late,
     lerp,
     load_end,
     row_lam,
@@ -289,16 +290,31 @@ def _add_groups(END: tl.constexpr, sums, operands, features, k, ahead: tl.conste
 
 
 @triton.jit
+def _lams(operands, rows, valid):
+    """`row_lam` of these rows of x."""
+    rows_per_lam = operands.rows_per_lam
+    if operands.x.dtype.element_ty == tl.float32:
+        # It has no registers to spare, and a division of signed numbers keeps some from the first to the last one.
+        rows, rows_per_lam = rows.to(tl.uint32), tl.cast(rows_per_lam, tl.uint32)
+    return row_lam(operands.lam, operands.row_to_lam, rows, valid, rows_per_lam)
+
+
+@triton.jit
 def _store(ENDS: tl.constexpr, operands, tile, y, second_y, lams, BLOCK_M: tl.constexpr, plan):
     """Stores a tile [BLOCK_N, BLOCK_M] of y plus the bias, or the split's part, of which BLOCK_M rows may be a part.
 
     Of BOTH ends y and `second_y` are the sums, and every row is interpolated at its λ; otherwise at `lams` [1, 1].
     """
     BLOCK_N: tl.constexpr = plan.BLOCK_N
+    if operands.x.dtype.element_ty == tl.float32 and not plan.EVEN_K:
+        # Here masks of rows are computed early, and would fill registers until those of the results need them.
+        tile = Tile(
+            tile.rows_before, late(tile.row), tile.row_end, tile.feature, tile.N, tile.K, tile.step_begin, tile.step_end
+        )
     if ENDS == BOTH:
         # λ is loaded again, as the sums lie: kept from the beginning it would fill registers all through the loop.
         rows = tile.row + tl.arange(0, BLOCK_M)[None, :]
-        lams = row_lam(operands.lam, operands.row_to_lam, rows, rows < tile.row_end, operands.rows_per_lam)
+        lams = _lams(operands, rows, rows < tile.row_end)
         y = combine(y, second_y, lams, plan.SECOND_BITS)
     if operands.bias is not None:
         features = tile.feature + tl.arange(0, BLOCK_N)
@@ -357,11 +373,10 @@ def product_tile(operands, tile, plan):
     if plan.IS_EARLY:
         _fetch_first_steps(operands, tile, plan)
         start()
-    lam, row_to_lam, rows_per_lam = operands.lam, operands.row_to_lam, operands.rows_per_lam
     row, row_end = tile.row, tile.row_end
     rows = row + tl.arange(0, plan.BLOCK_M)
-    lams = row_lam(lam, row_to_lam, rows, rows < row_end, rows_per_lam)
-    one_lam = row_lam(lam, row_to_lam, tl.full((1, 1), row, tl.int32), True, rows_per_lam)
+    lams = _lams(operands, rows, rows < row_end)
+    one_lam = _lams(operands, tl.full((1, 1), row, tl.int32), True)
     # Not by min and max: they pass over a NaN, whose row would then take its neighbours' λ.
     mixed = tl.sum(((rows < row_end) & (lams != tl.max(one_lam))).to(tl.int32)) > 0
     only_base = not mixed and tl.max(one_lam) == 0.0

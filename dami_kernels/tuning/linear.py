@@ -121,9 +121,10 @@ def _goes_by_group(rows: int, K: int, dtype: torch.dtype, format: str, device: D
 def _tiles(M: int, K: int, dtype: torch.dtype, format: str, device: Device) -> list[Tile]:
     """Returns tiles for M rows, largest first."""
     if _goes_by_group(M, K, dtype, format, device):
-        # With codes at both ends a step has twice the columns, and 9 to 16 rows take fewer instructions as 32.
-        is_long = _num_coded(format) == 2 and device.arch == "sm_90"
-        sizes = (8, 32, 64) if is_long and dtype == torch.bfloat16 else (8, 16, 32, 64)
+        # With codes at both ends a step has twice the columns, for which older GPUs lack registers, and on
+        # sm_90 9 to 16 rows take fewer instructions as 32.
+        is_long = _num_coded(format) == 2 and device.has_wide_mma
+        sizes = (8, 32, 64) if is_long and dtype == torch.bfloat16 and device.arch == "sm_90" else (8, 16, 32, 64)
         rows = next(rows for rows in sizes if rows >= M)
         inner = 2 * _STEP_BY_GROUP if is_long and K % (2 * _STEP_BY_GROUP) == 0 else _STEP_BY_GROUP
         return [(rows, features, inner) for features in ([64] if rows <= 16 else [128, 64])]

@@ -147,7 +147,7 @@ def test_rows_of_many_lams_take_their_tile_at_once(M: int) -> None:
 def test_codes_of_few_rows_go_by_group(device: Device) -> None:
     """Whole steps of four groups: up to 16 rows one for each warp; in bfloat16 on sm_90 up to 64, one for each lane.
 
-    With codes at both ends a step has twice as many there, and 9 rows are already taken by lane.
+    With codes at both ends a step has twice as many on sm_90 and sm_100, and on sm_90 9 rows are already taken by lane.
     """
     for M, (N, K), dtype, format in itertools.product(ROWS, SHAPES, DTYPES, ("pair", "int8", "int4", "w8d4")):
         config = linear_config(M, N, K, dtype, format, device)
@@ -156,7 +156,7 @@ def test_codes_of_few_rows_go_by_group(device: Device) -> None:
         most = 64 if by_lane else 16
         assert config.by_group == (is_coded and K % 128 == 0 and most >= M)
         if config.by_group:
-            is_long = format == "w8d4" and device.arch == "sm_90"
+            is_long = format == "w8d4" and device.has_wide_mma
             sizes = (8, 32, 64) if is_long and by_lane else (8, 16, 32, 64)
             assert config.block_m == next(rows for rows in sizes if rows >= M)
             assert config.block_k == (256 if is_long and K % 256 == 0 else 128)
