@@ -146,8 +146,6 @@ def ours(x: Tensor, batch: Lams, copies: Copies, moved: list[LerpWeight]) -> Ite
         weight = weights[i % len(weights)]
         return function(x, [*weight.tensors], [], lam, row_to_lam, rows_per_lam, weight.format, False)
 
-    if moved:
-        yield method(HUGE, "pair", partial(operator, weights=moved))
     for format, weights in copies.weights.items():
         yield method(OURS, format, partial(operator, weights=weights))
         if format in KERNEL_FORMATS and has_cuda_kernel(x):
@@ -158,6 +156,8 @@ def ours(x: Tensor, batch: Lams, copies: Copies, moved: list[LerpWeight]) -> Ite
             yield method(name, format, partial(kernel, weights=weights, function=function))
         elif format in KERNEL_FORMATS and x.device.type != "cpu" and is_by_library(x, weights[0], rows_per_lam, batch):
             yield method(TRITON, format, partial(by_triton, weights=weights))
+    if moved:
+        yield method(HUGE, "pair", partial(operator, weights=moved))
 
 
 def rivals(x: Tensor, batch: Lams, copies: Copies, with_float32: bool) -> Iterator[Method]:

@@ -95,7 +95,8 @@ def test_a_missing_compiled_part_is_a_problem_with_a_remedy(monkeypatch: pytest.
 def test_a_format_that_no_kernel_reads_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     if native.WHY_NOT is not None:
         pytest.skip(native.WHY_NOT)
-    monkeypatch.setattr(native._C, "FORMATS", {"pair": 2})
+    monkeypatch.setattr(native, "FORMATS", {"pair": 2})
+    monkeypatch.setattr(native, "LINEAR_FORMATS", {"pair"})
     checks = tuple(doctor.self_test("cpu"))
     assert {check.format for check in checks if check.why} == {"int4", "int8", "w8d4"}
     problems = told(doctor.kernel_problems(checks))

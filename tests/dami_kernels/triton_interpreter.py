@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, InterpreterOptions, TensorHandle
 
-from dami_kernels import native
+from dami_kernels import formats, native
 from dami_kernels import triton as kernels
 
 assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
@@ -26,6 +26,7 @@ BYPASSED = ExitStack()
 if native.WHY_NOT is None:
     BYPASSED.enter_context(native.bypassed())  # for as long as the process lasts
 native.WHY_NOT = None
+native.LINEAR_FORMATS = {name for name in formats.names() if isinstance(formats.get(name), formats.Matrices)}
 for name in kernels.__all__:
     setattr(native, name, getattr(kernels, name))
 
