@@ -31,7 +31,7 @@ KINDS = {  # label, marker, colour, and offset from the middle of its line
     "identical": ("one λ for all", "s", BLUE, 0.0),
     "zero": ("λ = 0 for all", "^", MUTED, 0.16),
 }
-FEWEST, MOST = 0.22, 24  # ratios shown
+FEWEST, MOST = 0.11, 24  # ratios shown
 
 
 def ratios(rows: Sequence[Row], m: str) -> dict[tuple[str, str, str], float]:
@@ -62,7 +62,7 @@ def draw(axes: Axes, found: dict[tuple[str, str, str], float]) -> None:
             axes.plot(x, y, marker, color=color, ms=7, label=label)
     axes.set_xscale("log", base=2)
     axes.set(xlim=(FEWEST, MOST), ylim=(len(METHODS) - 0.4, -0.6))
-    axes.set_xticks([0.25, 0.5, 1, 2, 4, 8, 16], ["¼", "½", "1", "2", "4", "8", "16"])
+    axes.set_xticks([0.125, 0.25, 0.5, 1, 2, 4, 8, 16], ["⅛", "¼", "½", "1", "2", "4", "8", "16"])
     axes.set_yticks(range(len(METHODS)), [format or method for method, format in METHODS])
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
