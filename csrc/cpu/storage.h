@@ -67,8 +67,9 @@ struct Numbers {
   }
 };
 
-// Rows that are bound by memory take so many blocks of a weight at a time; and so many groups those have, at most.
-constexpr int64_t max_stream_blocks = 8, max_groups = max_stream_blocks * block_bytes / 2 / group_size;
+// Rows that are bound by memory take so many blocks of a weight at a time; and so many groups those have at most, with a
+// short block that the last of them may take in.
+constexpr int64_t max_stream_blocks = 8, max_groups = (max_stream_blocks + 1) * block_bytes / 2 / group_size;
 
 // The row of a matrix of codes, `per_byte` to a byte; Loader, one of V's, makes numbers of them. The scales are laid out as float32 first, those of the rows
 // of a tile `max_groups` apart.
