@@ -111,9 +111,9 @@ def is_by_library(x: Tensor, weight: LerpWeight, rows_per_lam: int, batch: Lams)
 
 
 def ours(x: Tensor, batch: Lams, copies: Copies, moved: list[LerpWeight]) -> Iterator[Method]:
-    """Returns the operator in every format, on weights that were `moved` into huge pages, and the other kernel.
+    """Yields the operator in every format, and on the weights in huge pages, if any were `moved` there.
 
-    That is, for few rows on a GPU, the kernel that the operator does not choose.
+    On a GPU, for few rows, also the kernel that the operator does not choose.
     """
     lam, rows_per_lam, row_to_lam = batch.to(x.device)
     per_row = batch.per_row()
