@@ -9,6 +9,7 @@ namespace {
 struct Bf16Dot {
   using X = bf16;
   static constexpr int step = 32, parts = 1, tile_m = Vec::tile_m;
+  static constexpr int short_m = 3;  // on Zen 4 a tile of 4 or more takes some 50 cycles to begin, one of 3 none
   static constexpr bool any_rows = true;
   static constexpr dami::Blocking blocks{dami::block_bytes / sizeof(X), dami::block_bytes / sizeof(X) / 4};
   static int64_t at_block(int64_t k) { return k; }

@@ -48,6 +48,7 @@ constexpr bool is_dense_dot() {
   static_assert(Dot::any_rows, "any_rows: as tiles of blended weights have any number of them");
   static_assert(Dot::blocks.block * static_cast<int64_t>(sizeof(X)) == block_bytes, "blocks: of block_bytes");
   static_assert(Dot::parts == 1 || Dot::parts == 2, "parts: in which a step is loaded");
+  static_assert(1 <= Dot::short_m && Dot::short_m <= Dot::tile_m, "short_m: rows of x in a tile that finds the weight in L1");
   static_assert(Dot::parts * static_cast<int>(sizeof(V)) == Dot::step * static_cast<int>(sizeof(X)), "step: in bytes");
   static_assert(gives<V, decltype(Dot::multiply_add(Dot::template load<0>(some_pointer<X>()),
                                                     Dot::template load<Dot::parts - 1>(some_pointer<X>()), declval<V>()))>,
@@ -79,7 +80,7 @@ constexpr bool is_codes_dot() {
 template <class V, bool split>
 struct FloatDot {
   using X = float;
-  static constexpr int step = 2 * V::W, parts = 2, tile_m = V::tile_m;
+  static constexpr int step = 2 * V::W, parts = 2, tile_m = V::tile_m, short_m = tile_m;
   static constexpr bool any_rows = true;
   static constexpr Blocking blocks{block_bytes / sizeof(X), block_bytes / sizeof(X) / 4};
   static int64_t at_block(int64_t k) { return k; }

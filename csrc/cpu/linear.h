@@ -57,13 +57,25 @@ struct LinearKernel {
     }
   }
 
+  // How many of some rows go first, in tiles of up to tile_m: all of them; or, if tiles of short_m are better where they find
+  // the rows of the weight in L1, one tile, which leaves whole ones of those.
+  static int64_t first_rows(int64_t all) {
+    constexpr int64_t tall = Dot::tile_m, low = Dot::short_m;
+    return low == tall || all <= tall ? all : tall - (low - (all - tall) % low) % low;
+  }
+
   static void tiles(const Rows& rows, const X* const* w, const Piece& piece, Prefetch<tile_n>& prefetch) {
     static constexpr decltype(&tile<V, Dot, 1>) of_height[] = {tile<V, Dot, 1>, tile<V, Dot, 2>, tile<V, Dot, 3>,
                                                                tile<V, Dot, 4>, tile<V, Dot, 5>, tile<V, Dot, 6>};
-    const int64_t steps = (piece.padded() + tile_step - 1) / tile_step;
-    for_tiles<Dot>(rows, piece.k, V::tile_m, prefetch, steps, [&](const X* x, int64_t stride, float* sums, int64_t height) {
+    const int64_t steps = (piece.padded() + tile_step - 1) / tile_step, count = first_rows(rows.end - rows.begin);
+    const auto multiply = [&](const X* x, int64_t stride, float* sums, int64_t height) {
       of_height[height - 1](x, stride, w, prefetch, piece.padded(), sums);
-    });
+    };
+    const int64_t others = rows.begin + count;
+    for_tiles<Dot>({rows.block, rows.begin, others, rows.sums, rows.left}, piece.k, Dot::tile_m, prefetch, steps, multiply);
+    if (others < rows.end)
+      for_tiles<Dot>({rows.block, others, rows.end, rows.sums + count * sums_stride, rows.left - count}, piece.k, Dot::short_m,
+                     prefetch, steps, multiply);
   }
 
   template <class D, class Row>
@@ -177,17 +189,18 @@ struct LinearKernel {
       const int64_t now = std::exchange(left[matrix], left[matrix] - (group.end - group.begin));
       return Rows{block, group.begin, group.end, &scratch.sums[sums][group.begin][piece.n - n0], now};
     };
-    for (const Group& group : block.groups) switch (group.mode) {
-        case Mode::base: base.multiply(rows(group, 0, 0), piece, prefetch[0]); break;
-        case Mode::other: other.multiply(rows(group, 0, 1), piece, prefetch[1]); break;
+    // The last group first: it mostly has the most rows, and a tall tile has the most to do while it waits for the weight.
+    for (auto group = block.groups.rbegin(); group != block.groups.rend(); ++group) switch (group->mode) {
+        case Mode::base: base.multiply(rows(*group, 0, 0), piece, prefetch[0]); break;
+        case Mode::other: other.multiply(rows(*group, 0, 1), piece, prefetch[1]); break;
         case Mode::both:
-          base.multiply(rows(group, 0, 0), piece, prefetch[0]);
-          other.multiply(rows(group, 1, 1), piece, prefetch[1]);
+          base.multiply(rows(*group, 0, 0), piece, prefetch[0]);
+          other.multiply(rows(*group, 1, 1), piece, prefetch[1]);
           break;
         case Mode::blend:
-          blend_rows(p.weight, block.lam[group.begin], piece, scratch.weight[0], scratch, prefetch[1]);
+          blend_rows(p.weight, block.lam[group->begin], piece, scratch.weight[0], scratch, prefetch[1]);
           const X* const w[tile_n] = {scratch.weight[0][0], scratch.weight[0][1], scratch.weight[0][2], scratch.weight[0][3]};
-          tiles(rows(group, 0, 0), w, piece, prefetch[0]);
+          tiles(rows(*group, 0, 0), w, piece, prefetch[0]);
           base.converted = other.converted = false;
       }
   }
