@@ -407,6 +407,26 @@ def test_a_misspelt_intensity_is_refused(model: PreTrainedModel, name: str) -> N
         model.generate_batch([[5, 6]], **{name: 1.0})
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_model_inside_the_pair_refuses_an_intensity_which_it_would_swallow(
+    model: PreTrainedModel, compiles: bool
+) -> None:
+    inner, inputs = model.model, batch("left")
+    call = torch.compile(inner, backend="eager") if compiles else inner
+    for name in ("intensity", "intensty"):
+        message = f"a Qwen3Model inside a pair takes no λ, got '{name}': call the pair itself, or call this within dami"
+        with pytest.raises(TypeError, match=message):
+            call(**inputs, **{name: 0.5})
+    with dami.intensity(model, 0.5):
+        inside = inner(**inputs)
+    wanted = model(**inputs, intensity=0.5, output_hidden_states=True)
+    assert torch.equal(inside.last_hidden_state, wanted.hidden_states[-1])
+    dami.unpatch_model(model)
+    assert not inner._forward_pre_hooks
+    inner(**inputs, intensity=0.5)  # as transformers' own do
+
+
 def test_prompt_intensity_is_for_generate(model: PreTrainedModel) -> None:
     for name in ("prompt_tail", "prompt_tial"):
         with pytest.raises(TypeError, match=f"forward takes .* got '{name}'; prompt_tail is for generate"):

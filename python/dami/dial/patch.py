@@ -72,7 +72,7 @@ class Patch:
         checked: whether `check_independence` has passed.
         packs: whether the check of packed rows, for continuous batching, has passed.
         origin: the checkpoints that the model was made from.
-        head: the hook on a head that is not part of the patch.
+        hooks: those on modules that are not part of the patch.
         shared: the weight that the head shared with the embedding, if patching gave the head a weight of its own.
         chosen: λ that the estimator chose in the last `generate` that asked it, by the prompt's index.
         compiled: what `generation.compiled` has compiled, by the structure of the layer or model then.
@@ -94,7 +94,7 @@ class Patch:
     checked: bool = False
     packs: bool = False
     origin: Origin = field(default_factory=Origin)
-    head: RemovableHandle | None = None
+    hooks: list[RemovableHandle] = field(default_factory=list)
     shared: nn.Parameter | None = None
     chosen: Mapping[int, float] = field(default_factory=dict)
     compiled: dict[Hashable, Any] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from dami.dial.patch import Patch, patch_of
 from dami.dial.state import Dial, ModuleState, layer_of
+from dami.keywords import meant
 from dami.layers.base import LerpModule, own_tensors
 from dami.layers.classes import reclass
 from dami.layers.kinds import LerpConv1D, LerpExperts, LerpLinear, LerpRouted, kinds_of, readers, stored_format
@@ -143,8 +144,8 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and quantizer.quantization_config.quant_method == QUANT_METHOD:
         quantizer.remove_quantization_config(model)
-    if patch.head is not None:
-        patch.head.remove()
+    for hook in patch.hooks:
+        hook.remove()
     if patch.shared is not None:
         tie(model, patch.shared)
     del model.dami_patch
@@ -240,8 +241,21 @@ def install(
             patch_module(module, kind, state, differing)
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
-        patch.head = head.register_forward_pre_hook(_contiguous)
+        patch.hooks.append(head.register_forward_pre_hook(_contiguous))
+    for inner in model.modules():
+        if isinstance(inner, PreTrainedModel) and inner is not model:
+            patch.hooks.append(inner.register_forward_pre_hook(_refuse_intensity, with_kwargs=True))
     return pair
+
+
+def _refuse_intensity(inner: nn.Module, _: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    """Raises a TypeError for λ given to a model inside the pair, which would swallow it."""
+    for name in keywords:
+        if meant(name):
+            raise TypeError(
+                f"a {type(inner).__name__} inside a pair takes no λ, got {name!r}: call the pair itself, or call this "
+                "within dami.intensity(pair, …)"
+            )
 
 
 def _contiguous(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
