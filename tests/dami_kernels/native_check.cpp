@@ -157,6 +157,39 @@ void check(Type type, int64_t m, int64_t n, int64_t k, const std::vector<float>&
   expect("embedding", looked_up, rows);
 }
 
+// The passes of a matrix and of the factors of its difference.
+void check_low_rank(Type type, int64_t m, int64_t n, int64_t k, int64_t rank, const std::vector<float>& values) {
+  std::vector<float> lam(m);
+  for (float& l : lam) l = values[generator() % values.size()];
+  const Lams lams{lam.data(), m, nullptr, 1};
+  const auto scale = [](int64_t size) { return 1 / std::sqrt(static_cast<double>(size)); };
+  const Array x(type, m * k, 1), base(type, n * k, scale(k)), down(type, rank * k, scale(k)), up(type, n * rank, scale(rank));
+  const auto alone = [](const Array& w, int64_t columns) { return Weight{{Storage::dense, w.matrix(columns), {}}, {}}; };
+  for (bool invariant : {false, true}) {
+    Array inner(type, m * rank, NAN), y(type, m * n, NAN);
+    std::vector<double> oracle(m * rank);
+    for (int64_t i = 0; i < m; i++)
+      for (int64_t j = 0; j < rank; j++)
+        for (int64_t l = 0; l < k; l++) oracle[i * rank + j] += x.values[i * k + l] * down.values[j * k + l];
+    linear({type, x.matrix(k), m, k}, {{alone(down, k), {}, inner.matrix(rank), rank, 0, m, Part::base}}, lams, invariant, 2);
+    expect("down", inner, oracle);
+    oracle.assign(m * n, 0);
+    for (int64_t i = 0; i < m; i++)
+      for (int64_t j = 0; j < n; j++)
+        for (int64_t l = 0; l < rank; l++) oracle[i * n + j] += lam[i] * inner.at(i * rank + l) * up.values[j * rank + l];
+    linear({type, inner.matrix(rank), m, rank}, {{alone(up, rank), {}, y.matrix(n), n, 0, m, Part::base_times_lam}}, lams,
+           invariant, 2);
+    expect("up", y, oracle);
+    for (int64_t i = 0; i < m; i++)
+      for (int64_t j = 0; j < n; j++) {
+        oracle[i * n + j] = y.at(i * n + j);
+        for (int64_t l = 0; l < k; l++) oracle[i * n + j] += x.values[i * k + l] * base.values[j * k + l];
+      }
+    linear({type, x.matrix(k), m, k}, {{alone(base, k), {}, y.matrix(n), n, 0, m, Part::base_added}}, lams, invariant, 2);
+    expect("base and difference", y, oracle);
+  }
+}
+
 void check_norms(Type type, int64_t m, int64_t k, const std::vector<float>& values) {
   std::vector<float> lam(m);
   for (float& l : lam) l = values[generator() % values.size()];
@@ -234,6 +267,7 @@ int main() {
       for (const auto& [m, n, k] : shapes)
         for (const std::vector<float>& values : {std::vector<float>{0}, {1}, {0.25f}, {0, 1, 0.75f, 0.5f, 1.25f, -0.5f}}) {
           for (const auto& [base, other] : formats) check(type, m, n, k, values, base, other);
+          check_low_rank(type, m, n, k, 1 + k / 8, values);
           check_norms(type, m, k, values);
         }
     }
