@@ -31,7 +31,7 @@ KINDS = {  # label, marker, colour, and offset from the middle of its line
     "identical": ("one λ for all", "s", BLUE, 0.0),
     "zero": ("λ = 0 for all", "^", MUTED, 0.16),
 }
-FEWEST, MOST = 0.11, 24  # ratios shown
+FEWEST, MOST = 0.11, 34  # ratios shown
 
 
 def ratios(rows: Sequence[Row], m: str) -> dict[tuple[str, str, str], float]:
