@@ -40,6 +40,7 @@ def _install() -> None:
         choosing,
         last_turns,
         loader,
+        polling,
         reporting,
         requests,
         runners,
@@ -59,4 +60,5 @@ def _install() -> None:
     runners.install()
     states.install()
     turning.install()
+    polling.install()
     PairQuantization.register()

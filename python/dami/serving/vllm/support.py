@@ -187,6 +187,8 @@ RELIED_ON: dict[str, tuple[str, ...]] = {
     "vllm.v1.engine.llm_engine:LLMEngine.collective_rpc": ("self", "method", "args"),
     "vllm.v1.engine.core_client:AsyncMPClient.call_utility_async": ("self", "method"),
     "vllm.v1.engine.core:EngineCore.collective_rpc": ("self", "method", "args"),
+    "vllm.v1.engine.core:EngineCoreProc.run_busy_loop": ("self",),
+    "vllm.v1.executor.multiproc_executor:MultiprocExecutor": (),
     "vllm.v1.request:Request.update_block_hashes": ("self",),
     "vllm.v1.worker.worker_base:WorkerBase": (),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs": (
