@@ -17,14 +17,14 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 @pytest.mark.parametrize(
     ("device", "executor", "quantization", "lowered"),
     [
-        ("cpu", MultiprocExecutor, PairQuantization, 10),
-        ("cuda", MultiprocExecutor, PairQuantization, 0),
-        ("cpu", UniProcExecutor, PairQuantization, 0),  # which computes in this process
-        ("cpu", MultiprocExecutor, object, 0),
+        ("cpu", MultiprocExecutor, PairQuantization, [10]),
+        ("cuda", MultiprocExecutor, PairQuantization, []),
+        ("cpu", UniProcExecutor, PairQuantization, []),  # which computes in this process
+        ("cpu", MultiprocExecutor, object, []),
     ],
 )
 def test_who_polls_beside_the_workers_of_a_pair_gives_way_to_them(
-    device: str, executor: Any, quantization: Any, lowered: int, monkeypatch: pytest.MonkeyPatch
+    device: str, executor: Any, quantization: Any, lowered: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called: list[Any] = []
     monkeypatch.setattr(os, "nice", called.append)
@@ -35,5 +35,5 @@ def test_who_polls_beside_the_workers_of_a_pair_gives_way_to_them(
         model_executor=object.__new__(executor),
     )
     polling._run_busy_loop(lambda self: called.append(self), engine)
-    assert called == [lowered, engine][lowered == 0 :]
+    assert called == [*lowered, engine]
     assert EngineCoreProc.run_busy_loop.wrapped_by_dami
