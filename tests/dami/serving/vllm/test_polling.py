@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from dami.serving.vllm import polling
+from dami.serving.vllm import polling, register
 from dami.serving.vllm.quantization import PairQuantization
 from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
@@ -36,4 +36,5 @@ def test_who_polls_beside_the_workers_of_a_pair_gives_way_to_them(
     )
     polling._run_busy_loop(lambda self: called.append(self), engine)
     assert called == [*lowered, engine]
+    register()
     assert EngineCoreProc.run_busy_loop.wrapped_by_dami
