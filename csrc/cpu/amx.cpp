@@ -58,7 +58,6 @@ struct AmxKernel {
 
   struct alignas(64) Scratch {
     X weight[block_k / tile_k][tiles][tile];
-    float scales[dami::max_groups];
     float rows[2][panel][max_outputs];
   };
   // Of a tile of features and a panel of x: [features, rows]. Those of both matrices lie behind Scratch.
@@ -122,7 +121,7 @@ struct AmxKernel {
   static Tiles lay_out(const Stored& stored, const Piece& piece, Scratch& scratch, Prefetch& prefetch) {
     dami::with_rows<Vec, bf16>(stored.storage, [&](auto kind) {
       for (int64_t i = 0; i < features_of(piece); i++) {
-        const typename decltype(kind)::type row(stored, piece.row(i), piece.k, piece.count, scratch.scales);
+        const typename decltype(kind)::type row(stored, piece.row(i), piece.k);
         dami::fill<Vec, Bf16Dot>(row, piece.count, scratch.weight[0][i / 16] + i % 16 * tile_k, tiles * tile);
         prefetch.step();
       }

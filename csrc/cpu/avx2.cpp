@@ -15,10 +15,14 @@ struct Vec {
   static constexpr int W = 8;
   static constexpr int tile_m = 3;  // 3 × 4 sums, 3 of x and 1 weight: the 16 registers
   static constexpr int64_t few = 8;
+  static constexpr bool has_masks = false;
   __m256 v;
 
   static Vec zero() { return {_mm256_setzero_ps()}; }
   static Vec set1(float x) { return {_mm256_set1_ps(x)}; }
+  static Vec set1(bf16 x) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi16(static_cast<int16_t>(x.bits)), 16))};
+  }
   static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static Vec load(const bf16* p) {
     return {_mm256_castsi256_ps(
@@ -107,7 +111,7 @@ struct IntDot : dami::IntBlocks<Vec, dami::group_size, 2> {
     Vec scale;
   };
   template <class Row>
-  static Vec loader(const Row& row, int64_t i) {
+  static Vec loader(const Row& row, int64_t i, int64_t) {
     return Vec::set1(row.scales[i / dami::group_size]);
   }
   template <class Row>

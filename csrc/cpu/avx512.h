@@ -17,14 +17,22 @@ struct Vec {
   static constexpr int W = 16;
   static constexpr int tile_m = 6;  // 6 × 4 sums, 6 of x and 1 weight of 32 registers
   static constexpr int64_t few = 4;
+  static constexpr bool has_masks = true;
   __m512 v;
 
   static Vec zero() { return {_mm512_setzero_ps()}; }
   static Vec set1(float x) { return {_mm512_set1_ps(x)}; }
+  static Vec set1(bf16 x) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi16(static_cast<int16_t>(x.bits)), 16))};
+  }
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static Vec load(const bf16* p) {
     return {_mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16))};
+  }
+  static Vec load(const bf16* p, int64_t n) {
+    const __m256i words = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16))};
   }
   static Vec load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
   static Vec load_even(const bf16* p) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))}; }
@@ -106,10 +114,15 @@ struct IntDot : dami::IntBlocks<Vec, 4 * dami::group_size, 4> {
     __m512i codes[4];
     Vec scale;
   };
+  // The scales of four groups, or of as many as `count` elements are, each in the high halves of its lanes.
   template <class Row>
-  static Vec loader(const Row& row, int64_t i) {
-    const __m512 scales = _mm512_broadcast_f32x4(_mm_loadu_ps(row.scales + i / dami::group_size));
-    return {_mm512_permutevar_ps(scales, _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3))};
+  static Vec loader(const Row& row, int64_t i, int64_t count) {
+    const bf16* const p = row.scales + i / dami::group_size;
+    const __mmask8 there = static_cast<__mmask8>((1u << count / dami::group_size) - 1);
+    const __m128i scales = count == step ? _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)) : _mm_maskz_loadu_epi16(there, p);
+    const __m512i of_lane = _mm512_setr_epi32(0, 0, 0, 0, 0x10000, 0x10000, 0x10000, 0x10000, 0x20000, 0x20000, 0x20000,
+                                              0x20000, 0x30000, 0x30000, 0x30000, 0x30000);
+    return {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, of_lane, _mm512_castsi128_si512(scales)))};
   }
   template <class Row>
   static Operand operand(const Row& row, int64_t i, Vec scale) {

@@ -27,7 +27,7 @@ struct Bf16Dot {
     return {loader.load(row.at(i)), loader.load(row.at(i + Vec::W))};
   }
   template <class Row>
-  static auto loader(const Row& row, int64_t i) {
+  static auto loader(const Row& row, int64_t i, int64_t) {
     return row.loader(i);
   }
   template <class Row>

@@ -14,7 +14,7 @@ template <class V, class Dot, class Row>
 constexpr bool is_dot_of() {
   using std::declval;
   using X = typename Dot::X;
-  using Loader = decltype(Dot::loader(declval<const Row&>(), int64_t{}));
+  using Loader = decltype(Dot::loader(declval<const Row&>(), int64_t{}, int64_t{}));
   static_assert(is_tile_row<Row>());
   static_assert(Dot::step % group_size == 0 || group_size % Dot::step == 0, "step: whole groups, or a part of one");
   static_assert(Dot::blocks.block % group_size == 0 && Dot::blocks.tail % group_size == 0,
@@ -53,7 +53,7 @@ constexpr bool is_dense_dot() {
   static_assert(gives<V, decltype(Dot::multiply_add(Dot::template load<0>(some_pointer<X>()),
                                                     Dot::template load<Dot::parts - 1>(some_pointer<X>()), declval<V>()))>,
                 "multiply_add(load<part>(x), load<part>(w), sum)");
-  using Loader = decltype(Dot::loader(declval<const Row&>(), int64_t{}));
+  using Loader = decltype(Dot::loader(declval<const Row&>(), int64_t{}, int64_t{}));
   static_assert(gives<Two<V>, decltype(Dot::widen(declval<const Row&>(), int64_t{}, declval<const Loader&>()))>,
                 "widen(row, i, loader): a step in float32");
   static_assert(gives<void, decltype(Dot::store(declval<Two<V>>(), static_cast<X*>(nullptr)))>, "store(widened, to)");
@@ -65,12 +65,12 @@ template <class V, class CodesDot, class Dot>
 constexpr bool is_codes_dot() {
   using X = typename CodesDot::X;
   if constexpr (!std::is_same_v<CodesDot, Dot>) {
-    static_assert(Dot::blocks.block % CodesDot::blocks.block == 0, "blocks: they divide those of dense weights");
+    static_assert(Dot::blocks.block % CodesDot::blocks.block == 0 && CodesDot::blocks.tail <= Dot::blocks.tail,
+                  "blocks: they divide those of dense weights");
     static_assert(gives<void, decltype(CodesDot::prepare_block(some_pointer<bf16>(), int64_t{}, static_cast<X*>(nullptr)))>,
                   "prepare_block(x, count, to)");
     if constexpr (CodesDot::any_rows)
-      static_assert(is_dot_of<V, CodesDot, Converted<V, X, Int8Codes<V>>>() &&
-                    is_dot_of<V, CodesDot, Converted<V, X, Int4Codes<V>>>());
+      static_assert(is_dot_of<V, CodesDot, Scaled<V, X, Int8Codes<V>>>() && is_dot_of<V, CodesDot, Scaled<V, X, Int4Codes<V>>>());
   }
   return is_dot_of<V, CodesDot, Int8Codes<V>>() && is_dot_of<V, CodesDot, Int4Codes<V>>();
 }
@@ -104,7 +104,7 @@ struct FloatDot {
   }
   static V multiply_add(const float* x, Two<V> w, V sum) { return fma(load<1>(x), w.b, fma(load<0>(x), w.a, sum)); }
   template <class Row>
-  static auto loader(const Row& row, int64_t i) {
+  static auto loader(const Row& row, int64_t i, int64_t) {
     return row.loader(i);
   }
   template <class Row>
@@ -121,7 +121,7 @@ inline void fill(const Row& row, int64_t count, typename Dot::X* to, int64_t str
   typename Row::Buffer buffer;
   for (int64_t i = 0; i < count; i += group_size) {
     const Row group = row.group(i, count - i, buffer);
-    const auto loader = Dot::loader(group, 0);
+    const auto loader = Dot::loader(group, 0, group_size);
     for (int64_t j = 0; j < group_size; j += Dot::step)
       Dot::store(Dot::operand(group, j, loader), to + i / group_size * stride + j);
   }

@@ -14,13 +14,12 @@ void embedding(const Weight& weight, int64_t n, float lam, void* y, int64_t d) {
     using Base = typename decltype(base_kind)::type;
     using Other = typename decltype(other_kind)::type;
     constexpr int64_t block = 512;
-    float scales[2][block / group_size];
     typename Base::Buffer base_buffer;
     typename Other::Buffer other_buffer;
     for (int64_t k = 0; k < d; k += block) {
       const int64_t count = std::min(block, d - k);
-      const Base base(weight.base, n, k, count, scales[0]);
-      const Other other(weight.other, n, k, count, scales[1]);
+      const Base base(weight.base, n, k);
+      const Other other(weight.other, n, k);
       for (int64_t i = 0; i < count; i += group_size) {
         const Base b = base.group(i, count - i, base_buffer);
         const Other o = other.group(i, count - i, other_buffer);

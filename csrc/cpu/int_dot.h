@@ -20,12 +20,12 @@ struct IntBlocks {
   static_assert(is_vector_for_integers<V>());
   using X = int16_t;
   static constexpr int step = elements;
-  static constexpr int64_t block = block_bytes / 4;
-  static constexpr Blocking blocks{block, 0};
-  // A block lies there as two digits, each behind its scale, that of the digit after it or 0, and on a line of its own `sums`.
-  static constexpr int64_t head = 64, digit = head + block;
-  static int64_t at_block(int64_t k) { return k / block * 2 * digit + head; }
-  static const float* sums(const X* x) { return reinterpret_cast<const float*>(x - head / 2); }  // of x, in each group
+  static constexpr Blocking blocks{block_bytes / 4, block_bytes / 16};
+  // A block lies there as two digits, each behind its scale, that of the digit after it or 0, and on lines of their own `sums`.
+  static constexpr int64_t room = blocks.block + blocks.tail, head = 96, digit = head + room;
+  static_assert(32 + 2 * (room + V::W * group_size - 1) / (V::W * group_size) * V::W <= head, "whole vectors of sums");
+  static int64_t at_block(int64_t k) { return k / blocks.block * 2 * digit + head; }
+  static const float* sums(const X* x) { return reinterpret_cast<const float*>(x - head + 32); }  // of x, in each group
   static const float* scales(const X* x) { return reinterpret_cast<const float*>(x - head); }
 
   template <class Row>
@@ -33,7 +33,7 @@ struct IntBlocks {
     V above = V::zero();
     if constexpr (Row::per_byte == 2)
       for (int64_t g = 0; g < count / group_size; g += V::W)
-        above = fma(V::load(sums(x) + g), V::load(row.scales + i / group_size + g), above);
+        above = fma(V::load(sums(x) + g), row.first_scales(i / group_size + g, count / group_size - g), above);
     return above * V::set1(-8);
   }
   static V scaled(V sum, const X* x) { return sum * V::set1(scales(x)[0]); }
@@ -46,10 +46,10 @@ struct IntBlocks {
   }
 
   static void prepare_block(const bf16* x, int64_t count, X* to) {
-    alignas(64) bf16 padded[block] = {};
+    alignas(64) bf16 padded[room] = {};
     std::memcpy(padded, x, static_cast<size_t>(count) * sizeof(bf16));
     V magnitude = V::zero(), poison = magnitude;  // poison is NaN if there is a NaN or Inf
-    for (int64_t i = 0; i < block; i += V::W) {
+    for (int64_t i = 0; i < room; i += V::W) {
       const V v = V::load(padded + i);
       magnitude = max(magnitude, max(v, V::zero() - v));
       poison = fma(v, V::zero(), poison);
@@ -67,10 +67,10 @@ struct IntBlocks {
 
     // In units of the scale. To add and take off 1.5 · 2²³ is to round to a whole number.
     const V inverse = V::set1(0x1p14f / power), to_whole = V::set1(0x1.8p23f), max_counted = V::set1(-0x1p11f);
-    alignas(64) float remainder[block];
-    alignas(64) X whole[block];
+    alignas(64) float remainder[room];
+    alignas(64) X whole[room];
     V energy_lost = V::zero(), energy_kept = V::zero();
-    for (int64_t i = 0; i < block; i += V::W) {
+    for (int64_t i = 0; i < room; i += V::W) {
       const V v = V::load(padded + i) * inverse, rounded = v + to_whole - to_whole, lost = v - rounded;
       rounded.store(whole + i);
       lost.store(remainder + i);
@@ -90,20 +90,21 @@ struct IntBlocks {
     if (one_digit) {
       std::memset(to + digit - head, 0, digit * sizeof(X));
     } else {
-      for (int64_t i = 0; i < block; i += V::W) (V::load(remainder + i) * V::set1(0x1p15f)).store(whole + i);
+      for (int64_t i = 0; i < room; i += V::W) (V::load(remainder + i) * V::set1(0x1p15f)).store(whole + i);
       store_digit(whole, power * 0x1p-29f, 0, to + digit);
     }
   }
 
   static void store_digit(const X* whole, float scale, float next, X* to) {
+    std::memset(to - head, 0, head * sizeof(X));
     std::memcpy(to - head, &scale, sizeof scale);
     std::memcpy(to - head + 2, &next, sizeof next);
-    for (int64_t i = 0; i < block; i += step)
+    for (int64_t i = 0; i < room; i += step)
       for (int part = 0; part < parts; part++)
         for (int j = 0; j < step / parts; j++) to[i + part * (step / parts) + j] = whole[i + j * parts + part];
-    for (int64_t i = 0; i < block; i += group_size) {
+    for (int64_t i = 0; i < room; i += group_size) {
       const auto sum = static_cast<float>(std::accumulate(whole + i, whole + i + group_size, 0));
-      std::memcpy(to - head / 2 + 2 * i / group_size, &sum, sizeof sum);
+      std::memcpy(to - head + 32 + 2 * i / group_size, &sum, sizeof sum);
     }
   }
 };

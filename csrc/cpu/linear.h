@@ -21,19 +21,25 @@ struct LinearKernel {
   static constexpr int max_rows = 96, max_outputs = sums_stride, panel = 1;
   static constexpr int tile_rows = std::min<int>(V::tile_m, max_stream_rows);
   static constexpr int64_t block_k = Dot::blocks.block, room_k = block_k + Dot::blocks.tail;
+  static constexpr int64_t stream_blocks = 8;  // of a weight, which few rows, bound by memory, take at a time
+  static constexpr int64_t max_groups = ((stream_blocks * block_k + Dot::blocks.tail) / group_size + V::W - 1) / V::W * V::W;
   static constexpr int64_t cached_bytes = 128 * 1024;  // of x, which the rows of a weight pass by
 
   struct alignas(64) Scratch {
     X weight[2][tile_n][room_k];
-    float scales[2][tile_n][max_groups];
+    float scales[2][tile_n][max_groups];  // whole vectors
     float sums[2][max_rows][max_outputs];  // of the base and the other matrix, or of the blended one
   };
   static int64_t scratch_bytes(int64_t, int64_t) { return sizeof(Scratch); }
 
-  static bool is_few(const Block& block) { return static_cast<int64_t>(block.rows.size()) <= V::few; }
+  // Whether the rows of x are so few that they wait for memory: then a weight is multiplied as it is stored.
+  static bool streams(const Block& block) {
+    const auto blends = [](const Group& group) { return group.mode == Mode::blend; };
+    return static_cast<int64_t>(block.rows.size()) <= V::few && std::none_of(block.groups.begin(), block.groups.end(), blends);
+  }
 
   // Whether codes are multiplied by CodesDot, which reads x as it lays it out.
-  static bool takes_codes_dot(const Block& block) { return CodesDot::any_rows || (is_few(block) && !block.invariant); }
+  static bool takes_codes_dot(const Block& block) { return CodesDot::any_rows || (streams(block) && !block.invariant); }
 
   // Some rows of x against tile_n rows of a weight: where they begin in the block, what their sums are added to, and how many
   // rows are still to be multiplied by these, they included.
@@ -79,23 +85,67 @@ struct LinearKernel {
   }
 
   template <class D, class Row>
-  static void streams(const Rows& rows, const Row* w, const Piece& piece, Prefetch<tile_n>& prefetch, int64_t max_height) {
-    static constexpr decltype(&stream<V, D, 1, Row>) of_height[max_stream_rows] = {stream<V, D, 1, Row>, stream<V, D, 2, Row>,
-                                                                       stream<V, D, 3, Row>, stream<V, D, 4, Row>};
-    int64_t ahead = 0;
-    if constexpr (Row::streamed) ahead = prefetch.data - reinterpret_cast<const char*>(w[0].at(0));
-    for_tiles<D>(rows, piece.k, max_height, prefetch, 1, [&](const typename D::X* x, int64_t stride, float* sums, int64_t height) {
-      if constexpr (!Row::streamed) prefetch.step();
-      of_height[height - 1](x, stride, w, ahead, piece.padded(), sums);
+  static constexpr decltype(&stream<V, D, 1, Row>) stream_of_height[max_stream_rows] = {stream<V, D, 1, Row>, stream<V, D, 2, Row>,
+                                                                                       stream<V, D, 3, Row>, stream<V, D, 4, Row>};
+
+  // Calls f with the kind of a matrix' rows and with the Dot, as a value, that multiplies them if codes are multiplied as such.
+  template <class F>
+  static void with_kind(const Stored& stored, bool as_codes, F f) {
+    with_rows<V, T>(stored.storage, [&](auto kind) {
+      if constexpr (decltype(kind)::type::padded && RowOfX::two_dots)
+        if (as_codes) return f(kind, CodesDot{});
+      f(kind, Dot{});
     });
   }
 
   template <class Row>
-  static Row row(const Stored& stored, const Piece& piece, int i, float* scales) {
-    return Row(stored, piece.row(i), piece.k, piece.count, scales);
+  static inline __attribute__((always_inline)) Row row(const Stored& stored, const Piece& piece, int i) {
+    return Row(stored, piece.row(i), piece.k);
   }
 
-  // A matrix of the weight, for one piece: as it is stored, or converted once for all groups of rows.
+  // Multiplies a group of few rows by a piece of a matrix as it is stored, while the next one is fetched.
+  static void stream_piece(const Block& block, const Group& group, const Stored& stored, bool as_codes, const Piece& piece,
+                           const Piece& next, float* sums, float (*scales)[max_groups]) {
+    with_kind(stored, as_codes, [&](auto kind, auto dot) {
+      using Row = typename decltype(kind)::type;
+      using D = decltype(dot);
+      const Row w[tile_n] = {row<Row>(stored, piece, 0), row<Row>(stored, piece, 1), row<Row>(stored, piece, 2),
+                             row<Row>(stored, piece, 3)};
+      const Row after = row<Row>(stored, next, 0);
+      const int64_t ahead = reinterpret_cast<const char*>(after.at(0)) - reinterpret_cast<const char*>(w[0].at(0));
+      if constexpr (Row::padded)
+        for (const Row& each : w)
+          for (int64_t g = 0; g < next.count / group_size; g += 64 / static_cast<int64_t>(sizeof(bf16)))
+            __builtin_prefetch(each.scales + (after.scales - w[0].scales) + g, 0, 2);
+      if constexpr (std::is_same_v<D, CodesDot> && !std::is_same_v<D, Dot> && D::any_rows)
+        if (group.end - group.begin > D::tile_m) {  // for that many it pays to convert the scales once
+          using Codes = Scaled<V, std::remove_const_t<std::remove_pointer_t<decltype(Row::p)>>, Row>;
+          for (int i = 0; i < tile_n; i++) write_scales(w[i], piece.count, scales[i]);
+          const Codes scaled[tile_n] = {{w[0].p, scales[0]}, {w[1].p, scales[1]}, {w[2].p, scales[2]}, {w[3].p, scales[3]}};
+          return stream_rows<D>(block, group, scaled, ahead, piece, sums);
+        }
+      stream_rows<D>(block, group, w, ahead, piece, sums);
+    });
+  }
+
+  template <class D, class Row>
+  static void stream_rows(const Block& block, const Group& group, const Row* w, int64_t ahead, const Piece& piece, float* sums) {
+    for (int64_t begin = group.begin, height; begin < group.end; begin += height) {
+      const int64_t left = group.end - begin;
+      height = left > max_stream_rows ? left / 2 : left;
+      stream_of_height<D, Row>[height - 1](RowOfX::template at<D>(block, begin, piece.k),
+                                           block.x_stride / static_cast<int64_t>(sizeof(typename D::X)), w, ahead, piece.padded(),
+                                           sums + (begin - group.begin) * sums_stride);
+    }
+  }
+
+  template <class Row>
+  static void write_scales(const Row& row, int64_t count, float* to) {
+    for (int64_t g = 0, groups = (count + group_size - 1) / group_size; g < groups; g += V::W)
+      row.first_scales(g, groups - g).store(to + g);
+  }
+
+  // A matrix of the weight, for one piece, converted once for all groups of rows.
   struct Operand {
     const Stored& stored;
     X (*const to)[room_k];
@@ -104,51 +154,44 @@ struct LinearKernel {
     const X* w[tile_n];
 
     void multiply(const Rows& rows, const Piece& piece, Prefetch<tile_n>& prefetch) {
-      const bool in_registers = is_few(rows.block);
-      with_rows<V, T>(stored.storage, [&](auto kind) {
+      with_kind(stored, CodesDot::any_rows, [&](auto kind, auto dot) {
         using Row = typename decltype(kind)::type;
-        if constexpr (Row::padded && RowOfX::two_dots)
-          if (takes_codes_dot(rows.block)) return multiply_by<CodesDot, Row>(rows, piece, prefetch, in_registers);
-        multiply_by<Dot, Row>(rows, piece, prefetch, in_registers);
+        using D = decltype(dot);
+        if constexpr (D::any_rows) {
+          if (!std::exchange(converted, true))
+            for (int i = 0; i < tile_n; i++) convert<D>(row<Row>(stored, piece, i), piece.count, i);
+          if constexpr (std::is_same_v<D, Dot>) tiles(rows, w, piece, prefetch);
+          else stream_codes<Row>(rows, piece, prefetch);
+        }
       });
     }
 
     template <class D, class Row>
-    void multiply_by(const Rows& rows, const Piece& piece, Prefetch<tile_n>& prefetch, bool in_registers) {
-      if (in_registers && (Row::padded || piece.count % group_size == 0)) {
-        const Row w[tile_n] = {row<Row>(stored, piece, 0, scales[0]), row<Row>(stored, piece, 1, scales[1]),
-                               row<Row>(stored, piece, 2, scales[2]), row<Row>(stored, piece, 3, scales[3])};
-        return streams<D>(rows, w, piece, prefetch, max_stream_rows);
-      }
-      if constexpr (D::any_rows) {
-        if (!converted)
-          for (int i = 0; i < tile_n; i++) {
-            const Row from = row<Row>(stored, piece, i, scales[i]);
-            w[i] = to[i];
-            if constexpr (std::is_same_v<Row, Numbers<V, X>>)
-              if (piece.count % group_size == 0) {
-                w[i] = from.p;
-                continue;
-              }
-            fill<V, D>(from, piece.count, reinterpret_cast<typename D::X*>(to[i]));
-          }
-        converted = true;
-        if constexpr (std::is_same_v<D, Dot>) {
-          tiles(rows, w, piece, prefetch);
-        } else {
-          using CodesX = typename D::X;
-          const auto codes = [&](int i) {
-            return Converted<V, CodesX, Row>{reinterpret_cast<const CodesX*>(to[i]), scales[i]};
-          };
-          const Converted<V, CodesX, Row> w[tile_n] = {codes(0), codes(1), codes(2), codes(3)};
-          streams<D>(rows, w, piece, prefetch, D::tile_m);
+    void convert(const Row& from, int64_t count, int i) {
+      w[i] = to[i];
+      if constexpr (std::is_same_v<Row, Numbers<V, X>>)
+        if (count % group_size == 0) {
+          w[i] = from.p;
+          return;
         }
-      }
+      fill<V, D>(from, count, reinterpret_cast<typename D::X*>(to[i]));
+      if constexpr (!std::is_same_v<D, Dot>) write_scales(from, count, scales[i]);
+    }
+
+    template <class Row>
+    void stream_codes(const Rows& rows, const Piece& piece, Prefetch<tile_n>& prefetch) {
+      using CodesX = typename CodesDot::X;
+      using Codes = Scaled<V, CodesX, Row>;
+      const auto codes = [&](int i) { return Codes{reinterpret_cast<const CodesX*>(to[i]), scales[i]}; };
+      const Codes codes_of[tile_n] = {codes(0), codes(1), codes(2), codes(3)};
+      for_tiles<CodesDot>(rows, piece.k, CodesDot::tile_m, prefetch, 1, [&](const CodesX* x, int64_t stride, float* sums, int64_t height) {
+        prefetch.step();
+        stream_of_height<CodesDot, Codes>[height - 1](x, stride, codes_of, 0, piece.padded(), sums);
+      });
     }
   };
 
-  static void blend_rows(const Weight& weight, float lam, const Piece& piece, X (*to)[room_k], Scratch& scratch,
-                         Prefetch<tile_n>& prefetch) {
+  static void blend_rows(const Weight& weight, float lam, const Piece& piece, X (*to)[room_k], Prefetch<tile_n>& prefetch) {
     prefetch.spread(tile_n * ((piece.count + tile_step - 1) / tile_step));
     with_rows<V, T>(weight, [&](auto base_kind, auto other_kind) {
       using Base = typename decltype(base_kind)::type;
@@ -156,8 +199,8 @@ struct LinearKernel {
       typename Base::Buffer base_buffer;
       typename Other::Buffer other_buffer;
       for (int n = 0; n < tile_n; n++) {
-        const Base base = row<Base>(weight.base, piece, n, scratch.scales[0][n]);
-        const Other other = row<Other>(weight.other, piece, n, scratch.scales[1][n]);
+        const Base base = row<Base>(weight.base, piece, n);
+        const Other other = row<Other>(weight.other, piece, n);
         for (int64_t i = 0; i < piece.count; i += group_size) {
           if (i % tile_step == 0) prefetch.step();
           const Base b = base.group(i, piece.count - i, base_buffer);
@@ -198,7 +241,7 @@ struct LinearKernel {
           other.multiply(rows(*group, 1, 1), piece, prefetch[1]);
           break;
         case Mode::blend:
-          blend_rows(p.weight, block.lam[group->begin], piece, scratch.weight[0], scratch, prefetch[1]);
+          blend_rows(p.weight, block.lam[group->begin], piece, scratch.weight[0], prefetch[1]);
           const X* const w[tile_n] = {scratch.weight[0][0], scratch.weight[0][1], scratch.weight[0][2], scratch.weight[0][3]};
           tiles(rows(*group, 0, 0), w, piece, prefetch[0]);
           base.converted = other.converted = false;
@@ -213,12 +256,22 @@ struct LinearKernel {
       for (int64_t i = 0; i < rows; i++) std::memset(sums[i], 0, bytes);
     // As many columns of x as the cache holds stay there while rows of the weight pass by.
     const int64_t cached = std::max(block_k, cached_bytes / static_cast<int64_t>(sizeof(X)) / rows / block_k * block_k);
-    const int64_t columns = is_few(block) ? block.k : cached;
+    const bool streamed = streams(block), as_codes = takes_codes_dot(block);
+    const int64_t columns = streamed ? block.k : cached;
     // Pieces of a few rows are of nearly equal length, for while one is multiplied as much is fetched of the next.
-    const int64_t blocks = (block.k + block_k - 1) / block_k, pieces = (blocks + max_stream_blocks - 1) / max_stream_blocks;
-    const int64_t most = is_few(block) && pieces ? (blocks + pieces - 1) / pieces * block_k : block_k;
-    for_pieces({Dot::blocks, tile_n, most, columns}, n0, n1, p.n, block.k,
-               [&](const Piece& piece, const Piece& next) { multiply(p, block, piece, next, n0, scratch); });
+    const int64_t blocks = (block.k + block_k - 1) / block_k, pieces = (blocks + stream_blocks - 1) / stream_blocks;
+    const int64_t most = streamed && pieces ? (blocks + pieces - 1) / pieces * block_k : block_k;
+    for_pieces({Dot::blocks, tile_n, most, columns}, n0, n1, p.n, block.k, [&](const Piece& piece, const Piece& next) {
+      const bool whole_groups = p.weight.base.storage != Storage::dense || piece.count % group_size == 0;
+      if (!streamed || !whole_groups) return multiply(p, block, piece, next, n0, scratch);
+      for (const Group& group : block.groups) {
+        const auto stream = [&](const Stored& stored, int sums) {
+          stream_piece(block, group, stored, as_codes, piece, next, &scratch.sums[sums][group.begin][piece.n - n0], scratch.scales[0]);
+        };
+        if (group.mode != Mode::other) stream(p.weight.base, 0);
+        if (group.mode != Mode::base) stream(p.weight.other, group.mode == Mode::both);
+      }
+    });
     for (const Group& group : block.groups)
       for (int i = group.begin; i < group.end; i++)
         finish(p, block, group.mode, i, n0, n1, scratch.sums[0][i], scratch.sums[1][i]);

@@ -14,10 +14,12 @@ struct Vec {
   static constexpr int W = 4;
   static constexpr int tile_m = 6;  // 6 × 4 sums, 6 of x and 1 weight of 32 registers
   static constexpr int64_t few = 4;
+  static constexpr bool has_masks = false;
   float32x4_t v;
 
   static Vec zero() { return {vdupq_n_f32(0)}; }
   static Vec set1(float x) { return {vdupq_n_f32(x)}; }
+  static Vec set1(bf16 x) { return {vreinterpretq_f32_u32(vdupq_n_u32(static_cast<uint32_t>(x.bits) << 16))}; }
   static Vec load(const float* p) { return {vld1q_f32(p)}; }
   static Vec load(const bf16* p) {
     return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16))};

@@ -37,9 +37,11 @@ struct Cut {
 template <class F>
 void for_pieces(const Cut& cut, int64_t n0, int64_t n1, int64_t of, int64_t k, F f) {
   const auto at = [&](int64_t n, int64_t begin) {
-    const int64_t count = cut.blocks.end(begin, cut.most, k) - begin, last = cut.blocks.last(count);
+    int64_t count = cut.blocks.end(begin, cut.most, k) - begin;
     // What ends within a group is converted, which has room for a block.
-    return Piece{n, n1, begin, last > 0 && count % group_size ? last : count};
+    if (count % group_size)
+      if (const int64_t last = cut.blocks.last(count); last > 0) count = last;
+    return Piece{n, n1, begin, count};
   };
   for (int64_t begin = 0, end; begin < k; begin = end) {
     end = cut.blocks.end(begin, cut.columns, k);
@@ -65,7 +67,7 @@ class Prefetch {
   Prefetch(const char* data, int64_t stride, int64_t bytes) : data(data), stride(stride), lines((bytes + 63) / 64 * rows) {}
   // As many lines in each of so many steps: the processor predicts a number that stays the same.
   void spread(int64_t steps) { rate = (lines - line + steps - 1) / steps; }
-  void step() {
+  inline __attribute__((always_inline)) void step() {  // as of all instruction sets' copies the linker would keep one
     for (const int64_t end = std::min(lines, line + rate); line < end; line++)
       __builtin_prefetch(data + line % rows * stride + line / rows * 64, 0, 2);
   }

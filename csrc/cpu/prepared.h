@@ -16,7 +16,7 @@ struct PreparedRow {
 
   static int64_t bytes(int64_t k, bool codes) {
     const int64_t padded = (k + group_size - 1) / group_size * group_size;
-    const int64_t blocks = (k + CodesDot::blocks.block - 1) / CodesDot::blocks.block;
+    const int64_t blocks = CodesDot::blocks.last(k) / CodesDot::blocks.block + 1;
     const int64_t codes_x = two_dots && codes ? CodesDot::at_block(blocks * CodesDot::blocks.block) * sizeof(typename CodesDot::X) : 0;
     return padded * sizeof(X) + codes_x;
   }
@@ -25,8 +25,10 @@ struct PreparedRow {
     X* const x = static_cast<X*>(to);
     fill<V, Dot>(Numbers<V, T>(numbers), k, x);
     if constexpr (two_dots)
-      for (int64_t i = 0; codes && i < k; i += CodesDot::blocks.block)
-        CodesDot::prepare_block(numbers + i, std::min(CodesDot::blocks.block, k - i), codes_x(x, k) + CodesDot::at_block(i));
+      for (int64_t i = 0, end; codes && i < k; i = end) {
+        end = CodesDot::blocks.end(i, CodesDot::blocks.block, k);
+        CodesDot::prepare_block(numbers + i, end - i, codes_x(x, k) + CodesDot::at_block(i));
+      }
   }
 
   // Where D, one of the two, reads the row of a block from column k on.

@@ -52,11 +52,13 @@ struct Vec {
   static constexpr int W = 4;
   static constexpr int tile_m = 2;
   static constexpr int64_t few = 4;
+  static constexpr bool has_masks = false;
   typedef float Lanes __attribute__((vector_size(16)));
   Lanes v;
 
   static Vec zero() { return {Lanes{}}; }
   static Vec set1(float x) { return {Lanes{x, x, x, x}}; }
+  static Vec set1(bf16 x) { return set1(widen(x)); }
   template <class T>
   static Vec load(const T* p) {
     return {Lanes{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}};

@@ -68,7 +68,7 @@ inline __attribute__((always_inline)) void multiply_add(const typename Dot::X* x
 #pragma GCC unroll 4
   for (int n = 0; n < N; n++) {
     const auto w = rows(n);
-    const auto loader = Dot::loader(w, i);
+    const auto loader = Dot::loader(w, i, count);
     for (int64_t j = 0; j < count; j += Dot::step) {
       const auto operand = [&] {
         if constexpr (whole) return Dot::operand(w, i + j, loader);
@@ -100,9 +100,11 @@ void stream(const typename Dot::X* x, int64_t stride, const Row* w, int64_t ahea
     end = blocks.end(begin, blocks.block, k);
     const auto add_block = [&](const typename Dot::X* x, auto fetches) {
       for (int first = 0; first < tile_n; first += N) {
-        const auto rows = [&](int n) { return Row::in_tile(w, first + n); };
+        const auto rows = [&](int n) { return w[first + n]; };
         V total[M][N];
+#pragma GCC unroll 4
         for (int n = 0; n < N; n++)
+#pragma GCC unroll 4
           for (int m = 0; m < M; m++) total[m][n] = Dot::begin(rows(n), begin, end - begin, x + m * stride);
         const auto fetch = [&](int64_t i) __attribute__((always_inline)) {
           if constexpr (Row::streamed && fetches)

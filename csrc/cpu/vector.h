@@ -35,10 +35,11 @@ constexpr bool is_vector() {
   static_assert(max_stream_rows <= V::few && V::few <= 2 * max_stream_rows,
                 "few: up to so many rows of x wait for memory: a weight is best converted in registers");
   static_assert(gives<V, decltype(V::zero())>, "zero()");
-  static_assert(gives<V, decltype(V::set1(float{}))>, "set1(x): x in every lane");
+  static_assert(gives<V, decltype(V::set1(float{}))> && gives<V, decltype(V::set1(bf16{}))>, "set1(x): x in every lane");
   static_assert(gives<V, decltype(V::load(some_pointer<float>()))>, "load(float32)");
   static_assert(gives<V, decltype(V::load(some_pointer<bf16>()))>, "load(bfloat16)");
   static_assert(gives<V, decltype(V::load(some_pointer<f16>()))>, "load(float16)");
+  static_assert(gives<const bool, decltype(V::has_masks)>, "has_masks: whether there is a load(bfloat16, n) of n < W");
   static_assert(gives<V, decltype(V::load_even(some_pointer<bf16>()))>, "load_even(bfloat16): every other one of 2 W");
   static_assert(gives<V, decltype(V::load_odd(some_pointer<bf16>()))>, "load_odd(bfloat16)");
   static_assert(gives<void, decltype(declval<const V&>().store(static_cast<float*>(nullptr)))>, "store(float32)");
@@ -70,6 +71,7 @@ constexpr bool is_vector_for_integers() {
 template <class V, class T>
 inline V load(const T* p, int64_t n) {
   if (n >= V::W) return V::load(p);
+  if constexpr (V::has_masks && std::is_same_v<T, bf16>) return V::load(p, n);
   T buffer[V::W] = {};
   std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
   return V::load(buffer);

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.skipif(native.WHY_NOT is not None, reason=str(native.WH
 ISAS = native.supported_isas() if native.WHY_NOT is None else []
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Rows: one tile and less, two, the first that are blended, several blocks. N and K: less than a vector, whole steps,
-# tails, more than one block along K, more than one tile of outputs, and more than one task.
+# tails, more than one block along K, more than one tile of outputs, and more than one task. At last, a short block, and
+# rows that AVX2 would take as few if it did not blend them.
 SHAPES = [
     (1, 1, 1),
     (2, 5, 31),
@@ -32,6 +33,8 @@ SHAPES = [
     (40, 67, 2049),
     (300, 9, 129),
     (35, 600, 544),
+    (3, 21, 576),
+    (7, 5, 2080),
 ]
 LAMS = {
     "mixed": lambda rows: torch.rand(rows) * 1.4 - 0.2,
