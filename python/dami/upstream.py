@@ -27,6 +27,7 @@ from dami_kernels.upstream import Place
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
+    from torch.fx import Graph
     from transformers import CompileConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
     from transformers.generation.continuous_batching.continuous_api import OutputRouter
     from transformers.generation.continuous_batching.input_outputs import (
@@ -171,6 +172,9 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
     ),
     "compiled decoding": (
         Place("torch._dynamo.exc:Unsupported"),
+        Place("torch._inductor.config:post_grad_custom_pre_pass"),
+        Place("torch._inductor.custom_graph_pass:CustomGraphPass"),
+        Place("torch._inductor.custom_graph_pass:get_hash_for_files", ("paths",)),
         keeping(
             "torch.nn:Module",
             "_forward_hooks_with_kwargs",
@@ -549,6 +553,21 @@ def unsupported() -> type[Exception]:
     from torch._dynamo.exc import Unsupported
 
     return Unsupported
+
+
+@needs("compiled decoding")
+def graph_pass(change: Callable[[Graph], None]) -> dict[str, Any]:
+    """Returns the option by which torch's compiler calls a function with each graph before it makes code of it."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    class Pass(CustomGraphPass):
+        def __call__(self, graph: Graph) -> None:
+            change(graph)
+
+        def uuid(self) -> Any:
+            return get_hash_for_files((inspect.getfile(change),))
+
+    return {"post_grad_custom_pre_pass": Pass()}
 
 
 @needs("compiled decoding")

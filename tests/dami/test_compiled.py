@@ -18,6 +18,7 @@ from dami.generation import compiled, regions
 from dami.generation.attention import grouped_attention
 from dami.generation.pieces import CACHE
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -375,11 +376,16 @@ def test_the_command_line_compiles(graphs: Graphs) -> None:
 
 @pytest.mark.slow
 def test_the_compiler_gives_the_same_tokens() -> None:
-    """The real one, with its C++ wrapper."""
+    """The real one, with its C++ wrapper; in its graphs, products of one input are one call."""
     torch._dynamo.reset()
     model = dami.patch_model(*pair("qwen3"))
     for lam in (LAM, 0.3, [1.0, 0.5, 0.0, 0.2]):
         both(model, prompts(), intensity=lam)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        model.generate(**prompts(), **OPTIONS, intensity=0.4, compile=True)
+    calls = {event.key: event.count for event in profiler.key_averages()}
+    steps, layers = OPTIONS["max_new_tokens"] - 1, len(model.model.layers)
+    assert calls["dami::lerp_linears"] == 2 * steps * layers
 
 
 @torch.no_grad()

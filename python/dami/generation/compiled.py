@@ -23,9 +23,18 @@ from transformers import CompileConfig, PreTrainedConfig, StaticCache
 from dami.dial.state import ModuleState
 from dami.generation.attention import GROUPED
 from dami.generation.pieces import CACHE
+from dami.generation.products import join_products
 from dami.generation.regions import Graph, Region, by_graphs, entered, regions_of
 from dami.generation.steering import SEVERAL_STEPS_IN_ONE, option
-from dami.upstream import HOOKS_AROUND, KEPT_BY_GENERATE, attention_of, compiles_steps, for_any_device, unsupported
+from dami.upstream import (
+    HOOKS_AROUND,
+    KEPT_BY_GENERATE,
+    attention_of,
+    compiles_steps,
+    for_any_device,
+    graph_pass,
+    unsupported,
+)
 
 LEAST_ROOM = 256  # tokens
 KINDS = 4  # of layers that get a graph each; a model that has more of them is one graph
@@ -92,10 +101,8 @@ def compiling(model: Any) -> Iterator[None]:
 
 def how(device: torch.device) -> dict[str, Any]:
     """Returns how `torch.compile` compiles a step for a device: on a GPU, it captures a graph."""
-    return {
-        "fullgraph": True,
-        "options": {"triton.cudagraphs": True} if device.type == "cuda" else {"cpp_wrapper": True},
-    }
+    options = {"triton.cudagraphs": True} if device.type == "cuda" else {"cpp_wrapper": True}
+    return {"fullgraph": True, "options": {**options, **graph_pass(join_products)}}
 
 
 def compiled_call(model: Any, known: Known) -> Callable[..., Any]:
