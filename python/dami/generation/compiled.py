@@ -101,8 +101,13 @@ def compiling(model: Any) -> Iterator[None]:
 
 def how(device: torch.device) -> dict[str, Any]:
     """Returns how `torch.compile` compiles a step for a device: on a GPU, it captures a graph."""
-    options = {"triton.cudagraphs": True} if device.type == "cuda" else {"cpp_wrapper": True}
-    return {"fullgraph": True, "options": {**options, **graph_pass(join_products)}}
+    on_gpu = {"triton.cudagraphs": True}
+    # Shapes are known from guards and `structure`. Fewer elements than a step's are not worth waking a thread for.
+    on_cpu = {"cpp_wrapper": True, "size_asserts": False, "cpp.min_chunk_size": 4096}
+    return {
+        "fullgraph": True,
+        "options": {**(on_gpu if device.type == "cuda" else on_cpu), **graph_pass(join_products)},
+    }
 
 
 def compiled_call(model: Any, known: Known) -> Callable[..., Any]:
