@@ -103,7 +103,8 @@ struct LinearKernel {
     return Row(stored, piece.row(i), piece.k);
   }
 
-  // Multiplies a group of few rows by a piece of a matrix as it is stored, while the next one is fetched.
+  // Multiplies a group of few rows by a piece of a matrix as it is stored, while another is fetched: where the next one follows
+  // in the same columns, the one after it, as memory may take longer to answer than a piece takes.
   static void stream_piece(const Block& block, const Group& group, const Stored& stored, bool as_codes, const Piece& piece,
                            const Piece& next, float* sums, float (*scales)[max_groups]) {
     with_kind(stored, as_codes, [&](auto kind, auto dot) {
@@ -112,11 +113,12 @@ struct LinearKernel {
       const Row w[tile_n] = {row<Row>(stored, piece, 0), row<Row>(stored, piece, 1), row<Row>(stored, piece, 2),
                              row<Row>(stored, piece, 3)};
       const Row after = row<Row>(stored, next, 0);
-      const int64_t ahead = reinterpret_cast<const char*>(after.at(0)) - reinterpret_cast<const char*>(w[0].at(0));
+      const int64_t pieces = next.k == piece.k ? 2 : 1;
+      const int64_t ahead = pieces * (reinterpret_cast<const char*>(after.at(0)) - reinterpret_cast<const char*>(w[0].at(0)));
       if constexpr (Row::padded)
         for (const Row& each : w)
           for (int64_t g = 0; g < next.count / group_size; g += 64 / static_cast<int64_t>(sizeof(bf16)))
-            __builtin_prefetch(each.scales + (after.scales - w[0].scales) + g, 0, 2);
+            __builtin_prefetch(each.scales + pieces * (after.scales - w[0].scales) + g, 0, 2);
       if constexpr (std::is_same_v<D, CodesDot> && !std::is_same_v<D, Dot> && D::any_rows)
         if (group.end - group.begin > D::tile_m) {  // for that many it pays to convert the scales once
           using Codes = Scaled<V, std::remove_const_t<std::remove_pointer_t<decltype(Row::p)>>, Row>;
