@@ -172,6 +172,7 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
     ),
     "compiled decoding": (
         Place("torch._dynamo.exc:Unsupported"),
+        Place("torch._inductor:compile", ("gm", "example_inputs")),
         Place("torch._inductor.config:post_grad_custom_pre_pass"),
         Place("torch._inductor.custom_graph_pass:CustomGraphPass"),
         Place("torch._inductor.custom_graph_pass:get_hash_for_files", ("paths",)),
@@ -553,6 +554,14 @@ def unsupported() -> type[Exception]:
     from torch._dynamo.exc import Unsupported
 
     return Unsupported
+
+
+@needs("compiled decoding")
+def compiler(options: dict[str, Any]) -> Callable[..., Any]:
+    """Returns torch's compiler as a backend of `torch.compile`."""
+    from torch import _inductor
+
+    return functools.partial(_inductor.compile, options=options)
 
 
 @needs("compiled decoding")

@@ -132,7 +132,9 @@ def deepen(model: Any, layers: int) -> None:
     """Gives a model so many layers, each with weights of its own."""
     first = model.model.layers[0]
     model.model.layers = nn.ModuleList(copy.deepcopy(first) for _ in range(layers))
-    model.config.num_hidden_layers, model.config.layer_types = layers, model.config.layer_types[:1] * layers
+    model.config.num_hidden_layers = layers
+    if hasattr(model.config, "layer_types"):
+        model.config.layer_types = model.config.layer_types[:1] * layers
     with torch.no_grad():
         for index, layer in enumerate(model.model.layers):
             layer.self_attn.layer_idx = index
@@ -302,8 +304,9 @@ def test_a_step_costs_little_beside_its_kernels(
     assert len(counts) == 1
     kept, among = counts[0]
     assert 10 < kept < among / 10
-    # The operators' kernel for autograd's key, which is in Python, is left out in inference mode.
-    assert seen == [True] * (OPTIONS["max_new_tokens"] - 1) * model.config.num_hidden_layers
+    # The operators' kernel for autograd's key, which is in Python, is left out in inference mode. Torch calls one
+    # layer, and the other repeats its call.
+    assert seen == [True] * (OPTIONS["max_new_tokens"] - 1)
     assert model.config._attn_implementation == "sdpa"
     calls = [node.args for node in graphs[0].graph.nodes if node.target is F.scaled_dot_product_attention]
     assert len(calls) == 1
@@ -316,7 +319,7 @@ def test_keeps_only_so_many_graphs(model: Any, graphs: Graphs) -> None:
     for number in range(compiled.GRAPHS + 2):
         model.model.layers[0].self_attn.scaling = 0.1 * (number + 1)
         model.generate(**prompts(), max_new_tokens=2, intensity=0.3, compile=True)
-    assert len(graphs) == compiled.GRAPHS + 2
+    assert len(graphs) == compiled.GRAPHS + 2 + 1  # one is the second layer's
     assert len(patch_of(model).compiled) == compiled.GRAPHS
 
 

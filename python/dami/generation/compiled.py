@@ -1,10 +1,14 @@
 """Decodes by a compiled step: `generate(compile=True)`.
 
-transformers' `generate` compiles the forward pass of a step if its cache is static. Four things are added here. On a
-CPU, layers that are alike share one graph, so that a deep model compiles no longer than a shallow one (`regions`). The
-cache has room for a power of two, so that one graph serves many lengths. Torch's guards on the model, hundreds for each
-layer, are not evaluated before every token, which would take as long as some of the layers: `structure` tells once per
-call whether what they are about has changed. And attention does not copy the cache for heads that share it.
+transformers' `generate` compiles the forward pass of a step if its cache is static. This is added here:
+
+- On a CPU, layers that are alike share one graph, so that a deep model compiles no longer than a shallow one
+  (`regions`), and in a step torch calls it for one of them only (`repeated_calls`).
+- Products of one input are one call (`products`).
+- The cache has room for a power of two, so that one graph serves many lengths.
+- Torch's guards on the model, hundreds for each layer, are not evaluated before every token, which would take as long
+  as some of the layers: `structure` tells once per call whether what they are about has changed.
+- Attention does not copy the cache for heads that share it.
 """
 
 from __future__ import annotations
@@ -25,11 +29,13 @@ from dami.generation.attention import GROUPED
 from dami.generation.pieces import CACHE
 from dami.generation.products import join_products
 from dami.generation.regions import Graph, Region, by_graphs, entered, regions_of
+from dami.generation.repeated_calls import Recorder
 from dami.generation.steering import SEVERAL_STEPS_IN_ONE, option
 from dami.upstream import (
     HOOKS_AROUND,
     KEPT_BY_GENERATE,
     attention_of,
+    compiler,
     compiles_steps,
     for_any_device,
     graph_pass,
@@ -142,9 +148,7 @@ def _layers(model: Any, known: Known) -> dict[Region, Graph]:
         kinds = {region: structure(region.layer, HOOKS_AROUND) for region in regions}
     if len({*kinds.values()}) > KINDS:
         return {}
-    return {
-        region: _kept(known, kind, _graph, model.device, type(region.layer).forward) for region, kind in kinds.items()
-    }
+    return {region: _kept(known, kind, _graph_of_layers, type(region.layer)) for region, kind in kinds.items()}
 
 
 def _kept(known: Known, key: Hashable, make: Callable[..., Any], *given: Any) -> Any:
@@ -160,6 +164,15 @@ def _graph(device: torch.device, forward: Callable[..., Any]) -> Graph:
     wanted = how(device)
     options = {**wanted.pop("options", {}), "guard_filter_fn": of_inputs}
     return Graph(torch.compile(_alone(forward), **wanted, options=options))
+
+
+def _graph_of_layers(layer: type[nn.Module]) -> Graph:
+    """Returns the graph of layers on a CPU, whose calls are recorded."""
+    wanted = how(torch.device("cpu"))
+    options = wanted.pop("options", {})
+    recorder = Recorder(wanted.pop("backend", None) or compiler(options))
+    run = torch.compile(_alone(layer.forward), **wanted, backend=recorder, options={"guard_filter_fn": of_inputs})
+    return Graph(run, recorder)
 
 
 def _compiled(model: Any) -> Callable[..., Any]:

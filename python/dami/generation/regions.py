@@ -8,14 +8,14 @@ they get has one layer. A layer that uses its index for anything else cannot be 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from transformers import StaticCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dami.generation.repeated_calls import FirstCall, OwnTensors, Recorder
 from dami.upstream import HOOKS, LAYER_INDEX, captures_outputs, unsupported
 
 
@@ -59,7 +59,8 @@ class Region:
     """
 
     def __init__(self, layer: nn.Module, index: int) -> None:
-        self.layer, self.index = layer, index
+        self.layer, self.index, self.own = layer, index, OwnTensors(layer)
+        self._arguments: tuple[object, object, list[tuple[int, Any]] | None] = None, None, None
         self._changes: list[tuple[dict[str, Any], str, Any, Any]] = []  # attributes, a name, its value, that of a step
         for module in layer.modules():
             attributes = vars(module)
@@ -69,6 +70,14 @@ class Region:
             if module is not layer and any(map(captures_outputs, hooks.values())):
                 kept = type(hooks)((key, hook) for key, hook in hooks.items() if not captures_outputs(hook))
                 self._changes.append((attributes, HOOKS, hooks, kept))
+
+    def arguments(self, first: FirstCall, cache: object) -> list[tuple[int, Any]] | None:
+        """Returns the layer's `FirstCall.own_arguments`, which stay the same for the same code and cache."""
+        code, of, found = self._arguments
+        if code is not first.code or of is not cache:
+            found = first.own_arguments(self.own, cache)
+            self._arguments = first.code, cache, found
+        return found
 
     def enter(self) -> None:
         for attributes, name, _, value in self._changes:
@@ -106,17 +115,71 @@ def entered(regions: Sequence[Region]) -> Iterator[None]:
             region.leave()
 
 
-@dataclass
 class Graph:
     """A compiled function of a module and its inputs.
 
-    Attributes:
+    Args:
         run: the function. The first call compiles it.
+        recorder: the backend that compiles it, if calls may be repeated.
+
+    Attributes:
         failed: whether torch could not make one graph of it.
     """
 
-    run: Callable[..., Any]
-    failed: bool = False
+    def __init__(self, run: Callable[..., Any], recorder: Recorder | None = None) -> None:
+        self.run, self.failed = run, False
+        self._recorder = recorder
+        self._pure: object = None  # code of which it is known that it changes nothing but tensors
+        self._first: FirstCall | None = None
+
+    def begin_step(self) -> None:
+        """Lets torch make the next call, which others may then repeat."""
+        self._first = None
+
+    def call(
+        self, region: Region, cache: object, inputs: Sequence[Any], named: Mapping[str, Any], whole: object
+    ) -> Any:
+        """Returns a layer's result.
+
+        Args:
+            region: the layer.
+            cache: what it has cached.
+            inputs, named: its inputs.
+            whole: the model's cache, in place of which the layer gets its own.
+        """
+        if self._first is not None and self._first.is_like(inputs, named):
+            own = region.arguments(self._first, cache)
+            if own is not None:
+                return self._first.repeat(inputs[0], own)
+        one = OneLayer(cache)
+        given = [one if each is whole else each for each in inputs]
+        given_by_name = {name: one if each is whole else each for name, each in named.items()}
+        before = _attributes(region, cache) if self._pure is None else None
+        result = self.run(region.layer, *given, **given_by_name)
+        if self._recorder is None:
+            return result
+        call, self._recorder.last = self._recorder.last, None
+        if call is None or (before is not None and not _are_same(before, _attributes(region, cache))):
+            self._recorder = None
+        elif before is None and call.code is not self._pure:
+            self._pure = None  # its next call shows
+        else:
+            self._pure = call.code
+            with suppress(LookupError):
+                self._first = FirstCall(call, region.own, inputs, named, cache, result)
+        return result
+
+
+def _attributes(region: Region, cache: object) -> list[dict[str, Any]]:
+    """Returns what a layer's modules and its cache have."""
+    return [{**vars(each)} for each in (cache, *region.layer.modules())]
+
+
+def _are_same(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
+    return all(
+        one.keys() == other.keys() and all(value is other[name] for name, value in one.items())
+        for one, other in zip(some, others, strict=True)
+    )
 
 
 @contextmanager
@@ -125,10 +188,12 @@ def by_graphs(graphs: Mapping[Region, Graph], cache: StaticCache) -> Iterator[No
     with entered([*graphs]):
         try:
             for region, graph in graphs.items():
+                graph.begin_step()
                 vars(region.layer)["forward"] = _by_graph(region, graph, cache)
             yield
         finally:
-            for region in graphs:
+            for region, graph in graphs.items():
+                graph.begin_step()
                 vars(region.layer).pop("forward", None)
 
 
@@ -140,13 +205,8 @@ def _by_graph(region: Region, graph: Graph, cache: StaticCache) -> Callable[...,
         if region.index >= len(cache.layers):  # it has no cache of its own
             graph.failed = True
         if not graph.failed:
-            own = OneLayer(cache.layers[region.index])
             try:
-                return graph.run(
-                    layer,
-                    *[own if each is cache else each for each in inputs],
-                    **{name: own if each is cache else each for name, each in named.items()},
-                )
+                return graph.call(region, cache.layers[region.index], inputs, named, cache)
             except unsupported():
                 graph.failed = True
         region.leave()

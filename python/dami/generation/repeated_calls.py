@@ -1,0 +1,170 @@
+"""Calls what torch has compiled for one layer for the layers that are alike, past all that torch does before it.
+
+In every step, torch calls the code of a kind of layers for the first of them: it evaluates guards on the inputs and
+takes tensors from the module. `Recorder` notes which tensors the code gets and returns. For each layer after it, the
+code is called with the same tensors, but for the layer's own, those of its cache and its hidden states, which take the
+places of the first layer's. Where it is not known what is in a place, or where a call changes more than tensors, torch
+calls all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from dami.dial.state import ModuleState
+
+
+class Call(NamedTuple):
+    """A call of compiled code: its arguments and its results, as torch hands them on."""
+
+    code: Callable[..., Sequence[Any]]
+    arguments: Sequence[Any]
+    results: Sequence[Any]
+
+
+class Recorder:
+    """A backend of `torch.compile` that keeps the last call of what another backend has compiled.
+
+    Attributes:
+        last: the call, or None if there has been none since this was set to None.
+    """
+
+    def __init__(self, backend: Callable[..., Callable[..., Any]]) -> None:
+        self._backend = backend
+        self.last: Call | None = None
+
+    def __call__(self, graph: Any, inputs: Any, **_: Any) -> Callable[..., Any]:
+        code = self._backend(graph, inputs)
+
+        def run(*arguments: Any) -> Any:
+            results = code(*arguments)
+            self.last = Call(code, arguments, results)
+            return results
+
+        return run
+
+
+class OwnTensors:
+    """The parameters and buffers of a layer.
+
+    Attributes:
+        tensors: these tensors, in an order that layers of one structure share.
+        comparable: whether each is one tensor, and all modules read the λ of one dial.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        named = chain(layer.named_parameters(remove_duplicate=False), layer.named_buffers(remove_duplicate=False))
+        self.tensors = [tensor for _, tensor in named]
+        states = [each for module in layer.modules() for each in vars(module).values() if isinstance(each, ModuleState)]
+        self._dial = states[0].dial if states else None
+        one_lam = all(state.part is None and state.dial is self._dial for state in states)
+        self.comparable = one_lam and len({*map(id, self.tensors)}) == len(self.tensors)
+
+    @property
+    def lam(self) -> Tensor | None:
+        """The λ that the modules read; None if there is none."""
+        return None if self._dial is None else self._dial.lam
+
+
+class FirstCall:
+    """The call of a kind's first layer in a step, which can be repeated for others.
+
+    Args:
+        call: what `Recorder` kept of it.
+        own: the layer's own tensors.
+        inputs, named: the layer's inputs; the first are its hidden states.
+        cache: the layer's cache.
+        result: what the layer returned, one of the call's results.
+
+    Raises:
+        LookupError: the layers are not comparable, or it is not known where the result is or what an argument would be
+            for another layer.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        own: OwnTensors,
+        inputs: Sequence[Any],
+        named: Mapping[str, Any],
+        cache: object,
+        result: object,
+    ) -> None:
+        if not own.comparable:
+            raise LookupError("the layer's tensors cannot be told apart")
+        self._call, self._inputs, self._named = call, inputs, named
+        self._form, self._state = _form(inputs[0]), _state(cache)
+        self._result = _places(call.results)[id(result)]
+        owns = _places(own.tensors)
+        cached = {id(value): name for name, value in vars(cache).items()}
+        shared = {*map(id, _tensors((inputs[1:], named))), id(own.lam)}
+        self._own: list[tuple[int, int]] = []  # places among the arguments and among a layer's own tensors
+        self._cached: list[tuple[int, str]] = []
+        self._hidden: list[int] = []
+        for at, key in enumerate(map(id, call.arguments)):
+            if key == id(inputs[0]):
+                self._hidden.append(at)
+            elif key in owns:
+                self._own.append((at, owns[key]))
+            elif key in cached:
+                self._cached.append((at, cached[key]))
+            elif key not in shared:
+                raise LookupError(f"argument {at} is of none")
+
+    @property
+    def code(self) -> Callable[..., Any]:
+        return self._call.code
+
+    def is_like(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> bool:
+        """Whether a layer gets the same inputs, but for the numbers in its hidden states."""
+        return (
+            len(inputs) == len(self._inputs)
+            and all(a is b for a, b in zip(inputs[1:], self._inputs[1:], strict=True))
+            and named.keys() == self._named.keys()
+            and all(value is self._named[name] for name, value in named.items())
+            and _form(inputs[0]) == self._form
+        )
+
+    def own_arguments(self, own: OwnTensors, cache: object) -> list[tuple[int, Any]] | None:
+        """Returns the arguments that are another layer's, with their places; None if its call must not be repeated."""
+        if not own.comparable or _state(cache) != self._state:
+            return None
+        found = [(at, own.tensors[index]) for at, index in self._own]
+        return found + [(at, getattr(cache, name)) for at, name in self._cached]
+
+    def repeat(self, hidden: Tensor, own: list[tuple[int, Any]]) -> Any:
+        """Returns the result of another layer, of its hidden states and its `own_arguments`."""
+        arguments = [*self._call.arguments]
+        for at, value in own:
+            arguments[at] = value
+        for at in self._hidden:
+            arguments[at] = hidden
+        return self._call.code(*arguments)[self._result]
+
+
+def _places(values: Sequence[Any]) -> dict[int, int]:
+    return {id(value): at for at, value in enumerate(values)}
+
+
+def _form(value: Any) -> Any:
+    """Returns what code that was compiled with a value depends on."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device, value.is_inference()
+    return [*map(_form, value)] if isinstance(value, (list, tuple)) else value
+
+
+def _state(cache: object) -> dict[str, Any]:
+    return {name: _form(value) for name, value in vars(cache).items()}
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Returns the tensors in tuples, lists and mappings."""
+    if isinstance(value, Mapping):
+        value = [*value.values()]
+    if isinstance(value, (list, tuple)):
+        return [tensor for each in value for tensor in _tensors(each)]
+    return [value] if isinstance(value, Tensor) else []
