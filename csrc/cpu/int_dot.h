@@ -23,7 +23,7 @@ struct IntBlocks {
   static constexpr Blocking blocks{block_bytes / 4, block_bytes / 16};
   // A block lies there as two digits, each behind its scale, that of the digit after it or 0, and on lines of their own `sums`.
   static constexpr int64_t room = blocks.block + blocks.tail, head = 96, digit = head + room;
-  static_assert(32 + 2 * (room + V::W * group_size - 1) / (V::W * group_size) * V::W <= head, "whole vectors of sums");
+  static_assert((room / group_size + V::W - 1) / V::W * V::W * 2 <= head - 32, "room for whole vectors of sums");
   static int64_t at_block(int64_t k) { return k / blocks.block * 2 * digit + head; }
   static const float* sums(const X* x) { return reinterpret_cast<const float*>(x - head + 32); }  // of x, in each group
   static const float* scales(const X* x) { return reinterpret_cast<const float*>(x - head); }
