@@ -536,6 +536,12 @@ def captures_outputs(hook: Callable[..., Any]) -> bool:
     return getattr(hook, "__module__", None) == CAPTURING
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks run before or after a module's forward, other than those which record outputs."""
+    after = [*module._forward_hooks.values(), *torch.nn.modules.module._global_forward_hooks.values()]
+    return has_pre_hooks(module) or not all(map(captures_outputs, after))
+
+
 def forget_captures(model: nn.Module) -> None:
     """Takes off the hooks that record outputs, which no pickle can hold; transformers puts them on when needed."""
     modules = [*model.modules()]

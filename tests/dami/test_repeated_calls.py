@@ -95,6 +95,23 @@ def test_layers_that_change_more_than_tensors_are_called_by_torch(counts: list[i
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(last))
 
 
+@pytest.mark.parametrize("kinds", [compiled.KINDS, 0], ids=["layers", "one graph"])
+def test_hooks_inside_layers_run_in_every_step(kinds: int, counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "KINDS", kinds)
+    model, seen = patched(), []
+
+    def record(module: nn.Module, inputs: Any, y: Tensor) -> None:
+        seen.append(y.shape)
+
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(record)
+    check(model, 0.4)
+    assert counts == [0 if kinds else STEPS]  # a layer in which hooks run has no graph
+    by_steps, by_graphs = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert len(by_graphs) == LAYERS * OPTIONS["max_new_tokens"]
+    assert by_graphs == by_steps
+
+
 def test_layers_that_share_a_tensor_inside_are_called_by_torch(counts: list[int]) -> None:
     def share(layer: Any) -> None:
         layer.mlp.up_proj.weight = layer.mlp.gate_proj.weight

@@ -28,7 +28,7 @@ from dami.dial.state import ModuleState
 from dami.generation.attention import GROUPED
 from dami.generation.pieces import CACHE
 from dami.generation.products import join_products
-from dami.generation.regions import Graph, Region, by_graphs, entered, regions_of
+from dami.generation.regions import Graph, Region, by_graphs, entered, hooks_inside, regions_of
 from dami.generation.repeated_calls import Recorder
 from dami.generation.steering import SEVERAL_STEPS_IN_ONE, option
 from dami.upstream import (
@@ -176,12 +176,13 @@ def _graph_of_layers(layer: type[nn.Module]) -> Graph:
 
 
 def _compiled(model: Any) -> Callable[..., Any]:
-    """Returns a model's forward pass as one graph, or as several where torch cannot make one."""
+    """Returns a model's forward pass as one graph, or as several where torch cannot make one or hooks run in layers."""
     graph = _graph(model.device, nn.Module.__call__)
+    hooked = hooks_inside(model)  # which may change what a guard on the model would be about
     several = torch.compile(_alone(nn.Module.__call__), **{**how(model.device), "fullgraph": False})  # with all guards
 
     def call(**inputs: Any) -> Any:
-        if graph.failed:
+        if graph.failed or hooked:
             return several(model, **inputs)
         try:
             return graph.run(model, **inputs)

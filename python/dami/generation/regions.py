@@ -16,7 +16,7 @@ from transformers import StaticCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dami.generation.repeated_calls import FirstCall, OwnTensors, Recorder
-from dami.upstream import HOOKS, LAYER_INDEX, captures_outputs, unsupported
+from dami.upstream import HOOKS, LAYER_INDEX, captures_outputs, has_hooks, unsupported
 
 
 class Own:
@@ -56,10 +56,12 @@ class Region:
     Attributes:
         layer: the layer.
         index: its index in the cache.
+        own: its own tensors.
+        hooked: whether hooks run inside it. They may change what no guard is about, such as a list, so it has no graph.
     """
 
     def __init__(self, layer: nn.Module, index: int) -> None:
-        self.layer, self.index, self.own = layer, index, OwnTensors(layer)
+        self.layer, self.index, self.own, self.hooked = layer, index, OwnTensors(layer), hooks_inside(layer)
         self._arguments: tuple[object, object, list[tuple[int, Any]] | None] = None, None, None
         self._changes: list[tuple[dict[str, Any], str, Any, Any]] = []  # attributes, a name, its value, that of a step
         for module in layer.modules():
@@ -101,6 +103,12 @@ def regions_of(model: nn.Module) -> list[Region]:
     if any(len(indices) > 1 or None in indices or "forward" in vars(layer) for layer, indices in found.items()):
         return []  # such as in an encoder, or where accelerate has replaced the forward
     return [Region(layer, *indices) for layer, indices in found.items()]
+
+
+def hooks_inside(model: nn.Module) -> bool:
+    """Whether hooks run inside a layer, or inside the layers of a model."""
+    layers = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
+    return any(has_hooks(module) for layer in layers for module in layer.modules() if module is not layer)
 
 
 @contextmanager
@@ -204,7 +212,7 @@ def _by_graph(region: Region, graph: Graph, cache: StaticCache) -> Callable[...,
     def forward(*inputs: Any, **named: Any) -> Any:
         if region.index >= len(cache.layers):  # it has no cache of its own
             graph.failed = True
-        if not graph.failed:
+        if not graph.failed and not region.hooked:
             try:
                 return graph.call(region, cache.layers[region.index], inputs, named, cache)
             except unsupported():
