@@ -15,6 +15,7 @@ from benchmarks.weights import FORMATS, Copies
 from dami_kernels import cuda, lerp_linear, native
 from dami_kernels.ops import library
 from dami_kernels.tuning import H100
+from tests.dami.test_patching import counting
 
 pytestmark = [
     pytest.mark.skipif(native.WHY_NOT is not None, reason="the compiled part is missing"),
@@ -208,7 +209,7 @@ def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
 
 def test_decode(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(generate.SHAPE, "vocab_size", 200)
-    monkeypatch.setattr(compiled, "how", lambda device: {"backend": "eager", "fullgraph": True})
+    monkeypatch.setattr(compiled, "how", lambda device: {"backend": counting()[0], "fullgraph": True})
     small = ["--layers", "1", "--formats", "pair", "--tokens", "4"]
     assert __main__.main(["decode", "--results", str(tmp_path), "--seconds", "0.01", *small]) == 0
     rows = load(tmp_path / "decode.csv")

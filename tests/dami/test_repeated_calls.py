@@ -95,7 +95,9 @@ def test_layers_that_change_more_than_tensors_are_called_by_torch(counts: list[i
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(last))
 
 
-@pytest.mark.parametrize("kinds", [compiled.KINDS, 0], ids=["layers", "one graph"])
+@pytest.mark.parametrize(
+    "kinds", [compiled.KINDS, pytest.param(0, marks=pytest.mark.slow)], ids=["layers", "one graph"]
+)
 def test_hooks_inside_layers_run_in_every_step(kinds: int, counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "KINDS", kinds)
     model, seen = patched(), []

@@ -162,10 +162,10 @@ class Graph:
         one = OneLayer(cache)
         given = [one if each is whole else each for each in inputs]
         given_by_name = {name: one if each is whole else each for name, each in named.items()}
+        if self._recorder is None:
+            return self.run(region.layer, *given, **given_by_name)
         before = _attributes(region, cache) if self._pure is None else None
         result = self.run(region.layer, *given, **given_by_name)
-        if self._recorder is None:
-            return result
         call, self._recorder.last = self._recorder.last, None
         if call is None or (before is not None and not _are_same(before, _attributes(region, cache))):
             self._recorder = None
