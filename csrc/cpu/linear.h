@@ -119,7 +119,7 @@ struct LinearKernel {
         for (const Row& each : w)
           for (int64_t g = 0; g < next.count / group_size; g += 64 / static_cast<int64_t>(sizeof(bf16)))
             __builtin_prefetch(each.scales + pieces * (after.scales - w[0].scales) + g, 0, 2);
-      if constexpr (std::is_same_v<D, CodesDot> && !std::is_same_v<D, Dot> && D::any_rows)
+      if constexpr (!std::is_same_v<D, Dot> && D::any_rows)
         if (group.end - group.begin > D::tile_m) {  // for that many it pays to convert the scales once
           using Codes = Scaled<V, std::remove_const_t<std::remove_pointer_t<decltype(Row::p)>>, Row>;
           for (int i = 0; i < tile_n; i++) write_scales(w[i], piece.count, scales[i]);

@@ -53,7 +53,7 @@ class OwnTensors:
 
     Attributes:
         tensors: these tensors, in an order that layers of one structure share.
-        comparable: whether each is one tensor, and all modules read the λ of one dial.
+        comparable: whether none of them is there twice, and all modules read the λ of one dial.
     """
 
     def __init__(self, layer: nn.Module) -> None:
