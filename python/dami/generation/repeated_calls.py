@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from dami.dial.state import ModuleState
+from dami.upstream import tree_flatten
 
 
 class Call(NamedTuple):
@@ -101,7 +102,7 @@ class FirstCall:
         self._result = _places(call.results)[id(result)]
         owns = _places(own.tensors)
         cached = {id(value): name for name, value in vars(cache).items()}
-        shared = {*map(id, _tensors((inputs[1:], named))), id(own.lam)}
+        shared = {*map(id, tree_flatten((inputs[1:], {**named}))[0]), id(own.lam)}
         self._own: list[tuple[int, int]] = []  # places among the arguments and among a layer's own tensors
         self._cached: list[tuple[int, str]] = []
         self._hidden: list[int] = []
@@ -159,12 +160,3 @@ def _form(value: Any) -> Any:
 
 def _state(cache: object) -> dict[str, Any]:
     return {name: _form(value) for name, value in vars(cache).items()}
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """Returns the tensors in tuples, lists and mappings."""
-    if isinstance(value, Mapping):
-        value = [*value.values()]
-    if isinstance(value, (list, tuple)):
-        return [tensor for each in value for tensor in _tensors(each)]
-    return [value] if isinstance(value, Tensor) else []
