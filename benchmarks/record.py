@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,24 +11,28 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def store(rows: Sequence[dict[str, object]], path: Path) -> None:
-    """Appends rows to a CSV file. The first row sets a new file's header. Raises ValueError if the columns differ."""
+    """Appends rows to a CSV file. The first row sets the header of a new or empty file.
+
+    Raises:
+        ValueError: if the file has other columns.
+    """
     if not rows:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = list(rows[0])
-    if path.exists():
+    heading = not path.exists() or path.stat().st_size == 0
+    if not heading:
         with path.open(newline="") as file:
             found = next(csv.reader(file), [])
         if found != columns:
             raise ValueError(f"{path} has other columns: {sorted({*found} ^ {*columns}) or found}")
-        heading = False
-    else:
-        heading = True
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if heading:
-            writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    if heading:
+        writer.writeheader()
+    writer.writerows(rows)
+    with path.open("a", newline="") as file:  # in one write, as a signal may end the process at any time
+        file.write(text.getvalue())
 
 
 def load(path: Path, **wanted: str) -> list[dict[str, str]]:

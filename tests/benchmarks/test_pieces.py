@@ -136,6 +136,9 @@ def test_results_are_appended_and_their_columns_kept(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has other columns: \['a', 'b'\]"):
         store([{"date": 1, "b": 2}], path)
     assert load(tmp_path / "none.csv") == []
+    (empty := tmp_path / "empty.csv").touch()
+    store([{"date": 1, "a": "x"}], empty)
+    assert load(empty) == [{"date": "1", "a": "x"}]
 
 
 def test_text_tables_line_up() -> None:

@@ -123,7 +123,7 @@ def test_a_signal_leaves_what_there_is_and_a_summary(
     run, rows = run_of(tmp_path), tmp_path / "linear.csv"
 
     def cut() -> None:
-        while not rows.exists():
+        while not load(rows):
             time.sleep(0.05)
         os.kill(os.getpid(), number)
 
