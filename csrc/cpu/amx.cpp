@@ -54,10 +54,12 @@ struct AmxKernel {
   static constexpr int64_t tile_k = 32, tile = 16 * tile_k;  // numbers
   static constexpr int64_t tiles = 2;  // of features, in a piece
   static constexpr int64_t block_k = 512;  // of a piece: it stays in L1 while the panels of x pass by
+  // Up to two panels pass by but once, and memory sends long rows sooner.
+  static constexpr int64_t few_rows = 2 * panel, long_k = 1024;
   static constexpr int64_t cached_bytes = 512 * 1024;  // of x, which the pieces of a weight pass by
 
   struct alignas(64) Scratch {
-    X weight[block_k / tile_k][tiles][tile];
+    X weight[long_k / tile_k][tiles][tile];
     float rows[2][panel][max_outputs];
   };
   // Of a tile of features and a panel of x: [features, rows]. Those of both matrices lie behind Scratch.
@@ -75,7 +77,8 @@ struct AmxKernel {
     int64_t step, second, row_bytes;
   };
 
-  // Adds a piece of so many tiles of features, `steps` tiles of k, times `panels` panels of x to sums `stride` apart.
+  // Adds a piece of so many tiles of features, `steps` tiles of k, times `panels` panels of x to sums `stride` apart. x comes
+  // from L2, by loads that leave L1 to the piece.
   template <int features, int panels>
   static void multiply(const Tiles& w, const X* x, int64_t x_stride, int64_t steps, Sums* sums, int64_t stride,
                        Prefetch& prefetch) {
@@ -86,10 +89,10 @@ struct AmxKernel {
     if constexpr (two_features && two_panels) _tile_loadd(3, sums[stride + 1], 64);
     for (int64_t i = 0; i < steps; i++) {
       _tile_loadd(4, w.first + i * w.step, w.row_bytes);
-      _tile_loadd(6, x + i * tile, 64);
+      _tile_stream_loadd(6, x + i * tile, 64);
       _tile_dpbf16ps(0, 4, 6);
       if constexpr (two_panels) {
-        _tile_loadd(7, x + x_stride + i * tile, 64);
+        _tile_stream_loadd(7, x + x_stride + i * tile, 64);
         _tile_dpbf16ps(1, 4, 7);
       }
       if constexpr (two_features) {
@@ -166,6 +169,12 @@ struct AmxKernel {
     matrix(p.weight.other, Mode::other, sums[1]);
   }
 
+  static int64_t longest_piece(const Linear& p, int64_t rows, int64_t k) {
+    if (rows > few_rows) return block_k;
+    const bool dense = p.weight.base.storage == Storage::dense && p.weight.other.storage == Storage::dense;
+    return dense && p.n % 16 == 0 ? k : long_k;
+  }
+
   static void run(const Linear& p, const Block& block, int64_t n0, int64_t n1, void* memory) {
     if (block.panel == 1) {
       for (int64_t n = n0; n < n1; n += OfBf16::max_outputs)
@@ -177,11 +186,12 @@ struct AmxKernel {
     const auto rows = static_cast<int64_t>(block.rows.size()), panels = rows / panel, count = sums_of(rows, n1 - n0);
     Sums* const sums = reinterpret_cast<Sums*>(&scratch + 1);
     std::memset(sums, 0, static_cast<size_t>(2 * count) * sizeof(Sums));
-    // Pieces of nearly equal length, for while one is multiplied as much is fetched of the next.
-    const int64_t all = std::max(block.k, tile_k), pieces = (all + block_k - 1) / block_k;
+    // Pieces of nearly equal length, for while one is multiplied as much is fetched of the next; or whole rows, if few rows
+    // of x pass by and nothing has to be laid out.
+    const int64_t all = std::max(block.k, tile_k), longest = longest_piece(p, rows, all), pieces = (all + longest - 1) / longest;
     const int64_t most = (all + pieces * tile_k - 1) / (pieces * tile_k) * tile_k;
     const int64_t columns = std::max<int64_t>(1, cached_bytes / (rows * static_cast<int64_t>(sizeof(X))) / most) * most;
-    dami::for_pieces({{block_k, 0}, tiles * 16, most, columns}, n0, n1, p.n, block.k, [&](const Piece& piece, const Piece& next) {
+    dami::for_pieces({{tile_k, 0}, tiles * 16, most, columns}, n0, n1, p.n, block.k, [&](const Piece& piece, const Piece& next) {
       Sums* const of_piece = sums + (piece.n - n0) / 16 * panels;
       multiply(p, block, piece, next, {of_piece, of_piece + count}, scratch);
     });
