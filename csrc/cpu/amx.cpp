@@ -56,6 +56,8 @@ struct AmxKernel {
   static constexpr int64_t block_k = 512;  // of a piece: it stays in L1 while the panels of x pass by
   // Up to two panels pass by but once, and memory sends long rows sooner.
   static constexpr int64_t few_rows = 2 * panel, long_k = 1024;
+  static constexpr int blend_rows = 64;
+  static_assert(blend_rows > few_rows, "a piece of whole rows has no room for a blend");
   static constexpr int64_t cached_bytes = 512 * 1024;  // of x, which the pieces of a weight pass by
 
   struct alignas(64) Scratch {
@@ -132,6 +134,20 @@ struct AmxKernel {
     return {scratch.weight[0][0], tiles * tile, tile, 64};
   }
 
+  // The same of W(λ).
+  static Tiles lay_out(const dami::Weight& weight, float lam, const Piece& piece, Scratch& scratch, Prefetch& prefetch) {
+    dami::with_rows<Vec, bf16>(weight, [&](auto base, auto other) {
+      for (int64_t i = 0; i < features_of(piece); i++) {
+        const typename decltype(base)::type base_row(weight.base, piece.row(i), piece.k);
+        const typename decltype(other)::type other_row(weight.other, piece.row(i), piece.k);
+        dami::fill_blended<Vec, Bf16Dot>(weight, lam, base_row, other_row, piece.count,
+                                         scratch.weight[0][i / 16] + i % 16 * tile_k, tiles * tile, [](int64_t) {});
+        prefetch.step();
+      }
+    });
+    return {scratch.weight[0][0], tiles * tile, tile, 64};
+  }
+
   // Multiplies a piece with the rows of a group.
   static void multiply(const Block& block, const Group& group, const Piece& piece, const Tiles& w, Sums* sums,
                        Prefetch& prefetch) {
@@ -167,6 +183,14 @@ struct AmxKernel {
     };
     matrix(p.weight.base, Mode::base, sums[0]);
     matrix(p.weight.other, Mode::other, sums[1]);
+    for (const Group& group : block.groups)
+      if (group.mode == Mode::blend) {
+        Prefetch base = dami::prefetch_of<tiles * 16>(p.weight.base, next, sizeof(X));
+        Prefetch other = dami::prefetch_of<tiles * 16>(p.weight.other, next, sizeof(X));
+        base.spread(features_of(piece)), other.spread(steps(group));
+        const Tiles w = lay_out(p.weight, block.lam[group.begin], piece, scratch, base);
+        multiply(block, group, piece, w, sums[0], other);
+      }
   }
 
   static int64_t longest_piece(const Linear& p, int64_t rows, int64_t k) {
@@ -252,7 +276,7 @@ bool supported() {
 
 namespace dami {
 extern const Isa amx;
-constexpr Isa amx = make_isa<Vec, AmxKernel>("amx", supported, 8, AmxKernel::max_rows + 1);  // never blends bfloat16
+constexpr Isa amx = make_isa<Vec, AmxKernel>("amx", supported, 8, AmxKernel::blend_rows);
 }  // namespace dami
 
 #else  // what the compiler or the system does not know

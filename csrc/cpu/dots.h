@@ -127,4 +127,23 @@ inline void fill(const Row& row, int64_t count, typename Dot::X* to, int64_t str
   }
 }
 
+// The same of W(λ), of whose matrices these are rows; calls before(i) for every group.
+template <class V, class Dot, class Base, class Other, class F>
+inline void fill_blended(const Weight& weight, float lam, const Base& base, const Other& other, int64_t count,
+                         typename Dot::X* to, int64_t stride, F before) {
+  typename Base::Buffer base_buffer;
+  typename Other::Buffer other_buffer;
+  for (int64_t i = 0; i < count; i += group_size) {
+    before(i);
+    const Base b = base.group(i, count - i, base_buffer);
+    const Other o = other.group(i, count - i, other_buffer);
+    const auto base_loader = b.loader(0);
+    const auto other_loader = o.loader(0);
+    for (int64_t j = 0; j < group_size; j += Dot::step) {
+      const Two<V> x = Dot::widen(b, j, base_loader), y = Dot::widen(o, j, other_loader);
+      Dot::store(Two<V>{blend(weight, lam, x.a, y.a), blend(weight, lam, x.b, y.b)}, to + i / group_size * stride + j);
+    }
+  }
+}
+
 }  // namespace dami

@@ -198,23 +198,11 @@ struct LinearKernel {
     with_rows<V, T>(weight, [&](auto base_kind, auto other_kind) {
       using Base = typename decltype(base_kind)::type;
       using Other = typename decltype(other_kind)::type;
-      typename Base::Buffer base_buffer;
-      typename Other::Buffer other_buffer;
-      for (int n = 0; n < tile_n; n++) {
-        const Base base = row<Base>(weight.base, piece, n);
-        const Other other = row<Other>(weight.other, piece, n);
-        for (int64_t i = 0; i < piece.count; i += group_size) {
-          if (i % tile_step == 0) prefetch.step();
-          const Base b = base.group(i, piece.count - i, base_buffer);
-          const Other o = other.group(i, piece.count - i, other_buffer);
-          const auto base_loader = b.loader(0);
-          const auto other_loader = o.loader(0);
-          for (int64_t j = 0; j < group_size; j += Dot::step) {
-            const Two<V> x = Dot::widen(b, j, base_loader), y = Dot::widen(o, j, other_loader);
-            Dot::store(Two<V>{blend(weight, lam, x.a, y.a), blend(weight, lam, x.b, y.b)}, to[n] + i + j);
-          }
-        }
-      }
+      for (int n = 0; n < tile_n; n++)
+        fill_blended<V, Dot>(weight, lam, row<Base>(weight.base, piece, n), row<Other>(weight.other, piece, n), piece.count, to[n],
+                             group_size, [&](int64_t i) {
+                               if (i % tile_step == 0) prefetch.step();
+                             });
     });
   }
 

@@ -14,9 +14,9 @@ from dami_kernels.tuning.tables import load_table, nearest
 
 SCRATCH = 128 * 2**20  # bytes that a route may take besides x, y and the weight, whatever the model
 TOGETHER = 32  # fewest rows in a row at one λ for which blending their weight is considered
-# With AMX our kernel makes two products for rows at one λ: they cost less than to blend 256 rows' weight. A blend
-# for all rows and one product of torch's take 0.9 of that time with 512 rows and 0.7 with 1024 (N = K = 3072).
-AMX_ROWS = 512
+# With AMX our kernel blends a weight anew for every 256 rows at one λ. A blend for all rows and one product of torch's
+# take 1.6 to 1.0 of its time with 512 rows, 1.4 to 0.9 with 1024 and 1.1 to 0.8 with 2048 (N = K = 3072).
+AMX_ROWS = 2048
 # If K is no multiple of 32, oneDNN's product by AMX lets a NaN in a row of x into the row before it.
 AMX_K = 32
 # What a processor does in a cycle at best, by architecture: 16-bit operations of its matrix unit, bytes from the L2

@@ -93,7 +93,7 @@ def test_with_amx_rows_at_one_lam_are_blended_from_some_number_on() -> None:
     def way(together: int, dtype: torch.dtype = torch.bfloat16, K: int = 64, **more: Any) -> Route:
         return route(4096, 64, K, dtype, "pair", AMX, together, **more)
 
-    assert [way(rows) for rows in (1, 511, 512, 4096)] == [Route.KERNEL] * 2 + [Route.BLEND] * 2
+    assert [way(rows) for rows in (1, 2047, 2048, 4096)] == [Route.KERNEL] * 2 + [Route.BLEND] * 2
     assert way(4096, torch.float32) is way(4096, torch.float16) is way(4096, invariant=True) is Route.KERNEL
     assert way(4096, K=70) is Route.KERNEL  # where oneDNN would let a NaN into another row
     assert tuning.candidates(4096, AMX) == [Route.KERNEL, Route.BLEND]
@@ -294,16 +294,16 @@ def test_a_cpu_with_amx_takes_the_route(monkeypatch: pytest.MonkeyPatch) -> None
         return plain(*args)
 
     monkeypatch.setattr(products, "lerp_linear", noted)
-    x, weight, bias = torch.randn(2, 512, 96).bfloat16(), packed(40, 96), packed(40)
+    x, weight, bias = torch.randn(2, 2048, 96).bfloat16(), packed(40, 96), packed(40)
     lam = torch.tensor(0.3)
     y = lerp_linear(x, weight, lam, bias)
     assert torch.equal(y, F.linear(x, weight.materialize(0.3), bias.materialize(0.3)))
-    two = lerp_linears(x, [weight, weight], torch.tensor([0.3, 0.7]), [bias, bias], rows_per_lam=512)
+    two = lerp_linears(x, [weight, weight], torch.tensor([0.3, 0.7]), [bias, bias], rows_per_lam=2048)
     assert torch.equal(two[0][0], F.linear(x[0], weight.materialize(0.3), bias.materialize(0.3)))
     assert torch.equal(two[1], two[0])
     assert taken == [Route.BLEND] * 3
-    lerp_linear(x[:, :200], weight, lam)
+    lerp_linear(x[:, :1000], weight, lam)
     lerp_linear(x, weight, lam, invariant=True)
-    lerp_linear(x, weight, torch.rand(1024))
+    lerp_linear(x, weight, torch.rand(4096))
     lerp_linear(x.clone().requires_grad_(), weight, lam).sum().backward()
     assert len(taken) == 3
