@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(native.WHY_NOT is not None, reason=str(native.WH
 ISAS = native.supported_isas() if native.WHY_NOT is None else []
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Rows: one tile and less, two, the first that are blended, several blocks. N and K: less than a vector, whole steps,
-# tails, more than one block along K, more than one tile of outputs, and more than one task. At last, a short block, rows
-# that AVX2 would take as few if it did not blend them, and two that AMX takes: by whole rows of the weight, and blended.
+# tails, more than one block along K, more than one tile of outputs, and more than one task. At last, a short block, and
+# rows that AVX2 would take as few if it did not blend them; for AMX, whole rows of a weight, and blends in pieces.
 SHAPES = [
     (1, 1, 1),
     (2, 5, 31),

@@ -46,6 +46,8 @@ LEAST_ROOM = 256  # tokens
 KINDS = 4  # of layers that get a graph each; a model that has more of them is one graph
 GRAPHS = 16  # of one model that are kept: with parts at a λ of their own, with an adapter, in another dtype
 RECORDED = ("output_attentions", "output_router_logits")  # what transformers takes from inside layers, by hooks
+# Types of most attributes, whose values a graph may depend on as they are.
+PLAIN = {type(None), bool, int, float, str, frozenset, torch.dtype, torch.device, FunctionType}
 
 Known = dict[Hashable, Any]  # what has been compiled for a model, by the structure of the model or of a layer
 
@@ -238,17 +240,27 @@ def structure(model: nn.Module, left_out: Sequence[str] = KEPT_BY_GENERATE) -> H
 
 
 def _frozen(value: Any, shares: dict[int, int]) -> object:
-    """Returns what a graph depends on in a value. `shares` numbers what modules share: dials and passes, by id."""
+    """Returns what a graph depends on in a value.
+
+    Args:
+        value: of a module's attribute, or in one.
+        shares: numbers what modules share, by id: configs, dials and passes.
+    """
+    if type(value) in PLAIN:
+        return value
+    if isinstance(value, dict):
+        return tuple([(key, _frozen(each, shares)) for key, each in value.items()]) if value else ()
     if isinstance(value, Tensor):
         return type(value), value.shape, value.stride(), value.dtype, value.device, value.is_inference()
-    if isinstance(value, Mapping):
-        return tuple((key, _frozen(each, shares)) for key, each in value.items())
     if isinstance(value, (list, tuple)):
-        return tuple(_frozen(each, shares) for each in value)
+        return tuple([_frozen(each, shares) for each in value])
     if isinstance(value, PreTrainedConfig):
-        return _frozen(vars(value), shares)
+        known = id(value) in shares
+        number = shares.setdefault(id(value), len(shares))
+        return number if known else (number, _frozen(vars(value), shares))
     if isinstance(value, ModuleState):
         shared = [shares.setdefault(id(each), len(shares)) for each in (value.part or value.dial, value.running)]
         return *shared, value.part is None, _frozen(value.settings, shares), repr(value.stored), value.running.invariant
-    plain = (bool, int, float, str, frozenset, torch.dtype, torch.device, FunctionType)
-    return value if isinstance(value, plain) else frozenset(value) if isinstance(value, set) else type(value)
+    if isinstance(value, Mapping):
+        return _frozen(dict(value), shares)
+    return frozenset(value) if isinstance(value, set) else value if isinstance(value, (int, str)) else type(value)

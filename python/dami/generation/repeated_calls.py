@@ -97,8 +97,8 @@ class FirstCall:
     ) -> None:
         if not own.comparable:
             raise LookupError("the layer's tensors cannot be told apart")
-        self._call, self._inputs, self._named = call, inputs, named
-        self._form, self._state = _form(inputs[0]), _state(cache)
+        self._call, self._kept = call, (inputs, named)  # kept so that no others get their ids
+        self._ids, self._form, self._state = _ids(inputs, named), _form(inputs[0]), _state(cache)
         self._result = _places(call.results)[id(result)]
         owns = _places(own.tensors)
         cached = {id(value): name for name, value in vars(cache).items()}
@@ -122,13 +122,7 @@ class FirstCall:
 
     def is_like(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> bool:
         """Whether a layer gets the same inputs, but for the numbers in its hidden states."""
-        return (
-            len(inputs) == len(self._inputs)
-            and all(a is b for a, b in zip(inputs[1:], self._inputs[1:], strict=True))
-            and named.keys() == self._named.keys()
-            and all(value is self._named[name] for name, value in named.items())
-            and _form(inputs[0]) == self._form
-        )
+        return _ids(inputs, named) == self._ids and _form(inputs[0]) == self._form
 
     def own_arguments(self, own: OwnTensors, cache: object) -> list[tuple[int, Any]] | None:
         """Returns the arguments that are another layer's, with their places; None if its call must not be repeated."""
@@ -149,6 +143,11 @@ class FirstCall:
 
 def _places(values: Sequence[Any]) -> dict[int, int]:
     return {id(value): at for at, value in enumerate(values)}
+
+
+def _ids(inputs: Sequence[Any], named: Mapping[str, Any]) -> list[Any]:
+    """Returns what a layer's inputs are, but for its hidden states."""
+    return [*map(id, inputs[1:]), *named, *map(id, named.values())]
 
 
 def _form(value: Any) -> Any:
