@@ -54,16 +54,17 @@ def fetch_end(
     BITS: tl.constexpr = BASE_BITS if END == BASE else SECOND_BITS
     FIRST: tl.constexpr = first_tensor(END, BASE_BITS)
     if BITS == 0:
-        _fetch(weight[FIRST], strides[FIRST], rows, k, K, COLUMNS)
+        fetch(weight[FIRST], strides[FIRST], rows, k, K, COLUMNS)
     else:
         PER_BYTE: tl.constexpr = 8 // BITS
         groups = tl.cdiv(K, GROUP)
-        _fetch(weight[FIRST], strides[FIRST], rows, k // PER_BYTE, groups * (GROUP // PER_BYTE), COLUMNS // PER_BYTE)
-        _fetch(weight[FIRST + 1], strides[FIRST + 1], rows, k // GROUP, groups, COLUMNS // GROUP)
+        fetch(weight[FIRST], strides[FIRST], rows, k // PER_BYTE, groups * (GROUP // PER_BYTE), COLUMNS // PER_BYTE)
+        fetch(weight[FIRST + 1], strides[FIRST + 1], rows, k // GROUP, groups, COLUMNS // GROUP)
 
 
 @triton.jit
-def _fetch(tensor, strides, rows, first, end, COLUMNS: tl.constexpr):
+def fetch(tensor, strides, rows, first, end, COLUMNS: tl.constexpr):
+    """Asks the L2 cache for COLUMNS columns of these rows, from `first` to before `end`."""
     if target_info.cuda_capability_geq(9):
         STEP: tl.constexpr = LINE * 8 // tensor.dtype.element_ty.primitive_bitwidth
         columns = tl.minimum(first + tl.arange(0, triton.cdiv(COLUMNS, STEP)) * STEP, end - 1).to(tl.int64)
@@ -93,9 +94,9 @@ def lerp(base, target, lam):
     """base + λ (target − base) in float32: exactly one end at λ = 0 and 1, even where the other end is not finite."""
     base = base.to(tl.float32)
     target = target.to(tl.float32)
-    delta = target - base
-    y = tl.where(lam < 0.5, base + lam * delta, target + (lam - 1.0) * delta)  # from the nearer end, as torch.lerp
-    return tl.where(lam == 0.0, base, tl.where(lam == 1.0, target, y))
+    nearer = tl.where(lam < 0.5, base, target)  # from which it starts, as torch.lerp does
+    y = nearer + tl.where(lam < 0.5, lam, lam - 1.0) * (target - base)
+    return tl.where((lam == 0.0) | (lam == 1.0), nearer, y)
 
 
 @triton.jit

@@ -1,4 +1,7 @@
-"""`lerp_rms_norm` and `lerp_layer_norm`: each program takes a few whole rows and rereads them from the cache."""
+"""`lerp_rms_norm` and `lerp_layer_norm`: each program takes a few whole rows.
+
+A row that fits into a block stays in registers; a longer one is reread from the cache.
+"""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -9,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dami_kernels.launching import Job, Launch, launch
-from dami_kernels.triton.device import lerp, row_lam, start
+from dami_kernels.triton.device import fetch, lerp, row_lam, start
 from dami_kernels.triton.host import cdiv, early, vectors, with_rows_in_one_piece
 from dami_kernels.tuning import row_config
 
@@ -17,6 +20,12 @@ from dami_kernels.tuning import row_config
 @triton.jit
 def _numbers(x, columns, valid, D):
     return tl.load(x + columns, mask=valid & (columns < D), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _fetch(ends, D, BLOCK_D: tl.constexpr):
+    for end in tl.static_range(2):
+        fetch(ends[end], (0, 1), tl.zeros((1,), tl.int32), 0, D, BLOCK_D)
 
 
 @triton.jit
@@ -44,31 +53,41 @@ def _lerp_norm_kernel(
     CENTRED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
 ):
     """y = (x − mean) / sqrt(variance + eps) · (offset + w(λ)) + b(λ); unless CENTRED, the mean is taken to be 0.
 
     `bias` and `offset` may be None.
     """
+    _fetch(weight, D, BLOCK_D)
+    if bias is not None:
+        _fetch(bias, D, BLOCK_D)
     start()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     valid = rows < M
     lams = row_lam(lam, row_to_lam, rows, valid, rows_per_lam)
     x += rows.to(tl.int64) * stride_x
     y += rows.to(tl.int64) * D
+    block = tl.arange(0, BLOCK_D)[None, :]
+    if ONE_BLOCK:  # all is loaded at once, so that nothing waits for memory after the sums
+        whole = _numbers(x, block, valid, D)
+        whole_factor = _vector(weight, block, D, lams)
+        if bias is not None:
+            whole_bias = _vector(bias, block, D, lams)
 
     if CENTRED:
         total = tl.zeros((BLOCK_M, 1), tl.float32)
-        for first in range(0, D, BLOCK_D):
-            total += tl.sum(_numbers(x, first + tl.arange(0, BLOCK_D)[None, :], valid, D), 1, keep_dims=True)
+        for first in range(0, 1 if ONE_BLOCK else D, BLOCK_D):
+            total += tl.sum(whole if ONE_BLOCK else _numbers(x, first + block, valid, D), 1, keep_dims=True)
         mean = total / D
 
     # The mean is known before the squares are summed, for E[x²] − E[x]² would cancel where the mean is large, and what
     # its rounding left over is taken off afterwards.
     left_over = tl.zeros((BLOCK_M, 1), tl.float32)
     squares = tl.zeros((BLOCK_M, 1), tl.float32)
-    for first in range(0, D, BLOCK_D):
-        columns = first + tl.arange(0, BLOCK_D)[None, :]
-        values = _numbers(x, columns, valid, D)
+    for first in range(0, 1 if ONE_BLOCK else D, BLOCK_D):
+        columns = first + block
+        values = whole if ONE_BLOCK else _numbers(x, columns, valid, D)
         if CENTRED:
             values = tl.where(columns < D, values - mean, 0.0)
             left_over += tl.sum(values, 1, keep_dims=True)
@@ -79,15 +98,15 @@ def _lerp_norm_kernel(
         variance -= left_over * left_over
     scale = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
 
-    for first in range(0, D, BLOCK_D):
-        columns = first + tl.arange(0, BLOCK_D)[None, :]
-        values = _numbers(x, columns, valid, D)
+    for first in range(0, 1 if ONE_BLOCK else D, BLOCK_D):
+        columns = first + block
+        values = whole if ONE_BLOCK else _numbers(x, columns, valid, D)
         if CENTRED:
             values = values - mean - left_over
-        factor = _vector(weight, columns, D, lams)
+        factor = whole_factor if ONE_BLOCK else _vector(weight, columns, D, lams)
         values = values * scale * (factor if offset is None else offset + factor)
         if bias is not None:
-            values += _vector(bias, columns, D, lams)
+            values += whole_bias if ONE_BLOCK else _vector(bias, columns, D, lams)
         tl.store(y + columns, values.to(y.dtype.element_ty), mask=valid & (columns < D))
 
 
@@ -157,6 +176,7 @@ def _plan(
         "CENTRED": is_centred,
         "BLOCK_M": config.block_m,
         "BLOCK_D": config.block_d,
+        "ONE_BLOCK": config.block_d >= D,
         "num_warps": config.num_warps,
         **early(),
     }

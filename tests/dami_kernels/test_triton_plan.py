@@ -105,14 +105,14 @@ def test_a_model_compiles_few_kernels(shapes: list[tuple[int, int]], device: Dev
     assert len({replace(config, split_k=1) for config in configs}) <= 12
 
 
-@pytest.mark.parametrize("D", [1, 2, 16, 17, 32, 64, 127, 128, 576, 2560, 4096, 4097, 65536])
+@pytest.mark.parametrize("D", [1, 2, 16, 17, 32, 64, 127, 128, 576, 2560, 4096, 4097, 8193, 65536])
 def test_rows_are_covered(D: int) -> None:
     config = row_config(D)
     assert config.block_d & (config.block_d - 1) == 0
     assert config.block_d % 32 == 0  # whole groups of codes
     assert config.block_m & (config.block_m - 1) == 0
-    assert config.block_d >= D or config.block_d == 4096
-    assert config.block_m * config.block_d == 256 * config.num_warps
+    assert config.block_d >= D or config.block_d == 8192
+    assert config.block_m * config.block_d == (512 if config.block_d == 8192 else 256) * config.num_warps
     assert 1 <= config.num_warps <= 16
 
 
