@@ -11,8 +11,8 @@ from typing import Any
 
 from vllm.v1.core import block_pool, kv_cache_utils
 
-from dami.serving.vllm.courses import Course
 from dami.serving.vllm.support import wrap
+from dami.serving.vllm.trajectories import Trajectory
 
 
 def install() -> None:
@@ -23,7 +23,7 @@ def install() -> None:
 
 def _extra_keys(original: Any, request: Any, start: int, end: int, *rest: Any) -> Any:
     keys, following = original(request, start, end, *rest)
-    course = Course.of(request.sampling_params)
-    if course is not None:
-        keys = (*(keys or ()), ("intensity", course.key(start, end)))
+    trajectory = Trajectory.of(request.sampling_params)
+    if trajectory is not None:
+        keys = (*(keys or ()), ("intensity", trajectory.key(start, end)))
     return keys, following

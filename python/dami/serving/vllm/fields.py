@@ -1,4 +1,4 @@
-"""What a request's arguments say about λ: checked, and made into its course."""
+"""What a request's arguments say about λ: checked, and made into its trajectory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dami.callers import AUTO, TURN
 from dami.generation.reading import TAIL
 from dami.serving.fields import Point
 from dami.serving.protocol import POINTS, SAME
-from dami.serving.vllm.courses import Course
 from dami.serving.vllm.offers import Offer
 from dami.serving.vllm.settings import KEY, RequestError, check_tail
+from dami.serving.vllm.trajectories import Trajectory
 from dami.thoughts import Reader
 
 SCHEDULE = TypeAdapter(list[Point])
@@ -51,10 +51,10 @@ def granted(chosen: float, given: Mapping[str, Any], offer: Offer) -> float:
     return min(max(chosen, low), high, given.get("max_intensity", high))
 
 
-def course_of(
+def trajectory_of(
     given: Mapping[str, Any], offer: Offer, prompt: Sequence[int], budget: int | None = None, tokenizer: Any = None
-) -> Course:
-    """Returns the course of a request.
+) -> Trajectory:
+    """Returns the trajectory of a request.
 
     Args:
         given: its arguments.
@@ -73,14 +73,19 @@ def course_of(
     points = [(0, lam), *_schedule(given, offer)]
     if len(points) > 1 and not offer.moves:
         raise RequestError("intensity_schedule is not supported with speculation", parameter="intensity_schedule")
-    course = Course(len(prompt), points, tail, lam if before is None else before)
-    return _with_thoughts(course, given, offer, prompt, budget, tokenizer)
+    trajectory = Trajectory(len(prompt), points, tail, lam if before is None else before)
+    return _with_thoughts(trajectory, given, offer, prompt, budget, tokenizer)
 
 
 def _with_thoughts(
-    course: Course, given: Mapping[str, Any], offer: Offer, prompt: Sequence[int], budget: int | None, tokenizer: Any
-) -> Course:
-    """Returns a course that also depends on thoughts, if it is to."""
+    trajectory: Trajectory,
+    given: Mapping[str, Any],
+    offer: Offer,
+    prompt: Sequence[int],
+    budget: int | None,
+    tokenizer: Any,
+) -> Trajectory:
+    """Returns a trajectory that also depends on thoughts, if it is to."""
     name, answer = "answer_intensity", None
     if name in given:
         answer = offer.lam(given[name], name)
@@ -88,10 +93,10 @@ def _with_thoughts(
             lacking = "without a tokenizer" if offer.moves else "with speculation"
             raise RequestError(f"{name} is not supported {lacking}", parameter=name)
     if tokenizer is None or not offer.moves or (answer is None and budget is None):
-        return course
+        return trajectory
     reader, start, end = _thoughts(tokenizer)
     inside = reader.opens("".join(map(reader.text, prompt[-TAG:])))
-    return replace(course, budget=budget, span=offer.span, answer=answer, start=start, end=end, inside=inside)
+    return replace(trajectory, budget=budget, span=offer.span, answer=answer, start=start, end=end, inside=inside)
 
 
 @lru_cache(1)

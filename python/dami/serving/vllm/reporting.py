@@ -1,6 +1,6 @@
 """Tells the λ of answers in vLLM's responses: a field `intensity`, in the places where `dami serve` has it.
 
-Each output of vLLM's engine gets the course of its request. A whole response then says the λ that its request was
+Each output of vLLM's engine gets the trajectory of its request. A whole response then says the λ that its request was
 granted; a chunk says the λ at which its last token was generated, or null where λ follows thoughts on the device.
 """
 
@@ -17,9 +17,9 @@ from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
 from dami.dial.values import shortest_of
-from dami.serving.vllm.courses import Course
 from dami.serving.vllm.settings import KEY
 from dami.serving.vllm.support import wrap
+from dami.serving.vllm.trajectories import Trajectory
 
 
 def install() -> None:
@@ -34,22 +34,22 @@ def install() -> None:
 
 def _add_request(original: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
     original(self, request, *args, **kwargs)
-    self.request_states[request.request_id].course = Course.of(request.sampling_params)
+    self.request_states[request.request_id].trajectory = Trajectory.of(request.sampling_params)
 
 
 def _new_completion_output(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     output = original(self, *args, **kwargs)
-    output.course = self.course
+    output.trajectory = self.trajectory
     return output
 
 
-def _course(output: Any) -> Course | None:
-    return getattr(output, "course", None)  # an output that vLLM has made of others has none
+def _trajectory(output: Any) -> Trajectory | None:
+    return getattr(output, "trajectory", None)  # an output that vLLM has made of others has none
 
 
-def granted(courses: Iterable[Course]) -> float | None:
+def granted(trajectories: Iterable[Trajectory]) -> float | None:
     """Returns λ that requests were granted; None if they differ."""
-    lams = {shortest_of(course.points[0][1]) for course in courses}
+    lams = {shortest_of(trajectory.points[0][1]) for trajectory in trajectories}
     return lams.pop() if len(lams) == 1 else None
 
 
@@ -63,7 +63,7 @@ class Results:
 
     def __init__(self, results: Any, choices: int) -> None:
         self._results, self._choices = results, choices
-        self.courses: dict[int, Course] = {}
+        self.trajectories: dict[int, Trajectory] = {}
         self._tokens: Counter[int] = Counter()
 
     async def __aiter__(self) -> AsyncIterator[Any]:
@@ -71,39 +71,39 @@ class Results:
             async for each in results:
                 prompt, result = each if isinstance(each, tuple) else (0, each)
                 for output in result.outputs:
-                    course, index = _course(output), prompt * self._choices + output.index
-                    if course is not None:
-                        self.courses[index] = course
+                    trajectory, index = _trajectory(output), prompt * self._choices + output.index
+                    if trajectory is not None:
+                        self.trajectories[index] = trajectory
                         self._tokens[index] += len(output.token_ids)
                 yield each
 
     def lam(self, index: int) -> float | None:
         """Returns λ at which the last token of a choice was generated; None if it is not known."""
-        course = self.courses.get(index)
-        if course is None:  # a chunk before the choice's first token
-            return granted(self.courses.values())
-        place = course.prompt - 2 + max(self._tokens[index], 1)
-        if course.thinks and place >= course.prompt:
+        trajectory = self.trajectories.get(index)
+        if trajectory is None:  # a chunk before the choice's first token
+            return granted(self.trajectories.values())
+        place = trajectory.prompt - 2 + max(self._tokens[index], 1)
+        if trajectory.thinks and place >= trajectory.prompt:
             return None
-        return shortest_of(course.lam(place, place + 1).item())
+        return shortest_of(trajectory.lam(place, place + 1).item())
 
     def told(self, event: str) -> str:
         """Returns an event of a stream with λ in its chunk, if it has one."""
-        if not self.courses or not event.startswith("data: {"):
+        if not self.trajectories or not event.startswith("data: {"):
             return event
         chunk = json.loads(event.removeprefix("data: "))
         if "choices" not in chunk:  # an error
             return event
         choices = chunk["choices"]
-        chunk[KEY] = self.lam(choices[0]["index"]) if choices else granted(self.courses.values())
+        chunk[KEY] = self.lam(choices[0]["index"]) if choices else granted(self.trajectories.values())
         return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
 
 
 async def _whole_chat(original: Any, self: Any, request: Any, results: Any, *args: Any, **kwargs: Any) -> Any:
     seen = Results(results, request.n or 1)
     response = await original(self, request, seen, *args, **kwargs)
-    if seen.courses and hasattr(response, "choices"):
-        response.intensity = granted(seen.courses.values())
+    if seen.trajectories and hasattr(response, "choices"):
+        response.intensity = granted(seen.trajectories.values())
     return response
 
 
@@ -119,11 +119,11 @@ async def _chat_stream(
 def _whole_completion(original: Any, self: Any, results: Any, *args: Any, **kwargs: Any) -> Any:
     """Adds λ to each choice, too, because prompts may have been granted different ones."""
     response = original(self, results, *args, **kwargs)
-    courses = [_course(output) for result in results for output in result.outputs]
-    found = [course for course in courses if course is not None]
+    trajectories = [_trajectory(output) for result in results for output in result.outputs]
+    found = [trajectory for trajectory in trajectories if trajectory is not None]
     if found:
-        for choice, course in zip(response.choices, found, strict=True):
-            choice.intensity = granted([course])
+        for choice, trajectory in zip(response.choices, found, strict=True):
+            choice.intensity = granted([trajectory])
         response.intensity = granted(found)
     return response
 

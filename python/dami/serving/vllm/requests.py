@@ -1,4 +1,4 @@
-"""Handles the λ of incoming requests: checks it, and gives each request its course."""
+"""Handles the λ of incoming requests: checks it, and gives each request its trajectory."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
 from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 from vllm.v1.engine.input_processor import InputProcessor
 
-from dami.serving.vllm.courses import Course
-from dami.serving.vllm.fields import course_of
+from dami.serving.vllm.fields import trajectory_of
 from dami.serving.vllm.offers import Offer
 from dami.serving.vllm.quantization import PairQuantization
 from dami.serving.vllm.settings import RequestError, check_arguments
 from dami.serving.vllm.support import wrap
+from dami.serving.vllm.trajectories import Trajectory
 
 # a pilot's name in its `extra_args`: a request that only shows the states of its prompt at λ=0
 PILOT = "dami_pilot"
@@ -36,7 +36,7 @@ def _has_processors() -> bool:
 
 
 def _process_inputs(original: Any, self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
-    """Gives a request its course, which the prefix cache uses, too."""
+    """Gives a request its trajectory, which the prefix cache uses, too."""
     request = original(self, *args, **kwargs)
     config, params = self.vllm_config, request.sampling_params
     if PairQuantization.of(config) is not None and params is not None:
@@ -44,14 +44,14 @@ def _process_inputs(original: Any, self: InputProcessor, *args: Any, **kwargs: A
         pilot = given.get(PILOT)
         if pilot in PILOTS:
             PILOTS.remove(pilot)
-            course = Course(len(request.prompt_token_ids), [(0, 0.0)], 0, 0.0, pilot=pilot)
+            trajectory = Trajectory(len(request.prompt_token_ids), [(0, 0.0)], 0, 0.0, pilot=pilot)
         else:
             check_arguments(given, bool(config.model_config.logits_processors) or _has_processors())
             budget = params.thinking_token_budget
-            course = course_of(given, Offer.of(config), request.prompt_token_ids, budget, self.tokenizer)
-        course.put(params)  # safe: the request has its own copy of the parameters
+            trajectory = trajectory_of(given, Offer.of(config), request.prompt_token_ids, budget, self.tokenizer)
+        trajectory.put(params)  # safe: the request has its own copy of the parameters
         if config.kv_transfer_config is not None:  # a connector may have keys of its own, from the tokens and the salt
-            request.cache_salt = f"{request.cache_salt or ''}|{course.salt}"
+            request.cache_salt = f"{request.cache_salt or ''}|{trajectory.salt}"
     return request
 
 

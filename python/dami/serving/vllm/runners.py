@@ -12,11 +12,11 @@ from vllm.config import VllmConfig
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from dami.serving.vllm.courses import Course, lams
 from dami.serving.vllm.quantization import PairQuantization
 from dami.serving.vllm.states import PromptStates
 from dami.serving.vllm.support import wrap
 from dami.serving.vllm.thoughts import Thoughts
+from dami.serving.vllm.trajectories import Trajectory, lams
 
 
 def install() -> None:
@@ -25,26 +25,26 @@ def install() -> None:
     wrap(GPUModelRunner, "_get_prompt_logprobs_dict", _prompt_logprobs)
 
 
-def course_of(params: Any) -> Course:
-    """Returns the course of a request; λ=0 for a runner's own warm-up requests, which have none."""
-    return Course.of(params) or Course(0, [(0, 0.0)], 0, 0.0)
+def trajectory_of(params: Any) -> Trajectory:
+    """Returns the trajectory of a request; λ=0 for a runner's own warm-up requests, which have none."""
+    return Trajectory.of(params) or Trajectory(0, [(0, 0.0)], 0, 0.0)
 
 
-def _course(state: Any) -> Course:
-    """Returns the course of a request in the first runner, which is kept with its state there."""
+def _trajectory(state: Any) -> Trajectory:
+    """Returns the trajectory of a request in the first runner, which is kept with its state there."""
     own = vars(state)
-    if "dami_course" not in own:
-        own["dami_course"] = course_of(state.sampling_params)
-    return own["dami_course"]
+    if "dami_trajectory" not in own:
+        own["dami_trajectory"] = trajectory_of(state.sampling_params)
+    return own["dami_trajectory"]
 
 
-def running_course(runner: Any, name: str) -> Course | None:
-    """Returns the course by which a runner runs a request of this name; None if it knows no such request."""
+def running_trajectory(runner: Any, name: str) -> Trajectory | None:
+    """Returns the trajectory by which a runner runs a request of this name; None if it knows no such request."""
     if isinstance(runner, GPUModelRunner):
         state = runner.requests.get(name)
-        return None if state is None else _course(state)
+        return None if state is None else _trajectory(state)
     slot = runner.req_states.req_id_to_index.get(name)
-    return None if slot is None else runner.model_state.courses[slot]
+    return None if slot is None else runner.model_state.trajectories[slot]
 
 
 def _prepare_inputs(original: Any, self: Any, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
@@ -53,12 +53,12 @@ def _prepare_inputs(original: Any, self: Any, scheduler_output: Any, num_schedul
     pair = PairQuantization.of(self.vllm_config)
     if pair is not None:
         batch = self.input_batch
-        courses = [_course(self.requests[name]) for name in batch.req_ids]
-        starts = batch.num_computed_tokens_cpu[: len(courses)]
-        tokens = async_tensor_h2d(lams(courses, starts, num_scheduled_tokens), self.device)
-        _follow(pair, self.vllm_config, tokens, self.input_ids.gpu, courses, starts, num_scheduled_tokens)
+        trajectories = [_trajectory(self.requests[name]) for name in batch.req_ids]
+        starts = batch.num_computed_tokens_cpu[: len(trajectories)]
+        tokens = async_tensor_h2d(lams(trajectories, starts, num_scheduled_tokens), self.device)
+        _follow(pair, self.vllm_config, tokens, self.input_ids.gpu, trajectories, starts, num_scheduled_tokens)
         pair.rows.set(tokens, prepared[0])
-        _begin(pair, courses, starts, num_scheduled_tokens)
+        _begin(pair, trajectories, starts, num_scheduled_tokens)
     return prepared
 
 
@@ -67,22 +67,26 @@ def _follow(
     config: VllmConfig,
     lam: Tensor,
     ids: Tensor,
-    courses: Sequence[Course],
+    trajectories: Sequence[Trajectory],
     starts: np.ndarray,
     counts: np.ndarray,
 ) -> None:
     """Changes λ of a step's tokens where it depends on thoughts."""
-    if any(course.thinks for course in courses):
+    if any(trajectory.thinks for trajectory in trajectories):
         pair.thoughts = pair.thoughts or Thoughts(lam.device, config.model_config.max_model_len)
         rows = np.cumsum(counts) - counts
-        pair.thoughts.follow(lam, ids, zip(courses, *(each.tolist() for each in (rows, starts, counts)), strict=True))
+        pair.thoughts.follow(
+            lam, ids, zip(trajectories, *(each.tolist() for each in (rows, starts, counts)), strict=True)
+        )
 
 
-def _begin(pair: PairQuantization, courses: Sequence[Course], starts: np.ndarray, counts: np.ndarray) -> None:
+def _begin(pair: PairQuantization, trajectories: Sequence[Trajectory], starts: np.ndarray, counts: np.ndarray) -> None:
     """Tells the states of prompts which pilots' prompts end in a step."""
     if isinstance(pair.states, PromptStates):
-        last = zip(courses, starts + counts, np.cumsum(counts) - 1, strict=True)
-        pair.states.begin([(course.pilot, row) for course, end, row in last if course.pilot and end == course.prompt])
+        last = zip(trajectories, starts + counts, np.cumsum(counts) - 1, strict=True)
+        pair.states.begin(
+            [(trajectory.pilot, row) for trajectory, end, row in last if trajectory.pilot and end == trajectory.prompt]
+        )
 
 
 def _prompt_logprobs(original: Any, self: Any, hidden_states: Any, *args: Any) -> Any:
@@ -119,7 +123,7 @@ def attach(model: Any, config: VllmConfig, pair: PairQuantization) -> None:
 
 
 def with_intensity(base: Any, config: VllmConfig, pair: PairQuantization) -> type:
-    """Returns a subclass of a model state that also keeps the course of each slot of the second runner."""
+    """Returns a subclass of a model state that also keeps the trajectory of each slot of the second runner."""
     from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 
     for name in ("compute_prompt_logprobs", "compute_prompt_token_id_logprobs"):
@@ -128,27 +132,27 @@ def with_intensity(base: Any, config: VllmConfig, pair: PairQuantization) -> typ
     class IntensityState(base):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.courses = [course_of(None)] * self.max_num_reqs
-            self.thinking: dict[str, Course] = {}  # by request; some of them have ended
+            self.trajectories = [trajectory_of(None)] * self.max_num_reqs
+            self.thinking: dict[str, Trajectory] = {}  # by request; some of them have ended
             self.positions_of_tokens = torch.arange(self.max_num_tokens, dtype=torch.int32, device=self.device)
 
         def add_request(self, req_index: int, new_req_data: Any) -> None:
             super().add_request(req_index, new_req_data)
-            course = course_of(new_req_data.sampling_params)
-            if course.thinks:  # what has been followed of a request that vLLM has preempted still counts
-                known = self.thinking.pop(new_req_data.req_id, course)
-                known.turns, course = course.turns, known
-                self.thinking[new_req_data.req_id] = course
+            trajectory = trajectory_of(new_req_data.sampling_params)
+            if trajectory.thinks:  # what has been followed of a request that vLLM has preempted still counts
+                known = self.thinking.pop(new_req_data.req_id, trajectory)
+                known.turns, trajectory = trajectory.turns, known
+                self.thinking[new_req_data.req_id] = trajectory
                 if len(self.thinking) > 4 * self.max_num_reqs:
                     del self.thinking[next(iter(self.thinking))]
-            self.courses[req_index] = course
+            self.trajectories[req_index] = trajectory
 
         def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
             count, padded = input_batch.num_reqs, input_batch.num_tokens_after_padding
             counts = input_batch.num_scheduled_tokens[:count]
-            courses = [self.courses[slot] for slot in input_batch.idx_mapping_np[:count]]
+            trajectories = [self.trajectories[slot] for slot in input_batch.idx_mapping_np[:count]]
             begun = input_batch.num_computed_tokens_np[:count]
-            known = async_tensor_h2d(lams(courses, begun, counts), self.device)
+            known = async_tensor_h2d(lams(trajectories, begun, counts), self.device)
             firsts = async_tensor_h2d(np.cumsum(counts) - counts, self.device)
             # with adaptive draft verification, only the device knows how many tokens a request has: at most `counts`
             starts = input_batch.query_start_loc[: count + 1]
@@ -156,9 +160,9 @@ def with_intensity(base: Any, config: VllmConfig, pair: PairQuantization) -> typ
             owner = torch.searchsorted(starts[1:], places, right=True).clamp_(max=count - 1)
             within = places + (firsts - starts[:-1]).index_select(0, owner)
             tokens = known.index_select(0, within.clamp_(max=len(known) - 1))
-            _follow(pair, config, tokens, input_batch.input_ids, courses, begun, counts)
+            _follow(pair, config, tokens, input_batch.input_ids, trajectories, begun, counts)
             pair.rows.set(tokens, input_batch.logits_indices)
-            _begin(pair, courses, begun, counts)
+            _begin(pair, trajectories, begun, counts)
             return super().prepare_inputs(input_batch, req_states)
 
     IntensityState.__name__ = f"Intensity{base.__name__}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from dami.serving.vllm.courses import Course
+from dami.serving.vllm.trajectories import Trajectory
 
 
 class Thoughts:
@@ -29,7 +29,7 @@ class Thoughts:
     def __init__(self, device: Any, longest: int) -> None:
         self._device = device
         self._tags: list[Tensor] = []  # those that open and close a thought, the same for all requests
-        self._slots: weakref.WeakKeyDictionary[Course, int] = weakref.WeakKeyDictionary()
+        self._slots: weakref.WeakKeyDictionary[Trajectory, int] = weakref.WeakKeyDictionary()
         self._taken: dict[int, int] = {}  # tokens of the answer that each slot has followed
         self._free: list[int] = []
         self._inside = torch.empty(0, dtype=torch.bool, device=device)
@@ -39,34 +39,34 @@ class Thoughts:
         self._wishes = torch.empty(0, 3, device=device)  # budget, span and λ of the answer; NaN for none
         self._lam = torch.empty(0, longest, device=device)  # what was set
 
-    def follow(self, lam: Tensor, ids: Tensor, requests: Iterable[tuple[Course, int, int, int]]) -> None:
+    def follow(self, lam: Tensor, ids: Tensor, requests: Iterable[tuple[Trajectory, int, int, int]]) -> None:
         """Changes λ of the tokens of a step that are inside a thought with a budget, or after a thought.
 
         Args:
             lam: float32 [tokens], λ without regard to thoughts.
             ids: int [tokens], the tokens.
-            requests: course, row of the first token, its place in the sequence, and number of tokens of each request.
+            requests: of each, its trajectory, the row of its first token, that token's place, and the number of tokens.
         """
         new = []
-        for course, row, start, count in requests:
+        for trajectory, row, start, count in requests:
             end = start + count
-            if not course.thinks or end <= course.prompt:
+            if not trajectory.thinks or end <= trajectory.prompt:
                 continue
-            slot, first = self._slot(course), max(start, course.prompt)
-            taken = course.prompt + self._taken[slot]
+            slot, first = self._slot(trajectory), max(start, trajectory.prompt)
+            taken = trajectory.prompt + self._taken[slot]
             if first < taken:  # read again
-                known = self._lam[slot, first - course.prompt : min(end, taken) - course.prompt]
+                known = self._lam[slot, first - trajectory.prompt : min(end, taken) - trajectory.prompt]
                 lam[row + first - start : row + min(end, taken) - start] = known
             if end > taken:
-                new.append((slot, row + taken - start, self._taken[slot], bool(course.turns)))
+                new.append((slot, row + taken - start, self._taken[slot], bool(trajectory.turns)))
                 self._taken[slot] += 1
         if new:
             self._take(lam, ids, *async_tensor_h2d(np.array(new, dtype=np.int64).T.copy(), self._device))
 
     @torch.inference_mode()
-    def wrap_up(self, course: Course, tokens: int) -> None:
+    def wrap_up(self, trajectory: Trajectory, tokens: int) -> None:
         """Lets the thought of a request have so many more tokens at most, over which λ bends."""
-        slot = self._slots.get(course)
+        slot = self._slots.get(trajectory)
         if slot is None:  # which will begin with it
             return
         budget, span, _ = self._wishes[slot]
@@ -91,26 +91,28 @@ class Thoughts:
         self._said[slots], self._inside[slots], self._used[slots], self._ended[slots] = said, inside, used, ended
         lam[rows] = self._lam[slots, taken] = found
 
-    def _slot(self, course: Course) -> int:
-        """Returns the slot of a request, which is free again when its course is gone."""
-        if course not in self._slots:
+    def _slot(self, trajectory: Trajectory) -> int:
+        """Returns the slot of a request, which is free again when its trajectory is gone."""
+        if trajectory not in self._slots:
             if not self._free:
-                self._grow(course)
-            slot = self._slots[course] = self._free.pop()
-            weakref.finalize(course, self._free.append, slot)
+                self._grow(trajectory)
+            slot = self._slots[trajectory] = self._free.pop()
+            weakref.finalize(trajectory, self._free.append, slot)
             self._taken[slot] = 0
-            self._inside[slot], self._ended[slot], self._used[slot] = course.inside, False, 0
+            self._inside[slot], self._ended[slot], self._used[slot] = trajectory.inside, False, 0
             self._said[slot] = -1
-            wishes = [np.nan if wish is None else wish for wish in (course.budget, course.span, course.answer)]
+            wishes = [
+                np.nan if wish is None else wish for wish in (trajectory.budget, trajectory.span, trajectory.answer)
+            ]
             self._wishes[slot] = torch.tensor(wishes, device=self._device)
-            for _, tokens in course.wraps:
-                self.wrap_up(course, tokens)
-        return self._slots[course]
+            for _, tokens in trajectory.wraps:
+                self.wrap_up(trajectory, tokens)
+        return self._slots[trajectory]
 
-    def _grow(self, course: Course) -> None:
-        """Adds slots for requests like one with this course."""
+    def _grow(self, trajectory: Trajectory) -> None:
+        """Adds slots for requests like one with this trajectory."""
         if not self._tags:
-            self._tags = [torch.tensor(tag, device=self._device) for tag in (course.start, course.end)]
+            self._tags = [torch.tensor(tag, device=self._device) for tag in (trajectory.start, trajectory.end)]
             self._said = self._said.new_empty(0, max(map(len, self._tags)))
         old = len(self._inside)
         new = max(16, old)

@@ -8,11 +8,11 @@ from typing import Any
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker.worker_base import WorkerBase
 
-from dami.serving.vllm.courses import Course
 from dami.serving.vllm.offers import Offer
 from dami.serving.vllm.quantization import PairQuantization
-from dami.serving.vllm.runners import running_course
+from dami.serving.vllm.runners import running_trajectory
 from dami.serving.vllm.settings import KEY, RequestError
+from dami.serving.vllm.trajectories import Trajectory
 
 METHOD = "dami_turn"  # of vLLM's engine core, and of its workers
 
@@ -45,8 +45,8 @@ async def turn(engine: Any, names: Sequence[str], intensity: float | None, wrap_
             parameter="wrap_up",
         )
     states = engine.output_processor.request_states
-    running = {name: states[name].course for name in names}
-    if wrap_up is not None and not all(course.thinks for course in running.values()):
+    running = {name: states[name].trajectory for name in names}
+    if wrap_up is not None and not all(trajectory.thinks for trajectory in running.values()):
         raise RequestError(
             "wrap_up needs a request whose λ follows its thoughts in vLLM: one that had answer_intensity or "
             "thinking_token_budget",
@@ -65,13 +65,13 @@ def _turn(self: EngineCore, names: list[str], intensity: float | None, wrap_up: 
     turned = []
     for name in names:
         request = self.scheduler.requests.get(name)
-        course = None if request is None else Course.of(request.sampling_params)
-        if course is None or request.is_finished():
+        trajectory = None if request is None else Trajectory.of(request.sampling_params)
+        if trajectory is None or request.is_finished():
             continue
         # the next place that no step has been told to read, which the first token of the answer precedes
         place = max(request.num_computed_tokens, request.num_tokens - 1, request.num_prompt_tokens)
-        course.turn(place, intensity, wrap_up)
-        course.put(request.sampling_params)
+        trajectory.turn(place, intensity, wrap_up)
+        trajectory.put(request.sampling_params)
         request.block_hashes.clear()  # those before the place will be the same
         request.update_block_hashes()
         turned.append((name, place))
@@ -84,9 +84,9 @@ def _turn_in_worker(
 ) -> None:
     thoughts: Any = PairQuantization.of(self.vllm_config).thoughts  # type: ignore[union-attr]
     for name, place in turned:
-        course = running_course(self.model_runner, name)
-        if course is None:  # the request will bring it
+        trajectory = running_trajectory(self.model_runner, name)
+        if trajectory is None:  # the request will bring it
             continue
-        course.turn(place, intensity, wrap_up)
+        trajectory.turn(place, intensity, wrap_up)
         if wrap_up is not None and thoughts is not None:
-            thoughts.wrap_up(course, wrap_up)
+            thoughts.wrap_up(trajectory, wrap_up)

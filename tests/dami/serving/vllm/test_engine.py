@@ -109,7 +109,9 @@ def test_what_is_no_intensity_is_refused(llm: Any, value: Any, message: str) -> 
         llm.generate([{"prompt_token_ids": PROMPTS[0]}], params, use_tqdm=False)
 
 
-@pytest.mark.parametrize("name", ["intensty", "Intensity", "prompt_intensty", "lambda", "dami_pilot", "dami_course"])
+@pytest.mark.parametrize(
+    "name", ["intensty", "Intensity", "prompt_intensty", "lambda", "dami_pilot", "dami_trajectory"]
+)
 def test_arguments_that_nobody_reads_are_refused(llm: Any, name: str) -> None:
     from vllm import SamplingParams
 

@@ -1,4 +1,4 @@
-"""What requests say about λ, and the course that comes of it."""
+"""What requests say about λ, and the trajectory that comes of it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ pytest.importorskip("vllm")
 from dami.estimators.files import StoredIntensity
 from dami.serving.protocol import DialRequest
 from dami.serving.vllm import register, server, turning
-from dami.serving.vllm.courses import Course, lams
-from dami.serving.vllm.fields import course_of, granted, wanted
+from dami.serving.vllm.fields import granted, trajectory_of, wanted
 from dami.serving.vllm.offers import Offer
 from dami.serving.vllm.settings import PairSettings, RequestError
 from dami.serving.vllm.thoughts import Thoughts
+from dami.serving.vllm.trajectories import Trajectory, lams
 
 register()
 
@@ -102,7 +102,7 @@ def test_a_choice_is_granted_within_what_is_allowed(chosen: float, given: dict[s
 )
 def test_what_is_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        course_of(given, OFFER, [1] * 10)
+        trajectory_of(given, OFFER, [1] * 10)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_what_is_refused(given: dict[str, Any], message: str) -> None:
 )
 def test_what_this_engine_cannot_do_is_refused(given: dict[str, Any], moves: bool, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        course_of(given, replace(OFFER, moves=moves), [1] * 10)
+        trajectory_of(given, replace(OFFER, moves=moves), [1] * 10)
 
 
 def test_what_the_pair_lacks_is_refused() -> None:
@@ -145,42 +145,44 @@ def test_what_the_pair_lacks_is_refused() -> None:
         ({"intensity_schedule": [[1, 1.0], [3, 0.5]]}, [0.0] * 6 + [1.0, 0.75, 0.5, 0.5]),
     ],
 )
-def test_a_course(given: dict[str, Any], lam: list[float]) -> None:
+def test_a_trajectory(given: dict[str, Any], lam: list[float]) -> None:
     """Of a prompt of 6 tokens: whole, in pieces, among others, and over the wire."""
     params: Any = SimpleNamespace(extra_args=given)
-    course_of(given, OFFER, [1] * 6).put(params)
-    course = Course.of(params)
-    assert course is not None
-    assert course.lam(0, 10).tolist() == lam
-    other = Course(2, [(0, 0.125)], 2, 0.125)
+    trajectory_of(given, OFFER, [1] * 6).put(params)
+    trajectory = Trajectory.of(params)
+    assert trajectory is not None
+    assert trajectory.lam(0, 10).tolist() == lam
+    other = Trajectory(2, [(0, 0.125)], 2, 0.125)
     for start in range(10):
-        found = lams([other, course, other], np.array([5, start, 1]), np.array([2, 10 - start, 1]))
+        found = lams([other, trajectory, other], np.array([5, start, 1]), np.array([2, 10 - start, 1]))
         assert found.tolist() == [0.125] * 2 + lam[start:] + [0.125]
     assert params.extra_args.items() >= given.items()
 
 
 def test_turns_hold_from_their_place_on() -> None:
-    course = Course(6, [(0, 0.0), (2, 1.0)], 6, 0.0)
-    course.turn(8, 0.25)
-    course.turn(9, 0.75)
-    course.turn(9, 0.5)
-    assert course.lam(5, 11).tolist() == [0.0, 0.5, 1.0, 0.25, 0.5, 0.5]
+    trajectory = Trajectory(6, [(0, 0.0), (2, 1.0)], 6, 0.0)
+    trajectory.turn(8, 0.25)
+    trajectory.turn(9, 0.75)
+    trajectory.turn(9, 0.5)
+    assert trajectory.lam(5, 11).tolist() == [0.0, 0.5, 1.0, 0.25, 0.5, 0.5]
 
 
 def test_a_key_has_the_lambda_of_each_token() -> None:
-    plain, read = Course(6, [(0, 0.5)], 6, 0.5), Course(6, [(0, 0.5)], 1, 0.0)
-    assert plain.key(0, 4) != read.key(0, 4) == Course(9, [(0, 0.0)], 9, 0.0).key(0, 4)
-    assert plain.key(4, 8) != read.key(4, 8) != Course(6, [(0, 0.5)], 2, 0.0).key(4, 8)
-    assert plain.key(8, 12) == read.key(8, 12) == Course(4, [(0, 0.5)], 4, 0.5).key(0, 4)
+    plain, read = Trajectory(6, [(0, 0.5)], 6, 0.5), Trajectory(6, [(0, 0.5)], 1, 0.0)
+    assert plain.key(0, 4) != read.key(0, 4) == Trajectory(9, [(0, 0.0)], 9, 0.0).key(0, 4)
+    assert plain.key(4, 8) != read.key(4, 8) != Trajectory(6, [(0, 0.5)], 2, 0.0).key(4, 8)
+    assert plain.key(8, 12) == read.key(8, 12) == Trajectory(4, [(0, 0.5)], 4, 0.5).key(0, 4)
 
 
 def test_a_salt_is_lambda_alone_where_every_token_has_it() -> None:
     assert (
-        Course(4, [(0, 0.5)], 1, 0.5).salt == Course(9, [(0, 0.5)], 1, 0.5).salt != Course(9, [(0, 0.25)], 1, 0.25).salt
+        Trajectory(4, [(0, 0.5)], 1, 0.5).salt
+        == Trajectory(9, [(0, 0.5)], 1, 0.5).salt
+        != Trajectory(9, [(0, 0.25)], 1, 0.25).salt
     )
-    salts = [Course(4, [(0, 0.5), (3, 1.0)], 1, 0.5).salt, Course(4, [(0, 0.5)], 1, 0.0).salt]
-    salts += [Course(5, [(0, 0.5)], 1, 0.0).salt, Course(4, [(0, 0.5)], 1, 0.5, answer=0.0).salt]
-    assert len({Course(4, [(0, 0.5)], 1, 0.5).salt, *salts}) == 5
+    salts = [Trajectory(4, [(0, 0.5), (3, 1.0)], 1, 0.5).salt, Trajectory(4, [(0, 0.5)], 1, 0.0).salt]
+    salts += [Trajectory(5, [(0, 0.5)], 1, 0.0).salt, Trajectory(4, [(0, 0.5)], 1, 0.5, answer=0.0).salt]
+    assert len({Trajectory(4, [(0, 0.5)], 1, 0.5).salt, *salts}) == 5
 
 
 THINKING: list[dict[str, Any]] = [
@@ -205,7 +207,7 @@ def test_thoughts_are_followed_as_by_dami_s_own_server(opened: bool, span: float
     for number, given in enumerate(THINKING):
         prompt = [9] * (3 + number) + ([*tags.start] if opened else [])
         budget = given.get("thinking_token_budget")
-        course = course_of({"intensity": 0.75, **given}, pair, prompt, budget, reader.tokenizer)
+        trajectory = trajectory_of({"intensity": 0.75, **given}, pair, prompt, budget, reader.tokenizer)
         pieces = [[int(token)] for token in draw.integers(20, 60, 30)]
         pieces[number] = pieces[10 + 2 * number] = [*tags.start]
         pieces[7 + number] = [*tags.end]
@@ -213,25 +215,25 @@ def test_thoughts_are_followed_as_by_dami_s_own_server(opened: bool, span: float
         schedule = given.get("intensity_schedule", ())
         guidance = Guidance({}, 0.0, 0.0, schedule, given.get("answer_intensity"), budget, span)
         guide = Guide(len(prompt), 999, guidance, frozenset(), tags, opened)
-        guide.begin(course.points[0][1])
+        guide.begin(trajectory.points[0][1])
         wanted = []
         for token in answer:
             guide.tokens.append(token)
             guide.decide([token])
             wanted.append(guide.intensity)
-        requests.append((course, prompt + answer, [course.points[0][1]] * len(prompt) + wanted))
-    courses = [course for course, _, _ in requests]
+        requests.append((trajectory, prompt + answer, [trajectory.points[0][1]] * len(prompt) + wanted))
+    trajectories = [trajectory for trajectory, _, _ in requests]
     ends = np.zeros(len(requests), dtype=np.int64)
     for step in range(30):
         again = np.arange(len(requests)) % 3 == step % 3
         starts = np.where(again, 0, ends)
-        ends = np.maximum(ends + 1, [course.prompt for course in courses])
+        ends = np.maximum(ends + 1, [trajectory.prompt for trajectory in trajectories])
         counts = ends - starts
         each = [*zip(requests, starts, ends, strict=True)]
         ids = [token for (_, tokens, _), start, end in each for token in tokens[start:end]]
-        lam = torch.tensor(lams(courses, starts, counts))
+        lam = torch.tensor(lams(trajectories, starts, counts))
         places = (x.tolist() for x in (np.cumsum(counts) - counts, starts, counts))
-        followed.follow(lam, torch.tensor(ids), zip(courses, *places, strict=True))
+        followed.follow(lam, torch.tensor(ids), zip(trajectories, *places, strict=True))
         wanted = [one for (*_, own), start, end in each for one in own[start:end]]
         assert lam.tolist() == pytest.approx(wanted, abs=1e-6)
 
@@ -247,7 +249,7 @@ def test_a_thought_wraps_up_as_in_dami_s_own_server(opened: bool, given: dict[st
     tags = Tags.of(reader)
     prompt, budget = [9, 9, 9, *(tags.start if opened else [])], given.get("thinking_token_budget")
     pair = Offer(PairSettings(), StoredIntensity(frontier=bends_over(12.5)))
-    course = course_of({"intensity": 0.75, **given}, pair, prompt, budget, reader.tokenizer)
+    trajectory = trajectory_of({"intensity": 0.75, **given}, pair, prompt, budget, reader.tokenizer)
     guidance = Guidance({}, 0.0, 0.0, (), given.get("answer_intensity"), budget, 12.5)
     guide = Guide(len(prompt), 999, guidance, frozenset(), tags, opened)
     guide.begin(0.75)
@@ -256,12 +258,12 @@ def test_a_thought_wraps_up_as_in_dami_s_own_server(opened: bool, given: dict[st
         place = len(prompt) + number
         if number == asked:
             guide.turn(wrap_up=4)
-            course.turn(place, None, 4)
-            followed.wrap_up(course, 4)
+            trajectory.turn(place, None, 4)
+            followed.wrap_up(trajectory, 4)
         guide.tokens.append(token)
         guide.decide([token])
-        lam = torch.tensor(course.lam(place, place + 1))
-        followed.follow(lam, torch.tensor([token]), [(course, 0, place, 1)])
+        lam = torch.tensor(trajectory.lam(place, place + 1))
+        followed.follow(lam, torch.tensor([token]), [(trajectory, 0, place, 1)])
         assert lam.item() == pytest.approx(guide.intensity, abs=1e-6)
 
 
@@ -274,17 +276,17 @@ def test_a_pair_whose_lam_does_not_bend_is_not_told_to_wrap_up(monkeypatch: pyte
 def test_slots_of_requests_that_are_gone_are_used_again() -> None:
     followed = Thoughts("cpu", 9)
     for number in range(100):
-        course = Course(1, [(0, 1.0)], 1, 1.0, answer=0.5, start=[3], end=[4])
+        trajectory = Trajectory(1, [(0, 1.0)], 1, 1.0, answer=0.5, start=[3], end=[4])
         for place, (token, lam) in enumerate([(3, 1.0), (4, 0.5), (number + 5, 0.5)], 1):
             found = torch.ones(1)
-            followed.follow(found, torch.tensor([token]), [(course, 0, place, 1)])
+            followed.follow(found, torch.tensor([token]), [(trajectory, 0, place, 1)])
             assert found.item() == lam
     assert len(followed._inside) == 16
 
 
 def test_what_a_thinking_request_reads_is_keyed_by_all_that_it_follows_from() -> None:
-    one, other = (Course(4, [(0, 1.0)], 4, 1.0, budget=budget, start=[3], end=[4]) for budget in (5, 6))
-    assert one.key(0, 4) == other.key(0, 4) == Course(4, [(0, 1.0)], 4, 1.0).key(0, 4)
+    one, other = (Trajectory(4, [(0, 1.0)], 4, 1.0, budget=budget, start=[3], end=[4]) for budget in (5, 6))
+    assert one.key(0, 4) == other.key(0, 4) == Trajectory(4, [(0, 1.0)], 4, 1.0).key(0, 4)
     before = one.key(4, 8)
     assert before != other.key(4, 8)
     one.turn(9, 0.0)

@@ -1,6 +1,6 @@
 """λ of a request in vLLM, by place: of its prompt, of the prompt's tail, and of each token of its answer.
 
-A course travels to vLLM's other processes in the `extra_args` of its request's parameters.
+A trajectory travels to vLLM's other processes in the `extra_args` of its request's parameters.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-KEY = "dami_course"  # in `SamplingParams.extra_args`
+KEY = "dami_trajectory"  # in `SamplingParams.extra_args`
 
 
 @dataclass(eq=False)
-class Course:
+class Trajectory:
     """λ at which each token of a request is read.
 
     Attributes:
@@ -51,13 +51,13 @@ class Course:
     inside: bool = False
 
     @classmethod
-    def of(cls, params: Any) -> Course | None:
-        """Returns the course that a request's parameters hold; None if it is no request to a pair."""
+    def of(cls, params: Any) -> Trajectory | None:
+        """Returns the trajectory that a request's parameters hold; None if it is no request to a pair."""
         packed = ((params and params.extra_args) or {}).get(KEY)
         return None if packed is None else cls(**packed)
 
     def put(self, params: Any) -> None:
-        """Puts the course into a request's parameters."""
+        """Puts the trajectory into a request's parameters."""
         params.extra_args = {**(params.extra_args or {}), KEY: asdict(self)}
 
     @property
@@ -114,17 +114,17 @@ class Course:
         return repr(self) if self.last or self.thinks else self.final.hex()
 
 
-def lams(courses: Iterable[Course], starts: NDArray[Any], counts: NDArray[Any]) -> NDArray[np.float32]:
+def lams(trajectories: Iterable[Trajectory], starts: NDArray[Any], counts: NDArray[Any]) -> NDArray[np.float32]:
     """Returns λ of every token of a step, float32 [tokens].
 
     Args:
-        courses: one for each request.
+        trajectories: one for each request.
         starts: int [requests], places of the requests' first tokens in the step.
         counts: int [requests], how many tokens of each there are.
     """
-    courses = [*courses]
-    found = np.repeat(np.array([course.final for course in courses], np.float32), counts)
-    for course, start, count, end in zip(courses, starts, counts, np.cumsum(counts), strict=True):
-        if start < course.last:
-            found[end - count : end] = course.lam(start, start + count)
+    trajectories = [*trajectories]
+    found = np.repeat(np.array([trajectory.final for trajectory in trajectories], np.float32), counts)
+    for trajectory, start, count, end in zip(trajectories, starts, counts, np.cumsum(counts), strict=True):
+        if start < trajectory.last:
+            found[end - count : end] = trajectory.lam(start, start + count)
     return found
