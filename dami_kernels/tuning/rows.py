@@ -19,11 +19,11 @@ class RowConfig:
 
 @cache
 def row_config(D: int) -> RowConfig:
-    """Returns launch parameters for rows of D columns: at least 1024 elements per program, eight (16 bytes) per thread.
+    """Returns launch parameters for rows of D columns: at least 1024 elements per program, and as many per warp.
 
-    Columns are handled in whole quantisation groups. Rows of up to 8192 columns, with sixteen elements per thread, are
-    one block.
+    With fewer, a warp would mostly execute what all warps execute alike. Columns are handled in whole
+    quantisation groups. Rows of up to 8192 columns are one block.
     """
     block_d = min(max(1 << (D - 1).bit_length(), GROUP), 8192)
     block_m = max(1, 1024 // block_d)
-    return RowConfig(block_m, block_d, num_warps=min(block_m * block_d // 256, 16))
+    return RowConfig(block_m, block_d, num_warps=block_m * block_d // 1024)

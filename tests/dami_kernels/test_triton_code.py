@@ -102,15 +102,15 @@ def test_every_kernel_fits(arch: str) -> None:
     assert {kernel.name for kernel in launched} == written
 
 
-@pytest.mark.parametrize(("D", "budgets"), [(2560, (390, 540)), (8192, (500, 760))])
-def test_a_norm_reads_a_row_once_and_waits_for_memory_once(D: int, budgets: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("D", "budgets"), [(2560, (720, 1130)), (8192, (730, 1140))])
+def test_a_norm_loads_everything_before_its_warps_wait_for_each_other(D: int, budgets: tuple[int, int]) -> None:
     """On sm_90. The slow paths of a square root and a division are among the instructions, but rarely taken."""
     rms_norm, _, layer_norm, _ = compile_rows("sm_90", D)
     for norm, budget in zip((rms_norm, layer_norm), budgets, strict=True):
         assert len(norm.instructions) <= budget
         loads = [i for i, instruction in enumerate(norm.instructions) if "LDG" in instruction]
-        sums = [i for i, instruction in enumerate(norm.instructions) if "SHFL" in instruction]
-        assert loads[-1] < sums[0]
+        barriers = [i for i, instruction in enumerate(norm.instructions) if "BAR" in instruction]
+        assert loads[-1] < barriers[0]
 
 
 @one_arch
