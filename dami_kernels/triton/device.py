@@ -94,9 +94,9 @@ def lerp(base, target, lam):
     """base + λ (target − base) in float32: exactly one end at λ = 0 and 1, even where the other end is not finite."""
     base = base.to(tl.float32)
     target = target.to(tl.float32)
-    nearer = tl.where(lam < 0.5, base, target)  # from which it starts, as torch.lerp does
-    y = nearer + tl.where(lam < 0.5, lam, lam - 1.0) * (target - base)
-    return tl.where((lam == 0.0) | (lam == 1.0), nearer, y)
+    delta = target - base
+    y = tl.where(lam < 0.5, base + lam * delta, target + (lam - 1.0) * delta)  # from the nearer end, as torch.lerp
+    return tl.where(lam == 0.0, base, tl.where(lam == 1.0, target, y))
 
 
 @triton.jit

@@ -102,7 +102,7 @@ def test_every_kernel_fits(arch: str) -> None:
     assert {kernel.name for kernel in launched} == written
 
 
-@pytest.mark.parametrize(("D", "budgets"), [(2560, (720, 1130)), (8192, (730, 1140))])
+@pytest.mark.parametrize(("D", "budgets"), [(2560, (750, 1200)), (8192, (750, 1210))])
 def test_a_norm_loads_everything_before_its_warps_wait_for_each_other(D: int, budgets: tuple[int, int]) -> None:
     """On sm_90. The slow paths of a square root and a division are among the instructions, but rarely taken."""
     rms_norm, _, layer_norm, _ = compile_rows("sm_90", D)
