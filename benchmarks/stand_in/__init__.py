@@ -29,7 +29,8 @@ from dami_kernels.ops import direct, gpu
 
 HERE = Path(__file__).parent
 STREAM = 0x5EA  # a stream's handle
-_PARAMETER = re.compile(rb"\x04\x17\x0c\x00(.{12})", re.DOTALL)  # EIATTR_KPARAM_INFO of a kernel's code
+# EIATTR_KPARAM_INFO of a kernel's code. It begins with zeros; without them, instructions look like it.
+_PARAMETER = re.compile(rb"\x04\x17\x0c\x00(\x00{4}.{8})", re.DOTALL)
 
 
 class _Launch(ctypes.Structure):
