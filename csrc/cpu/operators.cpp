@@ -18,21 +18,51 @@ namespace {
 constexpr int64_t least_work = 32 * 1024;
 constexpr int64_t attention_rows = 12;  // queries times heads that read keys together, unless the heads of one query are more
 constexpr int64_t prepared_bytes = 32 << 20;  // the most that x, converted or padded, may take, but for single rows
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-using Buffer = std::unique_ptr<void, Free>;
-
-Buffer allocate(int64_t bytes) {
-  void* memory = std::aligned_alloc(64, static_cast<size_t>((std::max<int64_t>(bytes, 1) + 63) / 64 * 64));
-  if (!memory) throw std::bad_alloc();
-  return Buffer(memory);
-}
+constexpr int64_t kept_bytes = 32 << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// 64-byte aligned memory.
+class Memory {
+ public:
+  Memory() = default;
+  explicit Memory(int64_t bytes)
+      : bytes_(round_up(std::max<int64_t>(bytes, 1), 64)), data_(std::aligned_alloc(64, static_cast<size_t>(bytes_))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  int64_t bytes() const { return bytes_; }
+  char* data() const { return static_cast<char*>(data_.get()); }
+
+ private:
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  int64_t bytes_ = 0;
+  std::unique_ptr<void, Free> data_;
+};
+
+// What this thread's calls need besides their results, for all workers. It is kept from call to call, as malloc tidies up
+// before it gives away so much, and a small product would wait for that longer than it takes itself.
+thread_local Memory kept_scratch, kept_x;
+
+// Memory for one call: what is kept, or more, which is kept from then on unless it is much.
+class Buffer {
+ public:
+  Buffer(Memory& kept, int64_t bytes) : kept_(kept) {
+    if (kept.bytes() < bytes) kept = Memory(), kept = Memory(bytes);
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() {
+    if (kept_.bytes() > kept_bytes) kept_ = Memory();
+  }
+  char* data() const { return kept_.data(); }
+
+ private:
+  Memory& kept_;
+};
 
 int64_t bytes_of(Type type) { return type == Type::f32 ? 4 : 2; }
 
@@ -167,31 +197,29 @@ Blocks blocks_at_once(SharedBlock* first, SharedBlock* end, int64_t x_stride) {
   return {first, last};
 }
 
-// Writes the rows of x that blocks take as the kernels read them, and says in the blocks where they are.
-Buffer prepare(const Isa& isa, const Input& input, bool codes, Blocks blocks, int64_t x_stride, int threads) {
+int64_t rows_of(Blocks blocks) {
+  int64_t rows = 0;
+  for (const SharedBlock& shared : blocks) rows += static_cast<int64_t>(shared.block.rows.size());
+  return rows;
+}
+
+// Writes the rows of x that blocks take to `x`, as the kernels read them, and says in the blocks where they are.
+void prepare(const Isa& isa, const Input& input, bool codes, Blocks blocks, char* x, int64_t x_stride, int threads) {
   struct Panel {
     const Block* block;
     int64_t first;
   };
   std::vector<Panel> panels;
-  int64_t rows = 0;
   for (SharedBlock& shared : blocks) {
     Block& block = shared.block;
     const auto count = static_cast<int64_t>(block.rows.size());
     for (int64_t first = 0; first < count; first += block.panel) panels.push_back({&block, first});
-    rows += count;
-  }
-  Buffer prepared = allocate(rows * x_stride);
-  char* x = static_cast<char*>(prepared.get());
-  for (SharedBlock& shared : blocks) {
-    Block& block = shared.block;
     block.x = x, block.x_stride = x_stride, block.k = input.k;
-    x += static_cast<int64_t>(block.rows.size()) * x_stride;
+    x += count * x_stride;
   }
   const auto write = isa.prepare[static_cast<int>(input.type)];
-  parallel_for(static_cast<int64_t>(panels.size()), threads_for(rows * input.k, threads),
+  parallel_for(static_cast<int64_t>(panels.size()), threads_for(rows_of(blocks) * input.k, threads),
                [&](int64_t i, int) { write(input.x, codes, *panels[i].block, panels[i].first); });
-  return prepared;
 }
 
 // Some outputs of a weight for a block, from n on.
@@ -244,17 +272,18 @@ void linear(const Input& input, const std::vector<Linear>& weights, const Lams& 
   int64_t rows = 0;
   for (const SharedBlock& shared : plan.blocks) rows = std::max(rows, static_cast<int64_t>(shared.block.rows.size()));
   const int64_t scratch_bytes = round_up(isa.linear_scratch[type](rows, width), 64);
-  const Buffer scratch = allocate(scratch_bytes * threads);
+  const Buffer scratch(kept_scratch, scratch_bytes * threads);
 
   SharedBlock* const end = plan.blocks.data() + plan.blocks.size();
   for (Blocks blocks{plan.blocks.data(), plan.blocks.data()}; blocks.last < end;) {
     blocks = blocks_at_once(blocks.last, end, x_stride);
-    const Buffer x = prepare(isa, input, codes, blocks, x_stride, threads);
+    const Buffer x(kept_x, rows_of(blocks) * x_stride);
+    prepare(isa, input, codes, blocks, x.data(), x_stride, threads);
     const std::vector<Task> tasks = tasks_of(blocks, weights, width);
     parallel_for(static_cast<int64_t>(tasks.size()), threads, [&](int64_t i, int worker) {
       const Task& task = tasks[i];
       isa.linear[type](*task.weight, *task.block, task.n, std::min(task.weight->n, task.n + width),
-                       static_cast<char*>(scratch.get()) + worker * scratch_bytes);
+                       scratch.data() + worker * scratch_bytes);
     });
   }
 }
@@ -355,10 +384,10 @@ void attention(const Attention& p, int threads) {
   }
   threads = threads_for(work, threads);
   const int64_t floats = attention_scratch(at_once * group, most, p.size, p.value_size);
-  const Buffer scratch = allocate(floats * threads * 4);
+  const Buffer scratch(kept_scratch, floats * threads * static_cast<int64_t>(sizeof(float)));
   const auto kernel = isa().attention[static_cast<int>(p.type)];
   parallel_for(static_cast<int64_t>(tasks.size()), threads, [&](int64_t i, int worker) {
-    kernel(p, tasks[i], static_cast<float*>(scratch.get()) + worker * floats);
+    kernel(p, tasks[i], reinterpret_cast<float*>(scratch.data()) + worker * floats);
   });
 }
 

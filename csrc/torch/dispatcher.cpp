@@ -82,28 +82,29 @@ struct NotTaken {};
 class Arguments {
  public:
   template <int count>
-  Arguments(const Kind (&kinds)[count], Value* values) : kinds_(kinds), values_(values, values + count), tensors_(count) {
+  Arguments(const Kind (&kinds)[count], Value* values) : kinds_(kinds), values_(values, values + count) {
+    tensors_.reserve(32);
+    begins_.reserve(count + 1);
     for (int i = 0; i < count; i++) {
-      if (kinds[i] == Kind::tensor) tensors_[i] = {handle(values[i])};
-      if (kinds[i] == Kind::maybe_tensor && values[i]) {
-        tensors_[i] = {handle(*reinterpret_cast<Value*>(values[i]))};
-      }
+      begins_.push_back(tensors_.size());
+      if (kinds[i] == Kind::tensor) tensors_.push_back(handle(values[i]));
+      if (kinds[i] == Kind::maybe_tensor && values[i]) tensors_.push_back(handle(*reinterpret_cast<Value*>(values[i])));
       const Handle list = list_of(i);
       size_t size = 0;
       if (list) ok(torch.torch_list_size(list, &size));
       for (size_t j = 0; j < size; j++) {
         Value item;
         ok(torch.torch_list_get_item(list, j, &item));
-        tensors_[i].push_back(handle(item));
+        tensors_.push_back(handle(item));
       }
     }
+    begins_.push_back(tensors_.size());
   }
   Arguments(const Arguments&) = delete;
   Arguments& operator=(const Arguments&) = delete;
   ~Arguments() {
     if (released_) return;
-    for (auto& several : tensors_)
-      for (Handle tensor : several) torch.aoti_torch_delete_tensor_object(tensor);
+    for (Handle tensor : tensors_) torch.aoti_torch_delete_tensor_object(tensor);
     for (size_t i = 0; i < values_.size(); i++) {
       if (const Handle list = list_of(static_cast<int>(i))) torch.torch_delete_list(list);
       if (kinds_[i] == Kind::maybe_tensor || kinds_[i] == Kind::maybe_tensors) delete reinterpret_cast<Value*>(values_[i]);
@@ -111,16 +112,20 @@ class Arguments {
     }
   }
 
-  Tensor tensor(int i) const { return read(tensors_[i][0]); }
+  Tensor tensor(int i) const { return read(tensors_[begins_[i]]); }
+  std::optional<Tensor> maybe_tensor(int i) const {
+    if (begins_[i] == begins_[i + 1]) return {};
+    return tensor(i);
+  }
   Tensors tensors(int i) const {
     Tensors result;
-    for (Handle tensor : tensors_[i]) result.push_back(read(tensor));
+    result.reserve(begins_[i + 1] - begins_[i]);
+    for (size_t j = begins_[i]; j < begins_[i + 1]; j++) result.push_back(read(tensors_[j]));
     return result;
   }
   LamArguments lams(int i) const {
-    LamArguments result{tensor(i), {}, {}};
-    if (tensors_[i + 1].empty()) result.rows_per_lam = integer(i + 2);
-    else result.row_to_lam = tensor(i + 1);
+    LamArguments result{tensor(i), maybe_tensor(i + 1), {}};
+    if (!result.row_to_lam) result.rows_per_lam = integer(i + 2);
     return result;
   }
   int64_t integer(int i) const { return static_cast<int64_t>(values_[i]); }
@@ -174,7 +179,8 @@ class Arguments {
 
   const Kind* kinds_;
   std::vector<Value> values_;
-  std::vector<std::vector<Handle>> tensors_;
+  std::vector<Handle> tensors_;
+  std::vector<size_t> begins_;  // where those of each argument begin, and the end
   bool released_ = false;
 };
 
