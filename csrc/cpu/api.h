@@ -96,7 +96,7 @@ struct Pages {
 };
 
 // Causal attention of concatenated sequences, whose keys and values lie in pages. Those of the queries' own tokens are
-// written there first.
+// written there first, unless they are null.
 struct Attention {
   Type type;
   Heads query, key, value;
@@ -107,6 +107,8 @@ struct Attention {
   int64_t sequences, tokens, heads, key_heads, size, value_size, page_size;
   float scale, softcap;  // of the scores; no soft cap if it is 0
   const float* sinks;  // [tokens, heads], or null
+  const bool* mask;  // [tokens, ·], which of the keys up to its own a query sees, or null: all
+  int64_t mask_stride;
   void* y;  // [tokens, heads, value_size]
 };
 

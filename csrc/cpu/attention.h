@@ -153,8 +153,11 @@ struct AttentionKernel {
     const int64_t heads = p.heads / p.key_heads, n = seen(p, at, row);
     if (p.softcap > 0)
       for (int64_t j = 0; j < n; j++) scores[j] = p.softcap * __builtin_tanhf(scores[j] / p.softcap);
+    if (const bool* mask = p.mask ? p.mask + (at.first + row / heads) * p.mask_stride : nullptr)
+      for (int64_t j = 0; j < n; j++) scores[j] = mask[j] ? scores[j] : -__builtin_inff();
     const float* sink = p.sinks ? p.sinks + (at.first + row / heads) * p.heads + at.key_head * heads + row % heads : nullptr;
     const float most = max_of(scores, n, sink ? *sink : -__builtin_inff());
+    if (most == -__builtin_inff()) return std::fill_n(scores, n, 0.0f), 1;  // it sees no key
     for (int64_t j = 0; j < n; j++) scores[j] = exp_of(scores[j] - most);
     return row_sum<V>(scores, n, [](V v, int64_t) { return v; }) + (sink ? exp_of(*sink - most) : 0);
   }

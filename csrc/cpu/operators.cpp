@@ -369,8 +369,8 @@ void write(const Attention& p, const Heads& from, const Pages& to, int64_t size)
 
 void attention(const Attention& p, int threads) {
   check(p);
-  write(p, p.key, p.keys, p.size);
-  write(p, p.value, p.values, p.value_size);
+  if (p.key.data) write(p, p.key, p.keys, p.size);
+  if (p.value.data) write(p, p.value, p.values, p.value_size);
   const int64_t group = p.heads / p.key_heads, at_once = std::max<int64_t>(1, attention_rows / group);
   std::vector<Queries> tasks;
   int64_t most = 0, work = 0;

@@ -323,7 +323,41 @@ std::optional<AttentionCall> attention_call(const Tensor& query, const Tensor& k
                         static_cast<const int32_t*>(table.data), table.stride[0], table.size[1],
                         static_cast<const int32_t*>(begins.data), static_cast<const int32_t*>(key_begins.data), sequences,
                         tokens, heads, key_heads, size, value_size, page_size, static_cast<float>(scale),
-                        static_cast<float>(softcap), sinks ? static_cast<const float*>(sinks->data) : nullptr, nullptr}};
+                        static_cast<float>(softcap), sinks ? static_cast<const float*>(sinks->data) : nullptr, nullptr, 0,
+                        nullptr},
+                       {}};
+}
+
+std::optional<AttentionCall> decode_attention_call(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                   const std::optional<Tensor>& mask, double scale) {
+  const auto type = type_of(query.dtype);
+  for (const Tensor* t : {&query, &key, &value})
+    if (!type || t->dtype != query.dtype || t->dims != 4 || (t->size[3] > 1 && t->stride[3] != 1)) return {};
+  const int64_t batch = query.size[0], heads = query.size[1], key_heads = key.size[1], keys = key.size[2];
+  const auto is = [](const Tensor& t, int64_t a, int64_t b, int64_t c, int64_t d) {
+    return t.size[0] == a && t.size[1] == b && t.size[2] == c && t.size[3] == d;
+  };
+  if (key_heads < 1 || heads % key_heads || keys < 1 || !is(query, batch, heads, 1, query.size[3])) return {};
+  if (!is(key, batch, key_heads, keys, query.size[3]) || !is(value, batch, key_heads, keys, value.size[3])) return {};
+  if (mask && (mask->dtype != Dtype::boolean || mask->dims != 4 || (keys > 1 && mask->stride[3] != 1) ||
+               !(is(*mask, batch, 1, 1, keys) || is(*mask, 1, 1, 1, keys))))
+    return {};
+  const bool* const seen = mask ? static_cast<const bool*>(mask->data) : nullptr;
+  const int64_t seen_stride = mask && mask->size[0] > 1 ? mask->stride[0] : 0;
+  std::vector<int32_t> numbers(3 * batch + 2);  // begins, key_begins and table: each sequence has one page
+  int32_t *const begins = numbers.data(), *const key_begins = begins + batch + 1, *const table = key_begins + batch + 1;
+  for (int64_t i = 0; i < batch; i++) {
+    int64_t count = keys;
+    while (seen && count > 1 && !seen[i * seen_stride + count - 1]) count--;
+    begins[i + 1] = static_cast<int32_t>(i + 1);
+    key_begins[i + 1] = static_cast<int32_t>(key_begins[i] + count);
+    table[i] = static_cast<int32_t>(i);
+  }
+  const auto pages = [](const Tensor& t) { return Pages{t.data, t.size[0], t.stride[0], t.stride[2], t.stride[1]}; };
+  return AttentionCall{{*type, {query.data, query.stride[0], query.stride[1]}, {}, {}, pages(key), pages(value), table, 1, 1,
+                        begins, key_begins, batch, batch, heads, key_heads, query.size[3], value.size[3], keys,
+                        static_cast<float>(scale), 0, nullptr, seen, seen_stride, nullptr},
+                       std::move(numbers)};
 }
 
 void AttentionCall::run(void* y, int threads) {

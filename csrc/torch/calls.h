@@ -11,7 +11,7 @@
 
 namespace dami {
 
-enum class Dtype { f32, bf16, f16, i8, u8, i32, i64, other };
+enum class Dtype { f32, bf16, f16, i8, u8, i32, i64, boolean, other };
 
 int64_t bytes_of(Dtype);
 
@@ -80,6 +80,7 @@ struct NormCall {
 };
 struct AttentionCall {
   Attention attention;
+  std::vector<int32_t> numbers;  // what `attention` reads, if that is not torch's
   void run(void* y, int threads);  // [tokens, heads, value_size]
 };
 
@@ -100,6 +101,9 @@ std::optional<AttentionCall> attention_call(const Tensor& query, const Tensor& k
                                             const Tensor& key_pages, const Tensor& value_pages, const Tensor& table,
                                             const Tensor& begins, const Tensor& key_begins, double scale, double softcap,
                                             const std::optional<Tensor>& sinks);
+// query is [batch, heads, 1, size], key and value [batch, key heads, keys, size], mask [batch or 1, 1, 1, keys].
+std::optional<AttentionCall> decode_attention_call(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                   const std::optional<Tensor>& mask, double scale);
 
 // The formats of dami_kernels.formats that the kernels read: how they store the base, and the other matrix.
 struct Format {

@@ -54,7 +54,7 @@ struct {
 } torch;
 
 struct {
-  int32_t f32, bf16, f16, i8, u8, i32, i64, cpu, strided;
+  int32_t f32, bf16, f16, i8, u8, i32, i64, boolean, cpu, strided;
 } code;  // torch's numbers
 
 PyObject* raise;  // () → raises what the last operator in Python has raised in this thread, which returned a scalar then
@@ -71,6 +71,7 @@ Dtype dtype_of(int32_t number) {
   if (number == code.u8) return Dtype::u8;
   if (number == code.i32) return Dtype::i32;
   if (number == code.i64) return Dtype::i64;
+  if (number == code.boolean) return Dtype::boolean;
   return Dtype::other;
 }
 
@@ -330,6 +331,18 @@ struct LerpLayerNorm {
   }
 };
 
+struct DecodeAttention {
+  static constexpr const char* name = "decode_attention";
+  static constexpr Kind kinds[] = {K::tensor, K::tensor, K::tensor, K::maybe_tensor, K::real};
+  static std::optional<Value> call(const Arguments& a) {
+    auto call = decode_attention_call(a.tensor(0), a.tensor(1), a.tensor(2), a.maybe_tensor(3), a.real(4));
+    if (!call) return {};
+    const Attention& attention = call->attention;
+    return run(attention.sequences, attention.heads * attention.value_size, attention.type,
+               [&](void* y, int threads) { call->run(y, threads); });
+  }
+};
+
 template <class Operator>
 void kernel(Value* stack, uint64_t, uint64_t) {
   Arguments arguments(Operator::kinds, stack);
@@ -375,13 +388,14 @@ PyObject* register_kernels(PyObject*, PyObject* arguments) {
   number("aoti_torch_dtype_float32", code.f32), number("aoti_torch_dtype_bfloat16", code.bf16);
   number("aoti_torch_dtype_float16", code.f16), number("aoti_torch_dtype_int8", code.i8);
   number("aoti_torch_dtype_uint8", code.u8), number("aoti_torch_dtype_int32", code.i32);
-  number("aoti_torch_dtype_int64", code.i64);
+  number("aoti_torch_dtype_int64", code.i64), number("aoti_torch_dtype_bool", code.boolean);
   if (missing) return PyErr_Format(PyExc_ImportError, "this torch has no %s", missing);
   Py_INCREF(raise);
   Handle library;  // stays as long as the process does
   const bool added = torch.aoti_torch_library_init_impl("dami", "CPU", __FILE__, __LINE__, &library) == 0 &&
                      add<LerpLinear>(library) && add<LerpLinears>(library) && add<LerpExperts>(library) &&
-                     add<LerpEmbedding>(library) && add<LerpRMSNorm>(library) && add<LerpLayerNorm>(library);
+                     add<LerpEmbedding>(library) && add<LerpRMSNorm>(library) && add<LerpLayerNorm>(library) &&
+                     add<DecodeAttention>(library);
   if (!added) return PyErr_Format(PyExc_ImportError, "torch did not register the kernels");
   Py_RETURN_NONE;
 }

@@ -95,16 +95,33 @@ def define(
         except NotImplementedError as error:
             return slowly(str(error), *args)
 
+    def slowly(why: str, *args: Any) -> Any:
+        _warn_once(f"dami::{name} runs as plain torch, many times slower: {why}")
+        return plain(*args)
+
+    op = register(schema, run, fake)
+    derivatives = (
+        lambda dy, *args: gradients(dy, *filled(args)),
+        lambda dx, dlam, *args: tangent(dx, dlam, *filled(args)),
+    )
+    LIBRARY.impl(name, _differentiable(op, *derivatives), "Autograd", with_keyset=True)
+    register_vmap(name)
+
+
+def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Registers an operator's implementation in Python and returns the operator.
+
+    Kernels that call torch's C interface use another operator of the same schema, `_NAME`, for calls that they do not
+    take: see `native.register`.
+    """
+    name = schema.split("(")[0]
+
     def caught(*args: Any) -> Any:
         try:
             return CHECKED[name](*args)
         except Exception as error:
             _raised.error = error
             return torch.empty(())
-
-    def slowly(why: str, *args: Any) -> Any:
-        _warn_once(f"dami::{name} runs as plain torch, many times slower: {why}")
-        return plain(*args)
 
     CHECKED[name] = run
     LIBRARY.define(f"_{schema}")
@@ -113,13 +130,7 @@ def define(
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dami::{name}", fake, lib=LIBRARY)
-    op = getattr(torch.ops.dami, name).default
-    derivatives = (
-        lambda dy, *args: gradients(dy, *filled(args)),
-        lambda dx, dlam, *args: tangent(dx, dlam, *filled(args)),
-    )
-    LIBRARY.impl(name, _differentiable(op, *derivatives), "Autograd", with_keyset=True)
-    register_vmap(name)
+    return getattr(torch.ops.dami, name).default
 
 
 def _differentiable(

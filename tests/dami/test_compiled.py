@@ -159,7 +159,7 @@ def test_layers_that_ask_for_their_index_are_in_one_graph(model: Any, graphs: Gr
     for lam in (LAM, 0.3):
         both(model, prompts(), intensity=lam)
     assert len(graphs) == 1
-    calls = [node for node in graphs[0].graph.nodes if node.target is F.scaled_dot_product_attention]
+    calls = [node for node in graphs[0].graph.nodes if node.target is torch.ops.dami.decode_attention]
     assert len(calls) == len(model.model.layers)
 
 
@@ -309,9 +309,9 @@ def test_a_step_costs_little_beside_its_kernels(
     # layer, and the other repeats its call.
     assert seen == [True] * (OPTIONS["max_new_tokens"] - 1)
     assert model.config._attn_implementation == "sdpa"
-    calls = [node.args for node in graphs[0].graph.nodes if node.target is F.scaled_dot_product_attention]
+    calls = [node.args for node in graphs[0].graph.nodes if node.target is torch.ops.dami.decode_attention]
     assert len(calls) == 1
-    heads = {operand.meta["example_value"].shape[1] for call in calls for operand in call[:3]}
+    heads = {operand.meta["example_value"].shape[1] for call in calls for operand in call[1:3]}
     assert heads == {model.config.num_key_value_heads}
 
 

@@ -1,8 +1,8 @@
-"""Attention over pages against the plain formula: every instruction set this machine has, at awkward shapes."""
+"""Attention over pages, and of a step, against the plain formula: with every instruction set, at awkward shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dami_kernels import native
+from dami_kernels.ops import decode_attention
 from tests.tolerance import assert_as_accurate
 
 pytestmark = pytest.mark.skipif(native.WHY_NOT is not None, reason=str(native.WHY_NOT))
@@ -181,3 +182,102 @@ def test_other_shapes_and_dtypes_are_refused() -> None:
     }.items():
         with pytest.raises(NotImplementedError, match="no kernel reads tensors"):
             inputs.attend(**{name: wrong})
+
+
+# decode_attention
+
+BATCH, ROOM = 3, 21
+
+
+def step(
+    shape: tuple[int, int, int, int] = (4, 2, 16, 16), dtype: torch.dtype = torch.float32, rows: int = BATCH
+) -> list[Any]:
+    """Arguments of a step. No query sees the last keys, and each sees some of the others; the last query sees none."""
+    heads, key_heads, size, value_size = shape
+    mask = torch.rand(rows, 1, 1, ROOM) < 0.7
+    mask[..., 15:] = False
+    mask[-1] = rows == 1
+    query = torch.randn(BATCH, 1, heads, size).to(dtype).transpose(1, 2)
+    key, value = (torch.randn(BATCH, key_heads, ROOM, n).to(dtype) for n in (size, value_size))
+    return [query, key, value, mask, 0.3]
+
+
+def plain_step(
+    dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    heads = query.shape[1] // key.shape[1]
+    query, key, value = query.to(dtype), *(x.to(dtype).repeat_interleave(heads, 1) for x in (key, value))
+    scores = query @ key.mT * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(3).nan_to_num(0) @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_a_step_is_as_accurate_as_plain_torch(isa: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    for rows in (1, BATCH):
+        *operands, mask, scale = step(shape, dtype, rows)
+        for seen in (mask, None):
+            y = decode_attention(*operands, seen, scale)
+            oracle = plain_step(torch.float64, *operands, seen, scale)
+            assert_as_accurate(y, oracle, plain_step(torch.float32, *operands, seen, scale).to(dtype))
+            if dtype == torch.float32:
+                with native.bypassed():  # torch's own attention
+                    torch.testing.assert_close(decode_attention(*operands, seen, scale), y)
+
+
+def test_keys_after_the_last_that_a_query_sees_are_not_read(isa: str) -> None:
+    query, key, value, mask, scale = step()
+    clean = decode_attention(query, key, value, mask, scale)
+    key[..., 15:, :] = value[..., 15:, :] = float("nan")
+    assert torch.equal(decode_attention(query, key, value, mask, scale), clean)
+    key[0, :, 2] = float("nan")
+    assert torch.equal(decode_attention(query, key, value, mask, scale)[1:], clean[1:])
+
+
+def test_a_step_reads_strided_tensors_in_place(isa: str) -> None:
+    query, key, value, mask, scale = step()
+    wide = torch.cat([key, value], 3)
+    views = query, wide[..., :16], wide[..., 16:], mask.expand(BATCH, 1, 1, ROOM), scale
+    assert torch.equal(decode_attention(*views), decode_attention(query, key, value, mask, scale))
+    across = key.mT.contiguous().mT  # not dense along its last dimension: torch's own
+    torch.testing.assert_close(
+        decode_attention(query, across, value, mask, scale), decode_attention(query, key, value, mask, scale)
+    )
+
+
+def test_opcheck_of_a_step() -> None:
+    torch.library.opcheck(torch.ops.dami.decode_attention, tuple(step()))
+    torch.library.opcheck(torch.ops.dami.decode_attention, (*step()[:3], None, 0.3))
+
+
+@pytest.mark.parametrize(
+    ("at", "change", "error", "message"),
+    [
+        (0, lambda x: x.double(), TypeError, "query must be of float32, bfloat16 or float16, got torch.float64"),
+        (0, lambda x: x[:, :, 0], ValueError, r"query must be \[batch, heads, 1, size\], got shape \[3, 4, 16\]"),
+        (1, lambda x: x.half(), TypeError, "key must be torch.float32 on cpu, got torch.float16 on cpu"),
+        (1, lambda x: x[:2], ValueError, r"key must be \[3, key heads, keys, size\], got shape \[2, 2, 21, 16\]"),
+        (
+            2,
+            lambda x: x[:, :, 1:],
+            ValueError,
+            r"value must be \[3, key heads, keys, size\], got shape \[3, 2, 20, 16\]",
+        ),
+        (1, lambda x: x[..., 1:], ValueError, r"key must have the size of query, 16, got shape \[3, 2, 21, 15\]"),
+        (
+            0,
+            lambda x: x[:, 1:],
+            ValueError,
+            r"key must have a number of heads that divides 3, got shape \[3, 2, 21, 16\]",
+        ),
+        (3, lambda x: x.float(), TypeError, "mask must be torch.bool on cpu, got torch.float32 on cpu"),
+        (3, lambda x: x[:2], ValueError, r"mask must be \[3 or 1, 1, 1, 21\], got shape \[2, 1, 1, 21\]"),
+    ],
+)
+def test_a_step_says_what_is_wrong(at: int, change: Callable[[Tensor], Tensor], error: type, message: str) -> None:
+    arguments = step()
+    arguments[at] = change(arguments[at])
+    with pytest.raises(error, match=message):
+        decode_attention(*arguments)

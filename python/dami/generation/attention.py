@@ -24,6 +24,7 @@ from transformers.masking_utils import sdpa_mask
 
 from dami.layers.row_parameter import RowParameter
 from dami_kernels import native
+from dami_kernels.ops import decode_attention
 
 NAME = "dami_packed"  # the name of this attention as an attn_implementation
 INVARIANT = "dami_packed_invariant"  # computes each query alone: its bits do not depend on how a prompt is chunked
@@ -294,7 +295,7 @@ def grouped_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Computes transformers' `sdpa`. With one query, its heads that share a key head count as queries of that head.
+    """Computes transformers' `sdpa`. With one query, heads that share a key head read its keys and values together.
 
     transformers does so too, but not in a compiled step: there, it copies keys and values once for each head.
 
@@ -303,10 +304,13 @@ def grouped_attention(
     """
     batch, heads, queries, size = query.shape
     one_mask = attention_mask is None or attention_mask.shape[1] == 1
-    if queries > 1 or heads == key.shape[1] or not one_mask or options.get("position_bias") is not None:
+    if queries > 1 or not one_mask or dropout or options.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
+    if query.is_cpu and (attention_mask is None or attention_mask.dtype == torch.bool):
+        scaling = size**-0.5 if scaling is None else scaling
+        return decode_attention(query, key, value, attention_mask, scaling), None
     q = query.reshape(batch, key.shape[1], -1, size)
-    y = F.scaled_dot_product_attention(q, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
+    y = F.scaled_dot_product_attention(q, key, value, attn_mask=attention_mask, scale=scaling)
     return y.reshape(batch, 1, heads, -1), None
 
 
