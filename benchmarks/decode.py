@@ -22,9 +22,10 @@ import dami
 import torch
 from dami.generation.attention import GROUPED
 from dami.generation.compiled import LEAST_ROOM, StepConfig, compiled_call
+from dami.generation.repeated_calls import FirstCall
 from dami.upstream import for_any_device
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.generate import PROMPT, SHAPE, answer, check_model, prepared, seconds, step
 from benchmarks.machine import about, machine
@@ -35,13 +36,14 @@ STEP, LEAST = "a step", "weights / bandwidth"
 PRODUCTS, ATTENTION, GRAPH = "products, norms, embedding", "attention", "the rest of the compiled graph"
 ENTERING, GUARDS, OTHERS, PYTHON = "entering the graph", "guards", "torch's other operators", "Python between operators"
 PARTS: dict[str, Callable[[str], bool]] = {  # of a step, by the names of the profiler's events; the first that fits
+    ATTENTION: lambda name: "scaled_dot_product" in name or name == "dami::decode_attention",
     PRODUCTS: lambda name: name.startswith("dami::") or name in ("aten::mm", "aten::addmm", "aten::mkldnn_linear"),
-    ATTENTION: lambda name: "scaled_dot_product" in name,
-    GRAPH: lambda name: "CompiledFxGraph" in name,
+    GRAPH: lambda name: "CompiledFxGraph" in name or name == REPEATED,
     GUARDS: lambda name: name == "TorchDynamo Cache Lookup",
     ENTERING: lambda name: name.startswith(("Pregraph", "AOTDispatcher", "Torch-Compiled")),
     OTHERS: lambda name: name.startswith("aten::"),
 }
+REPEATED = "a repeated call"  # the profiler's events name what torch calls, but not what is called past torch
 STATIC = {"cache_implementation": "static", "max_cache_len": LEAST_ROOM}
 
 
@@ -164,7 +166,13 @@ def where(answer: Callable[[int], object], tokens: int) -> dict[str, float]:
 
 def seen(call: Callable[[], object]) -> dict[str, float]:
     """Returns the seconds that a call spends in each part."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    repeat = FirstCall.repeat
+
+    def recorded(*arguments: Any) -> Any:
+        with record_function(REPEATED):
+            return repeat(*arguments)
+
+    with patch.object(FirstCall, "repeat", recorded), profile(activities=[ProfilerActivity.CPU]) as profiler:
         whole = seconds(call)
     spent = dict.fromkeys(PARTS, 0.0)
     for event in profiler.key_averages():

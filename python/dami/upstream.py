@@ -172,7 +172,10 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
     ),
     "compiled decoding": (
         Place("torch._dynamo.exc:Unsupported"),
-        Place("torch._inductor:compile", ("gm", "example_inputs")),
+        Place("torch._functorch.config:enable_autograd_cache"),
+        Place("torch._inductor.compile_fx:compile_fx", ("inner_compile", "config_patches")),
+        Place("torch._inductor.compile_fx:compile_fx_inner"),
+        Place("torch._inductor.output_code:CompiledFxGraph", ("current_callable",)),
         Place("torch._inductor.config:post_grad_custom_pre_pass"),
         Place("torch._inductor.custom_graph_pass:CustomGraphPass"),
         Place("torch._inductor.custom_graph_pass:get_hash_for_files", ("paths",)),
@@ -564,10 +567,24 @@ def unsupported() -> type[Exception]:
 
 @needs("compiled decoding")
 def compiler(options: dict[str, Any]) -> Callable[..., Any]:
-    """Returns torch's compiler as a backend of `torch.compile`."""
-    from torch import _inductor
+    """Returns torch's compiler: (graph, inputs, wrap) → what it makes of a graph, as a backend of `torch.compile` does.
 
-    return functools.partial(_inductor.compile, options=options)
+    `wrap` is called with the code itself, without what torch does before and after it, and returns what takes its
+    place. Code takes a list of arguments, which it empties, and returns a sequence of results.
+    """
+    from torch._functorch import config
+    from torch._inductor import compile_fx
+
+    def compile(graph: Any, inputs: Any, wrap: Callable[..., Any]) -> Any:
+        def compile_inner(*args: Any, **named: Any) -> Any:
+            compiled: Any = compile_fx.compile_fx_inner(*args, **named)
+            compiled.current_callable = wrap(compiled.current_callable)
+            return compiled
+
+        with config.patch(enable_autograd_cache=False):  # what it restores does not come from `compile_inner`
+            return compile_fx.compile_fx(graph, inputs, inner_compile=compile_inner, config_patches=options)
+
+    return compile
 
 
 @needs("compiled decoding")

@@ -26,21 +26,11 @@ from typer.testing import CliRunner
 
 from tests.dami.families import pair
 from tests.dami.test_generation import LAM, prompts
-from tests.dami.test_patching import counting
 from tests.marks import slow
 
 OPTIONS = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 FALLING = schedules.linear(1.0, 0.2, steps=4)
 Graphs = list[Any]
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
-    """The graphs that have been compiled, by a backend that runs them as they are."""
-    torch._dynamo.reset()
-    backend, graphs = counting()
-    monkeypatch.setattr(compiled, "how", lambda device: {"fullgraph": True, "backend": backend})
-    return graphs
 
 
 @pytest.fixture

@@ -28,7 +28,6 @@ from transformers import (
 from tests.dami import architectures
 from tests.dami.families import merged, pair, references
 from tests.dami.test_generation import GREEDY, LAM, allowed, prompts, seq2seq
-from tests.dami.test_patching import counting
 
 READ = [1.0, 0.0, 0.5, 0.0]
 FALLING = schedules.linear(1.0, 0.2, steps=4)
@@ -448,10 +447,7 @@ def test_decoding_loops_that_read_the_prompt_at_once_are_refused(model: PreTrain
 
 
 @pytest.mark.parametrize("tails", [1, [1, 3, 2, 2]], ids=str)
-def test_compiled_steps_follow_a_beginning(model: PreTrainedModel, tails: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
-    backend, graphs = counting()
-    monkeypatch.setattr("dami.generation.compiled.how", lambda device: {"fullgraph": True, "backend": backend})
+def test_compiled_steps_follow_a_beginning(model: PreTrainedModel, tails: Any, graphs: list[Any]) -> None:
     dami.attach(model, StaticIntensity(0.4))
     for lam, read in ((0.3, 0.8), (LAM, READ), ("auto", 0.0)):
         inputs = {**prompts(), "intensity": lam, "prompt_intensity": read, "prompt_tail": tails, **GREEDY}

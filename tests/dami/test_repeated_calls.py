@@ -17,15 +17,13 @@ from torch import Tensor, nn
 from tests.dami.families import pair
 from tests.dami.test_compiled import OPTIONS, deepen
 from tests.dami.test_generation import LAM, prompts
-from tests.dami.test_patching import counting
 
 LAYERS, STEPS = 4, OPTIONS["max_new_tokens"] - 1
 
 
 @pytest.fixture
-def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def counts(monkeypatch: pytest.MonkeyPatch, graphs: list[Any]) -> list[int]:
     """The number of calls that torch makes. Graphs run as they are."""
-    torch._dynamo.reset()
     count, compiles = [0], torch.compile
 
     def compile(run: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -37,7 +35,6 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return counted
 
-    monkeypatch.setattr(compiled, "how", lambda device: {"fullgraph": True, "backend": counting()[0]})
     monkeypatch.setattr(torch, "compile", compile)
     return count
 
@@ -141,19 +138,19 @@ def test_a_repeated_call_takes_the_other_layers_tensors() -> None:
     caches = [SimpleNamespace(keys=torch.randn(3), size=3) for _ in range(2)]
     mask = {"mask": (torch.randn(3),)}
 
-    def code(*arguments: Tensor) -> list[Tensor]:
+    def code(arguments: list[Tensor]) -> list[Tensor]:
         keys, weight, hidden, mask, shift = arguments
         return [hidden, hidden @ weight + keys * mask + shift]
 
-    arguments = caches[0].keys, first.weight, x, mask["mask"][0], first.shift
-    results = code(*arguments)
+    arguments = [caches[0].keys, first.weight, x, mask["mask"][0], first.shift]
+    results = code(arguments)
     call = Call(code, arguments, results)
     found = FirstCall(call, OwnTensors(first), (x,), mask, caches[0], results[1])
     hidden = torch.randn(2, 3)
     own = found.own_arguments(OwnTensors(second), caches[1])
     assert own is not None
     assert found.is_like((hidden,), mask)
-    expected = code(caches[1].keys, second.weight, hidden, mask["mask"][0], second.shift)[1]
+    expected = code([caches[1].keys, second.weight, hidden, mask["mask"][0], second.shift])[1]
     assert torch.equal(found.repeat(hidden, own), expected)
 
     assert not found.is_like((hidden.double(),), mask)
@@ -164,11 +161,13 @@ def test_a_repeated_call_takes_the_other_layers_tensors() -> None:
     assert found.own_arguments(OwnTensors(second), SimpleNamespace(keys=torch.randn(3), size=4)) is None
     assert found.own_arguments(OwnTensors(second), SimpleNamespace(keys=torch.randn(4), size=3)) is None
 
-    unknown = Call(code, (*arguments[:-1], first.shift.clone()), results)
+    unknown = Call(code, [*arguments[:-1], first.shift.clone()], results)
     with pytest.raises(LookupError, match="argument 4"):
         FirstCall(unknown, OwnTensors(first), (x,), mask, caches[0], results[1])
     with pytest.raises(LookupError):
         FirstCall(call, OwnTensors(first), (x,), mask, caches[0], results[1].clone())
+    with torch.autocast("cpu"), pytest.raises(LookupError, match="autocast"):
+        FirstCall(call, OwnTensors(first), (x,), mask, caches[0], results[1])
     second.shift = second.weight
     second.register_parameter("tied", second.weight)
     with pytest.raises(LookupError, match="told apart"):

@@ -171,10 +171,9 @@ def _graph(device: torch.device, forward: Callable[..., Any]) -> Graph:
 def _graph_of_layers(layer: type[nn.Module]) -> Graph:
     """Returns the graph of layers on a CPU, whose calls are recorded."""
     wanted = how(torch.device("cpu"))
-    options = wanted.pop("options", {})
-    recorder = Recorder(wanted.pop("backend", None) or compiler(options))
-    run = torch.compile(_alone(layer.forward), **wanted, backend=recorder, options={"guard_filter_fn": of_inputs})
-    return Graph(run, recorder)
+    recorder = Recorder(compiler(wanted.pop("options", {})))
+    wanted |= {"backend": recorder, "options": {"guard_filter_fn": of_inputs}}
+    return Graph(torch.compile(_alone(layer.forward), **wanted), recorder)
 
 
 def _compiled(model: Any) -> Callable[..., Any]:

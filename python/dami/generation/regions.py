@@ -62,7 +62,7 @@ class Region:
 
     def __init__(self, layer: nn.Module, index: int) -> None:
         self.layer, self.index, self.own, self.hooked = layer, index, OwnTensors(layer), hooks_inside(layer)
-        self._arguments: tuple[object, object, list[tuple[int, Any]] | None] = None, None, None
+        self._arguments: tuple[object, object, list[Any] | None] = None, None, None
         self._changes: list[tuple[dict[str, Any], str, Any, Any]] = []  # attributes, a name, its value, that of a step
         for module in layer.modules():
             attributes = vars(module)
@@ -73,7 +73,7 @@ class Region:
                 kept = type(hooks)((key, hook) for key, hook in hooks.items() if not captures_outputs(hook))
                 self._changes.append((attributes, HOOKS, hooks, kept))
 
-    def arguments(self, first: FirstCall, cache: object) -> list[tuple[int, Any]] | None:
+    def arguments(self, first: FirstCall, cache: object) -> list[Any] | None:
         """Returns the layer's `FirstCall.own_arguments`, which stay the same for the same code and cache."""
         code, of, found = self._arguments
         if code is not first.code or of is not cache:

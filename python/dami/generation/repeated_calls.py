@@ -1,18 +1,20 @@
 """Calls what torch has compiled for one layer for the layers that are alike, past all that torch does before it.
 
-In every step, torch calls the code of a kind of layers for the first of them: it evaluates guards on the inputs and
-takes tensors from the module. `Recorder` notes which tensors the code gets and returns. For each layer after it, the
-code is called with the same tensors, but for the layer's own, those of its cache and its hidden states, which take the
-places of the first layer's. Where it is not known what is in a place, or where a call changes more than tensors, torch
-calls all layers.
+In every step, torch calls the code of a kind of layers for the first of them: it evaluates guards on the inputs, takes
+tensors from the module, and sees to what the code changes. `Recorder` notes which tensors the code gets and returns.
+For each layer after it, the code is called with the same tensors, but for the layer's own, those of its cache and its
+hidden states, which take the places of the first layer's. Where it is not known what is in a place, or where a call
+changes more than tensors, torch calls all layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
+from operator import is_
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from dami.dial.state import ModuleState
@@ -20,30 +22,44 @@ from dami.upstream import tree_flatten
 
 
 class Call(NamedTuple):
-    """A call of compiled code: its arguments and its results, as torch hands them on."""
+    """A call of compiled code: its arguments and its results."""
 
-    code: Callable[..., Sequence[Any]]
+    code: Callable[[list[Any]], Sequence[Any]]
     arguments: Sequence[Any]
     results: Sequence[Any]
 
 
 class Recorder:
-    """A backend of `torch.compile` that keeps the last call of what another backend has compiled.
+    """A backend of `torch.compile` that keeps the last call of compiled code.
+
+    Args:
+        compiler: compiles a graph, see `upstream.compiler`.
 
     Attributes:
-        last: the call, or None if there has been none since this was set to None.
+        last: the call; None if there has been none since this was set to None, or if torch adds to what the code does.
     """
 
-    def __init__(self, backend: Callable[..., Callable[..., Any]]) -> None:
-        self._backend = backend
+    def __init__(self, compiler: Callable[..., Callable[..., Any]]) -> None:
+        self._compiler = compiler
         self.last: Call | None = None
 
     def __call__(self, graph: Any, inputs: Any, **_: Any) -> Callable[..., Any]:
-        code = self._backend(graph, inputs)
+        whole = self._compiler(graph, inputs, self._recorded)
 
         def run(*arguments: Any) -> Any:
-            results = code(*arguments)
-            self.last = Call(code, arguments, results)
+            self.last = None
+            results = whole(*arguments)
+            if self.last is not None and [*map(id, self.last.results)] != [*map(id, results)]:
+                self.last = None  # torch uses results, to change an argument for instance
+            return results
+
+        return run
+
+    def _recorded(self, code: Callable[[list[Any]], Sequence[Any]]) -> Callable[[list[Any]], Sequence[Any]]:
+        def run(arguments: list[Any]) -> Sequence[Any]:
+            given = [*arguments]
+            results = code(arguments)
+            self.last = Call(code, given, results)
             return results
 
         return run
@@ -83,7 +99,7 @@ class FirstCall:
 
     Raises:
         LookupError: the layers are not comparable, or it is not known where the result is or what an argument would be
-            for another layer.
+            for another layer, or autocast is on, from which torch guards the code.
     """
 
     def __init__(
@@ -97,14 +113,17 @@ class FirstCall:
     ) -> None:
         if not own.comparable:
             raise LookupError("the layer's tensors cannot be told apart")
-        self._call, self._kept = call, (inputs, named)  # kept so that no others get their ids
-        self._ids, self._form, self._state = _ids(inputs, named), _form(inputs[0]), _state(cache)
+        if torch.is_autocast_enabled(inputs[0].device.type):
+            raise LookupError("autocast is on")
+        self._call, self._others, self._named = call, inputs[1:], named
+        self._form, self._state = _form(inputs[0]), _state(cache)
         self._result = _places(call.results)[id(result)]
         owns = _places(own.tensors)
         cached = {id(value): name for name, value in vars(cache).items()}
         shared = {*map(id, tree_flatten((inputs[1:], {**named}))[0]), id(own.lam)}
         self._own: list[tuple[int, int]] = []  # places among the arguments and among a layer's own tensors
         self._cached: list[tuple[int, str]] = []
+        self._shared: list[tuple[int, Any]] = []
         self._hidden: list[int] = []
         for at, key in enumerate(map(id, call.arguments)):
             if key == id(inputs[0]):
@@ -113,7 +132,9 @@ class FirstCall:
                 self._own.append((at, owns[key]))
             elif key in cached:
                 self._cached.append((at, cached[key]))
-            elif key not in shared:
+            elif key in shared:
+                self._shared.append((at, call.arguments[at]))
+            else:
                 raise LookupError(f"argument {at} is of none")
 
     @property
@@ -122,32 +143,37 @@ class FirstCall:
 
     def is_like(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> bool:
         """Whether a layer gets the same inputs, but for the numbers in its hidden states."""
-        return _ids(inputs, named) == self._ids and _form(inputs[0]) == self._form
+        return (
+            len(inputs) == len(self._others) + 1
+            and named.keys() == self._named.keys()
+            and all(map(is_, inputs[1:], self._others))
+            and all(map(is_, named.values(), self._named.values()))
+            and _form(inputs[0]) == self._form
+        )
 
-    def own_arguments(self, own: OwnTensors, cache: object) -> list[tuple[int, Any]] | None:
-        """Returns the arguments that are another layer's, with their places; None if its call must not be repeated."""
+    def own_arguments(self, own: OwnTensors, cache: object) -> list[Any] | None:
+        """Returns the arguments that are another layer's, each in its place; None if its call must not be repeated."""
         if not own.comparable or _state(cache) != self._state:
             return None
-        found = [(at, own.tensors[index]) for at, index in self._own]
-        return found + [(at, getattr(cache, name)) for at, name in self._cached]
+        found: list[Any] = [None] * len(self._call.arguments)
+        for at, index in self._own:
+            found[at] = own.tensors[index]
+        for at, name in self._cached:
+            found[at] = getattr(cache, name)
+        return found
 
-    def repeat(self, hidden: Tensor, own: list[tuple[int, Any]]) -> Any:
+    def repeat(self, hidden: Tensor, own: list[Any]) -> Any:
         """Returns the result of another layer, of its hidden states and its `own_arguments`."""
-        arguments = [*self._call.arguments]
-        for at, value in own:
+        arguments = [*own]
+        for at, value in self._shared:
             arguments[at] = value
         for at in self._hidden:
             arguments[at] = hidden
-        return self._call.code(*arguments)[self._result]
+        return self._call.code(arguments)[self._result]
 
 
 def _places(values: Sequence[Any]) -> dict[int, int]:
     return {id(value): at for at, value in enumerate(values)}
-
-
-def _ids(inputs: Sequence[Any], named: Mapping[str, Any]) -> list[Any]:
-    """Returns what a layer's inputs are, but for its hidden states."""
-    return [*map(id, inputs[1:]), *named, *map(id, named.values())]
 
 
 def _form(value: Any) -> Any:
