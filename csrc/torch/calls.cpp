@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <initializer_list>
 #include <numeric>
+#include <utility>
 
 namespace dami {
 namespace {
@@ -127,6 +129,18 @@ std::optional<Stack> alone(const Tensor& t, Dtype dtype, int64_t columns) {
 // A pair of vectors [size], or of one for each of so many experts.
 bool is_pair(const Tensor* ends, Dtype dtype, int dims, const int64_t* size) {
   return is_stored(ends[0], dtype, dims, size, size[dims - 1]) && is_stored(ends[1], dtype, dims, size, size[dims - 1]);
+}
+
+// The type of some tensors of four dimensions, dense along the last, that all are of one.
+std::optional<Type> type_of_heads(std::initializer_list<const Tensor*> tensors) {
+  const Dtype dtype = (*tensors.begin())->dtype;
+  for (const Tensor* t : tensors)
+    if (t->dtype != dtype || t->dims != 4 || (t->size[3] > 1 && t->stride[3] != 1)) return {};
+  return type_of(dtype);
+}
+
+bool is(const Tensor& t, int64_t a, int64_t b, int64_t c, int64_t d) {
+  return t.size[0] == a && t.size[1] == b && t.size[2] == c && t.size[3] == d;
 }
 
 }  // namespace
@@ -299,14 +313,10 @@ std::optional<AttentionCall> attention_call(const Tensor& query, const Tensor& k
                                             const Tensor& key_pages, const Tensor& value_pages, const Tensor& table,
                                             const Tensor& begins, const Tensor& key_begins, double scale, double softcap,
                                             const std::optional<Tensor>& sinks) {
-  const auto type = type_of(query.dtype);
-  for (const Tensor* t : {&query, &key, &value, &key_pages, &value_pages})
-    if (!type || t->dtype != query.dtype || t->dims != 4 || (t->size[3] > 1 && t->stride[3] != 1)) return {};
+  const auto type = type_of_heads({&query, &key, &value, &key_pages, &value_pages});
+  if (!type) return {};
   const int64_t heads = query.size[1], tokens = query.size[2], size = query.size[3];
   const int64_t key_heads = key.size[1], value_size = value.size[3], page_size = key_pages.size[1];
-  const auto is = [](const Tensor& t, int64_t a, int64_t b, int64_t c, int64_t d) {
-    return t.size[0] == a && t.size[1] == b && t.size[2] == c && t.size[3] == d;
-  };
   if (key_heads < 1 || heads % key_heads || page_size < 1 || !is(query, 1, heads, tokens, size)) return {};
   if (!is(key, 1, key_heads, tokens, size) || !is(value, 1, key_heads, tokens, value_size)) return {};
   if (!is(key_pages, key_pages.size[0], page_size, key_heads, size)) return {};
@@ -330,13 +340,9 @@ std::optional<AttentionCall> attention_call(const Tensor& query, const Tensor& k
 
 std::optional<AttentionCall> decode_attention_call(const Tensor& query, const Tensor& key, const Tensor& value,
                                                    const std::optional<Tensor>& mask, double scale) {
-  const auto type = type_of(query.dtype);
-  for (const Tensor* t : {&query, &key, &value})
-    if (!type || t->dtype != query.dtype || t->dims != 4 || (t->size[3] > 1 && t->stride[3] != 1)) return {};
+  const auto type = type_of_heads({&query, &key, &value});
+  if (!type) return {};
   const int64_t batch = query.size[0], heads = query.size[1], key_heads = key.size[1], keys = key.size[2];
-  const auto is = [](const Tensor& t, int64_t a, int64_t b, int64_t c, int64_t d) {
-    return t.size[0] == a && t.size[1] == b && t.size[2] == c && t.size[3] == d;
-  };
   if (key_heads < 1 || heads % key_heads || keys < 1 || !is(query, batch, heads, 1, query.size[3])) return {};
   if (!is(key, batch, key_heads, keys, query.size[3]) || !is(value, batch, key_heads, keys, value.size[3])) return {};
   if (mask && (mask->dtype != Dtype::boolean || mask->dims != 4 || (keys > 1 && mask->stride[3] != 1) ||
