@@ -83,6 +83,7 @@ def test_the_price_names_both_sides_and_how_many_answers_agree() -> None:
     line = demo.verdict(patched, copies, 2, [0.0625], torch.bfloat16)
     for part in ("2 λ", "4.5×", "50%", "3 of 4", "the others part (1)", "at most 0.062", "bfloat16 rounds"):
         assert part in line
+    assert "log-probabilities of two tokens are equal:" in demo.verdict(patched, copies, 2, [0.0], torch.bfloat16)
     line = demo.verdict(patched, copies, 2, [], torch.bfloat16)
     assert line.endswith("4 of 4 greedy answers agree.")
 

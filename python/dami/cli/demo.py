@@ -329,9 +329,10 @@ def verdict(patched: Cost, copies: Cost, count: int, gaps: Sequence[float], dtyp
         f"{patched.weights / copies.weights:.0%} of their weights; {rows - len(gaps)} of {rows} greedy answers agree."
     )
     if gaps:
+        most = f"differ by at most {max(gaps):.2g}" if max(gaps) else "are equal"
         told += (
-            f"\nWhere the others part ({len(gaps)}), the log-probabilities of two tokens differ by at most "
-            f"{max(gaps):.2g}: {str(dtype).removeprefix('torch.')} rounds the weights and sums of a merged copy "
+            f"\nWhere the others part ({len(gaps)}), the log-probabilities of two tokens "
+            f"{most}: {str(dtype).removeprefix('torch.')} rounds the weights and sums of a merged copy "
             "differently."
         )
     return told
