@@ -11,7 +11,7 @@ import dami
 import pytest
 import torch
 from dami.generation import compiled
-from dami.generation.repeated_calls import Call, FirstCall, OwnTensors
+from dami.generation.repeated_calls import Call, FirstCall, OwnTensors, Recorder
 from torch import Tensor, nn
 
 from tests.dami.families import pair
@@ -124,6 +124,22 @@ def test_windows_that_fill_up(counts: list[int]) -> None:
     model = patched("mistral")
     assert model.config.sliding_window < prompts()["input_ids"].shape[1] + OPTIONS["max_new_tokens"]
     check(model, LAM)
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_call_to_which_torch_adds_is_not_kept(adds: bool) -> None:
+    def compiler(graph: Any, inputs: Any, wrap: Callable[..., Any]) -> Callable[..., Any]:
+        code = wrap(lambda arguments: [arguments.pop() + 1])
+        return lambda *arguments: [y.clone() if adds else y for y in code([*arguments])]
+
+    recorder, x = Recorder(compiler), torch.ones(2)
+    (y,) = recorder(None, None)(x)
+    if adds:
+        assert recorder.last is None
+    else:
+        assert recorder.last is not None
+        assert recorder.last.arguments[0] is x
+        assert recorder.last.results[0] is y
 
 
 class Layer(nn.Module):

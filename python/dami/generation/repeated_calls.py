@@ -99,7 +99,7 @@ class FirstCall:
 
     Raises:
         LookupError: the layers are not comparable, or it is not known where the result is or what an argument would be
-            for another layer, or autocast is on, from which torch guards the code.
+            for another layer, or autocast is on, which torch turns off around the code.
     """
 
     def __init__(
