@@ -157,6 +157,7 @@ class Row:
         granted: set when `intensity` is known, or will never be.
         lowered: whether it got less than the estimator chose.
         failure: why it broke off.
+        trial: whether it tries the model out: the controller learns nothing from its length.
     """
 
     engine: Engine
@@ -173,6 +174,7 @@ class Row:
     granted: asyncio.Event = field(default_factory=asyncio.Event)
     lowered: bool = False
     failure: Exception | None = None
+    trial: bool = False
     news: asyncio.Queue[list[Token] | Exception | None] = field(default_factory=asyncio.Queue)
 
     def take(self, output: Any) -> None:
@@ -351,10 +353,12 @@ class Engine:
     async def _warm_up(self, tokens: int) -> None:
         prompt = [0, 1] * tokens
         for ends in [(0.0, 1.0)] if self.limits.max_requests > 1 else [(0.0,), (1.0,)]:
-            for row in [self.submit(prompt, lam, Sampling(), tokens + 1, frozenset()) for lam in ends]:
+            rows = [self.submit(prompt, lam, Sampling(), tokens, frozenset()) for lam in ends]
+            for row in rows:
+                row.trial = True
+            for row in rows:
                 async for _ in row:
-                    if row.seen >= tokens:
-                        row.cancel()  # before it ends, so that the controller learns no length
+                    pass
 
     def submit(
         self,
@@ -454,7 +458,7 @@ class Engine:
         self.waiting.pop(row.name, None)
         self._unregister(row)
         if self.controller is not None:
-            self.controller.finish(row.intensity, row.seen if complete else None)
+            self.controller.finish(row.intensity, row.seen if complete and not row.trial else None)
         return True
 
     def _unregister(self, row: Row) -> None:

@@ -718,10 +718,8 @@ def test_presets_and_a_controller(monkeypatch: pytest.MonkeyPatch) -> None:
         until(lambda: ("finish", 0.5, 2) in controller.calls)
     started = [call[1] for call in controller.calls if call[0] == "start"]
     assert started == [0.0, 1.0, 0.9, 0.1, 0.25, 0.25, 0.5, 0.25]  # the first two by the engine, before any request
-    assert [call for call in controller.calls if call[0] == "finish"][:2] == [
-        ("finish", 0.0, None),
-        ("finish", 1.0, None),
-    ]
+    tried_out = [call for call in controller.calls if call[0] == "finish"][:2]
+    assert sorted(tried_out) == [("finish", 0.0, None), ("finish", 1.0, None)]
     assert ("observe", 1, True, True) in controller.calls
 
 
