@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from dami import upstream
-from dami.generation.batching import HONOURED, IDLE, NEUTRAL, LerpManager, check_config
+from dami.generation.batching import HONOURED, IDLE, NEUTRAL, LerpManager, StepLoad, check_config
 from dami.generation.sampling import Sampler, Sampling
 from transformers import (
     AfmoeConfig,
@@ -64,6 +64,23 @@ def batched(model: Any, asked: list[list[int]], batching: ContinuousBatchingConf
     outputs = model.generate_batch(asked, GREEDY, batching, **options)
     assert [output.error for output in outputs.values()] == [None] * len(asked)
     return [output.generated_tokens for output in outputs.values()]
+
+
+def run(model: Any, asked: Sequence[list[int]], batching: Any = SMALL, **each: Sequence[Any]) -> tuple[list[Any], int]:
+    """What a batch answers that arrives at once, and how many tokens it reads, answers included."""
+    manager = model.init_continuous_batching(GREEDY, batching)
+    steps: list[StepLoad] = []
+    manager.on_step = steps.append
+    for place, prompt in enumerate(asked):  # before it starts
+        manager.add_request(prompt, str(place), **{name: values[place] for name, values in each.items()})
+    manager.start()
+    try:
+        results = [manager.get_result(timeout=60) for _ in asked]
+    finally:
+        manager.stop()
+    assert [result.error for result in results] == [None] * len(asked)
+    said = {int(result.request_id): result.generated_tokens for result in results}
+    return [said[place] for place in range(len(asked))], sum(step.tokens for step in steps)
 
 
 def patched(name: Any, **options: Any) -> Any:
@@ -145,7 +162,8 @@ def test_shipped_pair() -> None:
 def test_requests_evicted_from_a_full_cache_come_back_at_their_lam(evicted: list[int]) -> None:
     model, asked = patched("qwen3"), prompts([9, 10, 11, 12, 13])
     tight = config(num_blocks=12, safety_margin=0.0)
-    assert batched(model, asked, tight, intensity=LAM) == alone(model, asked, LAM)
+    said, _ = run(model, asked, tight, intensity=LAM)
+    assert said == alone(model, asked, LAM)
     assert evicted
 
 
@@ -443,12 +461,11 @@ def test_cancelled_requests_free_their_blocks_and_let_others_in() -> None:
     manager = model.init_continuous_batching(long, config(num_blocks=14, allow_block_sharing=False, safety_margin=0.0))
     manager.warmup()
     cache, scheduler = manager.batch_processor.cache, manager.batch_processor.scheduler
+    manager.on_step = lambda _: [manager.cancel_request(name) for name in "ab"]  # the first has begun by then
+    for name, prompt in zip("abc", asked, strict=True):
+        manager.add_request(prompt, name, intensity=0.5)
     manager.start()
     try:
-        for name, prompt in zip("abc", asked, strict=True):
-            manager.add_request(prompt, name, intensity=0.5)
-        for name in "ab":
-            manager.cancel_request(name)
         answer = manager.get_result(timeout=30)
         assert (answer.request_id, answer.error) == ("c", None)
         assert answer.generated_tokens == wanted

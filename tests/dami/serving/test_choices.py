@@ -11,9 +11,9 @@ from dami.estimators.features import prompt_states
 from dami.generation.choices import Choice
 from torch import Tensor
 
-from tests.dami.serving.test_batching import GREEDY, LAM, NEW, config, patched, prompts
+from tests.dami.serving.test_batching import GREEDY, LAM, NEW, config, patched, prompts, run
 from tests.dami.serving.test_graphs import CAPTURING, Graph, graphs  # noqa: F401  # a fixture
-from tests.dami.serving.test_prefixes import TAILS, apart, run
+from tests.dami.serving.test_prefixes import TAILS, apart
 
 LAYERS = (1, 2, -1)
 

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, GptOssConfig, MixtralConfig
 
 from tests.dami import architectures
 from tests.dami.families import merged, pair
-from tests.dami.serving.test_batching import GREEDY, LAM, NEW, SMALL, batched, config, patched, prompts
+from tests.dami.serving.test_batching import GREEDY, LAM, NEW, SMALL, batched, config, patched, prompts, run
 from tests.dami.serving.test_graphs import CAPTURING, Graph, graphs  # noqa: F401  # a fixture
 
 READ = [0.0, 1.0, 0.3, 0.0, 0.8]  # λ of the prompts
@@ -48,23 +48,6 @@ def apart(family: Any, prompt: list[int], lam: float, read: float, tail: int = 1
             return said
         output = plain(family, lam)(torch.tensor([said[-1:]]), **{CACHE: known}, use_cache=True)
         known, logits = output[CACHE], output.logits[:, -1]
-
-
-def run(model: Any, asked: Sequence[list[int]], batching: Any = SMALL, **each: Sequence[Any]) -> tuple[list[Any], int]:
-    """What a batch answers that arrives at once, and how many tokens it reads, answers included."""
-    manager = model.init_continuous_batching(GREEDY, batching)
-    steps: list[StepLoad] = []
-    manager.on_step = steps.append
-    for place, prompt in enumerate(asked):  # before it starts
-        manager.add_request(prompt, str(place), **{name: values[place] for name, values in each.items()})
-    manager.start()
-    try:
-        results = [manager.get_result(timeout=60) for _ in asked]
-    finally:
-        manager.stop()
-    assert [result.error for result in results] == [None] * len(asked)
-    said = {int(result.request_id): result.generated_tokens for result in results}
-    return [said[place] for place in range(len(asked))], sum(step.tokens for step in steps)
 
 
 # softcaps and windows; a window; tied embeddings; learned positions; routers and experts; attention sinks
@@ -99,7 +82,7 @@ def test_graphs_read_the_lam_of_each_token(graphs: list[Graph]) -> None:  # noqa
 def test_an_evicted_request_reads_again_at_the_same_lam(evicted: list[int]) -> None:
     model, asked = patched("qwen3"), prompts([9, 10, 11, 12, 13])
     tight = config(num_blocks=12, safety_margin=0.0)
-    said = batched(model, asked, tight, intensity=LAM, prompt_intensity=READ, prompt_tail=TAILS)
+    said, _ = run(model, asked, tight, intensity=LAM, prompt_intensity=READ, prompt_tail=TAILS)
     assert said == [apart("qwen3", *each) for each in zip(asked, LAM, READ, TAILS, strict=True)]
     assert evicted
 

@@ -214,8 +214,9 @@ def test_an_engine_that_dies_fails_the_response(
     burning: tuple[Running, threading.Event],  # noqa: F811
 ) -> None:
     server, lit = burning
+    stream = server.client().responses.create(**wanted(stream=True, extra_body={"intensity": 1.0}))
     lit.set()
-    events = list(server.client().responses.create(**wanted(stream=True, extra_body={"intensity": 1.0})))
+    events = list(stream)
     assert events[-1].type == "response.failed"
     assert events[-1].response.status == "failed"
     assert "the memory is on fire" in events[-1].response.error.message
