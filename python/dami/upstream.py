@@ -115,6 +115,7 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
         Place("transformers:PreTrainedConfig._attn_implementation"),
         Place("transformers:PreTrainedModel._is_stateful"),
         Place("transformers:PreTrainedModel._tied_weights_keys"),
+        Place("transformers:PreTrainedModel.get_parameter_or_buffer"),
         Place("transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected"),
         Place(
             "transformers.modeling_layers:GradientCheckpointingLayer",
@@ -463,6 +464,14 @@ def is_stateful(model: nn.Module) -> bool:
 def ties_of(model: PreTrainedModel) -> dict[str, str]:
     """Maps the names of weights that a model ties, if its config asks for it, to the names of their sources."""
     return dict(model._tied_weights_keys or {})
+
+
+@needs("a patched model")
+def tie_weights(model: PreTrainedModel) -> None:
+    """Ties weights as the config asks, also while transformers loads another model and keeps all models from doing it."""
+    for target, source in model.all_tied_weights_keys.items():
+        holder, _, name = target.rpartition(".")
+        setattr(model.get_submodule(holder), name, model.get_parameter_or_buffer(source))
 
 
 @needs("a patched model")

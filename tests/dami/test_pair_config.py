@@ -33,10 +33,13 @@ def logits(model: Any, **options: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("format", ["pair", "int8", "int4", "w8d4"])
-def test_it_is_the_pair_that_load_pair_loads(format: str, ends: tuple[Path, Path], tmp_path: Path) -> None:
+def test_it_is_the_pair_that_load_pair_loads(
+    format: str, ends: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     expected, _ = dami.load_pair(*ends, format)
     config = dami.PairConfig(ends[1], format=format)
     model = AutoModelForCausalLM.from_pretrained(ends[0], quantization_config=config)
+    assert "second model" not in caplog.text
     assert torch.equal(logits(model, intensity=LAM), logits(expected, intensity=LAM))
     assert str(dami.describe(model)) == str(dami.describe(expected))
     assert str(model.dami) == str(expected.dami)

@@ -34,7 +34,7 @@ from dami.loading import adapters
 from dami.patching.compare import Header
 from dami.patching.ties import TIES
 from dami.sources import QUANT_METHOD, TWO_ENDS, local, quantization_in, read_object
-from dami.upstream import ties_of
+from dami.upstream import tie_weights, ties_of
 
 FILES = ["model*.safetensors", adapters.WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md"]
 
@@ -143,7 +143,9 @@ class Checkpoint:
         """Returns its model without the weights, made from its own config or from another."""
         config = config or self.config()
         with torch.device("meta"):
-            return _auto_class(config).from_config(config, trust_remote_code=self.trust_remote_code)
+            skeleton = _auto_class(config).from_config(config, trust_remote_code=self.trust_remote_code)
+        tie_weights(skeleton)
+        return skeleton
 
     def generation(self) -> GenerationConfig:
         """Returns how it generates unless told otherwise."""
