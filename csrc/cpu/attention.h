@@ -140,7 +140,7 @@ struct AttentionKernel {
     for (int64_t row = 0; row < rows; row++) {
       T* to = static_cast<T*>(p.y) + ((at.first + row / heads) * p.heads + at.key_head * heads + row % heads) * p.value_size;
       for (int64_t i = 0; i < p.value_size; i += V::W)
-        store(V::load(sums + row * sums_stride + i) * V::set1(1 / totals[row]), to + i, p.value_size - i);
+        store(totals[row] == 0 ? V::zero() : V::load(sums + row * sums_stride + i) * V::set1(1 / totals[row]), to + i, p.value_size - i);
     }
   }
 
@@ -148,7 +148,7 @@ struct AttentionKernel {
     return dami::seen(p, at.sequence, at.first + row / (p.heads / p.key_heads));
   }
 
-  // Makes weights of the scores of a row, and returns their sum.
+  // Makes weights of the scores of a row, and returns their sum; 0 if it sees no key.
   static float weigh(const Attention& p, const Queries& at, int64_t row, float* scores) {
     const int64_t heads = p.heads / p.key_heads, n = seen(p, at, row);
     if (p.softcap > 0)
@@ -157,7 +157,7 @@ struct AttentionKernel {
       for (int64_t j = 0; j < n; j++) scores[j] = mask[j] ? scores[j] : -__builtin_inff();
     const float* sink = p.sinks ? p.sinks + (at.first + row / heads) * p.heads + at.key_head * heads + row % heads : nullptr;
     const float most = max_of(scores, n, sink ? *sink : -__builtin_inff());
-    if (most == -__builtin_inff()) return std::fill_n(scores, n, 0.0f), 1;  // it sees no key
+    if (most == -__builtin_inff()) return std::fill_n(scores, n, 0.0f), 0;
     for (int64_t j = 0; j < n; j++) scores[j] = exp_of(scores[j] - most);
     return row_sum<V>(scores, n, [](V v, int64_t) { return v; }) + (sink ? exp_of(*sink - most) : 0);
   }

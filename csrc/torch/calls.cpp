@@ -317,7 +317,7 @@ std::optional<AttentionCall> attention_call(const Tensor& query, const Tensor& k
   if (!type) return {};
   const int64_t heads = query.size[1], tokens = query.size[2], size = query.size[3];
   const int64_t key_heads = key.size[1], value_size = value.size[3], page_size = key_pages.size[1];
-  if (key_heads < 1 || heads % key_heads || page_size < 1 || !is(query, 1, heads, tokens, size)) return {};
+  if (key_heads < 1 || heads < 1 || heads % key_heads || page_size < 1 || !is(query, 1, heads, tokens, size)) return {};
   if (!is(key, 1, key_heads, tokens, size) || !is(value, 1, key_heads, tokens, value_size)) return {};
   if (!is(key_pages, key_pages.size[0], page_size, key_heads, size)) return {};
   if (!is(value_pages, value_pages.size[0], page_size, key_heads, value_size)) return {};
@@ -343,7 +343,7 @@ std::optional<AttentionCall> decode_attention_call(const Tensor& query, const Te
   const auto type = type_of_heads({&query, &key, &value});
   if (!type) return {};
   const int64_t batch = query.size[0], heads = query.size[1], key_heads = key.size[1], keys = key.size[2];
-  if (key_heads < 1 || heads % key_heads || keys < 1 || !is(query, batch, heads, 1, query.size[3])) return {};
+  if (key_heads < 1 || heads < 1 || heads % key_heads || keys < 1 || !is(query, batch, heads, 1, query.size[3])) return {};
   if (!is(key, batch, key_heads, keys, query.size[3]) || !is(value, batch, key_heads, keys, value.size[3])) return {};
   if (mask && (mask->dtype != Dtype::boolean || mask->dims != 4 || (keys > 1 && mask->stride[3] != 1) ||
                !(is(*mask, batch, 1, 1, keys) || is(*mask, 1, 1, 1, keys))))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +33,7 @@ def decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     return y.reshape(query.shape[0], 1, query.shape[1], value.shape[3])
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
     if query.dtype not in FLOAT_DTYPES:
         raise TypeError(f"query must be of float32, bfloat16 or float16, got {query.dtype}")
     if query.dim() != 4 or query.shape[2] != 1:
@@ -44,6 +46,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
             raise ValueError(f"{name} must be [{batch}, key heads, keys, size], got shape {list(given.shape)}")
     if key.shape[3] != size:
         raise ValueError(f"key must have the size of query, {size}, got shape {list(key.shape)}")
+    if not heads:
+        raise ValueError(f"query must have heads, got shape {list(query.shape)}")
     if not key.shape[1] or heads % key.shape[1]:
         raise ValueError(f"key must have a number of heads that divides {heads}, got shape {list(key.shape)}")
     if mask is not None:
@@ -54,13 +58,17 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
 
 
 def _run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    _check(query, key, value, mask, scale)
-    grouped = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+    _check(query, key, value, mask)
+    dense = [None if each is None else each.contiguous() for each in (query, key, value, mask)]
+    if query.is_cpu and any(map(operator.is_not, dense, (query, key, value, mask))):
+        return torch.ops.dami.decode_attention(*dense, scale)  # by the kernel, which takes no tensors with gaps
+    grouped = query.reshape(len(query), key.shape[1], query.shape[1] // key.shape[1], query.shape[3])
     y = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
-    return y.reshape(len(query), -1)
+    return y.reshape(len(query), query.shape[1] * value.shape[3])
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    _check(query, key, value, mask)
     return query.new_empty(query.shape[0], query.shape[1] * value.shape[3])
 
 

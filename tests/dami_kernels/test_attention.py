@@ -241,10 +241,25 @@ def test_a_step_reads_strided_tensors_in_place(isa: str) -> None:
     wide = torch.cat([key, value], 3)
     views = query, wide[..., :16], wide[..., 16:], mask.expand(BATCH, 1, 1, ROOM), scale
     assert torch.equal(decode_attention(*views), decode_attention(query, key, value, mask, scale))
-    across = key.mT.contiguous().mT  # not dense along its last dimension: torch's own
-    torch.testing.assert_close(
-        decode_attention(query, across, value, mask, scale), decode_attention(query, key, value, mask, scale)
-    )
+
+
+def test_tensors_with_gaps_are_read_as_far_as_others(isa: str) -> None:
+    query, key, value, mask, scale = step()
+    key[..., 15:, :] = value[..., 15:, :] = float("nan")
+    expected = decode_attention(query, key, value, mask, scale)
+    assert expected.isfinite().all()
+    for at in range(4):
+        operands = [query, key, value, mask]
+        operands[at] = operands[at].repeat_interleave(2, -1)[..., ::2]
+        assert torch.equal(decode_attention(*operands, scale), expected)
+        assert decode_attention(*(each[:0] for each in operands), scale).shape == (0, 1, 4, 16)
+
+
+def test_a_query_that_sees_no_key_gets_0_whatever_is_there(isa: str) -> None:
+    query, key, value, mask, scale = step()
+    for there in (float("nan"), float("inf")):
+        y = decode_attention(query, torch.full_like(key, there), torch.full_like(value, there), mask & False, scale)
+        assert torch.equal(y, torch.zeros_like(y))
 
 
 def test_opcheck_of_a_step() -> None:
@@ -272,6 +287,8 @@ def test_opcheck_of_a_step() -> None:
             ValueError,
             r"key must have a number of heads that divides 3, got shape \[3, 2, 21, 16\]",
         ),
+        (0, lambda x: x[:, :0], ValueError, r"query must have heads, got shape \[3, 0, 1, 16\]"),
+        (1, lambda x: x.to("meta"), TypeError, "key must be torch.float32 on cpu, got torch.float32 on meta"),
         (3, lambda x: x.float(), TypeError, "mask must be torch.bool on cpu, got torch.float32 on cpu"),
         (3, lambda x: x[:2], ValueError, r"mask must be \[3 or 1, 1, 1, 21\], got shape \[2, 1, 1, 21\]"),
     ],
