@@ -84,8 +84,10 @@ struct IntBlocks {
     for (float lane : energy[0]) sum_lost += lane;
     for (float lane : energy[1]) sum_kept += lane;
     // At most 2⁻¹², a third of the root mean square that rounding a weight or a result to bfloat16 has, of what remains where
-    // an outlier, whose weights may all be 0, counts as an eighth of the largest.
-    const bool one_digit = !(sum_lost > 0x1p-24f * sum_kept);
+    // an outlier, whose weights may all be 0, counts as an eighth of the largest; and 2⁻⁹ of what remains without outliers.
+    uint32_t of_small = 0;
+    for (const X number : whole) of_small += number * number < 1 << 22 ? static_cast<uint32_t>(number * number) : 0;
+    const bool one_digit = !(sum_lost > 0x1p-24f * sum_kept || sum_lost > 0x1p-18f * static_cast<float>(of_small));
     store_digit(whole, power * 0x1p-14f + zero_or_nan, one_digit ? 0 : power * 0x1p-29f, to);
     if (one_digit) {
       std::memset(to + digit - head, 0, digit * sizeof(X));

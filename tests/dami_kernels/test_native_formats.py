@@ -64,7 +64,7 @@ def test_linear_is_as_accurate_as_a_merged_copy(isa: str, format: str, dtype: to
 
 
 # Features that are larger in every row, as language models have them, and the massive activations of some.
-OUTLIERS = [(60.0,) * 6, (1000.0,), (1e4,), (2e4,), (1e4, -300.0, 2e4), (1e6,)]
+OUTLIERS = [(60.0,) * 6, (1000.0,), (1e4,), (2e4,), (1e4, -300.0, 2e4), (1e6,), (4e6,)]
 
 
 @pytest.mark.parametrize("format", CODES)
