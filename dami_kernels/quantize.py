@@ -61,8 +61,9 @@ def quantize(values: Tensor, bits: int, group: int = GROUP) -> tuple[Tensor, Ten
 def dequantize(codes: Tensor, scales: Tensor, columns: int) -> Tensor:
     """Returns codes · scales in float32 without the padding, [..., columns]."""
     group = codes.shape[-1] // max(1, scales.shape[-1])
-    values = codes.float().unflatten(-1, (scales.shape[-1], group)) * scales.float().unsqueeze(-1)
-    return values.flatten(-2)[..., :columns]
+    # By index, as Inductor (torch 2.13) compiles the product of whole groups wrongly where only a part is used.
+    of_column = torch.arange(columns, device=codes.device) // group
+    return codes[..., :columns].float() * scales.float()[..., of_column]
 
 
 def code_layout(shape: Sequence[int], bits: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:

@@ -21,6 +21,7 @@ from dami_kernels import (
     lerp_linears,
     lerp_rms_norm,
 )
+from tests.marks import slow
 
 Function = Callable[[Tensor, Tensor], Tensor]
 ROWS, K, N = 5, 7, 4
@@ -134,6 +135,24 @@ def test_transforms_compile(transform: str) -> None:
     case, inputs = Case("linear"), (torch.randn(ROWS, K), LAM, torch.randn(ROWS, K), torch.randn(ROWS))
     compiled = torch.compile(lambda *inputs: TRANSFORMS[transform](case.ours, *inputs), backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs), TRANSFORMS[transform](case.plain, *inputs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", ["int4", *slow("int8", "w8d4")])
+def test_gradients_by_the_real_compiler(format: str) -> None:
+    """Of codes with a part of a group at their end, which it has compiled wrongly."""
+    weight = LerpWeight.pack(*ends(N, 33), format)
+    inputs = torch.randn(ROWS, 33), torch.rand(ROWS)
+
+    def gradients(x: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(lerp_linear(x, weight, lam).square().sum(), (x, lam))
+
+    def compiled(x: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
+        y = torch.compile(lambda x, lam: lerp_linear(x, weight, lam), fullgraph=True)(x, lam)
+        return torch.autograd.grad(y.square().sum(), (x, lam))
+
+    with torch._inductor.config.patch(force_disable_caches=True):
+        found, expected = (run(*(each.clone().requires_grad_() for each in inputs)) for run in (compiled, gradients))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_padded_and_ragged_rows_have_tangents() -> None:
