@@ -173,6 +173,8 @@ RELIED_ON: dict[str, tuple[Place, ...]] = {
     ),
     "compiled decoding": (
         Place("torch._dynamo.exc:Unsupported"),
+        Place("torch._dynamo.config:recompile_limit"),
+        Place("torch._dynamo.config:accumulated_recompile_limit"),
         Place("torch._functorch.config:enable_autograd_cache"),
         Place("torch._inductor.compile_fx:compile_fx", ("inner_compile", "config_patches")),
         Place("torch._inductor.compile_fx:compile_fx_inner"),
@@ -468,7 +470,7 @@ def ties_of(model: PreTrainedModel) -> dict[str, str]:
 
 @needs("a patched model")
 def tie_weights(model: PreTrainedModel) -> None:
-    """Ties weights as the config asks, also while transformers loads another model and keeps all models from doing it."""
+    """Ties weights as the config asks. transformers keeps all models from doing that while it loads one."""
     for target, source in model.all_tied_weights_keys.items():
         holder, _, name = target.rpartition(".")
         setattr(model.get_submodule(holder), name, model.get_parameter_or_buffer(source))
@@ -572,6 +574,14 @@ def unsupported() -> type[Exception]:
     from torch._dynamo.exc import Unsupported
 
     return Unsupported
+
+
+@needs("compiled decoding")
+def without_recompile_limit() -> AbstractContextManager[Any]:
+    """Lets torch compile a function for any number of batch sizes and cache lengths; it would fail at the ninth."""
+    from torch._dynamo import config
+
+    return config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
 
 
 @needs("compiled decoding")

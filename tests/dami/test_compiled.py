@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from enum import Enum
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import dami
@@ -252,6 +255,49 @@ def test_a_changed_model_runs_as_it_is_now(
         assert not torch.equal(now, before), change
         seen, before = seen + (change not in (_gives_other_weights, _replaces_a_weight, _adds_a_hook)), now
         assert len(graphs) == seen, change
+
+
+def test_functions_and_ties_that_change_are_noticed(graphs: Graphs) -> None:
+    model = dami.patch_model(*pair("llama"))
+    mlp = model.model.layers[1].mlp
+    mlp.up_proj.weight_target = mlp.gate_proj.weight_target
+    both(model, prompts(), intensity=0.6)
+    mlp.up_proj.weight_target = nn.Parameter(mlp.up_proj.weight_target.detach() + 0.3, requires_grad=False)
+    both(model, prompts(), intensity=0.6)
+    for function in (torch.tanh, torch.relu):
+        del mlp.act_fn  # a module at first
+        mlp.act_fn = function
+        both(model, prompts(), intensity=0.6)
+
+
+class Rounding(Enum):
+    UP, DOWN = range(2)
+
+
+@pytest.mark.parametrize(
+    ("some", "other"),
+    [
+        (torch.tanh, torch.relu),
+        (partial(F.leaky_relu, negative_slope=0.1), partial(F.leaky_relu, negative_slope=0.2)),
+        (MethodType(F.silu, 0), MethodType(F.gelu, 0)),
+        (Rounding.UP, Rounding.DOWN),
+    ],
+)
+def test_a_structure_tells_values_apart(some: Any, other: Any) -> None:
+    module = nn.Module()
+    seen = []
+    for value in (some, other, some):
+        module.value = value
+        seen.append(compiled.structure(module))
+    assert seen[0] == seen[2] != seen[1]
+
+
+def test_any_number_of_batch_sizes_compiles(model: PreTrainedModel, graphs: Graphs) -> None:
+    """torch by itself compiles a function for eight shapes and then fails."""
+    ids = prompts()["input_ids"][:1]
+    for rows in range(1, 11):
+        both(model, {"input_ids": ids.repeat(rows, 1)}, intensity=0.3)
+    assert len(graphs) == 10
 
 
 def test_another_batch_and_a_longer_cache_get_graphs_of_their_own(model: PreTrainedModel, graphs: Graphs) -> None:

@@ -119,6 +119,36 @@ def test_layers_that_share_a_tensor_inside_are_called_by_torch(counts: list[int]
     assert counts == [STEPS * LAYERS]
 
 
+def test_hidden_states_that_are_another_input_as_well(counts: list[int]) -> None:
+    """In the first layer, the embeddings are its hidden states."""
+
+    def mix(layer: Any) -> None:
+        plain = type(layer).forward
+
+        class Mixing(type(layer)):  # type: ignore[misc]
+            def forward(self, hidden_states: Tensor, embeddings: Tensor | None = None, **named: Any) -> Tensor:
+                return plain(self, hidden_states, **named) + 0.3 * embeddings
+
+        layer.__class__ = Mixing
+
+    model, kept = patched(), {}
+    mix(model.model.layers[0])
+    for layer in model.model.layers:
+        layer.__class__ = type(model.model.layers[0])
+        layer.register_forward_pre_hook(lambda _, args, named: (args, {**named, **kept}), with_kwargs=True)
+    model.model.embed_tokens.register_forward_hook(lambda module, inputs, y: kept.update(embeddings=y))
+    check(model, LAM)
+
+
+def test_a_hook_on_a_layer_of_one_graph_runs_as_it_is_now(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "KINDS", 0)
+    model, scale = patched(), {"by": 1.0}
+    model.model.norm.register_forward_hook(lambda module, inputs, y: y * scale["by"])
+    check(model, 0.4)
+    scale["by"] = 3.0
+    check(model, 0.4)
+
+
 def test_windows_that_fill_up(counts: list[int]) -> None:
     """Their cache counts tokens in Python."""
     model = patched("mistral")

@@ -17,7 +17,8 @@ import functools
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import FunctionType
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from dami.dial.state import ModuleState
 from dami.generation.attention import GROUPED
 from dami.generation.pieces import CACHE
 from dami.generation.products import join_products
-from dami.generation.regions import Graph, Region, by_graphs, entered, hooks_inside, regions_of
+from dami.generation.regions import Graph, Region, by_graphs, entered, regions_of
 from dami.generation.repeated_calls import Recorder
 from dami.generation.steering import SEVERAL_STEPS_IN_ONE, option
 from dami.upstream import (
@@ -39,7 +40,9 @@ from dami.upstream import (
     compiles_steps,
     for_any_device,
     graph_pass,
+    has_hooks,
     unsupported,
+    without_recompile_limit,
 )
 
 LEAST_ROOM = 256  # tokens
@@ -47,7 +50,7 @@ KINDS = 4  # of layers that get a graph each; a model that has more of them is o
 GRAPHS = 16  # of one model that are kept: with parts at a λ of their own, with an adapter, in another dtype
 RECORDED = ("output_attentions", "output_router_logits")  # what transformers takes from inside layers, by hooks
 # Types of most attributes, whose values a graph may depend on as they are.
-PLAIN = {type(None), bool, int, float, str, frozenset, torch.dtype, torch.device, FunctionType}
+PLAIN = {type(None), bool, int, float, str, frozenset, torch.dtype, torch.device, FunctionType, BuiltinFunctionType}
 
 Known = dict[Hashable, Any]  # what has been compiled for a model, by the structure of the model or of a layer
 
@@ -135,10 +138,16 @@ def compiled_call(model: Any, known: Known) -> Callable[..., Any]:
     def call(**inputs: Any) -> Any:
         cache, graphs = inputs.get(CACHE), layers()
         records = any(inputs.get(name, getattr(model.config, name, False)) for name in RECORDED)
-        if not graphs or records or type(cache) is not StaticCache or any(graph.failed for graph in graphs.values()):
-            return one_graph()(**inputs)
-        with by_graphs(graphs, cache):
-            return model(**inputs)
+        with without_recompile_limit():
+            if (
+                not graphs
+                or records
+                or type(cache) is not StaticCache
+                or any(graph.failed for graph in graphs.values())
+            ):
+                return one_graph()(**inputs)
+            with by_graphs(graphs, cache):
+                return model(**inputs)
 
     return call
 
@@ -177,9 +186,10 @@ def _graph_of_layers(layer: type[nn.Module]) -> Graph:
 
 
 def _compiled(model: Any) -> Callable[..., Any]:
-    """Returns a model's forward pass as one graph, or as several where torch cannot make one or hooks run in layers."""
+    """Returns a model's forward pass as one graph, or as several where torch cannot make one or there are hooks."""
     graph = _graph(model.device, nn.Module.__call__)
-    hooked = hooks_inside(model)  # which may change what a guard on the model would be about
+    # Hooks may change what a guard on the model would be about. The body has one of dami's own, which does not.
+    hooked = any(has_hooks(module) for module in model.modules() if module is not model.base_model)
     several = torch.compile(_alone(nn.Module.__call__), **{**how(model.device), "fullgraph": False})  # with all guards
 
     def call(**inputs: Any) -> Any:
@@ -243,14 +253,15 @@ def _frozen(value: Any, shares: dict[int, int]) -> object:
 
     Args:
         value: of a module's attribute, or in one.
-        shares: numbers what modules share, by id: configs, dials and passes.
+        shares: numbers what modules share, by id: tensors, configs, dials and passes.
     """
     if type(value) in PLAIN:
         return value
     if isinstance(value, dict):
         return tuple([(key, _frozen(each, shares)) for key, each in value.items()]) if value else ()
     if isinstance(value, Tensor):
-        return type(value), value.shape, value.stride(), value.dtype, value.device, value.is_inference()
+        which = shares.setdefault(id(value), len(shares))  # as a graph takes a tensor that is there twice once
+        return which, type(value), value.shape, value.stride(), value.dtype, value.device, value.is_inference()
     if isinstance(value, (list, tuple)):
         return tuple([_frozen(each, shares) for each in value])
     if isinstance(value, PreTrainedConfig):
@@ -262,4 +273,8 @@ def _frozen(value: Any, shares: dict[int, int]) -> object:
         return *shared, value.part is None, _frozen(value.settings, shares), repr(value.stored), value.running.invariant
     if isinstance(value, Mapping):
         return _frozen(dict(value), shares)
-    return frozenset(value) if isinstance(value, set) else value if isinstance(value, (int, str)) else type(value)
+    if isinstance(value, MethodType):
+        return value.__func__, shares.setdefault(id(value.__self__), len(shares))
+    if isinstance(value, functools.partial):
+        return value.func, _frozen(value.args, shares), _frozen(value.keywords, shares)
+    return frozenset(value) if isinstance(value, set) else value if isinstance(value, (int, str, Enum)) else type(value)

@@ -99,7 +99,8 @@ class FirstCall:
 
     Raises:
         LookupError: the layers are not comparable, or it is not known where the result is or what an argument would be
-            for another layer, or autocast is on, which torch turns off around the code.
+            for another layer, such as one that is both its hidden states and another input, or autocast is on, which
+            torch turns off around the code.
     """
 
     def __init__(
@@ -120,7 +121,9 @@ class FirstCall:
         self._result = _places(call.results)[id(result)]
         owns = _places(own.tensors)
         cached = {id(value): name for name, value in vars(cache).items()}
-        shared = {*map(id, tree_flatten((inputs[1:], {**named}))[0]), id(own.lam)}
+        self._ids = shared = {*map(id, tree_flatten((inputs[1:], {**named}))[0]), id(own.lam)}
+        if id(inputs[0]) in shared:
+            raise LookupError("the hidden states are another input as well")
         self._own: list[tuple[int, int]] = []  # places among the arguments and among a layer's own tensors
         self._cached: list[tuple[int, str]] = []
         self._shared: list[tuple[int, Any]] = []
@@ -148,6 +151,7 @@ class FirstCall:
             and named.keys() == self._named.keys()
             and all(map(is_, inputs[1:], self._others))
             and all(map(is_, named.values(), self._named.values()))
+            and id(inputs[0]) not in self._ids
             and _form(inputs[0]) == self._form
         )
 
