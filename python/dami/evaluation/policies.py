@@ -7,18 +7,18 @@ between two λ of the sweep is treated as a random choice between them whose mea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dami.evaluation.frontier import Frontier, hull_at
-from dami.evaluation.statistics import Array, Interval, Places, bootstrap
+from dami.evaluation.statistics import Array, Interval, Places, bootstrap, wilson
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The results of a policy, with 95 % intervals.
+    """The results of a policy, with 95 % intervals: Wilson's for shares, bootstrapped for all else.
 
     Attributes:
         accuracy: in [0, 1].
@@ -68,7 +68,9 @@ def play(frontier: Frontier, policy: ArrayLike, extra_tokens: float | Array = 0.
              incomplete[rows].mean(), efficiency]
         )  # fmt: skip
 
-    return Outcome(*bootstrap(statistics, len(frontier), frontier.seed))
+    outcome = Outcome(*bootstrap(statistics, len(frontier), frontier.seed))
+    shares = {name: getattr(outcome, name).value for name in ("accuracy", "incomplete")}
+    return replace(outcome, **{name: Interval(share, *wilson(share, len(frontier))) for name, share in shares.items()})
 
 
 def efficiency_score(accuracy: float, tokens: float, base_accuracy: float, base_tokens: float) -> float:
