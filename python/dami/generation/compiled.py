@@ -104,7 +104,8 @@ def compiling(model: Any) -> Iterator[None]:
     if changes:
         model.set_attn_implementation(GROUPED)
     try:
-        yield
+        with without_recompile_limit():
+            yield
     finally:
         if changes:
             model.set_attn_implementation("sdpa")
@@ -138,16 +139,10 @@ def compiled_call(model: Any, known: Known) -> Callable[..., Any]:
     def call(**inputs: Any) -> Any:
         cache, graphs = inputs.get(CACHE), layers()
         records = any(inputs.get(name, getattr(model.config, name, False)) for name in RECORDED)
-        with without_recompile_limit():
-            if (
-                not graphs
-                or records
-                or type(cache) is not StaticCache
-                or any(graph.failed for graph in graphs.values())
-            ):
-                return one_graph()(**inputs)
-            with by_graphs(graphs, cache):
-                return model(**inputs)
+        if not graphs or records or type(cache) is not StaticCache or any(graph.failed for graph in graphs.values()):
+            return one_graph()(**inputs)
+        with by_graphs(graphs, cache):
+            return model(**inputs)
 
     return call
 
