@@ -45,7 +45,8 @@ class Caller:
         if kind not in self.takes:
             others = listed((each.name for each in CALLERS.values() if kind in each.takes), "and")
             got = got or INTENSITY_KINDS[kind]
-            raise TypeError(f"{self.name} takes {self.wanted} as {self.argument}, got {got}, which is for {others}")
+            whose = others if self.argument == "intensity" else f"the intensity of {others}"
+            raise TypeError(f"{self.name} takes {self.wanted} as {self.argument}, got {got}, which is for {whose}")
 
     def preset(self, name: str, presets: Collection[str]) -> None:
         """Raises TypeError if it takes no presets, ValueError if there is no preset of this name."""

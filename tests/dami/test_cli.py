@@ -372,6 +372,7 @@ for line in sys.stdin:
         (["generate", "hi", "-l", "nan"], "must be a finite number such as 0.5, got 'nan'"),
         (["generate", "hi", "-l", "inf"], "must be a finite number such as 0.5, got 'inf'"),
         (["generate"], "no prompts: stdin is empty"),
+        (["generate", "--pair", "my-piar", "x"], "stdin is empty; --pair has taken 'x' for the thinking end"),
         (["generate", "--file", "no/such/file"], "no/such/file"),
         (["generate", "hi", "--file", __file__], "prompts come as arguments or with --file, got both"),
         (["generate", "hi", "--stream", "--json"], "--stream and --json exclude each other"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -141,7 +141,7 @@ def generate(
     if raw and chat_template is not None:
         raise fail("--raw excludes --chat-template")
     put_through = None if raw else "default" if chat_template is None else chat_template
-    asked = read_prompts(prompts or [], file)
+    asked = read_prompts(prompts or [], file, pair or [])
     lams: list[Any] = intensity or [0.0, 0.5, 1.0]
     model, tokenizer = load(pair, format, dtype, intensities=lams, checkpoints=checkpoints)
 
@@ -180,8 +180,12 @@ def sampling_options(max_new_tokens: int | None, greedy: bool, given: Mapping[st
     return {**length, **sampling, **({"do_sample": not greedy} if greedy or sampling else {})}
 
 
-def read_prompts(prompts: list[str], file: Path | None) -> list[Prompt]:
-    """Reads prompts from the command line, or else from a file, or else from stdin."""
+def read_prompts(prompts: list[str], file: Path | None, pair: Sequence[str] = ()) -> list[Prompt]:
+    """Reads prompts from the command line, or else from a file, or else from stdin.
+
+    `pair` is what `--pair` took: if that is two words, the second may have been meant as a prompt.
+    """
+    taken = f"; --pair has taken {pair[1]!r} for the thinking end" if len(pair) == 2 else ""
     if prompts and file:
         raise fail("prompts come as arguments or with --file, got both")
     if prompts:
@@ -191,7 +195,7 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[Prompt]:
             return [as_prompt(prompt) for prompt in prompts]
     source = str(file) if file else "stdin"
     if file is None and sys.stdin.isatty():
-        raise fail("no prompts: give them as arguments, with --file or on stdin")
+        raise fail(f"no prompts: give them as arguments, with --file or on stdin{taken}")
     with user_errors():
         try:
             text = (file.read_bytes() if file else sys.stdin.buffer.read()).decode("utf-8-sig")
@@ -199,7 +203,7 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[Prompt]:
             raise ValueError(f"{source} must be text in UTF-8: {error}") from error
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
-        raise fail(f"no prompts: {source} is empty")
+        raise fail(f"no prompts: {source} is empty{taken}")
     return [read_prompt(line.removesuffix("\r"), f"{source}, line {number}") for number, line in lines]
 
 

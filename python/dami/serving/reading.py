@@ -64,7 +64,7 @@ def reading_of(
         try:
             lam = Intensity.parse(body.prompt_intensity, CALLER, presets).one
         except (TypeError, ValueError) as problem:
-            raise BadRequest(f"{problem}, or {SAME!r}", "prompt_intensity") from problem
+            raise BadRequest(f"{problem} ({SAME!r} means that of the answer)", "prompt_intensity") from problem
         if not allowed[0] <= lam <= allowed[1]:
             bounds = f"{allowed[0]:g} to {allowed[1]:g}"
             raise BadRequest(

@@ -219,7 +219,7 @@ def test_the_model_says_how_prompts_are_read(server: Running) -> None:
     ("path", "fields", "param", "message"),
     [
         (CHAT, {"prompt_intensity": "auto"}, "prompt_intensity", "takes a number or a preset as prompt_intensity"),
-        (CHAT, {"prompt_intensity": "high"}, "prompt_intensity", "one of ['low'], got 'high', or 'same'"),
+        (CHAT, {"prompt_intensity": "high"}, "prompt_intensity", "got 'high' ('same' means that of the answer)"),
         (CHAT, {"prompt_intensity": 3}, "prompt_intensity", "must be in -1 to 2 on this server, got 3"),
         (CHAT, {"prompt_intensity": True}, "prompt_intensity", "prompt_intensity: "),
         (CHAT, {"prompt_tail": -1}, "prompt_tail", "greater than or equal to 0"),
