@@ -372,6 +372,26 @@ def test_each_row_is_that_of_the_model_merged_at_its_lam(block: type[nn.Module],
     assert_right(block, length)
 
 
+class Scaled(Block):
+    """Two functions of one parameter, as in Gemma 3n."""
+
+    def __init__(self) -> None:
+        super().__init__(scale=(WIDTH,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.type_as(self.scale) * self.scale
+
+
+@torch.no_grad()
+def test_dynamo_runs_every_function_of_a_parameter() -> None:
+    """It has compiled code for the first one and run it for the second, too."""
+    torch._dynamo.reset()
+    model, ids = dami.patch_model(*ends_with(Scaled)), torch.randint(3, VOCABULARY, (4, 7))
+    expected = model(ids, intensity=LAM).logits
+    model.model.layers[0].mlp.compile(backend="eager")
+    torch.testing.assert_close(model(ids, intensity=LAM).logits, expected)
+
+
 @pytest.mark.parametrize("block", [*BLOCKS, Gathering, GatheringToo, TimeFirst, Permuted, Quantile])
 @torch.no_grad()
 def test_at_one_lam_anything_is_right(block: type[nn.Module]) -> None:

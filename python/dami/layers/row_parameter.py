@@ -106,25 +106,31 @@ class RowParameter(Tensor):
         kwargs = kwargs or {}
         if func in METADATA:
             return super().__torch_function__(func, types, args, kwargs)
-        blended = partial(tree_map, lambda x: x.rows if isinstance(x, RowParameter) and x.lam.dim() == 0 else x)
-        args, kwargs = blended(args), blended(kwargs)
-        first = next((leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, RowParameter)), None)
-        if first is None:
-            return func(*args, **kwargs)
-        try:
-            if first.running.packed is not None:
-                return _packed(func, args, kwargs, first)
-            result = RULES[func](*args, **kwargs) if func in RULES else NotImplemented
-            return _vmapped(func, args, kwargs) if result is NotImplemented else result
-        except Exception as error:
-            name = getattr(func, "__qualname__", str(func))
-            raise ValueError(
-                f"{first.label} cannot have one λ per sequence in {name} ({error}); use one λ for the whole batch"
-            ) from error
+        return _applied(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise TypeError(f"{func} goes around torch functions, and cannot read a parameter with one λ per sequence")
+
+
+@torch.compiler.disable  # Dynamo takes code that it has compiled for one function for another as well
+def _applied(func: Any, args: Any, kwargs: Any) -> Any:
+    """Runs a function, of whose arguments one at least is a `RowParameter`."""
+    blended = partial(tree_map, lambda x: x.rows if isinstance(x, RowParameter) and x.lam.dim() == 0 else x)
+    args, kwargs = blended(args), blended(kwargs)
+    first = next((leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, RowParameter)), None)
+    if first is None:
+        return func(*args, **kwargs)
+    try:
+        if first.running.packed is not None:
+            return _packed(func, args, kwargs, first)
+        result = RULES[func](*args, **kwargs) if func in RULES else NotImplemented
+        return _vmapped(func, args, kwargs) if result is NotImplemented else result
+    except Exception as error:
+        name = getattr(func, "__qualname__", str(func))
+        raise ValueError(
+            f"{first.label} cannot have one λ per sequence in {name} ({error}); use one λ for the whole batch"
+        ) from error
 
 
 METADATA = {
