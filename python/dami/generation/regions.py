@@ -105,10 +105,9 @@ def regions_of(model: nn.Module) -> list[Region]:
     return [Region(layer, *indices) for layer, indices in found.items()]
 
 
-def hooks_inside(model: nn.Module) -> bool:
-    """Whether hooks run inside a layer, or inside the layers of a model."""
-    layers = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
-    return any(has_hooks(module) for layer in layers for module in layer.modules() if module is not layer)
+def hooks_inside(layer: nn.Module) -> bool:
+    """Whether hooks run inside a layer."""
+    return any(has_hooks(module) for module in layer.modules() if module is not layer)
 
 
 @contextmanager
