@@ -140,7 +140,9 @@ def test_hidden_states_that_are_another_input_as_well(counts: list[int]) -> None
     check(model, LAM)
 
 
-def test_a_hook_on_a_layer_of_one_graph_runs_as_it_is_now(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hook_outside_layers_runs_as_it_is_now_in_one_graph(
+    counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compiled, "KINDS", 0)
     model, scale = patched(), {"by": 1.0}
     model.model.norm.register_forward_hook(lambda module, inputs, y: y * scale["by"])
